@@ -1,0 +1,41 @@
+# `make demo` trains and shows everything; `make test` proves it. Both set up .venv by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: demo test test-slow check format docs clean
+
+demo: $(READY)
+	$(BIN)/isthmus demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY)
+	$(BIN)/pytest -m slow $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check src tests benchmarks tools
+	$(BIN)/ruff check src tests benchmarks tools
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/zensical build --strict --clean
+
+format: $(READY)
+	$(BIN)/ruff format src tests benchmarks tools
+	$(BIN)/ruff check --fix src tests benchmarks tools
+
+docs: $(READY)
+	$(BIN)/zensical serve
+
+# The marker is written last, so an interrupted installation starts over.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "isthmus needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) site build dist

@@ -1,0 +1,160 @@
+"""Batch: what a net sees, and Term: what its loss answers with.
+
+Shapes: B rows, T tokens, N visuals of the whole batch, F frames, P patches, D width, K places.
+
+A batch holds named token streams (``text`` for CLIP, ``lm`` for a decoder, later ``qformer``, ``encoder``,
+``decoder``), visuals grouped by equal shape, and the places where visuals stand in a stream. Padding is the
+batch's private matter: rows are right-padded and carry their lengths, and no loss depends on the padding.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position where nothing is learnt (the value PyTorch's cross-entropy ignores)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """One token stream of a batch, right-padded. ``ids`` (B, T), ``lengths`` (B,), ``labels`` (B, T) or none."""
+
+    ids: Tensor
+    lengths: Tensor
+    labels: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T) bool, true on real tokens. Built from lengths, never from a pad id that text may contain."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device)[None] < self.lengths[:, None]
+
+    def rows(self, index: Tensor) -> "Tokens":
+        """The named rows, re-padded to their own longest."""
+        lengths = self.lengths[index]
+        longest = int(lengths.max()) if len(lengths) else 0
+        labels = None if self.labels is None else self.labels[index, :longest]
+        return Tokens(ids=self.ids[index, :longest], lengths=lengths, labels=labels)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visuals:
+    """Visuals of one shape. ``index`` (n,) are their positions 0..N-1 in the batch's order of visuals.
+
+    Exactly one of ``pixels`` (n, F, 3, H, W; normalised) and ``features`` (n, F, P, D; from a cache) is given.
+    """
+
+    index: Tensor
+    pixels: Tensor | None = None
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where visuals stand in one stream: K places, each (row, visual 0..N-1, start, length in tokens)."""
+
+    row: Tensor
+    visual: Tensor
+    start: Tensor
+    length: Tensor
+
+    @staticmethod
+    def none() -> "Places":
+        zero = torch.zeros(0, dtype=torch.long)
+        return Places(row=zero, visual=zero, start=zero, length=zero)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """B rows ready for a net.
+
+    ``owner`` (N,) is the row each visual belongs to; ``keys`` their content keys (equal key = equal picture).
+    """
+
+    ids: tuple[str, ...]
+    sources: tuple[str, ...]
+    text: Mapping[str, Tokens]
+    visuals: tuple[Visuals, ...] = ()
+    places: Mapping[str, Places] = field(default_factory=dict)
+    owner: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    keys: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_visuals(self) -> int:
+        return len(self.keys)
+
+    def supervised(self) -> int:
+        """Number of learnt tokens over all streams (next-token targets; position 0 is never a target)."""
+        streams = (t.labels for t in self.text.values() if t.labels is not None)
+        return sum(int((labels[:, 1:] != IGNORE).sum()) for labels in streams)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        def move(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device)
+
+        return replace(
+            self,
+            text={k: Tokens(ids=t.ids.to(device), lengths=t.lengths.to(device), labels=move(t.labels))
+                  for k, t in self.text.items()},
+            visuals=tuple(Visuals(index=v.index.to(device), pixels=move(v.pixels), features=move(v.features))
+                          for v in self.visuals),
+            places={k: Places(row=p.row.to(device), visual=p.visual.to(device), start=p.start.to(device),
+                              length=p.length.to(device)) for k, p in self.places.items()},
+            owner=self.owner.to(device),
+        )
+
+    def select(self, rows: Sequence[int]) -> "Batch":
+        """The named rows as a batch of their own, visuals renumbered, padding cut to the new longest row."""
+        index = torch.as_tensor(list(rows), dtype=torch.long)
+        new_row = {int(r): i for i, r in enumerate(rows)}
+        kept = [n for r in rows for n in torch.nonzero(self.owner == int(r)).flatten().tolist()]
+        new_visual = {n: i for i, n in enumerate(kept)}
+        visuals = []
+        for group in self.visuals:
+            local = [j for j, n in enumerate(group.index.tolist()) if n in new_visual]
+            if local:
+                numbers = torch.as_tensor([new_visual[int(group.index[j])] for j in local])
+                visuals.append(Visuals(index=numbers,
+                                       pixels=None if group.pixels is None else group.pixels[local],
+                                       features=None if group.features is None else group.features[local]))
+        places = {}
+        for name, p in self.places.items():
+            k = [i for i, r in enumerate(p.row.tolist()) if r in new_row]
+            places[name] = Places(row=torch.as_tensor([new_row[int(p.row[i])] for i in k], dtype=torch.long),
+                                  visual=torch.as_tensor([new_visual[int(p.visual[i])] for i in k], dtype=torch.long),
+                                  start=p.start[k], length=p.length[k])
+        return Batch(
+            ids=tuple(self.ids[r] for r in rows),
+            sources=tuple(self.sources[r] for r in rows),
+            text={k: t.rows(index) for k, t in self.text.items()},
+            visuals=tuple(visuals),
+            places=places,
+            owner=torch.as_tensor([new_row[int(self.owner[n])] for n in kept], dtype=torch.long),
+            keys=tuple(self.keys[n] for n in kept),
+        )
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Contiguous micro-batches of (nearly) equal row counts; never an empty one."""
+        bounds = [round(i * len(self) / parts) for i in range(parts + 1)]
+        return [self.select(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One named part of a loss: ``total`` (scalar, a sum) over ``count`` items; its mean is total / count.
+
+    ``scope`` says over what the sum may be split: a ``token`` term adds up over any micro-batches or ranks; a
+    ``batch`` term (contrastive, matching) belongs to the step's whole batch and must not be split.
+    """
+
+    total: Tensor
+    count: int
+    scope: str = "token"
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / max(self.count, 1)

@@ -1,0 +1,445 @@
+"""Our own folders: written whole or not at all, checked when read, and data only (safetensors and JSON).
+
+A folder is written aside (``<path>.tmp-<pid>``), every file and the folder are fsynced, then it is renamed into
+place and the parent is fsynced: after a crash the old folder or the new one is there, never a half. A
+``manifest.json`` with the size and sha256 of every file is checked on reading, because safetensors itself does
+not notice a flipped bit in the data. Nothing here is ever a pickle.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import socket
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from isthmus.errors import CheckpointError, nearest
+
+MANIFEST = "manifest.json"
+FORMAT = "isthmus-folder-1"
+HEADER_BYTES = 100_000_000
+"""Longest safetensors header accepted, as in the safetensors library."""
+HEADER_KEYS = 1_000_000
+"""Most tensors accepted in one file: a larger header is an attack or a mistake, and slow to parse."""
+MARGIN = 64 * 1024
+"""Free bytes wanted beyond the content: manifest, folder entries, block rounding."""
+
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+               "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
+
+Content = bytes | str | Mapping[str, Any]
+"""What a file may hold: bytes, text, a dict of tensors (safetensors) or any other dict (JSON)."""
+
+
+class RunLockedError(CheckpointError):
+    """Another process is writing in this run folder."""
+
+    exit_code = 3
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+def write_folder(path: str | Path, files: Mapping[str, Content], *, replace: bool = False) -> None:
+    """Write ``files`` (name -> content) as the folder ``path``, atomically, with a manifest.
+
+    An existing folder is refused unless ``replace``; then old and new are swapped by renaming. Names may hold ``/``.
+
+    Raises CheckpointError when the folder exists, a name leaves the folder, or the disk is full or read-only; what
+    was there before is then untouched and nothing half-written counts as a folder.
+    """
+    path = Path(path)
+    prepared = {_safe_name(name): _prepare(content) for name, content in files.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _settle(path)
+    if path.exists() and not replace:
+        raise CheckpointError(f"{path} exists already and is never written over. Choose another path or remove it.")
+    clean_leftovers(path.parent, path.name)
+    needed = sum(_size(content) for content in prepared.values()) + MARGIN
+    free = _free_bytes(path.parent)
+    if free < needed:
+        raise CheckpointError(_full(path, needed, free))
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        _write_aside(aside, prepared)
+        _into_place(aside, path)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CheckpointError(_full(path, needed, _free_bytes(path.parent))) from error
+        raise CheckpointError(f"Cannot write {path}: {error.strerror or error}. Nothing was changed.") from error
+
+
+def read_folder(path: str | Path) -> dict[str, Path]:
+    """The files of a folder (name -> path) after its manifest was checked: all there, right size, right sha256.
+
+    Files that the manifest does not list are left out. Raises CheckpointError naming the damaged file.
+    """
+    path = Path(path)
+    home = path if path.exists() or not _displaced(path).exists() else _displaced(path)
+    if not home.is_dir():
+        raise CheckpointError(f"{path} is not a folder. Give the folder of a run, a checkpoint or a model.")
+    files: dict[str, Path] = {}
+    for name, entry in _read_manifest(home / MANIFEST).items():
+        file = home / _safe_name(name)
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; {home / MANIFEST} lists it. {_REPAIR}")
+        if file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, its manifest says {entry['bytes']:,}: "
+                                  f"it was cut or changed. {_REPAIR}")
+        if file_sha256(file) != entry["sha256"]:
+            raise CheckpointError(f"{file} is damaged: its sha256 is not the one in its manifest. {_REPAIR}")
+        files[name] = file
+    return files
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError when it is not one."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON. {_REPAIR}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, an object is expected.")
+    return value
+
+
+def clean_leftovers(parent: str | Path, name: str = "*") -> None:
+    """Remove what killed processes left aside: ``<name>.tmp-<pid>`` whose process is gone."""
+    for folder in Path(parent).glob(f"{name}.tmp-*"):
+        pid = folder.name.rpartition("-")[2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_REPAIR = "Restore it from a copy, or remove the folder to go on without it."
+
+
+def _write_aside(aside: Path, files: Mapping[str, bytes | dict[str, Tensor]]) -> None:
+    """Write and fsync every file, the manifest, and the folders that hold them."""
+    aside.mkdir()
+    entries: dict[str, dict[str, Any]] = {}
+    for name, content in files.items():
+        file = aside / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write_file(file, content)
+        entries[name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    _write_file(aside / MANIFEST, _render_manifest(entries))
+    for folder in {aside, *(file.parent for file in aside.rglob("*"))}:
+        _sync(folder)
+
+
+def _write_file(path: Path, content: bytes | dict[str, Tensor]) -> None:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save_tensors(path, content)
+    _sync(path)
+
+
+def _into_place(aside: Path, path: Path) -> None:
+    """Rename ``aside`` to ``path``. Two renames when ``path`` exists; in between the old one is found by readers."""
+    displaced = _displaced(path)
+    if path.exists():
+        os.rename(path, displaced)
+    os.rename(aside, path)
+    _sync(path.parent)
+    shutil.rmtree(displaced, ignore_errors=True)
+
+
+def _displaced(path: Path) -> Path:
+    return path.with_name(f"{path.name}.old")
+
+
+def _settle(path: Path) -> None:
+    """Finish or undo a replacement that a crash interrupted between its two renames."""
+    displaced = _displaced(path)
+    if displaced.exists():
+        if path.exists():
+            shutil.rmtree(displaced, ignore_errors=True)
+        else:
+            os.rename(displaced, path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _full(path: Path, needed: int, free: int) -> str:
+    return (f"No space to write {path}: {needed:,} bytes are needed, {free:,} are free. What was saved before is intact. "
+            "Free some space (or choose another folder) and give the same command again.")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _safe_name(name: str) -> str:
+    pure = PurePosixPath(name)
+    if not name or "\\" in name or pure.is_absolute() or ".." in pure.parts or str(pure) in (".", MANIFEST):
+        raise CheckpointError(f"{name!r} is no name for a file inside a folder of ours.")
+    return str(pure)
+
+
+def _prepare(content: Content) -> bytes | dict[str, Tensor]:
+    if isinstance(content, bytes):
+        return content
+    if isinstance(content, str):
+        return content.encode()
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return dict(content)
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _size(content: bytes | dict[str, Tensor]) -> int:
+    if isinstance(content, bytes):
+        return len(content)
+    return sum(t.numel() * t.element_size() + 128 + len(name) for name, t in content.items())
+
+
+def _render_manifest(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
+    body = {"format": FORMAT, "files": dict(entries)}
+    own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**body, "sha256": own}, indent=1) + "\n").encode()
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, so {path.parent} cannot be trusted. {_REPAIR}")
+    content = read_json(path)
+    files = content.get("files")
+    # Rendering again compares every byte: a manifest that was touched anywhere is not ours any more.
+    if content.get("format") != FORMAT or not isinstance(files, dict) or _render_manifest(files) != path.read_bytes():
+        raise CheckpointError(f"{path} is damaged or was written by another version. {_REPAIR}")
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------- tensors
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file (no manifest, no fsync). Views of one storage are written as separate tensors."""
+    ready: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in storages:
+            tensor = tensor.clone()
+        storages.add(storage)
+        ready[name] = tensor
+    try:
+        save_file(ready, path)
+    except OSError:
+        raise
+    except Exception as error:
+        # safetensors reports a full disk as its own error class, with the errno only in the text.
+        code = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
+        raise OSError(code, f"safetensors could not write it ({error})", str(path)) from error
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, memory-mapped (copy on write): pages are read when touched.
+
+    Raises CheckpointError when the header lies about sizes, overlaps, or is too large.
+    """
+    path = Path(path)
+    check_header(path)
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"{path} is no readable safetensors file ({error}). {_REPAIR}") from error
+
+
+def check_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The checked header of a safetensors file: name -> {dtype, shape, data_offsets}; no tensor is read.
+
+    Raises CheckpointError naming the tensor when sizes, offsets or dtypes do not fit the file.
+    """
+    def bad(what: str) -> CheckpointError:
+        return CheckpointError(f"{path} is not a sound safetensors file: {what}. {_REPAIR}")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, HEADER_BYTES):
+                raise bad(f"its header claims {length:,} bytes, the file has {size:,}")
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+    if raw.count(b'"data_offsets"') > HEADER_KEYS:
+        raise bad(f"its header lists more than {HEADER_KEYS:,} tensors")
+    try:
+        pairs = json.loads(raw, object_pairs_hook=list)
+        header = {name: dict(entry) for name, entry in pairs if name != "__metadata__"}
+        names = [name for name, _ in pairs]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise bad("its header is not a JSON object of tensors") from error
+    if len(set(names)) != len(names):
+        raise bad("its header lists a tensor twice")
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: _offsets(item[1])):
+        begin, stop = _offsets(entry)
+        shape = entry.get("shape")
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise bad(f"{name!r} has the shape {shape!r}")
+        item = _ITEM_BYTES.get(str(entry.get("dtype")))
+        if item is None:
+            raise bad(f"{name!r} has the unknown dtype {entry.get('dtype')!r}")
+        if begin != end or stop - begin != math.prod(shape) * item:
+            raise bad(f"{name!r} claims bytes {begin}..{stop} for shape {shape}, which does not fit")
+        end = stop
+    if 8 + length + end != size:
+        raise bad(f"its tensors end at byte {8 + length + end:,} of {size:,}")
+    return header
+
+
+def state_tensors(net: nn.Module) -> dict[str, Tensor]:
+    """The net's state, each tied tensor once under its first name: what :func:`load_into` takes back."""
+    return {names[0]: tensor for names, tensor in _tied(net)}
+
+
+def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Copy ``tensors`` into the net, strictly: every name and shape must fit. ``where`` is for the message.
+
+    A tied tensor may be given under one or all of its names (then with equal values). Nothing is copied unless
+    everything fits. Raises CheckpointError listing what is missing, unexpected or of another shape.
+    """
+    own = list(_tied(net))
+    known = {name for names, _ in own for name in names}
+    faults = [f"{name!r} is unexpected ({nearest(name, known)})" for name in tensors if name not in known]
+    faults_missing: list[str] = []
+    plan: list[tuple[Tensor, Tensor]] = []
+    for names, target in own:
+        given = [name for name in names if name in tensors]
+        if not given:
+            spare = [name for name in tensors if name not in known]
+            near = nearest(names[0], spare) if spare else "nothing in the file is left over"
+            faults_missing.append(f"{names[0]!r} is missing ({near})")
+            continue
+        source = tensors[given[0]]
+        if target.is_meta:
+            raise CheckpointError(f"The net that should take {where} is on the meta device and holds no values: "
+                                  "build it on a real device first.")
+        if source.shape != target.shape:
+            faults.append(f"{given[0]!r} has shape {tuple(source.shape)}, the net wants {tuple(target.shape)}")
+        elif any(not torch.equal(source, tensors[name]) for name in given[1:]):
+            faults.append(f"{', '.join(map(repr, given))} are one tensor in the net, but differ in the file")
+        plan.append((target, source))
+    faults = faults_missing + faults
+    if faults:
+        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise CheckpointError(f"{where} does not fit the net: {'; '.join(faults[:8])}{more}. "
+                              "Check that the configuration and the file belong together.")
+    with torch.no_grad():
+        for target, source in plan:
+            target.copy_(source)
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 over dtype, shape and the exact bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _tied(net: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
+    """Each tensor of the state once, with all its names."""
+    names: dict[int, list[str]] = defaultdict(list)
+    found: dict[int, Tensor] = {}
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        names[id(tensor)].append(name)
+        found[id(tensor)] = tensor
+    return ((names[key], tensor) for key, tensor in found.items())
+
+
+def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
+    pair = entry.get("data_offsets")
+    if isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair):
+        return pair[0], pair[1]
+    return -1, -1
+
+
+# ---------------------------------------------------------------------------------------------------- the lock
+
+class RunLock:
+    """One writer per run folder: ``with RunLock(folder): ...``; a second process is refused at once.
+
+    The lock is the kernel's (flock), so it ends with the process that holds it, however that ends: a file left by a
+    killed run never blocks. The file names the holder's process and host for the message.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / "run.lock"
+        self._handle: int | None = None
+
+    def __enter__(self) -> "RunLock":
+        import fcntl  # Not on every system; loading a model must work without it.
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise CheckpointError(f"{self.path} cannot be locked ({error.strerror}): put the run folder on a file "
+                                      "system that has locks.") from error
+            raise RunLockedError(f"{self.path.parent} is in use by {self._holder()}. Wait until that run ends, stop it, "
+                                 "or choose another folder.") from error
+        os.ftruncate(handle, 0)
+        os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        self._handle = handle
+        # Workers are forked with our handle open; a worker that outlives a killed run would keep the lock.
+        os.register_at_fork(after_in_child=self._close)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _holder(self) -> str:
+        try:
+            holder = json.loads(self.path.read_text())
+            return f"process {holder['pid']} on {holder['host']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"
+
+
+__all__: Iterable[str] = (
+    "MANIFEST", "RunLock", "RunLockedError", "check_header", "clean_leftovers", "file_sha256", "load_into",
+    "load_tensors", "read_folder", "read_json", "save_tensors", "state_tensors", "tensor_sha256", "write_folder",
+)

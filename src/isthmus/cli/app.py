@@ -1,0 +1,128 @@
+"""The commands and their options; each hands over to a module of its own."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    name="isthmus",
+    help="CLIP, Flamingo, BLIP-2 and LLaVA: train, study, compare and serve multimodal language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(help="Write, check and look at data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the facts to this file as JSON.")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value changes, e.g. stages.align.steps=100.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from isthmus import __version__
+
+        typer.echo(f"isthmus {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Options before a command."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the runs, results.json and report.html.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Open the browser page at the end.")] = True,
+) -> None:
+    """The whole story on the embedded scenes: train CLIP, a language model and LLaVA, score them, show them."""
+    from isthmus.recipes.demo import run_demo
+
+    run_demo(out, seed=seed, serve=serve)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")],
+    overrides: Overrides = None,
+    out: Annotated[Optional[Path], typer.Option(help="Run folder (default: runs/<recipe>).")] = None,
+    tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard events.")] = False,
+) -> None:
+    """Run every stage of a recipe. The same command again resumes a run that was interrupted."""
+    from isthmus.cli.train import run
+
+    run(recipe, overrides or [], out, tensorboard=tensorboard)
+
+
+@app.command()
+def show(
+    what: Annotated[str, typer.Argument(help="A recipe or a model folder.")],
+    overrides: Overrides = None,
+    json_file: Json = None,
+) -> None:
+    """Parts, exact parameter counts, what each stage trains, tokens per image, the compute rule, memory."""
+    from isthmus.cli.show import run
+
+    run(what, overrides or [], json_file)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder.")],
+    task: Annotated[Optional[str], typer.Option(help="vqa, retrieval, zero-shot or linear-probe.")] = None,
+    data: Annotated[Optional[str], typer.Option(help="A data file or folder, or a YAML file describing a source.")] = None,
+    option: Annotated[Optional[list[str]], typer.Option("--set", help="key=value option of the source.")] = None,
+    prior: Annotated[Optional[str], typer.Option(help="Training data whose answers give the prior.")] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Score only the first N samples.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Folder of raw outputs and scores.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of shuffles and intervals.")] = 0,
+    json_file: Json = None,
+) -> None:
+    """Score a model: with intervals, raw outputs, and the best score without looking. No task: the recipe's own."""
+    from isthmus.cli.evaluate import run
+
+    run(model, task=task, data=data, options=option or [], prior=prior, limit=limit, out=out, seed=seed,
+        json_file=json_file)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A model folder.")],
+    question: Annotated[Optional[str], typer.Argument(help="One question; without it a conversation starts.")] = None,
+    image: Annotated[Optional[list[Path]], typer.Option(help="A picture (repeat for several).")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+) -> None:
+    """One answer about pictures, or a conversation."""
+    from isthmus.cli.chat import run
+
+    run(model, question, image or [], max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what the machine can do, and the known traps (a torchvision that must not be there)."""
+    from isthmus.cli.doctor import run
+
+    run()
+
+
+@data_app.command(name="scenes")
+def data_scenes(
+    out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
+    format: Annotated[str, typer.Option(help="llava, webdataset or coco.")] = "llava",
+    count: Annotated[int, typer.Option(help="Number of pictures.")] = 1000,
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "train",
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    size: Annotated[int, typer.Option(help="Side of a picture in pixels.")] = 64,
+) -> None:
+    """Write the generated scenes in a format other tools read."""
+    from isthmus.cli.data import scenes
+
+    scenes(out, format, count=count, split=split, seed=seed, size=size)

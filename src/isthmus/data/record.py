@@ -1,0 +1,131 @@
+"""Record and Example: the only two shapes of a sample.
+
+A Record is what a source yields, nothing decoded yet: an ordered, interleaved list of parts. Caption pair, VQA
+item, conversation, few-shot prompt and web document are all Records. An Example is a Record after the processor
+of one system and one stage: token ids and labels built together, and the places of its visuals.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Role = Literal["text", "system", "user", "assistant"]
+"""``text`` is running text without speakers (captions, documents); the rest are the turns of a conversation."""
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Anything that can hand over an encoded or raw picture when asked: a path, a tar member, a scene."""
+
+    def describe(self) -> str:
+        """Where it comes from, for error messages: ``cats.tar :: 0001.png``."""
+        ...
+
+    def read(self) -> Any:
+        """Encoded bytes, or a PIL image when the picture is made rather than read. Raises DataError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of text. ``text`` may hold alternatives (five captions): one is drawn by (seed, epoch, id)."""
+
+    text: str | tuple[str, ...]
+    role: Role = "text"
+    learn: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture's place in the record. ``key`` is its identity: a given id, or the sha256 of its bytes."""
+
+    source: ImageSource
+    role: Role = "user"
+    key: str = ""
+
+    def content_key(self) -> str:
+        """The given key, else the sha256 of the encoded bytes (of mode, size and pixels for a made picture)."""
+        if self.key:
+            return self.key
+        raw = self.source.read()
+        if isinstance(raw, bytes):
+            return hashlib.sha256(raw).hexdigest()
+        return hashlib.sha256(f"{raw.mode}{raw.size}".encode() + raw.tobytes()).hexdigest()
+
+
+Part = Text | Image
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sample of a source. ``meta`` carries what scoring needs: question kind, answers, class, keywords."""
+
+    id: str
+    parts: tuple[Part, ...]
+    source: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(p for p in self.parts if isinstance(p, Image))
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        return tuple(p for p in self.parts if isinstance(p, Text))
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One token stream of an example; ``labels`` has the length of ``ids`` (IGNORE where nothing is learnt)."""
+
+    ids: list[int]
+    labels: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The ``visual``-th visual of the example stands at ``start`` in stream ``stream``, ``length`` tokens long."""
+
+    visual: int
+    stream: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A processed sample: streams of ids and labels, places of visuals, and pixels still undecoded.
+
+    ``pixels`` are callables so that planning (lengths) costs no decoding; collate calls them.
+    """
+
+    id: str
+    source: str
+    streams: Mapping[str, Span]
+    visuals: tuple[Image, ...] = ()
+    pixels: tuple[Callable[[], Any], ...] = ()
+    places: tuple[Place, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Length of the longest stream in tokens: what batches are planned with."""
+        return max((len(s.ids) for s in self.streams.values()), default=0)
+
+
+def without_answer(record: Record) -> Record:
+    """The record up to its last question: a trailing assistant turn is cut off (what a model is then asked)."""
+    parts = list(record.parts)
+    while parts and parts[-1].role == "assistant":
+        parts.pop()
+    return replace(record, parts=tuple(parts))
+
+
+def answer_of(record: Record) -> str:
+    """The text of the trailing assistant turn: the truth an answer is held against; empty when there is none."""
+    tail: list[str] = []
+    for part in reversed(record.parts):
+        if not isinstance(part, Text) or part.role != "assistant":
+            break
+        tail.append(part.text if isinstance(part.text, str) else part.text[0])
+    return "".join(reversed(tail))

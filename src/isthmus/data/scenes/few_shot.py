@@ -1,0 +1,62 @@
+"""Few-shot tasks in text whose rule is only in the examples: made-up words stand for the values of one attribute.
+
+Each prompt makes up its own words, so nothing but the examples can tell what they mean. One fifth of the words is
+kept for evaluation and never occurs in training.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+from isthmus.data.scenes.dice import Dice
+from isthmus.data.scenes.scene import COLOURS, HELD_OUT, SHAPES, SIZES
+from isthmus.data.scenes.words import number
+
+_SYLLABLES = tuple(c + v for c, v in product("bdfgklmnprstvz", "aiou"))
+_WORDS = tuple(a + b for a, b in product(_SYLLABLES, _SYLLABLES))
+RESERVED_WORDS = frozenset(w for i, w in enumerate(_WORDS) if i * 7919 % 5 == 0)
+"""Made-up words for evaluation only."""
+TRAINING_WORDS = tuple(w for w in _WORDS if w not in RESERVED_WORDS)
+_EVALUATION_WORDS = tuple(w for w in _WORDS if w in RESERVED_WORDS)
+_VALUES: dict[str, tuple[str, ...]] = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "count": ("1", "2", "3", "4")}
+
+
+@dataclass(frozen=True, slots=True)
+class FewShot:
+    """``examples`` are (thing, word) pairs; the last word is the task, and was seen at least once before."""
+
+    attribute: str
+    examples: tuple[tuple[str, str], ...]
+
+
+def few_shot(dice: Dice, *, reserved: bool = False, shots: int = 6) -> FewShot:
+    """A task of two or three made-up words, ``shots`` examples, and one thing to name at the end."""
+    attribute = dice.choice(sorted(_VALUES))
+    kinds = min(2 + dice.below(2), len(_VALUES[attribute]))
+    values = dice.shuffled(_VALUES[attribute])[:kinds]
+    words = _different(dice, _EVALUATION_WORDS if reserved else TRAINING_WORDS, kinds)
+    order = dice.shuffled([v for _ in range(shots) for v in values][:shots]) + [dice.choice(values)]
+    meaning = dict(zip(values, words, strict=True))
+    return FewShot(attribute, tuple((_thing(dice, attribute, v, reserved), meaning[v]) for v in order))
+
+
+def _different(dice: Dice, words: tuple[str, ...], count: int) -> list[str]:
+    """A few different words, without shuffling them all."""
+    drawn: list[str] = []
+    while len(drawn) < count:
+        word = dice.choice(words)
+        if word not in drawn:
+            drawn.append(word)
+    return drawn
+
+
+def _thing(dice: Dice, attribute: str, value: str, any_pair: bool) -> str:
+    """A solid, or a number of them, with the given value and everything else by chance."""
+    while True:
+        seen = {"size": dice.choice(SIZES), "colour": dice.choice(COLOURS), "shape": dice.choice(SHAPES)}
+        if attribute != "count":
+            seen[attribute] = value
+        if any_pair or (seen["shape"], seen["colour"]) not in HELD_OUT:
+            break
+    if attribute == "count":
+        return number(int(value), f"{seen['colour']} {seen['shape']}")
+    return f"{seen['size']} {seen['colour']} {seen['shape']}"

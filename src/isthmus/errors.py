@@ -1,0 +1,46 @@
+"""Errors that teach: what went wrong, where, in which sample, and what to do about it.
+
+Every error a user can cause is an :class:`IsthmusError`; the command line prints its text as one paragraph,
+without a traceback. Anything else that escapes is a bug in isthmus.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class IsthmusError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+
+class ConfigError(IsthmusError):
+    """A recipe, configuration or command-line value does not fit."""
+
+
+class DataError(IsthmusError):
+    """A source, file or sample cannot be used. Sample-level ones are quarantined and counted."""
+
+
+class CheckpointError(IsthmusError):
+    """A checkpoint is missing, damaged, or does not match the model."""
+
+
+class StageError(IsthmusError):
+    """A stage's freezing or training contract does not hold."""
+
+
+class CapabilityError(IsthmusError):
+    """The model cannot do what was asked of it."""
+
+
+class MissingExtraError(IsthmusError):
+    """An optional dependency is not installed."""
+
+
+def nearest(name: str, known: Iterable[str], *, many: int = 1) -> str:
+    """``did you mean 'x'?`` for a misspelt name, or the list of what is known when nothing is near."""
+    known = [str(k) for k in known]
+    close = difflib.get_close_matches(name, known, n=many, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    shown = ", ".join(sorted(known)[:24])
+    return f"known: {shown}" + (", …" if len(known) > 24 else "")

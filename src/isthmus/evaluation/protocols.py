@@ -1,0 +1,85 @@
+"""What evaluation asks of models and records. It imports neither: anything of these shapes can be scored.
+
+Shapes: N pictures, M texts, D width.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """Writes text: what visual question answering needs."""
+
+    def answer_records(self, records: Sequence[Any], **decoding: Any) -> list[str]:
+        """One answer per record, in order. A record ends with the question; its pictures may be missing (blind)."""
+        ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """Puts pictures and texts into one space: what retrieval and zero-shot classification need."""
+
+    def embed_images(self, images: Sequence[Any]) -> Tensor:
+        """(N, D); ``images`` are the picture parts of records."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """(M, D)."""
+        ...
+
+
+@runtime_checkable
+class Sees(Protocol):
+    """Gives the features before the projection into the joint space: what a linear probe needs."""
+
+    def vision_features(self, images: Sequence[Any]) -> Tensor:
+        """(N, D); ``images`` are the picture parts of records."""
+        ...
+
+
+@runtime_checkable
+class TextPart(Protocol):
+    """A piece of text of a record; ``text`` may hold alternatives, ``learn`` marks what is an answer."""
+
+    @property
+    def text(self) -> str | tuple[str, ...]: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def learn(self) -> bool: ...
+
+
+@runtime_checkable
+class Picture(Protocol):
+    """A picture of a record; equal content key = equal picture."""
+
+    def content_key(self) -> str: ...
+
+
+class Sample(Protocol):
+    """A record: a frozen dataclass of interleaved text and picture parts, with what scoring needs in ``meta``.
+
+    ``meta["kind"]`` is the kind of question, ``meta["answers"]`` the accepted answers where they are more than the
+    record's own answer, ``meta["class"]`` the class name for classification.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def parts(self) -> Sequence[Any]: ...
+    @property
+    def images(self) -> Sequence[Picture]: ...
+    @property
+    def meta(self) -> Mapping[str, Any]: ...
+
+
+class Records(Protocol):
+    """A source of records: a list, or anything that reads the i-th one when asked."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...

@@ -1,0 +1,200 @@
+"""Visual question answering: exact match beside what can be reached without looking.
+
+A score stands beside three scores of a model that does not see the picture: **blind** (the same model without the
+picture), **shuffled** (with another sample's picture) and **prior** (the training answers' most frequent answer to
+the same question text). The highest of the three is the best without looking; the **gain** is the distance above
+it, per question kind and overall.
+"""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from isthmus.errors import DataError
+from isthmus.evaluation.bootstrap import Array, Interval, intervals
+from isthmus.evaluation.protocols import Sample
+from isthmus.evaluation.turns import kind_of, turns
+
+ENOUGH = 300
+"""Fewer questions of a kind than this, and its gain says little: it is marked."""
+
+_ARTICLES = ("a ", "an ", "the ")
+
+
+def normalise(answer: str) -> str:
+    """Case, white space, a trailing full stop and a leading article do not matter; everything else does."""
+    text = " ".join(answer.casefold().split()).rstrip(".").rstrip()
+    for article in _ARTICLES:
+        if text.startswith(article):
+            return text[len(article) :]
+    return text
+
+
+def is_right(answer: str, truths: Iterable[str]) -> bool:
+    """Exact match with any accepted answer after :func:`normalise`. An empty answer is never right."""
+    given = normalise(answer)
+    return bool(given) and given in {normalise(t) for t in truths}
+
+
+class AnswerPrior:
+    """The most frequent training answer per question text, else of the question's kind, else of all.
+
+    Equally frequent answers: the alphabetically first. With no training answers at all it answers nothing.
+    """
+
+    def __init__(self, by_question: Mapping[str, str], by_kind: Mapping[str, str], overall: str) -> None:
+        self.by_question, self.by_kind, self.overall = dict(by_question), dict(by_kind), overall
+
+    @classmethod
+    def fit(cls, records: Iterable[Sample]) -> "AnswerPrior":
+        """Counts every turn of every record."""
+        questions: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        kinds: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for record in records:
+            for turn in turns(record):
+                answer = normalise(turn.answers[0])
+                questions[_question_key(turn.question)][answer] += 1
+                kinds[kind_of(record)][answer] += 1
+        overall = sum(kinds.values(), Counter())
+        return cls(
+            {q: _most_frequent(c) for q, c in questions.items()},
+            {k: _most_frequent(c) for k, c in kinds.items()},
+            _most_frequent(overall) if overall else "",
+        )
+
+    def answer(self, question: str, kind: str) -> str:
+        return self.by_question.get(_question_key(question)) or self.by_kind.get(kind) or self.overall
+
+    def fingerprint(self) -> str:
+        """sha256 of all it would answer."""
+        told = json.dumps([self.by_question, self.by_kind, self.overall], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Fractions over ``n`` questions; a control that was not run is none, and so is the gain without any control.
+
+    ``interval`` and ``gain_interval`` are 95 % bootstrap intervals over questions, the gain's paired and with its
+    best control chosen anew in each resample. ``empty`` counts empty answers (each of them wrong).
+    """
+
+    n: int
+    accuracy: float
+    interval: Interval
+    blind: float | None = None
+    shuffled: float | None = None
+    prior: float | None = None
+    gain: float | None = None
+    gain_interval: Interval | None = None
+    empty: int = 0
+
+    @property
+    def best_without_looking(self) -> float | None:
+        known = [c for c in (self.blind, self.shuffled, self.prior) if c is not None]
+        return max(known) if known else None
+
+    @property
+    def enough(self) -> bool:
+        return self.n >= ENOUGH
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "accuracy": self.accuracy,
+            "accuracy_interval": list(self.interval),
+            "blind": self.blind,
+            "shuffled": self.shuffled,
+            "prior": self.prior,
+            "best_without_looking": self.best_without_looking,
+            "gain": self.gain,
+            "gain_interval": list(self.gain_interval) if self.gain_interval else None,
+            "n": self.n,
+            "enough": self.enough,
+            "empty": self.empty,
+        }
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> "Score":
+        gain_interval = facts.get("gain_interval")
+        return cls(
+            n=facts["n"],
+            accuracy=facts["accuracy"],
+            interval=_pair(facts["accuracy_interval"]),
+            blind=facts.get("blind"),
+            shuffled=facts.get("shuffled"),
+            prior=facts.get("prior"),
+            gain=facts.get("gain"),
+            gain_interval=_pair(gain_interval) if gain_interval else None,
+            empty=facts.get("empty", 0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VqaScores:
+    """Overall and per question kind (alphabetically)."""
+
+    overall: Score
+    kinds: Mapping[str, Score] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The overall facts, with ``kinds`` beside them: what stands under ``models.<name>`` in results.json."""
+        return {**self.overall.to_dict(), "kinds": {k: s.to_dict() for k, s in self.kinds.items()}}
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> "VqaScores":
+        return cls(Score.from_dict(facts), {k: Score.from_dict(s) for k, s in facts.get("kinds", {}).items()})
+
+
+def score(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> VqaScores:
+    """Scores of output rows: each has ``truth`` (list), ``kind``, ``answer``, and ``blind``, ``shuffled`` and
+    ``prior`` (the raw answers, or none where the control was not run).
+
+    Raises DataError when there are no rows.
+    """
+    if not rows:
+        raise DataError("There are no answers to score: the data set is empty.")
+    kinds: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        kinds[row["kind"]].append(row)
+    return VqaScores(_score(rows, seed), {k: _score(kinds[k], seed) for k in sorted(kinds)})
+
+
+def _score(rows: Sequence[Mapping[str, Any]], seed: int) -> Score:
+    controls = [c for c in ("blind", "shuffled", "prior") if all(r.get(c) is not None for r in rows)]
+    right = np.array([[is_right(r[c], r["truth"]) for c in ("answer", *controls)] for r in rows], dtype=np.float64)
+    n = len(rows)
+
+    def statistic(sums: Array) -> Array:
+        gain = sums[:, 0] - sums[:, 1:].max(axis=1, initial=0)
+        return np.stack([sums[:, 0], gain], axis=1) / n
+
+    accuracy, gain = intervals(right, statistic, seed=seed)
+    means = right.mean(axis=0)
+    values = {c: float(m) for c, m in zip(controls, means[1:], strict=True)}
+    return Score(
+        n=n,
+        accuracy=float(means[0]),
+        interval=accuracy,
+        gain=float(means[0]) - max(values.values()) if values else None,
+        gain_interval=gain if values else None,
+        empty=sum(not r["answer"].strip() for r in rows),
+        **values,
+    )
+
+
+def _question_key(question: str) -> str:
+    return " ".join(question.casefold().split())
+
+
+def _most_frequent(counts: Counter[str]) -> str:
+    return min(counts, key=lambda answer: (-counts[answer], answer))
+
+
+def _pair(values: Sequence[float]) -> Interval:
+    low, high = values
+    return float(low), float(high)

@@ -1,0 +1,1 @@
+"""Building blocks that know torch and nothing above: attention, towers, losses, connectors, splice."""

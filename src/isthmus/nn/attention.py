@@ -1,0 +1,55 @@
+"""One multi-head attention for self- and cross-attention.
+
+Legend: B batch, T query tokens, S key tokens, D width, H heads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isthmus.errors import ConfigError
+
+
+class Attention(nn.Module):
+    """softmax(q kᵀ / √head_width) v over H heads (Vaswani et al. 2017, sec. 3.2).
+
+    ``context_width`` is the width of the key and value tokens in cross-attention; ``head_width`` defaults to
+    ``width / heads``. The kernel is PyTorch's SDPA, which accumulates the softmax in float32 in half precision.
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, context_width: int | None = None, head_width: int | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if head_width is None:
+            if width % heads:
+                raise ConfigError(f"width {width} cannot be shared among {heads} heads; choose a divisor of {width}.")
+            head_width = width // heads
+        inner = heads * head_width
+        self.heads, self.head_width = heads, head_width
+        self.q_proj = nn.Linear(width, inner, bias=bias)
+        self.k_proj = nn.Linear(context_width or width, inner, bias=bias)
+        self.v_proj = nn.Linear(context_width or width, inner, bias=bias)
+        self.out_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """(B, T, D) from ``x`` (B, T, D), attending to ``context`` (B, S, Dc), or to itself when there is none.
+
+        ``mask`` is bool, broadcastable to (B, H, T, S), true where a query may look. ``causal`` hides keys to the
+        right of a query. A query that may look nowhere gets the output bias alone.
+        """
+        if causal and context is not None:
+            raise ConfigError("causal attention has one sequence; with a context, say by `mask` what may be seen.")
+        source = x if context is None else context
+        q, k, v = self._split(self.q_proj(x)), self._split(self.k_proj(source)), self._split(self.v_proj(source))
+        if mask is not None and causal:
+            mask = mask & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, T, H·head_width) -> (B, H, T, head_width)."""
+        return x.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)

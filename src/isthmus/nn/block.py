@@ -1,0 +1,96 @@
+"""The pre-norm transformer block and its MLP, shared by every tower and connector.
+
+Legend: B batch, T tokens, D width, H heads.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isthmus.errors import ConfigError, nearest
+from isthmus.nn.attention import Attention
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x·σ(1.702 x), the activation of OpenAI's CLIP weights."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation, the activation of SigLIP."""
+    return F.gelu(x, approximate="tanh")
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)², the activation of Flamingo's resampler and gated blocks."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": F.relu,
+    "squared_relu": squared_relu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of that name; ``gelu`` is the exact (erf) one. Raises ConfigError for an unknown name."""
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"unknown activation {name!r}; {nearest(name, ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class Mlp(nn.Module):
+    """fc2(act(fc1(x))), width → hidden → width."""
+
+    def __init__(self, width: int, hidden: int, activation_name: str = "gelu") -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.activation = activation(activation_name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x + Attn(LN(x)), then x + MLP(LN(x)). ``hidden`` is the width inside the MLP, ``eps`` LayerNorm's."""
+
+    def __init__(self, width: int, heads: int, hidden: int, activation: str = "gelu", eps: float = 1e-5) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, hidden, activation)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """(B, T, D) -> (B, T, D); ``mask`` and ``causal`` as in :class:`Attention`."""
+        x = x + self.attn(self.ln_1(x), mask=mask, causal=causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+def init_block(block: Block, depth: int) -> None:
+    """OpenAI's start for one of ``depth`` blocks: both branches' last layers shrink with √(2·depth).
+
+    With width w: q, k, v ~ N(0, 1/w), out and fc2 ~ N(0, 1/(2·depth·w)), fc1 ~ N(0, 1/(2w)); attention biases are
+    zero, MLP biases keep PyTorch's start.
+    """
+    width = block.ln_1.normalized_shape[0]
+    residual = (2 * depth * width) ** -0.5
+    init_attention(block.attn, width**-0.5, residual)
+    nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+    nn.init.normal_(block.mlp.fc2.weight, std=residual)
+
+
+def init_attention(attention: Attention, inner: float, out: float) -> None:
+    """q, k, v ~ N(0, inner²), output projection ~ N(0, out²), biases zero."""
+    for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+        nn.init.normal_(layer.weight, std=inner)
+    nn.init.normal_(attention.out_proj.weight, std=out)
+    for layer in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj):
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,152 @@
+"""Contrastive losses, exact on any number of processes, and the next-token loss.
+
+Legend: B rows of this process, G rows of all processes, D width, T tokens, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from isthmus.batch import IGNORE
+
+Similarity = Literal["cosine", "dot", "euclidean"]
+
+
+def similarity(images: Tensor, texts: Tensor, kind: Similarity = "cosine") -> Tensor:
+    """(B, C) from embeddings (B, D) and (C, D): cosine, dot product or negative squared Euclidean distance.
+
+    Computed in float32 at least, whatever the autocast.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        images, texts = _full(images), _full(texts)
+        if kind == "cosine":
+            return F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+        products = images @ texts.T
+        if kind == "dot":
+            return products
+        return 2 * products - images.square().sum(-1)[:, None] - texts.square().sum(-1)[None]
+
+
+def info_nce(
+    images: Tensor, texts: Tensor, log_scale: Tensor, *, kind: Similarity = "cosine", keys: Sequence[str] = ()
+) -> Tensor:
+    """Symmetric InfoNCE (Radford et al. 2021, fig. 3), mean over this process's B rows: a scalar.
+
+    ``images`` and ``texts`` (B, D) are this process's pairs; rows of all other processes are gathered as negatives,
+    so that the mean over processes, and its gradient, are those of one process holding all G rows. Two rows with
+    the same non-empty key show the same picture: neither is the other's negative, nor its positive.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        images, texts, scale = _full(images), _full(texts), _full(log_scale).exp()
+        all_images, all_texts = gather(images), gather(texts)
+        target = torch.arange(len(images), device=images.device) + len(images) * _rank()
+        left_out = _same_picture(keys, target, len(all_images))
+        total = images.new_zeros(())
+        for own, others in ((images, all_texts), (texts, all_images)):
+            logits = scale * similarity(own, others, kind)
+            if left_out is not None:
+                logits = logits.masked_fill(left_out, -torch.inf)
+            total = total + F.cross_entropy(logits, target)
+        return total / 2
+
+
+def sigmoid_loss(
+    images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, *, kind: Similarity = "cosine",
+    keys: Sequence[str] = (),
+) -> Tensor:
+    """SigLIP's loss (Zhai et al. 2023, eq. 1): -Σᵢⱼ log σ(zᵢⱼ (s·simᵢⱼ + b)) over B, z = 1 on pairs and -1 elsewhere.
+
+    Arguments, processes and equal keys as in :func:`info_nce`.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        images, texts = _full(images), _full(texts)
+        all_texts = gather(texts)
+        target = torch.arange(len(images), device=images.device) + len(images) * _rank()
+        logits = _full(log_scale).exp() * similarity(images, all_texts, kind) + _full(bias)
+        sign = torch.full_like(logits, -1.0)
+        sign[torch.arange(len(images), device=images.device), target] = 1.0
+        terms = F.logsigmoid(sign * logits)
+        left_out = _same_picture(keys, target, len(all_texts))
+        if left_out is not None:
+            terms = terms.masked_fill(left_out, 0.0)
+        return -terms.sum() / len(images)
+
+
+def next_token_loss(
+    states: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], *, chunk: int = 2048
+) -> tuple[Tensor, int]:
+    """(sum of -log p(label), number of labels); the state at t predicts the label at t + 1.
+
+    ``states`` (B, T, D), ``labels`` (B, T) with IGNORE where nothing is learnt, ``head`` (n, D) -> (n, V). Logits
+    exist only where a label is, ``chunk`` positions at a time, and are recomputed in the backward pass.
+    """
+    learnt = labels[:, 1:] != IGNORE
+    states, targets = states[:, :-1][learnt], labels[:, 1:][learnt]
+
+    def part(rows: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(_full(head(rows)), wanted, reduction="sum")
+
+    total = _full(states).sum() * 0.0  # keeps the graph when nothing is learnt
+    for rows, wanted in zip(states.split(chunk), targets.split(chunk), strict=True):
+        total = total + (checkpoint(part, rows, wanted, use_reentrant=False) if rows.requires_grad
+                         else part(rows, wanted))
+    return total, len(targets)
+
+
+def gather(x: Tensor) -> Tensor:
+    """(G, D): the rows (B, D) of all processes in order of rank, with the exact gradient. Equal B assumed."""
+    return _Gather.apply(x) if _world() > 1 else x  # type: ignore[return-value]
+
+
+class _Gather(torch.autograd.Function):
+    """Forward concatenates over ranks; backward sums the gradients over ranks and keeps the own slice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        parts = [torch.empty_like(x) for _ in range(_world())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # All-reduce and slice rather than reduce-scatter: gloo has only the former.
+        gradient = gradients[0].contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient[ctx.rows * _rank():][: ctx.rows]
+
+
+def _same_picture(keys: Sequence[str], target: Tensor, total: int) -> Tensor | None:
+    """(B, G) bool, true where a row meets another row of the same picture; none when all pictures differ."""
+    if not keys:
+        return None
+    # 63-bit fingerprints travel between processes instead of strings; an empty key equals no other row's.
+    marks = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> 1 if key else -1 for key in keys]
+    own = torch.tensor(marks, device=target.device)
+    others = own.new_empty(total)
+    if _world() > 1:
+        dist.all_gather(list(others.split(len(own))), own)
+    else:
+        others = own
+    same = (own[:, None] == others[None]) & (own >= 0)[:, None]
+    same[torch.arange(len(own), device=target.device), target] = False
+    return same if bool(same.any()) else None
+
+
+def _full(x: Tensor) -> Tensor:
+    """At least float32: half precision is widened, float64 stays."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if _world() > 1 else 0

@@ -1,0 +1,241 @@
+"""The vision transformer: OpenAI CLIP's and SigLIP's towers, chosen by configuration.
+
+    pixels (n, 3, H, W) → patches (n, P, D) → [class token] + positions → [ln_pre] → blocks → pooled (n, D)
+
+Legend: n pictures, P patches (row-major), D width. A tower hands out any of its L+1 hidden states, and computes no
+block above the highest one asked for.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isthmus.errors import ConfigError
+from isthmus.nn.attention import Attention
+from isthmus.nn.block import Block, Mlp, init_attention, init_block
+
+Interpolation = Literal["hf", "open_clip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Sizes and variant of a vision transformer; ``image_size`` and ``patch_size`` are in pixels.
+
+    ``post_norm`` says what the last LayerNorm sees: the ``pooled`` vector (CLIP), ``all`` tokens (SigLIP) or nothing.
+    ``pool`` is the class token (CLIP), an attention head with a learned query (SigLIP), or none.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    activation: str = "quick_gelu"
+    eps: float = 1e-5
+    class_token: bool = True
+    pre_norm: bool = True
+    patch_bias: bool = False
+    post_norm: Literal["pooled", "all", "none"] = "pooled"
+    pool: Literal["class", "attention", "none"] = "class"
+
+    def __post_init__(self) -> None:
+        if self.patch_size > self.image_size:
+            raise ConfigError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}.")
+        if self.pool == "class" and not self.class_token:
+            raise ConfigError("pool 'class' needs class_token: true; take pool 'attention' or 'none'.")
+        if self.post_norm == "pooled" and self.pool == "none":
+            raise ConfigError("post_norm 'pooled' needs something pooled; with pool 'none' take post_norm 'none'.")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a picture of ``image_size``."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Patches plus the class token if there is one: the rows of the position table."""
+        return self.grid**2 + self.class_token
+
+    @classmethod
+    def vit_b_32(cls) -> "VisionConfig":
+        return cls(image_size=224, patch_size=32, width=768, layers=12, heads=12, mlp_width=3072)
+
+    @classmethod
+    def vit_b_16(cls) -> "VisionConfig":
+        return cls(image_size=224, patch_size=16, width=768, layers=12, heads=12, mlp_width=3072)
+
+    @classmethod
+    def vit_l_14(cls) -> "VisionConfig":
+        return cls(image_size=224, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096)
+
+    @classmethod
+    def vit_l_14_336(cls) -> "VisionConfig":
+        return cls(image_size=336, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096)
+
+    @classmethod
+    def siglip_b_16(cls, image_size: int = 224) -> "VisionConfig":
+        return cls.siglip(image_size=image_size, patch_size=16, width=768, layers=12, heads=12, mlp_width=3072)
+
+    @classmethod
+    def siglip_so400m_14(cls, image_size: int = 384) -> "VisionConfig":
+        return cls.siglip(image_size=image_size, patch_size=14, width=1152, layers=27, heads=16, mlp_width=4304)
+
+    @classmethod
+    def siglip(
+        cls, *, image_size: int, patch_size: int, width: int, layers: int, heads: int, mlp_width: int,
+        activation: str = "gelu_tanh", eps: float = 1e-6, pool: Literal["attention", "none"] = "attention",
+    ) -> "VisionConfig":
+        """SigLIP's variant at any size: no class token, no first norm, attention pooling over normed tokens."""
+        return cls(
+            image_size=image_size, patch_size=patch_size, width=width, layers=layers, heads=heads,
+            mlp_width=mlp_width, activation=activation, eps=eps, class_token=False, pre_norm=False, patch_bias=True,
+            post_norm="all", pool=pool,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VisionOutput:
+    """``pooled`` (n, D) or none; ``layers``: the hidden states asked for, in that order, each (n, P or 1+P, D)."""
+
+    pooled: Tensor | None
+    layers: tuple[Tensor, ...] = ()
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's pooling head: y = MHA(probe, tokens, tokens), then y + MLP(LN(y))."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.empty(1, 1, config.width))
+        self.attn = Attention(config.width, config.heads)
+        self.ln = nn.LayerNorm(config.width, eps=config.eps)
+        self.mlp = Mlp(config.width, config.mlp_width, config.activation)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(n, P, D) -> (n, D)."""
+        y = self.attn(self.probe.expand(len(tokens), -1, -1), tokens)
+        return (y + self.mlp(self.ln(y)))[:, 0]
+
+
+class VisionTransformer(nn.Module):
+    """Dosovitskiy et al. 2021 with CLIP's changes (Radford et al. 2021, sec. 2.4) or SigLIP's (Zhai et al. 2023)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=config.patch_bias)
+        self.class_token = nn.Parameter(torch.empty(width)) if config.class_token else None
+        self.positions = nn.Parameter(torch.empty(config.tokens, width))
+        self.ln_pre = nn.LayerNorm(width, eps=config.eps) if config.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.mlp_width, config.activation, config.eps) for _ in range(config.layers)
+        )
+        self.ln_post = nn.Identity() if config.post_norm == "none" else nn.LayerNorm(width, eps=config.eps)
+        self.pool = AttentionPool(config) if config.pool == "attention" else None
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """OpenAI's scheme with this tower's width and depth; the patch convolution keeps PyTorch's start."""
+        scale = self.config.width**-0.5
+        nn.init.normal_(self.positions, std=scale)
+        if self.class_token is not None:
+            nn.init.normal_(self.class_token, std=scale)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            init_block(block, self.config.layers)
+        if self.pool is not None:
+            nn.init.normal_(self.pool.probe, std=scale)
+            init_attention(self.pool.attn, scale, scale)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of a picture of that many pixels; what is left over at the edges is unseen."""
+        return height // self.config.patch_size, width // self.config.patch_size
+
+    def forward(
+        self,
+        pixels: Tensor,
+        *,
+        layers: Sequence[int] = (),
+        interpolate: Interpolation | None = None,
+        pooled: bool = True,
+    ) -> VisionOutput:
+        """Encode ``pixels`` (n, 3, H, W), normalised as the tower was trained.
+
+        ``layers`` are indices into the L+1 hidden states: 0 is what enters the first block, -1 the last block's raw
+        output (no post-norm). ``interpolate`` allows other sizes than ``image_size`` by resizing the position table
+        one of the two published ways (:func:`resize_positions`). Raises ConfigError for a wrong size or layer.
+        """
+        depth = self.config.layers
+        wanted = [self._layer(index) for index in layers]
+        pooled = pooled and self.config.pool != "none"
+        highest = depth if pooled else max(wanted, default=0)
+
+        x = self._embed(pixels, interpolate)
+        kept = {0: x} if 0 in wanted else {}
+        for number, block in enumerate(self.blocks[:highest], start=1):
+            x = block(x)
+            if number in wanted:
+                kept[number] = x
+        return VisionOutput(self._pool(x) if pooled else None, tuple(kept[number] for number in wanted))
+
+    def _layer(self, index: int) -> int:
+        count = self.config.layers + 1
+        if not -count <= index < count:
+            raise ConfigError(f"layer {index} does not exist: this tower has {count} hidden states, 0 to {count - 1} "
+                              f"or -{count} to -1.")
+        return index % count
+
+    def _embed(self, pixels: Tensor, interpolate: Interpolation | None) -> Tensor:
+        """(n, 3, H, W) -> hidden state 0."""
+        table = self._positions(pixels.shape[-2], pixels.shape[-1], interpolate)
+        x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        return self.ln_pre(x + table)
+
+    def _positions(self, height: int, width: int, interpolate: Interpolation | None) -> Tensor:
+        side, patch = self.config.image_size, self.config.patch_size
+        if (height, width) == (side, side):
+            return self.positions
+        if interpolate is None:
+            raise ConfigError(f"the vision encoder was made for {side}x{side} pixels and was given {height}x{width}; "
+                              "resize the pictures, or ask for interpolate='hf' or 'open_clip'.")
+        if min(height, width) < patch:
+            raise ConfigError(f"a picture of {height}x{width} pixels is smaller than one {patch}x{patch} patch.")
+        own = self.config.grid
+        return resize_positions(self.positions, (own, own), self.grid(height, width), how=interpolate,
+                                class_token=self.config.class_token)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        if self.config.post_norm == "all":
+            x = self.ln_post(x)
+        x = self.pool(x) if self.pool is not None else x[:, 0]
+        return self.ln_post(x) if self.config.post_norm == "pooled" else x
+
+
+def resize_positions(
+    table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], *, how: Interpolation, class_token: bool
+) -> Tensor:
+    """A position table (1+P or P, D) for another grid, by bicubic interpolation; the class token's row stays.
+
+    ``hf``: plain bicubic, as transformers does at call time. ``open_clip``: antialiased bicubic, as open_clip does
+    when it loads a checkpoint. They differ whenever the grids do. Raises ConfigError when table and grid disagree.
+    """
+    if how not in ("hf", "open_clip"):
+        raise ConfigError(f"unknown interpolation {how!r}; known: hf, open_clip.")
+    extra = int(class_token)
+    if len(table) != math.prod(old_grid) + extra:
+        raise ConfigError(f"a position table of {len(table)} rows does not fit a grid of {old_grid[0]}x{old_grid[1]} "
+                          f"patches and {extra} class token(s).")
+    if old_grid == new_grid:
+        return table
+    patches = table[extra:].unflatten(0, old_grid).permute(2, 0, 1)[None]
+    resized = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False, antialias=how == "open_clip")
+    return torch.cat([table[:extra], resized[0].permute(1, 2, 0).flatten(0, 1)])

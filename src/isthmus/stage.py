@@ -1,0 +1,298 @@
+"""Stage: freezing and training as data.
+
+A stage lists ``pattern -> rate`` over the canonical names of a net's parameters. Patterns are shell-style
+(``vision.*``, ``*.ln_1.*``), ordered, and the first match wins; what no pattern names is frozen. Applying a
+stage opens and freezes the parameters, sets train and eval modes, and answers with the table that is printed,
+saved and later proven by the trainer.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from rich.table import Table
+from torch import nn
+
+from isthmus.errors import ConfigError, StageError, nearest
+
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Name components that wrappers (data parallel, compile, activation checkpointing) put before ours."""
+
+BOOKKEEPING = ("log_every", "save_every", "nan_policy", "nan_limit")
+"""Fields of a stage that do not change what is computed, so a run may go on with other values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The parameters whose canonical name matches ``pattern`` train at peak rate ``lr``.
+
+    ``weight_decay`` is decoupled (AdamW) and applies to tensors of two or more dimensions only: gains, biases,
+    class tokens and temperatures are never decayed (CLIP, section 2.5).
+    """
+
+    pattern: str
+    lr: float
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay"):
+            _number(f"{name} of pattern {self.pattern!r}", getattr(self, name), low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of training. The budget is ``steps`` or ``samples``, exactly one of them; never a time.
+
+    ``warmup`` is a fraction of the budget (a float below 1) or a count in the budget's unit (an int); ``floor`` is
+    the fraction of the peak rate at which the decay ends. ``clip_norm`` bounds the global gradient norm (none: no
+    clipping). ``nan_policy`` ``"skip"`` passes over at most ``nan_limit`` non-finite steps in a row.
+    ``precision`` ``"auto"`` is bf16 autocast where the machine computes in bf16, else fp32.
+
+    Raises ConfigError for values that do not fit.
+    """
+
+    name: str
+    train: tuple[Group, ...]
+    steps: int | None = None
+    samples: int | None = None
+    warmup: int | float = 0.0
+    decay: Literal["cosine", "constant", "linear"] = "cosine"
+    floor: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    log_every: int = 1
+    save_every: int = 200
+    nan_policy: Literal["stop", "skip"] = "stop"
+    nan_limit: int = 3
+
+    def __post_init__(self) -> None:
+        where = f"stage {self.name!r}"
+        if (self.steps is None) == (self.samples is None):
+            raise ConfigError(f"{where}: the budget is either `steps` or `samples`; give exactly one of them.")
+        for name in ("steps", "samples", "log_every", "save_every", "nan_limit"):
+            value = getattr(self, name)
+            if value is not None:
+                _number(f"{where}: {name}", value, low=1, whole=True)
+        for name, allowed in (("decay", ("cosine", "constant", "linear")), ("precision", ("auto", "fp32", "bf16")),
+                              ("nan_policy", ("stop", "skip"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{where}: {name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
+        _number(f"{where}: warmup", self.warmup, low=0)
+        if isinstance(self.warmup, float) and self.warmup >= 1:
+            raise ConfigError(f"{where}: warmup {self.warmup} as a float is a fraction of the budget and must be below "
+                              f"1; write {int(self.warmup)} without a point for a count.")
+        if self.warmup_count > self.budget:
+            raise ConfigError(f"{where}: warmup {self.warmup} is longer than the budget of {self.budget}.")
+        _number(f"{where}: floor", self.floor, low=0.0, high=1.0)
+        _number(f"{where}: eps", self.eps, low=0.0)
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ConfigError(f"{where}: betas {self.betas} must be two numbers in [0, 1).")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError(f"{where}: clip_norm {self.clip_norm} must be positive; leave it empty for no clipping.")
+
+    @property
+    def budget(self) -> int:
+        """The whole budget, in steps or in samples."""
+        return self.steps if self.steps is not None else self.samples or 0
+
+    @property
+    def warmup_count(self) -> int:
+        """The warm-up in the budget's unit."""
+        return round(self.warmup * self.budget) if isinstance(self.warmup, float) else self.warmup
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stage as JSON-able data."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def fingerprint(self) -> str:
+        """sha256 over everything that changes the outcome; a run resumes only under the same fingerprint."""
+        defining = {k: v for k, v in self.to_dict().items() if k not in BOOKKEEPING}
+        return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One part of the net (first component of the names): counts of numbers, the rates it trains at."""
+
+    part: str
+    parameters: int
+    trained: int
+    rates: tuple[float, ...]
+    unused: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageTable:
+    """What a stage opens. ``assigned`` maps each open parameter to the index of its group.
+
+    ``unused`` names the parameters that a pattern matched but the objective cannot reach: they stay frozen.
+    """
+
+    groups: tuple[Group, ...]
+    rows: tuple[Row, ...]
+    assigned: Mapping[str, int]
+    unused: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def trained(self) -> int:
+        return sum(row.trained for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same facts as JSON-able data."""
+        return json.loads(json.dumps({
+            "rows": [asdict(row) for row in self.rows],
+            "parameters": self.parameters,
+            "trained": self.trained,
+            "groups": [{**asdict(group), "tensors": sum(i == n for i in self.assigned.values())}
+                       for n, group in enumerate(self.groups)],
+            "unused": list(self.unused),
+        }))
+
+    def render(self, title: str = "") -> Table:
+        """The table for the console."""
+        table = Table(title=title or None)
+        table.add_column("part")
+        for column in ("parameters", "trained", "rate"):
+            table.add_column(column, justify="right")
+        for row in self.rows:
+            rates = ", ".join(f"{rate:g}" for rate in row.rates) or "frozen"
+            table.add_row(row.part, f"{row.parameters:,}", f"{row.trained:,}", rates)
+        table.add_section()
+        table.add_row("all", f"{self.parameters:,}", f"{self.trained:,}", "")
+        if self.unused:
+            numbers = sum(row.unused for row in self.rows)
+            table.caption = f"{len(self.unused)} tensors ({numbers:,} numbers) are out of the objective's reach: unused"
+        return table
+
+
+def canonical(name: str) -> str:
+    """A parameter's name without the prefixes of wrappers: ``module.vision.x`` is ``vision.x``."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def named_parameters(net: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter once, under its first canonical name (a tied tensor has several)."""
+    for name, parameter in net.named_parameters():
+        yield canonical(name), parameter
+
+
+def apply_stage(net: nn.Module, groups: Sequence[Group]) -> StageTable:
+    """Open what the groups name, freeze the rest, set the modes, and say what was done.
+
+    Parameters that ``net.unreachable()`` names (where the net has that method) stay frozen and are listed as unused.
+
+    Raises StageError when a pattern matches nothing (near names are suggested), is wholly shadowed by earlier
+    ones, names only unreachable parameters, or opens one name of a tied tensor and not the other.
+    """
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(canonical(name))
+    chosen = _choose([name for tied in names.values() for name in tied], groups)
+    unreachable = {canonical(name) for name in getattr(net, "unreachable", tuple)()}
+
+    assigned: dict[str, int] = {}
+    unused: list[str] = []
+    for name, parameter in named_parameters(net):
+        tied = names[id(parameter)]
+        index = _agreed(tied, chosen, groups)
+        out_of_reach = index is not None and not unreachable.isdisjoint(tied)
+        if out_of_reach:
+            unused.append(name)
+        elif index is not None:
+            assigned[name] = index
+        parameter.requires_grad_(index is not None and not out_of_reach)
+    for index, group in enumerate(groups):
+        if index not in assigned.values():
+            raise StageError(f"Pattern {group.pattern!r} names only parameters that the objective cannot reach (for "
+                             "example blocks above the tapped layer): it would train nothing. Remove the pattern.")
+    set_modes(net)
+    return StageTable(groups=tuple(groups), rows=_rows(net, groups, assigned, set(unused)), assigned=assigned,
+                      unused=tuple(unused))
+
+
+def set_modes(net: nn.Module) -> None:
+    """Train mode where something below is open, eval mode elsewhere; call it again after any ``net.train()``.
+
+    A module without parameters of its own (dropout) follows the module that holds it, so dropout inside a frozen
+    block stays off.
+    """
+    def visit(module: nn.Module, inherited: bool) -> None:
+        flags = [p.requires_grad for p in module.parameters()]
+        # The attribute, not .train(): that call would go down the tree and undo the choice made for children.
+        module.training = any(flags) if flags else inherited
+        for child in module.children():
+            visit(child, module.training)
+
+    visit(net, False)
+
+
+def _choose(names: Iterable[str], groups: Sequence[Group]) -> dict[str, int]:
+    """Name -> index of the first group that matches. Raises StageError for a pattern without effect."""
+    names = list(names)
+    chosen: dict[str, int] = {}
+    if not groups:
+        raise StageError("The stage names nothing to train. Give at least one pattern, for example 'connector.*'.")
+    for index, group in enumerate(groups):
+        matched = [name for name in names if fnmatchcase(name, group.pattern)]
+        if not matched:
+            raise StageError(f"Pattern {group.pattern!r} matches no parameter of the net; "
+                             f"{nearest(group.pattern, _patterns(names), many=3)}")
+        taken = sorted({groups[chosen[name]].pattern for name in matched if name in chosen})
+        if all(name in chosen for name in matched):
+            raise StageError(f"Pattern {group.pattern!r} has no effect: everything it matches is already taken by "
+                             f"{', '.join(map(repr, taken))}. The first match wins, so put the narrower pattern first.")
+        for name in matched:
+            chosen.setdefault(name, index)
+    return chosen
+
+
+def _agreed(tied: Sequence[str], chosen: Mapping[str, int], groups: Sequence[Group]) -> int | None:
+    """The group of a tensor with one or several names; they must agree, as it is one tensor."""
+    index = chosen.get(tied[0])
+    for name in tied[1:]:
+        if chosen.get(name) != index:
+            said = ["frozen" if i is None else f"taken by {groups[i].pattern!r}"
+                    for i in (index, chosen.get(name))]
+            raise StageError(f"{tied[0]!r} and {name!r} are one tensor (tied weights), but the first is {said[0]} and "
+                             f"the second {said[1]}. Name both in the same pattern, or neither.")
+    return index
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    """What a user may have meant: every parameter, and every module as ``module.*``."""
+    found = set()
+    for name in names:
+        found.add(name)
+        parts = name.split(".")
+        found.update(".".join(parts[:n]) + ".*" for n in range(1, len(parts)))
+    return sorted(found)
+
+
+def _rows(net: nn.Module, groups: Sequence[Group], assigned: Mapping[str, int], unused: set[str]) -> tuple[Row, ...]:
+    sizes: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for name, parameter in named_parameters(net):
+        sizes[name.split(".")[0]].append((name, parameter.numel()))
+    return tuple(
+        Row(part=part,
+            parameters=sum(n for _, n in members),
+            trained=sum(n for name, n in members if name in assigned),
+            rates=tuple(dict.fromkeys(groups[assigned[name]].lr for name, _ in members if name in assigned)),
+            unused=sum(n for name, n in members if name in unused))
+        for part, members in sizes.items())
+
+
+def _number(what: str, value: Any, *, low: float, high: float | None = None, whole: bool = False) -> None:
+    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not right_type or value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ConfigError(f"{what} is {value!r}; it must be {'a whole' if whole else 'a'} number, {bounds}.")

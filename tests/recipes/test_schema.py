@@ -1,0 +1,82 @@
+"""Recipes: strict keys with the nearest named, overrides by path and by name, variables from the command line."""
+
+import pytest
+import yaml
+
+from isthmus.errors import ConfigError
+from isthmus.recipes.schema import parse_recipe, read_recipe, shipped
+
+STAGE = {"name": "align", "data": [{"source": "scenes", "form": "captions"}], "steps": 10, "batch_size": 4,
+         "train": [{"pattern": "connector.*", "lr": 1e-3}]}
+TREE = {"model": "llava", "stages": [STAGE]}
+
+
+def write(tmp_path, tree):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize(("path", "key", "near"), [
+    ((), "stagess", "stages"), (("stages", 0), "step", "steps"), (("stages", 0, "train", 0), "patern", "pattern")])
+def test_unknown_key_names_the_nearest(tmp_path, path, key, near):
+    tree = yaml.safe_load(yaml.safe_dump(TREE))
+    node = tree
+    for step in path:
+        node = node[step]
+    node[key] = 1
+    with pytest.raises(ConfigError, match=f"{key}.*did you mean '{near}'"):
+        read_recipe(write(tmp_path, tree))
+
+
+def test_overrides_reach_lists_by_name_and_by_number(tmp_path):
+    path = write(tmp_path, TREE)
+    recipe = read_recipe(path, ["stages.align.steps=77", "stages.0.train.0.lr=5e-4", "seed=3"])
+    assert (recipe.stages[0].steps, recipe.stages[0].train[0].lr, recipe.seed) == (77, 5e-4, 3)
+    with pytest.raises(ConfigError, match="did you mean 'align'"):
+        read_recipe(path, ["stages.alin.steps=7"])
+
+
+def test_a_variable_must_be_given_and_is_explained(tmp_path):
+    tree = TREE | {"parts": {"vision": "{DATA}/clip"}, "variables": {"DATA": "the folder of easy-VQA"}}
+    path = write(tmp_path, tree)
+    with pytest.raises(ConfigError, match=r"needs DATA \(the folder of easy-VQA\): add DATA=PATH"):
+        read_recipe(path)
+    assert read_recipe(path, ["DATA=/x"]).parts["vision"] == "/x/clip"
+    with pytest.raises(ConfigError, match="does not use {DATTA}.*DATA"):
+        read_recipe(path, ["DATA=/x", "DATTA=/y"])
+
+
+@pytest.mark.parametrize("change", [{"batch_tokens": 5}, {"steps": 0}, {"train": []}, {"name": "Bad Name"}])
+def test_values_are_checked(change):
+    with pytest.raises(ConfigError):
+        parse_recipe(TREE | {"stages": [STAGE | change]})
+
+
+def test_equal_stage_names_are_refused():
+    with pytest.raises(ConfigError, match="differ"):
+        parse_recipe(TREE | {"stages": [STAGE, STAGE]})
+
+
+def test_missing_recipe_names_the_nearest():
+    with pytest.raises(ConfigError, match=shipped()[0]):
+        read_recipe(shipped()[0] + "x")
+
+
+def test_bad_yaml_is_one_sentence(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_parses(name):
+    variables = ["DATA=/data"] if "{DATA}" in _text(name) else []
+    assert read_recipe(name, [*variables, *(f"{v}=/x" for v in ("VISION", "LANGUAGE") if f"{{{v}}}" in _text(name))])
+
+
+def _text(name):
+    from importlib import resources
+
+    return (resources.files("isthmus.recipes") / "library" / f"{name}.yaml").read_text()
