@@ -7,6 +7,7 @@ not notice a flipped bit in the data. Nothing here is ever a pickle.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -14,7 +15,7 @@ import os
 import shutil
 import socket
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -37,10 +38,10 @@ _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16
                "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
 
 Content = bytes | str | Mapping[str, Any]
-"""What a file may hold: bytes, text, a dict of tensors (safetensors) or any other dict (JSON)."""
+"""What a file may hold: bytes, text, a dict of tensors (under a name in ``.safetensors``) or a dict for JSON."""
 
 
-class RunLockedError(CheckpointError):
+class RunBusyError(CheckpointError):
     """Another process is writing in this run folder."""
 
     exit_code = 3
@@ -48,8 +49,8 @@ class RunLockedError(CheckpointError):
 
 # ---------------------------------------------------------------------------------------------------- folders
 
-def write_folder(path: str | Path, files: Mapping[str, Content], *, replace: bool = False) -> None:
-    """Write ``files`` (name -> content) as the folder ``path``, atomically, with a manifest.
+def write_folder(path: str | Path, files: Mapping[str, Content], *, replace: bool = False) -> Path:
+    """Write ``files`` (name -> content) as the folder ``path``, atomically, with a manifest; answers with the path.
 
     An existing folder is refused unless ``replace``; then old and new are swapped by renaming. Names may hold ``/``.
 
@@ -57,12 +58,15 @@ def write_folder(path: str | Path, files: Mapping[str, Content], *, replace: boo
     was there before is then untouched and nothing half-written counts as a folder.
     """
     path = Path(path)
-    prepared = {_safe_name(name): _prepare(content) for name, content in files.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _settle(path)
+    prepared = {_safe_name(name): _prepare(name, content) for name, content in files.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _settle(path)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write in {path.parent}: {error.strerror}.") from error
     if path.exists() and not replace:
         raise CheckpointError(f"{path} exists already and is never written over. Choose another path or remove it.")
-    clean_leftovers(path.parent, path.name)
+    clean_leftovers(path.parent, glob.escape(path.name))
     needed = sum(_size(content) for content in prepared.values()) + MARGIN
     free = _free_bytes(path.parent)
     if free < needed:
@@ -73,9 +77,11 @@ def write_folder(path: str | Path, files: Mapping[str, Content], *, replace: boo
         _into_place(aside, path)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
+        _settle(path)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CheckpointError(_full(path, needed, _free_bytes(path.parent))) from error
         raise CheckpointError(f"Cannot write {path}: {error.strerror or error}. Nothing was changed.") from error
+    return path
 
 
 def read_folder(path: str | Path) -> dict[str, Path]:
@@ -189,8 +195,8 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _full(path: Path, needed: int, free: int) -> str:
-    return (f"No space to write {path}: {needed:,} bytes are needed, {free:,} are free. What was saved before is intact. "
-            "Free some space (or choose another folder) and give the same command again.")
+    return (f"No space to write {path}: {needed:,} bytes are needed, {free:,} are free. What was saved before is "
+            "intact. Free some space (or choose another folder) and give the same command again.")
 
 
 def _alive(pid: int) -> bool:
@@ -210,12 +216,12 @@ def _safe_name(name: str) -> str:
     return str(pure)
 
 
-def _prepare(content: Content) -> bytes | dict[str, Tensor]:
+def _prepare(name: str, content: Content) -> bytes | dict[str, Tensor]:
     if isinstance(content, bytes):
         return content
     if isinstance(content, str):
         return content.encode()
-    if content and all(isinstance(value, Tensor) for value in content.values()):
+    if name.endswith(".safetensors"):
         return dict(content)
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -368,7 +374,7 @@ def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) 
 def tensor_sha256(tensor: Tensor) -> str:
     """sha256 over dtype, shape and the exact bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -414,8 +420,8 @@ class RunLock:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise CheckpointError(f"{self.path} cannot be locked ({error.strerror}): put the run folder on a file "
                                       "system that has locks.") from error
-            raise RunLockedError(f"{self.path.parent} is in use by {self._holder()}. Wait until that run ends, stop it, "
-                                 "or choose another folder.") from error
+            raise RunBusyError(f"{self.path.parent} is in use by {self._holder()}. Wait until that run ends, stop "
+                                 "it, or choose another folder.") from error
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         self._handle = handle
@@ -438,8 +444,3 @@ class RunLock:
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"
 
-
-__all__: Iterable[str] = (
-    "MANIFEST", "RunLock", "RunLockedError", "check_header", "clean_leftovers", "file_sha256", "load_into",
-    "load_tensors", "read_folder", "read_json", "save_tensors", "state_tensors", "tensor_sha256", "write_folder",
-)

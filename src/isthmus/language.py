@@ -9,8 +9,10 @@ end together, moves the padding to the left, inside, and hands the library the m
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,10 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
     PreTrainedConfig,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -31,13 +35,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from isthmus.batch import IGNORE, Tokens
-from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.checkpoint import load_tensors, read_json
+from isthmus.errors import CheckpointError, ConfigError, DataError, nearest
 
 LOGITS_AT_ONCE = 2**25
 """Most logits (positions x vocabulary) that a loss holds at a time: 128 MiB in fp32, 1,048 positions of 32,000."""
 
 LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"})
 """Older spellings of the rotary settings that the library still translates."""
+
+RENAMED = {"embed_out.weight": "lm_head.weight"}
+"""Stored name -> name in the library's class, where they differ (GPT-NeoX files keep the old name of the head)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +147,12 @@ class LanguageModel(nn.Module):
         """Most positions a row may have, or none where the configuration names no limit."""
         return getattr(self.lm.config, "max_position_embeddings", None)
 
+    def vocabulary_tables(self) -> tuple[str, ...]:
+        """Names in this module's state dict of the tensors with one row per token: embedding and head."""
+        ends = (self.lm.get_input_embeddings(), self.lm.get_output_embeddings())
+        tables = {id(p) for end in ends if end is not None for p in end.parameters() if len(p) == self.vocab_size}
+        return tuple(name for name, value in self.state_dict(keep_vars=True).items() if id(value) in tables)
+
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, D). Raises DataError for an id outside the vocabulary."""
         if ids.numel():
@@ -153,10 +167,15 @@ class LanguageModel(nn.Module):
         self._check_context(embeds.shape[1])
         return self.lm.base_model(inputs_embeds=embeds, use_cache=False, return_dict=True).last_hidden_state
 
-    def logits(self, embeds: Tensor) -> Tensor:
-        """(B, T, D) right-padded -> (B, T, V) by the library's own forward. Values on padding mean nothing."""
+    def logits(self, embeds: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B, T, D) right-padded -> (B, T, V) by the library's own forward. Values on padding mean nothing.
+
+        With ``lengths`` (B,) the library also gets the padding mask; real positions come out the same either way.
+        """
         self._check_context(embeds.shape[1])
-        return self.lm(inputs_embeds=embeds, use_cache=False, return_dict=True).logits
+        mask = None if lengths is None else (torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None])
+        return self.lm(inputs_embeds=embeds, attention_mask=None if mask is None else mask.long(), use_cache=False,
+                       return_dict=True).logits
 
     def loss(self, embeds: Tensor, tokens: Tokens) -> tuple[Tensor, int]:
         """Next-token cross-entropy in fp32 over labelled targets: (sum, count). Position 0 is never a target.
@@ -207,8 +226,6 @@ class LanguageModel(nn.Module):
             use_cache=True,
             num_beams=decoding.num_beams,
             length_penalty=decoding.length_penalty,
-            repetition_penalty=decoding.repetition_penalty,
-            no_repeat_ngram_size=decoding.no_repeat_ngram,
             suppress_tokens=list(decoding.forbidden_ids) or None,
             eos_token_id=list(decoding.stop_ids) or None,
             pad_token_id=decoding.stop_ids[0] if decoding.stop_ids else 0,
@@ -295,7 +312,7 @@ def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Dropped are book-keeping (versions, class names, dtype), private fields and names the library itself ignores.
     """
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type", ""))
     if model_type not in CONFIG_MAPPING:
         return dict(config)
     drop = {"transformers_version", "architectures", "dtype", "id2label", "label2id", "problem_type",
@@ -310,8 +327,16 @@ def _fields(kind: type[PreTrainedConfig]) -> set[str]:
 
 
 def _processors(decoding: Decoding, rows: int) -> LogitsProcessorList:
-    """The cuts of a random draw and the draw itself; none for greedy and beam search."""
+    """What is done to the scores of every step: repetition first, then the cuts of a random draw and the draw.
+
+    The repetition rules are handed over ready-made: asked for by its configuration, the library would spare as many
+    *new* tokens as the row has padding, so that an answer would depend on the neighbours.
+    """
     steps = LogitsProcessorList()
+    if decoding.repetition_penalty != 1:
+        steps.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
+    if decoding.no_repeat_ngram:
+        steps.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram))
     if decoding.temperature == 0:
         return steps
     seeds = decoding.seed if isinstance(decoding.seed, tuple) else (decoding.seed,) * rows
@@ -334,3 +359,63 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 def _until_stop(ids: list[int], stop_ids: tuple[int, ...]) -> list[int]:
     stops = [i for i, token in enumerate(ids) if token in stop_ids]
     return ids[: stops[0]] if stops else ids
+
+
+def read_language_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A saved LM of transformers as (configuration, state dict under the library class's own keys), strictly.
+
+    Reads config.json and one or several safetensors files; nothing in the folder is executed. Explained differences
+    are mended: a missing base prefix, a tied head that was not stored, recomputed buffers that were. Anything else
+    that is missing, left over or of another shape raises CheckpointError.
+    """
+    folder = Path(path)
+    config = known_fields(read_json(folder / "config.json"))
+    stored = {name: tensor for file in _weight_files(folder) for name, tensor in load_tensors(file).items()}
+    with torch.device("meta"):
+        lm = LanguageModel.build(config).lm
+    return config, match_keys(lm, stored, where=str(folder))
+
+
+def match_keys(lm: Any, stored: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+    """``stored`` under the keys of ``lm`` (which may live on the meta device). Raises CheckpointError."""
+    expected = lm.state_dict(keep_vars=True)
+    prefix = f"{lm.base_model_prefix}."
+    derived = [*(lm._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$",
+               r"\.attention\.(masked_)?bias$"]
+    state, left_over = {}, []
+    for name, tensor in stored.items():
+        name = RENAMED.get(name, name) if RENAMED.get(name) in expected else name
+        key = name if name in expected else prefix + name
+        if key in expected:
+            state[key] = tensor
+        elif not any(re.search(pattern, name) for pattern in derived):
+            left_over.append(name)
+    by_parameter = {id(expected[key]): tensor for key, tensor in state.items()}
+    for key, parameter in expected.items():
+        if key not in state and id(parameter) in by_parameter:
+            state[key] = by_parameter[id(parameter)]
+    missing = [key for key in expected if key not in state]
+    for problem, names in (("lacks", missing), ("holds unexplained", left_over)):
+        if names:
+            raise CheckpointError(f"{where}: the {type(lm).__name__} checkpoint {problem} {len(names)} tensors, "
+                                  f"among them {', '.join(names[:3])}. Is config.json the one saved with the weights?")
+    for key, tensor in state.items():
+        if tensor.shape != expected[key].shape:
+            raise CheckpointError(f"{where}: {key} is stored as {tuple(tensor.shape)} but the configuration asks for "
+                                  f"{tuple(expected[key].shape)}.")
+    return state
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{index}: names files outside its own folder; refused.")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickled = (folder / "pytorch_model.bin").is_file() or (folder / "pytorch_model.bin.index.json").is_file()
+    raise CheckpointError(f"{folder}: no model.safetensors" + (
+        "; its weights are pickled (pytorch_model.bin), which can run code when read. Save it as safetensors with "
+        "transformers' save_pretrained first." if pickled else " and no model.safetensors.index.json."))

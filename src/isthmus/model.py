@@ -7,9 +7,9 @@
 names it, so the same class serves CLIP, a bare language model and LLaVA.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from torch import Tensor
 
 import isthmus
 from isthmus import checkpoint
+from isthmus.config import plain
 from isthmus.data.collate import collate
 from isthmus.data.images import AnyImage, as_image
 from isthmus.data.messages import Message, parts_of
 from isthmus.data.processor import ContrastiveProcessor, Processor, processor_from_dict
 from isthmus.data.record import Image, Part, Record, Text, without_answer
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.errors import CapabilityError, CheckpointError, ConfigError
+from isthmus.errors import CapabilityError, CheckpointError
 from isthmus.language import Decoding
 from isthmus.models import MODELS, model_class
 
@@ -92,7 +93,7 @@ class Model:
     def generate(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[str]:
         """One text per record (its last turn must be the user's). ``decoding``: fields of Decoding."""
         self._need("generate")
-        settings = Decoding(**decoding)
+        settings = self._ended(Decoding(**decoding))
         examples = [self.processor.prompt(record) for record in records]
         answers = [""] * len(examples)
         order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
@@ -100,7 +101,7 @@ class Model:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 batch = collate([examples[i] for i in rows]).to(self.device)
-                for i, ids in zip(rows, self.net.generate(batch, self._stops(settings)), strict=True):
+                for i, ids in zip(rows, self.net.generate(batch, settings), strict=True):
                     answers[i] = self.processor.tokenizer.decode(ids).strip()
         return answers
 
@@ -119,10 +120,15 @@ class Model:
         with self._inference():
             return [float(x) for x in self.net.score(collate(examples).to(self.device))]
 
-    def _stops(self, settings: Decoding) -> Decoding:
-        """The caller's decoding with this tokenizer's end of text among the stops and its specials forbidden."""
+    def _ended(self, decoding: Decoding) -> Decoding:
+        """The decoding with this model's end of answer among the stops, and its other special tokens forbidden."""
         tokenizer = self.processor.tokenizer
-        return settings.with_ids(stop=tokenizer.eos_id, forbidden=(tokenizer.bos_id, tokenizer.pad_id))
+        ends = {tokenizer.eos_id}
+        if getattr(self.processor, "template", "") == "plain":
+            ends.update(tokenizer.encode("\n"))  # the template ends a caption with a newline, not with </s>
+        special = {tokenizer.bos_id, tokenizer.pad_id} - ends - {None}
+        return replace(decoding, stop_ids=(*decoding.stop_ids, *sorted(ends)),
+                       forbidden_ids=(*decoding.forbidden_ids, *sorted(i for i in special if i is not None)))
 
     # Vectors out: embeddings, similarity, zero-shot
 
@@ -186,15 +192,16 @@ class Model:
     def save(self, folder: str | Path, *, extra: Mapping[str, Any] | None = None, replace: bool = False) -> Path:
         """Write one model folder: config, safetensors, tokenizer, processor, manifest. Never over another one."""
         config = {"format": FORMAT, "isthmus": isthmus.__version__, "kind": self.kind,
-                  "config": self.net.config.to_dict(), "prompts": self.prompts}
+                  "config": plain(self.net.config), "prompts": self.prompts}
         files: dict[str, Any] = {
             "config.json": config,
             "processor.json": self.processor.to_dict(),
-            "model.safetensors": {k: v.detach().cpu() for k, v in self.net.state_dict().items()},
+            "model.safetensors": checkpoint.state_tensors(self.net),
             **self.processor.tokenizer.files(),
             **(extra or {}),
         }
-        return checkpoint.write_folder(folder, files, replace=replace)
+        checkpoint.write_folder(folder, files, replace=replace)
+        return Path(folder)
 
 
 def load(path: str | Path, *, device: str = "cpu") -> Model:
@@ -208,25 +215,22 @@ def load(path: str | Path, *, device: str = "cpu") -> Model:
         folder = folder / "model"
     if not (folder / "config.json").is_file():
         raise CheckpointError(_nothing_here(Path(path)))
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not valid JSON: {error}.") from error
+    config = checkpoint.read_json(folder / "config.json")
     if "format" not in config:
         from isthmus.interop.folders import load_foreign
 
         return Model(*load_foreign(folder, config), prompts=None).to(device)
     if config["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']!r}; this version reads {FORMAT!r}.")
-    checkpoint.verify_folder(folder)
+    files = checkpoint.read_folder(folder)
     kind = config.get("kind")
     if kind not in MODELS:
         raise CheckpointError(f"{folder}: unknown kind of model {kind!r}; known: {', '.join(MODELS)}.")
     cls = model_class(kind)
     net = cls.from_config(config["config"])
-    checkpoint.load_into(net, checkpoint.load_tensors(folder / "model.safetensors"), where=str(folder))
+    checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"]), where=folder)
     tokenizer = Tokenizer.load(folder)
-    described = json.loads((folder / "processor.json").read_text(encoding="utf-8"))
+    described = checkpoint.read_json(files["processor.json"])
     return Model(net, processor_from_dict(described, tokenizer), prompts=config.get("prompts")).to(device)
 
 

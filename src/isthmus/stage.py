@@ -47,8 +47,8 @@ class Group:
 class Stage:
     """One stage of training. The budget is ``steps`` or ``samples``, exactly one of them; never a time.
 
-    ``warmup`` is a fraction of the budget (a float below 1) or a count in the budget's unit (an int); ``floor`` is
-    the fraction of the peak rate at which the decay ends. ``clip_norm`` bounds the global gradient norm (none: no
+    ``warmup`` below 1 is a fraction of the budget, from 1 on a count in the budget's unit; ``floor`` is the fraction
+    of the peak rate at which the decay ends. ``clip_norm`` bounds the global gradient norm (none: no
     clipping). ``nan_policy`` ``"skip"`` passes over at most ``nan_limit`` non-finite steps in a row.
     ``precision`` ``"auto"`` is bf16 autocast where the machine computes in bf16, else fp32.
 
@@ -59,7 +59,7 @@ class Stage:
     train: tuple[Group, ...]
     steps: int | None = None
     samples: int | None = None
-    warmup: int | float = 0.0
+    warmup: float = 0.0
     decay: Literal["cosine", "constant", "linear"] = "cosine"
     floor: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -84,9 +84,8 @@ class Stage:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{where}: {name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
         _number(f"{where}: warmup", self.warmup, low=0)
-        if isinstance(self.warmup, float) and self.warmup >= 1:
-            raise ConfigError(f"{where}: warmup {self.warmup} as a float is a fraction of the budget and must be below "
-                              f"1; write {int(self.warmup)} without a point for a count.")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ConfigError(f"{where}: warmup {self.warmup} must be a fraction below 1 or a whole number from 1 on.")
         if self.warmup_count > self.budget:
             raise ConfigError(f"{where}: warmup {self.warmup} is longer than the budget of {self.budget}.")
         _number(f"{where}: floor", self.floor, low=0.0, high=1.0)
@@ -104,7 +103,7 @@ class Stage:
     @property
     def warmup_count(self) -> int:
         """The warm-up in the budget's unit."""
-        return round(self.warmup * self.budget) if isinstance(self.warmup, float) else self.warmup
+        return int(self.warmup) if self.warmup >= 1 else round(self.warmup * self.budget)
 
     def to_dict(self) -> dict[str, Any]:
         """The stage as JSON-able data."""

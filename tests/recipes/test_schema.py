@@ -6,7 +6,7 @@ import yaml
 from isthmus.errors import ConfigError
 from isthmus.recipes.schema import parse_recipe, read_recipe, shipped
 
-STAGE = {"name": "align", "data": [{"source": "scenes", "form": "captions"}], "steps": 10, "batch_size": 4,
+STAGE = {"name": "align", "data": [{"kind": "scenes", "form": "captions"}], "steps": 10, "batch_size": 4,
          "train": [{"pattern": "connector.*", "lr": 1e-3}]}
 TREE = {"model": "llava", "stages": [STAGE]}
 
@@ -32,7 +32,7 @@ def test_unknown_key_names_the_nearest(tmp_path, path, key, near):
 def test_overrides_reach_lists_by_name_and_by_number(tmp_path):
     path = write(tmp_path, TREE)
     recipe = read_recipe(path, ["stages.align.steps=77", "stages.0.train.0.lr=5e-4", "seed=3"])
-    assert (recipe.stages[0].steps, recipe.stages[0].train[0].lr, recipe.seed) == (77, 5e-4, 3)
+    assert (recipe.stages[0].stage.steps, recipe.stages[0].stage.train[0].lr, recipe.seed) == (77, 5e-4, 3)
     with pytest.raises(ConfigError, match="did you mean 'align'"):
         read_recipe(path, ["stages.alin.steps=7"])
 
@@ -51,6 +51,12 @@ def test_a_variable_must_be_given_and_is_explained(tmp_path):
 def test_values_are_checked(change):
     with pytest.raises(ConfigError):
         parse_recipe(TREE | {"stages": [STAGE | change]})
+
+
+def test_a_rate_without_a_point_is_a_number(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(TREE).replace("lr: 0.001", "lr: 1e-3"))
+    assert read_recipe(path).stages[0].stage.train[0].lr == 1e-3
 
 
 def test_equal_stage_names_are_refused():

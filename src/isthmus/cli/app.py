@@ -77,8 +77,8 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder.")],
     task: Annotated[Optional[str], typer.Option(help="vqa, retrieval, zero-shot or linear-probe.")] = None,
     data: Annotated[Optional[str], typer.Option(help="A data file or folder, or a YAML file describing a source.")] = None,
-    option: Annotated[Optional[list[str]], typer.Option("--set", help="key=value option of the source.")] = None,
-    prior: Annotated[Optional[str], typer.Option(help="Training data whose answers give the prior.")] = None,
+    option: Annotated[Optional[list[str]], typer.Option("--set", help="key=value option of the source (task.KEY=value: of the task).")] = None,
+    train: Annotated[Optional[str], typer.Option(help="Training data: the prior's answers, the probe's pictures.")] = None,
     limit: Annotated[Optional[int], typer.Option(help="Score only the first N samples.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="Folder of raw outputs and scores.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of shuffles and intervals.")] = 0,
@@ -87,7 +87,7 @@ def evaluate(
     """Score a model: with intervals, raw outputs, and the best score without looking. No task: the recipe's own."""
     from isthmus.cli.evaluate import run
 
-    run(model, task=task, data=data, options=option or [], prior=prior, limit=limit, out=out, seed=seed,
+    run(model, task=task, data=data, options=option or [], train=train, limit=limit, out=out, seed=seed,
         json_file=json_file)
 
 

@@ -114,9 +114,9 @@ class Example:
 
 
 def without_answer(record: Record) -> Record:
-    """The record up to its last question: a trailing assistant turn is cut off (what a model is then asked)."""
+    """The record up to its last question: a trailing assistant turn, or running text to be learnt, is cut off."""
     parts = list(record.parts)
-    while parts and parts[-1].role == "assistant":
+    while parts and (parts[-1].role == "assistant" or (isinstance(parts[-1], Text) and parts[-1].learn)):
         parts.pop()
     return replace(record, parts=tuple(parts))
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import TypeVar
 
 from isthmus.errors import DataError
@@ -76,10 +77,8 @@ def without_picture(record: S) -> S:
 
 def with_pictures_of(record: S, other: Sample) -> S:
     """The same words with the pictures of another record in the same places (repeated where it has fewer)."""
-    pictures = iter(range(len(record.parts)))
-    given = other.images
-    parts = tuple(given[next(pictures) % len(given)] if isinstance(p, Picture) else p for p in record.parts)
-    return replace(record, parts=parts)
+    pictures = cycle(other.images)
+    return replace(record, parts=tuple(next(pictures) if isinstance(p, Picture) else p for p in record.parts))
 
 
 def partners(keys: Sequence[str], seed: int) -> list[int]:

@@ -182,7 +182,7 @@ def _score(rows: Sequence[Mapping[str, Any]], seed: int) -> Score:
         interval=accuracy,
         gain=float(means[0]) - max(values.values()) if values else None,
         gain_interval=gain if values else None,
-        empty=sum(not r["answer"].strip() for r in rows),
+        empty=sum(not normalise(r["answer"]) for r in rows),
         **values,
     )
 

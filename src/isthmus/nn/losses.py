@@ -1,19 +1,16 @@
-"""Contrastive losses, exact on any number of processes, and the next-token loss.
+"""Contrastive losses, exact on any number of processes.
 
-Legend: B rows of this process, G rows of all processes, D width, T tokens, V vocabulary.
+Legend: B rows of this process, G rows of all processes, D width.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-from isthmus.batch import IGNORE
 
 Similarity = Literal["cosine", "dot", "euclidean"]
 
@@ -76,27 +73,6 @@ def sigmoid_loss(
         if left_out is not None:
             terms = terms.masked_fill(left_out, 0.0)
         return -terms.sum() / len(images)
-
-
-def next_token_loss(
-    states: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], *, chunk: int = 2048
-) -> tuple[Tensor, int]:
-    """(sum of -log p(label), number of labels); the state at t predicts the label at t + 1.
-
-    ``states`` (B, T, D), ``labels`` (B, T) with IGNORE where nothing is learnt, ``head`` (n, D) -> (n, V). Logits
-    exist only where a label is, ``chunk`` positions at a time, and are recomputed in the backward pass.
-    """
-    learnt = labels[:, 1:] != IGNORE
-    states, targets = states[:, :-1][learnt], labels[:, 1:][learnt]
-
-    def part(rows: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(_full(head(rows)), wanted, reduction="sum")
-
-    total = _full(states).sum() * 0.0  # keeps the graph when nothing is learnt
-    for rows, wanted in zip(states.split(chunk), targets.split(chunk), strict=True):
-        total = total + (checkpoint(part, rows, wanted, use_reentrant=False) if rows.requires_grad
-                         else part(rows, wanted))
-    return total, len(targets)
 
 
 def gather(x: Tensor) -> Tensor:

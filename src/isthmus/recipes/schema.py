@@ -6,6 +6,7 @@ filled from ``DATA=...`` overrides, so a committed recipe never holds anybody's 
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +14,24 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from isthmus.config import strict
 from isthmus.errors import ConfigError, nearest
+from isthmus.stage import Stage
 
+_STAGE_KEYS = frozenset(f.name for f in fields(Stage))
 Kind = Literal["clip", "lm", "llava"]
+
+
+class _Yaml(yaml.SafeLoader):
+    """Safe YAML that reads 1e-3 as a number, as everyone means it (YAML 1.1 wants 1.0e-3)."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Yaml)
 
 
 class Strict(BaseModel):
@@ -24,41 +40,42 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class GroupSpec(Strict):
-    """One line of a stage's ``train`` list: the first pattern that matches a parameter's name sets its rate."""
-
-    pattern: str
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-
-
 class StageSpec(Strict):
-    """One stage: what it reads, what it trains, for how many steps. What ``train`` does not name is frozen."""
+    """One stage of a recipe: what it reads and how, beside the keys of :class:`isthmus.stage.Stage`.
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    In the YAML the keys of both stand side by side (``name``, ``steps``, ``train``, ``data``, ``batch_size``, …).
+    """
+
+    stage: Stage
     data: list[dict[str, Any]] = Field(min_length=1)
-    train: list[GroupSpec] = Field(min_length=1)
-    steps: int = Field(gt=0)
     batch_size: int | None = Field(default=None, gt=0)
     batch_tokens: int | None = Field(default=None, gt=0)
     accumulate: int = Field(default=1, gt=0)
-    warmup: float = Field(default=0.03, ge=0)
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    floor: float = Field(default=0.0, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    clip_norm: float | None = Field(default=1.0, gt=0)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
     template: str | None = None
     image_mode: Literal["square", "pad", "squash"] | None = None
     max_length: int | None = Field(default=None, gt=0)
-    log_every: int = Field(default=10, gt=0)
-    save_every: int = Field(default=100, gt=0)
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or "stage" in tree:
+            return tree
+        own = {k: v for k, v in tree.items() if k in _STAGE_KEYS}
+        rest = {k: v for k, v in tree.items() if k not in _STAGE_KEYS}
+        return rest | {"stage": strict(Stage, own, f"stage {tree.get('name', '?')!r}")}
 
     @model_validator(mode="after")
     def _one_batch_rule(self) -> "StageSpec":
         if (self.batch_size is None) == (self.batch_tokens is None):
             raise ValueError("give exactly one of batch_size (rows) and batch_tokens (padded tokens)")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
+            raise ValueError(f"the stage name {self.name!r} becomes a folder: use a-z, 0-9, - and _")
+        if not self.stage.train:
+            raise ValueError("train is empty, so nothing would learn; give a list of pattern and lr")
         return self
 
 
@@ -78,12 +95,16 @@ class TokenizerSpec(Strict):
 
 
 class EvalSpec(Strict):
-    """One scoring task of the finished model; ``data`` is a source, the rest are the task's own options."""
+    """One scoring task of the finished model on the source ``data``.
+
+    ``train`` is a source of training data: its answers give the prior of ``vqa``, its pictures fit the
+    ``linear-probe``. ``options`` are the task's own.
+    """
 
     name: str
     task: str
     data: dict[str, Any]
-    prior: dict[str, Any] | None = None
+    train: dict[str, Any] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -133,7 +154,7 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     else:
         raise ConfigError(f"No shipped recipe {str(name)!r}; {nearest(str(name), shipped())} A file ends in .yaml.")
     try:
-        tree = yaml.safe_load(text)
+        tree = _load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"Recipe {name} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -146,7 +167,7 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
             variables[key] = value
         else:
-            _set(tree, key, yaml.safe_load(value), where=str(name))
+            _set(tree, key, _load_yaml(value), where=str(name))
     for key in variables.keys() - _mentioned(tree):
         raise ConfigError(f"Recipe {name} does not use {{{key}}}; {nearest(key, _mentioned(tree))}")
     return parse_recipe(_fill(tree, variables, tree.get("variables") or {}, str(name)), where=str(name))
@@ -163,7 +184,7 @@ def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
 def _explain(error: ValidationError, where: str) -> str:
     lines = []
     for fault in error.errors()[:5]:
-        place = ".".join(str(p) for p in fault["loc"]) or "recipe"
+        place = ".".join(str(p) for p in fault["loc"] if p != "stage") or "recipe"
         if fault["type"] == "extra_forbidden":
             key = str(fault["loc"][-1])
             lines.append(f"unknown key {place!r}; {nearest(key, _fields_at(fault['loc'][:-1]))}")
@@ -173,14 +194,14 @@ def _explain(error: ValidationError, where: str) -> str:
 
 
 def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
-    """Field names of the schema class that stands at a location of the error."""
-    nested: dict[str, type[BaseModel]] = {
-        "stages": StageSpec, "train": GroupSpec, "tokenizer": TokenizerSpec, "evaluate": EvalSpec}
+    """Keys that the schema knows at a location of the error."""
+    nested: dict[str, type[BaseModel]] = {"stages": StageSpec, "tokenizer": TokenizerSpec, "evaluate": EvalSpec}
     kind: type[BaseModel] = Recipe
     for step in loc:
         if isinstance(step, str):
             kind = nested.get(step, kind)
-    return list(kind.model_fields)
+    own = [f for f in kind.model_fields if f != "stage"]
+    return own + sorted(_STAGE_KEYS) if kind is StageSpec else own
 
 
 def _set(tree: dict[str, Any], key: str, value: Any, *, where: str) -> None:

@@ -1,0 +1,13 @@
+"""The embedded data: small pictures of coloured solids, drawn from a seed, with full ground truth."""
+
+from isthmus.data.scenes.draw import ScenePicture, draw
+from isthmus.data.scenes.export import export
+from isthmus.data.scenes.few_shot import RESERVED_WORDS, TRAINING_WORDS
+from isthmus.data.scenes.questions import KINDS, Question, ask
+from isthmus.data.scenes.scene import COLOURS, HELD_OUT, SHAPES, SIZES, Scene, Solid, make_scene
+from isthmus.data.scenes.source import FORMS, SceneSource
+
+__all__ = [
+    "COLOURS", "FORMS", "HELD_OUT", "KINDS", "RESERVED_WORDS", "SHAPES", "SIZES", "TRAINING_WORDS", "Question", "Scene",
+    "ScenePicture", "SceneSource", "Solid", "ask", "draw", "export", "make_scene",
+]

@@ -91,7 +91,7 @@ _SOLIDS: dict[str, Distance] = {
 
 @dataclass(frozen=True, slots=True)
 class _Sprite:
-    """``light`` (n, n): diffuse light times coverage; ``shine`` (n, n): highlight; ``cover`` (n, n): coverage in 0..1."""
+    """Each (n, n): ``light`` diffuse light times coverage, ``shine`` highlight, ``cover`` coverage in 0..1."""
 
     light: np.ndarray
     shine: np.ndarray

@@ -34,7 +34,7 @@ def few_shot(dice: Dice, *, reserved: bool = False, shots: int = 6) -> FewShot:
     kinds = min(2 + dice.below(2), len(_VALUES[attribute]))
     values = dice.shuffled(_VALUES[attribute])[:kinds]
     words = _different(dice, _EVALUATION_WORDS if reserved else TRAINING_WORDS, kinds)
-    order = dice.shuffled([v for _ in range(shots) for v in values][:shots]) + [dice.choice(values)]
+    order = [*dice.shuffled([v for _ in range(shots) for v in values][:shots]), dice.choice(values)]
     meaning = dict(zip(values, words, strict=True))
     return FewShot(attribute, tuple((_thing(dice, attribute, v, reserved), meaning[v]) for v in order))
 

@@ -13,7 +13,7 @@ from itertools import permutations
 
 from isthmus.data.scenes.dice import Dice
 from isthmus.data.scenes.scene import COLOURS, COLUMNS, HELD_OUT, ROWS, SHAPES, SIZES, Scene, Solid
-from isthmus.data.scenes.words import listed, number
+from isthmus.data.scenes.words import an, listed, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def _only(scene: Scene, **attributes: str) -> Solid | None:
     return found[0] if len(found) == 1 else None
 
 
-def _reference(scene: Scene, dice: Dice, hidden: str) -> tuple[Solid, str] | None:
+def _reference(scene: Scene, dice: Dice, hidden: str) -> tuple[Solid, str]:
     """A solid and words that fit it alone and do not tell its ``hidden`` attribute (shape or colour)."""
     told = "colour" if hidden == "shape" else "shape"
     options: list[tuple[Solid, str]] = []
@@ -63,20 +63,14 @@ def _named(scene: Scene, dice: Dice, solid: Solid) -> str:
     return dice.choice(names)
 
 
-def _what(scene: Scene, dice: Dice) -> Question | None:
-    found = _reference(scene, dice, hidden="shape")
-    if found is None:
-        return None
-    solid, name = found
+def _what(scene: Scene, dice: Dice) -> Question:
+    solid, name = _reference(scene, dice, hidden="shape")
     text = dice.choice((f"what shape is {name}?", f"what is {name}?", f"which shape has {name}?"))
     return Question("what", text, solid.shape, solid, f"{name} is a {solid.full_name}")
 
 
-def _colour(scene: Scene, dice: Dice) -> Question | None:
-    found = _reference(scene, dice, hidden="colour")
-    if found is None:
-        return None
-    solid, name = found
+def _colour(scene: Scene, dice: Dice) -> Question:
+    solid, name = _reference(scene, dice, hidden="colour")
     text = dice.choice((f"what colour is {name}?", f"which colour has {name}?", f"what is the colour of {name}?"))
     return Question("colour", text, solid.colour, solid, f"{name} is a {solid.full_name}")
 
@@ -146,7 +140,7 @@ def _what_is_beside(scene: Scene, dice: Dice) -> Question | None:
     return Question("relation", text, answer, found, f"the {found.full_name} is {direction} {name}")
 
 
-def _yesno(scene: Scene, dice: Dice) -> Question | None:
+def _yesno(scene: Scene, dice: Dice) -> Question:
     yes = dice.chance(0.5)
     form = dice.below(6)
     if form < 3:
@@ -158,7 +152,7 @@ def _yesno(scene: Scene, dice: Dice) -> Question | None:
     else:
         places = [f"{row} {column}" for row in ROWS for column in COLUMNS]
         noun = "thing at the " + _present_or_absent([s.place for s in scene.solids], places, dice, yes)
-    text = dice.choice((f"is there a {noun}?", f"do you see a {noun}?", f"can you see a {noun} here?"))
+    text = dice.choice((f"is there {an(noun)}?", f"do you see {an(noun)}?", f"can you see {an(noun)} here?"))
     things = listed([f"a {s.full_name} at the {s.place}" for s in scene.solids])
     return Question("yesno", text, "yes" if yes else "no", reason=f"there is {things}")
 
@@ -232,8 +226,7 @@ def _same(scene: Scene, dice: Dice, attribute: str) -> Question | None:
         return None
     one, other = dice.choice(both[yes])
     # Full names would give the answer away; places and the other attribute do not.
-    hidden = "shape" if attribute == "shape" else "colour"
-    a, b = _without(scene, dice, one, hidden), _without(scene, dice, other, hidden)
+    a, b = _without(scene, dice, one, attribute), _without(scene, dice, other, attribute)
     reason = f"{a} is {getattr(one, attribute)} and {b} is {getattr(other, attribute)}"
     return Question("comparison", f"do {a} and {b} have the same {attribute}?", "yes" if yes else "no", one, reason)
 
@@ -260,7 +253,8 @@ def follow_up(scene: Scene, solid: Solid, dice: Dice) -> Question | None:
     if form == 0:
         return Question("follow_up", "what size is it?", solid.size, solid, f"the {solid.name} is {solid.size}")
     if form == 1:
-        return Question("follow_up", "and where is it?", solid.place, solid, f"the {solid.name} is at the {solid.place}")
+        reason = f"the {solid.name} is at the {solid.place}"
+        return Question("follow_up", "and where is it?", solid.place, solid, reason)
     if form == 2:
         return Question("follow_up", "what colour is it?", solid.colour, solid, f"it is a {solid.full_name}")
     if form == 3:
@@ -270,5 +264,5 @@ def follow_up(scene: Scene, solid: Solid, dice: Dice) -> Question | None:
     if len(found) > 1:
         return None
     answer, about = (found[0].name, found[0]) if found else ("nothing", None)
-    reason = f"there is {'a ' if found else ''}{answer} {direction} the {solid.name}"
+    reason = f"there is {an(answer) if found else answer} {direction} the {solid.name}"
     return Question("follow_up", f"and what is {direction} it?", answer, about, reason)

@@ -89,7 +89,7 @@ def make_scene(seed: int, split: Split, index: int, attempt: int = 0) -> Scene:
 
 
 def _pairs(dice: Dice, count: int, split: Split) -> list[tuple[str, str]]:
-    """Different (shape, colour) pairs; attributes repeat more often than by chance, so that counting means something."""
+    """Different (shape, colour) pairs; attributes repeat more than by chance, so that counting means something."""
     pairs: list[tuple[str, str]] = []
     if split != "train":
         pairs.append(dice.choice(sorted(HELD_OUT)))

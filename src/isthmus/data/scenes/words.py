@@ -3,6 +3,7 @@ the picture. All of them name every solid with its attributes and say where it i
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from isthmus.data.scenes.dice import Dice
 from isthmus.data.scenes.scene import Scene, Solid
@@ -13,6 +14,11 @@ CAPTION_FORMS = 5
 def number(count: int, noun: str) -> str:
     """``1 thing``, ``2 things``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def an(noun: str) -> str:
+    """``a red cube``, ``an orange cube``."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def listed(items: Sequence[str]) -> str:
@@ -44,7 +50,7 @@ def _caption(form: int, solids: list[Solid]) -> str:
     if form == 3:
         # A chain: each solid is placed by the one named before it.
         links = [f"a {s.full_name} {relation(s, before)} the {before.name}"
-                 for before, s in zip(solids, solids[1:], strict=False)]
+                 for before, s in pairwise(solids)]
         return listed([f"a {solids[0].full_name} at the {solids[0].place}", *links])
     return ". ".join(f"the {s.name} at the {s.place} is {s.size}" for s in solids)
 
@@ -56,7 +62,7 @@ def describe(scene: Scene, dice: Dice) -> str:
     sentences = [f"there {verb} {number(len(solids), 'thing')} in the picture"]
     sentences += [f"a {s.full_name} is at the {s.place}" for s in solids]
     sentences += [f"the {s.name} is {relation(s, before)} the {before.name}"
-                  for before, s in zip(solids, solids[1:], strict=False)]
+                  for before, s in pairwise(solids)]
     return ". ".join(sentences) + "."
 
 

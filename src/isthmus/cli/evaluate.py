@@ -1,0 +1,111 @@
+"""``isthmus eval``: score a model on its recipe's tasks or on data of the user's."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import Progress, TimeRemainingColumn
+from rich.table import Table
+
+from isthmus.errors import ConfigError
+
+
+def run(model: str, *, task: str | None, data: str | None, options: Sequence[str], train: str | None,
+        limit: int | None, out: Path | None, seed: int, json_file: Path | None) -> None:
+    """Print a table per task; outputs, manifest and scores go into ``out``."""
+    from isthmus.model import load
+    from isthmus.recipes.schema import EvalSpec
+    from isthmus.recipes.scoring import model_hash, own_tasks, score_model
+
+    folder = Path(model)
+    loaded = load(folder)
+    source, own = _split(options)
+    if data is None:
+        specs = [s for s in own_tasks(folder) if task in (None, s.task, s.name)]
+        if not specs:
+            raise ConfigError(f"{folder} names no {task or ''} task of its own: give --task and --data.")
+    else:
+        kind = task or ("retrieval" if loaded.kind == "clip" else "vqa")
+        specs = [EvalSpec(name=kind, task=kind, data=_source(data) | source,
+                          train=_source(train) | source if train else None, options=own)]
+    place = out if out is not None else folder / "eval" / (Path(data).stem if data else "own")
+    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
+        shown: dict[str, Any] = {}
+
+        def progress(name: str, done: int, total: int) -> None:
+            if name not in shown:
+                shown[name] = bar.add_task(name, total=total)
+            bar.update(shown[name], completed=done)
+
+        results = score_model(loaded, specs, place, model_hash=model_hash(folder), seed=seed, limit=limit,
+                              progress=progress)
+    console = Console()
+    for result in results:
+        console.print(table(result.task, result.scores.to_dict()))
+    console.print(f"Raw outputs, manifest and scores: [bold]{place}[/]")
+    if json_file is not None:
+        facts = {r.task: r.scores.to_dict() for r in results}
+        json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def table(name: str, facts: dict[str, Any]) -> Table:
+    """A task's scores for the console: per question kind where there are kinds, else one row per fact."""
+    if "kinds" not in facts:
+        out = Table("score", "value", title=name)
+        for key, value in _flat(facts):
+            out.add_row(key, value)
+        return out
+    out = Table(title=name)
+    for column in ("questions", "n", "accuracy", "95 %", "blind", "shuffled", "prior", "gain"):
+        out.add_column(column, justify="left" if column == "questions" else "right")
+    for kind, row in [*facts["kinds"].items(), ("all", facts)]:
+        low, high = row["accuracy_interval"]
+        cells = [_percent(row[c]) for c in ("blind", "shuffled", "prior")]
+        out.add_row(kind, str(row["n"]), _percent(row["accuracy"]), f"{_percent(low)}-{_percent(high)}", *cells,
+                    _percent(row["gain"]), style="bold" if kind == "all" else "")
+    return out
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key} ")
+        elif isinstance(value, float):
+            rows.append((prefix + key, _percent(value)))
+        elif isinstance(value, list) and len(value) == 2:
+            rows.append((prefix + key, "-".join(_percent(v) for v in value)))
+        else:
+            rows.append((prefix + key, str(value)))
+    return rows
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _source(data: str) -> dict[str, Any]:
+    """A YAML file describes a source; anything else is data whose kind is seen from its content."""
+    path = Path(data)
+    if path.suffix in {".yaml", ".yml"}:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} should describe a source by keys, such as `source: llava`.")
+        return tree
+    return {"source": "auto", "path": data}
+
+
+def _split(options: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``key=value`` of the source, and ``task.key=value`` of the task."""
+    source: dict[str, Any] = {}
+    task: dict[str, Any] = {}
+    for option in options:
+        key, sep, value = option.partition("=")
+        if not sep:
+            raise ConfigError(f"--set {option!r} is not key=value.")
+        target, name = (task, key.removeprefix("task.")) if key.startswith("task.") else (source, key)
+        target[name] = yaml.safe_load(value)
+    return source, task

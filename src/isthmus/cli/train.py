@@ -1,0 +1,18 @@
+"""``isthmus train``: run a recipe and say what came out and what to do next."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+
+def run(recipe: str, overrides: Sequence[str], out: Path | None, *, tensorboard: bool) -> None:
+    """Every stage, then where the model is."""
+    from isthmus.recipes.run import train
+
+    folder = out if out is not None else Path("runs") / Path(recipe).stem
+    model = train(recipe, folder, overrides=overrides, tensorboard=tensorboard)
+    console = Console()
+    console.print(f"The {model.kind} model is in [bold]{folder}[/]. It can: {', '.join(model.capabilities)}.")
+    console.print(f"Next: [bold]isthmus eval {folder}[/]" +
+                  (f", [bold]isthmus chat {folder} --image PICTURE[/]" if "chat" in model.capabilities else ""))

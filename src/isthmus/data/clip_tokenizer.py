@@ -1,0 +1,154 @@
+"""CLIP's tokenizer: lower-cased byte-level BPE with an end-of-word mark, 49,408 ids (Radford et al. 2021, sec. 2.4).
+
+The merge table is not part of this package: it is read from a checkpoint folder (``vocab.json`` and ``merges.txt``)
+or from OpenAI's ``bpe_simple_vocab_16e6.txt.gz``.
+"""
+
+import gzip
+import html
+import json
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+from isthmus.errors import DataError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+MERGES = 48_894
+"""Merges in use; OpenAI's file holds more."""
+
+_WORD_END = "</w>"
+_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class ClipTokenizer:
+    """Text to the row that CLIP reads: start, pieces, end. Rows are not padded; ``pad_id`` is what to pad with."""
+
+    pad_id = 0
+
+    def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], *, context: int = 77) -> None:
+        """``merges`` in order of rank. Raises DataError when the specials are not in ``vocab``."""
+        for special in (START, END):
+            if special not in vocab:
+                raise DataError(f"the vocabulary has no {special}; is it CLIP's?")
+        self.context = context
+        self.bos_id, self.eos_id = vocab[START], vocab[END]
+        self.vocab_size = max(vocab.values()) + 1
+        self._vocab, self._merges = dict(vocab), list(merges)
+        self._pieces = {number: piece for piece, number in self._vocab.items()}
+        self._bytes = {symbol: byte for byte, symbol in byte_symbols().items()}
+        self._bpe = Tokenizer(models.BPE(vocab=self._vocab, merges=self._merges, end_of_word_suffix=_WORD_END))
+        self._bpe.pre_tokenizer = pre_tokenizers.Sequence([  # type: ignore[assignment]
+            pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ])
+        self._bpe.add_special_tokens([START, END])
+
+    @classmethod
+    def load(cls, path: str | Path, *, context: int = 77) -> "ClipTokenizer":
+        """From a folder with ``vocab.json`` and ``merges.txt``, or from OpenAI's gzipped merges. Raises DataError."""
+        path = Path(path)
+        try:
+            if path.is_dir():
+                vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+                return cls(vocab, _merges((path / "merges.txt").read_text(encoding="utf-8")), context=context)
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                merges = _merges(file.read())[:MERGES]
+        except (OSError, EOFError, ValueError) as error:
+            raise DataError(f"cannot read CLIP's merge table from {path}: {error}.") from error
+        if len(merges) < MERGES:
+            raise DataError(f"{path} holds {len(merges)} merges; CLIP's table has {MERGES}.")
+        return cls(_legacy_vocab(merges), merges, context=context)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``vocab.json`` and ``merges.txt``, as transformers does."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "vocab.json").write_text(json.dumps(self._vocab, ensure_ascii=False), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in self._merges)]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def encode(self, text: str, *, truncate: bool = True) -> list[int]:
+        """At most ``context`` ids, start and end included. Raises DataError for longer text unless ``truncate``,
+        which keeps the first ``context`` ids and makes the last of them end-of-text.
+        """
+        ids = [self.bos_id, *self._bpe.encode(clean(text)).ids, self.eos_id]
+        if len(ids) > self.context:
+            if not truncate:
+                raise DataError(f"the text has {len(ids)} tokens, more than {self.context}: {text[:60]!r}…")
+            ids = [*ids[: self.context - 1], self.eos_id]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The cleaned text, words separated by single spaces; start, end and unknown ids are left out."""
+        pieces = (self._pieces.get(number, "") for number in ids if number not in (self.bos_id, self.eos_id))
+        text = "".join(pieces).replace(_WORD_END, " ")
+        return bytes(self._bytes.get(symbol, 0x20) for symbol in text).decode("utf-8", errors="replace").strip()
+
+
+def clean(text: str) -> str:
+    """Repaired, HTML-unescaped twice, white space collapsed, lower-cased."""
+    text = html.unescape(html.unescape(_REPAIR(text)))
+    return " ".join(text.split()).lower()
+
+
+def repair(text: str) -> str:
+    """The part of ftfy's repair that ordinary captions meet: HTML entities, ligatures, full-width letters, curly
+    quotes, control characters, one composed form (NFC). Text that was decoded with the wrong encoding is beyond it;
+    where ftfy is installed it is used instead, as the published tokenizers do.
+    """
+    if "<" not in text:  # in what looks like HTML, entities are kept until the end
+        text = html.unescape(html.unescape(text))
+    return unicodedata.normalize("NFC", text.translate(_REPAIRS))
+
+
+def byte_symbols() -> dict[int, str]:
+    """The printable stand-in for each byte, in the order that numbers CLIP's first 256 ids."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _repairs() -> dict[int, str]:
+    """Code point -> replacement, for ``str.translate``."""
+    dropped = (*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD))
+    table = dict.fromkeys(dropped, "")
+    table |= dict.fromkeys((0x02BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+    table[0x3000] = " "
+    for code in (*range(0xFB00, 0xFB07), *range(0xFF01, 0xFFF0)):  # ligatures, full- and half-width forms
+        plain = unicodedata.normalize("NFKC", chr(code))
+        if plain != chr(code):
+            table[code] = plain
+    return table
+
+
+def _merges(text: str) -> list[tuple[str, str]]:
+    """The pairs of a merge file, whose first line is a header. Raises ValueError for a line that is no pair."""
+    pairs = []
+    for number, line in enumerate(text.rstrip("\n").split("\n")[1:], start=2):
+        pair = line.split()
+        if len(pair) != 2:
+            raise ValueError(f"line {number} is no merge of two pieces")
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
+def _legacy_vocab(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """OpenAI's numbering: bytes, bytes that end a word, merges by rank, start, end."""
+    symbols = list(byte_symbols().values())
+    pieces = [*symbols, *(symbol + _WORD_END for symbol in symbols), *(a + b for a, b in merges), START, END]
+    return {piece: number for number, piece in enumerate(pieces)}
+
+
+def _find_repair() -> Callable[[str], str]:
+    try:
+        from ftfy import fix_text  # type: ignore[import-not-found]
+    except ImportError:
+        return repair
+    return fix_text
+
+
+_REPAIRS = _repairs()
+_REPAIR = _find_repair()

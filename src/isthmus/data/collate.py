@@ -1,0 +1,77 @@
+"""Examples -> Batch: padding, grouping of pictures by shape, numbering of pictures and places."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from isthmus.batch import IGNORE, Batch, Places, Tokens, Visuals
+from isthmus.data.record import Example, Span
+from isthmus.errors import DataError
+
+
+def load_pixels(example: Example) -> Example:
+    """The example with its pictures decoded and kept, so that a damaged one fails here and fails alone."""
+    return replace(example, pixels=tuple(_constant(make()) for make in example.pixels))
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """One batch of all examples, rows in order. Pictures are decoded here unless :func:`load_pixels` did it.
+
+    All examples must come from one processor, that is, hold the same streams. Raises DataError when they do not,
+    or when a picture cannot be decoded.
+    """
+    if not examples:
+        raise DataError("a batch needs at least one example")
+    names = list(examples[0].streams)
+    for example in examples:
+        if list(example.streams) != names:
+            raise DataError(f"sample {example.id!r} has the streams {list(example.streams)} and the batch has {names}; "
+                            "one batch takes the examples of one processor")
+    groups: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+    places: dict[str, list[tuple[int, int, int, int]]] = {name: [] for name in names}
+    owner: list[int] = []
+    keys: list[str] = []
+    for row, example in enumerate(examples):
+        first = len(owner)
+        for image, make in zip(example.visuals, example.pixels, strict=True):
+            pixels = make()
+            frames = pixels if pixels.ndim == 4 else pixels[None]
+            groups.setdefault(tuple(frames.shape), []).append((len(owner), frames))
+            owner.append(row)
+            keys.append(image.content_key())
+        for place in example.places:
+            places[place.stream].append((row, first + place.visual, place.start, place.length))
+    return Batch(
+        ids=tuple(e.id for e in examples),
+        sources=tuple(e.source for e in examples),
+        text={name: _pad([e.streams[name] for e in examples]) for name in names},
+        visuals=tuple(Visuals(index=torch.tensor([n for n, _ in group]), pixels=torch.stack([p for _, p in group]))
+                      for group in groups.values()),
+        places={name: _places(rows) for name, rows in places.items() if rows},
+        owner=torch.tensor(owner, dtype=torch.long),
+        keys=tuple(keys),
+    )
+
+
+def _pad(spans: Sequence[Span]) -> Tokens:
+    """Right-padded with id 0, which every vocabulary has; lengths say what is real."""
+    lengths = [len(span.ids) for span in spans]
+    ids = torch.zeros(len(spans), max(lengths), dtype=torch.long)
+    learnt = any(span.labels is not None for span in spans)
+    labels = torch.full_like(ids, IGNORE) if learnt else None
+    for row, span in enumerate(spans):
+        ids[row, : lengths[row]] = torch.tensor(span.ids, dtype=torch.long)
+        if labels is not None and span.labels is not None:
+            labels[row, : lengths[row]] = torch.tensor(span.labels, dtype=torch.long)
+    return Tokens(ids=ids, lengths=torch.tensor(lengths, dtype=torch.long), labels=labels)
+
+
+def _places(rows: Sequence[tuple[int, int, int, int]]) -> Places:
+    row, visual, start, length = torch.tensor(rows, dtype=torch.long).T.contiguous()
+    return Places(row=row, visual=visual, start=start, length=length)
+
+
+def _constant(value: Tensor) -> Callable[[], Tensor]:
+    return lambda: value

@@ -1,0 +1,336 @@
+"""Pictures: where they come from, how they are opened safely, and how they become pixels.
+
+A picture stays a lazy source until a batch is filled. :func:`open_image` refuses by the header, before a single
+pixel is decoded: a picture of a few kilobytes can otherwise take a gigabyte of memory. Pillow is the reference path
+for resizing (antialiased bicubic), because the published weights saw its pixels.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image as PilImage
+from PIL import UnidentifiedImageError
+from torch import Tensor
+
+from isthmus.data.record import Image, ImageSource
+from isthmus.errors import ConfigError, DataError, nearest
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""The only formats opened. Pillow knows 40 more, several of them with a history of holes."""
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_ORIENTATION_TAG = 0x0112
+_ORIENTATIONS = {
+    2: PilImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PilImage.Transpose.ROTATE_180,
+    4: PilImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PilImage.Transpose.TRANSPOSE,
+    6: PilImage.Transpose.ROTATE_270,
+    7: PilImage.Transpose.TRANSVERSE,
+    8: PilImage.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageLimits:
+    """What is refused before decoding: encoded bytes, pixels, side length in pixels, long side over short side."""
+
+    file_bytes: int = 10 * 1024 * 1024
+    pixels: int = 50_000_000
+    side: int = 16_384
+    aspect: float = 200.0
+
+    def check_bytes(self, count: int, where: str) -> None:
+        """Raises DataError when the encoded file is empty or too large."""
+        if count == 0:
+            raise DataError(f"broken image: {where} is empty (0 bytes); write the file again or drop the sample")
+        if count > self.file_bytes:
+            raise DataError(f"image too large: {where} has {count:,} bytes, the limit is {self.file_bytes:,}; "
+                            "save it smaller")
+
+    def check_size(self, width: int, height: int, where: str) -> None:
+        """Raises DataError when the header announces a size outside the limits."""
+        problem = ""
+        if min(width, height) < 1 or max(width, height) > self.side:
+            problem = f"each side must be 1 to {self.side:,} pixels"
+        elif width * height > self.pixels:
+            problem = f"the limit is {self.pixels:,} pixels"
+        elif max(width, height) > self.aspect * min(width, height):
+            problem = f"one side may be at most {self.aspect:g} times the other"
+        if problem:
+            raise DataError(f"image too large: {where} is {width} x {height}; {problem}; shrink or crop it")
+
+
+@dataclass(frozen=True, slots=True)
+class FileImage:
+    """A picture in a file of its own."""
+
+    path: Path
+
+    def describe(self) -> str:
+        return str(self.path)
+
+    def encoded_size(self) -> int:
+        """Size in bytes. Raises DataError when there is no such file."""
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            raise DataError(f"missing image: there is no readable file {self.path}; check the image folder") from None
+
+    def read(self) -> bytes:
+        self.encoded_size()
+        try:
+            return self.path.read_bytes()
+        except OSError:
+            raise DataError(f"missing image: {self.path} cannot be read; check that it is a file and its "
+                            "permissions") from None
+
+
+@dataclass(frozen=True, slots=True)
+class TarImage:
+    """A picture inside a tar file, read at its offset without extracting anything."""
+
+    path: Path
+    offset: int
+    size: int
+    name: str
+
+    def describe(self) -> str:
+        return f"{self.path} :: {self.name}"
+
+    def encoded_size(self) -> int:
+        return self.size
+
+    def read(self) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                raw = file.read(self.size)
+        except OSError:
+            raise DataError(f"missing image: the shard of {self.describe()} cannot be read; was it moved?") from None
+        if len(raw) != self.size:
+            raise DataError(f"broken image: {self.describe()} should have {self.size} bytes and has {len(raw)}; the "
+                            "shard changed since it was indexed, start again")
+        return raw
+
+
+@dataclass(frozen=True, slots=True)
+class BytesImage:
+    """An encoded picture in memory, for example from a request."""
+
+    data: bytes
+    name: str = "image"
+
+    def describe(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        return self.data
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MadeImage:
+    """A picture that already is a PIL image."""
+
+    image: PilImage.Image
+    name: str = "image"
+
+    def describe(self) -> str:
+        return self.name
+
+    def read(self) -> PilImage.Image:
+        return self.image
+
+
+AnyImage = str | Path | bytes | PilImage.Image | ImageSource | Image
+"""Whatever a user may call a picture: a path, encoded bytes, a PIL image, a lazy source, or a record's part."""
+
+
+def as_image(picture: AnyImage) -> Image:
+    """The picture as a record's part, still undecoded. Raises DataError for anything that is no picture."""
+    if isinstance(picture, Image):
+        return picture
+    if isinstance(picture, str | Path):
+        return Image(FileImage(Path(picture)))
+    if isinstance(picture, bytes):
+        return Image(BytesImage(picture))
+    if isinstance(picture, PilImage.Image):
+        return Image(MadeImage(picture))
+    if isinstance(picture, ImageSource):
+        return Image(picture)
+    raise DataError(f"not a picture: {type(picture).__name__}; give a path, encoded bytes or a PIL image")
+
+
+def open_image(source: ImageSource, limits: ImageLimits | None = None) -> PilImage.Image:
+    """The picture as 8-bit RGB: first frame, EXIF-rotated, transparency composited on white.
+
+    Raises DataError, always naming the picture, when it is missing, not of an allowed format, outside ``limits``
+    or damaged. Pillow's own messages are never passed on: they may hold memory addresses.
+    """
+    limits = limits or ImageLimits()
+    where = source.describe()
+    if isinstance(source, FileImage | TarImage):
+        limits.check_bytes(source.encoded_size(), where)
+    raw = source.read()
+    if isinstance(raw, PilImage.Image):
+        limits.check_size(*raw.size, where)
+        return _to_rgb(raw)
+    limits.check_bytes(len(raw), where)
+    try:
+        with PilImage.open(BytesIO(raw), formats=FORMATS) as image:
+            limits.check_size(*image.size, where)
+            orientation = _orientation(image)
+            image.load()
+            upright = image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image
+            return _to_rgb(upright)
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"broken image: {where} is not a picture of the formats {', '.join(FORMATS)}; convert it "
+                        "or drop the sample") from None
+    except (PilImage.DecompressionBombError, PilImage.DecompressionBombWarning):
+        raise DataError(f"image too large: {where} has far more pixels than the limit of {limits.pixels:,}; "
+                        "shrink it") from None
+    except Exception:  # Pillow's decoders raise almost anything on damaged data: OSError, SyntaxError, …
+        raise DataError(f"broken image: {where} is truncated or damaged; write the file again or drop the "
+                        "sample") from None
+
+
+def _orientation(image: PilImage.Image) -> int:
+    """EXIF orientation 1..8. Damaged EXIF data counts as upright: the pixels may still be sound."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # the EXIF parser is as open-minded about exceptions as the decoders
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _to_rgb(image: PilImage.Image) -> PilImage.Image:
+    """8-bit RGB on white. 16-bit grey keeps its high byte, as Pillow does for 16-bit colour."""
+    if image.mode.startswith("I"):
+        deep = np.asarray(image).astype(np.int64)
+        return PilImage.fromarray((deep.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        white = PilImage.new("RGBA", coloured.size, (255, 255, 255, 255))
+        return PilImage.alpha_composite(white, coloured).convert("RGB")
+    return image.convert("RGB")
+
+
+Mode = Literal["square", "pad", "squash"]
+_RESAMPLING = {"bicubic": PilImage.Resampling.BICUBIC, "bilinear": PilImage.Resampling.BILINEAR,
+               "nearest": PilImage.Resampling.NEAREST}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTransform:
+    """RGB picture -> normalised pixels (3, size, size), float32.
+
+    ``square``: short side to ``size``, other side int(size * long / short), centre crop (CLIP; spec of stage 1 of
+    LLaVA-1.5). ``pad``: first onto a square canvas of the long side, background floor(255 * mean), offset
+    floor((long - short) / 2) (stage 2 of LLaVA-1.5). ``squash``: both sides to ``size`` (SigLIP).
+    ``mean`` and ``std`` are of pixels in 0..1. Raises ConfigError for values that make no sense.
+    """
+
+    size: int
+    mode: Mode = "square"
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    resample: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigError(f"image transform: size must be at least 1 pixel, not {self.size}")
+        if self.mode not in ("square", "pad", "squash"):
+            raise ConfigError(f"image transform: unknown mode {self.mode!r}; "
+                              f"{nearest(self.mode, ('square', 'pad', 'squash'))}")
+        if self.resample not in _RESAMPLING:
+            raise ConfigError(f"image transform: unknown resample {self.resample!r}; "
+                              f"{nearest(self.resample, _RESAMPLING)}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ConfigError("image transform: mean and std need three numbers each, and std must be positive")
+
+    @classmethod
+    def clip(cls, size: int = 224, mode: Mode = "square") -> "ImageTransform":
+        """OpenAI CLIP and LLaVA."""
+        return cls(size=size, mode=mode)
+
+    @classmethod
+    def siglip(cls, size: int = 224) -> "ImageTransform":
+        """SigLIP: squashed, pixels to -1..1."""
+        return cls(size=size, mode="squash", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """The canvas colour of ``pad``: near zero after normalisation."""
+        red, green, blue = (math.floor(255 * m) for m in self.mean)
+        return red, green, blue
+
+    def __call__(self, picture: AnyImage) -> Tensor:
+        """Pixels (3, size, size). A PIL image is taken as it is and must be RGB; all else is opened by
+        :func:`open_image` with its limits and errors."""
+        image = picture if isinstance(picture, PilImage.Image) else open_image(as_image(picture).source)
+        levels = np.asarray(self.fit(image))
+        table = _normalised_levels(self.mean, self.std)
+        return torch.from_numpy(np.stack([table[c][levels[:, :, c]] for c in range(3)]))
+
+    def fit(self, image: PilImage.Image) -> PilImage.Image:
+        """The size x size picture the model sees, before normalisation."""
+        if self.mode == "pad":
+            image = _on_square(image, self.background)
+        width, height = image.size
+        if self.mode == "squash":
+            target = (self.size, self.size)
+        elif width <= height:
+            target = (self.size, int(self.size * height / width))
+        else:
+            target = (int(self.size * width / height), self.size)
+        if target != image.size:
+            image = image.resize(target, _RESAMPLING[self.resample])
+        if target == (self.size, self.size):
+            return image
+        left, top = (target[0] - self.size) // 2, (target[1] - self.size) // 2
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ImageTransform":
+        """Inverse of :meth:`to_dict`. Raises ConfigError naming an unknown key."""
+        known = cls.__dataclass_fields__
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"image transform: unknown key {key!r}; {nearest(key, known)}")
+        tuples = {k: tuple(values[k]) for k in ("mean", "std") if k in values}
+        return cls(**{**values, **tuples})
+
+
+def _on_square(image: PilImage.Image, background: tuple[int, int, int]) -> PilImage.Image:
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    canvas = PilImage.new("RGB", (side, side), background)
+    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+    return canvas
+
+
+@lru_cache(maxsize=8)
+def _normalised_levels(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """(3, 256) float32: what each of the 256 grey levels of each channel becomes.
+
+    The order of roundings (scale in float64, then subtract and divide in float32) is the one of the published
+    processors, so that pixels are equal to theirs bit for bit.
+    """
+    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    shift, scale = np.array(mean, dtype=np.float32), np.array(std, dtype=np.float32)
+    return (scaled[None] - shift[:, None]) / scale[:, None]

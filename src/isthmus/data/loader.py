@@ -1,0 +1,260 @@
+"""Loader: sources and a processor to the batches of a run, from any position, always the same.
+
+An epoch is planned from text alone, window by window: no picture is decoded to plan. A sample that fails leaves a
+counted gap in its batch and changes nothing else. One background thread fills batches ahead of the training loop.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from isthmus.batch import Batch
+from isthmus.data.collate import collate, load_pixels
+from isthmus.data.mix import Mix, Source, Visit, key, permutation
+from isthmus.data.processor import Processor
+from isthmus.data.quarantine import Quarantine
+from isthmus.data.record import Example, Record
+from isthmus.errors import ConfigError, DataError
+
+_WINDOW_BATCHES = 32
+_WINDOW_ROWS = 2048
+"""Rows sorted by length together when batches are cut by tokens; batches of rows take 32 batches at a time."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Position:
+    """A place between two steps: ``index`` steps of epoch ``epoch`` are done."""
+
+    epoch: int = 0
+    index: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Position":
+        return cls(epoch=int(values["epoch"]), index=int(values["index"]))
+
+
+START = Position()
+
+
+class Loader:
+    """Batches of a mixture, step by step.
+
+    Args:
+        sources: a source, several, or a Mix with weights.
+        processor: makes Examples; only its text side is used for planning.
+        batch_size: rows of one optimiser step; or
+        batch_tokens: padded tokens of one step (rows x longest; a single longer sample stands alone).
+        accumulate: micro-batches a step is split into.
+        group: put samples of like length together, and text-only ones apart from those with pictures (only the
+            last batches of an epoch mix the two, LLaVA's rule). Without it batches are cut in plain order and
+            nothing is measured.
+        shuffle: without it samples come in the order of the sources (needs ``group=False``).
+        quarantine: where bad samples are counted.
+        prefetch: steps kept ready by the background thread; 0 does everything in the caller's thread.
+    """
+
+    def __init__(self, sources: Source | Sequence[Source] | Mix, processor: Processor, *,
+                 batch_size: int | None = None, batch_tokens: int | None = None, accumulate: int = 1, seed: int = 0,
+                 group: bool = True, shuffle: bool = True, quarantine: Quarantine | None = None,
+                 prefetch: int = 2) -> None:
+        if (batch_size is None) == (batch_tokens is None):
+            raise ConfigError("a loader takes exactly one of batch_size (rows) and batch_tokens (padded tokens)")
+        if min(batch_size or 1, batch_tokens or 1, accumulate) < 1:
+            raise ConfigError("batch_size, batch_tokens and accumulate must be at least 1")
+        if batch_tokens is not None and not group:
+            raise ConfigError("batch_tokens needs group=True: batches cut by tokens must know the lengths")
+        if group and not shuffle:
+            raise ConfigError("shuffle=False needs group=False: grouping by length changes the order")
+        if not isinstance(sources, Mix):
+            sources = Mix(sources if isinstance(sources, list | tuple) else [sources])  # type: ignore[list-item]
+        self.mix, self.processor, self.seed = sources, processor, seed
+        self.batch_size, self.batch_tokens, self.accumulate = batch_size, batch_tokens, accumulate
+        self.group, self.shuffle, self.prefetch = group, shuffle, prefetch
+        self.quarantine = quarantine if quarantine is not None else Quarantine()
+        self._lengths: dict[tuple[int, int], tuple[int, bool]] = {}
+
+    # The plan
+
+    def plan(self, epoch: int) -> Iterator[list[Visit]]:
+        """The batches of an epoch as visits: a pure function of (seed, epoch). Decodes no picture."""
+        visits = [Visit(*row) for row in self.mix.epoch(self.seed, epoch, shuffle=self.shuffle).tolist()]
+        if not self.group:
+            assert self.batch_size is not None  # checked when built
+            yield from _chunks(visits, self.batch_size)
+            return
+        window = _WINDOW_BATCHES * self.batch_size if self.batch_size else _WINDOW_ROWS
+        waiting: dict[bool, list[tuple[int, Visit]]] = {False: [], True: []}
+        for number, rows in enumerate(_chunks(visits, window)):
+            for visit in rows:
+                length, seeing = self._measure(visit)
+                waiting[seeing].append((length, visit))
+            full: list[list[Visit]] = []
+            for seeing, rest in waiting.items():
+                *batches, waiting[seeing] = self._cut(rest)
+                full += [[visit for _, visit in batch] for batch in batches]
+            yield from (full[i] for i in permutation(len(full), key(self.seed, "window", epoch, number)))
+        mixed = waiting[True] + waiting[False]
+        yield from ([visit for _, visit in batch] for batch in self._cut(mixed) if batch)
+
+    def _cut(self, rows: list[tuple[int, Visit]]) -> list[list[tuple[int, Visit]]]:
+        """Full batches, longest rows first, then the rest that does not fill one (maybe empty)."""
+        rows = sorted(rows, key=lambda row: -row[0])  # stable: equal lengths stay in the epoch's order
+        if self.batch_size is not None:
+            end = len(rows) // self.batch_size * self.batch_size
+            return [*_chunks(rows[:end], self.batch_size), rows[end:]]
+        assert self.batch_tokens is not None  # checked when built
+        batches: list[list[tuple[int, Visit]]] = [[]]
+        longest = 0
+        for row in rows:
+            longest = max(longest, row[0])
+            if batches[-1] and longest * (len(batches[-1]) + 1) > self.batch_tokens:
+                batches.append([])
+                longest = row[0]
+            batches[-1].append(row)
+        return batches
+
+    def _measure(self, visit: Visit) -> tuple[int, bool]:
+        """(tokens, has pictures?) of a visit; (0, False) for a sample that cannot be read, which counts when met.
+
+        Kept after the first time, unless the sample's text is drawn anew at every visit.
+        """
+        place = (visit.source, visit.index)
+        if place in self._lengths:
+            return self._lengths[place]
+        try:
+            record = self.mix.record(visit)
+            example = self._example(record, visit)
+        except DataError:
+            return self._lengths.setdefault(place, (0, False))
+        measured = (example.length, bool(example.visuals))
+        if all(isinstance(part.text, str) for part in record.texts):
+            self._lengths[place] = measured
+        return measured
+
+    # Filling
+
+    def _example(self, record: Record, visit: Visit) -> Example:
+        return self.processor.example(record, key(self.seed, "draw", visit.source, visit.turn, record.id))
+
+    def _fill(self, visits: Sequence[Visit]) -> list[Batch]:
+        """The micro-batches of one step; bad samples are left out and counted. Empty when all were bad."""
+        examples: list[Example] = []
+        for visit in visits:
+            source = self.mix.sources[visit.source].name
+            name = f"{source}[{visit.index}]"
+            try:
+                record = self.mix.record(visit)
+                name = record.id
+                examples.append(load_pixels(self._example(record, visit)))
+            except DataError as error:
+                self.quarantine.add(name, source, str(error))
+        self.quarantine.seen(len(visits))
+        bounds = [round(i * len(examples) / self.accumulate) for i in range(self.accumulate + 1)]
+        return [collate(examples[a:b]) for a, b in pairwise(bounds) if b > a]
+
+    # Running
+
+    def position(self, saved: Mapping[str, Any]) -> Position:
+        """The position that ``to_dict`` gave."""
+        return Position.from_dict(saved)
+
+    def positions(self, start: Position = START) -> Iterator[Position]:
+        """The position after each step from ``start`` on, without end."""
+        yield from (position for position, _ in self._planned(start))
+
+    def _planned(self, start: Position) -> Iterator[tuple[Position, list[Visit]]]:
+        """Plans on without end. One batch is looked ahead, so that an epoch's last step ends in the next epoch."""
+        epoch, done = start.epoch, start.index
+        while True:
+            batches = self.plan(epoch)
+            ahead = next(batches, None)
+            index = 0
+            while ahead is not None:
+                batch, ahead = ahead, next(batches, None)
+                index += 1
+                if index > done:
+                    yield (Position(epoch, index) if ahead is not None else Position(epoch + 1, 0)), batch
+            epoch, done = epoch + 1, 0
+
+    def steps(self, start: Position = START) -> Iterator[tuple[Position, list[Batch]]]:
+        """(position after the step, its micro-batches) from ``start`` on, without end.
+
+        A step whose samples were all bad is passed over. Raises DataError when a whole epoch gives nothing, or when
+        the quarantine is over its threshold. Close the iterator (or drop it) to end the background thread.
+        """
+        return self._ahead(lambda: self._filled(start))
+
+    def _filled(self, start: Position) -> Iterator[tuple[Position, list[Batch]]]:
+        barren = 0
+        for position, visits in self._planned(start):
+            batches = self._fill(visits)
+            if batches:
+                barren = 0
+                yield position, batches
+            else:
+                barren += position.index == 0
+                if barren > 1:  # from the last good step on, one whole epoch at least
+                    raise DataError(f"not one sample of a whole epoch could be used; {_worst(self.quarantine)}")
+
+    def epoch(self, number: int = 0) -> Iterator[list[Batch]]:
+        """The steps of one epoch alone, for evaluation."""
+        return self._ahead(lambda: (b for visits in self.plan(number) if (b := self._fill(visits))))
+
+    def _ahead(self, make: Callable[[], Iterator[T]]) -> Iterator[T]:
+        return in_background(make, self.prefetch) if self.prefetch else make()
+
+
+def _worst(quarantine: Quarantine) -> str:
+    return "reasons: " + ", ".join(f"{reason} ({n})" for reason, n in quarantine.reasons().most_common(3))
+
+
+def _chunks(rows: list[T], size: int) -> Iterator[list[T]]:
+    return (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def in_background(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
+    """The items of ``make()``, computed up to ``depth`` ahead by a thread that ends with this iterator.
+
+    What the thread raises is raised here, at the item it stopped at.
+    """
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def offer(kind: str, value: Any) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                ready.put((kind, value), timeout=0.05)
+                return
+
+    def work() -> None:
+        try:
+            for item in make():
+                offer("item", item)
+                if stopped.is_set():
+                    return
+            offer("end", None)
+        except BaseException as error:  # handed over, whatever it is
+            offer("error", error)
+
+    thread = threading.Thread(target=work, name="isthmus-loader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,216 @@
+"""Processors: a Record to an Example, for one system and one stage. They never need the net.
+
+A processor is saved as ``processor.json`` in a model folder, its tokenizer beside it. ``example(record, draw)``
+makes a training sample, ``draw`` choosing among alternative texts; ``prompt(record)`` makes what a model continues
+or embeds, without labels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+from isthmus.batch import IGNORE
+from isthmus.data.images import ImageTransform
+from isthmus.data.record import Example, Image, Place, Record, Span
+from isthmus.data.text import TEMPLATES, Encoded, drawn, encode, render
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import ConfigError, DataError, nearest
+
+
+class Processor(Protocol):
+    """What loaders, evaluation and serving see of a processor."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def image(self) -> ImageTransform | None: ...
+    def example(self, record: Record, draw: int) -> Example: ...
+    def prompt(self, record: Record) -> Example: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class ContrastiveProcessor:
+    """One picture and one caption (stream ``text``): bos, ids, eos, at most ``context`` tokens.
+
+    An over-long caption keeps its first ``context`` tokens, the last of them overwritten by eos (CLIP).
+    Raises ConfigError when the tokenizer lacks a beginning-of-sequence token.
+    """
+
+    kind = "contrastive"
+
+    def __init__(self, tokenizer: Tokenizer, image: ImageTransform, *, context: int = 77) -> None:
+        if tokenizer.bos_id is None:
+            raise ConfigError("a contrastive processor needs a tokenizer with a beginning-of-sequence token")
+        if context < 2:
+            raise ConfigError(f"context must be at least 2 tokens (start and end of text), not {context}")
+        self.tokenizer, self.image, self.context = tokenizer, image, context
+
+    def example(self, record: Record, draw: int = 0) -> Example:
+        """Raises DataError unless the record holds one picture and a caption (a running text or an answer)."""
+        if len(record.images) != 1:
+            raise DataError(f"bad pair: contrastive training takes one picture a sample and this has "
+                            f"{len(record.images)}; split the sample")
+        captions = [p for p in drawn(record, draw).texts if p.role in ("text", "assistant")]
+        if len(captions) != 1:
+            raise DataError(f"bad pair: contrastive training takes one caption a sample and this has {len(captions)}; "
+                            "join or split them")
+        example = self.text_example(str(captions[0].text))
+        return replace(example, id=record.id, source=record.source, visuals=record.images,
+                       pixels=_pixels(self.image, record.images))
+
+    def text_example(self, text: str) -> Example:
+        """A caption without a picture, for embedding texts. Raises DataError when it is empty."""
+        if not text.strip():
+            raise DataError("empty text: the caption is empty; write one or drop the sample")
+        assert self.tokenizer.bos_id is not None  # checked when built
+        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(text), self.tokenizer.eos_id]
+        if len(ids) > self.context:
+            ids = [*ids[: self.context - 1], self.tokenizer.eos_id]
+        return Example(id=text, source="", streams={"text": Span(ids)})
+
+    def prompt(self, record: Record) -> Example:
+        """The pair itself, first alternative: embedding has nothing to leave out."""
+        return self.example(record, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "context": self.context, "image": self.image.to_dict()}
+
+
+class SpliceProcessor:
+    """Conversations with pictures for a decoder that takes visual tokens in its sequence (stream ``lm``).
+
+    Args:
+        num_tokens: visual tokens a picture takes, from the connector for this transform's fixed size.
+        template: one of :data:`isthmus.data.text.TEMPLATES`.
+        max_length: tokens after widening; what is over is cut off, never through a picture.
+    """
+
+    kind = "splice"
+
+    def __init__(self, tokenizer: Tokenizer, image: ImageTransform, *, num_tokens: int, template: str = "vicuna_v1",
+                 max_length: int = 2048) -> None:
+        _check(template, max_length)
+        if num_tokens < 1:
+            raise ConfigError(f"a picture takes at least one visual token, not {num_tokens}")
+        self.tokenizer, self.image = tokenizer, image
+        self.num_tokens, self.template, self.max_length = num_tokens, template, max_length
+
+    def example(self, record: Record, draw: int = 0) -> Example:
+        """Raises DataError when the record does not fit the template or nothing of it would be learnt."""
+        rendered = render(record, self.template, draw=draw)
+        example = self._widen(record, encode(rendered, self.tokenizer), rendered.images)
+        _must_learn(example.streams["lm"], self.max_length, rendered.learns)
+        return example
+
+    def prompt(self, record: Record) -> Example:
+        """Up to the place where the answer begins, without labels. Raises DataError when it is too long."""
+        rendered = render(record, self.template, prompt=True)
+        encoded = encode(rendered, self.tokenizer)
+        _must_fit(len(encoded.ids) + self.num_tokens * len(encoded.marks), self.max_length)
+        example = self._widen(record, encoded, rendered.images)
+        return replace(example, streams={"lm": Span(example.streams["lm"].ids)})
+
+    def _widen(self, record: Record, encoded: Encoded, images: Sequence[Image]) -> Example:
+        """Put ``num_tokens`` sentinels (the pad id, never learnt) at each mark, then cut to ``max_length``."""
+        ids: list[int] = []
+        labels: list[int] = []
+        places: list[Place] = []
+        end = self.max_length
+        for visual, (start, stop) in enumerate(zip([0, *encoded.marks], [*encoded.marks, len(encoded.ids)],
+                                                   strict=True), start=-1):
+            if visual >= 0:
+                if len(ids) + self.num_tokens > self.max_length:
+                    end = min(end, len(ids))
+                    break
+                places.append(Place(visual, "lm", len(ids), self.num_tokens))
+                ids += [self.tokenizer.pad_id] * self.num_tokens
+                labels += [IGNORE] * self.num_tokens
+            ids += encoded.ids[start:stop]
+            labels += encoded.labels[start:stop]
+        kept = tuple(images[: len(places)])
+        return Example(id=record.id, source=record.source, streams={"lm": Span(ids[:end], labels[:end])}, visuals=kept,
+                       pixels=_pixels(self.image, kept), places=tuple(places))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "template": self.template, "max_length": self.max_length,
+                "num_tokens": self.num_tokens, "image": self.image.to_dict()}
+
+
+class TextProcessor:
+    """Text for a language model without eyes (stream ``lm``): running text, or conversations in ``template``."""
+
+    kind = "text"
+    image = None
+
+    def __init__(self, tokenizer: Tokenizer, *, template: str = "document", max_length: int = 2048) -> None:
+        _check(template, max_length)
+        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+
+    def example(self, record: Record, draw: int = 0) -> Example:
+        """Raises DataError when the record holds a picture, does not fit the template, or teaches nothing."""
+        encoded, learns = self._encode(record, draw, prompt=False)
+        span = Span(encoded.ids[: self.max_length], encoded.labels[: self.max_length])
+        _must_learn(span, self.max_length, learns)
+        return Example(id=record.id, source=record.source, streams={"lm": span})
+
+    def prompt(self, record: Record) -> Example:
+        """Up to the place where the answer begins, without labels. Raises DataError when it is too long."""
+        encoded, _ = self._encode(record, 0, prompt=True)
+        _must_fit(len(encoded.ids), self.max_length)
+        return Example(id=record.id, source=record.source, streams={"lm": Span(encoded.ids)})
+
+    def _encode(self, record: Record, draw: int, *, prompt: bool) -> tuple[Encoded, bool]:
+        if record.images:
+            raise DataError("picture without eyes: this model reads only text and the sample holds a picture; "
+                            "take the picture out or use a model with a vision encoder")
+        rendered = render(record, self.template, draw=draw, prompt=prompt)
+        return encode(rendered, self.tokenizer), rendered.learns
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "template": self.template, "max_length": self.max_length}
+
+
+PROCESSORS: dict[str, Callable[..., Processor]] = {
+    ContrastiveProcessor.kind: ContrastiveProcessor,
+    SpliceProcessor.kind: SpliceProcessor,
+    TextProcessor.kind: TextProcessor,
+}
+
+
+def processor_from_dict(values: dict[str, Any], tokenizer: Tokenizer) -> Processor:
+    """The processor that ``to_dict`` described. Raises ConfigError for an unknown kind or option."""
+    options = dict(values)
+    kind = str(options.pop("kind", ""))
+    if kind not in PROCESSORS:
+        raise ConfigError(f"processor: unknown kind {kind!r}; {nearest(kind, PROCESSORS)}")
+    if "image" in options:
+        options["image"] = ImageTransform.from_dict(options["image"])
+    try:
+        return PROCESSORS[kind](tokenizer, **options)
+    except TypeError:
+        raise ConfigError(f"processor of kind {kind!r}: missing or unknown option among {sorted(options)}") from None
+
+
+def _pixels(transform: ImageTransform, images: Sequence[Image]) -> tuple[Callable[[], Any], ...]:
+    return tuple(partial(transform, image) for image in images)
+
+
+def _check(template: str, max_length: int) -> None:
+    if template not in TEMPLATES:
+        raise ConfigError(f"unknown template {template!r}; {nearest(template, TEMPLATES)}")
+    if max_length < 2:
+        raise ConfigError(f"max_length must be at least 2 tokens, not {max_length}")
+
+
+def _must_learn(span: Span, max_length: int, learns: bool) -> None:
+    # Position 0 is never predicted, so a label there teaches nothing.
+    if span.labels is None or all(label == IGNORE for label in span.labels[1:]):
+        why = (f"the first {max_length} tokens hold no token to be learnt; raise max_length or shorten the sample"
+               if learns else "no part of the sample is marked to be learnt; mark the answer")
+        raise DataError(f"nothing learnt: {why}")
+
+
+def _must_fit(length: int, max_length: int) -> None:
+    if length > max_length:
+        raise DataError(f"prompt too long: it takes {length} tokens and the model reads {max_length}; shorten it")

@@ -1,0 +1,62 @@
+"""Quarantine: bad samples are written down and counted, and too many of them stop the run."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from isthmus.errors import DataError
+
+
+class Quarantine:
+    """A JSON-lines file of bad samples (``id``, ``source``, ``reason``), each written once even over resumes.
+
+    ``seen(n)`` tells it how many samples were asked for since; when more than ``threshold`` of them were bad, and
+    at least ``after`` were asked for, it raises DataError with the counts. Without a path it only counts.
+    """
+
+    def __init__(self, path: Path | str | None = None, *, threshold: float = 0.01, after: int = 100) -> None:
+        self.path = None if path is None else Path(path)
+        self.threshold, self.after = threshold, after
+        self.samples = 0
+        self.failures = 0
+        self._known: dict[tuple[str, str], str] = {}
+        if self.path is not None and self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                self._recall(line)
+
+    def _recall(self, line: str) -> None:
+        try:
+            row = json.loads(line)
+            self._known[row["source"], row["id"]] = row["reason"]
+        except (ValueError, KeyError, TypeError):
+            return  # the half-written last line of a killed run; the sample will be met and written again
+
+    def add(self, id: str, source: str, reason: str) -> None:
+        """Note one bad sample."""
+        self.failures += 1
+        if (source, id) in self._known:
+            return
+        self._known[source, id] = reason
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            line = json.dumps({"id": id, "source": source, "reason": reason}, ensure_ascii=False)
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(line + "\n")
+
+    def seen(self, count: int) -> None:
+        """``count`` more samples were asked for, the bad ones among them. Raises DataError above the threshold."""
+        self.samples += count
+        if self.samples >= self.after and self.failures > self.threshold * self.samples:
+            reasons = ", ".join(f"{reason} ({n})" for reason, n in self.reasons().most_common(3))
+            example = next(iter(self._known.values()), "")
+            where = f"all are listed in {self.path}" if self.path else "no quarantine file was asked for"
+            raise DataError(f"{self.failures} of {self.samples} samples are bad, more than the allowed "
+                            f"{self.threshold:.1%}; most often: {reasons}; for example: {example}. Mend the data "
+                            f"({where}) or raise the threshold.")
+
+    def reasons(self) -> Counter[str]:
+        """Different bad samples by kind of reason: what stands before the first colon."""
+        return Counter(reason.split(":", 1)[0] for reason in self._known.values())
+
+    def __len__(self) -> int:
+        return len(self._known)

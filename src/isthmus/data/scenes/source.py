@@ -1,0 +1,167 @@
+"""SceneSource: scenes as Records, in the forms that the stages train and evaluate on.
+
+=============  ====================================================================================================
+captions       picture, then a caption with alternatives (running text, learnt)
+questions      picture, one question, a short answer; the kinds take turns, so a count of 6 n gives n of each kind
+conversations  picture, then several turns of mixed kinds, with follow-ups that need the turn before
+describe       picture, a request, a detailed description
+reasoning      picture, a question, an answer that says why
+symbols        text only: a conversation (or, every third time, a caption) with the description for the picture
+fewshot        text only: made-up words whose meaning is only in the examples
+=============  ====================================================================================================
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from isthmus.data.record import Image, Part, Record, Role, Text
+from isthmus.data.scenes.dice import Dice
+from isthmus.data.scenes.draw import ScenePicture
+from isthmus.data.scenes.few_shot import few_shot
+from isthmus.data.scenes.questions import KINDS, Question, ask, follow_up
+from isthmus.data.scenes.scene import SPLITS, Scene, Split, make_scene
+from isthmus.data.scenes.words import captions, describe, symbols
+from isthmus.errors import ConfigError, nearest
+
+Form = Literal["captions", "questions", "conversations", "describe", "reasoning", "symbols", "fewshot"]
+FORMS: tuple[Form, ...] = get_args(Form)
+_REQUESTS = ("describe the picture.", "what do you see?", "tell me everything about this picture.")
+_EXPLAIN = "explain."
+_FOLLOW_UPS = 0.3
+_MOST_REDRAWS = 10_000
+
+
+class SceneSource:
+    """``count`` records of one form, a pure function of (form, split, seed, side, index); drawing waits for ``read()``.
+
+    ``turns`` is the number of question-answer turns in conversations and symbols. ``distinct`` skips scenes that no
+    caption could tell from an earlier one (for retrieval tests). Raises ConfigError for an unknown form or split.
+    """
+
+    def __init__(self, form: Form, *, split: Split = "train", count: int = 10_000, seed: int = 0, size: int = 64,
+                 turns: int = 6, distinct: bool = False) -> None:
+        if form not in FORMS:
+            raise ConfigError(f"scenes have no form {form!r}; {nearest(form, FORMS)}")
+        if split not in SPLITS:
+            raise ConfigError(f"scenes have no split {split!r}; {nearest(split, SPLITS)}")
+        if count < 1 or turns < 1:
+            raise ConfigError(f"scenes need at least one record and one turn, not count={count}, turns={turns}")
+        self.form, self.split, self.seed, self.size, self.turns = form, split, seed, size, turns
+        self.name = f"scenes-{form}-{split}"
+        self._make: Callable[[int, Dice], Record] = getattr(self, f"_{form}")
+        self._numbers = _distinct(seed, split, count) if distinct else range(count)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = self._numbers[index]
+        return self._make(number, Dice("words", self.form, self.seed, self.split, number))
+
+    def scene(self, index: int) -> Scene:
+        """The ground truth of a record: its scene as first drawn (``questions`` may have redrawn it, see meta)."""
+        return make_scene(self.seed, self.split, self._numbers[index])
+
+    def _record(self, number: int, parts: list[Part], **meta: object) -> Record:
+        return Record(f"{self.form}/{self.split}/{self.seed}/{number}", tuple(parts), self.name, meta)
+
+    def _picture(self, number: int, role: Role = "user", attempt: int = 0) -> Image:
+        picture = ScenePicture(self.seed, self.split, number, attempt, self.size)
+        return Image(picture, role=role, key=picture.key)
+
+    def _captions(self, number: int, dice: Dice) -> Record:
+        scene = make_scene(self.seed, self.split, number)
+        text = Text(captions(scene, dice), role="text", learn=True)
+        return self._record(number, [self._picture(number, role="text"), text])
+
+    def _questions(self, number: int, _: Dice) -> Record:
+        attempt, question = self._redraw(number)
+        parts = [self._picture(number, attempt=attempt), *_turn(question.text, question.answer)]
+        return self._record(number, parts, kind=question.kind, answers=(question.answer,), attempt=attempt)
+
+    def _reasoning(self, number: int, _: Dice) -> Record:
+        attempt, question = self._redraw(number)
+        answer = f"{question.reason}, so the answer is {question.answer}."
+        parts = [self._picture(number, attempt=attempt), *_turn(f"{question.text} {_EXPLAIN}", answer)]
+        return self._record(number, parts, kind="reasoning", answers=(question.answer,), attempt=attempt)
+
+    def _redraw(self, number: int) -> tuple[int, Question]:
+        """The number's question. Scene after scene gets the same throws, so what they ask for stays balanced."""
+        kind = KINDS[number % len(KINDS)]
+        for attempt in range(_MOST_REDRAWS):
+            scene = make_scene(self.seed, self.split, number, attempt)
+            question = ask(scene, kind, Dice("ask", self.seed, self.split, number))
+            if question:
+                return attempt, question
+        raise AssertionError(f"no scene answers a question of kind {kind}")  # every kind fits many scenes
+
+    def _conversations(self, number: int, dice: Dice) -> Record:
+        scene = make_scene(self.seed, self.split, number)
+        turns = _turns(scene, dice, self.turns)
+        parts = [self._picture(number), *(p for q in turns for p in _turn(q.text, q.answer))]
+        return self._record(number, parts, kinds=tuple(q.kind for q in turns))
+
+    def _describe(self, number: int, dice: Dice) -> Record:
+        scene = make_scene(self.seed, self.split, number)
+        return self._record(number, [self._picture(number), *_turn(dice.choice(_REQUESTS), describe(scene, dice))])
+
+    def _symbols(self, number: int, dice: Dice) -> Record:
+        scene = make_scene(self.seed, self.split, number)
+        description = symbols(scene, dice)
+        if number % 3 == 2:
+            parts: list[Part] = [Text(f"{description}\n"), Text(captions(scene, dice), learn=True)]
+            return self._record(number, parts)
+        first, *rest = _turns(scene, dice, self.turns)
+        parts = [*_turn(f"{description}\n{first.text}", first.answer)]
+        parts += [p for q in rest for p in _turn(q.text, q.answer)]
+        return self._record(number, parts)
+
+    def _fewshot(self, number: int, dice: Dice) -> Record:
+        """Learnt is every made-up word that an earlier example has explained."""
+        task = few_shot(dice, reserved=self.split != "train")
+        parts: list[Part] = []
+        known: set[str] = set()
+        for thing, word in task.examples:
+            parts += [Text(f"{thing} is"), Text(f" {word}\n", learn=word in known)]
+            known.add(word)
+        return self._record(number, parts, kind=f"fewshot_{task.attribute}", answers=(task.examples[-1][1],))
+
+
+def _distinct(seed: int, split: Split, count: int) -> list[int]:
+    """The first ``count`` numbers whose scenes differ in what words can tell."""
+    numbers: list[int] = []
+    seen: set[object] = set()
+    number = 0
+    while len(numbers) < count:
+        layout = make_scene(seed, split, number).layout
+        if layout not in seen:
+            seen.add(layout)
+            numbers.append(number)
+        number += 1
+    return numbers
+
+
+def _turn(question: str, answer: str) -> tuple[Text, Text]:
+    return Text(question, role="user"), Text(answer, role="assistant", learn=True)
+
+
+def _turns(scene: Scene, dice: Dice, count: int) -> list[Question]:
+    """Different questions of mixed kinds. A follow-up asks about the turn before, and nothing told there."""
+    turns: list[Question] = []
+    asked: set[str] = set()
+    for _ in range(20 * count):
+        if len(turns) == count:
+            break
+        before = turns[-1] if turns else None
+        if before and before.about and dice.chance(_FOLLOW_UPS):
+            question = follow_up(scene, before.about, dice)
+            if question and question.answer not in f"{before.text} {before.answer}":
+                turns.append(question)
+            continue
+        question = ask(scene, dice.choice(KINDS), dice)
+        if question and question.text not in asked:
+            asked.add(question.text)
+            turns.append(question)
+    return turns

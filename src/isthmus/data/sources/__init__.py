@@ -1,0 +1,201 @@
+"""Sources: other people's files, and our scenes, as Records. A source is described by a dict with a ``kind``.
+
+    open_source({"kind": "webdataset", "shards": "easy_vqa/train-*.tar", "fields": {"questions": "qa"}}, data_root=...)
+
+Options that most kinds share: ``name``, ``limit`` (first rows only) and those of :class:`rows.Form`: ``fields``,
+``turns``, ``max_turns``, ``suffix``, ``instruction``, ``classes`` (a file of names or a list), ``templates`` and
+``captions`` (a side file: ``{file, key, fields}``).
+"""
+
+import csv
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from isthmus.data.mix import Mix, Source
+from isthmus.data.scenes import SceneSource
+from isthmus.data.sources.files import NamedImages, Root, read_json, read_lines, read_rows
+from isthmus.data.sources.rows import Form, Row, Rows, RowSource, flat
+from isthmus.data.sources.webdataset import IMAGE_ENDINGS, WebDatasetRows
+from isthmus.errors import ConfigError, DataError, nearest
+
+Names = str | Sequence[str]
+
+
+def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None) -> Source:
+    """The source a description names; relative paths start at ``data_root`` (else the working directory).
+
+    Everything that can be checked without decoding pictures is checked here, before a run's first step. Raises
+    ConfigError for an unknown kind or option (the nearest is named), DataError for missing or damaged files.
+    """
+    options = dict(spec)
+    kind = str(options.pop("kind", ""))
+    if kind not in SOURCES:
+        raise ConfigError(f"source: unknown kind {kind!r}; {nearest(kind, SOURCES)}")
+    if kind == "scenes":
+        return _scenes(options)
+    root = Root(Path(data_root) if data_root is not None else Path())
+    name, limit = options.pop("name", None), options.pop("limit", None)
+    form = _form(options, root)
+    rows = _call(kind, SOURCES[kind], options, root=root, form=form)
+    if not len(rows):
+        raise DataError(f"the source {dict(spec)} holds no sample; check its files and fields")
+    return RowSource(name or _name(kind, spec), rows, form, limit=limit)
+
+
+def open_mix(specs: Sequence[Mapping[str, Any]], *, data_root: Path | str | None = None) -> Mix:
+    """Several descriptions, each with an optional ``weight`` (visits per epoch, default 1), as one mixture."""
+    weights = [float(spec.get("weight", 1.0)) for spec in specs]
+    bare = [{k: v for k, v in spec.items() if k != "weight"} for spec in specs]
+    return Mix([open_source(spec, data_root=data_root) for spec in bare], weights)
+
+
+def _llava(root: Root, form: Form, *, file: Names, image_folder: str | None = None, images: Names = ()) -> Rows:
+    """LLaVA conversations: a JSON list or JSON lines with id, image (a name, several, or none), conversations."""
+    return _jsonl(root, form, file=file, image_folder=image_folder, images=images)
+
+
+def _jsonl(root: Root, form: Form, *, file: Names, image_folder: str | None = None, images: Names = ()) -> Rows:
+    """Any JSON lines or JSON list; pictures by name from ``image_folder`` or from the tars ``images``."""
+    paths = root.files(file)
+    found = _images(root, image_folder, images, beside=paths[0])
+    return _NamedRows([(path.stem, row) for path in paths for row in read_rows(path)], form, found)
+
+
+def _csv(root: Root, form: Form, *, file: Names, image_folder: str | None = None, images: Names = (),
+         delimiter: str | None = None) -> Rows:
+    """Pairs in a table with a header line; tabs separate in .tsv and .tab files, commas elsewhere."""
+    paths = root.files(file)
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for path in paths:
+        separator = delimiter or ("\t" if path.suffix in (".tsv", ".tab") else ",")
+        with open(path, newline="", encoding="utf-8-sig") as table:
+            reader = csv.DictReader(table, delimiter=separator)
+            columns = list(reader.fieldnames or ())
+            for theirs in (t for value in form.fields.values() for t in ([value] if isinstance(value, str) else value)):
+                if theirs not in columns:
+                    raise ConfigError(f"{path} has no column {theirs!r}; {nearest(theirs, columns)}")
+            rows += [(path.stem, row) for row in reader]
+    return _NamedRows(rows, form, _images(root, image_folder, images, beside=paths[0]))
+
+
+def _coco(root: Root, form: Form, *, file: str, image_folder: str | None = None, images: Names = ()) -> Rows:
+    """COCO captions: one record a picture, all its captions as alternatives; pictures without captions left out."""
+    path = root.path(file)
+    content = read_json(path)
+    try:
+        captions: dict[Any, list[str]] = {}
+        for annotation in content["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        rows = [(path.stem, {"id": str(image["id"]), "image": image["file_name"], "caption": captions[image["id"]]})
+                for image in content["images"] if image["id"] in captions]
+    except (KeyError, TypeError):
+        raise DataError(f"{path} is not a COCO captions file: it needs images (id, file_name) and annotations "
+                        "(image_id, caption)") from None
+    return _NamedRows(rows, form, _images(root, image_folder, images, beside=path))
+
+
+def _folder(root: Root, form: Form, *, folder: str) -> Rows:
+    """A folder with one subfolder of pictures per class; class names are the folders' unless ``classes`` gives them."""
+    top = root.path(folder)
+    if not top.is_dir():
+        raise DataError(f"no such folder: {top}; check the path and the DATA= folder")
+    classes = sorted(p for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if form.classes and len(form.classes) != len(classes):
+        raise DataError(f"{top} has {len(classes)} class folders and the class file {len(form.classes)} names")
+    found = NamedImages(top)
+    return [Row(f"{c.name}/{p.relative_to(c).as_posix()}",
+                {"label": number if form.classes else c.name.replace("_", " ")},
+                (found.find(p.relative_to(top).as_posix()),), key=p.stem)
+            for number, c in enumerate(classes) for p in sorted(c.rglob("*"))
+            if p.suffix.lower().lstrip(".") in IMAGE_ENDINGS]
+
+
+def _webdataset(root: Root, form: Form, *, shards: Names) -> Rows:
+    """Tar shards, with brace ranges and globs."""
+    return WebDatasetRows(root.files(shards))
+
+
+SOURCES: dict[str, Callable[..., Rows]] = {
+    "llava": _llava, "jsonl": _jsonl, "csv": _csv, "coco": _coco, "folder": _folder, "webdataset": _webdataset,
+    "scenes": SceneSource,  # type: ignore[dict-item]  (made, not read: opened apart)
+}
+
+
+class _NamedRows:
+    """Rows of a file whose ``image`` field names pictures: one, several, or none."""
+
+    def __init__(self, rows: Sequence[tuple[str, Mapping[str, Any]]], form: Form, images: NamedImages) -> None:
+        self.rows, self.form, self.images = rows, form, images
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        stem, values = self.rows[index]
+        bare = Row("", values)
+        names = flat(self.form.value(bare, "image"))
+        given = self.form.value(bare, "id")
+        key = str(given) if given is not None else names[0] if names else str(index)
+        return Row(f"{stem}/{key if given is not None else index}", values,
+                   tuple(self.images.find(name) for name in names), key=key)
+
+
+def _images(root: Root, image_folder: str | None, images: Names, *, beside: Path) -> NamedImages:
+    if image_folder is not None and images:
+        raise ConfigError("source: give image_folder or images (tars), not both")
+    folder = root.path(image_folder) if image_folder is not None else beside.parent
+    if not folder.is_dir():
+        raise DataError(f"no such image folder: {folder}; check the path and the DATA= folder")
+    return NamedImages(folder, root.files(images) if images else ())
+
+
+def _form(options: dict[str, Any], root: Root) -> Form:
+    """The options of Form taken out of a description, its files read."""
+    chosen = {k: options.pop(k) for k in list(options) if k in Form.__dataclass_fields__}
+    if isinstance(chosen.get("classes"), str):
+        chosen["classes"] = read_lines(root.path(chosen["classes"]))
+    if isinstance(chosen.get("templates"), str):
+        chosen["templates"] = [chosen["templates"]]
+    if "captions" in chosen:
+        chosen["captions"] = _call("captions", _side_captions, dict(chosen["captions"]), root=root)
+    return Form(**chosen)
+
+
+def _side_captions(root: Root, *, file: str, key: str, fields: Names) -> dict[str, tuple[str, ...]]:
+    names = [fields] if isinstance(fields, str) else list(fields)
+    rows = read_rows(root.path(file))
+    known = set().union(*(row.keys() for row in rows)) if rows else set()
+    for name in (key, *names):
+        if name not in known:
+            raise ConfigError(f"{root.path(file)} has no field {name!r}; {nearest(name, known)}")
+    return {str(row.get(key)): flat([row.get(name) for name in names]) for row in rows}
+
+
+def _scenes(options: dict[str, Any]) -> Source:
+    _check_options("scenes", SceneSource, options, given=())
+    return SceneSource(**options)
+
+
+def _call(kind: str, function: Callable[..., Any], options: dict[str, Any], **given: Any) -> Any:
+    _check_options(kind, function, options, given=tuple(given))
+    return function(**given, **options)
+
+
+def _check_options(kind: str, function: Callable[..., Any], options: Mapping[str, Any], given: Sequence[str]) -> None:
+    parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in given}
+    shared = () if kind in ("scenes", "captions") else (*Form.__dataclass_fields__, "name", "limit")
+    for option in options:
+        if option not in parameters:
+            raise ConfigError(f"source of kind {kind!r}: unknown option {option!r}; "
+                              f"{nearest(option, (*parameters, *shared))}")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise ConfigError(f"source of kind {kind!r} needs the option {name!r}")
+
+
+def _name(kind: str, spec: Mapping[str, Any]) -> str:
+    files = spec.get("file") or spec.get("shards") or spec.get("folder")
+    first = files if isinstance(files, str) else files[0] if files else ""
+    return f"{kind}:{Path(first).stem}"

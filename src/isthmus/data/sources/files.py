@@ -1,0 +1,144 @@
+"""Finding and reading the files of a source: brace ranges, globs, JSON and JSON lines, pictures by name."""
+
+import glob
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from isthmus.data.images import FileImage, TarImage
+from isthmus.data.record import ImageSource
+from isthmus.data.sources.tar import index_tar
+from isthmus.errors import DataError
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """Where relative paths of a source's description start."""
+
+    folder: Path = Path()
+
+    def path(self, name: str | Path) -> Path:
+        return self.folder / Path(name).expanduser()
+
+    def files(self, patterns: str | Sequence[str]) -> list[Path]:
+        """Files named by one pattern or several, with ``{000..012}``, ``{a,b}``, ``*`` and ``?``, each once.
+
+        Raises DataError for a pattern that names no file, or a file that is not there.
+        """
+        found: dict[Path, None] = {}
+        for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
+            for name in _braces(str(self.path(pattern))):
+                if glob.has_magic(name):
+                    paths = [Path(p) for p in sorted(glob.glob(name, recursive=True))]
+                else:
+                    paths = [Path(name)] if Path(name).is_file() else []
+                if not paths:
+                    raise DataError(f"no such file: {name}; check the path and the DATA= folder")
+                found.update(dict.fromkeys(paths))
+        return list(found)
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """``a{1..3}b`` -> a1b a2b a3b, widths kept; ``{x,y}`` -> x y. What is neither stays as it is."""
+    fixed = _BRACES.split(pattern)
+    options: list[list[str]] = []
+    for place, piece in enumerate(fixed):
+        ends = _RANGE.fullmatch(piece)
+        if place % 2 == 0:
+            options.append([piece])
+        elif ends:
+            width = len(ends[1]) if ends[1].startswith("0") else 0
+            options.append([str(n).zfill(width) for n in range(int(ends[1]), int(ends[2]) + 1)])
+        else:
+            options.append(piece.split(",") if "," in piece else [f"{{{piece}}}"])
+    return ("".join(choice) for choice in itertools.product(*options))
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises DataError when it is missing or not JSON, with the line where it stops being."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError:
+        raise DataError(f"no such file: {path}; check the path and the DATA= folder") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    except ValueError as error:
+        line = getattr(error, "lineno", 1)
+        raise DataError(f"{path} is not valid JSON: it goes wrong at line {line}; is it truncated?") from None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON list or of JSON lines, whichever the file is. Raises DataError naming the line."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            first = next((line.lstrip()[:1] for line in file if line.strip()), "")
+            rows = None if first == "[" else _read_lines(path, file)
+    except OSError:
+        raise DataError(f"no such file: {path}; check the path and the DATA= folder") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    rows = read_json(path) if rows is None else rows
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} must hold a list of JSON objects, or one object a line")
+    return rows
+
+
+def _read_lines(path: Path, file: Any) -> list[Any]:
+    file.seek(0)
+    rows = []
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise DataError(f"{path}, line {number}: not valid JSON; is the file truncated?") from None
+    return rows
+
+
+def read_lines(path: Path) -> list[str]:
+    """Non-empty lines of a text file, stripped: class names. Raises DataError when it is missing."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except OSError:
+        raise DataError(f"no such file: {path}; check the path and the DATA= folder") from None
+
+
+def safe_name(name: str) -> bool:
+    """Does the name stay inside its folder? Absolute names and ``..`` do not."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and not re.match(r"[A-Za-z]:", name)
+
+
+class NamedImages:
+    """Pictures by the names a JSON or CSV file gives them: files below a folder, or members of tars."""
+
+    def __init__(self, folder: Path, shards: Sequence[Path] = ()) -> None:
+        """Raises DataError when a shard is damaged or two shards hold the same name."""
+        self.folder = folder
+        self.members: Mapping[str, TarImage] | None = None
+        if shards:
+            members: dict[str, TarImage] = {}
+            for shard in shards:
+                for member in index_tar(shard):
+                    if member.name in members:
+                        raise DataError(f"{shard}: it holds {member.name!r} and so does "
+                                        f"{members[member.name].path}; names must differ")
+                    members[member.name] = member
+            self.members = members
+
+    def find(self, name: str) -> ImageSource:
+        """Raises DataError for a name that leaves the folder or is in no shard. A missing file shows when read."""
+        if not safe_name(name):
+            raise DataError(f"bad image name: {name!r} leaves the image folder; use names relative to it")
+        if self.members is None:
+            return FileImage(self.folder / name)
+        if name not in self.members:
+            raise DataError(f"missing image: no shard holds {name!r}; check the names in the file and in the tars")
+        return self.members[name]

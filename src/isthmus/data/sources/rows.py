@@ -1,0 +1,262 @@
+"""Rows to Records: the one place where the fields of other people's files become parts of a Record.
+
+A row is a dict of plain values with its pictures. The first of these fields it holds decides its form: ``conversations``
+or ``messages``, ``questions`` (a list), ``question`` and ``answer``, ``caption``, ``label``, ``text``.
+``fields`` maps these names to the file's own, ``{questions: qa}``.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from isthmus.data.record import Image, ImageSource, Part, Record, Role, Text
+from isthmus.errors import ConfigError, DataError, nearest
+
+FIELDS = ("conversations", "messages", "questions", "question", "caption", "label", "text")
+KNOWN = (*FIELDS, "answer", "image", "id", "kind")
+_ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+                           "system": "system"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a file: ``key`` is what side files call it, ``id`` is unique in the source."""
+
+    id: str
+    values: Mapping[str, Any]
+    images: tuple[ImageSource, ...] = ()
+    key: str = ""
+
+
+class Rows(Protocol):
+    """Rows by number; reading one may touch the disk, so it is done once per visit."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How rows become records.
+
+    Args:
+        fields: our field name -> the file's (for ``caption`` also several).
+        turns: of a list of questions make one conversation (``all``) or one record each (``single``).
+        max_turns: longest conversation; a longer list makes several.
+        suffix: put on a line of its own behind each question.
+        instruction: asked before a caption or label, which then becomes an answer.
+        classes: class names by label number.
+        templates: texts with ``{}`` for the class name, drawn as alternatives.
+        captions: further captions by row key, from a side file.
+    """
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    turns: Literal["all", "single"] = "all"
+    max_turns: int | None = None
+    suffix: str = ""
+    instruction: str = ""
+    classes: Sequence[str] = ()
+    templates: Sequence[str] = ()
+    captions: Mapping[str, tuple[str, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.fields:
+            if name not in KNOWN:
+                raise ConfigError(f"source: unknown field {name!r}; {nearest(name, KNOWN)}")
+        if self.turns not in ("all", "single"):
+            raise ConfigError(f"source: turns must be 'all' or 'single', not {self.turns!r}")
+        if self.max_turns is not None and self.max_turns < 1:
+            raise ConfigError(f"source: max_turns must be at least 1, not {self.max_turns}")
+        for template in self.templates:
+            if "{}" not in template:
+                raise ConfigError(f"source: the template {template!r} has no {{}} for the class name")
+
+    @property
+    def step(self) -> int | None:
+        """Questions per record where a list of questions may make several records, else none."""
+        return 1 if self.turns == "single" else self.max_turns
+
+    def value(self, row: Row, name: str) -> Any:
+        theirs = self.fields.get(name, name)
+        if isinstance(theirs, str):
+            return row.values.get(theirs)
+        return [row.values.get(t) for t in theirs]
+
+    def count(self, row: Row) -> int:
+        """Number of records the row makes."""
+        if self.step is None:
+            return 1
+        questions = self.value(row, "questions")
+        return -(-len(questions) // self.step) if isinstance(questions, list) else 1
+
+    def record(self, row: Row, number: int, source: str) -> Record:
+        """The ``number``-th record of the row. Raises DataError when the row does not fit."""
+        if self.captions is not None and row.key not in self.captions:
+            raise DataError(f"missing caption: the side file has none for {row.key!r}; check its key field")
+        form = next((n for n in FIELDS if self.value(row, n) is not None), "caption" if self.captions else None)
+        if form is None:
+            raise DataError(f"no text: of the fields {', '.join(FIELDS)} the sample has none (it has "
+                            f"{', '.join(map(str, row.values)) or 'nothing'}); name yours under 'fields'")
+        meta: dict[str, Any] = {}
+        kind = self.value(row, "kind")
+        if kind is not None:
+            meta["kind"] = str(kind)
+        if form in ("conversations", "messages"):
+            parts = conversation(self.value(row, form), row.images)
+        elif form == "questions":
+            parts = self._questions(row, number, meta)
+        elif form == "question":
+            parts = self._turns(row, [(self.value(row, "question"), self.value(row, "answer"))], meta)
+        elif form == "text":
+            parts = [*_pictures(row, "text"), Text(_string(self.value(row, "text"), "text"), learn=True)]
+        else:
+            parts = self._caption(row, form, meta)
+        several = self.step is not None and form == "questions"
+        return Record(f"{row.id}#{number}" if several else row.id, tuple(parts), source, meta)
+
+    def _questions(self, row: Row, number: int, meta: dict[str, Any]) -> list[Part]:
+        pairs = self.value(row, "questions")
+        if not isinstance(pairs, list) or not pairs:
+            raise DataError("empty answer: the list of questions is empty; drop the sample")
+        if self.step is not None:
+            pairs = pairs[number * self.step : (number + 1) * self.step]
+        return self._turns(row, [_pair(p) for p in pairs], meta)
+
+    def _turns(self, row: Row, pairs: Sequence[tuple[Any, Any]], meta: dict[str, Any]) -> list[Part]:
+        parts: list[Part] = _pictures(row, "user")
+        for question, answer in pairs:
+            asked = _string(question, "question") + (f"\n{self.suffix}" if self.suffix else "")
+            answers = tuple(_string(a, "answer") for a in (answer if isinstance(answer, list) else [answer]))
+            if not answers:
+                raise DataError("empty answer: a question has no answer; drop it")
+            parts += [Text(asked, role="user"), Text(answers[0], role="assistant", learn=True)]
+            meta["answers"] = answers  # of the last turn, which is the one that is scored
+        return parts
+
+    def _caption(self, row: Row, form: str, meta: dict[str, Any]) -> list[Part]:
+        if form == "label":
+            texts = self._class_texts(self.value(row, "label"), meta)
+        else:
+            texts = (*flat(self.value(row, "caption")), *(self.captions or {}).get(row.key, ()))
+        if not texts:
+            raise DataError("empty text: the caption is empty; write one or drop the sample")
+        text = texts[0] if len(texts) == 1 else tuple(dict.fromkeys(texts))
+        if not self.instruction:
+            return [*_pictures(row, "text"), Text(text, learn=True)]
+        if "class" in meta:
+            meta["answers"] = (meta["class"],)
+        return [*_pictures(row, "user"), Text(self.instruction, role="user"), Text(text, role="assistant", learn=True)]
+
+    def _class_texts(self, label: Any, meta: dict[str, Any]) -> tuple[str, ...]:
+        name = str(label)
+        if self.classes:
+            if not isinstance(label, int) or not 0 <= label < len(self.classes):
+                raise DataError(f"bad label: {label!r} is not one of the {len(self.classes)} class numbers")
+            name = self.classes[label]
+        meta |= {"class": name, "label": label}
+        return tuple(t.format(name) for t in self.templates) or (name,)
+
+
+class RowSource:
+    """A source over rows. Where a list of questions makes several records, all rows are read once to count them."""
+
+    def __init__(self, name: str, rows: Rows, form: Form, *, limit: int | None = None) -> None:
+        if limit is not None and limit < 1:
+            raise ConfigError(f"source {name!r}: limit must be at least 1, not {limit}")
+        self.name, self.rows, self.form = name, rows, form
+        count = len(rows) if limit is None else min(limit, len(rows))
+        self._places = list(self._count(count)) if form.step is not None else range(count)
+
+    def _count(self, rows: int) -> Iterator[tuple[int, int]]:
+        for index in range(rows):
+            try:
+                count = self.form.count(self.rows[index])
+            except DataError:
+                count = 1  # met, and counted as bad, when it is visited
+            yield from ((index, number) for number in range(max(count, 1)))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Record:
+        place = self._places[index]
+        row, number = place if isinstance(place, tuple) else (place, 0)
+        return self.form.record(self.rows[row], number, self.name)
+
+
+def conversation(turns: Any, images: Sequence[ImageSource]) -> list[Part]:
+    """LLaVA's ``from``/``value`` or chat ``role``/``content`` turns, ``<image>`` marking the pictures in order.
+
+    A leading assistant turn is dropped. Raises DataError for unknown speakers or another number of marks than
+    pictures.
+    """
+    if not isinstance(turns, list) or not all(isinstance(t, Mapping) for t in turns):
+        raise DataError("bad conversation: it must be a list of turns, each with 'from' and 'value'")
+    parts: list[Part] = []
+    waiting = list(images)
+    marks = 0
+    for number, turn in enumerate(turns):
+        speaker, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if speaker not in _ROLES:
+            raise DataError(f"bad conversation: turn {number + 1} is from {speaker!r}; "
+                            f"{nearest(str(speaker), _ROLES)}")
+        role = _ROLES[speaker]
+        if role == "assistant" and not parts:
+            continue
+        text = _string(value, "answer" if role == "assistant" else f"turn {number + 1}")
+        pieces = _trim(text.split("<image>")) if role == "user" else [text]
+        for place, piece in enumerate(pieces):
+            if place:
+                marks += 1
+                if waiting:
+                    parts.append(Image(waiting.pop(0), role=role))
+            if piece or len(pieces) == 1:
+                parts.append(Text(piece, role=role, learn=role == "assistant"))
+    if marks != len(images):
+        raise DataError(f"placeholder mismatch: the text has {marks} <image> and the sample {len(images)} pictures; "
+                        "make them equal")
+    return parts
+
+
+def _trim(pieces: list[str]) -> list[str]:
+    """Texts around pictures, without the white space at the two ends of the turn: there the marks have stood."""
+    if len(pieces) > 1:
+        for order, strip in ((range(len(pieces)), str.lstrip), (range(len(pieces) - 1, -1, -1), str.rstrip)):
+            for place in order:
+                pieces[place] = strip(pieces[place])
+                if pieces[place]:
+                    break
+    return pieces
+
+
+def flat(value: Any) -> tuple[str, ...]:
+    """All non-empty strings of a value, nested lists included, stripped."""
+    if value is None:
+        return ()
+    if isinstance(value, list | tuple):
+        return tuple(text for item in value for text in flat(item))
+    text = _string(value, "caption").strip()
+    return (text,) if text else ()
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    if isinstance(item, Mapping):
+        return item.get("question"), item.get("answer")
+    if isinstance(item, list) and len(item) == 2:
+        return item[0], item[1]
+    raise DataError("bad question: each item of the list must be [question, answer] or have these two fields")
+
+
+def _string(value: Any, what: str) -> str:
+    """A text, number or truth value as text. Raises DataError for anything else."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | int | float):
+        return str(value)
+    if value is None and what == "answer":
+        raise DataError("empty answer: there is none; write one or drop the sample")
+    raise DataError(f"bad field: the {what} should be a text and is {type(value).__name__}")
+
+
+def _pictures(row: Row, role: Role) -> list[Part]:
+    return [Image(source, role=role) for source in row.images]

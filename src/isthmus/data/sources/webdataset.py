@@ -1,0 +1,97 @@
+"""WebDataset tar shards: consecutive members with one key are one sample. Own offset index, no package."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus.data.images import TarImage
+from isthmus.data.sources.rows import Row
+from isthmus.data.sources.tar import index_tar
+from isthmus.errors import DataError
+
+IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    shard: str
+    key: str
+    members: dict[str, TarImage]
+
+
+class WebDatasetRows:
+    """Samples of tar shards: pictures by their ending, ``.txt`` as caption, ``.cls`` as label, ``.json`` as fields.
+
+    Raises DataError before any sample is read: a damaged shard (see :func:`index_tar`) or a key that comes twice in
+    one shard. The same key in two shards is two samples.
+    """
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self.samples: list[_Sample] = []
+        for shard in shards:
+            self.samples += _group(shard)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Row:
+        sample = self.samples[index]
+        values: dict[str, Any] = {}
+        for ending, member in sample.members.items():
+            kind = ending.rsplit(".", 1)[-1]
+            if kind == "json":
+                values |= _json(member)
+            elif kind == "txt":
+                values["caption"] = _text(member).strip()
+            elif kind == "cls":
+                values["label"] = _number(member)
+        images = tuple(m for e, m in sample.members.items() if e.rsplit(".", 1)[-1] in IMAGE_ENDINGS)
+        return Row(f"{sample.shard}/{sample.key}", values, images, key=sample.key.rsplit("/", 1)[-1])
+
+
+def _group(shard: Path) -> list[_Sample]:
+    samples: list[_Sample] = []
+    seen: set[str] = set()
+    for member in index_tar(shard):
+        folder, _, name = member.name.rpartition("/")
+        stem, _, ending = name.partition(".")
+        if not stem or not ending:
+            continue  # hidden files and files without an ending belong to no sample
+        key = f"{folder}/{stem}" if folder else stem
+        if not samples or samples[-1].key != key:
+            if key in seen:
+                raise DataError(f"bad shard: {shard} has the key {key!r} twice; keys must be unique and the members of "
+                                "a sample must stand together")
+            seen.add(key)
+            samples.append(_Sample(shard.stem, key, {}))
+        ending = ending.lower()
+        if ending in samples[-1].members:
+            raise DataError(f"bad shard: {shard} has {member.name!r} twice; keys must be unique")
+        samples[-1].members[ending] = member
+    return samples
+
+
+def _text(member: TarImage) -> str:
+    try:
+        return member.read().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"bad text: {member.describe()} is not UTF-8; write it as UTF-8") from None
+
+
+def _json(member: TarImage) -> dict[str, Any]:
+    try:
+        values = json.loads(_text(member))
+    except ValueError:
+        raise DataError(f"bad text: {member.describe()} is not valid JSON; write it again") from None
+    if not isinstance(values, dict):
+        raise DataError(f"bad text: {member.describe()} should hold a JSON object; write it again")
+    return values
+
+
+def _number(member: TarImage) -> int:
+    try:
+        return int(_text(member))
+    except ValueError:
+        raise DataError(f"bad label: {member.describe()} should hold a class number") from None

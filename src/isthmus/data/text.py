@@ -1,0 +1,253 @@
+"""From a record to tokens: conversation templates, and labels that are known by construction.
+
+A template renders a record to chunks of text with pictures between them. Every chunk knows, while it is put
+together, which of its characters are to be learnt; it is then tokenised as one string and a token is supervised iff
+its characters lie within such a span. Nothing is ever searched for in the rendered string, so an answer may contain
+anything, even ``ASSISTANT:``. Chunks are tokenised apart, as the published models saw them (LLaVA, arXiv:2310.03744).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from isthmus.batch import IGNORE
+from isthmus.data.record import Image, Record, Role, Text, without_answer
+from isthmus.data.tokenizer import END, Tokenizer
+from isthmus.errors import ConfigError, DataError, nearest
+
+_VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
+           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+_LLAVA = ("A chat between a curious human and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the human's questions.")
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Text between two pictures. ``spans`` are the character ranges [start, end) to be learnt."""
+
+    text: str = ""
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Rendered:
+    """A rendered record: chunk, picture, chunk, picture, …, chunk. There is one picture fewer than chunks."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = [Chunk()]
+        self.images: list[Image] = []
+
+    def write(self, text: str, *, learn: bool = False) -> None:
+        chunk = self.chunks[-1]
+        start = len(chunk.text)
+        chunk.text += text
+        if not (learn and text):
+            return
+        if chunk.spans and chunk.spans[-1][1] == start:
+            start = chunk.spans.pop()[0]  # one span, so that a token across two learnt pieces is learnt too
+        chunk.spans.append((start, len(chunk.text)))
+
+    def place(self, image: Image) -> None:
+        self.images.append(image)
+        self.chunks.append(Chunk())
+
+    @property
+    def learns(self) -> bool:
+        return any(chunk.spans for chunk in self.chunks)
+
+    def __str__(self) -> str:
+        """The prompt as people write it, with ``<image>`` and ``</s>``."""
+        return "<image>".join(chunk.text for chunk in self.chunks).replace(END, "</s>")
+
+
+Template = Callable[[Record, bool], Rendered]
+"""(record whose texts are drawn, is it a prompt to be continued?) -> Rendered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """All parts of one speaker in a row: ``text`` joined as written, ``images`` in order."""
+
+    role: Role
+    text: str
+    images: tuple[Image, ...]
+    learn: bool
+
+
+def render(record: Record, template: str, *, draw: int = 0, prompt: bool = False) -> Rendered:
+    """The record in the words of a template.
+
+    ``draw`` chooses among alternative texts. A ``prompt`` is what a model continues: the answer at the record's end
+    is left out and nothing is learnt. A record of running text (no speakers) is rendered as ``document`` by every
+    conversation template. Raises DataError when the record does not fit, ConfigError for an unknown template.
+    """
+    if template not in TEMPLATES:
+        raise ConfigError(f"unknown template {template!r}; {nearest(template, TEMPLATES)}")
+    record = drawn(without_answer(record) if prompt else record, draw)
+    spoken = any(p.role in ("user", "assistant") for p in record.texts)
+    return TEMPLATES[template if spoken or template == "plain" else "document"](record, prompt)
+
+
+def drawn(record: Record, draw: int) -> Record:
+    """The record with one alternative of each text drawn by ``draw`` (independent ones if it is large and even-
+    handed). Raises DataError for text that is not valid or holds the reserved character."""
+    parts = []
+    for part in record.parts:
+        if isinstance(part, Text):
+            text = part.text
+            if not isinstance(text, str):
+                if not text:
+                    raise DataError("empty text: a text with alternatives has none; give at least one")
+                draw, choice = divmod(draw, len(text))
+                text = text[choice]
+            if END in text:
+                raise DataError("bad text: it holds the character U+10FFFD, which is reserved; remove it")
+            part = Text(text, part.role, part.learn)
+        parts.append(part)
+    return Record(record.id, tuple(parts), record.source, record.meta)
+
+
+def _conversation(system: str) -> Template:
+    """The Vicuna grammar: ``SYS USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>``, no space after ``</s>``."""
+
+    def template(record: Record, prompt: bool) -> Rendered:
+        said = "".join(str(p.text) for p in record.texts if p.role == "system") or system
+        out = Rendered()
+        out.write(f"{said} " if said else "")
+        turns = _turns(record)
+        for number, turn in enumerate(turns):
+            expected = "user" if number % 2 == 0 else "assistant"
+            if turn.role != expected:
+                raise DataError(f"bad conversation: turn {number + 1} is the {turn.role}'s and should be the "
+                                f"{expected}'s; turns alternate, the user begins")
+            if turn.role == "user":
+                out.write("USER: ")
+                _write_user(out, turn)
+                out.write(" ASSISTANT:")
+            else:
+                if not turn.text.strip():
+                    raise DataError(f"empty answer: turn {number + 1} of the conversation says nothing; "
+                                    "write an answer or drop the turn")
+                learn = turn.learn and not prompt
+                out.write(f" {turn.text}{END}", learn=learn)
+        if not turns or (prompt and turns[-1].role != "user"):
+            raise DataError("bad conversation: it has no question to answer; end it with a user's turn")
+        if not prompt and turns[-1].role != "assistant":
+            raise DataError("empty answer: the conversation ends with a question; add the answer to be learnt")
+        return out
+
+    return template
+
+
+def _write_user(out: Rendered, turn: Turn) -> None:
+    """Pictures first, each followed by a newline, then the stripped text (the released code's rule)."""
+    text = turn.text.strip() if turn.images else turn.text
+    for number, image in enumerate(turn.images):
+        out.place(image)
+        if text or number + 1 < len(turn.images):
+            out.write("\n")
+    out.write(text)
+
+
+def _plain(record: Record, prompt: bool) -> Rendered:
+    """``<image>caption\\n``: what the user says is dropped, the newline ends it, there is no end of sequence."""
+    out = Rendered()
+    for image in record.images:
+        out.place(image)
+    if prompt:
+        return out
+    answers = [p for p in record.texts if p.role in ("text", "assistant")]
+    if len(answers) != 1:
+        raise DataError(f"bad caption: the template 'plain' takes one caption and the sample has {len(answers)}; "
+                        "use a conversation template")
+    caption = str(answers[0].text)
+    if not caption.strip():
+        raise DataError("empty answer: the caption is empty; write one or drop the sample")
+    out.write(f"{caption}\n", learn=answers[0].learn)
+    return out
+
+
+def _document(record: Record, prompt: bool) -> Rendered:
+    """Running text as it stands, pictures in their places, one end of sequence behind it."""
+    out = Rendered()
+    learn = False
+    for part in record.parts:
+        if isinstance(part, Image):
+            out.place(part)
+            continue
+        if part.role in ("user", "assistant"):
+            raise DataError(f"bad document: the template 'document' takes running text and found a turn of the "
+                            f"{part.role}; use a conversation template")
+        learn = part.learn and not prompt
+        out.write(str(part.text), learn=learn)
+    if not prompt:
+        if not any(chunk.text.strip() for chunk in out.chunks):
+            raise DataError("empty text: the document holds no text; drop the sample")
+        out.write(END, learn=learn)
+    return out
+
+
+TEMPLATES: dict[str, Template] = {
+    "plain": _plain,
+    "vicuna_v1": _conversation(_VICUNA),
+    "llava_v1": _conversation(_LLAVA),
+    "vicuna_bare": _conversation(""),
+    "document": _document,
+}
+"""Written out: ``vicuna_bare`` is ``vicuna_v1`` without the system sentence and its space."""
+
+
+def _turns(record: Record) -> list[Turn]:
+    turns: list[Turn] = []
+    for part in record.parts:
+        if isinstance(part, Text) and part.role == "system":
+            continue
+        role: Role = "user" if part.role == "text" else part.role
+        if isinstance(part, Image) and role != "user":
+            raise DataError("bad conversation: a picture stands in the assistant's turn; only users show pictures")
+        if not turns or turns[-1].role != role:
+            turns.append(Turn(role, "", (), False))
+        last = turns[-1]
+        if isinstance(part, Image):
+            turns[-1] = Turn(role, last.text, (*last.images, part), last.learn)
+        else:
+            turns[-1] = Turn(role, last.text + str(part.text), last.images, last.learn or part.learn)
+    return turns
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids and labels; ``marks`` are the positions in ``ids`` before which a picture stands, in order."""
+
+    ids: list[int]
+    labels: list[int]
+    marks: list[int]
+
+
+def encode(rendered: Rendered, tokenizer: Tokenizer) -> Encoded:
+    """Tokenise chunk by chunk, beginning-of-sequence once at the front (if the tokenizer has one).
+
+    A token is supervised iff it starts within a learnt span and ends no later than it. The dummy space some
+    tokenizers put at the front of each chunk counts with the character it stands before.
+    """
+    ids: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    labels = [IGNORE] * len(ids)
+    marks: list[int] = []
+    for number, chunk in enumerate(rendered.chunks):
+        if number:
+            marks.append(len(ids))
+        if chunk.text:
+            pieces, offsets = tokenizer.encode_with_offsets(chunk.text)
+            ids += pieces
+            labels += _labels(pieces, offsets, chunk.spans)
+    return Encoded(ids, labels, marks)
+
+
+def _labels(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Both token offsets and spans are in order of their starts: one walk over both."""
+    labels: list[int] = []
+    current = 0
+    for token, (start, end) in zip(ids, offsets, strict=True):
+        while current < len(spans) and spans[current][1] <= start:
+            current += 1
+        inside = current < len(spans) and spans[current][0] <= start and end <= spans[current][1]
+        labels.append(token if inside else IGNORE)
+    return labels

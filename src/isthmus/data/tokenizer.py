@@ -1,0 +1,179 @@
+"""Text to token ids and back, over the ``tokenizers`` library.
+
+A tokenizer never adds special tokens by itself and never reads them out of a user's text: somebody who writes
+``</s>`` in a question gets the four characters, not the end of the conversation. Chat templates, which do need an
+end-of-sequence token in the middle of a string, write :data:`END` instead; it becomes the end-of-sequence id exactly
+as the library itself would split the string there, dummy spaces included.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+
+from isthmus.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+
+END = "\U0010fffd"
+"""Stands for the end-of-sequence token inside a template: the last private-use character of Unicode."""
+
+PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
+"""Special tokens of a tokenizer trained here, ids 0 to 3. Contrastive towers use bos and eos as start and end of
+text: one scheme for all models."""
+
+
+class Tokenizer:
+    """A ``tokenizers`` tokenizer with its special ids. ``bos_id`` is none for families without one (Qwen)."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, eos: str, bos: str | None = None, pad: str | None = None,
+                 unk: str | None = None) -> None:
+        """Raises ConfigError when a named special token is not in the vocabulary."""
+        self.backend = backend
+        self.specials = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": unk}
+        self.eos_id = self._id_of(eos)
+        self.bos_id = None if bos is None else self._id_of(bos)
+        self.pad_id = self._id_of(pad or unk or eos)
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        # The encoder is a copy in which no special token is recognised, plus END under an id past the vocabulary.
+        self._encoder = tokenizers.Tokenizer.from_str(backend.to_str())
+        self._encoder.no_padding()
+        self._encoder.no_truncation()
+        self._encoder.encode_special_tokens = True
+        self._encoder.add_tokens([AddedToken(END, special=False, normalized=False)])
+        self._end_id = self._encoder.token_to_id(END)
+
+    def _id_of(self, token: str) -> int:
+        number = self.backend.token_to_id(token)
+        if number is None:
+            raise ConfigError(f"tokenizer: the special token {token!r} is not in its vocabulary; "
+                              "name one that is, or add it")
+        return number
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, nothing added. Raises DataError on text that is not valid Unicode."""
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of ``text`` and the characters [start, end) each came from. Raises DataError as :meth:`encode`."""
+        check_text(text)
+        encoding = self._encoder.encode(text, add_special_tokens=False)
+        return [self.eos_id if i == self._end_id else i for i in encoding.ids], encoding.offsets
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of ``ids``; special tokens left out unless ``skip_special`` is false."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary entries of ``ids``, for showing a sample token by token."""
+        return [self.backend.id_to_token(i) or f"<{i}>" for i in ids]
+
+    def save(self, folder: Path | str) -> None:
+        """Writes tokenizer.json and tokenizer_config.json; transformers' AutoTokenizer loads the folder too."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (folder / name).write_text(content, encoding="utf-8")
+
+    def files(self) -> dict[str, str]:
+        """File name -> content of a saved tokenizer."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                  "model_max_length": int(1e30)} | {k: v for k, v in self.specials.items() if v is not None}
+        return {"tokenizer.json": self.backend.to_str(),
+                "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Tokenizer":
+        """A tokenizer saved by isthmus or by transformers. Reads the disk only; runs no code from the folder.
+
+        Raises CheckpointError when there is none or it names no end-of-sequence token, MissingExtraError when its
+        file needs a library that is not installed.
+        """
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            return cls._load_through_transformers(folder)
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception:  # the library raises bare Exception on a damaged file
+            raise CheckpointError(f"{file} is not a tokenizer the tokenizers library can read; copy it again") from None
+        names = _special_names(folder)
+        if names.get("eos_token") is None:
+            raise CheckpointError(f"{folder} names no eos_token in tokenizer_config.json or special_tokens_map.json; "
+                                  "add it there")
+        return cls(backend, eos=names["eos_token"], bos=names.get("bos_token"), pad=names.get("pad_token"),
+                   unk=names.get("unk_token"))
+
+    @classmethod
+    def _load_through_transformers(cls, folder: Path) -> "Tokenizer":
+        """For folders that hold only tokenizer.model, or vocabulary and merges."""
+        known = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+        if not any((folder / name).is_file() for name in known):
+            raise CheckpointError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json); "
+                                  "copy the tokenizer's files there")
+        from transformers import AutoTokenizer
+        try:
+            peer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except ImportError:
+            raise MissingExtraError(f"reading the tokenizer of {folder} needs the package sentencepiece; "
+                                    "install it, or save the tokenizer as tokenizer.json") from None
+        except Exception as error:
+            raise CheckpointError(f"transformers cannot load the tokenizer of {folder} ({type(error).__name__}); "
+                                  "save it as tokenizer.json") from error
+        if getattr(peer, "backend_tokenizer", None) is None or peer.eos_token is None:
+            raise CheckpointError(f"the tokenizer of {folder} has no fast form or no eos_token; save it as "
+                                  "tokenizer.json")
+        return cls(peer.backend_tokenizer, eos=peer.eos_token, bos=peer.bos_token, pad=peer.pad_token,
+                   unk=peer.unk_token)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int = 4096, *, min_frequency: int = 2) -> "Tokenizer":
+        """Byte-level BPE of at most ``vocab_size`` ids (at least 260: the specials and the 256 bytes).
+
+        Every text can be written with it, so ``<unk>`` never occurs. The result depends only on the texts.
+        """
+        specials = [PAD, BOS, EOS, UNK]
+        smallest = len(specials) + 256
+        if vocab_size < smallest:
+            raise ConfigError(f"tokenizer: vocab_size must be at least {smallest} (specials and bytes), "
+                              f"not {vocab_size}")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.train_from_iterator(
+            (check_text(text) for text in texts),
+            trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=specials,
+                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        # For transformers' sake: its users expect the beginning-of-sequence token to come by itself.
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, backend.token_to_id(BOS))])
+        return cls(backend, eos=EOS, bos=BOS, pad=PAD, unk=UNK)
+
+
+def check_text(text: str) -> str:
+    """``text`` itself. Raises DataError when it holds half a surrogate pair, which no tokenizer accepts."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"bad text: character {error.start} is half a surrogate pair (U+{ord(text[error.start]):04X}); "
+                        "decode the text as UTF-8 again") from None
+    return text
+
+
+def _special_names(folder: Path) -> dict[str, str]:
+    """Special token names from the two files a Hugging Face folder may keep them in."""
+    names: dict[str, str] = {}
+    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise CheckpointError(f"{file} is not valid JSON; copy it again") from None
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            value = content.get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                names[name] = value
+    return names

@@ -1,0 +1,46 @@
+"""Vectors for scoring, checked and on the CPU. Shapes: N pictures, M texts, D width."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.errors import CapabilityError
+
+_MARGIN = 1e-6
+"""Share of a row's largest absolute similarity within which two values are a tie. The same vector met in two
+places of a matrix product can come out one rounding apart, and that must not decide a rank."""
+
+
+def embed(function: Callable[[Sequence[Any]], Tensor], items: Sequence[Any], *, what: str, chunk: int = 256) -> Tensor:
+    """(N, D) float32 vectors of ``items``, a chunk at a time.
+
+    Raises CapabilityError when the model gives another number of vectors than it got items, or one that is not
+    finite: no ranking may rest on it.
+    """
+    rows = []
+    for start in range(0, len(items), chunk):
+        some = items[start : start + chunk]
+        with torch.inference_mode():
+            vectors = function(some).detach().float().cpu()
+        if vectors.ndim != 2 or len(vectors) != len(some):
+            raise CapabilityError(f"The model gave {tuple(vectors.shape)} for {len(some)} {what}; one row each is due.")
+        bad = (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            raise CapabilityError(
+                f"The model's vectors of {len(bad)} {what} are not finite, the first is number {start + bad[0]}; "
+                "a model with such vectors cannot be ranked. Was it trained with a rate that is too high?"
+            )
+        rows.append(vectors)
+    return torch.cat(rows)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Rows of length one."""
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def not_below(values: Tensor, right: Tensor) -> Tensor:
+    """Where ``values`` (R, C) are not clearly lower than their row's right value (R, 1): above it, or tied."""
+    return ~(values < right - _MARGIN * values.abs().amax(dim=1, keepdim=True))

@@ -1,0 +1,132 @@
+"""One evaluation: a model, a task and a folder with manifest, raw outputs and scores.
+
+The folder holds ``manifest.json`` (what was asked of what, without dates), ``outputs.jsonl`` (one line per item, in
+the order of the data) and ``scores.json``. An interrupted evaluation goes on behind its last whole line.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus.errors import CapabilityError, ConfigError, DataError
+from isthmus.evaluation.results import versions, write_json
+from isthmus.evaluation.tasks import Row, Scores, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished evaluation: typed scores, and the raw outputs they come from."""
+
+    task: str
+    kind: str
+    scores: Scores
+    rows: list[Row]
+    folder: Path
+
+
+def evaluate(
+    model: Any,
+    task: Task,
+    folder: str | Path,
+    *,
+    model_hash: str = "",
+    chunk: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Make the outputs that ``folder`` lacks and score all of them.
+
+    Args:
+        model: anything with the methods ``task.needs`` names.
+        model_hash: identity of the weights, kept in the manifest; with one, another model is refused in this folder.
+        chunk: items asked for at a time; outputs are on disk after each.
+        progress: called with (items done, items in all) at the start and after each chunk.
+
+    Raises CapabilityError (the model lacks a method), ConfigError (the folder belongs to another evaluation),
+    DataError (the data or the folder's outputs cannot be used).
+    """
+    folder = Path(folder)
+    _settle(folder / "manifest.json", _manifest(task, model_hash))
+    path = folder / "outputs.jsonl"
+    rows = _read(path, task)
+    report = progress or (lambda done, total: None)
+    report(len(rows), len(task.ids))
+    if len(rows) < len(task.ids):
+        if not isinstance(model, task.needs):
+            methods = sorted(n for n in vars(task.needs) if not n.startswith("_"))
+            raise CapabilityError(f"Task {task.name!r} needs a model that can {', '.join(methods)}; this one cannot.")
+        with path.open("a", encoding="utf-8") as file:
+            for made in task.rows(model, rows.keys(), chunk=chunk):
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+                file.flush()
+                rows |= {row["id"]: row for row in made}
+                report(len(rows), len(task.ids))
+    ordered = [rows[i] for i in task.ids]
+    scores = task.score(ordered)
+    write_json(folder / "scores.json", {"task": task.name, "kind": task.kind, **scores.to_dict()})
+    return Result(task.name, task.kind, scores, ordered, folder)
+
+
+def _manifest(task: Task, model_hash: str) -> dict[str, Any]:
+    facts = {
+        "task": task.name,
+        "kind": task.kind,
+        "seed": task.seed,
+        "items": len(task.ids),
+        **task.describe(),
+        "model": model_hash,
+        "versions": versions(),
+    }
+    return json.loads(json.dumps(facts))
+
+
+def _settle(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, or find the same one beside the outputs already there; another one is a ConfigError."""
+    outputs = path.with_name("outputs.jsonl")
+    if not path.exists() and outputs.exists():
+        raise ConfigError(f"{path.parent} holds outputs without a manifest; delete the folder to evaluate anew.")
+    if not path.exists() or not outputs.exists() or not outputs.stat().st_size:
+        write_json(path, manifest)
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); delete the folder to evaluate anew.") from error
+    changed = [k for k in {**found, **manifest} if found.get(k) != manifest.get(k)]
+    if changed:
+        told = "; ".join(f"{k}: {_short(found.get(k))} there, {_short(manifest.get(k))} now" for k in changed)
+        raise ConfigError(
+            f"{path.parent} holds another evaluation ({told}). Its outputs are not mixed with new ones: "
+            "choose another folder, or delete this one."
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _read(path: Path, task: Task) -> dict[str, Row]:
+    """Outputs already there, by id. A last line cut short by an interruption is dropped, from the file too."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    known = set(task.ids)
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            name = row["id"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}, line {number} is damaged; delete that line and run again.") from error
+        if name not in known or name in rows:
+            raise DataError(
+                f"{path}, line {number}: the id {name!r} is {'there twice' if name in rows else 'not in the data'}; "
+                "delete the folder to evaluate anew."
+            )
+        rows[name] = row
+    if whole != content:
+        path.write_bytes(whole)
+    return rows

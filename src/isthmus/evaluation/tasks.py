@@ -1,0 +1,353 @@
+"""Tasks: records together with the rule that scores them.
+
+A task says what it needs of a model (``needs``), what identifies it (``describe``), which output rows there are
+(``ids``), makes the missing ones (``rows``) and scores them (``score``). Scores come from the rows alone, so an
+interrupted evaluation continues, and a finished one can be scored again without the model.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol, get_args
+
+import torch
+
+from isthmus.errors import CapabilityError, ConfigError, DataError, nearest
+from isthmus.evaluation import linear_probe, retrieval, vqa, zero_shot
+from isthmus.evaluation.embedding import embed
+from isthmus.evaluation.protocols import Answers, Embeds, Picture, Records, Sample, Sees, TextPart
+from isthmus.evaluation.turns import kind_of, last_turn, partners, prompt, with_pictures_of, without_picture
+from isthmus.nn.losses import Similarity
+
+Row = dict[str, Any]
+Control = Literal["blind", "shuffled"]
+
+
+class Scores(Protocol):
+    """What a task's scoring gives: fractions by name."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class Task(Protocol):
+    """See the head of this file. ``kind`` names the scoring rule."""
+
+    kind: ClassVar[str]
+    needs: ClassVar[type]
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def ids(self) -> Sequence[str]: ...
+    def describe(self) -> dict[str, Any]: ...
+    def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]: ...
+    def score(self, rows: Sequence[Row]) -> Scores: ...
+
+
+def fingerprint(records: Records) -> str:
+    """sha256 over every record's id, words, pictures and what scoring reads of it, in order."""
+    total = hashlib.sha256()
+    for record in listed(records):
+        scored = {k: record.meta[k] for k in ("answers", "class", "kind") if k in record.meta}
+        total.update(repr((record.id, [_told(p) for p in record.parts], sorted(scored.items()))).encode())
+    return total.hexdigest()
+
+
+def listed(records: Records) -> Iterator[Any]:
+    """The records in order."""
+    return (records[i] for i in range(len(records)))
+
+
+def _told(part: Any) -> Any:
+    if isinstance(part, TextPart):
+        return (part.role, part.text, part.learn)
+    return part.content_key() if isinstance(part, Picture) else repr(part)
+
+
+def _unique(ids: Sequence[str], task: str) -> list[str]:
+    """The ids, or a DataError that names the first one that comes twice."""
+    seen: set[str] = set()
+    for i in ids:
+        if i in seen:
+            raise DataError(
+                f"Task {task!r}: two samples have the id {i!r}; ids must differ, outputs are found by them."
+            )
+        seen.add(i)
+    return list(ids)
+
+
+def _known(name: str, choices: Sequence[str], what: str) -> None:
+    if name not in choices:
+        raise ConfigError(f"Unknown {what} {name!r}; {nearest(name, choices)}")
+
+
+def _picture(record: Sample, task: str) -> Picture:
+    if len(record.images) != 1:
+        raise DataError(f"Task {task!r}: sample {record.id!r} has {len(record.images)} pictures; exactly one is due.")
+    return record.images[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaTask:
+    """Answers to the last question of each record, scored by exact match with the controls of :mod:`.vqa`.
+
+    ``controls`` chooses among ``blind`` and ``shuffled``; for questions without pictures (a bare language model)
+    leave both out. ``prior`` comes from the training records. ``decoding`` is handed to the model as it is.
+    """
+
+    kind: ClassVar[str] = "vqa"
+    needs: ClassVar[type] = Answers
+
+    name: str
+    records: Records
+    prior: vqa.AnswerPrior | None = None
+    controls: Sequence[Control] = ("blind", "shuffled")
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for control in self.controls:
+            _known(control, get_args(Control), "control")
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return _unique([r.id for r in listed(self.records)], self.name)
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        """One key per record for all of its pictures together."""
+        keys = []
+        for record in listed(self.records):
+            if not record.images:
+                raise DataError(
+                    f"Task {self.name!r}: sample {record.id!r} has no picture, so it cannot be asked without it or "
+                    "with another; leave out the controls (controls=[]) or the sample."
+                )
+            keys.append(" ".join(p.content_key() for p in record.images))
+        return keys
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "controls": list(self.controls),
+            "prior": self.prior.fingerprint() if self.prior else None,
+            "decoding": dict(self.decoding),
+            "data": fingerprint(self.records),
+        }
+
+    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+        partner = partners(self._keys, self.seed) if "shuffled" in self.controls else []
+        todo = [i for i, name in enumerate(self.ids) if name not in done]
+        for start in range(0, len(todo), chunk):
+            places = todo[start : start + chunk]
+            records = [self.records[i] for i in places]
+            asked = [prompt(r) for r in records]
+            answers: dict[str, list[str]] = {"answer": self._ask(model, asked)}
+            if "blind" in self.controls:
+                answers["blind"] = self._ask(model, [without_picture(r) for r in asked])
+            if "shuffled" in self.controls:
+                others = [self.records[partner[i]] for i in places]
+                answers["shuffled"] = self._ask(
+                    model, [with_pictures_of(r, o) for r, o in zip(asked, others, strict=True)]
+                )
+            yield [self._row(r, {k: v[j] for k, v in answers.items()}) for j, r in enumerate(records)]
+
+    def _ask(self, model: Answers, records: list[Any]) -> list[str]:
+        answers = model.answer_records(records, **self.decoding)
+        if len(answers) != len(records):
+            raise CapabilityError(f"The model gave {len(answers)} answers to {len(records)} questions.")
+        return answers
+
+    def _row(self, record: Sample, answers: Mapping[str, str]) -> Row:
+        turn, kind = last_turn(record), kind_of(record)
+        return {
+            "id": record.id,
+            "kind": kind,
+            "question": turn.question,
+            "truth": list(turn.answers),
+            "answer": answers["answer"],
+            "correct": vqa.is_right(answers["answer"], turn.answers),
+            "blind": answers.get("blind"),
+            "shuffled": answers.get("shuffled"),
+            "prior": self.prior.answer(turn.question, kind) if self.prior else None,
+        }
+
+    def score(self, rows: Sequence[Row]) -> vqa.VqaScores:
+        return vqa.score(rows, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalTask:
+    """Recall@1/5/10 both ways. A caption is any text part or alternative of one; records of the same picture count
+    as one picture with all their captions. ``similarity``: cosine, dot or euclidean, as the model was trained."""
+
+    kind: ClassVar[str] = "retrieval"
+    needs: ClassVar[type] = Embeds
+
+    name: str
+    records: Records
+    similarity: Similarity = "cosine"
+    prefix: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _known(self.similarity, get_args(Similarity), "similarity")
+
+    @cached_property
+    def _pairs(self) -> dict[str, tuple[str, Picture, list[str]]]:
+        """Content key -> (id of the first record, picture, its captions)."""
+        found: dict[str, tuple[str, Picture, list[str]]] = {}
+        for record in listed(self.records):
+            picture = _picture(record, self.name)
+            entry = found.setdefault(picture.content_key(), (record.id, picture, []))
+            texts = [p.text for p in record.parts if isinstance(p, TextPart)]
+            captions = [t for text in texts for t in ([text] if isinstance(text, str) else text)]
+            if not captions:
+                raise DataError(f"Task {self.name!r}: sample {record.id!r} has no caption.")
+            entry[2].extend(captions)
+        return found
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return _unique([first for first, _, _ in self._pairs.values()], self.name)
+
+    def describe(self) -> dict[str, Any]:
+        return {"similarity": self.similarity, "prefix": self.prefix, "data": fingerprint(self.records)}
+
+    def rows(self, model: Embeds, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+        pairs = list(self._pairs.values())
+        owner = torch.tensor([i for i, (_, _, captions) in enumerate(pairs) for _ in captions])
+        texts = [self.prefix + c for _, _, captions in pairs for c in captions]
+        image_ranks, text_ranks = retrieval.ranks(
+            embed(model.embed_images, [p for _, p, _ in pairs], what="pictures", chunk=chunk),
+            embed(model.embed_texts, texts, what="captions", chunk=chunk),
+            owner,
+            kind=self.similarity,
+        )
+        of_captions = iter(text_ranks.tolist())
+        rows = [
+            {"id": name, "captions": captions, "rank": rank, "caption_ranks": [next(of_captions) for _ in captions]}
+            for (name, _, captions), rank in zip(pairs, image_ranks.tolist(), strict=True)
+        ]
+        yield [row for row in rows if row["id"] not in done]
+
+    def score(self, rows: Sequence[Row]) -> retrieval.RetrievalScores:
+        return retrieval.score([r["rank"] for r in rows], [r["caption_ranks"] for r in rows], seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Classified:
+    """Records of one picture each, with their class in ``meta["class"]``."""
+
+    name: str
+    records: Records
+    seed: int = 0
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return _unique([r.id for r in listed(self.records)], self.name)
+
+    def _labels(self, records: Records) -> list[str]:
+        labels = []
+        for record in listed(records):
+            if not record.meta.get("class"):
+                raise DataError(f"Task {self.name!r}: sample {record.id!r} has no class in its meta data.")
+            labels.append(str(record.meta["class"]))
+        return labels
+
+    def _places(self, records: Records, classes: Sequence[str]) -> torch.Tensor:
+        """(N,) the class numbers of records."""
+        number = {c: i for i, c in enumerate(classes)}
+        unknown = sorted(set(self._labels(records)) - set(number))
+        if unknown:
+            raise DataError(f"Task {self.name!r}: class {unknown[0]!r} is unknown; {nearest(unknown[0], classes)}")
+        return torch.tensor([number[c] for c in self._labels(records)])
+
+    def _pictures(self, records: Records) -> list[Picture]:
+        return [_picture(r, self.name) for r in listed(records)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotTask(_Classified):
+    """Classification by names alone. ``classes`` defaults to all that occur, alphabetically."""
+
+    kind: ClassVar[str] = "zero_shot"
+    needs: ClassVar[type] = Embeds
+
+    classes: Sequence[str] = ()
+    templates: Sequence[str] = zero_shot.PLAIN
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return list(self.classes) or sorted(set(self._labels(self.records)))
+
+    def describe(self) -> dict[str, Any]:
+        return {"classes": self._names, "templates": list(self.templates), "data": fingerprint(self.records)}
+
+    def rows(self, model: Embeds, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+        truths = self._places(self.records, self._names)
+        vectors = zero_shot.class_vectors(model, self._names, self.templates)
+        todo = [i for i, name in enumerate(self.ids) if name not in done]
+        for start in range(0, len(todo), chunk):
+            places = todo[start : start + chunk]
+            pictures = [_picture(self.records[i], self.name) for i in places]
+            images = embed(model.embed_images, pictures, what="pictures")
+            order, rank = zero_shot.classify(images, vectors, truths[places])
+            yield [
+                {
+                    "id": self.ids[i],
+                    "truth": self._names[int(truths[i])],
+                    "answers": [self._names[c] for c in best[:5]],
+                    "rank": r,
+                    "correct": r == 0,
+                }
+                for i, best, r in zip(places, order.tolist(), rank.tolist(), strict=True)
+            ]
+
+    def score(self, rows: Sequence[Row]) -> zero_shot.ClassScores:
+        return zero_shot.score(rows, classes=len(self._names), seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbeTask(_Classified):
+    """Logistic regression on frozen features: fitted on ``train``, scored on ``records``."""
+
+    kind: ClassVar[str] = "linear_probe"
+    needs: ClassVar[type] = Sees
+
+    train: Records
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return sorted(set(self._labels(self.train)))
+
+    def describe(self) -> dict[str, Any]:
+        return {"classes": self._names, "data": fingerprint(self.records), "train": fingerprint(self.train)}
+
+    def rows(self, model: Sees, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+        def features(records: Records) -> torch.Tensor:
+            return embed(model.vision_features, self._pictures(records), what="pictures", chunk=chunk)
+
+        truths = self._places(self.records, self._names)
+        probe, sweep = linear_probe.train_probe(
+            features(self.train), self._places(self.train, self._names), len(self._names), seed=self.seed
+        )
+        logits = probe.logits(features(self.records))
+        order, rank = zero_shot.by_score(logits, truths)
+        rows = [
+            {
+                "id": name,
+                "truth": self._names[truth],
+                "answers": [self._names[c] for c in best[:5]],
+                "rank": r,
+                "correct": r == 0,
+                "strength": sweep.strength,
+            }
+            for name, truth, best, r in zip(self.ids, truths.tolist(), order.tolist(), rank.tolist(), strict=True)
+        ]
+        yield [row for row in rows if row["id"] not in done]
+
+    def score(self, rows: Sequence[Row]) -> zero_shot.ClassScores:
+        return zero_shot.score(rows, classes=len(self._names), seed=self.seed)

@@ -1,0 +1,334 @@
+"""CLIP and SigLIP in transformers' layout: whole models, single towers, and folders with config.json.
+
+Facts about that layout come from transformers 5.23. The library is not imported here.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.checkpoint import load_tensors, read_json, write_folder
+from isthmus.errors import CheckpointError, nearest
+from isthmus.interop.entries import Entry, Shapes, from_theirs, same, shapes_of, to_theirs
+from isthmus.models.clip import Clip, ClipConfig
+from isthmus.nn.text_tower import TextConfig, TextTower
+from isthmus.nn.vit import VisionConfig, VisionTransformer
+
+TOLERATED = ("embeddings.position_ids",)
+"""Buffers of older files, recomputed by everybody."""
+
+_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+
+# What transformers fills in for a key that a config.json leaves out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3,
+    },
+    "siglip_vision_model": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+        "num_channels": 3, "vision_use_head": True,
+    },
+    "clip_text_model": {
+        "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+        "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+        "eos_token_id": 49407, "pad_token_id": 1,
+    },
+    "siglip_text_model": {
+        "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "max_position_embeddings": 64, "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6, "eos_token_id": 49407, "pad_token_id": 1, "projection_size": None,
+    },
+}
+
+_LEGACY_EOS = 2
+"""The end-of-text id that early OpenAI-derived configurations name by mistake; it means "pool at the largest id"."""
+
+
+# Configurations.
+
+
+def clip_config_from_hf(config: Mapping[str, Any]) -> ClipConfig:
+    """From the config.json of a ``CLIPModel`` or ``SiglipModel``. Raises CheckpointError for another kind."""
+    kind = config.get("model_type")
+    if kind not in ("clip", "siglip"):
+        raise CheckpointError(f"config.json: model_type {kind!r} is neither 'clip' nor 'siglip'.")
+    vision = vision_config_from_hf({"model_type": f"{kind}_vision_model", **_tower(config, "vision", kind)})
+    text_values = _tower(config, "text", kind)
+    text = text_config_from_hf({"model_type": f"{kind}_text_model", **text_values})
+    if kind == "clip":
+        return ClipConfig(vision=vision, text=text, embed_dim=config.get("projection_dim", 512),
+                          init_scale=config.get("logit_scale_init_value", 2.6592))
+    return ClipConfig(vision=vision, text=text, embed_dim=text_values.get("projection_size") or text.width,
+                      loss="sigmoid", vision_projection=False, text_projection_bias=True)
+
+
+def clip_config_to_hf(config: ClipConfig) -> dict[str, Any]:
+    """A config.json that transformers opens. Raises CheckpointError for variants it has no place for."""
+    kind = _kind(config)
+    values: dict[str, Any] = {
+        "architectures": ["CLIPModel" if kind == "clip" else "SiglipModel"],
+        "model_type": kind,
+        "vision_config": vision_config_to_hf(config.vision),
+        "text_config": text_config_to_hf(config.text),
+    }
+    if kind == "clip":
+        values["projection_dim"] = config.embed_dim
+        values["logit_scale_init_value"] = config.init_scale
+    else:
+        values["text_config"]["projection_size"] = config.embed_dim
+    return values
+
+
+def vision_config_from_hf(config: Mapping[str, Any]) -> VisionConfig:
+    """From a CLIP or SigLIP ``vision_config`` (its ``model_type`` says which; keys left out have their defaults)."""
+    values = _filled(config)
+    shared: dict[str, Any] = {
+        "image_size": _square(values["image_size"]), "patch_size": _square(values["patch_size"]),
+        "width": values["hidden_size"], "layers": values["num_hidden_layers"],
+        "heads": values["num_attention_heads"], "mlp_width": values["intermediate_size"],
+        "activation": _activation(values["hidden_act"]), "eps": values["layer_norm_eps"],
+    }
+    if values["num_channels"] != 3:
+        raise CheckpointError(f"vision_config: pictures have 3 channels here, not {values['num_channels']}.")
+    if values["model_type"] == "siglip_vision_model":
+        return VisionConfig.siglip(**shared, pool="attention" if values["vision_use_head"] else "none")
+    return VisionConfig(**shared)
+
+
+def vision_config_to_hf(config: VisionConfig) -> dict[str, Any]:
+    """A ``vision_config``. Raises CheckpointError for a tower that is neither CLIP's nor SigLIP's."""
+    kind = _vision_kind(config)
+    values = {
+        "model_type": f"{kind}_vision_model", "hidden_size": config.width, "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers, "num_attention_heads": config.heads, "image_size": config.image_size,
+        "patch_size": config.patch_size, "hidden_act": _their_activation(config.activation),
+        "layer_norm_eps": config.eps,
+    }
+    return values if kind == "clip" else {**values, "vision_use_head": config.pool == "attention"}
+
+
+def text_config_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    """From a CLIP or SigLIP ``text_config``; end-of-text id 2 means pooling at the largest id, as it does there."""
+    values = _filled(config)
+    vocab_size, eot, pad = values["vocab_size"], values["eos_token_id"], values["pad_token_id"] or 0
+    if values["model_type"] == "siglip_text_model":
+        # Such a tower is read at its last place; published configurations carry an end-of-text id outside the table.
+        pool, eot = "last", eot if eot < vocab_size else pad
+    else:
+        pool = "argmax" if eot == _LEGACY_EOS else "eot"
+    return TextConfig(
+        context=values["max_position_embeddings"], vocab_size=vocab_size, width=values["hidden_size"],
+        layers=values["num_hidden_layers"], heads=values["num_attention_heads"],
+        mlp_width=values["intermediate_size"], activation=_activation(values["hidden_act"]),
+        eps=values["layer_norm_eps"], pool=pool, eot_id=eot, pad_id=pad,
+    )
+
+
+def text_config_to_hf(config: TextConfig) -> dict[str, Any]:
+    """A ``text_config``."""
+    kind = "clip" if config.causal else "siglip"
+    return {
+        "model_type": f"{kind}_text_model", "vocab_size": config.vocab_size, "hidden_size": config.width,
+        "intermediate_size": config.mlp_width, "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads, "max_position_embeddings": config.context,
+        "hidden_act": _their_activation(config.activation), "layer_norm_eps": config.eps,
+        "eos_token_id": _LEGACY_EOS if config.pool == "argmax" else config.eot_id, "pad_token_id": config.pad_id,
+    }
+
+
+def _tower(config: Mapping[str, Any], side: str, kind: str) -> dict[str, Any]:
+    """One tower's configuration. A ``*_config_dict`` beside it wins and, being read alone, resets what it omits."""
+    values = dict(config.get(f"{side}_config") or {})
+    override = config.get(f"{side}_config_dict")
+    if override is not None and kind == "clip":
+        values |= _DEFAULTS[f"{kind}_{side}_model"] | dict(override)
+    return values
+
+
+def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
+    kind = config.get("model_type")
+    if kind not in _DEFAULTS:
+        raise CheckpointError(f"model_type {kind!r} is no CLIP or SigLIP tower; {nearest(str(kind), _DEFAULTS)}")
+    return _DEFAULTS[kind] | dict(config)
+
+
+def _square(side: Any) -> int:
+    sides = [side, side] if isinstance(side, int) else list(side)
+    if sides[0] != sides[1]:
+        raise CheckpointError(f"vision_config: {sides[0]}x{sides[1]} is not square.")
+    return sides[0]
+
+
+def _activation(name: str) -> str:
+    if name not in _ACTIVATIONS:
+        raise CheckpointError(f"hidden_act {name!r} is unknown here; {nearest(name, _ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def _their_activation(name: str) -> str:
+    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    if name not in names:
+        raise CheckpointError(f"transformers' CLIP has no activation {name!r}; it can hold {', '.join(names)}.")
+    return names[name]
+
+
+def _vision_kind(config: VisionConfig) -> str:
+    clip = (config.class_token, config.pre_norm, config.patch_bias, config.post_norm, config.pool)
+    if clip == (True, True, False, "pooled", "class"):
+        return "clip"
+    if clip[:4] == (False, False, True, "all"):
+        return "siglip"
+    raise CheckpointError("transformers has neither a CLIP nor a SigLIP tower of this variant.")
+
+
+def _kind(config: ClipConfig) -> str:
+    """``clip`` or ``siglip``. The loss is a matter of training, but a bias has a place only in SigLIP."""
+    kind = _vision_kind(config.vision)
+    fits = (config.text.causal, config.vision_projection, config.text_projection_bias, config.init_bias is None)
+    if fits != ((True, True, False, True) if kind == "clip" else (False, False, True, False)):
+        raise CheckpointError("transformers holds CLIP's towers with CLIP's head, or SigLIP's with SigLIP's; this "
+                              "model mixes them.")
+    return kind
+
+
+# Weights.
+
+
+def clip_from_hf(state: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
+    """Our state dict from a ``CLIPModel``'s or ``SiglipModel``'s; dtypes stay. Raises CheckpointError on any misfit."""
+    with torch.device("meta"):
+        shapes = shapes_of(Clip(config))
+    kind = "SiglipModel" if _kind(config) == "siglip" else "CLIPModel"
+    return from_theirs(_clip(config), state, shapes, kind, tolerated=TOLERATED)
+
+
+def clip_to_hf(state: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
+    """Their state dict."""
+    return to_theirs(_clip(config), state)
+
+
+def vision_from_hf(state: Mapping[str, Tensor], config: VisionConfig) -> dict[str, Tensor]:
+    """A :class:`VisionTransformer`'s state dict from a ``CLIPVisionModel``'s or ``SiglipVisionModel``'s.
+
+    Its keys may start with ``vision_model.`` (files of older versions) or not (newer ones).
+    """
+    with torch.device("meta"):
+        shapes = shapes_of(VisionTransformer(config))
+    return _single(_vision, "vision_model.", state, config, shapes)
+
+
+def vision_to_hf(state: Mapping[str, Tensor], config: VisionConfig, *, prefix: str = "") -> dict[str, Tensor]:
+    """Their state dict; ``prefix="vision_model."`` for the older layout."""
+    return to_theirs(_vision(config, prefix, ""), state)
+
+
+def text_from_hf(state: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
+    """A :class:`TextTower`'s state dict from a ``CLIPTextModel``'s; prefix as in :func:`vision_from_hf`."""
+    with torch.device("meta"):
+        shapes = shapes_of(TextTower(config))
+    return _single(_text, "text_model.", state, config, shapes)
+
+
+def text_to_hf(state: Mapping[str, Tensor], config: TextConfig, *, prefix: str = "") -> dict[str, Tensor]:
+    """Their state dict; ``prefix="text_model."`` for the older layout."""
+    return to_theirs(_text(config, prefix, ""), state)
+
+
+def _single(layout: Any, prefix: str, state: Mapping[str, Tensor], config: Any, shapes: Shapes) -> dict[str, Tensor]:
+    found = prefix if any(name.startswith(prefix) for name in state) else ""
+    return from_theirs(layout(config, found, ""), state, shapes, "a single tower", tolerated=TOLERATED)
+
+
+def _clip(config: ClipConfig) -> list[Entry]:
+    siglip = _kind(config) == "siglip"
+    rows = [Entry("logit_scale", ("heads.logit_scale",), as_vector=siglip)]
+    rows += _vision(config.vision, "vision_model.", "vision.") + _text(config.text, "text_model.", "text.")
+    if siglip:
+        rows.append(Entry("logit_bias", ("heads.logit_bias",), as_vector=True))
+        return rows + same("text_model.head", "heads.text_projection")
+    return [*rows, *same("visual_projection", "heads.vision_projection", "weight"),
+            *same("text_projection", "heads.text_projection", "weight")]
+
+
+def _vision(config: VisionConfig, theirs: str, ours: str) -> list[Entry]:
+    leaves = ("weight", "bias") if config.patch_bias else ("weight",)
+    rows = same(f"{theirs}embeddings.patch_embedding", f"{ours}patch_embed", *leaves)
+    rows.append(Entry(f"{theirs}embeddings.position_embedding.weight", (f"{ours}positions",)))
+    if config.class_token:
+        rows.append(Entry(f"{theirs}embeddings.class_embedding", (f"{ours}class_token",)))
+    if config.pre_norm:
+        rows += same(f"{theirs}pre_layrnorm", f"{ours}ln_pre")  # the misspelling is theirs
+    rows += _blocks(f"{theirs}encoder.layers", f"{ours}blocks", config.layers)
+    rows += same(f"{theirs}post_layernorm", f"{ours}ln_post")
+    if config.pool == "attention":
+        rows += _attention_pool(f"{theirs}head", f"{ours}pool")
+    return rows
+
+
+def _attention_pool(theirs: str, ours: str) -> list[Entry]:
+    """SigLIP's head, whose attention keeps q, k and v in one matrix."""
+    rows = [Entry(f"{theirs}.probe", (f"{ours}.probe",))]
+    for leaf in ("weight", "bias"):
+        stacked = tuple(f"{ours}.attn.{part}_proj.{leaf}" for part in "qkv")
+        rows.append(Entry(f"{theirs}.attention.in_proj_{leaf}", stacked))
+    rows += same(f"{theirs}.attention.out_proj", f"{ours}.attn.out_proj")
+    rows += same(f"{theirs}.layernorm", f"{ours}.ln")
+    return rows + same(f"{theirs}.mlp.fc1", f"{ours}.mlp.fc1") + same(f"{theirs}.mlp.fc2", f"{ours}.mlp.fc2")
+
+
+def _text(config: TextConfig, theirs: str, ours: str) -> list[Entry]:
+    return [
+        *same(f"{theirs}embeddings.token_embedding", f"{ours}tokens", "weight"),
+        Entry(f"{theirs}embeddings.position_embedding.weight", (f"{ours}positions",)),
+        *_blocks(f"{theirs}encoder.layers", f"{ours}blocks", config.layers),
+        *same(f"{theirs}final_layer_norm", f"{ours}ln_final"),
+    ]
+
+
+def _blocks(theirs: str, ours: str, layers: int) -> list[Entry]:
+    rows: list[Entry] = []
+    for i in range(layers):
+        a, b = f"{theirs}.{i}", f"{ours}.{i}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            rows += same(f"{a}.self_attn.{part}", f"{b}.attn.{part}")
+        rows += same(f"{a}.layer_norm1", f"{b}.ln_1") + same(f"{a}.layer_norm2", f"{b}.ln_2")
+        rows += same(f"{a}.mlp.fc1", f"{b}.mlp.fc1") + same(f"{a}.mlp.fc2", f"{b}.mlp.fc2")
+    return rows
+
+
+# Folders.
+
+
+def read_clip_folder(path: str | Path) -> tuple[ClipConfig, dict[str, Tensor]]:
+    """Configuration and our state dict from a folder with config.json and safetensors (one file, or sharded).
+
+    Raises CheckpointError when something is missing or does not fit.
+    """
+    config = clip_config_from_hf(read_json(Path(path) / "config.json"))
+    return config, clip_from_hf(read_weights(path), config)
+
+
+def write_clip_folder(path: str | Path, config: ClipConfig, state: Mapping[str, Tensor]) -> None:
+    """A folder that transformers opens with ``from_pretrained``, written whole or not at all."""
+    weights = clip_to_hf(state, config)
+    write_folder(path, {"config.json": clip_config_to_hf(config), "model.safetensors": weights})
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a transformers folder: ``model.safetensors``, or the shards that its index names."""
+    folder = Path(path)
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return load_tensors(folder / "model.safetensors")
+    names: Iterable[str] = sorted(set(read_json(index).get("weight_map", {}).values()))
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: {name!r} points outside the folder.")
+        weights |= load_tensors(folder / name)
+    return weights

@@ -1,0 +1,175 @@
+"""LLaVA in the layout of transformers: configuration, weights and folders. The library is not imported here.
+
+Four layouts of keys are in circulation (files up to 4.51, 4.52 in memory, 5.x in memory, files fresh from 5.x); all
+four are read, the first, which every version reads, is written.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.checkpoint import read_json, write_folder
+from isthmus.errors import CheckpointError
+from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
+from isthmus.interop.hf_clip import (
+    read_weights,
+    vision_config_from_hf,
+    vision_config_to_hf,
+    vision_from_hf,
+    vision_to_hf,
+)
+from isthmus.language import LanguageModel, known_fields, match_keys
+from isthmus.models.llava import LlavaConfig
+from isthmus.nn.connectors import build_connector
+
+_CLIP_L_336 = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
+               "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+"""What transformers means by a LLaVA configuration without ``vision_config``."""
+
+
+# Configurations.
+
+
+def llava_config_from_hf(config: Mapping[str, Any]) -> LlavaConfig:
+    """From the config.json of a ``LlavaForConditionalGeneration``. Raises CheckpointError for what has no place."""
+    if config.get("model_type") != "llava" or "mm_vision_tower" in config:
+        raise CheckpointError(f"config.json: model_type {config.get('model_type')!r} is not transformers' LLaVA"
+                              + ("; mm_vision_tower marks the original repository's." if "mm_vision_tower" in config
+                                 else "."))
+    for name, expected in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
+        if config.get(name, expected) != expected:
+            raise CheckpointError(f"config.json: {name} {config[name]!r} is not supported, only {expected!r}.")
+    vision = vision_config_from_hf({"model_type": "clip_vision_model", **(config.get("vision_config") or _CLIP_L_336)})
+    strategy = config.get("vision_feature_select_strategy", "default")
+    if strategy == "default" and not vision.class_token:
+        raise CheckpointError("config.json: vision_feature_select_strategy 'default' drops the first token, but this "
+                              "vision encoder has no class token to drop.")
+    layer = config.get("vision_feature_layer", -2)
+    tied = bool(config.get("tie_word_embeddings", False))
+    text = known_fields({"model_type": "llama", **(config.get("text_config") or {})})
+    return LlavaConfig(
+        vision=vision,
+        language={**text, "tie_word_embeddings": tied},
+        feature_layer=layer if isinstance(layer, int) else tuple(layer),
+        feature_select="cls_patch" if strategy == "full" and vision.class_token else "patch",
+    )
+
+
+def llava_config_to_hf(config: LlavaConfig, *, image_token_id: int) -> dict[str, Any]:
+    """A config.json that transformers opens, for a vocabulary that holds ``image_token_id``.
+
+    Raises CheckpointError for a connector other than ``mlp2x_gelu``: this layout cannot say which one it is.
+    """
+    if config.projector != "mlp2x_gelu":
+        raise CheckpointError(f"transformers' LLaVA has the two-layer projector only; this model has "
+                              f"{config.projector!r}. Convert it to `original` or keep it in our own format.")
+    keep_all = config.feature_select == "cls_patch" or not config.vision.class_token
+    layer = config.feature_layer
+    patches = config.vision.grid**2 + (config.feature_select == "cls_patch")
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "vision_config": vision_config_to_hf(config.vision),
+        "text_config": dict(config.language),
+        "image_token_index": image_token_id,
+        "image_seq_length": patches,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": layer if isinstance(layer, int) else list(layer),
+        "vision_feature_select_strategy": "full" if keep_all else "default",
+        "tie_word_embeddings": bool(config.language.get("tie_word_embeddings", False)),
+    }
+
+
+# Weights.
+
+
+def llava_from_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str, Tensor]:
+    """Our state dict from any of the four layouts; dtypes stay. Raises CheckpointError on any misfit."""
+    parts: dict[str, dict[str, Tensor]] = {"vision_tower": {}, "multi_modal_projector": {}, "language_model": {}}
+    for name, tensor in state.items():
+        bare = name if name.startswith("language_model.") else name.removeprefix("model.")
+        if bare == "lm_head.weight":
+            bare = "language_model.lm_head.weight"
+        part, _, rest = bare.partition(".")
+        if part not in parts:
+            hint = " It belongs to LLaVA-NeXT (AnyRes)." if bare == "image_newline" else ""
+            raise CheckpointError(f"the weights do not fit LlavaForConditionalGeneration: unexpected {name}.{hint}")
+        parts[part][rest] = tensor
+    with torch.device("meta"):
+        language = LanguageModel.build(config.language)
+        connector = build_connector(config.projector, config.feature_width, language.width)
+    ours = {"vision": vision_from_hf(parts["vision_tower"], config.vision),
+            "connector": from_theirs(_projector(), parts["multi_modal_projector"], shapes_of(connector),
+                                     "the two-layer projector"),
+            "language.lm": match_keys(language.lm, parts["language_model"], where="language_model")}
+    return {f"{part}.{name}": tensor for part, tensors in ours.items() for name, tensor in tensors.items()}
+
+
+def llava_to_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str, Tensor]:
+    """Their state dict in the oldest layout. A tied head is left out, as their files do."""
+    tied = bool(config.language.get("tie_word_embeddings", False))
+    theirs = {f"vision_tower.{name}": tensor for name, tensor in
+              vision_to_hf(part_of(state, "vision."), config.vision, prefix="vision_model.").items()}
+    projector = to_theirs(_projector(), part_of(state, "connector."))
+    theirs |= {f"multi_modal_projector.{name}": tensor for name, tensor in projector.items()}
+    return theirs | {f"language_model.{name}": tensor for name, tensor in part_of(state, "language.lm.").items()
+                     if not (tied and name == "lm_head.weight")}
+
+
+def with_image_token(state: Mapping[str, Tensor], config: LlavaConfig) -> tuple[dict[str, Tensor], LlavaConfig, int]:
+    """State, configuration and id with one more row in the vocabulary, for a layout whose image marker is a token.
+
+    The new row is the mean of the others in embedding and head; the model overwrites the embedding wherever the
+    token stands, and decoding must forbid its id.
+    """
+    size = config.language["vocab_size"]
+    with torch.device("meta"):
+        tables = [f"language.{name}" for name in LanguageModel.build(config.language).vocabulary_tables()]
+    grown = {name: torch.cat([state[name], state[name].float().mean(0, keepdim=True).to(state[name].dtype)])
+             for name in tables}
+    return {**state, **grown}, replace(config, language={**config.language, "vocab_size": size + 1}), size
+
+
+def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below ``prefix``, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _projector() -> list[Entry]:
+    return same("linear_1", "linear_1") + same("linear_2", "linear_2")
+
+
+# Folders.
+
+
+def read_llava_folder(path: str | Path) -> tuple[LlavaConfig, dict[str, Tensor], int]:
+    """Configuration, our state dict and the id of the image token, which decoding must forbid.
+
+    Raises CheckpointError when something is missing or does not fit.
+    """
+    values = read_json(Path(path) / "config.json")
+    config = llava_config_from_hf(values)
+    token = values.get("image_token_index", values.get("image_token_id", 32000))
+    return config, llava_from_hf(read_weights(path), config), token
+
+
+def write_llava_folder(path: str | Path, config: LlavaConfig, state: Mapping[str, Tensor], *,
+                       image_token_id: int | None = None) -> int:
+    """A folder that transformers opens, written whole or not at all; answers with the id of the image token.
+
+    Without ``image_token_id`` the vocabulary gets one more row for it. The folder also tells transformers' generate
+    never to answer with that token. Raises CheckpointError.
+    """
+    if image_token_id is None:
+        state, config, image_token_id = with_image_token(state, config)
+    write_folder(path, {
+        "config.json": llava_config_to_hf(config, image_token_id=image_token_id),
+        "generation_config.json": {"suppress_tokens": [image_token_id]},
+        "model.safetensors": llava_to_hf(state, config),
+    })
+    return image_token_id

@@ -1,0 +1,114 @@
+"""CLIP in OpenAI's layout (openai/CLIP), which open_clip's ``CLIP`` class shares.
+
+Their state dict tells every size but not the activation: OpenAI's own weights need ``quick_gelu``, most weights
+trained elsewhere ``gelu``, and the wrong one loads cleanly and degrades quietly. It is therefore always asked for.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from isthmus.errors import CheckpointError
+from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
+from isthmus.models.clip import Clip, ClipConfig
+from isthmus.nn.text_tower import TextConfig
+from isthmus.nn.vit import VisionConfig
+
+SCALARS = ("input_resolution", "context_length", "vocab_size")
+"""Sizes that OpenAI's archives carry among the weights."""
+
+
+def clip_config_from_openai(state: Mapping[str, Tensor], *, activation: str, head_width: int = 64) -> ClipConfig:
+    """The configuration that the shapes of an OpenAI state dict imply; every published tower has heads of 64.
+
+    Raises CheckpointError when the keys are not those of CLIP with a vision transformer.
+    """
+    try:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        rows = len(state["visual.positional_embedding"])
+        vocab_size, text_width = state["token_embedding.weight"].shape
+        context, embed_dim = len(state["positional_embedding"]), state["text_projection"].shape[1]
+        hidden = len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"])
+        text_hidden = len(state["transformer.resblocks.0.mlp.c_fc.weight"])
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"this is not CLIP with a vision transformer in OpenAI's layout: {error}.") from error
+    vision = VisionConfig(
+        image_size=math.isqrt(rows - 1) * patch, patch_size=patch, width=width, heads=width // head_width,
+        layers=_depth(state, "visual.transformer.resblocks."), mlp_width=hidden, activation=activation,
+    )
+    text = TextConfig(
+        context=context, vocab_size=vocab_size, width=text_width, heads=text_width // head_width,
+        layers=_depth(state, "transformer.resblocks."), mlp_width=text_hidden, activation=activation, pool="argmax",
+        eot_id=vocab_size - 1,
+    )
+    return ClipConfig(vision=vision, text=text, embed_dim=embed_dim)
+
+
+def clip_from_openai(state: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
+    """Our state dict; dtypes stay (OpenAI's archives are partly float16). Raises CheckpointError unless all fits."""
+    weights = {name: value for name, value in state.items() if name not in SCALARS}
+    return from_theirs(entries(config), weights, clip_shapes(config), "CLIP in OpenAI's layout")
+
+
+def clip_to_openai(state: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
+    """Their state dict with its three scalars."""
+    sizes = (config.vision.image_size, config.text.context, config.text.vocab_size)
+    scalars = {name: torch.tensor(size) for name, size in zip(SCALARS, sizes, strict=True)}
+    return {**to_theirs(entries(config), state), **scalars}
+
+
+def entries(config: ClipConfig, *, text: str = "") -> list[Entry]:
+    """The layout of OpenAI's CLIP; open_clip's ``CustomTextCLIP`` puts the text tower under the prefix ``text.``.
+
+    Raises CheckpointError for variants that have no place in it.
+    """
+    vision = config.vision
+    if not (vision.class_token and vision.pool == "class" and vision.post_norm == "pooled"
+            and config.vision_projection and config.text.causal) or vision.patch_bias:
+        raise CheckpointError("this layout holds CLIP's towers only (class token, projections, causal text).")
+    rows = [
+        Entry("logit_scale", ("heads.logit_scale",)),
+        Entry("visual.class_embedding", ("vision.class_token",)),
+        Entry("visual.positional_embedding", ("vision.positions",)),
+        Entry("visual.conv1.weight", ("vision.patch_embed.weight",)),
+        *(same("visual.ln_pre", "vision.ln_pre") if vision.pre_norm else []),
+        *_blocks("visual.transformer.resblocks", "vision.blocks", vision.layers),
+        *same("visual.ln_post", "vision.ln_post"),
+        Entry("visual.proj", ("heads.vision_projection.weight",), transposed=True),
+        *same(f"{text}token_embedding", "text.tokens", "weight"),
+        Entry(f"{text}positional_embedding", ("text.positions",)),
+        *_blocks(f"{text}transformer.resblocks", "text.blocks", config.text.layers),
+        *same(f"{text}ln_final", "text.ln_final"),
+    ]
+    if config.init_bias is not None:
+        rows.append(Entry("logit_bias", ("heads.logit_bias",)))
+    if config.text_projection_bias:
+        return rows + same(f"{text}text_projection", "heads.text_projection")
+    return [*rows, Entry(f"{text}text_projection", ("heads.text_projection.weight",), transposed=True)]
+
+
+def clip_shapes(config: ClipConfig) -> Mapping[str, torch.Size]:
+    """Name -> shape of the configured model's weights."""
+    with torch.device("meta"):
+        return shapes_of(Clip(config))
+
+
+def _blocks(theirs: str, ours: str, layers: int) -> list[Entry]:
+    rows: list[Entry] = []
+    for i in range(layers):
+        a, b = f"{theirs}.{i}", f"{ours}.{i}"
+        for leaf in ("weight", "bias"):
+            stacked = tuple(f"{b}.attn.{part}_proj.{leaf}" for part in "qkv")
+            rows.append(Entry(f"{a}.attn.in_proj_{leaf}", stacked))
+        rows += same(f"{a}.attn.out_proj", f"{b}.attn.out_proj")
+        rows += same(f"{a}.ln_1", f"{b}.ln_1") + same(f"{a}.ln_2", f"{b}.ln_2")
+        rows += same(f"{a}.mlp.c_fc", f"{b}.mlp.fc1") + same(f"{a}.mlp.c_proj", f"{b}.mlp.fc2")
+    return rows
+
+
+def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return 1 + max(int(found[1]) for name in state if (found := pattern.match(name)))

@@ -1,0 +1,263 @@
+"""LLaVA: Visual Instruction Tuning (Liu et al. 2023, 2304.08485) and its version 1.5 (2310.03744).
+
+    pixels (n, F, 3, H, W) ─ vision ─→ hidden state (n, F, P, Dv) ─ connector ─→ (n, R, D) ┐
+                              (frozen)   feature_layer, patches only                        │ splice
+    ids (B, T) with R places per picture ─ embed ─→ (B, T, D) ──────────────────────────────┴─→ (B, T, D)
+                                                         language: causal over the merged rows ─→ next token
+
+Legend: B rows, T tokens, n visuals of one shape, F frames, P patches, R visual tokens per visual, D width of the LM,
+Dv of the features.
+
+Version 1 projects each patch with one linear layer, version 1.5 with a two-layer MLP, from a larger picture. Visual
+tokens are ordinary positions: plain causal attention, positions 0..T-1 over the merged row, no type embedding.
+
+Differs from the papers: any number of pictures per row and places anywhere in the text, from one code path; several
+hidden states may be joined on channels; the vision encoder may be opened by a stage. AnyRes and LoRA are not here.
+Differs from the original code: visual places are widened before the net sees a row, so truncation happens once and
+never inside a picture; padding is known from lengths, so an unknown-word token is not masked out; blocks above the
+tapped hidden state are kept but not computed; a row without pictures adds an empty slice of one dummy visual.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.batch import Batch, Places, Term, Visuals
+from isthmus.config import plain, strict
+from isthmus.errors import ConfigError, DataError
+from isthmus.language import Decoding, LanguageModel
+from isthmus.nn.connectors import build_connector
+from isthmus.nn.splice import at_places, splice
+from isthmus.nn.vit import VisionConfig, VisionTransformer
+from isthmus.stage import Group, Stage
+
+STREAM = "lm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaConfig:
+    """Vision encoder, projector and language model.
+
+    ``feature_layer`` counts over the L+1 hidden states of the encoder (-2: the input of the last block); several are
+    joined on channels. ``feature_select`` keeps the ``patch`` features or also the class token (``cls_patch``).
+    ``projector`` names a connector; ``language`` is the configuration of a causal LM of transformers.
+    """
+
+    vision: VisionConfig
+    language: Mapping[str, Any]
+    projector: str = "mlp2x_gelu"
+    feature_layer: int | tuple[int, ...] = -2
+    feature_select: Literal["patch", "cls_patch"] = "patch"
+
+    def __post_init__(self) -> None:
+        depth = self.vision.layers + 1
+        if not self.feature_layers:
+            raise ConfigError("feature_layer names no hidden state; give a number such as -2.")
+        for layer in self.feature_layers:
+            if not -depth <= layer < depth:
+                raise ConfigError(f"feature_layer {layer} does not exist: a vision encoder of {self.vision.layers} "
+                                  f"blocks has {depth} hidden states, 0 to {depth - 1} or -{depth} to -1.")
+        if self.feature_select == "cls_patch" and not self.vision.class_token:
+            raise ConfigError("feature_select cls_patch asks for a class token that this vision encoder lacks.")
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        return self.feature_layer if isinstance(self.feature_layer, tuple) else (self.feature_layer,)
+
+    @property
+    def feature_width(self) -> int:
+        """Dv: what the connector receives per patch."""
+        return self.vision.width * len(self.feature_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LlavaConfig":
+        """Strict: an unknown key or a wrong type raises ConfigError."""
+        return strict(cls, values, "llava")
+
+    @classmethod
+    def v1_7b(cls, vocab_size: int = 32000) -> "LlavaConfig":
+        return cls(vision=VisionConfig.vit_l_14(), projector="linear", language=_vicuna_7b(vocab_size, version=1))
+
+    @classmethod
+    def v1_13b(cls, vocab_size: int = 32000) -> "LlavaConfig":
+        return cls(vision=VisionConfig.vit_l_14(), projector="linear", language=_vicuna_13b(vocab_size, version=1))
+
+    @classmethod
+    def v1_5_7b(cls, vocab_size: int = 32000) -> "LlavaConfig":
+        """``vocab_size`` 32064 is the padded vocabulary of the transformers conversion."""
+        return cls(vision=VisionConfig.vit_l_14_336(), language=_vicuna_7b(vocab_size, version=1.5))
+
+    @classmethod
+    def v1_5_13b(cls, vocab_size: int = 32000) -> "LlavaConfig":
+        return cls(vision=VisionConfig.vit_l_14_336(), language=_vicuna_13b(vocab_size, version=1.5))
+
+    @classmethod
+    def tiny(cls, vocab_size: int = 2048, image_size: int = 64) -> "LlavaConfig":
+        """What two CPU cores train in minutes on the scenes: 16 visual tokens for a 64x64 picture."""
+        return cls(
+            vision=VisionConfig(image_size=image_size, patch_size=16, width=160, layers=5, heads=5, mlp_width=640),
+            language={"model_type": "llama", "vocab_size": vocab_size, "hidden_size": 192, "intermediate_size": 512,
+                      "num_hidden_layers": 5, "num_attention_heads": 6, "max_position_embeddings": 512,
+                      "tie_word_embeddings": True},
+        )
+
+
+def _vicuna_7b(vocab_size: int, version: float) -> dict[str, Any]:
+    return _vicuna(vocab_size, version, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                   num_attention_heads=32)
+
+
+def _vicuna_13b(vocab_size: int, version: float) -> dict[str, Any]:
+    return _vicuna(vocab_size, version, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                   num_attention_heads=40)
+
+
+def _vicuna(vocab_size: int, version: float, **sizes: int) -> dict[str, Any]:
+    """Vicuna 1.x is a fine-tuned Llama, Vicuna 1.5 a fine-tuned Llama 2, which has the longer context."""
+    second = version >= 1.5
+    return {"model_type": "llama", "vocab_size": vocab_size, **sizes, "rms_norm_eps": 1e-5 if second else 1e-6,
+            "max_position_embeddings": 4096 if second else 2048, "tie_word_embeddings": False}
+
+
+class Llava(nn.Module):
+    """A vision encoder, a projector and a language model. See the drawing above."""
+
+    KIND = "llava"
+    CONFIG = LlavaConfig
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        self.config = config
+        language = LanguageModel.build(config.language)
+        self.vision = VisionTransformer(config.vision)
+        self.connector = build_connector(config.projector, config.feature_width, language.width)
+        self.language = language
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> "Llava":
+        return cls(LlavaConfig.from_dict(values))
+
+    def num_tokens(self, height: int, width: int, frames: int = 1) -> int:
+        """R: the places that a visual of that many pixels needs in a row."""
+        rows, columns = self.vision.grid(height, width)
+        if self.config.feature_select == "cls_patch":
+            return self.connector.num_tokens(frames, (1, rows * columns + 1))
+        return self.connector.num_tokens(frames, (rows, columns))
+
+    def unreachable(self) -> tuple[str, ...]:
+        """Parameters that the objective cannot reach: the encoder above the tapped hidden state."""
+        depth = self.config.vision.layers
+        highest = max(layer % (depth + 1) for layer in self.config.feature_layers)
+        dead = [f"vision.blocks.{number}." for number in range(highest, depth)] + ["vision.ln_post.", "vision.pool."]
+        if highest == 0 and self.config.feature_select == "patch":
+            dead.append("vision.class_token")  # no block has mixed it into the patches yet
+        return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(dead)))
+
+    def visual_features(self, pixels: Tensor) -> Tensor:
+        """(n, F, 3, H, W) normalised pixels -> (n, F, P, Dv), what a feature cache holds.
+
+        Without gradient unless a stage has opened a parameter of the encoder.
+        """
+        with nullcontext() if self._trains(self.vision) else torch.no_grad():
+            found = self.vision(pixels.flatten(0, 1), layers=self.config.feature_layers, pooled=False).layers
+        features = torch.cat(found, dim=-1)
+        if self.config.vision.class_token and self.config.feature_select == "patch":
+            features = features[:, 1:]
+        return features.unflatten(0, pixels.shape[:2])
+
+    def visual_tokens(self, batch: Batch) -> list[Tensor]:
+        """One (R, D) per visual, in the batch's order of visuals."""
+        found: dict[int, Tensor] = {}
+        for group in batch.visuals:
+            tokens = self.connector(self._features(group))
+            found.update(zip(group.index.tolist(), tokens.unbind(0), strict=True))
+        return [found[number] for number in range(len(found))]
+
+    def embed_prompt(self, batch: Batch) -> Tensor:
+        """(B, T, D): the ``lm`` stream embedded, with the visual tokens in their places.
+
+        Raises DataError when a place and its visual disagree about the number of tokens.
+        """
+        tokens = batch.text[STREAM]
+        places = batch.places.get(STREAM, Places.none())
+        text_ids = tokens.ids.masked_fill(at_places(places, tokens.ids), 0)
+        embeds = splice(self.language.embed(text_ids), self.visual_tokens(batch), places, names=batch.ids)
+        return embeds if batch.visuals else embeds + self._nothing().to(embeds.dtype)
+
+    def loss(self, batch: Batch) -> dict[str, Term]:
+        """``{"lm": next-token cross-entropy}`` over the labelled tokens; places of visuals carry no label."""
+        total, count = self.language.loss(self.embed_prompt(batch), batch.text[STREAM])
+        return {STREAM: Term(total, count)}
+
+    def score(self, batch: Batch) -> Tensor:
+        """(B,) log-probabilities of the labelled tokens."""
+        return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
+        """Continues every row; new tokens only, without the stop token. Pictures are encoded once."""
+        return self.language.generate(self.embed_prompt(batch), batch.text[STREAM].lengths, decoding)
+
+    def _features(self, group: Visuals) -> Tensor:
+        if group.pixels is not None:
+            return self.visual_features(group.pixels)
+        if group.features is None:
+            raise DataError("a group of visuals has neither pixels nor cached features.")
+        if self._trains(self.vision):
+            raise DataError("the stage trains the vision encoder, but the batch brings cached features; turn the "
+                            "feature cache off or freeze vision.*.")
+        if group.features.shape[-1] != self.config.feature_width:
+            raise DataError(f"cached features are {group.features.shape[-1]} wide, the connector reads "
+                            f"{self.config.feature_width}; the cache was made for another encoder or feature_layer.")
+        return group.features
+
+    def _nothing(self) -> Tensor:
+        """A zero that touches what pictures would touch, for batches without any.
+
+        Data-parallel training waits for every open parameter on every process; without this a process whose
+        micro-batch holds text only would leave the others waiting (the original code feeds a dummy picture too).
+        """
+        size, parameter = self.config.vision.image_size, next(self.parameters())
+        if self._trains(self.vision):
+            features = self.visual_features(parameter.new_zeros(1, 1, 3, size, size))
+        else:
+            rows, columns = self.vision.grid(size, size)
+            patches = rows * columns + (self.config.feature_select == "cls_patch")
+            features = parameter.new_zeros(1, 1, patches, self.config.feature_width)
+        return self.connector(features)[:0].sum()
+
+    @staticmethod
+    def _trains(part: nn.Module) -> bool:
+        return any(parameter.requires_grad for parameter in part.parameters())
+
+
+def _stage(name: str, samples: int, **rates: float) -> Stage:
+    """AdamW without decay, 3 % warm-up, cosine to zero, gradients clipped at 1: common to all of the papers' stages."""
+    return Stage(name=name, train=tuple(Group(f"{part}.*", lr) for part, lr in rates.items()), samples=samples,
+                 warmup=0.03)
+
+
+STAGES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "v1": (
+        {"stage": _stage("align", 595_000, connector=2e-3), "batch_size": 128, "template": "plain",
+         "image_mode": "square", "max_length": 2048},
+        {"stage": _stage("instruct", 3 * 158_000, connector=2e-5, language=2e-5), "batch_size": 32,
+         "template": "vicuna_v1", "image_mode": "square", "max_length": 2048},
+    ),
+    "v1_5": (
+        {"stage": _stage("align", 558_000, connector=1e-3), "batch_size": 256, "template": "plain",
+         "image_mode": "square", "max_length": 2048},
+        {"stage": _stage("instruct", 665_000, connector=2e-5, language=2e-5), "batch_size": 128,
+         "template": "vicuna_v1", "image_mode": "pad", "max_length": 2048},
+    ),
+}
+"""The papers' two stages (2304.08485 sec. 4.2; 2310.03744 sec. 3): feature alignment trains the projector alone,
+visual instruction tuning the projector and the language model; the vision encoder is frozen in both. Pictures are
+cropped square except in v1.5's second stage, which pads them. Keys are those of a recipe's stage."""

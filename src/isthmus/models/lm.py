@@ -1,0 +1,74 @@
+"""BareLM: a language model on its own, as the founding systems expect to find it.
+
+    ids (B, T) -> embed (B, T, D) -> decoder of transformers -> next-token loss on labelled targets
+
+Legend: B rows, T tokens, D width, V vocabulary. The parts are called as in every system of the library, so a run
+folder of this model is what LLaVA, Flamingo and BLIP-2 take as their ``language``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from isthmus.batch import Batch, Term
+from isthmus.config import plain, strict
+from isthmus.language import Decoding, LanguageModel
+
+STREAM = "lm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LmConfig:
+    """``language`` is the configuration of a causal LM of transformers, ``{"model_type": "llama", ...}``."""
+
+    language: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(self)
+
+    @classmethod
+    def tiny(cls, vocab_size: int = 2048) -> "LmConfig":
+        """A Llama that two CPU cores train in minutes: 192 wide, 5 layers."""
+        return cls(language={"model_type": "llama", "vocab_size": vocab_size, "hidden_size": 192,
+                             "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6,
+                             "max_position_embeddings": 512, "tie_word_embeddings": True})
+
+
+class BareLM(nn.Module):
+    """A decoder-only language model; its only part is ``language``."""
+
+    KIND = "lm"
+    CONFIG = LmConfig
+
+    def __init__(self, config: LmConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.language = LanguageModel.build(config.language)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "BareLM":
+        """From plain keys and values. Raises ConfigError for an unknown one."""
+        return cls(strict(LmConfig, config, "model"))
+
+    def unreachable(self) -> tuple[str, ...]:
+        """Parameters the objective cannot reach: none."""
+        return ()
+
+    def embed_prompt(self, batch: Batch) -> Tensor:
+        """The ``lm`` stream embedded, (B, T, D)."""
+        return self.language.embed(batch.text[STREAM].ids)
+
+    def loss(self, batch: Batch) -> dict[str, Term]:
+        """``{"lm": next-token cross-entropy}`` over the labelled tokens of the ``lm`` stream."""
+        total, count = self.language.loss(self.embed_prompt(batch), batch.text[STREAM])
+        return {STREAM: Term(total, count)}
+
+    def score(self, batch: Batch) -> Tensor:
+        """(B,) log-probabilities of the labelled tokens."""
+        return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
+
+    def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
+        """Continues every row; new tokens only, without the stop token."""
+        return self.language.generate(self.embed_prompt(batch), batch.text[STREAM].lengths, decoding)

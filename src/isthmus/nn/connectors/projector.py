@@ -1,0 +1,34 @@
+"""Projector: LLaVA's connector, one linear layer (2304.08485, eq. 1) or an MLP with exact GELU (2310.03744, sec. 3.3).
+
+Legend: N visuals, F frames, P patches, D width of the features, D_out width of the language model.
+"""
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Projector(nn.Module):
+    """``depth`` linear layers ``linear_1`` … with the exact (erf) GELU between them, applied to every patch alone.
+
+    Initialised as PyTorch's linear layers are, like the original code.
+    """
+
+    def __init__(self, vision_width: int, out_width: int, depth: int) -> None:
+        super().__init__()
+        for number in range(1, depth + 1):
+            self.add_module(f"linear_{number}", nn.Linear(vision_width if number == 1 else out_width, out_width))
+
+    def forward(self, features: Tensor, mask: Tensor | None = None, times: Tensor | None = None,
+                text: Any = None) -> Tensor:
+        """(N, F, P, D) -> (N, F·P, D_out), frame after frame. The other arguments are not looked at."""
+        x = features.flatten(1, 2)
+        for number, layer in enumerate(self.children()):
+            x = layer(F.gelu(x) if number else x)
+        return x
+
+    def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
+        """Every patch of every frame becomes one token."""
+        return frames * math.prod(grid)

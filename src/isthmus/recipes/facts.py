@@ -1,0 +1,117 @@
+"""What can be said about a recipe or a model before a step is run: counts, tables, memory, the compute rule."""
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from isthmus.errors import ConfigError
+from isthmus.models import model_class
+from isthmus.recipes.build import Built, build, preset_config
+from isthmus.recipes.run import make_loader
+from isthmus.recipes.schema import Recipe
+from isthmus.stage import StageTable, apply_stage
+
+TOKENS_PER_PARAMETER = 20
+"""Compute-optimal training: about 20 tokens per parameter, C = 6 N D (Hoffmann et al. 2022, 2203.15556)."""
+
+BYTES_WEIGHT, BYTES_TRAINED = 4, 12
+"""fp32 weights; gradient and two AdamW moments for each trained number. Activations are not counted."""
+
+_STEPS_COUNTED = 20
+
+
+@dataclass(frozen=True)
+class ComputeRule:
+    """``parameters`` N, ``tokens`` D of the whole run, and how far D is off the rule's."""
+
+    parameters: int
+    tokens: int
+
+    @property
+    def flops(self) -> float:
+        return 6.0 * self.parameters * self.tokens
+
+    @property
+    def optimal_tokens(self) -> int:
+        return TOKENS_PER_PARAMETER * self.parameters
+
+    @property
+    def off(self) -> float:
+        """D over the rule's D, less one: -0.5 is half the tokens the rule asks for."""
+        return self.tokens / self.optimal_tokens - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"parameters": self.parameters, "tokens": self.tokens, "flops": self.flops,
+                "optimal_tokens": self.optimal_tokens, "off": self.off}
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """One stage as it would run: its table of open parts, its budget, bytes of weights, gradients and moments."""
+
+    name: str
+    budget: str
+    table: StageTable
+
+    @property
+    def bytes(self) -> int:
+        return BYTES_WEIGHT * self.table.parameters + BYTES_TRAINED * self.table.trained
+
+
+def parts_of(net: Any) -> dict[str, int]:
+    """Exact number of parameters per part, tied ones once."""
+    counts: dict[str, int] = {}
+    for name, parameter in net.named_parameters():
+        part = name.split(".")[0]
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
+
+
+def visual_tokens(net: Any) -> int | None:
+    """R for a picture of the vision encoder's own size; none for a net that splices none in."""
+    if not hasattr(net, "num_tokens"):
+        return None
+    size = net.config.vision.image_size
+    return net.num_tokens(size, size)
+
+
+def net_of(recipe: Recipe) -> tuple[Any, Built | None]:
+    """The recipe's net, with what it was built from; a published size comes without values, needing no files."""
+    if "preset" in recipe.config:
+        with torch.device("meta"):
+            return model_class(recipe.model).from_config(preset_config(recipe)), None
+    built = build(recipe)
+    return built.net, built
+
+
+def stage_facts(recipe: Recipe, net: Any) -> list[StageFacts]:
+    """Every stage's table on a net of this recipe; no value is touched."""
+    found = []
+    for spec in recipe.stages:
+        stage = spec.stage
+        budget = f"{stage.steps:,} steps" if stage.steps is not None else f"{stage.samples:,} samples"
+        found.append(StageFacts(spec.name, budget, apply_stage(net, stage.train)))
+    return found
+
+
+def compute_rule(built: Built) -> ComputeRule:
+    """N and D of a language model's recipe; D from the real tokens of each stage's first steps.
+
+    Raises ConfigError for a recipe that trains no bare language model.
+    """
+    if built.recipe.model != "lm":
+        raise ConfigError("The compute rule is for recipes that train a language model.")
+    total = 0.0
+    for spec in built.recipe.stages:
+        steps, samples = 0, 0
+        tokens = 0
+        for _, batches in islice(make_loader(built, spec).steps(), _STEPS_COUNTED):
+            steps += 1
+            samples += sum(len(batch) for batch in batches)
+            tokens += sum(int(batch.text["lm"].lengths.sum()) for batch in batches)
+        stage = spec.stage
+        share = stage.steps / steps if stage.steps is not None else (stage.samples or 0) / samples
+        total += tokens * share
+    return ComputeRule(sum(parts_of(built.net).values()), round(total))

@@ -1,0 +1,145 @@
+"""Run a recipe: every stage in order into one run folder, resumable at any point.
+
+    runs/demo/llava/
+      run.json            the resolved recipe and the sha256 of every part it started from
+      stages/<name>/      metrics.jsonl, table.json, quarantine.jsonl, checkpoints/, and at the end trained/
+      model/              the finished model: what `isthmus.load` opens
+
+A stage hands over through ``trained/`` (the tensors it trained); the frozen rest is the same by proof.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import isthmus
+from isthmus import checkpoint
+from isthmus.data.loader import Loader
+from isthmus.data.quarantine import Quarantine
+from isthmus.data.sources import open_mix
+from isthmus.errors import CheckpointError, ConfigError
+from isthmus.model import Model, load
+from isthmus.recipes.build import Built, build
+from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
+from isthmus.recipes.scoring import model_hash
+from isthmus.stage import apply_stage
+from isthmus.training import train as train_stage
+
+
+def train(recipe: Recipe | str | Path | Mapping[str, Any], out: str | Path | None = None, *,
+          overrides: Sequence[str] = (), progress: bool = True, tensorboard: bool = False) -> Model:
+    """Every stage of a recipe, going on where an earlier call stopped; the finished model.
+
+    ``recipe`` is a shipped name, a YAML file, plain mappings or a Recipe. Raises ConfigError when the folder holds a
+    run of another recipe, RunLockedError when another process is writing there, and what the stages raise.
+    """
+    name = recipe if isinstance(recipe, str | Path) else "recipe"
+    if isinstance(recipe, Mapping):
+        recipe = parse_recipe(recipe)
+    elif not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe, overrides)
+    folder = Path(out) if out is not None else Path("runs") / Path(name).stem
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("Training in several processes is not built yet; run without torchrun.")
+    with checkpoint.RunLock(folder):
+        return _train(recipe, folder, progress=progress, tensorboard=tensorboard)
+
+
+def _train(recipe: Recipe, folder: Path, *, progress: bool, tensorboard: bool) -> Model:
+    _claim(folder, recipe)
+    if (folder / "model" / checkpoint.MANIFEST).is_file():
+        return load(folder)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    built = build(recipe)
+    for stage in recipe.stages:
+        _run_stage(built, stage, folder / "stages" / stage.name, progress=progress, tensorboard=tensorboard)
+    model = built.model()
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    model.save(folder / "model", extra={"recipe.yaml": text})
+    return load(folder)
+
+
+def _run_stage(built: Built, stage: StageSpec, folder: Path, *, progress: bool, tensorboard: bool) -> None:
+    """Train one stage, or take what it trained when it is already done."""
+    trained = folder / "trained"
+    if trained.is_dir():
+        files = checkpoint.read_folder(trained)
+        _lay_over(built.net, checkpoint.load_tensors(files["trained.safetensors"]), trained)
+        return
+    loader = make_loader(built, stage, folder)
+    train_stage(built.net, loader, stage.stage, folder, seed=built.recipe.seed, progress=progress,
+                tensorboard=tensorboard)
+    table = apply_stage(built.net, stage.stage.train)
+    state = built.net.state_dict()
+    checkpoint.write_folder(trained, {
+        "trained.safetensors": {name: state[name] for name in table.assigned},
+        "stage.json": {"stage": stage.stage.to_dict(), "table": table.to_dict(), "isthmus": isthmus.__version__}})
+
+
+def make_loader(built: Built, stage: StageSpec, folder: Path | None = None) -> Loader:
+    """The stage's stream of batches; bad samples are counted in ``folder/quarantine.jsonl``."""
+    return Loader(
+        open_mix(stage.data), built.processor(stage), batch_size=stage.batch_size, batch_tokens=stage.batch_tokens,
+        accumulate=stage.accumulate, seed=built.recipe.seed, group=built.recipe.model != "clip",
+        quarantine=Quarantine(folder / "quarantine.jsonl" if folder else None))
+
+
+def _lay_over(net: Any, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Put a finished stage's trained tensors into the net; each must exist there with its shape."""
+    state = net.state_dict()
+    for name, tensor in tensors.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise CheckpointError(f"{where} holds {name} of shape {tuple(tensor.shape)}, which this net does not have.")
+        state[name].copy_(tensor)
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
+    """Make the folder this recipe's own, or refuse it: a run resumes only what it began."""
+    now = {"recipe": recipe.model_dump(mode="json"), "parts": {n: _fingerprint(p) for n, p in recipe.parts.items()}}
+    file = folder / "run.json"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(".json.tmp")
+        aside.write_text(json.dumps(now, indent=1), encoding="utf-8")
+        aside.replace(file)
+        return
+    then = checkpoint.read_json(file)
+    changed = _difference(then, json.loads(json.dumps(now)))
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run of another recipe or of other parts: {changed}. Give another --out, or remove the "
+            "folder to start over.")
+
+
+def _fingerprint(part: str) -> str:
+    """The sha256 of a part's files, so that a resumed run starts from the same parts."""
+    found = model_hash(Path(part))
+    if not found:
+        raise CheckpointError(f"The part {part} is not a model folder: it has neither a manifest nor safetensors in it. "
+                              "Train it first, or name another with parts.<name>=FOLDER.")
+    return found
+
+
+def _difference(then: Any, now: Any, where: str = "") -> str:
+    """The first place where two JSON trees differ, in words; empty when they are equal."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in [*then, *(k for k in now if k not in then)]:
+            found = _difference(then.get(key), now.get(key), f"{where}.{key}" if where else key)
+            if found:
+                return found
+        return ""
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        return next((d for i, (a, b) in enumerate(zip(then, now, strict=True))
+                     if (d := _difference(a, b, f"{where}.{i}"))), "")
+    return "" if then == now else f"{where} was {_short(then)}, now {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,7 @@
+"""Training: one loop for every system. It sees a net with a loss, a loader with positions, and a stage."""
+
+from isthmus.training.loop import Interrupted, TrainResult, train
+from isthmus.training.optim import lr_at
+from isthmus.training.protocols import Loader, Net, Position
+
+__all__ = ["Interrupted", "Loader", "Net", "Position", "TrainResult", "lr_at", "train"]

@@ -1,0 +1,287 @@
+"""The one training loop: stage in, trained net out, exact resume at any step.
+
+    result = train(net, loader, Stage(name="align", train=(Group("connector.*", lr=1e-3),), steps=500), "runs/x/align")
+
+Each step: rates, gradient of the whole step (gradient.py), finiteness, clipping, AdamW, ``net.after_step()``, one
+line of ``metrics.jsonl``, now and then a checkpoint (state.py). The freezing proof (proof.py) runs along. The same
+call on the same folder goes on where the last one stopped, bit for bit on CPU with the same thread count.
+"""
+
+import hashlib
+import json
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from isthmus.batch import Batch
+from isthmus.checkpoint import RunLock
+from isthmus.errors import IsthmusError, StageError
+from isthmus.stage import Stage, StageTable, apply_stage
+from isthmus.training import optim, proof
+from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_bad_value
+from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
+from isthmus.training.log import Bar, MetricLog, progress_bar
+from isthmus.training.protocols import Loader, Net, as_module
+from isthmus.training.state import RunState, check_same, checkpoints, newest_state, restore, save_state
+
+Skipped = Callable[[tuple[str, ...], str], None]
+"""Told of the sample ids and the reason when ``nan_policy`` lets a step pass without an update."""
+
+
+class Interrupted(IsthmusError):
+    """The run was stopped by a signal after a step was finished and saved. The command line exits with 130."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What came out. ``losses`` are the last step's; ``resumed`` the step this call went on from (0: the beginning)."""
+
+    folder: Path
+    step: int
+    samples: int
+    losses: Mapping[str, float]
+    seconds: float
+    resumed: int
+    table: StageTable
+    warnings: tuple[str, ...]
+
+
+def train(net: Net, loader: Loader, stage: Stage, folder: str | Path, *, seed: int = 0,
+          identity: Mapping[str, Any] | None = None, progress: Progress | bool = True, tensorboard: bool = False,
+          on_quarantine: Skipped | None = None) -> TrainResult:
+    """Train ``net`` in place through one stage, on the device it is on; write into ``folder``.
+
+    Args:
+        seed: for dropout and whatever else draws at random in the net; the loader has its own.
+        identity: JSON-able facts that must be the same on resume, for example a fingerprint of the data.
+        progress: a running display to add a bar to, or whether to show one (and the stage's table).
+        tensorboard: also write TensorBoard events; needs the ``track`` extra.
+        on_quarantine: called with sample ids and reason for each step that ``nan_policy`` skips.
+
+    Raises:
+        ConfigError: several processes are asked for. RunBusyError: another process trains in this folder.
+        StageError: the stage does not fit the net, a trained tensor never had a gradient, a frozen one moved, or the
+            folder was begun with another stage, seed or identity. NonFiniteError: NaN or infinity, before the update.
+        CheckpointError: a checkpoint is damaged, or cannot be written. Interrupted: after SIGTERM or Ctrl-C.
+    """
+    optim.refuse_many_processes()
+    folder = Path(folder)
+    with RunLock(folder):
+        table = apply_stage(as_module(net), stage.train)
+        if progress is True:
+            Console(stderr=True).print(table.render(f"stage {stage.name}"))
+        run = _Run(net, loader, stage, folder, table, seed, dict(identity or {}), on_quarantine)
+        _describe(folder, stage, table)
+        with _stop_flag() as stopped, closing(MetricLog(folder, run.state.step, tensorboard=tensorboard)) as log, \
+                progress_bar(progress, stage.name, stage.budget, run.done) as bar:
+            run.go(log, bar, stopped)
+        return run.result()
+
+
+class _Run:
+    """One call of :func:`train`: the parts that the steps share, and the state that a checkpoint holds."""
+
+    def __init__(self, net: Net, loader: Loader, stage: Stage, folder: Path, table: StageTable, seed: int,
+                 identity: dict[str, Any], on_quarantine: Skipped | None) -> None:
+        self.net, self.module, self.loader = net, as_module(net), loader
+        self.stage, self.folder, self.table, self.on_quarantine = stage, folder, table, on_quarantine
+        self.parameters = optim.open_parameters(self.module, table)
+        widened = optim.to_master_weights(self.parameters)
+        self.optimizer = optim.build_optimizer(self.parameters, table, stage)
+        optim.check_holds_exactly(self.optimizer, self.module)
+        self.device = next(iter(self.parameters.values())).device
+        precision, self.autocast = optim.autocast(stage, self.device)
+        self.gradients = proof.GradientProof(self.parameters)
+        note = (f"step 0: {len(widened)} half-precision tensors train as fp32 master weights",) if widened else ()
+        self.state = RunState(
+            step=0, samples=0, position={"epoch": 0, "index": 0}, seconds=0.0, losses={},
+            unproven=tuple(self.parameters), skipped=0, frozen=proof.frozen_tensors(self.module),
+            stage=stage.fingerprint(), identity=json.loads(json.dumps(identity)), seed=seed,
+            threads=torch.get_num_threads(), torch=torch.__version__, precision=precision, device=self.device.type,
+            warnings=note)
+        self.resumed = self._resume()
+
+    def _resume(self) -> int:
+        """Go back to the newest checkpoint, or seed a new run. The step to go on from."""
+        found = newest_state(self.folder)
+        if found is None:
+            random.seed(self.state.seed)
+            numpy.random.seed(self.state.seed % 2**32)
+            torch.manual_seed(self.state.seed)
+            return 0
+        saved, files = found
+        warnings = check_same(saved, self.state, self.folder)
+        proof.demand_unchanged(saved.frozen, self.state.frozen, "is not the one this run was begun with")
+        restore(files, self.module, self.optimizer, self.parameters)
+        self.gradients = proof.GradientProof(saved.unproven)
+        now = self.state
+        self.state = replace(saved, threads=now.threads, torch=now.torch, precision=now.precision, device=now.device,
+                             warnings=(*saved.warnings, *warnings))
+        return saved.step
+
+    @property
+    def done(self) -> int:
+        """How much of the budget is used."""
+        return self.state.step if self.stage.steps is not None else self.state.samples
+
+    def go(self, log: MetricLog, bar: Bar, stopped: Mapping[str, str]) -> None:
+        """Steps until the budget is used, then the last proofs and the last checkpoint."""
+        if self.done >= self.stage.budget:
+            return
+        stream = self.loader.steps(self.loader.position(self.state.position))
+        try:
+            before = self.state.seconds - time.perf_counter()
+            while self.done < self.stage.budget:
+                self._stop_if(stopped)
+                started = time.perf_counter()
+                try:
+                    position, batches = next(stream)
+                except StopIteration:
+                    raise StageError(f"The data ended after step {self.state.step}, before the stage's budget: the "
+                                     "loader must go on with the next epoch. Is the source empty?") from None
+                waited = time.perf_counter() - started
+                line = self._step(batches)
+                now = time.perf_counter()
+                self.state = replace(self.state, position=dict(position.to_dict()), seconds=before + now)
+                self._log(log, line, batches, seconds=now - started, waited=waited)
+                bar.show(self.done, self.state.losses)
+                if self.state.step == proof.WINDOW:
+                    self.gradients.demand(self.state.step)
+                if self.done < self.stage.budget and self.state.step % self.stage.save_every == 0:
+                    self._save()
+        finally:
+            # Generators stop their workers when closed; a plain iterator has nothing to stop.
+            getattr(stream, "close", lambda: None)()
+        self.gradients.demand(self.state.step)
+        proof.demand_unchanged(self.state.frozen, proof.frozen_tensors(self.module), "changed during the stage")
+        self._save()
+
+    def _step(self, batches: list[Batch]) -> dict[str, Any]:
+        """One update, or none when it is not finite and the stage lets that pass. Its part of the log line."""
+        traffic = Traffic.of(batches)
+        size = 1 if self.stage.steps is not None else traffic.samples
+        rates = optim.set_rates(self.optimizer, optim.lr_at(self.stage, self.done, size))
+        generator = torch.get_rng_state()
+        moved = [batch.to(self.device) for batch in batches]
+        self.optimizer.zero_grad(set_to_none=True)
+        line: dict[str, Any] = {"loss": None, "lr": rates}
+        losses, skipped = self.state.losses, 0
+        try:
+            losses = backward(self.net, moved, self.autocast)
+            total, norms = optim.gradient_norms(self.parameters)
+            if not torch.isfinite(total):
+                raise NonFiniteLoss("gradient norm", float(total), None)
+            self._update(total)
+            line.update(loss=losses, grad_norm={"all": float(total), **norms})
+        except NonFiniteLoss as problem:
+            skipped = self.state.skipped + 1
+            self._pass_over(problem, moved, generator, skipped)
+            line["skipped"] = True
+        self.state = replace(self.state, step=self.state.step + 1, samples=self.state.samples + traffic.samples,
+                             losses=losses, skipped=skipped, unproven=tuple(self.gradients.pending))
+        return line
+
+    def _update(self, total: torch.Tensor) -> None:
+        self.gradients.see(self.parameters)
+        optim.clip_gradients(self.parameters, total, self.stage.clip_norm)
+        self.optimizer.step()
+        after_step = getattr(self.net, "after_step", None)
+        if after_step is not None:
+            after_step()
+
+    def _pass_over(self, problem: NonFiniteLoss, batches: list[Batch], generator: torch.Tensor, skipped: int) -> None:
+        """Raise NonFiniteError with all that is known, or report a step that may be skipped."""
+        gradient = first_bad_gradient(self.net) if problem.micro is None else None
+        self.optimizer.zero_grad(set_to_none=True)
+        where, micro = first_bad_value(self.net, batches, self.autocast, generator)
+        micro = problem.micro if problem.micro is not None else micro
+        ids = tuple(i for n, batch in enumerate(batches) if micro in (None, n) for i in batch.ids)
+        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        first = where or gradient or "the loss itself"
+        reason = (f"step {self.state.step + 1}: {problem}; first non-finite value: {first}; "
+                  f"precision {self.state.precision}")
+        if self.stage.nan_policy == "skip" and skipped <= self.stage.nan_limit:
+            self.state = replace(self.state, warnings=(*self.state.warnings, f"{reason}; skipped samples {shown}"))
+            if self.on_quarantine is not None:
+                self.on_quarantine(ids, reason)
+            return
+        saved = checkpoints(self.folder)
+        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        in_a_row = f" ({skipped} in a row)" if self.stage.nan_policy == "skip" else ""
+        raise NonFiniteError(
+            f"Stage {self.stage.name!r}, {reason}{in_a_row}. Samples: {shown}. The update was not made; {last}. Look "
+            "at these samples, lower the rate, or try precision fp32; nan_policy skip passes over a few such steps.")
+
+    def _log(self, log: MetricLog, line: dict[str, Any], batches: list[Batch], *, seconds: float,
+             waited: float) -> None:
+        step = self.state.step
+        if step % self.stage.log_every and self.done < self.stage.budget:
+            return
+        traffic = Traffic.of(batches)
+        ids = "\n".join(i for batch in batches for i in batch.ids)
+        log.write({
+            "step": step, "epoch": self.state.position.get("epoch"), **line, "samples": self.state.samples,
+            "order": hashlib.sha256(ids.encode()).hexdigest()[:16],
+            "tokens_per_second": round(traffic.tokens / seconds, 1),
+            "supervised": round(traffic.supervised / max(1, traffic.tokens), 4),
+            "data_wait": round(waited / seconds, 4), "seconds": round(self.state.seconds, 3)})
+
+    def _stop_if(self, stopped: Mapping[str, str]) -> None:
+        """At a step boundary: save and raise Interrupted when a signal came."""
+        if stopped:
+            self._save()
+            raise Interrupted(f"Stopped by {stopped['signal']} after step {self.state.step} of stage "
+                              f"{self.stage.name!r}; it is saved in {self.folder}. The same command goes on there.")
+
+    def _save(self) -> None:
+        saved = checkpoints(self.folder)
+        if self.state.step and not (saved and saved[-1].name.endswith(f"-{self.state.step:06d}")):
+            save_state(self.folder, self.state, self.module, self.optimizer, self.parameters)
+
+    def result(self) -> TrainResult:
+        self.optimizer.zero_grad(set_to_none=True)
+        return TrainResult(folder=self.folder, step=self.state.step, samples=self.state.samples,
+                           losses=self.state.losses, seconds=self.state.seconds, resumed=self.resumed,
+                           table=self.table, warnings=self.state.warnings)
+
+
+@contextmanager
+def _stop_flag() -> Iterator[Mapping[str, str]]:
+    """While inside, SIGTERM and Ctrl-C only leave a note; a second one ends the process as usual."""
+    stopped: dict[str, str] = {}
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread may set handlers; elsewhere the caller stops the run.
+        yield stopped
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _frame: object) -> None:
+        stopped["signal"] = signal.Signals(number).name
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _describe(folder: Path, stage: Stage, table: StageTable) -> None:
+    """``stage.json``: the definition and the table, for people and for the report."""
+    text = json.dumps({"stage": stage.to_dict(), "table": table.to_dict()}, indent=1)
+    (folder / "stage.json").write_text(text + "\n", encoding="utf-8")

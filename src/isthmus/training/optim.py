@@ -1,0 +1,124 @@
+"""Rates, optimizer groups, gradient norms and precision: the arithmetic around one update."""
+
+import math
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.errors import ConfigError, StageError
+from isthmus.stage import Stage, StageTable, named_parameters
+
+
+def lr_at(stage: Stage, done: int, size: int = 1) -> float:
+    """The factor on every group's peak rate for the step that begins when ``done`` of the budget is used.
+
+    ``done`` counts in the budget's unit, ``size`` is what this step uses of it (1 for steps). Linear warm-up reaches
+    the peak at its end (``(done + size) / warmup``, never zero); then cosine, linear or no decay to ``floor``.
+    """
+    warmup, budget = stage.warmup_count, stage.budget
+    if done < warmup:
+        return min(1.0, (done + size) / warmup)
+    if stage.decay == "constant":
+        return 1.0
+    progress = min(1.0, (done - warmup) / max(1, budget - warmup))
+    shape = 1.0 - progress if stage.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return stage.floor + (1.0 - stage.floor) * shape
+
+
+def open_parameters(net: nn.Module, table: StageTable) -> dict[str, nn.Parameter]:
+    """The tensors that train, by canonical name, in the net's order."""
+    return {name: parameter for name, parameter in named_parameters(net) if name in table.assigned}
+
+
+def to_master_weights(parameters: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
+    """Half-precision tensors that train become fp32, so that small updates are not rounded away; their names."""
+    changed = []
+    for name, parameter in parameters.items():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+            changed.append(name)
+    return tuple(changed)
+
+
+def build_optimizer(parameters: Mapping[str, nn.Parameter], table: StageTable, stage: Stage) -> torch.optim.AdamW:
+    """AdamW with one group per (pattern, decayed or not); each group carries ``pattern``, ``peak`` and its rate.
+
+    Tensors with fewer than two dimensions are never decayed, whatever their group says.
+    """
+    members: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        members[table.assigned[name], parameter.ndim >= 2].append(parameter)
+    groups = []
+    for (index, decayed), tensors in sorted(members.items()):
+        group = table.groups[index]
+        groups.append({"params": tensors, "lr": group.lr, "peak": group.lr, "pattern": group.pattern,
+                       "weight_decay": group.weight_decay if decayed else 0.0})
+    # One fused pass over the state: the same bits every time for a given thread count, and far fewer kernels.
+    return torch.optim.AdamW(groups, betas=stage.betas, eps=stage.eps, fused=True)
+
+
+def check_holds_exactly(optimizer: torch.optim.Optimizer, net: nn.Module) -> None:
+    """The optimizer holds every open tensor and no frozen one. Raises StageError naming the first that differs."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in named_parameters(net):
+        if parameter.requires_grad != (id(parameter) in held):
+            state = "open, but not in the optimizer" if parameter.requires_grad else "frozen, but in the optimizer"
+            raise StageError(f"{name!r} is {state}: something changed requires_grad after the stage was applied.")
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+    """Set every group's rate to ``peak * factor``; pattern -> rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    return {group["pattern"]: group["lr"] for group in optimizer.param_groups}
+
+
+def gradient_norms(parameters: Mapping[str, nn.Parameter]) -> tuple[Tensor, dict[str, float]]:
+    """The global 2-norm of all gradients (a scalar tensor) and the norm of each part (first name component)."""
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            parts[name.split(".")[0]].append(parameter.grad)
+    norms = {part: torch.nn.utils.get_total_norm(gradients) for part, gradients in parts.items()}
+    if not norms:
+        return torch.zeros(()), {}
+    total = torch.nn.utils.get_total_norm(list(norms.values()))
+    return total, {part: float(norm) for part, norm in norms.items()}
+
+
+def clip_gradients(parameters: Mapping[str, nn.Parameter], total: Tensor, limit: float | None) -> None:
+    """Scale all gradients so that their global norm is at most ``limit``."""
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), limit, total)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the machine multiplies in bf16 (CUDA; x86 with avx512_bf16 or amx); elsewhere it is only emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
+        features = torch.cpu.get_capabilities()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return False
+
+
+def autocast(stage: Stage, device: torch.device) -> tuple[str, AbstractContextManager[object]]:
+    """The precision in use (``fp32`` or ``bf16``) and a context that can be entered once per forward pass."""
+    bf16 = stage.precision == "bf16" or (stage.precision == "auto" and computes_bf16(device))
+    if bf16:
+        # No cache of cast weights: one filled under no_grad (gradient cache) would cut the weights off the graph.
+        return "bf16", torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+    return "fp32", nullcontext()
+
+
+def refuse_many_processes() -> None:
+    """Raises ConfigError under ``torchrun`` with several processes, rather than train each copy by itself."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size not in ("", "1"):
+        raise ConfigError(f"WORLD_SIZE is {size}: training on several processes is not built yet. Start one process "
+                          "without torchrun (unset WORLD_SIZE).")

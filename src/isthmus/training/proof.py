@@ -1,0 +1,65 @@
+"""The freezing proof: what a stage says it trains does train, and what it freezes does not move."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from isthmus.checkpoint import tensor_sha256
+from isthmus.errors import StageError
+from isthmus.stage import canonical, named_parameters
+
+WINDOW = 50
+"""Steps within which every trained tensor must have had a non-zero gradient."""
+
+
+class GradientProof:
+    """Watches until each trained tensor has had a non-zero gradient; ``pending`` are those that had none yet."""
+
+    def __init__(self, pending: Iterable[str]) -> None:
+        self.pending = list(pending)
+
+    def see(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Look at the gradients of one step. Costs nothing once everything is proven."""
+        self.pending = [name for name in self.pending if not _has_gradient(parameters[name])]
+
+    def demand(self, steps: int) -> None:
+        """Raises StageError naming the tensors without a gradient after ``steps`` steps."""
+        if self.pending:
+            more = f" and {len(self.pending) - 5} more" if len(self.pending) > 5 else ""
+            shown = ", ".join(self.pending[:5]) + more
+            raise StageError(
+                f"After {steps} steps these open tensors have never had a gradient other than zero: {shown}. The "
+                "objective does not reach them, or no sample so far uses them. Take them out of the stage's patterns, "
+                "or check the data.")
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def frozen_tensors(net: nn.Module) -> dict[str, str]:
+    """sha256 of every tensor that must not move: frozen parameters, and persistent buffers of frozen modules."""
+    digests = {name: tensor_sha256(p) for name, p in named_parameters(net) if not p.requires_grad}
+    moving = moving_buffers(net)
+    state = net.state_dict()
+    for name, buffer in net.named_buffers():
+        if name in state and canonical(name) not in moving:
+            digests[canonical(name)] = tensor_sha256(buffer)
+    return digests
+
+
+def moving_buffers(net: nn.Module) -> set[str]:
+    """Names of persistent buffers (running statistics) whose module is in train mode: they train along."""
+    state = net.state_dict()
+    return {canonical(f"{prefix}.{name}" if prefix else name)
+            for prefix, module in net.named_modules() if module.training
+            for name, _ in module.named_buffers(recurse=False)
+            if (f"{prefix}.{name}" if prefix else name) in state}
+
+
+def demand_unchanged(before: Mapping[str, str], after: Mapping[str, str], when: str) -> None:
+    """Raises StageError naming the first frozen tensor whose bytes are not the same. ``when`` goes into the message."""
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            raise StageError(f"The frozen tensor {name!r} {when}. A frozen part must stay bit-identical; "
+                             "start the stage anew from its original parts.")

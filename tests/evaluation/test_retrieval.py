@@ -1,0 +1,106 @@
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isthmus.errors import CapabilityError, DataError
+from isthmus.evaluation.embedding import embed
+from isthmus.evaluation.retrieval import RetrievalScores, ranks, score
+
+
+def by_hand(values, owner):
+    """Ranks with ties against us, one comparison at a time."""
+    pictures, captions = len(values), len(owner)
+    image_ranks = []
+    for i in range(pictures):
+        best = max(values[i][t] for t in range(captions) if owner[t] == i)
+        image_ranks.append(sum(values[i][t] >= best for t in range(captions) if owner[t] != i))
+    text_ranks = [sum(values[i][t] >= values[owner[t]][t] for i in range(pictures) if i != owner[t])
+                  for t in range(captions)]  # fmt: skip
+    return image_ranks, text_ranks
+
+
+@st.composite
+def spaces(draw):
+    """Whole-numbered vectors (many ties), one to four captions for each of up to seven pictures."""
+    per_picture = draw(st.lists(st.integers(1, 4), min_size=1, max_size=7))
+    owner = draw(st.permutations([i for i, n in enumerate(per_picture) for _ in range(n)]))
+    vectors = st.lists(st.integers(-3, 3), min_size=3, max_size=3)
+    images = draw(st.lists(vectors, min_size=len(per_picture), max_size=len(per_picture)))
+    texts = draw(st.lists(vectors, min_size=len(owner), max_size=len(owner)))
+    return torch.tensor(images).float(), torch.tensor(texts).float(), list(owner)
+
+
+@settings(deadline=None)
+@given(spaces(), st.sampled_from([1, 2, 100]), st.sampled_from(["dot", "euclidean"]))
+def test_ranks_equal_brute_force(space, chunk, kind):
+    images, texts, owner = space
+    values = images @ texts.T if kind == "dot" else -((images[:, None] - texts[None]) ** 2).sum(-1)
+    image_ranks, text_ranks = ranks(images, texts, torch.tensor(owner), kind=kind, chunk=chunk)
+    assert (image_ranks.tolist(), text_ranks.tolist()) == by_hand(values.tolist(), owner)
+
+
+def test_the_best_of_five_captions_counts():
+    images = torch.eye(2)
+    texts = torch.tensor([[1.0, 0]] + [[-1.0, 0.1]] * 4 + [[0, 1.0]] * 5)
+    image_ranks, text_ranks = ranks(images, texts, torch.tensor([0] * 5 + [1] * 5))
+    assert image_ranks.tolist() == [0, 0]
+    assert text_ranks.tolist() == [0, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_a_model_that_says_the_same_of_everything_scores_nothing():
+    same = torch.full((40, 8), 0.3)
+    image_ranks, text_ranks = ranks(same, same, torch.arange(40))
+    scores = score(image_ranks.tolist(), [[r] for r in text_ranks.tolist()])
+    assert set(scores.image_to_text.recall.values()) == set(scores.text_to_image.recall.values()) == {0.0}
+
+
+def test_recall_counts_and_chance():
+    scores = score([0, 3, 7, 12], [[0, 9], [4], [10, 0, 0], [30]])
+    assert scores.image_to_text.recall == {1: 0.25, 5: 0.5, 10: 0.75}
+    assert scores.text_to_image.recall == pytest.approx({1: 3 / 7, 5: 4 / 7, 10: 5 / 7})
+    assert scores.image_to_text.n == 4
+    assert scores.text_to_image.n == 7
+    assert scores.text_to_image.chance == {1: 0.25, 5: 1.0, 10: 1.0}
+    assert scores.image_to_text.chance[1] == pytest.approx((2 + 1 + 3 + 1) / 4 / 7)
+    for recall in (scores.image_to_text, scores.text_to_image):
+        for k in (1, 5, 10):
+            low, high = recall.intervals[k]
+            assert low <= recall.recall[k] <= high
+
+
+def test_chance_is_what_random_vectors_reach():
+    generator = torch.Generator().manual_seed(0)
+    owner = torch.arange(60).repeat_interleave(5)
+    hits = []
+    for _ in range(30):
+        images, texts = (torch.randn(n, 16, generator=generator) for n in (60, 300))
+        image_ranks, _ = ranks(images, texts, owner)
+        hits.append((image_ranks < 10).float().mean().item())
+    expected = 1 - math.comb(295, 10) / math.comb(300, 10)
+    assert sum(hits) / 30 == pytest.approx(expected, abs=0.03)
+    assert score([0] * 60, [[0] * 5] * 60).image_to_text.chance[10] == pytest.approx(expected)
+
+
+def test_scores_in_json_show_picture_to_text_on_top():
+    scores = score([0, 3], [[0, 9], [4]])
+    facts = json.loads(json.dumps(scores.to_dict()))
+    assert facts["recall_at_1"] == facts["image_to_text"]["recall_at_1"] == 0.5
+    assert RetrievalScores.from_dict(facts) == scores
+
+
+def test_nothing_to_retrieve_is_an_error():
+    with pytest.raises(DataError):
+        score([], [])
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [(torch.full((2, 3), float("nan")), "not finite"), (torch.ones(1, 3), "one row each"), (torch.ones(2), "one row")],
+)
+def test_vectors_that_cannot_be_ranked_are_refused(vectors, message):
+    with pytest.raises(CapabilityError, match=message):
+        embed(lambda items: vectors, ["a", "b"], what="pictures")

@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from isthmus.errors import ConfigError, DataError
+from isthmus.evaluation.zero_shot import SEVEN, by_score, class_vectors, classify, score, templates
+
+
+class Hashed:
+    """Any text has its own vector, of any length."""
+
+    def embed_texts(self, texts):
+        return torch.stack([torch.randn(6, generator=torch.Generator().manual_seed(sum(map(ord, t)))) * 9
+                            for t in texts])  # fmt: skip
+
+    embed_images = embed_texts
+
+
+def test_class_vectors_are_the_formula():
+    names, prompts = ["cat", "wild {} dog"], ("a {}.", "the {} here", "{}")
+    found = class_vectors(Hashed(), names, prompts)
+    for row, name in zip(found, names, strict=True):
+        vectors = [Hashed().embed_texts([p.replace("{}", name)])[0] for p in prompts]
+        mean = sum(v / v.norm() for v in vectors) / 3
+        torch.testing.assert_close(row, mean / mean.norm())
+
+
+def test_the_nearest_class_wins_whatever_the_length_of_the_vectors():
+    classes = torch.eye(3)
+    order, rank = classify(torch.tensor([[9.0, 1, 0], [0.1, 0.3, 0.2]]), classes, torch.tensor([0, 2]))
+    assert order.tolist() == [[0, 1, 2], [1, 2, 0]]
+    assert rank.tolist() == [0, 1]
+
+
+def test_ties_count_against_us():
+    _, rank = by_score(torch.tensor([[1.0, 1, 1, 0]]), torch.tensor([0]))
+    assert rank.tolist() == [2]
+
+
+def test_scores_stand_beside_the_commonest_class():
+    rows = [{"truth": "a", "rank": r} for r in (0, 0, 4)] + [{"truth": "b", "rank": 5}]
+    scores = score(rows, classes=7)
+    assert (scores.top_1, scores.top_5, scores.majority) == (0.5, 0.75, 0.75)
+    assert scores.to_dict()["gain"] == -0.25
+    assert scores.top_1_interval[0] <= 0.5 <= scores.top_1_interval[1]
+    with pytest.raises(DataError):
+        score([], classes=2)
+
+
+def test_templates_by_name_and_from_a_file(tmp_path):
+    assert templates("seven") == SEVEN
+    assert len(SEVEN) == 7
+    file = tmp_path / "templates.txt"
+    file.write_text("a {}.\n\n an old photo of {} \n")
+    assert templates(file) == ("a {}.", "an old photo of {}")
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "no template"), ("a photo", "exactly one"), ("{} {}", "one")])
+def test_unusable_templates_are_refused(tmp_path, content, message):
+    file = tmp_path / "templates.txt"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        templates(file)
+    with pytest.raises(ConfigError, match="No templates"):
+        templates(tmp_path / "missing.txt")

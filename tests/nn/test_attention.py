@@ -1,0 +1,71 @@
+"""Attention: equal to PyTorch's own, masks, cross-attention."""
+
+import pytest
+import torch
+
+from isthmus.errors import ConfigError
+from isthmus.nn.attention import Attention
+
+
+def _copy(ours: Attention, theirs: torch.nn.MultiheadAttention) -> None:
+    with torch.no_grad():
+        for ours_layer, rows in zip((ours.q_proj, ours.k_proj, ours.v_proj), theirs.in_proj_weight.chunk(3), strict=True):
+            ours_layer.weight.copy_(rows)
+        for ours_layer, rows in zip((ours.q_proj, ours.k_proj, ours.v_proj), theirs.in_proj_bias.chunk(3), strict=True):
+            ours_layer.bias.copy_(rows)
+        ours.out_proj.load_state_dict(theirs.out_proj.state_dict())
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64)
+    torch.nn.init.normal_(theirs.in_proj_bias)
+    ours = Attention(16, 4).double()
+    _copy(ours, theirs)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_self_attention_equals_pytorch(pair, causal):
+    ours, theirs = pair
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1) if causal else None
+    expected, _ = theirs(x, x, x, attn_mask=hidden, need_weights=False)
+    torch.testing.assert_close(ours(x, causal=causal), expected, atol=1e-12, rtol=0)
+
+
+def test_cross_attention_and_mask_equal_pytorch(pair):
+    ours, theirs = pair
+    x, context = torch.randn(2, 3, 16, dtype=torch.float64), torch.randn(2, 7, 16, dtype=torch.float64)
+    seen = torch.rand(2, 7) > 0.4
+    seen[:, 0] = True
+    expected, _ = theirs(x, context, context, key_padding_mask=~seen, need_weights=False)
+    torch.testing.assert_close(ours(x, context, mask=seen[:, None, None]), expected, atol=1e-12, rtol=0)
+
+
+def test_mask_and_causal_together(pair):
+    ours, _ = pair
+    x = torch.randn(1, 6, 16, dtype=torch.float64)
+    seen = torch.ones(1, 1, 1, 6, dtype=torch.bool)
+    torch.testing.assert_close(ours(x, mask=seen, causal=True), ours(x, causal=True), atol=1e-12, rtol=0)
+
+
+def test_a_query_that_may_look_nowhere_gets_the_output_bias(pair):
+    ours, _ = pair
+    x = torch.randn(1, 2, 16, dtype=torch.float64)
+    y = ours(x, mask=torch.zeros(1, 1, 2, 2, dtype=torch.bool))
+    torch.testing.assert_close(y, ours.out_proj.bias.expand_as(y))
+
+
+def test_other_widths():
+    attention = Attention(12, 2, context_width=20, head_width=8, bias=False)
+    assert attention(torch.randn(1, 3, 12), torch.randn(1, 4, 20)).shape == (1, 3, 12)
+    assert all(p.ndim == 2 for p in attention.parameters())
+
+
+def test_errors():
+    with pytest.raises(ConfigError, match="cannot be shared among 3 heads"):
+        Attention(16, 3)
+    with pytest.raises(ConfigError, match="one sequence"):
+        Attention(8, 2)(torch.randn(1, 2, 8), torch.randn(1, 2, 8), causal=True)
