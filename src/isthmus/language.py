@@ -119,6 +119,7 @@ class LanguageModel(nn.Module):
         # A folder's own decoding defaults (stop ids, temperature) must not slip under an explicit Decoding.
         self.lm.generation_config = GenerationConfig()
         self._plain_head: bool | None = None
+        self._attention = lm.config._attn_implementation
 
     @classmethod
     def build(cls, config: Mapping[str, Any]) -> "LanguageModel":
@@ -165,6 +166,7 @@ class LanguageModel(nn.Module):
     def hidden(self, embeds: Tensor) -> Tensor:
         """(B, T, D) -> the last hidden states (B, T, D'), ready for the head."""
         self._check_context(embeds.shape[1])
+        self._choose_attention(embeds.device)
         return self.lm.base_model(inputs_embeds=embeds, use_cache=False, return_dict=True).last_hidden_state
 
     def logits(self, embeds: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -281,6 +283,13 @@ class LanguageModel(nn.Module):
         finally:
             hook.remove()
         return torch.equal(seen["input"], hidden) and torch.equal(logits, seen["output"].to(logits.dtype))
+
+    def _choose_attention(self, device: torch.device) -> None:
+        """Plain products instead of SDPA for half precision on a CPU, where they are faster (nn/attention.py)."""
+        slow = device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        chosen = "eager" if slow and self._attention == "sdpa" else self._attention
+        if self.lm.config._attn_implementation != chosen:
+            self.lm.set_attn_implementation(chosen)
 
     def _check_context(self, tokens: int, what: str | None = None) -> None:
         if self.context is not None and tokens > self.context:

@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_refused() -> None:
     state = llava_to_original(dict(net.state_dict()), net.config)
     for name in ("model.mm_projector.2.bias", "model.norm.weight",
                  "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight"):
-        with pytest.raises(CheckpointError, match="norm|bias"):
+        with pytest.raises(CheckpointError, match=r"norm|bias"):
             llava_from_original({k: v for k, v in state.items() if k != name}, net.config)
     with pytest.raises(CheckpointError, match=r"image_newline"):
         llava_from_original({**state, "model.image_newline": torch.zeros(1)}, net.config)

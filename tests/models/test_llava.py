@@ -11,7 +11,7 @@ from isthmus.language import Decoding
 from isthmus.models.llava import STAGES, Llava, LlavaConfig
 from isthmus.nn.vit import VisionConfig
 from isthmus.stage import apply_stage, named_parameters
-from tests.models.tiny_llava import LANGUAGE, PATCHES, ROWS, V, VISION, batch, tiny
+from tests.models.tiny_llava import LANGUAGE, PATCHES, ROWS, VISION, V, batch, tiny
 
 TOWER_224, TOWER_336, PROJECTOR = 303_179_776, 303_507_456, {"7b": 20_979_712, "13b": 31_467_520}
 
@@ -207,7 +207,7 @@ def test_a_truncated_row_keeps_its_picture_in_front() -> None:
 
 def test_errors_name_sample_and_numbers() -> None:
     net = tiny()
-    with pytest.raises(DataError, match="sample 'row 1': the text keeps 15 places for visual 0, .* made 16"):
+    with pytest.raises(DataError, match=r"sample 'row 1': the text keeps 15 places for visual 0, .* made 16"):
         net.loss(batch([ROWS["none"], ROWS["one"]], per_picture=15))
     rows = batch([ROWS["one"]])
     harmless = replace(rows.text["lm"], ids=rows.text["lm"].ids.clamp(min=0))
@@ -217,7 +217,7 @@ def test_errors_name_sample_and_numbers() -> None:
         net.loss(replace(rows, visuals=()))
     with pytest.raises(DataError, match="neither pixels nor cached features"):
         net.loss(replace(rows, visuals=(Visuals(index=torch.zeros(1).long()),)))
-    with pytest.raises(ConfigError, match="feature_layer 4 does not exist: .* 3 blocks has 4 hidden states"):
+    with pytest.raises(ConfigError, match=r"feature_layer 4 does not exist: .* 3 blocks has 4 hidden states"):
         LlavaConfig(vision=VISION, language=LANGUAGE, feature_layer=4)
     with pytest.raises(ConfigError, match="class token that this vision encoder lacks"):
         LlavaConfig(vision=VisionConfig.siglip_b_16(), language=LANGUAGE, feature_select="cls_patch")

@@ -9,10 +9,10 @@ from isthmus.nn.attention import Attention
 
 def _copy(ours: Attention, theirs: torch.nn.MultiheadAttention) -> None:
     with torch.no_grad():
-        for ours_layer, rows in zip((ours.q_proj, ours.k_proj, ours.v_proj), theirs.in_proj_weight.chunk(3), strict=True):
-            ours_layer.weight.copy_(rows)
-        for ours_layer, rows in zip((ours.q_proj, ours.k_proj, ours.v_proj), theirs.in_proj_bias.chunk(3), strict=True):
-            ours_layer.bias.copy_(rows)
+        weights, biases = theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3)
+        for layer, weight, bias in zip((ours.q_proj, ours.k_proj, ours.v_proj), weights, biases, strict=True):
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
         ours.out_proj.load_state_dict(theirs.out_proj.state_dict())
 
 

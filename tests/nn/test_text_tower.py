@@ -71,7 +71,7 @@ def test_a_row_without_end_of_text_is_refused(pool):
 
 
 def test_an_end_of_text_in_the_padding_does_not_count():
-    ids, lengths = _rows()
+    ids, _ = _rows()
     with pytest.raises(DataError, match="row 0 has no end-of-text"):
         _tower()(ids, torch.tensor([3, 6, 5]))
 

@@ -3,6 +3,7 @@
 import os
 import sys
 
+from isthmus.allocator import keep_freed_memory
 from isthmus.cli.app import app
 from isthmus.errors import IsthmusError
 
@@ -11,11 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-EXIT_USER, EXIT_BUSY, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_USER, EXIT_INTERRUPTED = 2, 130
 
 
 def main() -> None:
     """Run the program; an error a user can mend is one paragraph and exit code 2, never a traceback."""
+    keep_freed_memory()
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:
@@ -23,7 +25,7 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     except IsthmusError as error:
         _say(str(error))
-        sys.exit({"RunBusyError": EXIT_BUSY, "Interrupted": EXIT_INTERRUPTED}.get(type(error).__name__, EXIT_USER))
+        sys.exit(getattr(error, "exit_code", EXIT_USER))
 
 
 def _say(text: str) -> None:

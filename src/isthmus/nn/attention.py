@@ -14,7 +14,7 @@ class Attention(nn.Module):
     """softmax(q kᵀ / √head_width) v over H heads (Vaswani et al. 2017, sec. 3.2).
 
     ``context_width`` is the width of the key and value tokens in cross-attention; ``head_width`` defaults to
-    ``width / heads``. The kernel is PyTorch's SDPA, which accumulates the softmax in float32 in half precision.
+    ``width / heads``. The kernel is PyTorch's SDPA, except where it is slow (see :func:`attend`).
     """
 
     def __init__(
@@ -47,9 +47,28 @@ class Attention(nn.Module):
         q, k, v = self._split(self.q_proj(x)), self._split(self.k_proj(source)), self._split(self.v_proj(source))
         if mask is not None and causal:
             mask = mask & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
+        y = attend(q, k, v, mask=mask, causal=causal and mask is None)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, H·head_width) -> (B, H, T, head_width)."""
         return x.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
+    """(B, H, T, head_width) from queries (B, H, T, head_width) and keys, values (B, H, S, head_width).
+
+    SDPA, but for half precision on a CPU: there the backward pass of its kernel took 2.6 to 7 times as long as the
+    plain products (torch 2.13, AVX-512 bf16; benchmarks/attention.py), which are then used. The CPU's softmax
+    accumulates in float32 by itself.
+    """
+    if q.device.type != "cpu" or q.dtype == torch.float32 or q.dtype == torch.float64:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        return scores.softmax(-1) @ v
+    # The lowest finite number, not infinity: a query that may look nowhere would else have a gradient of NaN.
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights.masked_fill(~mask.any(-1, keepdim=True), 0.0) @ v

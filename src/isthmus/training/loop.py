@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from isthmus.allocator import keep_freed_memory
 from isthmus.batch import Batch
 from isthmus.checkpoint import RunLock
 from isthmus.errors import IsthmusError, StageError
@@ -78,6 +79,7 @@ def train(net: Net, loader: Loader, stage: Stage, folder: str | Path, *, seed: i
         CheckpointError: a checkpoint is damaged, or cannot be written. Interrupted: after SIGTERM or Ctrl-C.
     """
     optim.refuse_many_processes()
+    keep_freed_memory()
     folder = Path(folder)
     with RunLock(folder):
         table = apply_stage(as_module(net), stage.train)

@@ -93,17 +93,20 @@ def retrieval_table(models: Mapping[str, RetrievalScores], caption: str) -> str:
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, *, numeric: int, total: bool = False
 ) -> str:
-    """A plain table; columns from ``numeric`` on are figures, ``total`` sets the last row apart."""
+    """A plain table; columns from ``numeric`` on are figures, ``total`` sets the last row apart. A row whose leading
+    cells are empty belongs to the one above and gets no rule."""
 
     def cells(values: Sequence[str], tag: str) -> str:
         return "".join(
             f"<{tag}{' class=num' if i >= numeric else ''}>{escape(value)}</{tag}>" for i, value in enumerate(values)
         )
 
-    body = "".join(
-        f"<tr{' class=total' if total and i == len(rows) - 1 else ''}>{cells(row, 'td')}</tr>"
-        for i, row in enumerate(rows)
-    )
+    def style(i: int) -> str:
+        if total and i == len(rows) - 1:
+            return " class=total"
+        return "" if any(rows[i][: numeric - 1]) or numeric < 2 else " class=same"
+
+    body = "".join(f"<tr{style(i)}>{cells(row, 'td')}</tr>" for i, row in enumerate(rows))
     return (
         f'<div class="wide"><table class="plain"><caption>{caption}</caption>'
         f"<thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
