@@ -147,7 +147,8 @@ def test_stage_round_trips_and_fingerprints():
 @pytest.mark.parametrize(("change", "message"), [
     ({"steps": None}, "exactly one"), ({"samples": 5}, "exactly one"), ({"steps": 0}, "steps is 0"),
     ({"steps": 1.5}, "whole number"), ({"warmup": 1.5}, "fraction below 1"), ({"warmup": 11}, "longer than the budget"),
-    ({"warmup": -1}, "warmup"), ({"floor": 1.5}, "floor"), ({"betas": (0.9, 1.0)}, "betas"), ({"clip_norm": 0}, "clip_norm"),
+    ({"warmup": -1}, "warmup"), ({"floor": 1.5}, "floor"), ({"betas": (0.9, 1.0)}, "betas"),
+    ({"clip_norm": 0}, "clip_norm"),
     ({"decay": "cosin"}, "cosine"), ({"precision": "fp16"}, "bf16"), ({"nan_policy": "ignore"}, "skip"),
     ({"save_every": 0}, "save_every")])
 def test_values_that_do_not_fit(change, message):

@@ -9,6 +9,7 @@ batch's private matter: rows are right-padded and carry their lengths, and no lo
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ class Batch:
     def split(self, parts: int) -> list["Batch"]:
         """Contiguous micro-batches of (nearly) equal row counts; never an empty one."""
         bounds = [round(i * len(self) / parts) for i in range(parts + 1)]
-        return [self.select(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+        return [self.select(range(a, b)) for a, b in pairwise(bounds) if b > a]
 
 
 @dataclass(frozen=True, slots=True)

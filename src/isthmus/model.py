@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,11 +44,14 @@ class Model:
         net: one of the classes of :mod:`isthmus.models`.
         processor: turns Records into Examples for this net; carries the tokenizer and the image transform.
         prompts: the texts behind task names, for example ``{"caption": "Describe the picture."}``.
+        forbidden: token ids that must never be generated, such as another format's image placeholder.
     """
 
-    def __init__(self, net: Any, processor: Processor, *, prompts: Mapping[str, str] | None = None) -> None:
+    def __init__(self, net: Any, processor: Processor, *, prompts: Mapping[str, str] | None = None,
+                 forbidden: Sequence[int] = ()) -> None:
         self.net = net.eval()
         self.processor = processor
+        self.forbidden = tuple(forbidden)
         self.prompts = dict(prompts or {})
         self.kind: str = net.KIND
 
@@ -126,7 +129,7 @@ class Model:
         ends = {tokenizer.eos_id}
         if getattr(self.processor, "template", "") == "plain":
             ends.update(tokenizer.encode("\n"))  # the template ends a caption with a newline, not with </s>
-        special = {tokenizer.bos_id, tokenizer.pad_id} - ends - {None}
+        special = {tokenizer.bos_id, tokenizer.pad_id, *self.forbidden} - ends
         return replace(decoding, stop_ids=(*decoding.stop_ids, *sorted(ends)),
                        forbidden_ids=(*decoding.forbidden_ids, *sorted(i for i in special if i is not None)))
 
@@ -192,7 +195,7 @@ class Model:
     def save(self, folder: str | Path, *, extra: Mapping[str, Any] | None = None, replace: bool = False) -> Path:
         """Write one model folder: config, safetensors, tokenizer, processor, manifest. Never over another one."""
         config = {"format": FORMAT, "isthmus": isthmus.__version__, "kind": self.kind,
-                  "config": plain(self.net.config), "prompts": self.prompts}
+                  "config": plain(self.net.config), "prompts": self.prompts, "forbidden": list(self.forbidden)}
         files: dict[str, Any] = {
             "config.json": config,
             "processor.json": self.processor.to_dict(),
@@ -219,7 +222,8 @@ def load(path: str | Path, *, device: str = "cpu") -> Model:
     if "format" not in config:
         from isthmus.interop.folders import load_foreign
 
-        return Model(*load_foreign(folder, config), prompts=None).to(device)
+        net, processor, forbidden = load_foreign(folder, config)
+        return Model(net, processor, forbidden=forbidden).to(device)
     if config["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']!r}; this version reads {FORMAT!r}.")
     files = checkpoint.read_folder(folder)
@@ -231,13 +235,14 @@ def load(path: str | Path, *, device: str = "cpu") -> Model:
     checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"]), where=folder)
     tokenizer = Tokenizer.load(folder)
     described = checkpoint.read_json(files["processor.json"])
-    return Model(net, processor_from_dict(described, tokenizer), prompts=config.get("prompts")).to(device)
+    return Model(net, processor_from_dict(described, tokenizer), prompts=config.get("prompts"),
+                 forbidden=config.get("forbidden", ())).to(device)
 
 
 def _listed(image: AnyImage | Sequence[AnyImage] | None) -> Sequence[AnyImage]:
     if image is None:
         return ()
-    return image if isinstance(image, list | tuple) else (image,)
+    return tuple(image) if isinstance(image, list | tuple) else (cast(AnyImage, image),)
 
 
 def _unit(vectors: Tensor) -> Tensor:

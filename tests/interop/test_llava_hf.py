@@ -125,11 +125,13 @@ def test_all_four_layouts_load_to_identical_weights(tmp_path: Path) -> None:
     assert len(seen) == 4
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tied", "layer"), [(False, -2), (True, -1)])
 @torch.no_grad()
-def test_what_we_write_transformers_reads_with_identical_logits(tied: bool, tmp_path: Path) -> None:
-    net = tiny(language={**LANGUAGE, "tie_word_embeddings": tied})
+def test_what_we_write_transformers_reads_with_identical_logits(tied: bool, layer: int, tmp_path: Path) -> None:
+    net = tiny(language={**LANGUAGE, "tie_word_embeddings": tied}, feature_layer=layer)
     write_llava_folder(tmp_path / "given", net.config, net.state_dict(), image_token_id=IMAGE)
+    written = load_file(tmp_path / "given" / "model.safetensors")
+    assert ("language_model.lm_head.weight" in written) is not tied
     assert write_llava_folder(tmp_path / "grown", net.config, net.state_dict()) == V
     again = ours(tmp_path / "given")
     assert again.config == net.config

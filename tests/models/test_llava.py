@@ -130,6 +130,14 @@ def test_visual_tokens_are_the_projected_patches_of_the_tapped_state() -> None:
         torch.testing.assert_close(embeds[kept], net.language.embed(text[None])[0])
 
 
+def test_no_block_above_the_tapped_state_is_computed() -> None:
+    net, computed = tiny(feature_layer=-2), []
+    for number, block in enumerate(net.vision.blocks):
+        block.register_forward_hook(lambda *_, n=number: computed.append(n))
+    net.loss(batch([ROWS["one"]]))
+    assert computed == [0, 1]
+
+
 def test_cached_features_equal_pixels() -> None:
     net, rows = tiny(feature_layer=(1, -2)), batch([ROWS["one"], ROWS["two"]])
     group = rows.visuals[0]

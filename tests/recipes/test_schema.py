@@ -43,7 +43,7 @@ def test_a_variable_must_be_given_and_is_explained(tmp_path):
     with pytest.raises(ConfigError, match=r"needs DATA \(the folder of easy-VQA\): add DATA=PATH"):
         read_recipe(path)
     assert read_recipe(path, ["DATA=/x"]).parts["vision"] == "/x/clip"
-    with pytest.raises(ConfigError, match="does not use {DATTA}.*DATA"):
+    with pytest.raises(ConfigError, match=r"does not use \{DATTA\}.*DATA"):
         read_recipe(path, ["DATA=/x", "DATTA=/y"])
 
 

@@ -1,6 +1,7 @@
 """``kill -9`` at random steps, half of them inside a save: the run ends with the same bits as an undisturbed one."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,11 +25,12 @@ def drive(folder: Path, kills: int) -> str:
 def test_eight_kills_end_in_the_same_bits(tmp_path):
     assert drive(tmp_path / "whole", 0) == "killed 0, inside a save 0, status 0, left over 0"
     told = drive(tmp_path / "killed", 8)
-    assert told.startswith("killed 8, inside a save 4, status 0") or told.startswith("killed 8, inside a save 5, status 0")
-    assert told.endswith("left over 0")
+    kills, inside, status, left = (int(word) for word in re.findall(r"\d+", told))
+    assert (kills, status, left) == (8, 0, 0)
+    assert inside >= 4
     ends = [file_sha256(read_folder(tmp_path / name / "final")["net.safetensors"]) for name in ("whole", "killed")]
     assert ends[0] == ends[1]
-    logs = [[{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(tmp_path / name / "metrics.jsonl")]
-            for name in ("whole", "killed")]
+    logs = [[{k: v for k, v in line.items() if k not in TIMES}
+             for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "killed")]
     assert logs[0] == logs[1]
-    assert [line["step"] for line in logs[0]] == list(range(1, 61))
+    assert [line["step"] for line in logs[0]] == list(range(1, 41))

@@ -27,7 +27,8 @@ TIMES = ("seconds", "tokens_per_second", "data_wait")
 
 
 def stage(**fields):
-    return Stage(**{"name": "align", "train": GROUPS, "steps": 12, "save_every": 4, "warmup": 3, "precision": "fp32", **fields})
+    usual = {"name": "align", "train": GROUPS, "steps": 12, "save_every": 4, "warmup": 3, "precision": "fp32"}
+    return Stage(**{**usual, **fields})
 
 
 def run(folder, net=None, loader=None, *, seed=3, progress=False, the_stage=None, **options):
@@ -40,8 +41,12 @@ def lines(folder):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder / "metrics.jsonl")]
 
 
+def bits(net):
+    return {name: tensor_sha256(tensor) for name, tensor in net.state_dict().items()}
+
+
 def same_bits(a, b):
-    return {n: tensor_sha256(t) for n, t in a.state_dict().items()} == {n: tensor_sha256(t) for n, t in b.state_dict().items()}
+    return bits(a) == bits(b)
 
 
 class StopAfter(ToyLoader):
@@ -107,9 +112,9 @@ def test_training_learns_and_logs(tmp_path):
 # ------------------------------------------------------------------------------------------------- freezing
 
 def test_frozen_parts_stay_bit_identical_and_open_ones_move(tmp_path):
-    before = {n: tensor_sha256(t) for n, t in ToyNet().state_dict().items()}
+    before = bits(ToyNet())
     net, _, _ = run(tmp_path)
-    moved = {n for n, t in net.state_dict().items() if tensor_sha256(t) != before[n]}
+    moved = {name for name, digest in bits(net).items() if digest != before[name]}
     assert moved == {n for n in before if not n.startswith("vision.")}
     assert not net.vision.training
 
@@ -127,7 +132,7 @@ def test_a_frozen_tensor_that_moves_stops_the_run(tmp_path):
 def test_a_dead_parameter_is_found(tmp_path, steps, found_at):
     net = ToyNet()
     net.connector.spare = nn.Parameter(torch.ones(3))
-    with pytest.raises(StageError, match=rf"After {found_at} steps .* 'connector\.spare'|{found_at} steps.*connector\.spare"):
+    with pytest.raises(StageError, match=rf"After {found_at} steps.*connector\.spare"):
         run(tmp_path, net, the_stage=stage(steps=steps))
 
 
@@ -191,7 +196,8 @@ def test_a_changed_thread_count_is_recorded(tmp_path, monkeypatch):
         run(tmp_path, loader=StopAfter(5))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     _, _, result = run(tmp_path)
-    assert result.warnings == ("step 6: resumed with thread count 7 instead of 1; the result may differ in the last bits",)
+    assert len(result.warnings) == 1
+    assert result.warnings[0].startswith("step 6: resumed with thread count 7 instead of 1;")
     saved = json.loads((tmp_path / "checkpoints" / "step-000012" / "state.json").read_text())
     assert saved["warnings"] == list(result.warnings)
 
@@ -284,19 +290,18 @@ class Poisoned(ToyNet):
 
 
 def steps_with(*ids, steps=12):
-    loader, found = ToyLoader(), []
-    for step, (_, batches) in zip(range(1, steps + 1), loader.steps(loader.position({"epoch": 0, "index": 0})), strict=False):
-        if set(ids) & set(batches[0].ids):
-            found.append(step)
-    return found
+    loader = ToyLoader()
+    stream = loader.steps(loader.position({"epoch": 0, "index": 0}))
+    return [step for step in range(1, steps + 1) if set(ids) & set(next(stream)[1][0].ids)]
 
 
 def test_a_nan_stops_before_the_update_at_exactly_that_step(tmp_path):
     first = steps_with("s7")[0]
-    clean, _, _ = run(tmp_path / "clean", the_stage=stage(steps=None, samples=4 * (first - 1), warmup=0, decay="constant"))
+    steady = {"warmup": 0, "decay": "constant"}
+    clean, _, _ = run(tmp_path / "clean", the_stage=stage(steps=first - 1, **steady))
     net = Poisoned("s7")
     with pytest.raises(NonFiniteError) as caught:
-        run(tmp_path / "nan", net, the_stage=stage(steps=None, samples=4000, warmup=0, decay="constant"))
+        run(tmp_path / "nan", net, the_stage=stage(steps=1000, **steady))
     text = str(caught.value)
     assert f"step {first}: the loss 'lm' is nan" in text
     assert "output of module 'language.norm' (float32)" in text
@@ -359,6 +364,12 @@ def test_a_signal_ends_at_a_step_boundary_with_a_checkpoint(tmp_path, number):
     assert caught.value.exit_code == 130
     assert checkpoints(tmp_path)[-1].name == "step-000006"
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_a_signal_during_the_last_step_is_not_lost(tmp_path):
+    with pytest.raises(Interrupted, match="after step 12"):
+        run(tmp_path, loader=StopAfter(11))
+    assert run(tmp_path)[2].resumed == 12
 
 
 def test_progress_in_a_display_of_the_caller(tmp_path):

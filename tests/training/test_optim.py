@@ -52,7 +52,8 @@ def test_rates_rise_then_fall_within_bounds(budget, warmup, decay, floor, size):
 
 def test_groups_split_by_decay_and_hold_exactly_the_open_tensors():
     net = ToyNet()
-    table = apply_stage(net, (Group("connector.*", lr=1e-3, weight_decay=0.2), Group("language.*", lr=1e-4, weight_decay=0.1)))
+    table = apply_stage(net, (Group("connector.*", lr=1e-3, weight_decay=0.2),
+                              Group("language.*", lr=1e-4, weight_decay=0.1)))
     parameters = optim.open_parameters(net, table)
     optimizer = optim.build_optimizer(parameters, table, stage())
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
@@ -117,5 +118,5 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     optim.refuse_many_processes()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 2.*not built yet"):
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2.*not built yet"):
         optim.refuse_many_processes()

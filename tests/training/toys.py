@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -60,13 +61,14 @@ class ToyLoader:
     def steps(self, start: ToyPosition) -> Iterator[tuple[ToyPosition, list[Batch]]]:
         epoch, index = start.epoch, start.index
         while True:
-            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(1000 * self.seed + epoch)).tolist()
+            generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
+            order = torch.randperm(self.size, generator=generator).tolist()
             while index + self.batch <= self.size:
                 chosen = order[index : index + self.batch]
                 index += self.batch
                 self.seen.extend(f"s{i}" for i in chosen)
-                bounds = [sum(self.split[:n]) for n in range(len(self.split) + 1)]
-                yield ToyPosition(epoch, index), [make_batch(chosen[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+                bounds = pairwise(accumulate(self.split, initial=0))
+                yield ToyPosition(epoch, index), [make_batch(chosen[a:b]) for a, b in bounds]
             epoch, index = epoch + 1, 0
 
 

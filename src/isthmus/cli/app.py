@@ -1,7 +1,7 @@
 """The commands and their options; each hands over to a module of its own."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,8 +16,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="Write, check and look at data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the facts to this file as JSON.")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value changes, e.g. stages.align.steps=100.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the facts to this file as JSON.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value changes, e.g. stages.align.steps=100.")]
 
 
 def _version(value: bool) -> None:
@@ -51,7 +51,7 @@ def demo(
 def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")],
     overrides: Overrides = None,
-    out: Annotated[Optional[Path], typer.Option(help="Run folder (default: runs/<recipe>).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder (default: runs/<recipe>).")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard events.")] = False,
 ) -> None:
     """Run every stage of a recipe. The same command again resumes a run that was interrupted."""
@@ -75,12 +75,12 @@ def show(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder.")],
-    task: Annotated[Optional[str], typer.Option(help="vqa, retrieval, zero-shot or linear-probe.")] = None,
-    data: Annotated[Optional[str], typer.Option(help="A data file or folder, or a YAML file describing a source.")] = None,
-    option: Annotated[Optional[list[str]], typer.Option("--set", help="key=value option of the source (task.KEY=value: of the task).")] = None,
-    train: Annotated[Optional[str], typer.Option(help="Training data: the prior's answers, the probe's pictures.")] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Score only the first N samples.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Folder of raw outputs and scores.")] = None,
+    task: Annotated[str | None, typer.Option(help="vqa, retrieval, zero-shot or linear-probe.")] = None,
+    data: Annotated[str | None, typer.Option(help="A data file or folder, or YAML describing a source.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--set", help="key=value of the source; task.key=value.")] = None,
+    train: Annotated[str | None, typer.Option(help="Training data: the prior's answers, the probe's pictures.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only the first N samples.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of raw outputs and scores.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of shuffles and intervals.")] = 0,
     json_file: Json = None,
 ) -> None:
@@ -94,8 +94,8 @@ def evaluate(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A model folder.")],
-    question: Annotated[Optional[str], typer.Argument(help="One question; without it a conversation starts.")] = None,
-    image: Annotated[Optional[list[Path]], typer.Option(help="A picture (repeat for several).")] = None,
+    question: Annotated[str | None, typer.Argument(help="One question; without it a conversation starts.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture (repeat for several).")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
 ) -> None:

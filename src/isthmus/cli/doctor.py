@@ -17,12 +17,12 @@ def run() -> None:
     """Print the report; exit code 1 when something known to break is found."""
     import torch
 
-    from isthmus.training.precision import has_bf16
+    from isthmus.training.optim import computes_bf16
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     table.add_row("cores", f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads")
-    table.add_row("bf16", "yes: matrix products run in bfloat16" if has_bf16("cpu") else "no: training runs in float32")
+    table.add_row("bf16", "yes: matrix products run in bfloat16" if computes_bf16(torch.device("cpu")) else "no: training runs in float32")
     table.add_row("cuda", torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none")
     for package in PACKAGES:
         try:

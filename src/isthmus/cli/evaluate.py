@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
-from rich.table import Table
 
 from isthmus.errors import ConfigError
 
@@ -19,6 +18,7 @@ def run(model: str, *, task: str | None, data: str | None, options: Sequence[str
     from isthmus.model import load
     from isthmus.recipes.schema import EvalSpec
     from isthmus.recipes.scoring import model_hash, own_tasks, score_model
+    from isthmus.recipes.tables import score_table
 
     folder = Path(model)
     loaded = load(folder)
@@ -44,47 +44,11 @@ def run(model: str, *, task: str | None, data: str | None, options: Sequence[str
                               progress=progress)
     console = Console()
     for result in results:
-        console.print(table(result.task, result.scores.to_dict()))
+        console.print(score_table(result.task, result.scores.to_dict()))
     console.print(f"Raw outputs, manifest and scores: [bold]{place}[/]")
     if json_file is not None:
         facts = {r.task: r.scores.to_dict() for r in results}
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def table(name: str, facts: dict[str, Any]) -> Table:
-    """A task's scores for the console: per question kind where there are kinds, else one row per fact."""
-    if "kinds" not in facts:
-        out = Table("score", "value", title=name)
-        for key, value in _flat(facts):
-            out.add_row(key, value)
-        return out
-    out = Table(title=name)
-    for column in ("questions", "n", "accuracy", "95 %", "blind", "shuffled", "prior", "gain"):
-        out.add_column(column, justify="left" if column == "questions" else "right")
-    for kind, row in [*facts["kinds"].items(), ("all", facts)]:
-        low, high = row["accuracy_interval"]
-        cells = [_percent(row[c]) for c in ("blind", "shuffled", "prior")]
-        out.add_row(kind, str(row["n"]), _percent(row["accuracy"]), f"{_percent(low)}-{_percent(high)}", *cells,
-                    _percent(row["gain"]), style="bold" if kind == "all" else "")
-    return out
-
-
-def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{key} ")
-        elif isinstance(value, float):
-            rows.append((prefix + key, _percent(value)))
-        elif isinstance(value, list) and len(value) == 2:
-            rows.append((prefix + key, "-".join(_percent(v) for v in value)))
-        else:
-            rows.append((prefix + key, str(value)))
-    return rows
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def _source(data: str) -> dict[str, Any]:
@@ -95,7 +59,9 @@ def _source(data: str) -> dict[str, Any]:
         if not isinstance(tree, dict):
             raise ConfigError(f"{path} should describe a source by keys, such as `source: llava`.")
         return tree
-    return {"source": "auto", "path": data}
+    from isthmus.data.sources.guess import guess
+
+    return guess(path)
 
 
 def _split(options: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

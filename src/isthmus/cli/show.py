@@ -52,8 +52,9 @@ def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, 
         console.print(f"{tokens} visual tokens per picture")
     if built is not None and recipe.model == "lm":
         rule = compute_rule(built)
-        console.print(f"N = {rule.parameters:,} parameters, D = {rule.tokens:,} tokens, C = 6ND = {rule.flops:.3g} FLOPs; "
-                      f"the compute-optimal rule asks for D = 20 N = {rule.optimal_tokens:,}: this recipe is "
+        console.print(f"N = {rule.parameters:,} parameters, D = {rule.tokens:,} tokens, "
+                      f"C = 6ND = {rule.flops:.3g} FLOPs; the compute-optimal rule asks for "
+                      f"D = 20 N = {rule.optimal_tokens:,}: this recipe is "
                       f"{rule.off:+.0%} off.", highlight=False)
         facts["compute_rule"] = rule.to_dict()
     return facts

@@ -13,8 +13,8 @@ import torch
 
 from isthmus.config import plain
 from isthmus.data.images import ImageTransform
-from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
 from isthmus.data.mix import Source
+from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
 from isthmus.data.sources import open_source
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import ConfigError, nearest
@@ -167,14 +167,14 @@ def _image(recipe: Recipe, parts: Mapping[str, Model], net: Any) -> ImageTransfo
 
 
 def _processor(kind: str, net: Any, tokenizer: Tokenizer, image: ImageTransform | None, stage: StageSpec) -> Processor:
+    if kind == "lm":
+        length = stage.max_length or net.language.context
+        return TextProcessor(tokenizer, template=stage.template or "document", max_length=length)
+    assert image is not None  # every other kind has a vision encoder
     if kind == "clip":
         if stage.template is not None:
             raise ConfigError(f"Stage {stage.name!r}: a clip stage has no chat template; take `template` out.")
         return ContrastiveProcessor(tokenizer, image=image, context=stage.max_length or net.config.text.context)
-    template = stage.template or ("document" if kind == "lm" else "vicuna_v1")
-    length = stage.max_length or net.language.context
-    if kind == "lm":
-        return TextProcessor(tokenizer, template=template, max_length=length)
-    assert image is not None
-    return SpliceProcessor(tokenizer, image=image, template=template, max_length=length,
+    return SpliceProcessor(tokenizer, image=image, template=stage.template or "vicuna_v1",
+                           max_length=stage.max_length or net.language.context,
                            num_tokens=net.num_tokens(image.size, image.size))

@@ -4,23 +4,24 @@ Each model is an ordinary recipe run in a folder of its own, so an interrupted d
 ``isthmus train clip-tiny`` does exactly what the demo does.
 """
 
-import json
 import sys
 import webbrowser
-from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
+from isthmus.checkpoint import read_json
 from isthmus.data.images import open_image
 from isthmus.data.sources import open_source
-from isthmus.evaluation.report import Curve, Report, Sample, StageTableFacts, write_report
+from isthmus.evaluation.report import Answer, Chart, Report, SamplePicture, TrainedPart, write_report
 from isthmus.evaluation.results import Results
+from isthmus.evaluation.retrieval import RetrievalScores
 from isthmus.evaluation.run import Result
+from isthmus.evaluation.vqa import VqaScores
 from isthmus.model import Model
+from isthmus.recipes.curves import loss_curves, png, seconds
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import Recipe, read_recipe
 from isthmus.recipes.scoring import model_hash, score_model
@@ -29,23 +30,31 @@ STORY = {"clip": "clip-tiny", "lm": "lm-tiny", "llava": "llava-tiny"}
 SAMPLES = 12
 """Pictures shown in the report."""
 
+_SUMMARY = (
+    "Small pictures of coloured solids, drawn from a seed. CLIP learns to match pictures with captions, a language "
+    "model learns to read, and LLaVA joins the two with a projector: first the projector alone on captions, then "
+    "projector and language model on conversations. Every test picture holds a combination of shape and colour that "
+    "no training picture had."
+)
+
 
 def run_demo(out: Path, *, seed: int = 0, serve: bool = True) -> None:
     """Train, score and show everything; ``serve`` opens the report in a browser when a person is watching."""
     console = Console()
     results = Results(seed=seed)
+    recipes: dict[str, Recipe] = {}
     scored: list[tuple[str, Result]] = []
     for name, recipe_name in STORY.items():
-        console.rule(f"[bold]{name}[/]  ({recipe_name})")
-        recipe = demo_recipe(recipe_name, out, seed)
+        console.rule(f"[bold]{name}[/] ({recipe_name})")
+        recipe = recipes[name] = demo_recipe(recipe_name, out, seed)
         model = train(recipe, out / name)
-        results.seconds[name] = _seconds(out / name, recipe)
+        results.seconds[name] = round(seconds(out / name, recipe), 1)
         for result in _score(model, recipe, out / name, seed):
             scored.append((name, result))
             results.add(name, result.scores)
     results.write(out / "results.json")
-    _write_report(out, results, scored, seed)
-    _tell(console, out, scored)
+    write_report(out / "report.html", make_report(out, recipes, results, scored))
+    _tell(console, out, recipes["llava"], scored)
     if serve and sys.stdout.isatty():
         webbrowser.open((out / "report.html").resolve().as_uri())
 
@@ -55,3 +64,70 @@ def demo_recipe(name: str, out: Path, seed: int) -> Recipe:
     recipe = read_recipe(name, [f"seed={seed}"])
     parts = {part: str(out / Path(folder).name) for part, folder in recipe.parts.items()}
     return recipe.model_copy(update={"parts": parts})
+
+
+def make_report(out: Path, recipes: dict[str, Recipe], results: Results, scored: list[tuple[str, Result]]) -> Report:
+    """Scores, curves, samples, tables of trained parts and facts, gathered from the run folders below ``out``."""
+    return Report(
+        title="isthmus: from pictures and words to answers",
+        summary=_SUMMARY,
+        scores={n: r.scores for n, r in scored if isinstance(r.scores, VqaScores)},
+        retrieval={n: r.scores for n, r in scored if isinstance(r.scores, RetrievalScores)},
+        charts=[Chart(title=f"{name}: loss by stage", series=loss_curves(out / name, recipe))
+                for name, recipe in recipes.items()],
+        samples=[s for n, r in scored for s in samples(n, recipes[n], r)],
+        training=[part for name, recipe in recipes.items() for part in _trained(out, name, recipe)],
+        seconds=results.seconds,
+        facts={"seed": results.seed, **results.versions, **results.machine},
+    )
+
+
+def samples(name: str, recipe: Recipe, result: Result) -> list[SamplePicture]:
+    """The first questions of a finished evaluation with their pictures; none for tasks without pictures."""
+    spec = next(s for s in recipe.evaluate if s.name == result.task)
+    records = open_source(spec.data)
+    found = []
+    for row, index in zip(result.rows[:SAMPLES], range(len(records)), strict=False):
+        record = records[index]
+        if not record.images or "answer" not in row:
+            return []
+        found.append(SamplePicture(
+            png=png(open_image(record.images[0].source)), question=row["question"], truth=row["truth"][0],
+            answers={name: Answer(text=row["answer"], right=row["correct"])}, kind=row["kind"]))
+    return found
+
+
+def _score(model: Model, recipe: Recipe, folder: Path, seed: int) -> list[Result]:
+    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(task: str, done: int, total: int) -> None:
+            tasks.setdefault(task, bar.add_task(f"scoring {task}", total=total) if task not in tasks else None)
+            bar.update(tasks[task], completed=done)
+
+        return score_model(model, recipe.evaluate, folder / "eval", model_hash=model_hash(folder), seed=seed,
+                           progress=progress)
+
+
+def _trained(out: Path, name: str, recipe: Recipe) -> list[TrainedPart]:
+    parts = []
+    for stage in recipe.stages:
+        table = read_json(out / name / "stages" / stage.name / "trained" / "stage.json")["table"]
+        parts += [TrainedPart(model=name, stage=stage.name, part=row["part"], parameters=row["parameters"],
+                              trained=row["trained"], rate=max(row["rates"], default=None)) for row in table["rows"]]
+    return parts
+
+
+def _tell(console: Console, out: Path, llava: Recipe, scored: list[tuple[str, Result]]) -> None:
+    """The score tables, where everything is, and the command that chats with the model about a test picture."""
+    from isthmus.recipes.tables import score_table
+
+    for name, result in scored:
+        console.print(score_table(f"{name}: {result.task}", result.scores.to_dict()))
+    picture = out / "picture.png"
+    record = open_source(llava.evaluate[0].data)[0]
+    picture.write_bytes(png(open_image(record.images[0].source)))
+    question = next(p.text for p in record.texts if p.role == "user")
+    console.print(f"Scores: [bold]{out / 'results.json'}[/]   report: [bold]{out / 'report.html'}[/]")
+    console.print("Ask the model yourself:", style="bold")
+    console.print(f'isthmus chat {out / "llava"} --image {picture} "{question}"', soft_wrap=True, highlight=False)

@@ -121,7 +121,7 @@ def _fingerprint(part: str) -> str:
     """The sha256 of a part's files, so that a resumed run starts from the same parts."""
     found = model_hash(Path(part))
     if not found:
-        raise CheckpointError(f"The part {part} is not a model folder: it has neither a manifest nor safetensors in it. "
+        raise CheckpointError(f"The part {part} is not a model folder: it holds neither a manifest nor safetensors. "
                               "Train it first, or name another with parts.<name>=FOLDER.")
     return found
 

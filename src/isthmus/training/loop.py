@@ -155,10 +155,11 @@ class _Run:
                     raise StageError(f"The data ended after step {self.state.step}, before the stage's budget: the "
                                      "loader must go on with the next epoch. Is the source empty?") from None
                 waited = time.perf_counter() - started
-                line = self._step(batches)
+                traffic = Traffic.of(batches)
+                line = self._step(batches, traffic)
                 now = time.perf_counter()
                 self.state = replace(self.state, position=dict(position.to_dict()), seconds=before + now)
-                self._log(log, line, batches, seconds=now - started, waited=waited)
+                self._log(log, line, traffic, seconds=now - started, waited=waited)
                 bar.show(self.done, self.state.losses)
                 if self.state.step == proof.WINDOW:
                     self.gradients.demand(self.state.step)
@@ -170,16 +171,18 @@ class _Run:
         self.gradients.demand(self.state.step)
         proof.demand_unchanged(self.state.frozen, proof.frozen_tensors(self.module), "changed during the stage")
         self._save()
+        # A signal during the last step must not be lost: the caller may have further stages.
+        self._stop_if(stopped)
 
-    def _step(self, batches: list[Batch]) -> dict[str, Any]:
+    def _step(self, batches: list[Batch], traffic: Traffic) -> dict[str, Any]:
         """One update, or none when it is not finite and the stage lets that pass. Its part of the log line."""
-        traffic = Traffic.of(batches)
         size = 1 if self.stage.steps is not None else traffic.samples
         rates = optim.set_rates(self.optimizer, optim.lr_at(self.stage, self.done, size))
         generator = torch.get_rng_state()
         moved = [batch.to(self.device) for batch in batches]
         self.optimizer.zero_grad(set_to_none=True)
-        line: dict[str, Any] = {"loss": None, "lr": rates}
+        ids = "\n".join(i for batch in batches for i in batch.ids)
+        line: dict[str, Any] = {"loss": None, "lr": rates, "order": hashlib.sha256(ids.encode()).hexdigest()[:16]}
         losses, skipped = self.state.losses, 0
         try:
             losses = backward(self.net, moved, self.autocast)
@@ -227,16 +230,12 @@ class _Run:
             f"Stage {self.stage.name!r}, {reason}{in_a_row}. Samples: {shown}. The update was not made; {last}. Look "
             "at these samples, lower the rate, or try precision fp32; nan_policy skip passes over a few such steps.")
 
-    def _log(self, log: MetricLog, line: dict[str, Any], batches: list[Batch], *, seconds: float,
-             waited: float) -> None:
+    def _log(self, log: MetricLog, line: dict[str, Any], traffic: Traffic, *, seconds: float, waited: float) -> None:
         step = self.state.step
         if step % self.stage.log_every and self.done < self.stage.budget:
             return
-        traffic = Traffic.of(batches)
-        ids = "\n".join(i for batch in batches for i in batch.ids)
         log.write({
             "step": step, "epoch": self.state.position.get("epoch"), **line, "samples": self.state.samples,
-            "order": hashlib.sha256(ids.encode()).hexdigest()[:16],
             "tokens_per_second": round(traffic.tokens / seconds, 1),
             "supervised": round(traffic.supervised / max(1, traffic.tokens), 4),
             "data_wait": round(waited / seconds, 4), "seconds": round(self.state.seconds, 3)})

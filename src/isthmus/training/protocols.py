@@ -33,8 +33,8 @@ class Loader(Protocol):
         """The position that ``to_dict`` gave; ``{"epoch": 0, "index": 0}`` is the beginning."""
         ...
 
-    def steps(self, start: Position) -> Iterator[tuple[Position, list[Batch]]]:
-        """From ``start`` on: the position after each step, and the step's micro-batches."""
+    def steps(self, start: Any) -> Iterator[tuple[Position, list[Batch]]]:
+        """From the loader's own position ``start`` on: the position after each step, and the step's micro-batches."""
         ...
 
 

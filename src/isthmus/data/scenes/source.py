@@ -7,6 +7,7 @@ conversations  picture, then several turns of mixed kinds, with follow-ups that 
 describe       picture, a request, a detailed description
 reasoning      picture, a question, an answer that says why
 symbols        text only: a conversation (or, every third time, a caption) with the description for the picture
+readings       text only: one question about the description that stands for the picture (scores a language model)
 fewshot        text only: made-up words whose meaning is only in the examples
 =============  ====================================================================================================
 """
@@ -23,7 +24,7 @@ from isthmus.data.scenes.scene import SPLITS, Scene, Split, make_scene
 from isthmus.data.scenes.words import captions, describe, symbols
 from isthmus.errors import ConfigError, nearest
 
-Form = Literal["captions", "questions", "conversations", "describe", "reasoning", "symbols", "fewshot"]
+Form = Literal["captions", "questions", "conversations", "describe", "reasoning", "symbols", "readings", "fewshot"]
 FORMS: tuple[Form, ...] = get_args(Form)
 _REQUESTS = ("describe the picture.", "what do you see?", "tell me everything about this picture.")
 _EXPLAIN = "explain."
@@ -117,6 +118,12 @@ class SceneSource:
         parts = [*_turn(f"{description}\n{first.text}", first.answer)]
         parts += [p for q in rest for p in _turn(q.text, q.answer)]
         return self._record(number, parts)
+
+    def _readings(self, number: int, dice: Dice) -> Record:
+        attempt, question = self._redraw(number)
+        description = symbols(make_scene(self.seed, self.split, number, attempt), dice)
+        parts = _turn(f"{description}\n{question.text}", question.answer)
+        return self._record(number, [*parts], kind=question.kind, answers=(question.answer,), attempt=attempt)
 
     def _fewshot(self, number: int, dice: Dice) -> Record:
         """Learnt is every made-up word that an earlier example has explained."""

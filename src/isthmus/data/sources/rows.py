@@ -1,7 +1,8 @@
 """Rows to Records: the one place where the fields of other people's files become parts of a Record.
 
-A row is a dict of plain values with its pictures. The first of these fields it holds decides its form: ``conversations``
-or ``messages``, ``questions`` (a list), ``question`` and ``answer``, ``caption``, ``label``, ``text``.
+A row is a dict of plain values with its pictures. The first of these fields it holds decides its form:
+``conversations`` or ``messages``, ``questions`` (a list), ``question`` and ``answer``, ``caption``, ``label``,
+``text``.
 ``fields`` maps these names to the file's own, ``{questions: qa}``.
 """
 

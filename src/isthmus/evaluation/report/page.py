@@ -135,7 +135,9 @@ def _scores(report: Report, numbers: _Numbers) -> str:
         return ""
     overall = score_table(
         [("", [(name, s.overall) for name, s in report.scores.items()])],
-        numbers.caption("Answers that match exactly, over all questions. Percent; 95 % intervals in small figures."),
+        numbers.caption(
+            "Answers that match exactly, over all questions. Percent; 95 % intervals and numbers of questions small."
+        ),
         "model",
     )
     kinds = sorted({k for s in report.scores.values() for k in s.kinds})
@@ -150,8 +152,9 @@ def _scores(report: Report, numbers: _Numbers) -> str:
         '<p class="reading"><b>How to read a score.</b> Beside the accuracy stands what can be reached without '
         "looking: <i>blind</i>, the same model without the picture; <i>shuffled</i>, with the picture of another "
         "sample; <i>prior</i>, the most frequent training answer to the same question. The <i>gain</i> is the "
-        "distance above the best of the three (underlined). In the bars, grey is what needs no looking, colour is "
-        "the gain, and the thin line is the interval of the accuracy.</p>"
+        "distance above the best of the three (underlined), in colour where its interval leaves out zero. In the "
+        "bars, grey is what needs no looking, colour is the gain, and the thin line is the interval of the "
+        "accuracy.</p>"
     )
     return _section("Scores", overall + by_kind + reading)
 
@@ -160,7 +163,7 @@ def _retrieval(report: Report, numbers: _Numbers) -> str:
     if not report.retrieval:
         return ""
     caption = numbers.caption(
-        "Retrieval: recall among the first 1, 5 and 10. Percent; 95 % intervals in small figures."
+        "Retrieval: recall among the first 1, 5 and 10. Percent; 95 % intervals and numbers of items small."
     )
     return _section("Pictures and captions", retrieval_table(report.retrieval, caption))
 

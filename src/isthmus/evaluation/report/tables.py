@@ -40,7 +40,8 @@ def _score_row(label: str, score: Score) -> str:
         f"{percent(value)}</td>"
         for value in (score.blind, score.shuffled, score.prior)
     )
-    way = "none" if score.gain is None else ("up" if score.gain > 0 else "down")
+    low, high = score.gain_interval or (0.0, 0.0)
+    way = "up" if low > 0 else "down" if high < 0 else "flat"
     gain = percent(score.gain, signed=True) + _spread(score.gain_interval, signed=True)
     return (
         f'<tr><th scope="row">{escape(label)}{dagger} <span class="n">{score.n:,}{empty}</span></th>'

@@ -1,0 +1,90 @@
+"""Folders that transformers wrote: a net and a processor from what is in them, by content.
+
+CLIP and SigLIP models, LLaVA in all its key layouts, and any causal LM. Nothing in a folder is executed.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isthmus.checkpoint import load_into, read_json
+from isthmus.data.images import ImageTransform
+from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import CheckpointError
+from isthmus.interop.hf_clip import read_clip_folder
+from isthmus.interop.hf_llava import read_llava_folder
+from isthmus.language import read_language_folder
+from isthmus.models.clip import Clip
+from isthmus.models.llava import Llava
+from isthmus.models.lm import BareLM, LmConfig
+
+
+def load_foreign(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Processor, tuple[int, ...]]:
+    """The net, its processor, and ids it must never answer with. Raises CheckpointError for what is not known."""
+    kind = config.get("model_type")
+    if kind in ("clip", "siglip"):
+        return _clip(folder)
+    if kind == "llava":
+        return _llava(folder)
+    if kind is None:
+        raise CheckpointError(f"{folder}/config.json names neither a format of ours nor a model_type of transformers.")
+    return _language(folder)
+
+
+def _clip(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+    config, state = read_clip_folder(folder)
+    net = Clip(config)
+    load_into(net, state, where=folder)
+    processor = ContrastiveProcessor(Tokenizer.load(folder), image=image_transform(folder, config.vision.image_size),
+                                     context=config.text.context)
+    return net, processor, ()
+
+
+def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+    config, state, image_token = read_llava_folder(folder)
+    with torch.device("meta"):
+        net = Llava(config)
+    net.to_empty(device="cpu")
+    load_into(net, state, where=folder)
+    transform = image_transform(folder, config.vision.image_size)
+    processor = SpliceProcessor(
+        Tokenizer.load(folder), image=transform, template="vicuna_v1", max_length=net.language.context or 2048,
+        num_tokens=net.num_tokens(transform.size, transform.size))
+    return net, processor, (image_token,)
+
+
+def _language(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+    config, state = read_language_folder(folder)
+    net = BareLM(LmConfig(language=config))
+    load_into(net.language.lm, state, where=folder)
+    processor = TextProcessor(Tokenizer.load(folder), template="document", max_length=net.language.context or 2048)
+    return net, processor, ()
+
+
+def image_transform(folder: Path, size: int) -> ImageTransform:
+    """What preprocessor_config.json (or processor_config.json) says of sizes, mean and std, else CLIP's own.
+
+    Raises CheckpointError when the folder's transform makes another size than the vision encoder reads.
+    """
+    found: Mapping[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            content = read_json(folder / name)
+            found = content.get("image_processor", content)
+            break
+    if not found:
+        return ImageTransform.clip(size)
+    side = found.get("crop_size") or found.get("size") or size
+    if isinstance(side, Mapping):
+        side = side.get("height") or side.get("shortest_edge")
+    if side != size:
+        raise CheckpointError(f"{folder}: its image processor makes pictures of {side} pixels, its vision encoder "
+                              f"reads {size}.")
+    base = ImageTransform.clip(size)
+    crops = found.get("do_center_crop", "crop_size" in found)
+    return ImageTransform(
+        size=size, mode="pad" if found.get("do_pad") else "square" if crops else "squash",
+        mean=tuple(found.get("image_mean", base.mean)), std=tuple(found.get("image_std", base.std)))

@@ -1,0 +1,42 @@
+"""What a finished run folder can show: its losses over steps, its seconds, a picture as PNG bytes."""
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as PilImage
+
+from isthmus.recipes.schema import Recipe
+
+Points = list[tuple[float, float]]
+
+
+def metrics(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """The lines of a stage's ``metrics.jsonl``."""
+    file = folder / "stages" / stage / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def loss_curves(folder: Path, recipe: Recipe) -> dict[str, Points]:
+    """Stage (and term, where there are several) -> (step, loss) points."""
+    curves: dict[str, Points] = {}
+    for stage in recipe.stages:
+        lines = [line for line in metrics(folder, stage.name) if line["loss"]]
+        terms = sorted({term for line in lines for term in line["loss"]})
+        for term in terms:
+            name = stage.name if len(terms) == 1 else f"{stage.name} {term}"
+            curves[name] = [(line["step"], line["loss"][term]) for line in lines if term in line["loss"]]
+    return curves
+
+
+def seconds(folder: Path, recipe: Recipe) -> float:
+    """Seconds spent in the steps of all stages, over all resumes."""
+    return sum(lines[-1]["seconds"] for stage in recipe.stages if (lines := metrics(folder, stage.name)))
+
+
+def png(picture: PilImage.Image) -> bytes:
+    """The picture as PNG bytes."""
+    buffer = BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
