@@ -38,3 +38,11 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set ISTHMUS_DATA to the folder that holds easy_vqa, emoji, …")
     return folder
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory) -> Path:
+    """A folder with finished runs clip, lm and llava (see miniature.py). Tests must not write into it."""
+    from tests.miniature import run_story
+
+    return run_story(tmp_path_factory.mktemp("story"))

@@ -25,9 +25,10 @@ from isthmus.data.messages import Message, parts_of
 from isthmus.data.processor import ContrastiveProcessor, Processor, processor_from_dict
 from isthmus.data.record import Image, Part, Record, Text, without_answer
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.errors import CapabilityError, CheckpointError
+from isthmus.errors import CapabilityError, CheckpointError, DataError
 from isthmus.language import Decoding
 from isthmus.models import MODELS, model_class
+from isthmus.nn.losses import similarity
 
 FORMAT = "isthmus-1"
 _CAPABILITIES = {
@@ -91,6 +92,9 @@ class Model:
     def chat(self, messages: Sequence[Message], **decoding: Any) -> str:
         """The assistant's next turn of a conversation in the messages form (roles system, user, assistant)."""
         self._need("chat")
+        if not messages or messages[-1].get("role") != "user":
+            raise DataError("a conversation must end with a question of the user's; the last message is "
+                            + (f"the {messages[-1].get('role')}'s." if messages else "missing."))
         return self.generate([Record(id="chat", parts=tuple(parts_of(messages)))], **decoding)[0]
 
     def generate(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[str]:
@@ -136,17 +140,17 @@ class Model:
     # Vectors out: embeddings, similarity, zero-shot
 
     def embed_images(self, images: Sequence[AnyImage], *, batch_size: int = 128) -> Tensor:
-        """(N, D) unit vectors in the joint space."""
+        """(N, D) vectors in the joint space, of unit length when the model compares by the cosine."""
         self._need("embed_images")
-        return self._over_images(images, self.net.embed_images, batch_size)
+        return self._over_images(images, lambda pixels: self._compared(self.net.embed_images(pixels)), batch_size)
 
     def vision_features(self, images: Sequence[AnyImage], *, batch_size: int = 128) -> Tensor:
         """(N, D) pooled features before the projection, for a linear probe (clip.md section 10)."""
         self._need("embed_images")
-        return self._over_images(images, lambda pixels: self.net.vision(pixels).pooled, batch_size, unit=False)
+        return self._over_images(images, lambda pixels: self.net.vision(pixels).pooled, batch_size)
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """(M, D) unit vectors in the joint space."""
+        """(M, D) vectors in the joint space, of unit length when the model compares by the cosine."""
         self._need("embed_texts")
         assert isinstance(self.processor, ContrastiveProcessor)
         rows = []
@@ -154,25 +158,29 @@ class Model:
             for start in range(0, len(texts), batch_size):
                 examples = [self.processor.text_example(t) for t in texts[start : start + batch_size]]
                 batch = collate(examples).to(self.device)
-                rows.append(_unit(self.net.embed_texts(batch.text["text"])))
+                rows.append(self._compared(self.net.embed_texts(batch.text["text"])))
         return torch.cat(rows) if rows else torch.zeros(0, self.net.config.embed_dim)
 
     def similarity(self, images: Sequence[AnyImage], texts: Sequence[str]) -> Tensor:
-        """(N, M) cosine of every picture with every text."""
+        """(N, M) similarity of every picture with every text, of the kind the model was trained with (cosine)."""
         self._need("similarity")
-        return self.embed_images(images) @ self.embed_texts(texts).T
+        return similarity(self.embed_images(images), self.embed_texts(texts), self.net.config.similarity)
+
+    def _compared(self, vectors: Tensor) -> Tensor:
+        vectors = vectors.float().cpu()
+        return torch.nn.functional.normalize(vectors, dim=-1) if self.net.config.similarity == "cosine" else vectors
 
     def classify(self, image: AnyImage, labels: Sequence[str], *,
                  templates: Sequence[str] = ("a photo of a {}.",)) -> dict[str, float]:
         """Zero-shot probabilities over ``labels``, likeliest first (prompt ensemble: mean of unit vectors)."""
         self._need("classify")
-        heads = torch.stack([_unit(self.embed_texts([t.format(label) for t in templates]).mean(0, keepdim=True))[0]
-                             for label in labels])
-        logits = self.net.scale().cpu() * (self.embed_images([image]) @ heads.T)[0]
+        classes = torch.stack([self.embed_texts([t.format(label) for t in templates]).mean(0) for label in labels])
+        with self._inference():
+            logits = self.net.logits(self.embed_images([image]).to(self.device), classes.to(self.device))[0]
         ranked = sorted(zip(labels, logits.softmax(-1).tolist(), strict=True), key=lambda pair: -pair[1])
         return dict(ranked)
 
-    def _over_images(self, images: Sequence[AnyImage], function: Any, batch_size: int, unit: bool = True) -> Tensor:
+    def _over_images(self, images: Sequence[AnyImage], function: Any, batch_size: int) -> Tensor:
         transform = self.processor.image
         if transform is None:
             raise CapabilityError("This model has no image transform, so it cannot read pictures.")
@@ -180,8 +188,7 @@ class Model:
         with self._inference():
             for start in range(0, len(images), batch_size):
                 chunk = [transform(as_image(i)) for i in images[start : start + batch_size]]
-                out = function(torch.stack(chunk).to(self.device)).float()
-                rows.append(_unit(out).cpu() if unit else out.cpu())
+                rows.append(function(torch.stack(chunk).to(self.device)).float().cpu())
         return torch.cat(rows) if rows else torch.zeros(0)
 
     @contextmanager
@@ -243,10 +250,6 @@ def _listed(image: AnyImage | Sequence[AnyImage] | None) -> Sequence[AnyImage]:
     if image is None:
         return ()
     return tuple(image) if isinstance(image, list | tuple) else (cast(AnyImage, image),)
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
 
 def _nothing_here(path: Path) -> str:

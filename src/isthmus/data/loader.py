@@ -68,7 +68,7 @@ class Loader:
                  prefetch: int = 2) -> None:
         if (batch_size is None) == (batch_tokens is None):
             raise ConfigError("a loader takes exactly one of batch_size (rows) and batch_tokens (padded tokens)")
-        if min(batch_size or 1, batch_tokens or 1, accumulate) < 1:
+        if min(n for n in (batch_size, batch_tokens, accumulate) if n is not None) < 1:
             raise ConfigError("batch_size, batch_tokens and accumulate must be at least 1")
         if batch_tokens is not None and not group:
             raise ConfigError("batch_tokens needs group=True: batches cut by tokens must know the lengths")

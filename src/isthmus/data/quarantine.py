@@ -20,9 +20,12 @@ class Quarantine:
         self.samples = 0
         self.failures = 0
         self._known: dict[tuple[str, str], str] = {}
+        self._line_break = ""
         if self.path is not None and self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            written = self.path.read_text(encoding="utf-8")
+            for line in written.splitlines():
                 self._recall(line)
+            self._line_break = "" if written.endswith("\n") or not written else "\n"
 
     def _recall(self, line: str) -> None:
         try:
@@ -41,7 +44,8 @@ class Quarantine:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps({"id": id, "source": source, "reason": reason}, ensure_ascii=False)
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(line + "\n")
+                file.write(f"{self._line_break}{line}\n")
+            self._line_break = ""
 
     def seen(self, count: int) -> None:
         """``count`` more samples were asked for, the bad ones among them. Raises DataError above the threshold."""

@@ -81,9 +81,9 @@ def render(record: Record, template: str, *, draw: int = 0, prompt: bool = False
     """
     if template not in TEMPLATES:
         raise ConfigError(f"unknown template {template!r}; {nearest(template, TEMPLATES)}")
-    record = drawn(without_answer(record) if prompt else record, draw)
     spoken = any(p.role in ("user", "assistant") for p in record.texts)
-    return TEMPLATES[template if spoken or template == "plain" else "document"](record, prompt)
+    chosen = TEMPLATES[template if spoken or template == "plain" else "document"]
+    return chosen(drawn(without_answer(record) if prompt else record, draw), prompt)
 
 
 def drawn(record: Record, draw: int) -> Record:

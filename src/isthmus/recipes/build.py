@@ -6,7 +6,6 @@ and LM's configurations from the parts, the number of visual tokens from the con
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from isthmus.data.images import ImageTransform
 from isthmus.data.mix import Source
 from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
 from isthmus.data.sources import open_source
-from isthmus.data.tokenizer import Tokenizer
+from isthmus.data.text import render
+from isthmus.data.tokenizer import END, Tokenizer
 from isthmus.errors import ConfigError, nearest
 from isthmus.model import Model, load
 from isthmus.models import model_class
@@ -54,9 +54,7 @@ def build(recipe: Recipe) -> Built:
 
     Raises ConfigError for parts that do not belong to this kind of model, and whatever loading a part raises.
     """
-    for name in recipe.parts:
-        if name not in PARTS[recipe.model]:
-            raise ConfigError(f"A {recipe.model} recipe has no part {name!r}; {nearest(name, PARTS[recipe.model])}")
+    check_parts(recipe)
     parts = {name: load(path) for name, path in recipe.parts.items()}
     tokenizer = _tokenizer(recipe, parts)
     with torch.random.fork_rng(devices=[]):
@@ -64,6 +62,13 @@ def build(recipe: Recipe) -> Built:
         net = model_class(recipe.model).from_config(_config(recipe, parts, tokenizer))
     _take_weights(net, parts)
     return Built(net, tokenizer, _image(recipe, parts, net), recipe)
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Raises ConfigError for a part that this kind of model is not built from."""
+    for name in recipe.parts:
+        if name not in PARTS[recipe.model]:
+            raise ConfigError(f"A {recipe.model} recipe has no part {name!r}; {nearest(name, PARTS[recipe.model])}")
 
 
 def preset_config(recipe: Recipe) -> dict[str, Any]:
@@ -87,17 +92,15 @@ def make_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     """Load the named tokenizer, or train a byte-level BPE on the texts of its sources."""
     if spec.folder is not None:
         return Tokenizer.load(spec.folder)
-    sources = [open_source(s) for s in spec.data]
-    return Tokenizer.train(islice(_texts(sources, spec.samples), spec.samples * len(sources)), spec.vocab_size)
+    return Tokenizer.train(_texts([open_source(s) for s in spec.data], spec), spec.vocab_size)
 
 
-def _texts(sources: list[Source], samples: int) -> Iterator[str]:
-    """All texts (and all alternatives) of evenly spread records of each source."""
+def _texts(sources: list[Source], spec: TokenizerSpec) -> Iterator[str]:
+    """``spec.samples`` evenly spread records of each source, rendered as a model will read them."""
     for source in sources:
-        step = max(1, len(source) // samples)
-        for index in range(0, len(source), step):
-            for part in source[index].texts:
-                yield from (part.text,) if isinstance(part.text, str) else part.text
+        for index in range(0, len(source), max(1, len(source) // spec.samples)):
+            for chunk in render(source[index], spec.template, draw=index).chunks:
+                yield chunk.text.replace(END, "")
 
 
 def _config(recipe: Recipe, parts: Mapping[str, Model], tokenizer: Tokenizer) -> dict[str, Any]:

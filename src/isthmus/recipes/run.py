@@ -24,7 +24,7 @@ from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_mix
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.model import Model, load
-from isthmus.recipes.build import Built, build
+from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
 from isthmus.recipes.scoring import model_hash
 from isthmus.stage import apply_stage
@@ -36,7 +36,7 @@ def train(recipe: Recipe | str | Path | Mapping[str, Any], out: str | Path | Non
     """Every stage of a recipe, going on where an earlier call stopped; the finished model.
 
     ``recipe`` is a shipped name, a YAML file, plain mappings or a Recipe. Raises ConfigError when the folder holds a
-    run of another recipe, RunLockedError when another process is writing there, and what the stages raise.
+    run of another recipe, RunBusyError when another process is writing there, and what the stages raise.
     """
     name = recipe if isinstance(recipe, str | Path) else "recipe"
     if isinstance(recipe, Mapping):
@@ -101,6 +101,7 @@ def _lay_over(net: Any, tensors: Mapping[str, torch.Tensor], where: Path) -> Non
 
 def _claim(folder: Path, recipe: Recipe) -> None:
     """Make the folder this recipe's own, or refuse it: a run resumes only what it began."""
+    check_parts(recipe)
     now = {"recipe": recipe.model_dump(mode="json"), "parts": {n: _fingerprint(p) for n, p in recipe.parts.items()}}
     file = folder / "run.json"
     if not file.is_file():

@@ -80,12 +80,16 @@ class StageSpec(Strict):
 
 
 class TokenizerSpec(Strict):
-    """Either a ``folder`` with a tokenizer in it, or a vocabulary to train on the texts of ``data``."""
+    """Either a ``folder`` with a tokenizer in it, or a vocabulary to train on the texts of ``data``.
+
+    The texts are rendered in ``template``, so that the template's own words become tokens too.
+    """
 
     folder: str | None = None
     vocab_size: int = Field(default=2048, gt=260)
     data: list[dict[str, Any]] = Field(default_factory=list)
     samples: int = Field(default=20_000, gt=0)
+    template: str = "document"
 
     @model_validator(mode="after")
     def _folder_or_data(self) -> "TokenizerSpec":

@@ -88,8 +88,10 @@ def _svg(chart: Chart, series: Mapping[str, Sequence[Point]]) -> str:
 
 def ticks(low: float, high: float, about: int) -> list[float]:
     """About ``about`` round values (1, 2 or 5 times a power of ten apart) that enclose ``low`` and ``high``."""
-    if high <= low:
-        low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
+    size = max(abs(low), abs(high))
+    if high - low <= max(1e-9 * size, 1e-30):
+        margin = size / 2 if size > 1e-30 else 0.5
+        low, high = low - margin, high + margin
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(m for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))

@@ -1,0 +1,126 @@
+"""The program: fast start, helpful errors, and each command on a miniature story."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image as PilImage
+
+from isthmus.cli import main
+from tests.miniature import tree
+
+
+def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    """(exit code, what was printed, what was said on the error stream) of ``isthmus ARGUMENTS``."""
+    monkeypatch.setattr(sys, "argv", ["isthmus", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "160")
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_help_and_import_load_nothing_heavy():
+    for command in ("import isthmus", "from isthmus.cli import main; import sys; sys.argv = ['isthmus', '--help']\n"
+                                      "try: main()\nexcept SystemExit: pass"):
+        script = command + "\nimport sys\nassert not {'torch', 'transformers', 'PIL', 'numpy'} & set(sys.modules)"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_train_show_eval_and_chat(monkeypatch, capsys, story, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump(tree("llava", story)))
+    out = tmp_path / "run"
+    code, said, _ = run(monkeypatch, capsys, "train", recipe, "stages.align.steps=1", "--out", out)
+    assert code == 0
+    assert "isthmus chat" in said
+    code, said, _ = run(monkeypatch, capsys, "show", out, "--json", tmp_path / "show.json")
+    assert code == 0
+    assert json.loads((tmp_path / "show.json").read_text())["visual_tokens"] == 16
+    assert "connector" in said
+    code, said, _ = run(monkeypatch, capsys, "eval", out, "--json", tmp_path / "scores.json", "--out", tmp_path / "e")
+    assert code == 0
+    assert {"accuracy", "blind", "shuffled", "prior", "gain"} <= json.loads((tmp_path / "scores.json").read_text())[
+        "vqa"].keys()
+    assert len((tmp_path / "e" / "vqa" / "outputs.jsonl").read_text().splitlines()) == 12
+    picture = tmp_path / "p.png"
+    PilImage.new("RGB", (64, 64), "red").save(picture)
+    code, said, _ = run(monkeypatch, capsys, "chat", out, "--image", picture, "--max-new-tokens", 4, "what is it?")
+    assert code == 0
+    assert said.strip() is not None
+
+
+def test_eval_on_data_of_ones_own(monkeypatch, capsys, story, tmp_path):
+    code, said, _ = run(monkeypatch, capsys, "data", "scenes", "--out", tmp_path / "s", "--count", 8, "--format", "coco")
+    assert code == 0
+    assert "8 train scenes" in said
+    file = next((tmp_path / "s").glob("*.json"))
+    code, said, said_error = run(monkeypatch, capsys, "eval", story / "clip", "--data", file, "--set",
+                                 f"image_folder={tmp_path / 's' / 'images'}", "--out", tmp_path / "e")
+    assert code == 0, said_error
+    assert "recall_at_1" in said
+
+
+def test_show_prints_the_compute_rule_and_published_sizes(monkeypatch, capsys, tmp_path):
+    recipe = tmp_path / "lm.yaml"
+    recipe.write_text(yaml.safe_dump(tree("lm")))
+    code, said, _ = run(monkeypatch, capsys, "show", recipe, "--json", tmp_path / "f.json")
+    assert code == 0
+    rule = json.loads((tmp_path / "f.json").read_text())["compute_rule"]
+    assert rule["flops"] == 6.0 * rule["parameters"] * rule["tokens"]
+    assert rule["optimal_tokens"] == 20 * rule["parameters"]
+    assert "off" in said
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["train", "clip-tny"], "did you mean 'clip-tiny'?"),
+    (["train", "clip-tiny", "stages.contrast.stepps=3"], "did you mean 'steps'?"),
+    (["train", "clip-tiny", "steps"], "is not key=value"),
+    (["eval", "nowhere"], "no such file or folder"),
+    (["chat", "nowhere", "--image", "missing.png", "what?"], "There is no picture at missing.png"),
+    (["data", "scenes", "--out", "x", "--format", "voc"], "format"),
+    (["data", "scenes", "--out", "x", "--split", "tset"], "did you mean 'test'?")])
+def test_mistakes_are_one_paragraph_and_exit_code_2(monkeypatch, capsys, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, said = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert words in " ".join(said.split())
+    assert "Traceback" not in said
+
+
+def test_a_pattern_that_matches_nothing_is_explained(monkeypatch, capsys, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump(tree("clip")))
+    code, _, said = run(monkeypatch, capsys, "train", recipe, "stages.contrast.train.0.pattern=visoin.*", "--out",
+                        tmp_path / "run")
+    assert code == 2
+    assert "'visoin.*' matches no parameter" in " ".join(said.split())
+    assert "vision." in said
+
+
+def test_a_finished_folder_of_another_recipe_is_refused(monkeypatch, capsys, story, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump(tree("clip")))
+    code, _, said = run(monkeypatch, capsys, "train", recipe, "seed=5", "--out", story / "clip")
+    assert code == 2
+    assert "recipe.seed was 0, now 5" in " ".join(said.split())
+
+
+def test_doctor_speaks(monkeypatch, capsys):
+    code, said, _ = run(monkeypatch, capsys, "doctor")
+    assert code == 0
+    assert "No torchvision" in said
+
+
+def test_every_option_and_command_is_explained(monkeypatch, capsys):
+    for command in ("demo", "train", "show", "eval", "chat", "doctor", "data", "data scenes"):
+        code, said, _ = run(monkeypatch, capsys, *command.split(), "--help")
+        assert code == 0
+        assert Path(command).name.split()[-1] in said

@@ -1,0 +1,41 @@
+"""Quarantine: written once, counted by reason, and a stop when there is too much of it."""
+
+import json
+
+import pytest
+
+from isthmus.data.quarantine import Quarantine
+from isthmus.errors import DataError
+
+
+def test_written_once_even_over_a_resume(tmp_path):
+    path = tmp_path / "run" / "quarantine.jsonl"
+    first = Quarantine(path)
+    first.add("a", "s", "broken image: a.png is truncated")
+    first.add("a", "s", "broken image: a.png is truncated")
+    first.add("a", "t", "missing image: none")
+    with open(path, "a") as file:
+        file.write('{"id": "half')
+    again = Quarantine(path)
+    assert len(again) == 2
+    again.add("a", "s", "broken image: a.png is truncated")
+    again.add("b", "s", "broken image: half\ud83d pair")
+    assert again.reasons() == {"broken image": 2, "missing image": 1}
+    assert (first.failures, again.failures) == (3, 2)
+    rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    assert [json.loads(r)["id"] for r in rows][:2] == ["a", "a"]
+    assert len(Quarantine(path)) == 3
+
+
+def test_stops_above_the_threshold_but_not_before_enough_was_seen(tmp_path):
+    quarantine = Quarantine(tmp_path / "q.jsonl", threshold=0.02, after=100)
+    for n in range(3):
+        quarantine.add(str(n), "s", f"broken image: {n}.png is truncated")
+    quarantine.seen(99)
+    with pytest.raises(DataError, match=r"3 of 100 samples are bad.*2\.0%.*broken image \(3\).*0\.png.*q\.jsonl"):
+        quarantine.seen(1)
+    fine = Quarantine(threshold=0.02, after=100)
+    for n in range(2):
+        fine.add(str(n), "s", "x")
+    fine.seen(100)
+    assert fine.samples == 100

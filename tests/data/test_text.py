@@ -1,0 +1,189 @@
+"""Templates byte for byte, and labels that are exactly the answers, for three families of tokenizers."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isthmus.batch import IGNORE
+from isthmus.data.record import Text
+from isthmus.data.text import TEMPLATES, encode, render
+from isthmus.data.tokenizer import END
+from isthmus.errors import ConfigError, DataError
+from tests.data.helpers import assistant, byte_level, llama_like, picture, record, user
+
+VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+          "detailed, and polite answers to the user's questions.")
+LLAVA = ("A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+         "detailed, and polite answers to the human's questions.")
+ONE = (user("q1"), assistant("a1"))
+THREE = (*ONE, user("q2"), assistant("a2"), user("q3"), assistant("a3"))
+TOKENIZERS = {"legacy": llama_like(legacy=True), "non-legacy": llama_like(legacy=False), "bytes": byte_level()}
+
+
+def shown(template, *parts, prompt=False):
+    return str(render(record(*parts), template, prompt=prompt))
+
+
+@pytest.mark.parametrize(("template", "system"), [("vicuna_v1", VICUNA + " "), ("llava_v1", LLAVA + " "),
+                                                  ("vicuna_bare", "")])
+def test_conversations_byte_for_byte(template, system):
+    assert shown(template, *ONE) == f"{system}USER: q1 ASSISTANT: a1</s>"
+    three = f"{system}USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>USER: q3 ASSISTANT: a3</s>"
+    assert shown(template, *THREE) == three
+    assert shown(template, picture(), *ONE) == f"{system}USER: <image>\nq1 ASSISTANT: a1</s>"
+    assert shown(template, picture(), *THREE) == three.replace("q1", "<image>\nq1")
+    asked = f"{system}USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>USER: q3 ASSISTANT:"
+    assert shown(template, *THREE, prompt=True) == asked
+    assert shown(template, *THREE[:-1], prompt=True) == asked
+    assert shown(template, picture(), user("q1"), prompt=True) == f"{system}USER: <image>\nq1 ASSISTANT:"
+
+
+def test_image_marks_move_to_the_front_of_their_turn():
+    red, blue = picture(), picture((0, 0, 200))
+    assert shown("vicuna_bare", user("q\n"), red, assistant("a")) == "USER: <image>\nq ASSISTANT: a</s>"
+    two = render(record(user("this "), red, user(" or "), blue, user(" ?"), assistant("a")), "vicuna_bare")
+    assert str(two) == "USER: <image>\n<image>\nthis  or  ? ASSISTANT: a</s>"
+    assert two.images == [red, blue]
+    assert shown("vicuna_bare", red, assistant("a")) == "USER: <image> ASSISTANT: a</s>"
+    later = shown("vicuna_bare", red, *ONE, user("and"), blue, assistant("b"))
+    assert later == "USER: <image>\nq1 ASSISTANT: a1</s>USER: <image>\nand ASSISTANT: b</s>"
+    assert shown("vicuna_bare", user(" kept "), assistant(" a ")) == "USER:  kept  ASSISTANT:  a </s>"
+
+
+def test_a_system_text_replaces_the_templates():
+    own = Text("Be brief.", role="system")
+    assert shown("vicuna_v1", own, *ONE) == "Be brief. USER: q1 ASSISTANT: a1</s>"
+    assert shown("vicuna_bare", own, *ONE) == "Be brief. USER: q1 ASSISTANT: a1</s>"
+
+
+def test_plain_drops_the_human_and_ends_in_a_newline():
+    assert shown("plain", picture(), user("describe"), assistant("a cat")) == "<image>a cat\n"
+    assert shown("plain", picture(), Text("a cat", learn=True)) == "<image>a cat\n"
+    assert shown("plain", picture(), user("describe"), assistant("a cat"), prompt=True) == "<image>"
+    with pytest.raises(DataError, match="bad caption: .* takes one caption and the sample has 2"):
+        shown("plain", picture(), user("q1"), assistant("a1"), user("q2"), assistant("a2"))
+
+
+def test_running_text_is_a_document_in_every_conversation_template():
+    parts = (Text("before "), picture(), Text(" after", learn=True))
+    for template in ("document", "vicuna_v1", "vicuna_bare"):
+        assert shown(template, *parts) == "before <image> after</s>"
+        assert shown(template, *parts, prompt=True) == "before <image>"
+    with pytest.raises(DataError, match="found a turn of the user"):
+        shown("document", *ONE)
+
+
+def test_records_that_do_not_fit():
+    for parts, words in (
+        ((user("q"),), "empty answer: the conversation ends with a question"),
+        ((user("q"), assistant("  ")), "empty answer: turn 2"),
+        ((assistant("a"), user("q"), assistant("a")), "turn 1 is the assistant's and should be the user's"),
+        ((user("q"), picture(role="assistant"), assistant("a")), "picture stands in the assistant's turn"),
+        ((user("q"), assistant("a" + END)), r"U\+10FFFD"),
+        ((user("q"), Text((), role="assistant")), "has none"),
+        ((Text("  ", learn=True),), "empty text: the document"),
+    ):
+        with pytest.raises(DataError, match=words):
+            shown("vicuna_v1", *parts)
+    with pytest.raises(DataError, match="empty answer: the caption"):
+        shown("plain", picture(), Text(" ", learn=True))
+    with pytest.raises(DataError, match="no question to answer"):
+        shown("vicuna_v1", Text("s", role="system"), assistant("a"), prompt=True)
+    with pytest.raises(ConfigError, match="did you mean 'vicuna_v1'"):
+        shown("vicuna_v2", *ONE)
+
+
+def test_alternatives_are_drawn_apart():
+    parts = (Text(("q1", "q2"), role="user"), Text(("a1", "a2", "a3"), role="assistant", learn=True))
+    seen = {str(render(record(*parts), "vicuna_bare", draw=draw)) for draw in range(6)}
+    assert len(seen) == 6
+    assert shown("vicuna_bare", *parts) == "USER: q1 ASSISTANT: a1</s>"
+
+
+def learnt_runs(encoded, tokenizer):
+    """Decoded runs of neighbouring supervised tokens; every label equals its id."""
+    runs, run = [], []
+    for token, label in [*zip(encoded.ids, encoded.labels, strict=True), (None, IGNORE)]:
+        if label == IGNORE:
+            if run:
+                runs.append(tokenizer.decode(run, skip_special=False))
+            run = []
+        else:
+            assert label == token
+            run.append(label)
+    return runs
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+@pytest.mark.parametrize("answers", [("blue",), ("a small blue sphere", "no", "yes"), ("I say ASSISTANT: no USER: x",),
+                                     ("</s>", "<s> ASSISTANT:"), ("grüße\n\n- 1", "x  y")])
+def test_labels_are_exactly_the_answers_and_their_end(family, answers):
+    tokenizer = TOKENIZERS[family]
+    parts = [p for n, a in enumerate(answers) for p in (user(f"what is {n}? ASSISTANT: nothing</s>"), assistant(a))]
+    encoded = encode(render(record(picture(), *parts), "vicuna_v1"), tokenizer)
+    assert learnt_runs(encoded, tokenizer) == [f" {a}</s>" for a in answers]
+    assert encoded.ids.count(tokenizer.bos_id) == 1
+    assert encoded.ids[0] == tokenizer.bos_id
+    assert encoded.ids.count(tokenizer.eos_id) == len(answers)
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_plain_labels_are_caption_and_newline_without_an_end(family):
+    tokenizer = TOKENIZERS[family]
+    encoded = encode(render(record(picture(), user("q"), assistant("The picture shows a cat")), "plain"), tokenizer)
+    assert [run.strip(" ") for run in learnt_runs(encoded, tokenizer)] == ["The picture shows a cat\n"]
+    assert encoded.marks == [1]
+    assert encoded.labels[:1] == [IGNORE]
+    assert all(label != IGNORE for label in encoded.labels[1:])
+    assert tokenizer.eos_id not in encoded.ids
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_only_learnt_answers_are_supervised(family):
+    tokenizer = TOKENIZERS[family]
+    parts = (user("q1"), assistant("no", learn=False), user("q2"), assistant("yes"))
+    assert learnt_runs(encode(render(record(*parts), "vicuna_v1"), tokenizer), tokenizer) == [" yes</s>"]
+    prompt = encode(render(record(*parts), "vicuna_v1", prompt=True), tokenizer)
+    assert set(prompt.labels) == {IGNORE}
+
+
+@pytest.mark.parametrize(("family", "after"), [("legacy", "▁"), ("non-legacy", "")])
+def test_dummy_space_after_an_end_follows_the_tokenizer(family, after):
+    tokenizer = TOKENIZERS[family]
+    encoded = encode(render(record(*THREE), "vicuna_bare"), tokenizer)
+    tokens = tokenizer.tokens(encoded.ids)
+    second = tokens[tokens.index("</s>") + 1]
+    assert second.startswith(f"{after}U" if after else "U")
+    # The same ids as when the library itself splits the whole string at its own special token.
+    assert encoded.ids[1:] == tokenizer.backend.encode(shown("vicuna_bare", *THREE), add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("family", ["legacy", "non-legacy"])
+def test_each_chunk_gets_its_dummy_space(family):
+    tokenizer = TOKENIZERS[family]
+    encoded = encode(render(record(picture(), *ONE), "vicuna_bare"), tokenizer)
+    tokens = tokenizer.tokens(encoded.ids)
+    assert tokens[encoded.marks[0]:][:2] == ["▁", "<0x0A>"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters=END), min_size=1, max_size=12)
+                .filter(lambda t: t.strip() and t == t.strip()), min_size=1, max_size=3),
+       st.sampled_from(["vicuna_v1", "vicuna_bare"]))
+def test_any_answers_are_learnt_whole(answers, template):
+    tokenizer = TOKENIZERS["bytes"]
+    parts = [p for a in answers for p in (user("what?"), assistant(a))]
+    encoded = encode(render(record(*parts), template), tokenizer)
+    assert learnt_runs(encoded, tokenizer) == [f" {a}</s>" for a in answers]
+
+
+def test_a_document_learns_across_its_pieces():
+    tokenizer = TOKENIZERS["bytes"]
+    parts = (Text("The picture"), Text(" shows a", learn=True), Text(" cat", learn=True))
+    assert learnt_runs(encode(render(record(*parts), "document"), tokenizer), tokenizer) == [" shows a cat</s>"]
+    parts = (Text("yes", learn=True), Text(" no"))
+    assert learnt_runs(encode(render(record(*parts), "document"), tokenizer), tokenizer) == ["yes"]
+
+
+def test_templates_are_the_written_ones():
+    assert set(TEMPLATES) == {"plain", "vicuna_v1", "llava_v1", "vicuna_bare", "document"}

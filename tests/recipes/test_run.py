@@ -1,0 +1,119 @@
+"""Runs: stages hand over, a finished run is not run again, an interrupted one goes on bit for bit, others are refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from isthmus.checkpoint import RunLock, RunBusyError, load_tensors
+from isthmus.errors import CheckpointError, ConfigError
+from isthmus.model import load
+from isthmus.recipes import run as run_module
+from isthmus.recipes.run import train
+from isthmus.recipes.schema import parse_recipe
+from tests.miniature import tree
+
+
+def weights(folder):
+    return load_tensors(folder / "model" / "model.safetensors")
+
+
+def losses(folder, stage):
+    lines = (folder / "stages" / stage / "metrics.jsonl").read_text().splitlines()
+    return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+
+
+def test_frozen_parts_come_through_every_stage_bit_for_bit(story):
+    clip, lm, llava = (weights(story / name) for name in ("clip", "lm", "llava"))
+    vision = {n: t for n, t in llava.items() if n.startswith("vision.")}
+    assert vision
+    assert all(torch.equal(t, clip[n]) for n, t in vision.items())
+    align = load_tensors(story / "llava" / "stages" / "align" / "trained" / "trained.safetensors")
+    assert set(align) == {n for n in llava if n.startswith("connector.")}
+    assert any(not torch.equal(t, lm[n]) for n, t in llava.items() if n.startswith("language."))
+
+
+@pytest.mark.parametrize("stopped_in", ["align", "instruct"])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(story, tmp_path, monkeypatch, stopped_in):
+    recipe = parse_recipe(tree("llava", story))
+    folder = tmp_path / "llava"
+    real, steps = run_module.train_stage, []
+
+    def breaks(net, loader, stage, *args, **kwargs):
+        class Two:
+            position = loader.position
+
+            def steps(self, start):
+                for number, item in enumerate(loader.steps(start)):
+                    if stage.name == stopped_in and number == 2:
+                        raise KeyboardInterrupt
+                    steps.append(number)
+                    yield item
+
+        return real(net, Two(), stage, *args, **kwargs)
+
+    monkeypatch.setattr(run_module, "train_stage", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, folder, progress=False)
+    assert not (folder / "model").exists()
+    monkeypatch.setattr(run_module, "train_stage", real)
+    train(recipe, folder, progress=False)
+    for stage in ("align", "instruct"):
+        assert losses(folder, stage) == losses(story / "llava", stage)
+    once, again = weights(story / "llava"), weights(folder)
+    assert once.keys() == again.keys()
+    assert all(torch.equal(once[n], again[n]) for n in once)
+
+
+def test_a_finished_run_is_loaded_not_run_again(story, monkeypatch):
+    monkeypatch.setattr(run_module, "build", None)
+    assert train(parse_recipe(tree("clip")), story / "clip", progress=False).kind == "clip"
+
+
+def test_another_recipe_or_part_is_refused(story, tmp_path):
+    shutil.copytree(story / "clip", tmp_path / "clip")
+    changed = tree("clip")
+    changed["stages"][0]["steps"] = 4
+    with pytest.raises(ConfigError, match=r"recipe\.stages\.0\.stage\.steps was 3, now 4"):
+        train(parse_recipe(changed), tmp_path / "clip", progress=False)
+    missing = tree("llava", tmp_path)
+    with pytest.raises(CheckpointError, match="lm is not a model folder"):
+        train(parse_recipe(missing), tmp_path / "llava", progress=False)
+
+
+def test_a_second_process_is_refused(tmp_path):
+    with RunLock(tmp_path), pytest.raises(RunBusyError, match="in use by process"):
+        train(parse_recipe(tree("clip")), tmp_path, progress=False)
+
+
+def test_an_unfinished_run_says_so_when_loaded(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not finished"):
+        load(tmp_path)
+
+
+def test_a_damaged_model_is_refused(story, tmp_path):
+    shutil.copytree(story / "lm", tmp_path / "lm")
+    file = tmp_path / "lm" / "model" / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        load(tmp_path / "lm")
+
+
+def test_several_processes_are_refused_in_words(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="not built yet"):
+        train(parse_recipe(tree("clip")), tmp_path, progress=False)
+
+
+def test_bad_parts_patterns_and_tokenizers_are_named(story, tmp_path):
+    for change, words in [
+        ({"parts": {"visoin": "x"}}, "did you mean 'vision'"),
+        ({"tokenizer": {"folder": "x"}}, "comes with the part 'language'"),
+        ({"parts": {"vision": str(story / "lm"), "language": str(story / "lm")}}, "vision"),
+    ]:
+        with pytest.raises((ConfigError, CheckpointError), match=words):
+            train(parse_recipe(tree("llava", story) | change), tmp_path / words[:6].strip("'"), progress=False)
