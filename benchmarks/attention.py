@@ -1,6 +1,6 @@
 """Attention forward and backward on a CPU in bf16: PyTorch's SDPA beside plain products, alternating, medians.
 
-    python benchmarks/attention.py
+python benchmarks/attention.py
 """
 
 import statistics
@@ -12,8 +12,11 @@ from torch import Tensor
 
 from isthmus.nn.attention import attend
 
-SHAPES = {"vision (192, 5, 17, 32)": (192, 5, 17, 32, False), "text (192, 5, 41, 32)": (192, 5, 41, 32, True),
-          "LM (64, 3, 128, 64)": (64, 3, 128, 64, True)}
+SHAPES = {
+    "vision (192, 5, 17, 32)": (192, 5, 17, 32, False),
+    "text (192, 5, 41, 32)": (192, 5, 41, 32, True),
+    "LM (64, 3, 128, 64)": (64, 3, 128, 64, True),
+}
 ROUNDS = 15
 
 

@@ -20,11 +20,20 @@ def make_batch(lengths: list[int], pictures: list[int]) -> Batch:
     total = len(owner)
     pixels = torch.arange(total, dtype=torch.float32).view(-1, 1, 1, 1, 1).expand(total, 1, 3, 2, 2)
     visuals = (Visuals(index=torch.arange(total), pixels=pixels),) if total else ()
-    places = {"lm": Places(row=owner, visual=torch.arange(total), start=torch.zeros_like(owner),
-                           length=torch.ones_like(owner))}
-    return Batch(ids=tuple(f"r{r}" for r in range(len(lengths))), sources=("s",) * len(lengths),
-                 text={"lm": Tokens(ids=ids, lengths=torch.tensor(lengths), labels=labels)},
-                 visuals=visuals, places=places, owner=owner, keys=tuple(f"k{n}" for n in range(total)))
+    places = {
+        "lm": Places(
+            row=owner, visual=torch.arange(total), start=torch.zeros_like(owner), length=torch.ones_like(owner)
+        )
+    }
+    return Batch(
+        ids=tuple(f"r{r}" for r in range(len(lengths))),
+        sources=("s",) * len(lengths),
+        text={"lm": Tokens(ids=ids, lengths=torch.tensor(lengths), labels=labels)},
+        visuals=visuals,
+        places=places,
+        owner=owner,
+        keys=tuple(f"k{n}" for n in range(total)),
+    )
 
 
 rows = st.lists(st.tuples(st.integers(2, 9), st.integers(0, 3)), min_size=1, max_size=6)

@@ -32,8 +32,13 @@ from isthmus.checkpoint import (
     write_folder,
 )
 
-FILES = {"config.json": {"width": 3}, "note.txt": "größer", "raw.bin": b"\x00\x01", "tokenizer/vocab.json": {"a": 1},
-         "model.safetensors": {"w": torch.arange(6.0).reshape(2, 3), "b": torch.zeros((), dtype=torch.bfloat16)}}
+FILES = {
+    "config.json": {"width": 3},
+    "note.txt": "größer",
+    "raw.bin": b"\x00\x01",
+    "tokenizer/vocab.json": {"a": 1},
+    "model.safetensors": {"w": torch.arange(6.0).reshape(2, 3), "b": torch.zeros((), dtype=torch.bfloat16)},
+}
 
 
 def test_a_folder_round_trips(tmp_path):
@@ -73,6 +78,7 @@ def test_a_crash_while_replacing_leaves_the_old_or_the_new(tmp_path, monkeypatch
             if calls == moment + 1:
                 raise Crash
             return real(*args, **kwargs)
+
         return call
 
     with monkeypatch.context() as patched:
@@ -111,6 +117,7 @@ _FIXTURE: list[Path] = []
 def _damaged_fixture() -> Path:
     if not _FIXTURE:
         import tempfile
+
         _FIXTURE.append(write_folder(Path(tempfile.mkdtemp(prefix="isthmus-test-")) / "a", FILES))
     return _FIXTURE[0]
 
@@ -139,6 +146,7 @@ def test_names_stay_inside(tmp_path, name):
 
 
 # ------------------------------------------------------------------------------------------------- full disk
+
 
 def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
     write_folder(tmp_path / "a", {"x": "old"})
@@ -197,8 +205,12 @@ def test_a_small_disk_really_full(tmp_path):
     mount = f"mount -t tmpfs -o size=1m none {disk}"
     if unshare is None or subprocess.run([unshare, "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this system does not let a process mount a small disk")
-    run = subprocess.run([unshare, "-rm", "sh", "-c", f"{mount} && {sys.executable} {tmp_path}/script.py {disk}"],
-                         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": _source()})
+    run = subprocess.run(
+        [unshare, "-rm", "sh", "-c", f"{mount} && {sys.executable} {tmp_path}/script.py {disk}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": _source()},
+    )
     assert run.stdout.strip() == "held", run.stderr
 
 
@@ -207,6 +219,7 @@ def _source() -> str:
 
 
 # ------------------------------------------------------------------------------------------------- tensors
+
 
 def _raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -217,15 +230,34 @@ def _entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"1234", _raw({}, length=2**63), _raw({}, length=99), _raw(b"[1]"), _raw(b"{"), _raw(b"[" * 200_000),
-    _raw({"a": _entry(shape=(3,))}, b"\0" * 8), _raw({"a": _entry()}, b"\0" * 7), _raw({"a": _entry()}, b"\0" * 9),
-    _raw({"a": _entry(), "b": _entry()}, b"\0" * 8), _raw({"a": _entry(offsets=(4, 12))}, b"\0" * 12),
-    _raw({"a": _entry(dtype="F33")}, b"\0" * 8), _raw({"a": _entry(shape=(-2,))}, b"\0" * 8),
-    _raw({"a": _entry(shape=(2.0,))}, b"\0" * 8), _raw({"a": _entry(offsets=(0, 2**70))}, b"\0" * 8),
-    _raw({"a": 3}), _raw({"a": {"dtype": "F32"}}), _raw(b'{"a": {"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
-                                                       b'"a": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'),
-    _raw(b"{" + b'"data_offsets":0,' * 1_000_001 + b'"x":0}')])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"1234",
+        _raw({}, length=2**63),
+        _raw({}, length=99),
+        _raw(b"[1]"),
+        _raw(b"{"),
+        _raw(b"[" * 200_000),
+        _raw({"a": _entry(shape=(3,))}, b"\0" * 8),
+        _raw({"a": _entry()}, b"\0" * 7),
+        _raw({"a": _entry()}, b"\0" * 9),
+        _raw({"a": _entry(), "b": _entry()}, b"\0" * 8),
+        _raw({"a": _entry(offsets=(4, 12))}, b"\0" * 12),
+        _raw({"a": _entry(dtype="F33")}, b"\0" * 8),
+        _raw({"a": _entry(shape=(-2,))}, b"\0" * 8),
+        _raw({"a": _entry(shape=(2.0,))}, b"\0" * 8),
+        _raw({"a": _entry(offsets=(0, 2**70))}, b"\0" * 8),
+        _raw({"a": 3}),
+        _raw({"a": {"dtype": "F32"}}),
+        _raw(
+            b'{"a": {"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
+            b'"a": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+        ),
+        _raw(b"{" + b'"data_offsets":0,' * 1_000_001 + b'"x":0}'),
+    ],
+)
 def test_headers_that_lie_are_refused(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
@@ -233,13 +265,25 @@ def test_headers_that_lie_are_refused(tmp_path, content):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda s: s != "__metadata__"),
-                       st.tuples(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8]),
-                                 st.lists(st.integers(0, 3), max_size=3)), max_size=5))
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=8).filter(lambda s: s != "__metadata__"),
+        st.tuples(
+            st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8]),
+            st.lists(st.integers(0, 3), max_size=3),
+        ),
+        max_size=5,
+    )
+)
 def test_any_tensors_round_trip(specs):
     import tempfile
-    tensors = {name: torch.arange(max(1, int(torch.tensor(shape).prod())))[: int(torch.tensor(shape).prod())]
-               .reshape(shape).to(dtype) for name, (dtype, shape) in specs.items()}
+
+    tensors = {
+        name: torch.arange(max(1, int(torch.tensor(shape).prod())))[: int(torch.tensor(shape).prod())]
+        .reshape(shape)
+        .to(dtype)
+        for name, (dtype, shape) in specs.items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         save_tensors(Path(folder) / "x.safetensors", tensors)
         back = load_tensors(Path(folder) / "x.safetensors")
@@ -305,16 +349,19 @@ def test_a_net_without_storage_is_refused():
 
 # ------------------------------------------------------------------------------------------------- the lock
 
+
 def _child(folder: Path, body: str) -> subprocess.Popen:
     script = f"from isthmus.checkpoint import *\nimport os, sys, time\nwith RunLock({str(folder)!r}):\n{body}"
-    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": _source()})
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": _source()}
+    )
 
 
 def test_a_second_writer_is_refused_and_a_stale_lock_never_blocks(tmp_path):
     """The holder also forks a child that outlives it: that must not keep the lock either."""
-    body = ("    if os.fork() == 0:\n        time.sleep(9); os._exit(0)\n"
-            "    print('locked', flush=True); time.sleep(9)\n")
+    body = (
+        "    if os.fork() == 0:\n        time.sleep(9); os._exit(0)\n    print('locked', flush=True); time.sleep(9)\n"
+    )
     holder = _child(tmp_path, body)
     try:
         assert holder.stdout.readline().strip() == "locked"

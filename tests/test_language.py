@@ -12,19 +12,49 @@ from isthmus.errors import CheckpointError, ConfigError, DataError
 from isthmus.language import Decoding, LanguageModel, read_language_folder
 
 V = 53
-LLAMA_LIKE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+LLAMA_LIKE = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 CONFIGS = {
     "llama": LLAMA_LIKE,
     "mistral": {**LLAMA_LIKE, "sliding_window": 6},
     "qwen2": LLAMA_LIKE,
     "qwen3": {**LLAMA_LIKE, "head_dim": 8},
-    "opt": {"vocab_size": V, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "max_position_embeddings": 64, "word_embed_proj_dim": 16, "dropout": 0.0},
-    "gpt_neox": {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                 "num_attention_heads": 4, "max_position_embeddings": 64},
-    "gpt2": {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0,
-             "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "opt": {
+        "vocab_size": V,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": 16,
+        "dropout": 0.0,
+    },
+    "gpt_neox": {
+        "vocab_size": V,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    "gpt2": {
+        "vocab_size": V,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
 }
 CAPPED = {
     "gemma2": {**LLAMA_LIKE, "head_dim": 8, "final_logit_softcapping": 3.0},
@@ -182,8 +212,9 @@ def test_beam_equals_the_library_and_rows_alone() -> None:
     for i, n in enumerate(lengths):
         ids = tokens.ids[i : i + 1, :n]
         assert lm.generate(lm.embed(ids), torch.tensor([n]), beam) == [together[i]]
-        theirs = lm.lm.generate(ids, max_new_tokens=8, num_beams=3, length_penalty=0.7, eos_token_id=[7, 8],
-                                pad_token_id=0, do_sample=False)[0, n:].tolist()
+        theirs = lm.lm.generate(
+            ids, max_new_tokens=8, num_beams=3, length_penalty=0.7, eos_token_id=[7, 8], pad_token_id=0, do_sample=False
+        )[0, n:].tolist()
         assert together[i] == [t for t in theirs if t not in (7, 8, 0)]
 
 

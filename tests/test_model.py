@@ -54,8 +54,9 @@ def test_answers_do_not_depend_on_the_batch(llava):
     records = [source[i] for i in range(9)]
     together = llava.answer_records(records, max_new_tokens=5)
     assert together == [llava.answer_records([r], max_new_tokens=5)[0] for r in records]
-    assert together == llava.generate([isthmus.data.record.without_answer(r) for r in records], batch_size=4,
-                                      max_new_tokens=5)
+    assert together == llava.generate(
+        [isthmus.data.record.without_answer(r) for r in records], batch_size=4, max_new_tokens=5
+    )
 
 
 def test_caption_answer_and_chat(llava, picture, tmp_path):
@@ -63,20 +64,26 @@ def test_caption_answer_and_chat(llava, picture, tmp_path):
     picture.save(path)
     assert isinstance(llava.caption(path, max_new_tokens=4), str)
     asked = llava.answer(path, "how many cubes?", max_new_tokens=4)
-    said = llava.chat([{"role": "user", "content": [{"type": "image", "image": path},
-                                                    {"type": "text", "text": "how many cubes?"}]}], max_new_tokens=4)
+    said = llava.chat(
+        [{"role": "user", "content": [{"type": "image", "image": path}, {"type": "text", "text": "how many cubes?"}]}],
+        max_new_tokens=4,
+    )
     assert asked == said
     assert isinstance(llava.answer([path, picture], "same?", max_new_tokens=3), str)
-    follow = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}]},
-              {"role": "assistant", "content": "a cube"}, {"role": "user", "content": "what colour is it?"}]
+    follow = [
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "a cube"},
+        {"role": "user", "content": "what colour is it?"},
+    ]
     assert isinstance(llava.chat(follow, max_new_tokens=3), str)
 
 
 def test_score_is_the_log_likelihood_of_each_candidate(llava, picture):
     parts = [picture, Text("what colour is it?", role="user")]
     scores = llava.score(parts, ["red", "blue", "a much longer answer"])
-    assert scores == pytest.approx([llava.score(parts, [c])[0] for c in ("red", "blue", "a much longer answer")],
-                                   abs=1e-4)
+    assert scores == pytest.approx(
+        [llava.score(parts, [c])[0] for c in ("red", "blue", "a much longer answer")], abs=1e-4
+    )
     assert all(s < 0 for s in scores)
 
 
@@ -110,12 +117,16 @@ def test_special_tokens_are_never_answered(llava, picture):
     assert not any(s in a for a in answers for s in specials)
 
 
-@pytest.mark.parametrize(("messages", "words"), [
-    ([{"role": "robot", "content": "x"}, {"role": "user", "content": "x"}], "role 'robot'"),
-    ([{"role": "user", "content": 3}], "a text or a list"),
-    ([{"role": "user", "content": [{"type": "sound"}]}], "must be text, or an image"),
-    ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "the assistant's"),
-    ([], "missing")])
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([{"role": "robot", "content": "x"}, {"role": "user", "content": "x"}], "role 'robot'"),
+        ([{"role": "user", "content": 3}], "a text or a list"),
+        ([{"role": "user", "content": [{"type": "sound"}]}], "must be text, or an image"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "the assistant's"),
+        ([], "missing"),
+    ],
+)
 def test_bad_messages_are_explained(llava, messages, words):
     with pytest.raises(DataError, match=words):
         llava.chat(messages, max_new_tokens=2)

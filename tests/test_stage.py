@@ -18,8 +18,14 @@ from isthmus.stage import Group, Stage, apply_stage, canonical, named_parameters
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.vision = nn.ModuleDict({"blocks": nn.ModuleList(
-            nn.ModuleDict({"ln": nn.LayerNorm(4), "drop": nn.Dropout(0.5), "fc": nn.Linear(4, 4)}) for _ in range(3))})
+        self.vision = nn.ModuleDict(
+            {
+                "blocks": nn.ModuleList(
+                    nn.ModuleDict({"ln": nn.LayerNorm(4), "drop": nn.Dropout(0.5), "fc": nn.Linear(4, 4)})
+                    for _ in range(3)
+                )
+            }
+        )
         self.connector = nn.ModuleDict({"linear_1": nn.Linear(4, 6), "act": nn.GELU(), "linear_2": nn.Linear(6, 6)})
         self.language = nn.ModuleDict({"embed": nn.Embedding(7, 6), "head": nn.Linear(6, 7, bias=False)})
 
@@ -55,14 +61,32 @@ def test_first_match_wins():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(["*", "vision.*", "*.ln.*", "vision.blocks.1.*", "connector.*", "*.bias", "*.weight",
-                                 "language.embed.*", "nothing.*"]), min_size=1, max_size=4, unique=True))
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "*",
+                "vision.*",
+                "*.ln.*",
+                "vision.blocks.1.*",
+                "connector.*",
+                "*.bias",
+                "*.weight",
+                "language.embed.*",
+                "nothing.*",
+            ]
+        ),
+        min_size=1,
+        max_size=4,
+        unique=True,
+    )
+)
 def test_any_order_of_patterns_follows_the_rule(patterns):
     """Either a pattern has no effect (error), or each tensor belongs to the first pattern that matches it."""
     net = Net()
     names = [name for name, _ in net.named_parameters()]
     first = {n: next((i for i, p in enumerate(patterns) if fnmatchcase(n, p)), None) for n in names}
-    groups = tuple(Group(p, lr=10.0 ** -i) for i, p in enumerate(patterns))
+    groups = tuple(Group(p, lr=10.0**-i) for i, p in enumerate(patterns))
     if set(range(len(patterns))) <= set(first.values()):
         assert apply_stage(net, groups).assigned == {n: i for n, i in first.items() if i is not None}
     else:
@@ -144,13 +168,25 @@ def test_stage_round_trips_and_fingerprints():
     assert stage.fingerprint() == same.fingerprint() != other.fingerprint()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"steps": None}, "exactly one"), ({"samples": 5}, "exactly one"), ({"steps": 0}, "steps is 0"),
-    ({"steps": 1.5}, "whole number"), ({"warmup": 1.5}, "fraction below 1"), ({"warmup": 11}, "longer than the budget"),
-    ({"warmup": -1}, "warmup"), ({"floor": 1.5}, "floor"), ({"betas": (0.9, 1.0)}, "betas"),
-    ({"clip_norm": 0}, "clip_norm"),
-    ({"decay": "cosin"}, "cosine"), ({"precision": "fp16"}, "bf16"), ({"nan_policy": "ignore"}, "skip"),
-    ({"save_every": 0}, "save_every")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": None}, "exactly one"),
+        ({"samples": 5}, "exactly one"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 1.5}, "whole number"),
+        ({"warmup": 1.5}, "fraction below 1"),
+        ({"warmup": 11}, "longer than the budget"),
+        ({"warmup": -1}, "warmup"),
+        ({"floor": 1.5}, "floor"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"clip_norm": 0}, "clip_norm"),
+        ({"decay": "cosin"}, "cosine"),
+        ({"precision": "fp16"}, "bf16"),
+        ({"nan_policy": "ignore"}, "skip"),
+        ({"save_every": 0}, "save_every"),
+    ],
+)
 def test_values_that_do_not_fit(change, message):
     with pytest.raises(ConfigError, match=message):
         Stage(**{"name": "a", "train": (Group("x", lr=1.0),), "steps": 10, **change})

@@ -18,16 +18,19 @@ class FrozenBatchNorm2d(torch.nn.Module):
     """Only ever an argument of isinstance."""
 '''
 
-EMPTY_CLASSES = '''def __getattr__(name):
+EMPTY_CLASSES = """def __getattr__(name):
     if name.startswith("__"):
         raise AttributeError(name)
     return type(name, (), {})
-'''
+"""
 
-TRANSFORMS = '''from torchvision.transforms.functional import InterpolationMode
-''' + EMPTY_CLASSES
+TRANSFORMS = (
+    """from torchvision.transforms.functional import InterpolationMode
+"""
+    + EMPTY_CLASSES
+)
 
-FUNCTIONAL = '''from enum import Enum
+FUNCTIONAL = """from enum import Enum
 
 
 class InterpolationMode(Enum):
@@ -48,7 +51,7 @@ def __getattr__(name):
         raise NotImplementedError(f"torchvision's {name} is not in this environment")
 
     return unusable
-'''
+"""
 
 FILES = {
     "__init__.py": ROOT,

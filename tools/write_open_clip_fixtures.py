@@ -25,8 +25,12 @@ MODELS = {
     "clip_gelu": (CLIP, {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}),
     "custom_text_clip": (
         CustomTextCLIP,
-        {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": {**TEXT, "pool_type": "eos", "eos_id": 63},
-         "custom_text": True},
+        {
+            "embed_dim": 24,
+            "vision_cfg": VISION,
+            "text_cfg": {**TEXT, "pool_type": "eos", "eos_id": 63},
+            "custom_text": True,
+        },
     ),
 }
 
@@ -116,8 +120,9 @@ def write_tokenizer() -> None:
     merges = sorted(ranks.used, key=ranks.get)
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     kept = {"".join(pair) for pair in merges} | set(names)
-    vocab = {names.get(token, token): number for token, number in tokenizer.encoder.items()
-             if number < 512 or token in kept}
+    vocab = {
+        names.get(token, token): number for token, number in tokenizer.encoder.items() if number < 512 or token in kept
+    }
     (FOLDER / "tokenizer").mkdir(exist_ok=True)
     write_json(FOLDER / "tokenizer" / "vocab.json", vocab)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]

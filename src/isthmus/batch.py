@@ -99,12 +99,23 @@ class Batch:
 
         return replace(
             self,
-            text={k: Tokens(ids=t.ids.to(device), lengths=t.lengths.to(device), labels=move(t.labels))
-                  for k, t in self.text.items()},
-            visuals=tuple(Visuals(index=v.index.to(device), pixels=move(v.pixels), features=move(v.features))
-                          for v in self.visuals),
-            places={k: Places(row=p.row.to(device), visual=p.visual.to(device), start=p.start.to(device),
-                              length=p.length.to(device)) for k, p in self.places.items()},
+            text={
+                k: Tokens(ids=t.ids.to(device), lengths=t.lengths.to(device), labels=move(t.labels))
+                for k, t in self.text.items()
+            },
+            visuals=tuple(
+                Visuals(index=v.index.to(device), pixels=move(v.pixels), features=move(v.features))
+                for v in self.visuals
+            ),
+            places={
+                k: Places(
+                    row=p.row.to(device),
+                    visual=p.visual.to(device),
+                    start=p.start.to(device),
+                    length=p.length.to(device),
+                )
+                for k, p in self.places.items()
+            },
             owner=self.owner.to(device),
         )
 
@@ -119,15 +130,22 @@ class Batch:
             local = [j for j, n in enumerate(group.index.tolist()) if n in new_visual]
             if local:
                 numbers = torch.as_tensor([new_visual[int(group.index[j])] for j in local])
-                visuals.append(Visuals(index=numbers,
-                                       pixels=None if group.pixels is None else group.pixels[local],
-                                       features=None if group.features is None else group.features[local]))
+                visuals.append(
+                    Visuals(
+                        index=numbers,
+                        pixels=None if group.pixels is None else group.pixels[local],
+                        features=None if group.features is None else group.features[local],
+                    )
+                )
         places = {}
         for name, p in self.places.items():
             k = [i for i, r in enumerate(p.row.tolist()) if r in new_row]
-            places[name] = Places(row=torch.as_tensor([new_row[int(p.row[i])] for i in k], dtype=torch.long),
-                                  visual=torch.as_tensor([new_visual[int(p.visual[i])] for i in k], dtype=torch.long),
-                                  start=p.start[k], length=p.length[k])
+            places[name] = Places(
+                row=torch.as_tensor([new_row[int(p.row[i])] for i in k], dtype=torch.long),
+                visual=torch.as_tensor([new_visual[int(p.visual[i])] for i in k], dtype=torch.long),
+                start=p.start[k],
+                length=p.length[k],
+            )
         return Batch(
             ids=tuple(self.ids[r] for r in rows),
             sources=tuple(self.sources[r] for r in rows),

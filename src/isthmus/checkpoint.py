@@ -34,8 +34,24 @@ HEADER_KEYS = 1_000_000
 MARGIN = 64 * 1024
 """Free bytes wanted beyond the content: manifest, folder entries, block rounding."""
 
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-               "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
+_ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "C64": 8,
+}
 
 Content = bytes | str | Mapping[str, Any]
 """What a file may hold: bytes, text, a dict of tensors (under a name in ``.safetensors``) or a dict for JSON."""
@@ -48,6 +64,7 @@ class RunBusyError(CheckpointError):
 
 
 # ---------------------------------------------------------------------------------------------------- folders
+
 
 def write_folder(path: str | Path, files: Mapping[str, Content], *, replace: bool = False) -> Path:
     """Write ``files`` (name -> content) as the folder ``path``, atomically, with a manifest; answers with the path.
@@ -99,8 +116,10 @@ def read_folder(path: str | Path) -> dict[str, Path]:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; {home / MANIFEST} lists it. {_REPAIR}")
         if file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, its manifest says {entry['bytes']:,}: "
-                                  f"it was cut or changed. {_REPAIR}")
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size:,} bytes, its manifest says {entry['bytes']:,}: "
+                f"it was cut or changed. {_REPAIR}"
+            )
         if file_sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{file} is damaged: its sha256 is not the one in its manifest. {_REPAIR}")
         files[name] = file
@@ -195,8 +214,10 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _full(path: Path, needed: int, free: int) -> str:
-    return (f"No space to write {path}: {needed:,} bytes are needed, {free:,} are free. What was saved before is "
-            "intact. Free some space (or choose another folder) and give the same command again.")
+    return (
+        f"No space to write {path}: {needed:,} bytes are needed, {free:,} are free. What was saved before is "
+        "intact. Free some space (or choose another folder) and give the same command again."
+    )
 
 
 def _alive(pid: int) -> bool:
@@ -251,6 +272,7 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 # ---------------------------------------------------------------------------------------------------- tensors
 
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file (no manifest, no fsync). Views of one storage are written as separate tensors."""
     ready: dict[str, Tensor] = {}
@@ -290,6 +312,7 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
 
     Raises CheckpointError naming the tensor when sizes, offsets or dtypes do not fit the file.
     """
+
     def bad(what: str) -> CheckpointError:
         return CheckpointError(f"{path} is not a sound safetensors file: {what}. {_REPAIR}")
 
@@ -354,8 +377,10 @@ def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) 
             continue
         source = tensors[given[0]]
         if target.is_meta:
-            raise CheckpointError(f"The net that should take {where} is on the meta device and holds no values: "
-                                  "build it on a real device first.")
+            raise CheckpointError(
+                f"The net that should take {where} is on the meta device and holds no values: "
+                "build it on a real device first."
+            )
         if source.shape != target.shape:
             faults.append(f"{given[0]!r} has shape {tuple(source.shape)}, the net wants {tuple(target.shape)}")
         elif any(not torch.equal(source, tensors[name]) for name in given[1:]):
@@ -364,8 +389,10 @@ def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) 
     faults = faults_missing + faults
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise CheckpointError(f"{where} does not fit the net: {'; '.join(faults[:8])}{more}. "
-                              "Check that the configuration and the file belong together.")
+        raise CheckpointError(
+            f"{where} does not fit the net: {'; '.join(faults[:8])}{more}. "
+            "Check that the configuration and the file belong together."
+        )
     with torch.no_grad():
         for target, source in plan:
             target.copy_(source)
@@ -397,6 +424,7 @@ def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
 
 # ---------------------------------------------------------------------------------------------------- the lock
 
+
 class RunLock:
     """One writer per run folder: ``with RunLock(folder): ...``; a second process is refused at once.
 
@@ -418,10 +446,14 @@ class RunLock:
         except OSError as error:
             os.close(handle)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise CheckpointError(f"{self.path} cannot be locked ({error.strerror}): put the run folder on a file "
-                                      "system that has locks.") from error
-            raise RunBusyError(f"{self.path.parent} is in use by {self._holder()}. Wait until that run ends, stop "
-                                 "it, or choose another folder.") from error
+                raise CheckpointError(
+                    f"{self.path} cannot be locked ({error.strerror}): put the run folder on a file "
+                    "system that has locks."
+                ) from error
+            raise RunBusyError(
+                f"{self.path.parent} is in use by {self._holder()}. Wait until that run ends, stop "
+                "it, or choose another folder."
+            ) from error
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         self._handle = handle
@@ -443,4 +475,3 @@ class RunLock:
             return f"process {holder['pid']} on {holder['host']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"
-

@@ -65,8 +65,11 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         return _fit_mapping(hint, arguments, value, where)
     if origin is not None and issubclass(origin, Sequence):
-        return origin(_fit_tuple((arguments[0], ...), value, where)) if origin is list else \
-            _fit_tuple((arguments[0], ...), value, where)
+        return (
+            origin(_fit_tuple((arguments[0], ...), value, where))
+            if origin is list
+            else _fit_tuple((arguments[0], ...), value, where)
+        )
     return _fit_scalar(hint, value, where)
 
 

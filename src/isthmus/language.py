@@ -84,8 +84,10 @@ class Decoding:
             if not fits:
                 raise ConfigError(f"decoding.{name} is {getattr(self, name)}; it must be {allowed}.")
         if self.num_beams > 1 and self.temperature > 0:
-            raise ConfigError(f"decoding asks for {self.num_beams} beams and temperature {self.temperature}; beam "
-                              "search does not draw. Set temperature: 0 or num_beams: 1.")
+            raise ConfigError(
+                f"decoding asks for {self.num_beams} beams and temperature {self.temperature}; beam "
+                "search does not draw. Set temperature: 0 or num_beams: 1."
+            )
         if both := set(self.stop_ids) & set(self.forbidden_ids):
             raise ConfigError(f"decoding both stops at and forbids the token ids {sorted(both)}; keep one of the two.")
 
@@ -159,8 +161,10 @@ class LanguageModel(nn.Module):
         if ids.numel():
             low, high = (int(v) for v in ids.aminmax())
             if low < 0 or high >= self.vocab_size:
-                raise DataError(f"token id {low if low < 0 else high} is outside the LM's vocabulary of "
-                                f"{self.vocab_size}: the tokenizer does not belong to this LM.")
+                raise DataError(
+                    f"token id {low if low < 0 else high} is outside the LM's vocabulary of "
+                    f"{self.vocab_size}: the tokenizer does not belong to this LM."
+                )
         return self.lm.get_input_embeddings()(ids)
 
     def hidden(self, embeds: Tensor) -> Tensor:
@@ -176,8 +180,12 @@ class LanguageModel(nn.Module):
         """
         self._check_context(embeds.shape[1])
         mask = None if lengths is None else (torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None])
-        return self.lm(inputs_embeds=embeds, attention_mask=None if mask is None else mask.long(), use_cache=False,
-                       return_dict=True).logits
+        return self.lm(
+            inputs_embeds=embeds,
+            attention_mask=None if mask is None else mask.long(),
+            use_cache=False,
+            return_dict=True,
+        ).logits
 
     def loss(self, embeds: Tensor, tokens: Tokens) -> tuple[Tensor, int]:
         """Next-token cross-entropy in fp32 over labelled targets: (sum, count). Position 0 is never a target.
@@ -204,8 +212,9 @@ class LanguageModel(nn.Module):
         if empty:
             raise DataError(f"row {empty[0]} of the batch has an empty prompt; generation needs at least one token.")
         longest = int(lengths.max())
-        self._check_context(longest + decoding.max_new_tokens,
-                            f"a prompt of {longest} tokens and {decoding.max_new_tokens} new ones")
+        self._check_context(
+            longest + decoding.max_new_tokens, f"a prompt of {longest} tokens and {decoding.max_new_tokens} new ones"
+        )
         source = torch.arange(longest, device=embeds.device) - (longest - lengths)[:, None]
         mask = source >= 0
         left = embeds.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, embeds.shape[2]))
@@ -220,8 +229,9 @@ class LanguageModel(nn.Module):
     def _generation_config(self, decoding: Decoding) -> GenerationConfig:
         outside = [i for i in (*decoding.stop_ids, *decoding.forbidden_ids) if not 0 <= i < self.vocab_size]
         if outside:
-            raise ConfigError(f"decoding names the token ids {outside}, outside the LM's vocabulary of "
-                              f"{self.vocab_size}.")
+            raise ConfigError(
+                f"decoding names the token ids {outside}, outside the LM's vocabulary of {self.vocab_size}."
+            )
         return GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
             do_sample=False,
@@ -247,8 +257,10 @@ class LanguageModel(nn.Module):
         if len(targets) <= step:
             return _nll(head(hidden), targets), row
         # Each chunk's logits are made again in the backward pass rather than kept.
-        chunks = [checkpoint(lambda h, t: _nll(head(h), t), h, t, use_reentrant=False)
-                  for h, t in zip(hidden.split(step), targets.split(step), strict=True)]
+        chunks = [
+            checkpoint(lambda h, t: _nll(head(h), t), h, t, use_reentrant=False)
+            for h, t in zip(hidden.split(step), targets.split(step), strict=True)
+        ]
         return torch.cat([c for c in chunks if isinstance(c, Tensor)]), row
 
     def _has_plain_head(self, embeds: Tensor) -> bool:
@@ -293,8 +305,10 @@ class LanguageModel(nn.Module):
 
     def _check_context(self, tokens: int, what: str | None = None) -> None:
         if self.context is not None and tokens > self.context:
-            raise ConfigError(f"{what or f'a row of {tokens} tokens'} passes the LM's context of {self.context} "
-                              "positions. Shorten the rows (the processor's max_length) or max_new_tokens.")
+            raise ConfigError(
+                f"{what or f'a row of {tokens} tokens'} passes the LM's context of {self.context} "
+                "positions. Shorten the rows (the processor's max_length) or max_new_tokens."
+            )
 
 
 def library_config(config: Mapping[str, Any]) -> PreTrainedConfig:
@@ -302,8 +316,9 @@ def library_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     model_type = str(config.get("model_type", ""))
     causal = [name for name, kind in CONFIG_MAPPING.items() if kind in MODEL_FOR_CAUSAL_LM_MAPPING]
     if model_type not in causal:
-        raise ConfigError(f"language.model_type {model_type!r} is not a causal LM of transformers; "
-                          + nearest(model_type, causal))
+        raise ConfigError(
+            f"language.model_type {model_type!r} is not a causal LM of transformers; " + nearest(model_type, causal)
+        )
     kind = CONFIG_MAPPING[model_type]
     fields = _fields(kind)
     for name in config:
@@ -312,8 +327,9 @@ def library_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         return kind(**{name: value for name, value in config.items() if name != "model_type"})
     except Exception as error:  # the library validates with exception classes of its own
-        raise ConfigError(f"transformers refuses this {model_type} configuration: "
-                          + " ".join(str(error).split())) from error
+        raise ConfigError(
+            f"transformers refuses this {model_type} configuration: " + " ".join(str(error).split())
+        ) from error
 
 
 def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -324,15 +340,26 @@ def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     model_type = str(config.get("model_type", ""))
     if model_type not in CONFIG_MAPPING:
         return dict(config)
-    drop = {"transformers_version", "architectures", "dtype", "id2label", "label2id", "problem_type",
-            "output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward"}
+    drop = {
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+        "chunk_size_feed_forward",
+    }
     keep = _fields(CONFIG_MAPPING[model_type]) - drop
-    return {name: value for name, value in config.items() if name in keep and not name.startswith("_")
-            } | {"model_type": model_type}
+    return {name: value for name, value in config.items() if name in keep and not name.startswith("_")} | {
+        "model_type": model_type
+    }
 
 
 def _fields(kind: type[PreTrainedConfig]) -> set[str]:
-    return ({f.name for f in dataclasses.fields(kind)} | set(kind.attribute_map) | LEGACY_FIELDS | {"model_type"})
+    return {f.name for f in dataclasses.fields(kind)} | set(kind.attribute_map) | LEGACY_FIELDS | {"model_type"}
 
 
 def _processors(decoding: Decoding, rows: int) -> LogitsProcessorList:
@@ -389,8 +416,12 @@ def match_keys(lm: Any, stored: Mapping[str, Tensor], *, where: str) -> dict[str
     """``stored`` under the keys of ``lm`` (which may live on the meta device). Raises CheckpointError."""
     expected = lm.state_dict(keep_vars=True)
     prefix = f"{lm.base_model_prefix}."
-    derived = [*(lm._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$",
-               r"\.attention\.(masked_)?bias$"]
+    derived = [
+        *(lm._keys_to_ignore_on_load_unexpected or ()),
+        r"rotary_emb\.inv_freq$",
+        r"\.attn\.(masked_)?bias$",
+        r"\.attention\.(masked_)?bias$",
+    ]
     state, left_over = {}, []
     for name, tensor in stored.items():
         name = RENAMED.get(name, name) if RENAMED.get(name) in expected else name
@@ -406,12 +437,16 @@ def match_keys(lm: Any, stored: Mapping[str, Tensor], *, where: str) -> dict[str
     missing = [key for key in expected if key not in state]
     for problem, names in (("lacks", missing), ("holds unexplained", left_over)):
         if names:
-            raise CheckpointError(f"{where}: the {type(lm).__name__} checkpoint {problem} {len(names)} tensors, "
-                                  f"among them {', '.join(names[:3])}. Is config.json the one saved with the weights?")
+            raise CheckpointError(
+                f"{where}: the {type(lm).__name__} checkpoint {problem} {len(names)} tensors, "
+                f"among them {', '.join(names[:3])}. Is config.json the one saved with the weights?"
+            )
     for key, tensor in state.items():
         if tensor.shape != expected[key].shape:
-            raise CheckpointError(f"{where}: {key} is stored as {tuple(tensor.shape)} but the configuration asks for "
-                                  f"{tuple(expected[key].shape)}.")
+            raise CheckpointError(
+                f"{where}: {key} is stored as {tuple(tensor.shape)} but the configuration asks for "
+                f"{tuple(expected[key].shape)}."
+            )
     return state
 
 
@@ -425,6 +460,12 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     pickled = (folder / "pytorch_model.bin").is_file() or (folder / "pytorch_model.bin.index.json").is_file()
-    raise CheckpointError(f"{folder}: no model.safetensors" + (
-        "; its weights are pickled (pytorch_model.bin), which can run code when read. Save it as safetensors with "
-        "transformers' save_pretrained first." if pickled else " and no model.safetensors.index.json."))
+    raise CheckpointError(
+        f"{folder}: no model.safetensors"
+        + (
+            "; its weights are pickled (pytorch_model.bin), which can run code when read. Save it as safetensors with "
+            "transformers' save_pretrained first."
+            if pickled
+            else " and no model.safetensors.index.json."
+        )
+    )

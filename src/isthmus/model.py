@@ -48,8 +48,9 @@ class Model:
         forbidden: token ids that must never be generated, such as another format's image placeholder.
     """
 
-    def __init__(self, net: Any, processor: Processor, *, prompts: Mapping[str, str] | None = None,
-                 forbidden: Sequence[int] = ()) -> None:
+    def __init__(
+        self, net: Any, processor: Processor, *, prompts: Mapping[str, str] | None = None, forbidden: Sequence[int] = ()
+    ) -> None:
         self.net = net.eval()
         self.processor = processor
         self.forbidden = tuple(forbidden)
@@ -70,8 +71,7 @@ class Model:
 
     def _need(self, capability: str) -> None:
         if capability not in self.capabilities:
-            raise CapabilityError(
-                f"A {self.kind} model cannot {capability}; it can: {', '.join(self.capabilities)}.")
+            raise CapabilityError(f"A {self.kind} model cannot {capability}; it can: {', '.join(self.capabilities)}.")
 
     # Text out: captions, answers, conversations
 
@@ -93,8 +93,10 @@ class Model:
         """The assistant's next turn of a conversation in the messages form (roles system, user, assistant)."""
         self._need("chat")
         if not messages or messages[-1].get("role") != "user":
-            raise DataError("a conversation must end with a question of the user's; the last message is "
-                            + (f"the {messages[-1].get('role')}'s." if messages else "missing."))
+            raise DataError(
+                "a conversation must end with a question of the user's; the last message is "
+                + (f"the {messages[-1].get('role')}'s." if messages else "missing.")
+            )
         return self.generate([Record(id="chat", parts=tuple(parts_of(messages)))], **decoding)[0]
 
     def generate(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[str]:
@@ -119,10 +121,18 @@ class Model:
     def score(self, parts: Sequence[Part | AnyImage | str], candidates: Sequence[str]) -> list[float]:
         """Log-likelihood (natural log, summed over tokens) of each candidate as the answer to ``parts``."""
         self._need("score")
-        prompt = tuple(p if isinstance(p, Text | Image) else Text(p, role="user") if isinstance(p, str) and
-                       not Path(p).is_file() else as_image(p) for p in parts)
-        records = [Record(id=f"candidate {i}", parts=(*prompt, Text(c, role="assistant", learn=True)))
-                   for i, c in enumerate(candidates)]
+        prompt = tuple(
+            p
+            if isinstance(p, Text | Image)
+            else Text(p, role="user")
+            if isinstance(p, str) and not Path(p).is_file()
+            else as_image(p)
+            for p in parts
+        )
+        records = [
+            Record(id=f"candidate {i}", parts=(*prompt, Text(c, role="assistant", learn=True)))
+            for i, c in enumerate(candidates)
+        ]
         examples = [self.processor.example(r, draw=0) for r in records]
         with self._inference():
             return [float(x) for x in self.net.score(collate(examples).to(self.device))]
@@ -134,8 +144,11 @@ class Model:
         if getattr(self.processor, "template", "") == "plain":
             ends.update(tokenizer.encode("\n"))  # the template ends a caption with a newline, not with </s>
         special = {tokenizer.bos_id, tokenizer.pad_id, *self.forbidden} - ends
-        return replace(decoding, stop_ids=(*decoding.stop_ids, *sorted(ends)),
-                       forbidden_ids=(*decoding.forbidden_ids, *sorted(i for i in special if i is not None)))
+        return replace(
+            decoding,
+            stop_ids=(*decoding.stop_ids, *sorted(ends)),
+            forbidden_ids=(*decoding.forbidden_ids, *sorted(i for i in special if i is not None)),
+        )
 
     # Vectors out: embeddings, similarity, zero-shot
 
@@ -170,8 +183,9 @@ class Model:
         vectors = vectors.float().cpu()
         return torch.nn.functional.normalize(vectors, dim=-1) if self.net.config.similarity == "cosine" else vectors
 
-    def classify(self, image: AnyImage, labels: Sequence[str], *,
-                 templates: Sequence[str] = ("a photo of a {}.",)) -> dict[str, float]:
+    def classify(
+        self, image: AnyImage, labels: Sequence[str], *, templates: Sequence[str] = ("a photo of a {}.",)
+    ) -> dict[str, float]:
         """Zero-shot probabilities over ``labels``, likeliest first (prompt ensemble: mean of unit vectors)."""
         self._need("classify")
         classes = torch.stack([self.embed_texts([t.format(label) for t in templates]).mean(0) for label in labels])
@@ -201,8 +215,14 @@ class Model:
 
     def save(self, folder: str | Path, *, extra: Mapping[str, Any] | None = None, replace: bool = False) -> Path:
         """Write one model folder: config, safetensors, tokenizer, processor, manifest. Never over another one."""
-        config = {"format": FORMAT, "isthmus": isthmus.__version__, "kind": self.kind,
-                  "config": plain(self.net.config), "prompts": self.prompts, "forbidden": list(self.forbidden)}
+        config = {
+            "format": FORMAT,
+            "isthmus": isthmus.__version__,
+            "kind": self.kind,
+            "config": plain(self.net.config),
+            "prompts": self.prompts,
+            "forbidden": list(self.forbidden),
+        }
         files: dict[str, Any] = {
             "config.json": config,
             "processor.json": self.processor.to_dict(),
@@ -242,8 +262,12 @@ def load(path: str | Path, *, device: str = "cpu") -> Model:
     checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"]), where=folder)
     tokenizer = Tokenizer.load(folder)
     described = checkpoint.read_json(files["processor.json"])
-    return Model(net, processor_from_dict(described, tokenizer), prompts=config.get("prompts"),
-                 forbidden=config.get("forbidden", ())).to(device)
+    return Model(
+        net,
+        processor_from_dict(described, tokenizer),
+        prompts=config.get("prompts"),
+        forbidden=config.get("forbidden", ()),
+    ).to(device)
 
 
 def _listed(image: AnyImage | Sequence[AnyImage] | None) -> Sequence[AnyImage]:
@@ -257,8 +281,10 @@ def _nothing_here(path: Path) -> str:
         return f"There is no model at {path}: no such file or folder."
     if path.is_dir():
         if (path / "run.json").is_file():
-            return (f"The run in {path} is not finished, so it has no model yet: run `isthmus train` with the same "
-                    "recipe and --out again and it goes on where it stopped.")
+            return (
+                f"The run in {path} is not finished, so it has no model yet: run `isthmus train` with the same "
+                "recipe and --out again and it goes on where it stopped."
+            )
         found = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "nothing"
         return f"{path} is not a model folder: it has no config.json (found: {found})."
     return f"{path} is a file; a model is a folder with config.json and safetensors in it."

@@ -79,8 +79,11 @@ class Stage:
             value = getattr(self, name)
             if value is not None:
                 _number(f"{where}: {name}", value, low=1, whole=True)
-        for name, allowed in (("decay", ("cosine", "constant", "linear")), ("precision", ("auto", "fp32", "bf16")),
-                              ("nan_policy", ("stop", "skip"))):
+        for name, allowed in (
+            ("decay", ("cosine", "constant", "linear")),
+            ("precision", ("auto", "fp32", "bf16")),
+            ("nan_policy", ("stop", "skip")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{where}: {name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
         _number(f"{where}: warmup", self.warmup, low=0)
@@ -148,14 +151,20 @@ class StageTable:
 
     def to_dict(self) -> dict[str, Any]:
         """The same facts as JSON-able data."""
-        return json.loads(json.dumps({
-            "rows": [asdict(row) for row in self.rows],
-            "parameters": self.parameters,
-            "trained": self.trained,
-            "groups": [{**asdict(group), "tensors": sum(i == n for i in self.assigned.values())}
-                       for n, group in enumerate(self.groups)],
-            "unused": list(self.unused),
-        }))
+        return json.loads(
+            json.dumps(
+                {
+                    "rows": [asdict(row) for row in self.rows],
+                    "parameters": self.parameters,
+                    "trained": self.trained,
+                    "groups": [
+                        {**asdict(group), "tensors": sum(i == n for i in self.assigned.values())}
+                        for n, group in enumerate(self.groups)
+                    ],
+                    "unused": list(self.unused),
+                }
+            )
+        )
 
     def render(self, title: str = "") -> Table:
         """The table for the console."""
@@ -212,11 +221,14 @@ def apply_stage(net: nn.Module, groups: Sequence[Group]) -> StageTable:
         parameter.requires_grad_(index is not None and not out_of_reach)
     for index, group in enumerate(groups):
         if index not in assigned.values():
-            raise StageError(f"Pattern {group.pattern!r} names only parameters that the objective cannot reach (for "
-                             "example blocks above the tapped layer): it would train nothing. Remove the pattern.")
+            raise StageError(
+                f"Pattern {group.pattern!r} names only parameters that the objective cannot reach (for "
+                "example blocks above the tapped layer): it would train nothing. Remove the pattern."
+            )
     set_modes(net)
-    return StageTable(groups=tuple(groups), rows=_rows(net, groups, assigned, set(unused)), assigned=assigned,
-                      unused=tuple(unused))
+    return StageTable(
+        groups=tuple(groups), rows=_rows(net, groups, assigned, set(unused)), assigned=assigned, unused=tuple(unused)
+    )
 
 
 def set_modes(net: nn.Module) -> None:
@@ -225,6 +237,7 @@ def set_modes(net: nn.Module) -> None:
     A module without parameters of its own (dropout) follows the module that holds it, so dropout inside a frozen
     block stays off.
     """
+
     def visit(module: nn.Module, inherited: bool) -> None:
         flags = [p.requires_grad for p in module.parameters()]
         # The attribute, not .train(): that call would go down the tree and undo the choice made for children.
@@ -244,12 +257,16 @@ def _choose(names: Iterable[str], groups: Sequence[Group]) -> dict[str, int]:
     for index, group in enumerate(groups):
         matched = [name for name in names if fnmatchcase(name, group.pattern)]
         if not matched:
-            raise StageError(f"Pattern {group.pattern!r} matches no parameter of the net; "
-                             f"{nearest(group.pattern, _patterns(names), many=3)}")
+            raise StageError(
+                f"Pattern {group.pattern!r} matches no parameter of the net; "
+                f"{nearest(group.pattern, _patterns(names), many=3)}"
+            )
         taken = sorted({groups[chosen[name]].pattern for name in matched if name in chosen})
         if all(name in chosen for name in matched):
-            raise StageError(f"Pattern {group.pattern!r} has no effect: everything it matches is already taken by "
-                             f"{', '.join(map(repr, taken))}. The first match wins, so put the narrower pattern first.")
+            raise StageError(
+                f"Pattern {group.pattern!r} has no effect: everything it matches is already taken by "
+                f"{', '.join(map(repr, taken))}. The first match wins, so put the narrower pattern first."
+            )
         for name in matched:
             chosen.setdefault(name, index)
     return chosen
@@ -260,10 +277,11 @@ def _agreed(tied: Sequence[str], chosen: Mapping[str, int], groups: Sequence[Gro
     index = chosen.get(tied[0])
     for name in tied[1:]:
         if chosen.get(name) != index:
-            said = ["frozen" if i is None else f"taken by {groups[i].pattern!r}"
-                    for i in (index, chosen.get(name))]
-            raise StageError(f"{tied[0]!r} and {name!r} are one tensor (tied weights), but the first is {said[0]} and "
-                             f"the second {said[1]}. Name both in the same pattern, or neither.")
+            said = ["frozen" if i is None else f"taken by {groups[i].pattern!r}" for i in (index, chosen.get(name))]
+            raise StageError(
+                f"{tied[0]!r} and {name!r} are one tensor (tied weights), but the first is {said[0]} and "
+                f"the second {said[1]}. Name both in the same pattern, or neither."
+            )
     return index
 
 
@@ -282,12 +300,15 @@ def _rows(net: nn.Module, groups: Sequence[Group], assigned: Mapping[str, int], 
     for name, parameter in named_parameters(net):
         sizes[name.split(".")[0]].append((name, parameter.numel()))
     return tuple(
-        Row(part=part,
+        Row(
+            part=part,
             parameters=sum(n for _, n in members),
             trained=sum(n for name, n in members if name in assigned),
             rates=tuple(dict.fromkeys(groups[assigned[name]].lr for name, _ in members if name in assigned)),
-            unused=sum(n for name, n in members if name in unused))
-        for part, members in sizes.items())
+            unused=sum(n for name, n in members if name in unused),
+        )
+        for part, members in sizes.items()
+    )
 
 
 def _number(what: str, value: Any, *, low: float, high: float | None = None, whole: bool = False) -> None:

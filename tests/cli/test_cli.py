@@ -27,8 +27,11 @@ def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
 
 
 def test_help_and_import_load_nothing_heavy():
-    for command in ("import isthmus", "from isthmus.cli import main; import sys; sys.argv = ['isthmus', '--help']\n"
-                                      "try: main()\nexcept SystemExit: pass"):
+    for command in (
+        "import isthmus",
+        "from isthmus.cli import main; import sys; sys.argv = ['isthmus', '--help']\n"
+        "try: main()\nexcept SystemExit: pass",
+    ):
         script = command + "\nimport sys\nassert not {'torch', 'transformers', 'PIL', 'numpy'} & set(sys.modules)"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -48,7 +51,8 @@ def test_train_show_eval_and_chat(monkeypatch, capsys, story, tmp_path):
     code, said, _ = run(monkeypatch, capsys, "eval", out, "--json", tmp_path / "scores.json", "--out", tmp_path / "e")
     assert code == 0
     assert {"accuracy", "blind", "shuffled", "prior", "gain"} <= json.loads((tmp_path / "scores.json").read_text())[
-        "vqa"].keys()
+        "vqa"
+    ].keys()
     assert len((tmp_path / "e" / "vqa" / "outputs.jsonl").read_text().splitlines()) == 12
     picture = tmp_path / "p.png"
     PilImage.new("RGB", (64, 64), "red").save(picture)
@@ -58,12 +62,24 @@ def test_train_show_eval_and_chat(monkeypatch, capsys, story, tmp_path):
 
 
 def test_eval_on_data_of_ones_own(monkeypatch, capsys, story, tmp_path):
-    code, said, _ = run(monkeypatch, capsys, "data", "scenes", "--out", tmp_path / "s", "--count", 8, "--format", "coco")
+    code, said, _ = run(
+        monkeypatch, capsys, "data", "scenes", "--out", tmp_path / "s", "--count", 8, "--format", "coco"
+    )
     assert code == 0
     assert "8 train scenes" in said
     file = next((tmp_path / "s").glob("*.json"))
-    code, said, said_error = run(monkeypatch, capsys, "eval", story / "clip", "--data", file, "--set",
-                                 f"image_folder={tmp_path / 's' / 'images'}", "--out", tmp_path / "e")
+    code, said, said_error = run(
+        monkeypatch,
+        capsys,
+        "eval",
+        story / "clip",
+        "--data",
+        file,
+        "--set",
+        f"image_folder={tmp_path / 's' / 'images'}",
+        "--out",
+        tmp_path / "e",
+    )
     assert code == 0, said_error
     assert "recall_at_1" in said
 
@@ -77,16 +93,26 @@ def test_show_prints_the_compute_rule_and_published_sizes(monkeypatch, capsys, t
     assert rule["flops"] == 6.0 * rule["parameters"] * rule["tokens"]
     assert rule["optimal_tokens"] == 20 * rule["parameters"]
     assert "off" in said
+    code, said, _ = run(monkeypatch, capsys, "show", "llava-1.5-7b", "--json", tmp_path / "f.json")
+    assert code == 0
+    facts = json.loads((tmp_path / "f.json").read_text())
+    assert facts["visual_tokens"] == 576
+    assert facts["parts"]["connector"] == 20_979_712
+    assert [stage["trained"] for stage in facts["stages"]] == [20_979_712, 6_759_395_328]
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["train", "clip-tny"], "did you mean 'clip-tiny'?"),
-    (["train", "clip-tiny", "stages.contrast.stepps=3"], "did you mean 'steps'?"),
-    (["train", "clip-tiny", "steps"], "is not key=value"),
-    (["eval", "nowhere"], "no such file or folder"),
-    (["chat", "nowhere", "--image", "missing.png", "what?"], "There is no picture at missing.png"),
-    (["data", "scenes", "--out", "x", "--format", "voc"], "format"),
-    (["data", "scenes", "--out", "x", "--split", "tset"], "did you mean 'test'?")])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "clip-tny"], "did you mean 'clip-tiny'?"),
+        (["train", "clip-tiny", "stages.contrast.stepps=3"], "did you mean 'steps'?"),
+        (["train", "clip-tiny", "steps"], "is not key=value"),
+        (["eval", "nowhere"], "no such file or folder"),
+        (["chat", "nowhere", "--image", "missing.png", "what?"], "There is no picture at missing.png"),
+        (["data", "scenes", "--out", "x", "--format", "voc"], "format"),
+        (["data", "scenes", "--out", "x", "--split", "tset"], "did you mean 'test'?"),
+    ],
+)
 def test_mistakes_are_one_paragraph_and_exit_code_2(monkeypatch, capsys, tmp_path, arguments, words):
     monkeypatch.chdir(tmp_path)
     code, _, said = run(monkeypatch, capsys, *arguments)
@@ -98,8 +124,9 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(monkeypatch, capsys, tmp_pat
 def test_a_pattern_that_matches_nothing_is_explained(monkeypatch, capsys, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(yaml.safe_dump(tree("clip")))
-    code, _, said = run(monkeypatch, capsys, "train", recipe, "stages.contrast.train.0.pattern=visoin.*", "--out",
-                        tmp_path / "run")
+    code, _, said = run(
+        monkeypatch, capsys, "train", recipe, "stages.contrast.train.0.pattern=visoin.*", "--out", tmp_path / "run"
+    )
     assert code == 2
     assert "'visoin.*' matches no parameter" in " ".join(said.split())
     assert "vision." in said

@@ -12,8 +12,13 @@ from isthmus.data.images import BytesImage
 from isthmus.data.record import Image, Part, Record, Text
 from isthmus.data.tokenizer import Tokenizer
 
-CORPUS = ["A chat between a curious user and an artificial intelligence assistant.", "USER: what is the red cube?",
-          "ASSISTANT: a small blue sphere", "The picture shows a cat", "yes no"] * 4
+CORPUS = [
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "USER: what is the red cube?",
+    "ASSISTANT: a small blue sphere",
+    "The picture shows a cat",
+    "yes no",
+] * 4
 
 
 def llama_like(*, legacy: bool) -> Tokenizer:
@@ -22,17 +27,21 @@ def llama_like(*, legacy: bool) -> Tokenizer:
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")  # type: ignore[assignment]
-    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=specials,
-                                                            show_progress=False))
+    backend.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=specials, show_progress=False)
+    )
     if legacy:
         backend.normalizer = normalizers.Sequence(  # type: ignore[assignment]
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
         backend.pre_tokenizer = None  # type: ignore[assignment]
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(  # type: ignore[assignment]
-            prepend_scheme="first", split=False)
+            prepend_scheme="first", split=False
+        )
     backend.decoder = decoders.Sequence(  # type: ignore[assignment]
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     return Tokenizer(backend, bos="<s>", eos="</s>", unk="<unk>")
 
 

@@ -18,9 +18,11 @@ RED, BLUE = picture((255, 0, 0)), picture((0, 0, 255))
 
 
 def test_rows_pictures_and_places():
-    records = [record(RED, BLUE, user("what?"), assistant("yes no"), id="two"),
-               record(user("what?"), assistant("a"), id="none"),
-               record(BLUE, user("what is the red cube?"), assistant("no"), id="one")]
+    records = [
+        record(RED, BLUE, user("what?"), assistant("yes no"), id="two"),
+        record(user("what?"), assistant("a"), id="none"),
+        record(BLUE, user("what is the red cube?"), assistant("no"), id="one"),
+    ]
     examples = [SPLICE.example(r) for r in records]
     batch = collate(examples)
     assert batch.ids == ("two", "none", "one")
@@ -40,7 +42,7 @@ def test_rows_pictures_and_places():
         assert tokens.ids[row, start : start + 3].tolist() == [TOKENIZER.pad_id] * 3
     assert batch.owner.tolist() == [0, 0, 2]
     assert batch.keys == (RED.content_key(), BLUE.content_key(), BLUE.content_key())
-    group, = batch.visuals
+    (group,) = batch.visuals
     assert group.pixels is not None
     assert group.pixels.shape == (3, 1, 3, 8, 8)
     assert torch.equal(group.pixels[1, 0], IMAGE(BLUE))

@@ -150,10 +150,17 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(("size", "words"), [
-    ((20_000, 10), "16,384"), ((8_000, 8_000), "50,000,000"), ((1_000, 2), "200 times"),
-    ((30_000, 30_000), "50,000,000"), ((16_000, 16_000), "50,000,000"), ((10_000, 10_000), "50,000,000"),
-])
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((20_000, 10), "16,384"),
+        ((8_000, 8_000), "50,000,000"),
+        ((1_000, 2), "200 times"),
+        ((30_000, 30_000), "50,000,000"),
+        ((16_000, 16_000), "50,000,000"),
+        ((10_000, 10_000), "50,000,000"),
+    ],
+)
 def test_size_is_refused_by_the_header(size, words):
     with pytest.raises(DataError, match=f"image too large: the picture.*{words}"):
         opened(png_header(*size))

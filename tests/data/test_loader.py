@@ -39,17 +39,27 @@ class Listed:
 
 
 def texts(count: int, name: str = "texts") -> Listed:
-    return Listed([Record(f"{name}/{i}", (Text("no " * (1 + i * 7 % 11), learn=True),), name) for i in range(count)], name)
+    return Listed(
+        [Record(f"{name}/{i}", (Text("no " * (1 + i * 7 % 11), learn=True),), name) for i in range(count)], name
+    )
 
 
 def talks(seeing: int, blind: int) -> Listed:
-    return Listed([Record(f"r{i}", (*([picture()] if i < seeing else []), user("what?"), assistant("no " * (1 + i % 9))),
-                          "talks") for i in range(seeing + blind)])
+    return Listed(
+        [
+            Record(
+                f"r{i}", (*([picture()] if i < seeing else []), user("what?"), assistant("no " * (1 + i % 9))), "talks"
+            )
+            for i in range(seeing + blind)
+        ]
+    )
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
-    return all(x.ids == y.ids and x.keys == y.keys and
-               all(torch.equal(x.text[k].ids, y.text[k].ids) for k in x.text) for x, y in zip(a, b, strict=True))
+    return all(
+        x.ids == y.ids and x.keys == y.keys and all(torch.equal(x.text[k].ids, y.text[k].ids) for k in x.text)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def one_epoch(loader: Loader, epoch: int = 0) -> list[list[Batch]]:
@@ -152,10 +162,12 @@ def test_micro_batches_share_the_step():
 def test_bad_samples_are_counted_gaps_and_the_plan_stays(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     good = [Record(f"good{i}", (picture(), user("what?"), assistant("yes"))) for i in range(21)]
-    bad = {3: Record("truncated", (Image(BytesImage(b"\x89PNG\r\n", "t.png")), user("q"), assistant("a"))),
-           8: Record("absent", (Image(FileImage(tmp_path / "absent.png")), user("q"), assistant("a"))),
-           11: Record("wordless", (picture(), user("q"), assistant(" "))),
-           15: DataError("placeholder mismatch: the text has 2 <image> and the sample 1 pictures")}
+    bad = {
+        3: Record("truncated", (Image(BytesImage(b"\x89PNG\r\n", "t.png")), user("q"), assistant("a"))),
+        8: Record("absent", (Image(FileImage(tmp_path / "absent.png")), user("q"), assistant("a"))),
+        11: Record("wordless", (picture(), user("q"), assistant(" "))),
+        15: DataError("placeholder mismatch: the text has 2 <image> and the sample 1 pictures"),
+    }
     records = [bad.get(i, r) for i, r in enumerate(good)]
     quarantine = Quarantine(tmp_path / "q.jsonl")
     loader = Loader(Listed(records), PROCESSOR, batch_size=5, quarantine=quarantine, group=False)
@@ -229,8 +241,11 @@ def test_prefetching_is_bounded_and_hands_over_errors():
 
 def test_configuration_errors():
     for options, words in (
-        ({}, "exactly one"), ({"batch_size": 2, "batch_tokens": 9}, "exactly one"), ({"batch_size": 0}, "at least 1"),
-        ({"batch_size": 1, "accumulate": 0}, "at least 1"), ({"batch_tokens": 9, "group": False}, "needs group"),
+        ({}, "exactly one"),
+        ({"batch_size": 2, "batch_tokens": 9}, "exactly one"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"batch_size": 1, "accumulate": 0}, "at least 1"),
+        ({"batch_tokens": 9, "group": False}, "needs group"),
         ({"batch_size": 1, "shuffle": False}, "needs group=False"),
     ):
         with pytest.raises(ConfigError, match=words):

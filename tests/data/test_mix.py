@@ -63,7 +63,12 @@ def test_epochs_and_seeds_differ_and_turns_count_visits():
     assert set(first[:, 2].tolist()) == {0, 1}
     assert set(second[:, 2].tolist()) == {2, 3}
     assert Mix([Numbers(3), Numbers(2)]).epoch(0, 0, shuffle=False)[:, :2].tolist() == [
-        [0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
+        [0, 0],
+        [0, 1],
+        [0, 2],
+        [1, 0],
+        [1, 1],
+    ]
 
 
 def test_errors():

@@ -65,7 +65,7 @@ def test_contrastive_errors():
 
 def test_a_picture_is_widened_to_its_visual_tokens():
     example = splice().example(record(picture(), user("what?"), assistant("yes")))
-    place, = example.places
+    (place,) = example.places
     span = example.streams["lm"]
     before = [TOKENIZER.bos_id, *TOKENIZER.encode("USER: ")]
     assert (place.visual, place.stream, place.start, place.length) == (0, "lm", len(before), 5)
@@ -96,7 +96,7 @@ def test_truncation_leaves_the_picture_intact_at_the_front():
     example = splice(num_tokens=576, max_length=2048, template="vicuna_v1").example(long)
     span = example.streams["lm"]
     assert len(span.ids) == len(span.labels or ()) == 2048
-    place, = example.places
+    (place,) = example.places
     assert place.start + place.length <= 2048
     assert place.length == 576
     whole = splice(num_tokens=576, max_length=9999, template="vicuna_v1").example(long)
@@ -157,9 +157,15 @@ def test_nothing_learnt_says_why():
         TextProcessor(TOKENIZER).example(record(Text("the red cube")))
 
 
-@pytest.mark.parametrize("processor", [
-    ContrastiveProcessor(TOKENIZER, IMAGE, context=12), splice(max_length=99), TextProcessor(TOKENIZER, max_length=9),
-], ids=lambda p: p.kind)
+@pytest.mark.parametrize(
+    "processor",
+    [
+        ContrastiveProcessor(TOKENIZER, IMAGE, context=12),
+        splice(max_length=99),
+        TextProcessor(TOKENIZER, max_length=9),
+    ],
+    ids=lambda p: p.kind,
+)
 def test_processors_survive_json(processor):
     described = json.loads(json.dumps(processor.to_dict()))
     again = processor_from_dict(described, TOKENIZER)

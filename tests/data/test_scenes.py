@@ -153,7 +153,7 @@ def test_distinct_scenes_differ_in_words():
 def test_captions_and_descriptions_name_every_solid():
     for i in range(200):
         scene = make_scene(1, "test", i)
-        for text in (*captions(scene, Dice(i)), describe(scene, Dice(i)), symbols(scene, Dice(i))):
+        for text in (*captions(scene), describe(scene), symbols(scene, Dice(i))):
             for s in scene.solids:
                 assert s.name in text
                 assert s.size in text
@@ -188,8 +188,13 @@ def test_symbols_put_the_description_where_the_picture_would_stand():
 def test_few_shot_words_are_kept_apart():
     assert not RESERVED_WORDS & set(TRAINING_WORDS)
     assert len(RESERVED_WORDS) > 500
-    plain = {w for form in ("captions", "conversations", "describe") for i in range(200)
-             for t in _strings(SceneSource(form)[i]) for w in re.findall("[a-z]+", t)}
+    plain = {
+        w
+        for form in ("captions", "conversations", "describe")
+        for i in range(200)
+        for t in _strings(SceneSource(form)[i])
+        for w in re.findall("[a-z]+", t)
+    }
     assert not plain & (RESERVED_WORDS | set(TRAINING_WORDS))
     for split, words in (("train", set(TRAINING_WORDS)), ("test", RESERVED_WORDS)):
         source = SceneSource("fewshot", split=split, count=200)
@@ -202,6 +207,7 @@ def test_few_shot_words_are_kept_apart():
 
 
 # ---- answers, recomputed from the ground truth by another route
+
 
 def _fits(solid, phrase):
     """Whether a solid fits words such as ``the small red thing`` or ``the thing at the top left``."""
@@ -239,14 +245,20 @@ def _truth(scene: Scene, kind: str, text: str) -> str:
 def _truth_of_two(scene: Scene, text: str) -> str:
     if match := re.fullmatch(f"what (shape|colour) is the thing (left of|right of|above|below) {NAME}\\?", text):
         attribute, side, other = match[1], match[2], _one(scene, match[3])
-        ahead = {"left of": lambda s: s.x < other.x - 0.15, "right of": lambda s: s.x > other.x + 0.15,
-                 "above": lambda s: s.y < other.y - 0.15, "below": lambda s: s.y > other.y + 0.15}[side]
+        ahead = {
+            "left of": lambda s: s.x < other.x - 0.15,
+            "right of": lambda s: s.x > other.x + 0.15,
+            "above": lambda s: s.y < other.y - 0.15,
+            "below": lambda s: s.y > other.y + 0.15,
+        }[side]
         found = [s for s in scene.solids if ahead(s)]
         assert len(found) == 1
         return getattr(found[0], attribute)
     sides = "(left or right of|above or below)"
-    if match := (re.fullmatch(f"is {NAME} {sides} {NAME}\\?", text)
-                 or re.fullmatch(f"{NAME} or {NAME}: is the first {sides} the second\\?", text)):
+    if match := (
+        re.fullmatch(f"is {NAME} {sides} {NAME}\\?", text)
+        or re.fullmatch(f"{NAME} or {NAME}: is the first {sides} the second\\?", text)
+    ):
         names = [g for g in match.groups() if g.startswith("the ")]
         a, b = (_one(scene, n) for n in names)
         if "left or right" in text:

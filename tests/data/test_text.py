@@ -11,10 +11,14 @@ from isthmus.data.tokenizer import END
 from isthmus.errors import ConfigError, DataError
 from tests.data.helpers import assistant, byte_level, llama_like, picture, record, user
 
-VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-          "detailed, and polite answers to the user's questions.")
-LLAVA = ("A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-         "detailed, and polite answers to the human's questions.")
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions."
+)
+LLAVA = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the human's questions."
+)
 ONE = (user("q1"), assistant("a1"))
 THREE = (*ONE, user("q2"), assistant("a2"), user("q3"), assistant("a3"))
 TOKENIZERS = {"legacy": llama_like(legacy=True), "non-legacy": llama_like(legacy=False), "bytes": byte_level()}
@@ -24,8 +28,9 @@ def shown(template, *parts, prompt=False):
     return str(render(record(*parts), template, prompt=prompt))
 
 
-@pytest.mark.parametrize(("template", "system"), [("vicuna_v1", VICUNA + " "), ("llava_v1", LLAVA + " "),
-                                                  ("vicuna_bare", "")])
+@pytest.mark.parametrize(
+    ("template", "system"), [("vicuna_v1", VICUNA + " "), ("llava_v1", LLAVA + " "), ("vicuna_bare", "")]
+)
 def test_conversations_byte_for_byte(template, system):
     assert shown(template, *ONE) == f"{system}USER: q1 ASSISTANT: a1</s>"
     three = f"{system}USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>USER: q3 ASSISTANT: a3</s>"
@@ -60,7 +65,7 @@ def test_plain_drops_the_human_and_ends_in_a_newline():
     assert shown("plain", picture(), user("describe"), assistant("a cat")) == "<image>a cat\n"
     assert shown("plain", picture(), Text("a cat", learn=True)) == "<image>a cat\n"
     assert shown("plain", picture(), user("describe"), assistant("a cat"), prompt=True) == "<image>"
-    with pytest.raises(DataError, match="bad caption: .* takes one caption and the sample has 2"):
+    with pytest.raises(DataError, match=r"bad caption: .* takes one caption and the sample has 2"):
         shown("plain", picture(), user("q1"), assistant("a1"), user("q2"), assistant("a2"))
 
 
@@ -115,8 +120,16 @@ def learnt_runs(encoded, tokenizer):
 
 
 @pytest.mark.parametrize("family", TOKENIZERS)
-@pytest.mark.parametrize("answers", [("blue",), ("a small blue sphere", "no", "yes"), ("I say ASSISTANT: no USER: x",),
-                                     ("</s>", "<s> ASSISTANT:"), ("grüße\n\n- 1", "x  y")])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ("blue",),
+        ("a small blue sphere", "no", "yes"),
+        ("I say ASSISTANT: no USER: x",),
+        ("</s>", "<s> ASSISTANT:"),
+        ("grüße\n\n- 1", "x  y"),
+    ],
+)
 def test_labels_are_exactly_the_answers_and_their_end(family, answers):
     tokenizer = TOKENIZERS[family]
     parts = [p for n, a in enumerate(answers) for p in (user(f"what is {n}? ASSISTANT: nothing</s>"), assistant(a))]
@@ -163,13 +176,20 @@ def test_each_chunk_gets_its_dummy_space(family):
     tokenizer = TOKENIZERS[family]
     encoded = encode(render(record(picture(), *ONE), "vicuna_bare"), tokenizer)
     tokens = tokenizer.tokens(encoded.ids)
-    assert tokens[encoded.marks[0]:][:2] == ["▁", "<0x0A>"]
+    assert tokens[encoded.marks[0] :][:2] == ["▁", "<0x0A>"]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters=END), min_size=1, max_size=12)
-                .filter(lambda t: t.strip() and t == t.strip()), min_size=1, max_size=3),
-       st.sampled_from(["vicuna_v1", "vicuna_bare"]))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=("Cs",), exclude_characters=END), min_size=1, max_size=12).filter(
+            lambda t: t.strip() and t == t.strip()
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.sampled_from(["vicuna_v1", "vicuna_bare"]),
+)
 def test_any_answers_are_learnt_whole(answers, template):
     tokenizer = TOKENIZERS["bytes"]
     parts = [p for a in answers for p in (user("what?"), assistant(a))]

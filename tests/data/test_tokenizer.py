@@ -95,9 +95,15 @@ def test_special_names_as_transformers_writes_them(tokenizer, tmp_path):
 def test_folder_with_vocabulary_and_merges_only(tmp_path):
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    backend.train_from_iterator(TEXTS, trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    backend.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     backend.model.save(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
     loaded = Tokenizer.load(tmp_path)
@@ -109,7 +115,7 @@ def test_folders_that_cannot_be_loaded(tokenizer, tmp_path):
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="cannot|can read"):
+    with pytest.raises(CheckpointError, match="not a tokenizer"):
         Tokenizer.load(tmp_path)
     with pytest.raises(ConfigError, match="at least 260"):
         Tokenizer.train(TEXTS, 100)

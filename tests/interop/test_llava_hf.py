@@ -27,10 +27,12 @@ NEVER = {"suppress_tokens": [IMAGE], "do_sample": False, "pad_token_id": 0, "eos
 
 def hf_model(**changes: Any) -> LlavaForConditionalGeneration:
     text = changes.pop("text_config", None) or LlamaConfig(**{k: v for k, v in LANGUAGE.items() if k != "model_type"})
-    vision = CLIPVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
-                              image_size=16, patch_size=4)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=16,
-                         **changes)
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=16, **changes
+    )
     model = LlavaForConditionalGeneration(config).eval()
     redraw(model)
     return model
@@ -54,9 +56,16 @@ def ours(folder: Path) -> Llava:
     return net
 
 
-@pytest.mark.parametrize("changes", [{}, {"vision_feature_layer": [1, -2]}, {"vision_feature_layer": -1},
-                                     {"vision_feature_select_strategy": "full", "image_seq_length": 17},
-                                     {"tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"vision_feature_layer": [1, -2]},
+        {"vision_feature_layer": -1},
+        {"vision_feature_select_strategy": "full", "image_seq_length": 17},
+        {"tie_word_embeddings": True},
+    ],
+)
 @torch.no_grad()
 def test_logits_and_greedy_tokens_equal_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
     changes = dict(changes)
@@ -65,8 +74,9 @@ def test_logits_and_greedy_tokens_equal_transformers(changes: dict[str, Any], tm
     theirs.save_pretrained(tmp_path)
     net = ours(tmp_path)
     assert net.num_tokens(16, 16) == per_picture
-    together = net.generate(batch([ROWS[n] for n in ROWS], per_picture=per_picture),
-                            Decoding(max_new_tokens=16, forbidden_ids=(IMAGE,)))
+    together = net.generate(
+        batch([ROWS[n] for n in ROWS], per_picture=per_picture), Decoding(max_new_tokens=16, forbidden_ids=(IMAGE,))
+    )
     for row, answer in zip(ROWS.values(), together, strict=True):
         inputs = hf_inputs(row, per_picture)
         logits = net.language.logits(net.embed_prompt(batch([row], per_picture=per_picture)))
@@ -91,6 +101,7 @@ def test_loss_equals_transformers_with_picture_positions_masked() -> None:
 
 def in_layout(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
     """``state`` of the first layout (the files of up to 4.51) with the keys of another."""
+
     def key(name: str) -> str:
         if layout == "A":
             return name
@@ -110,8 +121,12 @@ def test_all_four_layouts_load_to_identical_weights(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     config, expected, _ = read_llava_folder(tmp_path)
     first = llava_to_hf(expected, config)
-    assert {"language_model.model.norm.weight", "language_model.lm_head.weight",
-            "vision_tower.vision_model.pre_layrnorm.weight", "multi_modal_projector.linear_1.bias"} <= set(first)
+    assert {
+        "language_model.model.norm.weight",
+        "language_model.lm_head.weight",
+        "vision_tower.vision_model.pre_layrnorm.weight",
+        "multi_modal_projector.linear_1.bias",
+    } <= set(first)
     in_memory, on_disk = set(theirs.state_dict()), set(load_file(tmp_path / "model.safetensors"))
     assert set(in_layout(first, "C")) == in_memory
     assert set(in_layout(first, "D")) == on_disk
@@ -181,9 +196,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     refuse(without("language_model.lm_head"), r"lacks 1 tensors, among them lm_head\.weight")
 
     config = theirs.config.to_dict()
-    for change, match in (({"projector_hidden_act": "relu"}, "only 'gelu'"), ({"model_type": "llava_next"}, "is not"),
-                          ({"mm_vision_tower": "x"}, "original repository"),
-                          ({"vision_config": {"model_type": "siglip_vision_model"}}, "no class token to drop")):
+    for change, match in (
+        ({"projector_hidden_act": "relu"}, "only 'gelu'"),
+        ({"model_type": "llava_next"}, "is not"),
+        ({"mm_vision_tower": "x"}, "original repository"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "no class token to drop"),
+    ):
         with pytest.raises(CheckpointError, match=match):
             llava_config_from_hf({**config, **change})
     with pytest.raises(CheckpointError, match="two-layer projector only; this model has 'linear'"):
@@ -192,16 +210,38 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_the_published_configuration_is_understood() -> None:
     """The fields that config.json of the 1.5 conversions carries."""
-    published = {"model_type": "llava", "ignore_index": -100, "image_token_index": 32000, "pad_token_id": 32001,
-                 "projector_hidden_act": "gelu", "vision_feature_layer": -2, "torch_dtype": "float16",
-                 "vision_feature_select_strategy": "default", "tie_word_embeddings": False, "vocab_size": 32064,
-                 "text_config": {"_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"],
-                                 "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05,
-                                 "torch_dtype": "float16", "vocab_size": 32064},
-                 "vision_config": {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
-                                   "model_type": "clip_vision_model", "num_attention_heads": 16,
-                                   "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
-                                   "vocab_size": 32000}}
+    published = {
+        "model_type": "llava",
+        "ignore_index": -100,
+        "image_token_index": 32000,
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "torch_dtype": "float16",
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "vocab_size": 32064,
+        "text_config": {
+            "_name_or_path": "lmsys/vicuna-7b-v1.5",
+            "architectures": ["LlamaForCausalLM"],
+            "max_position_embeddings": 4096,
+            "model_type": "llama",
+            "rms_norm_eps": 1e-05,
+            "torch_dtype": "float16",
+            "vocab_size": 32064,
+        },
+        "vision_config": {
+            "hidden_size": 1024,
+            "image_size": 336,
+            "intermediate_size": 4096,
+            "model_type": "clip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+            "projection_dim": 768,
+            "vocab_size": 32000,
+        },
+    }
     config = llava_config_from_hf(published)
     with torch.device("meta"):
         net = Llava(config)

@@ -15,13 +15,32 @@ from isthmus.interop.original_llava import (
 from isthmus.models.llava import Llava, LlavaConfig
 from tests.models.tiny_llava import tiny
 
-CONFIG = {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 4096,
-          "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
-          "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "tie_word_embeddings": False,
-          "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024,
-          "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
-          "mm_use_im_start_end": False, "image_aspect_ratio": "pad", "tokenizer_model_max_length": 2048,
-          "torch_dtype": "float16", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": True}
+CONFIG = {
+    "model_type": "llava_llama",
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "mm_hidden_size": 1024,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,
+    "image_aspect_ratio": "pad",
+    "tokenizer_model_max_length": 2048,
+    "torch_dtype": "float16",
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "use_cache": True,
+}
 
 
 def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
@@ -33,8 +52,11 @@ def test_full_models_round_trip_with_and_without_tower(projector: str) -> None:
     net = tiny(projector=projector)
     state = dict(net.state_dict())
     full, bare = (llava_to_original(state, net.config, vision=tower) for tower in (True, False))
-    names = {"linear": ["weight"], "mlp2x_gelu": ["0.weight", "2.weight"],
-             "mlp3x_gelu": ["0.weight", "2.weight", "4.weight"]}[projector]
+    names = {
+        "linear": ["weight"],
+        "mlp2x_gelu": ["0.weight", "2.weight"],
+        "mlp3x_gelu": ["0.weight", "2.weight", "4.weight"],
+    }[projector]
     assert {f"model.mm_projector.{n}" for n in names} <= set(bare)
     assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= set(bare)
     assert "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight" in full
@@ -77,8 +99,11 @@ def test_projector_files(projector: str, prefix: str) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     net = tiny()
     state = llava_to_original(dict(net.state_dict()), net.config)
-    for name in ("model.mm_projector.2.bias", "model.norm.weight",
-                 "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight"):
+    for name in (
+        "model.mm_projector.2.bias",
+        "model.norm.weight",
+        "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight",
+    ):
         with pytest.raises(CheckpointError, match=r"norm|bias"):
             llava_from_original({k: v for k, v in state.items() if k != name}, net.config)
     with pytest.raises(CheckpointError, match=r"image_newline"):
@@ -95,7 +120,10 @@ def test_configurations() -> None:
     first = {**CONFIG, "model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14"}
     del first["mm_projector_type"]
     assert llava_config_from_original(first).projector == LlavaConfig.v1_7b().projector
-    for change, match in (({"mm_use_im_start_end": True}, "start_end"), ({"model_type": "llava_mpt"}, "llava_mpt"),
-                          ({"mm_vision_tower": "some/eva"}, "not known here")):
+    for change, match in (
+        ({"mm_use_im_start_end": True}, "start_end"),
+        ({"model_type": "llava_mpt"}, "llava_mpt"),
+        ({"mm_vision_tower": "some/eva"}, "not known here"),
+    ):
         with pytest.raises(CheckpointError, match=match):
             llava_config_from_original({**CONFIG, **change})

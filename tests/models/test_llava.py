@@ -49,8 +49,9 @@ def test_published_sizes_and_counts(config: LlavaConfig, tower: int, connector: 
     assert sum(lost.values()) == 12_596_224 + 2_048
 
 
-@pytest.mark.parametrize(("size", "trained"), [("7b", (20_979_712, 6_759_395_328)),
-                                               ("13b", (31_467_520, 13_047_331_840))])
+@pytest.mark.parametrize(
+    ("size", "trained"), [("7b", (20_979_712, 6_759_395_328)), ("13b", (31_467_520, 13_047_331_840))]
+)
 def test_stages_open_the_published_numbers(size: str, trained: tuple[int, int]) -> None:
     net = on_meta(getattr(LlavaConfig, f"v1_5_{size}")())
     found = [apply_stage(net, entry["stage"].train).trained for entry in STAGES["v1_5"]]
@@ -68,15 +69,17 @@ def test_the_two_stages_reach_exactly_their_parts() -> None:
             p.grad = None
         assert not net.visual_features(torch.zeros(1, 1, 3, 16, 16)).requires_grad
         net.loss(rows)["lm"].mean.backward()
-        assert {n for n, p in net.named_parameters() if p.grad is not None and p.grad.any()} == \
-            {n for n in before if n.startswith(open_parts)}
+        assert {n for n, p in net.named_parameters() if p.grad is not None and p.grad.any()} == {
+            n for n in before if n.startswith(open_parts)
+        }
         torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3).step()
         changed = {n for n, p in named_parameters(net) if not torch.equal(p, before[n])}
         assert changed == {n for n in before if n.startswith(open_parts)}
 
 
-@pytest.mark.parametrize(("layer", "select"), [(-2, "patch"), (-1, "cls_patch"), ((1, -2), "patch"), (0, "patch"),
-                                               (1, "cls_patch")])
+@pytest.mark.parametrize(
+    ("layer", "select"), [(-2, "patch"), (-1, "cls_patch"), ((1, -2), "patch"), (0, "patch"), (1, "cls_patch")]
+)
 def test_unreachable_is_what_no_gradient_reaches(layer: int | tuple[int, ...], select: str) -> None:
     net = tiny(feature_layer=layer, feature_select=select)
     per_picture = net.num_tokens(16, 16)
@@ -144,8 +147,10 @@ def test_cached_features_equal_pixels() -> None:
     assert group.pixels is not None
     order = torch.tensor([2, 0, 1])  # a group may hold its visuals in any order, and there may be several groups
     features = net.visual_features(group.pixels).detach()
-    split = (Visuals(index=order[:2], features=features[order[:2]]), Visuals(index=order[2:],
-                                                                           pixels=group.pixels[order[2:]]))
+    split = (
+        Visuals(index=order[:2], features=features[order[:2]]),
+        Visuals(index=order[2:], pixels=group.pixels[order[2:]]),
+    )
     for p in net.vision.parameters():
         p.requires_grad_(False)
     cached = replace(rows, visuals=split)
@@ -202,9 +207,17 @@ def test_a_truncated_row_keeps_its_picture_in_front() -> None:
     net = tiny(language={**LANGUAGE, "max_position_embeddings": 2048})
     whole = batch([[1, 2, "a", *(3 + i % 50 for i in range(2982))]])
     assert whole.text["lm"].ids.shape == (1, 3000)
-    cut = replace(whole, text={"lm": replace(
-        whole.text["lm"], ids=whole.text["lm"].ids[:, :2048], lengths=torch.tensor([2048]),
-        labels=whole.text["lm"].labels[:, :2048] if whole.text["lm"].labels is not None else None)})
+    cut = replace(
+        whole,
+        text={
+            "lm": replace(
+                whole.text["lm"],
+                ids=whole.text["lm"].ids[:, :2048],
+                lengths=torch.tensor([2048]),
+                labels=whole.text["lm"].labels[:, :2048] if whole.text["lm"].labels is not None else None,
+            )
+        },
+    )
     embeds = net.embed_prompt(cut)
     assert embeds.shape == (1, 2048, 32)
     torch.testing.assert_close(embeds[0, 2:18], net.visual_tokens(cut)[0])
@@ -242,8 +255,16 @@ def test_configurations_survive_json_and_refuse_the_unknown() -> None:
 
 
 def test_other_language_models_and_towers_join_alike() -> None:
-    opt = {"model_type": "opt", "vocab_size": V, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2,
-           "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 16}
+    opt = {
+        "model_type": "opt",
+        "vocab_size": V,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": 16,
+    }
     siglip = VisionConfig.siglip(image_size=16, patch_size=4, width=24, layers=3, heads=4, mlp_width=32)
     net = tiny(language=opt, vision=siglip, projector="linear")
     rows = batch([ROWS["one"], ROWS["none"]])

@@ -9,8 +9,17 @@ from isthmus.language import Decoding
 from isthmus.models import MODELS, model_class
 from isthmus.models.lm import BareLM, LmConfig
 
-CONFIG = {"language": {"model_type": "llama", "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24,
-                       "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}}
+CONFIG = {
+    "language": {
+        "model_type": "llama",
+        "vocab_size": 31,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+    }
+}
 
 
 def batch() -> Batch:

@@ -11,9 +11,17 @@ from isthmus.nn.vit import VisionConfig
 
 V, SIZE, PATCHES = 61, 16, 16
 VISION = VisionConfig(image_size=SIZE, patch_size=4, width=24, layers=3, heads=4, mlp_width=32)
-LANGUAGE = {"model_type": "llama", "vocab_size": V, "hidden_size": 32, "intermediate_size": 48,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "max_position_embeddings": 128, "tie_word_embeddings": False}
+LANGUAGE = {
+    "model_type": "llama",
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
 
 
 def redraw(net: nn.Module, std: float = 0.2) -> None:
@@ -67,14 +75,22 @@ def batch(rows: list[Row], *, per_picture: int = PATCHES, frames: int = 1, learn
         ids.append(line)
         labels.append(wanted)
     width = max(map(len, ids))
-    stream = Tokens(ids=torch.tensor([r + [0] * (width - len(r)) for r in ids]),
-                    lengths=torch.tensor([len(r) for r in ids]),
-                    labels=torch.tensor([r + [IGNORE] * (width - len(r)) for r in labels]))
+    stream = Tokens(
+        ids=torch.tensor([r + [0] * (width - len(r)) for r in ids]),
+        lengths=torch.tensor([len(r) for r in ids]),
+        labels=torch.tensor([r + [IGNORE] * (width - len(r)) for r in labels]),
+    )
     visuals = (Visuals(index=torch.arange(len(pixels)), pixels=torch.stack(pixels)),) if pixels else ()
     kept: dict[str, Places] = {}
     if places:
         row_, visual, start, length = torch.tensor(places).T
         kept = {"lm": Places(row=row_, visual=visual, start=start, length=length)}
-    return Batch(ids=tuple(f"row {i}" for i in range(len(rows))), sources=("test",) * len(rows), text={"lm": stream},
-                 visuals=visuals, places=kept, owner=torch.tensor(owner, dtype=torch.long),
-                 keys=tuple(f"picture {i}" for i in range(len(pixels))))
+    return Batch(
+        ids=tuple(f"row {i}" for i in range(len(rows))),
+        sources=("test",) * len(rows),
+        text={"lm": stream},
+        visuals=visuals,
+        places=kept,
+        owner=torch.tensor(owner, dtype=torch.long),
+        keys=tuple(f"picture {i}" for i in range(len(pixels))),
+    )

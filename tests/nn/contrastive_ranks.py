@@ -25,13 +25,18 @@ def tiny(loss: str = "softmax", **options) -> Clip:
 
 def batch(rows: int = ROWS, keys: tuple[str, ...] | None = None) -> Batch:
     torch.manual_seed(4)
-    ids, lengths = torch.randint(0, EOT, (rows, 8)), torch.randint(2, 9, (rows,))
+    ids, lengths = torch.randint(0, EOT, (rows, 8)), torch.randint(4, 9, (rows,))
     ids[torch.arange(rows), lengths - 1] = EOT
     pixels = torch.randn(rows, 1, 3, 8, 8, dtype=torch.float64)
     names = tuple(f"row{i}" for i in range(rows))
-    return Batch(ids=names, sources=("test",) * rows, text={"text": Tokens(ids=ids, lengths=lengths)},
-                 visuals=(Visuals(index=torch.arange(rows), pixels=pixels),), owner=torch.arange(rows),
-                 keys=keys or names)
+    return Batch(
+        ids=names,
+        sources=("test",) * rows,
+        text={"text": Tokens(ids=ids, lengths=lengths)},
+        visuals=(Visuals(index=torch.arange(rows), pixels=pixels),),
+        owner=torch.arange(rows),
+        keys=keys or names,
+    )
 
 
 def whole() -> Batch:
@@ -44,8 +49,9 @@ def gradients(net: Clip) -> dict[str, torch.Tensor]:
 
 
 def run(rank: int, world: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world,
-                            timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
     results = []
     own = whole().split(world)[rank]
     for loss, cached in CASES:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from isthmus.errors import ConfigError
-from isthmus.nn.attention import Attention
+from isthmus.nn.attention import Attention, attend
 
 
 def _copy(ours: Attention, theirs: torch.nn.MultiheadAttention) -> None:
@@ -69,3 +69,20 @@ def test_errors():
         Attention(16, 3)
     with pytest.raises(ConfigError, match="one sequence"):
         Attention(8, 2)(torch.randn(1, 2, 8), torch.randn(1, 2, 8), causal=True)
+
+
+@pytest.mark.parametrize(("causal", "masked"), [(False, False), (True, False), (False, True)])
+def test_plain_products_in_half_precision_equal_the_kernel(causal, masked):
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, 5, 8).bfloat16().float().requires_grad_() for _ in range(3)]
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, 5, 5) > 0.4
+        mask[0, 0, 2] = False
+    expected, found = attend(*exact, mask=mask, causal=causal), attend(*half, mask=mask, causal=causal)
+    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0)
+    expected.sum().backward()
+    found.sum().backward()
+    for mine, other in zip(half, exact, strict=True):
+        torch.testing.assert_close(mine.grad.float(), other.grad, atol=0.1, rtol=0)

@@ -38,9 +38,11 @@ def test_initial_deviations_are_openais():
     block = Block(width, 4, 4 * width)
     init_block(block, depth)
     for layer, expected in [
-        (block.attn.q_proj, width**-0.5), (block.attn.v_proj, width**-0.5),
+        (block.attn.q_proj, width**-0.5),
+        (block.attn.v_proj, width**-0.5),
         (block.attn.out_proj, (2 * depth * width) ** -0.5),
-        (block.mlp.fc1, (2 * width) ** -0.5), (block.mlp.fc2, (2 * depth * width) ** -0.5),
+        (block.mlp.fc1, (2 * width) ** -0.5),
+        (block.mlp.fc2, (2 * depth * width) ** -0.5),
     ]:
         assert layer.weight.std().item() == pytest.approx(expected, rel=0.02)
     assert not block.attn.k_proj.bias.any()

@@ -11,8 +11,11 @@ EOT, VOCAB = 30, 40
 
 def _tower(pool: str = "eot") -> TextTower:
     torch.manual_seed(0)
-    tower = TextTower(TextConfig(context=10, vocab_size=VOCAB, width=16, layers=2, heads=2, mlp_width=32, pool=pool,
-                                 eot_id=EOT, pad_id=1)).double()
+    tower = TextTower(
+        TextConfig(
+            context=10, vocab_size=VOCAB, width=16, layers=2, heads=2, mlp_width=32, pool=pool, eot_id=EOT, pad_id=1
+        )
+    ).double()
     with torch.no_grad():
         for parameter in tower.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

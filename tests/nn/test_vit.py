@@ -11,8 +11,14 @@ from isthmus.interop.hf_clip import vision_config_from_hf, vision_from_hf
 from isthmus.nn.vit import VisionConfig, VisionTransformer, resize_positions
 from tests.fixtures import OPEN_CLIP
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
-         "image_size": 32, "patch_size": 8}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 def _pair(kind: str):

@@ -87,8 +87,10 @@ def main() -> None:
             raise SystemExit(f"run {n} ended before it was killed")
         torn += bool(list((folder / "checkpoints").glob("*.tmp-*")))
     status = os.waitpid(start(folder, slow=False), 0)[1]
-    print(f"killed {kills}, inside a save {torn}, status {status}, "
-          f"left over {len(list((folder / 'checkpoints').glob('*.tmp-*')))}")
+    print(
+        f"killed {kills}, inside a save {torn}, status {status}, "
+        f"left over {len(list((folder / 'checkpoints').glob('*.tmp-*')))}"
+    )
 
 
 if __name__ == "__main__":

@@ -51,8 +51,9 @@ def test_training_is_the_same_for_1x8_8x1_and_3_and_5(tmp_path, split):
 
 
 def stage(steps):
-    return Stage(name="s", train=(Group("connector.*", lr=1e-2), Group("language.*", lr=1e-2)), steps=steps,
-                 precision="fp32")
+    return Stage(
+        name="s", train=(Group("connector.*", lr=1e-2), Group("language.*", lr=1e-2)), steps=steps, precision="fp32"
+    )
 
 
 class Counting(ToyNet):
@@ -84,8 +85,11 @@ def test_two_streams_are_each_weighted_by_their_own_count():
         batch = make_batch(samples)
         lm = batch.text["lm"]
         fewer = torch.where(torch.arange(lm.ids.shape[1]) < 4, lm.labels, IGNORE)
-        return type(batch)(ids=batch.ids, sources=batch.sources,
-                           text={"lm": lm, "aux": Tokens(ids=lm.ids, lengths=lm.lengths, labels=fewer)})
+        return type(batch)(
+            ids=batch.ids,
+            sources=batch.sources,
+            text={"lm": lm, "aux": Tokens(ids=lm.ids, lengths=lm.lengths, labels=fewer)},
+        )
 
     net = Two(dtype=torch.float64).eval()
     assert close(gradient(net, [two([1, 2, 3])])[1], gradient(net, [two([1]), two([2, 3])])[1])
@@ -114,8 +118,9 @@ class Contrastive(nn.Module):
 
     def _cached_loss(self, batches):
         with torch.no_grad():
-            sides = [torch.cat(side).requires_grad_() for side in
-                     zip(*(self.features(b) for b in batches), strict=True)]
+            sides = [
+                torch.cat(side).requires_grad_() for side in zip(*(self.features(b) for b in batches), strict=True)
+            ]
         term = self.term(*sides)
         term.mean.backward()
         start = 0
@@ -129,8 +134,9 @@ class Contrastive(nn.Module):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_batch_terms_use_the_gradient_cache(precision):
     """Also under bf16 autocast, where weights cast under no_grad must not be reused with gradients."""
-    _, context = autocast(Stage(name="x", train=(Group("*", lr=1.0),), steps=1, precision=precision),
-                          torch.device("cpu"))
+    _, context = autocast(
+        Stage(name="x", train=(Group("*", lr=1.0),), steps=1, precision=precision), torch.device("cpu")
+    )
     net = Contrastive().double() if precision == "fp32" else nn_linear_contrastive()
     grads = []
     for batches in ([make_batch([1, 2, 3, 4, 5])], [make_batch([1, 2]), make_batch([3]), make_batch([4, 5])]):

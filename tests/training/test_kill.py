@@ -16,8 +16,13 @@ TIMES = ("seconds", "tokens_per_second", "data_wait")
 
 def drive(folder: Path, kills: int) -> str:
     environment = {**os.environ, "PYTHONPATH": str(Path(isthmus.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, str(TARGET), str(folder), str(kills), "11"], capture_output=True, text=True,
-                         timeout=200, env=environment)
+    run = subprocess.run(
+        [sys.executable, str(TARGET), str(folder), str(kills), "11"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
@@ -30,7 +35,9 @@ def test_eight_kills_end_in_the_same_bits(tmp_path):
     assert inside >= 4
     ends = [file_sha256(read_folder(tmp_path / name / "final")["net.safetensors"]) for name in ("whole", "killed")]
     assert ends[0] == ends[1]
-    logs = [[{k: v for k, v in line.items() if k not in TIMES}
-             for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "killed")]
+    logs = [
+        [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "killed")
+    ]
     assert logs[0] == logs[1]
     assert [line["step"] for line in logs[0]] == list(range(1, 41))

@@ -71,8 +71,7 @@ def test_resume_is_bit_identical(tmp_path, stop_at, precision):
     first = StopAfter(stop_at - 1)
     with pytest.raises(Interrupted):
         run(tmp_path / "parts", loader=first, the_stage=stage(precision=precision))
-    net, second, result = run(tmp_path / "parts", None,
-                              the_stage=stage(precision=precision))
+    net, second, result = run(tmp_path / "parts", None, the_stage=stage(precision=precision))
     assert result.resumed == stop_at
     assert same_bits(net, whole_net)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
@@ -110,6 +109,7 @@ def test_training_learns_and_logs(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- freezing
+
 
 def test_frozen_parts_stay_bit_identical_and_open_ones_move(tmp_path):
     before = bits(ToyNet())
@@ -175,6 +175,7 @@ def test_after_step_is_called(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- what a run refuses
+
 
 def test_another_stage_seed_identity_or_frozen_part_is_refused(tmp_path):
     run(tmp_path, identity={"data": "abc"})
@@ -269,6 +270,7 @@ def test_data_that_ends_is_an_error(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- NaN
 
+
 class PoisonedNorm(nn.LayerNorm):
     bad = False
 
@@ -355,6 +357,7 @@ def test_too_many_in_a_row_stop_even_when_skipping(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- signals, display
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_at_a_step_boundary_with_a_checkpoint(tmp_path, number):

@@ -35,8 +35,13 @@ def test_warm_up_as_a_fraction_and_other_decays():
 
 
 @settings(max_examples=200, deadline=None)
-@given(budget=st.integers(1, 500), warmup=st.floats(0, 0.99), decay=st.sampled_from(["cosine", "linear", "constant"]),
-       floor=st.floats(0, 1), size=st.integers(1, 50))
+@given(
+    budget=st.integers(1, 500),
+    warmup=st.floats(0, 0.99),
+    decay=st.sampled_from(["cosine", "linear", "constant"]),
+    floor=st.floats(0, 1),
+    size=st.integers(1, 50),
+)
 def test_rates_rise_then_fall_within_bounds(budget, warmup, decay, floor, size):
     s = stage(steps=None, samples=budget, warmup=warmup, decay=decay, floor=floor)
     rates = [lr_at(s, done, size) for done in range(0, budget, size)]
@@ -44,7 +49,7 @@ def test_rates_rise_then_fall_within_bounds(budget, warmup, decay, floor, size):
     assert all(0 < rate <= 1 + 1e-9 for rate in rates[:1])
     assert all(0 <= rate <= 1 + 1e-9 for rate in rates)
     risen = [r for done, r in zip(range(0, budget, size), rates, strict=True) if done < s.warmup_count]
-    fallen = rates[len(risen):]
+    fallen = rates[len(risen) :]
     assert risen == sorted(risen)
     assert fallen == sorted(fallen, reverse=True)
     assert all(rate >= floor - 1e-9 for rate in fallen)
@@ -52,14 +57,21 @@ def test_rates_rise_then_fall_within_bounds(budget, warmup, decay, floor, size):
 
 def test_groups_split_by_decay_and_hold_exactly_the_open_tensors():
     net = ToyNet()
-    table = apply_stage(net, (Group("connector.*", lr=1e-3, weight_decay=0.2),
-                              Group("language.*", lr=1e-4, weight_decay=0.1)))
+    table = apply_stage(
+        net, (Group("connector.*", lr=1e-3, weight_decay=0.2), Group("language.*", lr=1e-4, weight_decay=0.1))
+    )
     parameters = optim.open_parameters(net, table)
     optimizer = optim.build_optimizer(parameters, table, stage())
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     by_name = {name: decay[id(p)] for name, p in parameters.items()}
-    assert by_name == {"connector.weight": 0.2, "connector.bias": 0.0, "language.norm.weight": 0.0,
-                       "language.norm.bias": 0.0, "language.head.weight": 0.1, "language.head.bias": 0.0}
+    assert by_name == {
+        "connector.weight": 0.2,
+        "connector.bias": 0.0,
+        "language.norm.weight": 0.0,
+        "language.norm.bias": 0.0,
+        "language.head.weight": 0.1,
+        "language.head.bias": 0.0,
+    }
     optim.check_holds_exactly(optimizer, net)
     assert optim.set_rates(optimizer, 0.5) == {"connector.*": 5e-4, "language.*": 5e-5}
     net.connector.bias.requires_grad_(False)
@@ -78,7 +90,7 @@ def test_norms_per_part_and_clipping():
         parameter.grad = torch.ones_like(parameter)
     total, parts = optim.gradient_norms(parameters)
     sizes = {part: sum(p.numel() for n, p in parameters.items() if n.startswith(part)) for part in parts}
-    assert parts == pytest.approx({part: size ** 0.5 for part, size in sizes.items()})
+    assert parts == pytest.approx({part: size**0.5 for part, size in sizes.items()})
     assert float(total) == pytest.approx(sum(sizes.values()) ** 0.5)
     optim.clip_gradients(parameters, total, None)
     assert float(optim.gradient_norms(parameters)[0]) == pytest.approx(float(total))

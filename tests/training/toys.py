@@ -21,8 +21,9 @@ class ToyNet(nn.Module):
         torch.manual_seed(seed)
         self.vision = nn.Sequential(nn.Embedding(VOCAB, WIDTH), nn.Dropout(0.5))
         self.connector = nn.Linear(WIDTH, WIDTH)
-        self.language = nn.ModuleDict({"norm": nn.LayerNorm(WIDTH), "drop": nn.Dropout(dropout),
-                                       "head": nn.Linear(WIDTH, VOCAB)})
+        self.language = nn.ModuleDict(
+            {"norm": nn.LayerNorm(WIDTH), "drop": nn.Dropout(dropout), "head": nn.Linear(WIDTH, VOCAB)}
+        )
         self.to(dtype)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
@@ -33,8 +34,9 @@ class ToyNet(nn.Module):
         tokens = batch.text["lm"]
         targets = tokens.labels[:, 1:]
         logits = self.logits(tokens.ids[:, :-1])
-        total = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
-                                            reduction="sum")
+        total = nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
         return {"lm": Term(total, int((targets != IGNORE).sum()))}
 
 
@@ -86,5 +88,8 @@ def make_batch(samples: list[int]) -> Batch:
         ids[n, : len(row)] = row
         labels[n, 2 : len(row)] = row[2:]
     lengths = torch.tensor([len(row) for row in rows])
-    return Batch(ids=tuple(f"s{i}" for i in samples), sources=("toy",) * len(samples),
-                 text={"lm": Tokens(ids=ids, lengths=lengths, labels=labels)})
+    return Batch(
+        ids=tuple(f"s{i}" for i in samples),
+        sources=("toy",) * len(samples),
+        text={"lm": Tokens(ids=ids, lengths=lengths, labels=labels)},
+    )

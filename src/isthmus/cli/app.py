@@ -87,8 +87,17 @@ def evaluate(
     """Score a model: with intervals, raw outputs, and the best score without looking. No task: the recipe's own."""
     from isthmus.cli.evaluate import run
 
-    run(model, task=task, data=data, options=option or [], train=train, limit=limit, out=out, seed=seed,
-        json_file=json_file)
+    run(
+        model,
+        task=task,
+        data=data,
+        options=option or [],
+        train=train,
+        limit=limit,
+        out=out,
+        seed=seed,
+        json_file=json_file,
+    )
 
 
 @app.command()

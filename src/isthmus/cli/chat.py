@@ -9,8 +9,9 @@ from rich.console import Console
 from isthmus.errors import DataError
 
 
-def run(model_folder: str, question: str | None, images: Sequence[Path], *, max_new_tokens: int,
-        temperature: float) -> None:
+def run(
+    model_folder: str, question: str | None, images: Sequence[Path], *, max_new_tokens: int, temperature: float
+) -> None:
     """Answer ``question`` about ``images``, or talk until an empty line."""
     from isthmus.model import load
 

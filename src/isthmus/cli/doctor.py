@@ -9,8 +9,21 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("isthmus", "torch", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "pydantic", "peft",
-            "tensorboard", "gradio", "fastapi", "av")
+PACKAGES = (
+    "isthmus",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "pillow",
+    "numpy",
+    "pydantic",
+    "peft",
+    "tensorboard",
+    "gradio",
+    "fastapi",
+    "av",
+)
 
 
 def run() -> None:
@@ -22,7 +35,12 @@ def run() -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     table.add_row("cores", f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads")
-    table.add_row("bf16", "yes: matrix products run in bfloat16" if computes_bf16(torch.device("cpu")) else "no: training runs in float32")
+    table.add_row(
+        "bf16",
+        "yes: matrix products run in bfloat16"
+        if computes_bf16(torch.device("cpu"))
+        else "no: training runs in float32",
+    )
     table.add_row("cuda", torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none")
     for package in PACKAGES:
         try:
@@ -36,5 +54,7 @@ def run() -> None:
         return
     console.print(
         "[bold red]torchvision is installed.[/] When it does not match torch, every vision class of transformers fails "
-        "with \"Could not import module 'CLIPModel'\". Cure: [bold]pip uninstall torchvision[/]", highlight=False)
+        "with \"Could not import module 'CLIPModel'\". Cure: [bold]pip uninstall torchvision[/]",
+        highlight=False,
+    )
     sys.exit(1)

@@ -12,8 +12,18 @@ from rich.progress import Progress, TimeRemainingColumn
 from isthmus.errors import ConfigError
 
 
-def run(model: str, *, task: str | None, data: str | None, options: Sequence[str], train: str | None,
-        limit: int | None, out: Path | None, seed: int, json_file: Path | None) -> None:
+def run(
+    model: str,
+    *,
+    task: str | None,
+    data: str | None,
+    options: Sequence[str],
+    train: str | None,
+    limit: int | None,
+    out: Path | None,
+    seed: int,
+    json_file: Path | None,
+) -> None:
     """Print a table per task; outputs, manifest and scores go into ``out``."""
     from isthmus.model import load
     from isthmus.recipes.schema import EvalSpec
@@ -29,8 +39,15 @@ def run(model: str, *, task: str | None, data: str | None, options: Sequence[str
             raise ConfigError(f"{folder} names no {task or ''} task of its own: give --task and --data.")
     else:
         kind = task or ("retrieval" if loaded.kind == "clip" else "vqa")
-        specs = [EvalSpec(name=kind, task=kind, data=_source(data) | source,
-                          train=_source(train) | source if train else None, options=own)]
+        specs = [
+            EvalSpec(
+                name=kind,
+                task=kind,
+                data=_source(data) | source,
+                train=_source(train) | source if train else None,
+                options=own,
+            )
+        ]
     place = out if out is not None else folder / "eval" / (Path(data).stem if data else "own")
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
         shown: dict[str, Any] = {}
@@ -40,8 +57,9 @@ def run(model: str, *, task: str | None, data: str | None, options: Sequence[str
                 shown[name] = bar.add_task(name, total=total)
             bar.update(shown[name], completed=done)
 
-        results = score_model(loaded, specs, place, model_hash=model_hash(folder), seed=seed, limit=limit,
-                              progress=progress)
+        results = score_model(
+            loaded, specs, place, model_hash=model_hash(folder), seed=seed, limit=limit, progress=progress
+        )
     console = Console()
     for result in results:
         console.print(score_table(result.task, result.scores.to_dict()))

@@ -28,34 +28,49 @@ def _model(folder: str, console: Console) -> dict[str, Any]:
     if tokens is not None:
         console.print(f"{tokens} visual tokens per picture")
     console.print(f"It can: {', '.join(model.capabilities)}")
-    return {"kind": model.kind, "parts": parts, "visual_tokens": tokens, "capabilities": list(model.capabilities),
-            "processor": model.processor.to_dict(), "config": plain(model.net.config)}
+    return {
+        "kind": model.kind,
+        "parts": parts,
+        "visual_tokens": tokens,
+        "capabilities": list(model.capabilities),
+        "processor": model.processor.to_dict(),
+        "config": plain(model.net.config),
+    }
 
 
 def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, Any]:
     from isthmus.recipes.facts import compute_rule, net_of, parts_of, stage_facts, visual_tokens
     from isthmus.recipes.schema import read_recipe
 
-    recipe = read_recipe(name, overrides)
+    recipe = read_recipe(name, overrides, to_show=True)
     net, built = net_of(recipe)
     parts, tokens, stages = parts_of(net), visual_tokens(net), stage_facts(recipe, net)
     if recipe.about:
         console.print(recipe.about)
     console.print(_parts(f"{name}: {recipe.model}", parts))
     for stage in stages:
-        console.print(stage.table.render(f"stage {stage.name}: {stage.budget}, {stage.bytes / 2**20:,.0f} MiB of "
-                                         "weights, gradients and moments"))
+        console.print(
+            stage.table.render(
+                f"stage {stage.name}: {stage.budget}, {stage.bytes / 2**20:,.0f} MiB of weights, gradients and moments"
+            )
+        )
     facts: dict[str, Any] = {
-        "kind": recipe.model, "parts": parts, "visual_tokens": tokens,
-        "stages": [{"name": s.name, "budget": s.budget, "bytes": s.bytes, **s.table.to_dict()} for s in stages]}
+        "kind": recipe.model,
+        "parts": parts,
+        "visual_tokens": tokens,
+        "stages": [{"name": s.name, "budget": s.budget, "bytes": s.bytes, **s.table.to_dict()} for s in stages],
+    }
     if tokens is not None:
         console.print(f"{tokens} visual tokens per picture")
     if built is not None and recipe.model == "lm":
         rule = compute_rule(built)
-        console.print(f"N = {rule.parameters:,} parameters, D = {rule.tokens:,} tokens, "
-                      f"C = 6ND = {rule.flops:.3g} FLOPs; the compute-optimal rule asks for "
-                      f"D = 20 N = {rule.optimal_tokens:,}: this recipe is "
-                      f"{rule.off:+.0%} off.", highlight=False)
+        console.print(
+            f"N = {rule.parameters:,} parameters, D = {rule.tokens:,} tokens, "
+            f"C = 6ND = {rule.flops:.3g} FLOPs; the compute-optimal rule asks for "
+            f"D = 20 N = {rule.optimal_tokens:,}: this recipe is "
+            f"{rule.off:+.0%} off.",
+            highlight=False,
+        )
         facts["compute_rule"] = rule.to_dict()
     return facts
 

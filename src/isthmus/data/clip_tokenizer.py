@@ -40,10 +40,12 @@ class ClipTokenizer:
         self._pieces = {number: piece for piece, number in self._vocab.items()}
         self._bytes = {symbol: byte for byte, symbol in byte_symbols().items()}
         self._bpe = Tokenizer(models.BPE(vocab=self._vocab, merges=self._merges, end_of_word_suffix=_WORD_END))
-        self._bpe.pre_tokenizer = pre_tokenizers.Sequence([  # type: ignore[assignment]
-            pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ])
+        self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [  # type: ignore[assignment]
+                pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         self._bpe.add_special_tokens([START, END])
 
     @classmethod

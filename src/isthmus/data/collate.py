@@ -27,8 +27,10 @@ def collate(examples: Sequence[Example]) -> Batch:
     names = list(examples[0].streams)
     for example in examples:
         if list(example.streams) != names:
-            raise DataError(f"sample {example.id!r} has the streams {list(example.streams)} and the batch has {names}; "
-                            "one batch takes the examples of one processor")
+            raise DataError(
+                f"sample {example.id!r} has the streams {list(example.streams)} and the batch has {names}; "
+                "one batch takes the examples of one processor"
+            )
     groups: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     places: dict[str, list[tuple[int, int, int, int]]] = {name: [] for name in names}
     owner: list[int] = []
@@ -47,8 +49,10 @@ def collate(examples: Sequence[Example]) -> Batch:
         ids=tuple(e.id for e in examples),
         sources=tuple(e.source for e in examples),
         text={name: _pad([e.streams[name] for e in examples]) for name in names},
-        visuals=tuple(Visuals(index=torch.tensor([n for n, _ in group]), pixels=torch.stack([p for _, p in group]))
-                      for group in groups.values()),
+        visuals=tuple(
+            Visuals(index=torch.tensor([n for n, _ in group]), pixels=torch.stack([p for _, p in group]))
+            for group in groups.values()
+        ),
         places={name: _places(rows) for name, rows in places.items() if rows},
         owner=torch.tensor(owner, dtype=torch.long),
         keys=tuple(keys),

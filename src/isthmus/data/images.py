@@ -53,8 +53,9 @@ class ImageLimits:
         if count == 0:
             raise DataError(f"broken image: {where} is empty (0 bytes); write the file again or drop the sample")
         if count > self.file_bytes:
-            raise DataError(f"image too large: {where} has {count:,} bytes, the limit is {self.file_bytes:,}; "
-                            "save it smaller")
+            raise DataError(
+                f"image too large: {where} has {count:,} bytes, the limit is {self.file_bytes:,}; save it smaller"
+            )
 
     def check_size(self, width: int, height: int, where: str) -> None:
         """Raises DataError when the header announces a size outside the limits."""
@@ -90,8 +91,9 @@ class FileImage:
         try:
             return self.path.read_bytes()
         except OSError:
-            raise DataError(f"missing image: {self.path} cannot be read; check that it is a file and its "
-                            "permissions") from None
+            raise DataError(
+                f"missing image: {self.path} cannot be read; check that it is a file and its permissions"
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +119,10 @@ class TarImage:
         except OSError:
             raise DataError(f"missing image: the shard of {self.describe()} cannot be read; was it moved?") from None
         if len(raw) != self.size:
-            raise DataError(f"broken image: {self.describe()} should have {self.size} bytes and has {len(raw)}; the "
-                            "shard changed since it was indexed, start again")
+            raise DataError(
+                f"broken image: {self.describe()} should have {self.size} bytes and has {len(raw)}; the "
+                "shard changed since it was indexed, start again"
+            )
         return raw
 
 
@@ -194,14 +198,17 @@ def open_image(source: ImageSource, limits: ImageLimits | None = None) -> PilIma
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"broken image: {where} is not a picture of the formats {', '.join(FORMATS)}; convert it "
-                        "or drop the sample") from None
+        raise DataError(
+            f"broken image: {where} is not a picture of the formats {', '.join(FORMATS)}; convert it or drop the sample"
+        ) from None
     except (PilImage.DecompressionBombError, PilImage.DecompressionBombWarning):
-        raise DataError(f"image too large: {where} has far more pixels than the limit of {limits.pixels:,}; "
-                        "shrink it") from None
+        raise DataError(
+            f"image too large: {where} has far more pixels than the limit of {limits.pixels:,}; shrink it"
+        ) from None
     except Exception:  # Pillow's decoders raise almost anything on damaged data: OSError, SyntaxError, …
-        raise DataError(f"broken image: {where} is truncated or damaged; write the file again or drop the "
-                        "sample") from None
+        raise DataError(
+            f"broken image: {where} is truncated or damaged; write the file again or drop the sample"
+        ) from None
 
 
 def _orientation(image: PilImage.Image) -> int:
@@ -226,8 +233,11 @@ def _to_rgb(image: PilImage.Image) -> PilImage.Image:
 
 
 Mode = Literal["square", "pad", "squash"]
-_RESAMPLING = {"bicubic": PilImage.Resampling.BICUBIC, "bilinear": PilImage.Resampling.BILINEAR,
-               "nearest": PilImage.Resampling.NEAREST}
+_RESAMPLING = {
+    "bicubic": PilImage.Resampling.BICUBIC,
+    "bilinear": PilImage.Resampling.BILINEAR,
+    "nearest": PilImage.Resampling.NEAREST,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,11 +260,13 @@ class ImageTransform:
         if self.size < 1:
             raise ConfigError(f"image transform: size must be at least 1 pixel, not {self.size}")
         if self.mode not in ("square", "pad", "squash"):
-            raise ConfigError(f"image transform: unknown mode {self.mode!r}; "
-                              f"{nearest(self.mode, ('square', 'pad', 'squash'))}")
+            raise ConfigError(
+                f"image transform: unknown mode {self.mode!r}; {nearest(self.mode, ('square', 'pad', 'squash'))}"
+            )
         if self.resample not in _RESAMPLING:
-            raise ConfigError(f"image transform: unknown resample {self.resample!r}; "
-                              f"{nearest(self.resample, _RESAMPLING)}")
+            raise ConfigError(
+                f"image transform: unknown resample {self.resample!r}; {nearest(self.resample, _RESAMPLING)}"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ConfigError("image transform: mean and std need three numbers each, and std must be positive")
 

@@ -62,10 +62,20 @@ class Loader:
         prefetch: steps kept ready by the background thread; 0 does everything in the caller's thread.
     """
 
-    def __init__(self, sources: Source | Sequence[Source] | Mix, processor: Processor, *,
-                 batch_size: int | None = None, batch_tokens: int | None = None, accumulate: int = 1, seed: int = 0,
-                 group: bool = True, shuffle: bool = True, quarantine: Quarantine | None = None,
-                 prefetch: int = 2) -> None:
+    def __init__(
+        self,
+        sources: Source | Sequence[Source] | Mix,
+        processor: Processor,
+        *,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        accumulate: int = 1,
+        seed: int = 0,
+        group: bool = True,
+        shuffle: bool = True,
+        quarantine: Quarantine | None = None,
+        prefetch: int = 2,
+    ) -> None:
         if (batch_size is None) == (batch_tokens is None):
             raise ConfigError("a loader takes exactly one of batch_size (rows) and batch_tokens (padded tokens)")
         if min(n for n in (batch_size, batch_tokens, accumulate) if n is not None) < 1:

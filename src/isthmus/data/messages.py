@@ -30,6 +30,7 @@ def parts_of(messages: Sequence[Message]) -> list[Part]:
             elif kind == "image" and role == "user":
                 parts.append(as_image(piece["image"]))
             else:
-                raise DataError(f"message {number}: a {role} part must be text, or an image of the user's; "
-                                f"got {piece!r}.")
+                raise DataError(
+                    f"message {number}: a {role} part must be text, or an image of the user's; got {piece!r}."
+                )
     return parts

@@ -49,15 +49,24 @@ class ContrastiveProcessor:
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError unless the record holds one picture and a caption (a running text or an answer)."""
         if len(record.images) != 1:
-            raise DataError(f"bad pair: contrastive training takes one picture a sample and this has "
-                            f"{len(record.images)}; split the sample")
+            raise DataError(
+                f"bad pair: contrastive training takes one picture a sample and this has "
+                f"{len(record.images)}; split the sample"
+            )
         captions = [p for p in drawn(record, draw).texts if p.role in ("text", "assistant")]
         if len(captions) != 1:
-            raise DataError(f"bad pair: contrastive training takes one caption a sample and this has {len(captions)}; "
-                            "join or split them")
+            raise DataError(
+                f"bad pair: contrastive training takes one caption a sample and this has {len(captions)}; "
+                "join or split them"
+            )
         example = self.text_example(str(captions[0].text))
-        return replace(example, id=record.id, source=record.source, visuals=record.images,
-                       pixels=_pixels(self.image, record.images))
+        return replace(
+            example,
+            id=record.id,
+            source=record.source,
+            visuals=record.images,
+            pixels=_pixels(self.image, record.images),
+        )
 
     def text_example(self, text: str) -> Example:
         """A caption without a picture, for embedding texts. Raises DataError when it is empty."""
@@ -88,8 +97,15 @@ class SpliceProcessor:
 
     kind = "splice"
 
-    def __init__(self, tokenizer: Tokenizer, image: ImageTransform, *, num_tokens: int, template: str = "vicuna_v1",
-                 max_length: int = 2048) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        image: ImageTransform,
+        *,
+        num_tokens: int,
+        template: str = "vicuna_v1",
+        max_length: int = 2048,
+    ) -> None:
         _check(template, max_length)
         if num_tokens < 1:
             raise ConfigError(f"a picture takes at least one visual token, not {num_tokens}")
@@ -117,8 +133,9 @@ class SpliceProcessor:
         labels: list[int] = []
         places: list[Place] = []
         end = self.max_length
-        for visual, (start, stop) in enumerate(zip([0, *encoded.marks], [*encoded.marks, len(encoded.ids)],
-                                                   strict=True), start=-1):
+        for visual, (start, stop) in enumerate(
+            zip([0, *encoded.marks], [*encoded.marks, len(encoded.ids)], strict=True), start=-1
+        ):
             if visual >= 0:
                 if len(ids) + self.num_tokens > self.max_length:
                     end = min(end, len(ids))
@@ -129,12 +146,23 @@ class SpliceProcessor:
             ids += encoded.ids[start:stop]
             labels += encoded.labels[start:stop]
         kept = tuple(images[: len(places)])
-        return Example(id=record.id, source=record.source, streams={"lm": Span(ids[:end], labels[:end])}, visuals=kept,
-                       pixels=_pixels(self.image, kept), places=tuple(places))
+        return Example(
+            id=record.id,
+            source=record.source,
+            streams={"lm": Span(ids[:end], labels[:end])},
+            visuals=kept,
+            pixels=_pixels(self.image, kept),
+            places=tuple(places),
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "template": self.template, "max_length": self.max_length,
-                "num_tokens": self.num_tokens, "image": self.image.to_dict()}
+        return {
+            "kind": self.kind,
+            "template": self.template,
+            "max_length": self.max_length,
+            "num_tokens": self.num_tokens,
+            "image": self.image.to_dict(),
+        }
 
 
 class TextProcessor:
@@ -162,8 +190,10 @@ class TextProcessor:
 
     def _encode(self, record: Record, draw: int, *, prompt: bool) -> tuple[Encoded, bool]:
         if record.images:
-            raise DataError("picture without eyes: this model reads only text and the sample holds a picture; "
-                            "take the picture out or use a model with a vision encoder")
+            raise DataError(
+                "picture without eyes: this model reads only text and the sample holds a picture; "
+                "take the picture out or use a model with a vision encoder"
+            )
         rendered = render(record, self.template, draw=draw, prompt=prompt)
         return encode(rendered, self.tokenizer), rendered.learns
 
@@ -206,8 +236,11 @@ def _check(template: str, max_length: int) -> None:
 def _must_learn(span: Span, max_length: int, learns: bool) -> None:
     # Position 0 is never predicted, so a label there teaches nothing.
     if span.labels is None or all(label == IGNORE for label in span.labels[1:]):
-        why = (f"the first {max_length} tokens hold no token to be learnt; raise max_length or shorten the sample"
-               if learns else "no part of the sample is marked to be learnt; mark the answer")
+        why = (
+            f"the first {max_length} tokens hold no token to be learnt; raise max_length or shorten the sample"
+            if learns
+            else "no part of the sample is marked to be learnt; mark the answer"
+        )
         raise DataError(f"nothing learnt: {why}")
 
 

@@ -54,9 +54,11 @@ class Quarantine:
             reasons = ", ".join(f"{reason} ({n})" for reason, n in self.reasons().most_common(3))
             example = next(iter(self._known.values()), "")
             where = f"all are listed in {self.path}" if self.path else "no quarantine file was asked for"
-            raise DataError(f"{self.failures} of {self.samples} samples are bad, more than the allowed "
-                            f"{self.threshold:.1%}; most often: {reasons}; for example: {example}. Mend the data "
-                            f"({where}) or raise the threshold.")
+            raise DataError(
+                f"{self.failures} of {self.samples} samples are bad, more than the allowed "
+                f"{self.threshold:.1%}; most often: {reasons}; for example: {example}. Mend the data "
+                f"({where}) or raise the threshold."
+            )
 
     def reasons(self) -> Counter[str]:
         """Different bad samples by kind of reason: what stands before the first colon."""

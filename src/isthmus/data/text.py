@@ -14,10 +14,14 @@ from isthmus.data.record import Image, Record, Role, Text, without_answer
 from isthmus.data.tokenizer import END, Tokenizer
 from isthmus.errors import ConfigError, DataError, nearest
 
-_VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
-           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-_LLAVA = ("A chat between a curious human and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the human's questions.")
+_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_LLAVA = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
 
 
 @dataclass(slots=True)
@@ -116,16 +120,20 @@ def _conversation(system: str) -> Template:
         for number, turn in enumerate(turns):
             expected = "user" if number % 2 == 0 else "assistant"
             if turn.role != expected:
-                raise DataError(f"bad conversation: turn {number + 1} is the {turn.role}'s and should be the "
-                                f"{expected}'s; turns alternate, the user begins")
+                raise DataError(
+                    f"bad conversation: turn {number + 1} is the {turn.role}'s and should be the "
+                    f"{expected}'s; turns alternate, the user begins"
+                )
             if turn.role == "user":
                 out.write("USER: ")
                 _write_user(out, turn)
                 out.write(" ASSISTANT:")
             else:
                 if not turn.text.strip():
-                    raise DataError(f"empty answer: turn {number + 1} of the conversation says nothing; "
-                                    "write an answer or drop the turn")
+                    raise DataError(
+                        f"empty answer: turn {number + 1} of the conversation says nothing; "
+                        "write an answer or drop the turn"
+                    )
                 learn = turn.learn and not prompt
                 out.write(f" {turn.text}{END}", learn=learn)
         if not turns or (prompt and turns[-1].role != "user"):
@@ -156,8 +164,10 @@ def _plain(record: Record, prompt: bool) -> Rendered:
         return out
     answers = [p for p in record.texts if p.role in ("text", "assistant")]
     if len(answers) != 1:
-        raise DataError(f"bad caption: the template 'plain' takes one caption and the sample has {len(answers)}; "
-                        "use a conversation template")
+        raise DataError(
+            f"bad caption: the template 'plain' takes one caption and the sample has {len(answers)}; "
+            "use a conversation template"
+        )
     caption = str(answers[0].text)
     if not caption.strip():
         raise DataError("empty answer: the caption is empty; write one or drop the sample")
@@ -174,8 +184,10 @@ def _document(record: Record, prompt: bool) -> Rendered:
             out.place(part)
             continue
         if part.role in ("user", "assistant"):
-            raise DataError(f"bad document: the template 'document' takes running text and found a turn of the "
-                            f"{part.role}; use a conversation template")
+            raise DataError(
+                f"bad document: the template 'document' takes running text and found a turn of the "
+                f"{part.role}; use a conversation template"
+            )
         learn = part.learn and not prompt
         out.write(str(part.text), learn=learn)
     if not prompt:

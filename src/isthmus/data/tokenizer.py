@@ -27,8 +27,15 @@ text: one scheme for all models."""
 class Tokenizer:
     """A ``tokenizers`` tokenizer with its special ids. ``bos_id`` is none for families without one (Qwen)."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, eos: str, bos: str | None = None, pad: str | None = None,
-                 unk: str | None = None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos: str,
+        bos: str | None = None,
+        pad: str | None = None,
+        unk: str | None = None,
+    ) -> None:
         """Raises ConfigError when a named special token is not in the vocabulary."""
         self.backend = backend
         self.specials = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": unk}
@@ -47,8 +54,9 @@ class Tokenizer:
     def _id_of(self, token: str) -> int:
         number = self.backend.token_to_id(token)
         if number is None:
-            raise ConfigError(f"tokenizer: the special token {token!r} is not in its vocabulary; "
-                              "name one that is, or add it")
+            raise ConfigError(
+                f"tokenizer: the special token {token!r} is not in its vocabulary; name one that is, or add it"
+            )
         return number
 
     def encode(self, text: str) -> list[int]:
@@ -78,10 +86,15 @@ class Tokenizer:
 
     def files(self) -> dict[str, str]:
         """File name -> content of a saved tokenizer."""
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                  "model_max_length": int(1e30)} | {k: v for k, v in self.specials.items() if v is not None}
-        return {"tokenizer.json": self.backend.to_str(),
-                "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": int(1e30),
+        } | {k: v for k, v in self.specials.items() if v is not None}
+        return {
+            "tokenizer.json": self.backend.to_str(),
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        }
 
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
@@ -100,32 +113,47 @@ class Tokenizer:
             raise CheckpointError(f"{file} is not a tokenizer the tokenizers library can read; copy it again") from None
         names = _special_names(folder)
         if names.get("eos_token") is None:
-            raise CheckpointError(f"{folder} names no eos_token in tokenizer_config.json or special_tokens_map.json; "
-                                  "add it there")
-        return cls(backend, eos=names["eos_token"], bos=names.get("bos_token"), pad=names.get("pad_token"),
-                   unk=names.get("unk_token"))
+            raise CheckpointError(
+                f"{folder} names no eos_token in tokenizer_config.json or special_tokens_map.json; add it there"
+            )
+        return cls(
+            backend,
+            eos=names["eos_token"],
+            bos=names.get("bos_token"),
+            pad=names.get("pad_token"),
+            unk=names.get("unk_token"),
+        )
 
     @classmethod
     def _load_through_transformers(cls, folder: Path) -> "Tokenizer":
         """For folders that hold only tokenizer.model, or vocabulary and merges."""
         known = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
         if not any((folder / name).is_file() for name in known):
-            raise CheckpointError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json); "
-                                  "copy the tokenizer's files there")
+            raise CheckpointError(
+                f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json); "
+                "copy the tokenizer's files there"
+            )
         from transformers import AutoTokenizer
+
         try:
             peer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except ImportError:
-            raise MissingExtraError(f"reading the tokenizer of {folder} needs the package sentencepiece; "
-                                    "install it, or save the tokenizer as tokenizer.json") from None
+            raise MissingExtraError(
+                f"reading the tokenizer of {folder} needs the package sentencepiece; "
+                "install it, or save the tokenizer as tokenizer.json"
+            ) from None
         except Exception as error:
-            raise CheckpointError(f"transformers cannot load the tokenizer of {folder} ({type(error).__name__}); "
-                                  "save it as tokenizer.json") from error
+            raise CheckpointError(
+                f"transformers cannot load the tokenizer of {folder} ({type(error).__name__}); "
+                "save it as tokenizer.json"
+            ) from error
         if getattr(peer, "backend_tokenizer", None) is None or peer.eos_token is None:
-            raise CheckpointError(f"the tokenizer of {folder} has no fast form or no eos_token; save it as "
-                                  "tokenizer.json")
-        return cls(peer.backend_tokenizer, eos=peer.eos_token, bos=peer.bos_token, pad=peer.pad_token,
-                   unk=peer.unk_token)
+            raise CheckpointError(
+                f"the tokenizer of {folder} has no fast form or no eos_token; save it as tokenizer.json"
+            )
+        return cls(
+            peer.backend_tokenizer, eos=peer.eos_token, bos=peer.bos_token, pad=peer.pad_token, unk=peer.unk_token
+        )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 4096, *, min_frequency: int = 2) -> "Tokenizer":
@@ -136,18 +164,26 @@ class Tokenizer:
         specials = [PAD, BOS, EOS, UNK]
         smallest = len(specials) + 256
         if vocab_size < smallest:
-            raise ConfigError(f"tokenizer: vocab_size must be at least {smallest} (specials and bytes), "
-                              f"not {vocab_size}")
+            raise ConfigError(
+                f"tokenizer: vocab_size must be at least {smallest} (specials and bytes), not {vocab_size}"
+            )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         backend.train_from_iterator(
             (check_text(text) for text in texts),
-            trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=specials,
-                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+            trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                min_frequency=min_frequency,
+                special_tokens=specials,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            ),
+        )
         # For transformers' sake: its users expect the beginning-of-sequence token to come by itself.
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, backend.token_to_id(BOS))])
+            single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, backend.token_to_id(BOS))]
+        )
         return cls(backend, eos=EOS, bos=BOS, pad=PAD, unk=UNK)
 
 
@@ -156,8 +192,10 @@ def check_text(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"bad text: character {error.start} is half a surrogate pair (U+{ord(text[error.start]):04X}); "
-                        "decode the text as UTF-8 again") from None
+        raise DataError(
+            f"bad text: character {error.start} is half a surrogate pair (U+{ord(text[error.start]):04X}); "
+            "decode the text as UTF-8 again"
+        ) from None
     return text
 
 

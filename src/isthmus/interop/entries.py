@@ -58,8 +58,12 @@ def same(theirs: str, ours: str, *leaves: str) -> list[Entry]:
 
 
 def from_theirs(
-    entries: Sequence[Entry], state: Mapping[str, Tensor], shapes: Shapes, what: str,
-    *, tolerated: Iterable[str] = (),
+    entries: Sequence[Entry],
+    state: Mapping[str, Tensor],
+    shapes: Shapes,
+    what: str,
+    *,
+    tolerated: Iterable[str] = (),
 ) -> dict[str, Tensor]:
     """Our state dict from theirs. ``shapes`` are ours; keys that end in one of ``tolerated`` may be there besides.
 
@@ -68,10 +72,16 @@ def from_theirs(
     known = {entry.theirs for entry in entries}
     missing = sorted(known - set(state))
     unexpected = sorted(k for k in set(state) - known if not k.endswith(tuple(tolerated)))
-    mismatched = [f"{e.theirs} is {tuple(state[e.theirs].shape)}, expected {e.shape(shapes)}" for e in entries
-                  if e.theirs in state and tuple(state[e.theirs].shape) != e.shape(shapes)]
-    problems = [f"{label}: {_shorten(names)}" for label, names in
-                (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched)) if names]
+    mismatched = [
+        f"{e.theirs} is {tuple(state[e.theirs].shape)}, expected {e.shape(shapes)}"
+        for e in entries
+        if e.theirs in state and tuple(state[e.theirs].shape) != e.shape(shapes)
+    ]
+    problems = [
+        f"{label}: {_shorten(names)}"
+        for label, names in (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched))
+        if names
+    ]
     if problems:
         raise CheckpointError(f"the weights do not fit {what}. " + ". ".join(problems) + ".")
     return {name: value for entry in entries for name, value in entry.decode(state[entry.theirs])}

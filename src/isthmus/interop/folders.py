@@ -38,8 +38,9 @@ def _clip(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     config, state = read_clip_folder(folder)
     net = Clip(config)
     load_into(net, state, where=folder)
-    processor = ContrastiveProcessor(Tokenizer.load(folder), image=image_transform(folder, config.vision.image_size),
-                                     context=config.text.context)
+    processor = ContrastiveProcessor(
+        Tokenizer.load(folder), image=image_transform(folder, config.vision.image_size), context=config.text.context
+    )
     return net, processor, ()
 
 
@@ -51,8 +52,12 @@ def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     load_into(net, state, where=folder)
     transform = image_transform(folder, config.vision.image_size)
     processor = SpliceProcessor(
-        Tokenizer.load(folder), image=transform, template="vicuna_v1", max_length=net.language.context or 2048,
-        num_tokens=net.num_tokens(transform.size, transform.size))
+        Tokenizer.load(folder),
+        image=transform,
+        template="vicuna_v1",
+        max_length=net.language.context or 2048,
+        num_tokens=net.num_tokens(transform.size, transform.size),
+    )
     return net, processor, (image_token,)
 
 
@@ -81,10 +86,14 @@ def image_transform(folder: Path, size: int) -> ImageTransform:
     if isinstance(side, Mapping):
         side = side.get("height") or side.get("shortest_edge")
     if side != size:
-        raise CheckpointError(f"{folder}: its image processor makes pictures of {side} pixels, its vision encoder "
-                              f"reads {size}.")
+        raise CheckpointError(
+            f"{folder}: its image processor makes pictures of {side} pixels, its vision encoder reads {size}."
+        )
     base = ImageTransform.clip(size)
     crops = found.get("do_center_crop", "crop_size" in found)
     return ImageTransform(
-        size=size, mode="pad" if found.get("do_pad") else "square" if crops else "squash",
-        mean=tuple(found.get("image_mean", base.mean)), std=tuple(found.get("image_std", base.std)))
+        size=size,
+        mode="pad" if found.get("do_pad") else "square" if crops else "squash",
+        mean=tuple(found.get("image_mean", base.mean)),
+        std=tuple(found.get("image_std", base.std)),
+    )

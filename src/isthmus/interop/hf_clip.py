@@ -25,23 +25,52 @@ _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh":
 # What transformers fills in for a key that a config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "clip_vision_model": {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 32,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "num_channels": 3,
     },
     "siglip_vision_model": {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
-        "num_channels": 3, "vision_use_head": True,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+        "num_channels": 3,
+        "vision_use_head": True,
     },
     "clip_text_model": {
-        "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
-        "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-        "eos_token_id": 49407, "pad_token_id": 1,
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "eos_token_id": 49407,
+        "pad_token_id": 1,
     },
     "siglip_text_model": {
-        "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "max_position_embeddings": 64, "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6, "eos_token_id": 49407, "pad_token_id": 1, "projection_size": None,
+        "vocab_size": 32000,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 64,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+        "eos_token_id": 49407,
+        "pad_token_id": 1,
+        "projection_size": None,
     },
 }
 
@@ -61,10 +90,20 @@ def clip_config_from_hf(config: Mapping[str, Any]) -> ClipConfig:
     text_values = _tower(config, "text", kind)
     text = text_config_from_hf({"model_type": f"{kind}_text_model", **text_values})
     if kind == "clip":
-        return ClipConfig(vision=vision, text=text, embed_dim=config.get("projection_dim", 512),
-                          init_scale=config.get("logit_scale_init_value", 2.6592))
-    return ClipConfig(vision=vision, text=text, embed_dim=text_values.get("projection_size") or text.width,
-                      loss="sigmoid", vision_projection=False, text_projection_bias=True)
+        return ClipConfig(
+            vision=vision,
+            text=text,
+            embed_dim=config.get("projection_dim", 512),
+            init_scale=config.get("logit_scale_init_value", 2.6592),
+        )
+    return ClipConfig(
+        vision=vision,
+        text=text,
+        embed_dim=text_values.get("projection_size") or text.width,
+        loss="sigmoid",
+        vision_projection=False,
+        text_projection_bias=True,
+    )
 
 
 def clip_config_to_hf(config: ClipConfig) -> dict[str, Any]:
@@ -88,10 +127,14 @@ def vision_config_from_hf(config: Mapping[str, Any]) -> VisionConfig:
     """From a CLIP or SigLIP ``vision_config`` (its ``model_type`` says which; keys left out have their defaults)."""
     values = _filled(config)
     shared: dict[str, Any] = {
-        "image_size": _square(values["image_size"]), "patch_size": _square(values["patch_size"]),
-        "width": values["hidden_size"], "layers": values["num_hidden_layers"],
-        "heads": values["num_attention_heads"], "mlp_width": values["intermediate_size"],
-        "activation": _activation(values["hidden_act"]), "eps": values["layer_norm_eps"],
+        "image_size": _square(values["image_size"]),
+        "patch_size": _square(values["patch_size"]),
+        "width": values["hidden_size"],
+        "layers": values["num_hidden_layers"],
+        "heads": values["num_attention_heads"],
+        "mlp_width": values["intermediate_size"],
+        "activation": _activation(values["hidden_act"]),
+        "eps": values["layer_norm_eps"],
     }
     if values["num_channels"] != 3:
         raise CheckpointError(f"vision_config: pictures have 3 channels here, not {values['num_channels']}.")
@@ -104,9 +147,14 @@ def vision_config_to_hf(config: VisionConfig) -> dict[str, Any]:
     """A ``vision_config``. Raises CheckpointError for a tower that is neither CLIP's nor SigLIP's."""
     kind = _vision_kind(config)
     values = {
-        "model_type": f"{kind}_vision_model", "hidden_size": config.width, "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers, "num_attention_heads": config.heads, "image_size": config.image_size,
-        "patch_size": config.patch_size, "hidden_act": _their_activation(config.activation),
+        "model_type": f"{kind}_vision_model",
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "hidden_act": _their_activation(config.activation),
         "layer_norm_eps": config.eps,
     }
     return values if kind == "clip" else {**values, "vision_use_head": config.pool == "attention"}
@@ -122,10 +170,17 @@ def text_config_from_hf(config: Mapping[str, Any]) -> TextConfig:
     else:
         pool = "argmax" if eot == _LEGACY_EOS else "eot"
     return TextConfig(
-        context=values["max_position_embeddings"], vocab_size=vocab_size, width=values["hidden_size"],
-        layers=values["num_hidden_layers"], heads=values["num_attention_heads"],
-        mlp_width=values["intermediate_size"], activation=_activation(values["hidden_act"]),
-        eps=values["layer_norm_eps"], pool=pool, eot_id=eot, pad_id=pad,
+        context=values["max_position_embeddings"],
+        vocab_size=vocab_size,
+        width=values["hidden_size"],
+        layers=values["num_hidden_layers"],
+        heads=values["num_attention_heads"],
+        mlp_width=values["intermediate_size"],
+        activation=_activation(values["hidden_act"]),
+        eps=values["layer_norm_eps"],
+        pool=pool,
+        eot_id=eot,
+        pad_id=pad,
     )
 
 
@@ -133,11 +188,17 @@ def text_config_to_hf(config: TextConfig) -> dict[str, Any]:
     """A ``text_config``."""
     kind = "clip" if config.causal else "siglip"
     return {
-        "model_type": f"{kind}_text_model", "vocab_size": config.vocab_size, "hidden_size": config.width,
-        "intermediate_size": config.mlp_width, "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads, "max_position_embeddings": config.context,
-        "hidden_act": _their_activation(config.activation), "layer_norm_eps": config.eps,
-        "eos_token_id": _LEGACY_EOS if config.pool == "argmax" else config.eot_id, "pad_token_id": config.pad_id,
+        "model_type": f"{kind}_text_model",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.context,
+        "hidden_act": _their_activation(config.activation),
+        "layer_norm_eps": config.eps,
+        "eos_token_id": _LEGACY_EOS if config.pool == "argmax" else config.eot_id,
+        "pad_token_id": config.pad_id,
     }
 
 
@@ -191,8 +252,9 @@ def _kind(config: ClipConfig) -> str:
     kind = _vision_kind(config.vision)
     fits = (config.text.causal, config.vision_projection, config.text_projection_bias, config.init_bias is None)
     if fits != ((True, True, False, True) if kind == "clip" else (False, False, True, False)):
-        raise CheckpointError("transformers holds CLIP's towers with CLIP's head, or SigLIP's with SigLIP's; this "
-                              "model mixes them.")
+        raise CheckpointError(
+            "transformers holds CLIP's towers with CLIP's head, or SigLIP's with SigLIP's; this model mixes them."
+        )
     return kind
 
 
@@ -251,8 +313,11 @@ def _clip(config: ClipConfig) -> list[Entry]:
     if siglip:
         rows.append(Entry("logit_bias", ("heads.logit_bias",), as_vector=True))
         return rows + same("text_model.head", "heads.text_projection")
-    return [*rows, *same("visual_projection", "heads.vision_projection", "weight"),
-            *same("text_projection", "heads.text_projection", "weight")]
+    return [
+        *rows,
+        *same("visual_projection", "heads.vision_projection", "weight"),
+        *same("text_projection", "heads.text_projection", "weight"),
+    ]
 
 
 def _vision(config: VisionConfig, theirs: str, ours: str) -> list[Entry]:

@@ -26,8 +26,15 @@ from isthmus.language import LanguageModel, known_fields, match_keys
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors import build_connector
 
-_CLIP_L_336 = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
-               "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+_CLIP_L_336 = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
 """What transformers means by a LLaVA configuration without ``vision_config``."""
 
 
@@ -37,17 +44,20 @@ _CLIP_L_336 = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermed
 def llava_config_from_hf(config: Mapping[str, Any]) -> LlavaConfig:
     """From the config.json of a ``LlavaForConditionalGeneration``. Raises CheckpointError for what has no place."""
     if config.get("model_type") != "llava" or "mm_vision_tower" in config:
-        raise CheckpointError(f"config.json: model_type {config.get('model_type')!r} is not transformers' LLaVA"
-                              + ("; mm_vision_tower marks the original repository's." if "mm_vision_tower" in config
-                                 else "."))
+        raise CheckpointError(
+            f"config.json: model_type {config.get('model_type')!r} is not transformers' LLaVA"
+            + ("; mm_vision_tower marks the original repository's." if "mm_vision_tower" in config else ".")
+        )
     for name, expected in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
         if config.get(name, expected) != expected:
             raise CheckpointError(f"config.json: {name} {config[name]!r} is not supported, only {expected!r}.")
     vision = vision_config_from_hf({"model_type": "clip_vision_model", **(config.get("vision_config") or _CLIP_L_336)})
     strategy = config.get("vision_feature_select_strategy", "default")
     if strategy == "default" and not vision.class_token:
-        raise CheckpointError("config.json: vision_feature_select_strategy 'default' drops the first token, but this "
-                              "vision encoder has no class token to drop.")
+        raise CheckpointError(
+            "config.json: vision_feature_select_strategy 'default' drops the first token, but this "
+            "vision encoder has no class token to drop."
+        )
     layer = config.get("vision_feature_layer", -2)
     tied = bool(config.get("tie_word_embeddings", False))
     text = known_fields({"model_type": "llama", **(config.get("text_config") or {})})
@@ -65,8 +75,10 @@ def llava_config_to_hf(config: LlavaConfig, *, image_token_id: int) -> dict[str,
     Raises CheckpointError for a connector other than ``mlp2x_gelu``: this layout cannot say which one it is.
     """
     if config.projector != "mlp2x_gelu":
-        raise CheckpointError(f"transformers' LLaVA has the two-layer projector only; this model has "
-                              f"{config.projector!r}. Convert it to `original` or keep it in our own format.")
+        raise CheckpointError(
+            f"transformers' LLaVA has the two-layer projector only; this model has "
+            f"{config.projector!r}. Convert it to `original` or keep it in our own format."
+        )
     keep_all = config.feature_select == "cls_patch" or not config.vision.class_token
     layer = config.feature_layer
     patches = config.vision.grid**2 + (config.feature_select == "cls_patch")
@@ -103,22 +115,30 @@ def llava_from_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str,
     with torch.device("meta"):
         language = LanguageModel.build(config.language)
         connector = build_connector(config.projector, config.feature_width, language.width)
-    ours = {"vision": vision_from_hf(parts["vision_tower"], config.vision),
-            "connector": from_theirs(_projector(), parts["multi_modal_projector"], shapes_of(connector),
-                                     "the two-layer projector"),
-            "language.lm": match_keys(language.lm, parts["language_model"], where="language_model")}
+    ours = {
+        "vision": vision_from_hf(parts["vision_tower"], config.vision),
+        "connector": from_theirs(
+            _projector(), parts["multi_modal_projector"], shapes_of(connector), "the two-layer projector"
+        ),
+        "language.lm": match_keys(language.lm, parts["language_model"], where="language_model"),
+    }
     return {f"{part}.{name}": tensor for part, tensors in ours.items() for name, tensor in tensors.items()}
 
 
 def llava_to_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str, Tensor]:
     """Their state dict in the oldest layout. A tied head is left out, as their files do."""
     tied = bool(config.language.get("tie_word_embeddings", False))
-    theirs = {f"vision_tower.{name}": tensor for name, tensor in
-              vision_to_hf(part_of(state, "vision."), config.vision, prefix="vision_model.").items()}
+    theirs = {
+        f"vision_tower.{name}": tensor
+        for name, tensor in vision_to_hf(part_of(state, "vision."), config.vision, prefix="vision_model.").items()
+    }
     projector = to_theirs(_projector(), part_of(state, "connector."))
     theirs |= {f"multi_modal_projector.{name}": tensor for name, tensor in projector.items()}
-    return theirs | {f"language_model.{name}": tensor for name, tensor in part_of(state, "language.lm.").items()
-                     if not (tied and name == "lm_head.weight")}
+    return theirs | {
+        f"language_model.{name}": tensor
+        for name, tensor in part_of(state, "language.lm.").items()
+        if not (tied and name == "lm_head.weight")
+    }
 
 
 def with_image_token(state: Mapping[str, Tensor], config: LlavaConfig) -> tuple[dict[str, Tensor], LlavaConfig, int]:
@@ -130,8 +150,10 @@ def with_image_token(state: Mapping[str, Tensor], config: LlavaConfig) -> tuple[
     size = config.language["vocab_size"]
     with torch.device("meta"):
         tables = [f"language.{name}" for name in LanguageModel.build(config.language).vocabulary_tables()]
-    grown = {name: torch.cat([state[name], state[name].float().mean(0, keepdim=True).to(state[name].dtype)])
-             for name in tables}
+    grown = {
+        name: torch.cat([state[name], state[name].float().mean(0, keepdim=True).to(state[name].dtype)])
+        for name in tables
+    }
     return {**state, **grown}, replace(config, language={**config.language, "vocab_size": size + 1}), size
 
 
@@ -158,8 +180,9 @@ def read_llava_folder(path: str | Path) -> tuple[LlavaConfig, dict[str, Tensor],
     return config, llava_from_hf(read_weights(path), config), token
 
 
-def write_llava_folder(path: str | Path, config: LlavaConfig, state: Mapping[str, Tensor], *,
-                       image_token_id: int | None = None) -> int:
+def write_llava_folder(
+    path: str | Path, config: LlavaConfig, state: Mapping[str, Tensor], *, image_token_id: int | None = None
+) -> int:
     """A folder that transformers opens, written whole or not at all; answers with the id of the image token.
 
     Without ``image_token_id`` the vocabulary gets one more row for it. The folder also tells transformers' generate
@@ -167,9 +190,12 @@ def write_llava_folder(path: str | Path, config: LlavaConfig, state: Mapping[str
     """
     if image_token_id is None:
         state, config, image_token_id = with_image_token(state, config)
-    write_folder(path, {
-        "config.json": llava_config_to_hf(config, image_token_id=image_token_id),
-        "generation_config.json": {"suppress_tokens": [image_token_id]},
-        "model.safetensors": llava_to_hf(state, config),
-    })
+    write_folder(
+        path,
+        {
+            "config.json": llava_config_to_hf(config, image_token_id=image_token_id),
+            "generation_config.json": {"suppress_tokens": [image_token_id]},
+            "model.safetensors": llava_to_hf(state, config),
+        },
+    )
     return image_token_id

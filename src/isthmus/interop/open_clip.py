@@ -16,8 +16,19 @@ from isthmus.nn.vit import VisionConfig
 
 _VISION_READ = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "no_ln_pre", "norm_kwargs"}
 _VISION_FIXED = {"pool_type": ("tok",), "final_ln_after_pool": (False, True), "pos_embed_type": ("learnable",)}
-_TEXT_READ = {"context_length", "vocab_size", "width", "layers", "heads", "mlp_ratio", "pad_id", "eos_id",
-              "pool_type", "proj_bias", "norm_kwargs"}
+_TEXT_READ = {
+    "context_length",
+    "vocab_size",
+    "width",
+    "layers",
+    "heads",
+    "mlp_ratio",
+    "pad_id",
+    "eos_id",
+    "pool_type",
+    "proj_bias",
+    "norm_kwargs",
+}
 _TEXT_FIXED = {"proj_type": ("linear",)}
 _TOP_READ = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"}
 _TOP_FIXED = {"custom_text": (False, True)}
@@ -41,16 +52,27 @@ def clip_config_from_open_clip(config: Mapping[str, Any]) -> ClipConfig:
         raise CheckpointError(f"text_cfg: pool_type {pool!r} is not CLIP's; known: {', '.join(_POOLS)}.")
     return ClipConfig(
         vision=VisionConfig(
-            image_size=vision.get("image_size", 224), patch_size=vision.get("patch_size", 16), width=width,
-            layers=vision.get("layers", 12), heads=width // vision.get("head_width", 64),
-            mlp_width=int(width * vision.get("mlp_ratio", 4.0)), activation=activation, eps=_eps(vision),
+            image_size=vision.get("image_size", 224),
+            patch_size=vision.get("patch_size", 16),
+            width=width,
+            layers=vision.get("layers", 12),
+            heads=width // vision.get("head_width", 64),
+            mlp_width=int(width * vision.get("mlp_ratio", 4.0)),
+            activation=activation,
+            eps=_eps(vision),
             pre_norm=not vision.get("no_ln_pre", False),
         ),
         text=TextConfig(
-            context=text.get("context_length", 77), vocab_size=vocab_size, width=text_width,
-            layers=text.get("layers", 12), heads=text.get("heads", 8),
-            mlp_width=int(text_width * text.get("mlp_ratio", 4.0)), activation=activation, eps=_eps(text),
-            pool=_POOLS[pool], eot_id=vocab_size - 1 if pool == "argmax" else text.get("eos_id", 2),
+            context=text.get("context_length", 77),
+            vocab_size=vocab_size,
+            width=text_width,
+            layers=text.get("layers", 12),
+            heads=text.get("heads", 8),
+            mlp_width=int(text_width * text.get("mlp_ratio", 4.0)),
+            activation=activation,
+            eps=_eps(text),
+            pool=_POOLS[pool],
+            eot_id=vocab_size - 1 if pool == "argmax" else text.get("eos_id", 2),
             pad_id=text.get("pad_id", 0),
         ),
         embed_dim=config["embed_dim"],
@@ -89,9 +111,7 @@ def _eps(tower: Mapping[str, Any]) -> float:
     return (tower.get("norm_kwargs") or {}).get("eps", 1e-5)
 
 
-def _only_known(
-    values: Mapping[str, Any], read: set[str], fixed: Mapping[str, tuple[Any, ...]], where: str
-) -> None:
+def _only_known(values: Mapping[str, Any], read: set[str], fixed: Mapping[str, tuple[Any, ...]], where: str) -> None:
     """Refuse what would be ignored: a field that is neither read nor switched off nor at a value equal to ours."""
     for name, value in values.items():
         if name in read or value in fixed.get(name, (None, False)):

@@ -36,12 +36,23 @@ def clip_config_from_openai(state: Mapping[str, Tensor], *, activation: str, hea
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"this is not CLIP with a vision transformer in OpenAI's layout: {error}.") from error
     vision = VisionConfig(
-        image_size=math.isqrt(rows - 1) * patch, patch_size=patch, width=width, heads=width // head_width,
-        layers=_depth(state, "visual.transformer.resblocks."), mlp_width=hidden, activation=activation,
+        image_size=math.isqrt(rows - 1) * patch,
+        patch_size=patch,
+        width=width,
+        heads=width // head_width,
+        layers=_depth(state, "visual.transformer.resblocks."),
+        mlp_width=hidden,
+        activation=activation,
     )
     text = TextConfig(
-        context=context, vocab_size=vocab_size, width=text_width, heads=text_width // head_width,
-        layers=_depth(state, "transformer.resblocks."), mlp_width=text_hidden, activation=activation, pool="argmax",
+        context=context,
+        vocab_size=vocab_size,
+        width=text_width,
+        heads=text_width // head_width,
+        layers=_depth(state, "transformer.resblocks."),
+        mlp_width=text_hidden,
+        activation=activation,
+        pool="argmax",
         eot_id=vocab_size - 1,
     )
     return ClipConfig(vision=vision, text=text, embed_dim=embed_dim)
@@ -66,8 +77,16 @@ def entries(config: ClipConfig, *, text: str = "") -> list[Entry]:
     Raises CheckpointError for variants that have no place in it.
     """
     vision = config.vision
-    if not (vision.class_token and vision.pool == "class" and vision.post_norm == "pooled"
-            and config.vision_projection and config.text.causal) or vision.patch_bias:
+    if (
+        not (
+            vision.class_token
+            and vision.pool == "class"
+            and vision.post_norm == "pooled"
+            and config.vision_projection
+            and config.text.causal
+        )
+        or vision.patch_bias
+    ):
         raise CheckpointError("this layout holds CLIP's towers only (class token, projections, causal text).")
     rows = [
         Entry("logit_scale", ("heads.logit_scale",)),

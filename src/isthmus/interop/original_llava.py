@@ -34,17 +34,21 @@ def llava_config_from_original(config: Mapping[str, Any], vision: VisionConfig |
     Raises CheckpointError for a tower that is not known or start and end tokens around the picture.
     """
     if config.get("mm_use_im_start_end"):
-        raise CheckpointError("config.json: mm_use_im_start_end puts trained tokens around the picture, which is not "
-                              "supported.")
+        raise CheckpointError(
+            "config.json: mm_use_im_start_end puts trained tokens around the picture, which is not supported."
+        )
     tower = str(config.get("mm_vision_tower", "")).rstrip("/").rpartition("/")[2]
     if vision is None and tower not in _TOWERS:
-        raise CheckpointError(f"config.json: the vision tower {config.get('mm_vision_tower')!r} is not known here; "
-                              "give its configuration.")
+        raise CheckpointError(
+            f"config.json: the vision tower {config.get('mm_vision_tower')!r} is not known here; "
+            "give its configuration."
+        )
     kind = str(config.get("model_type", "llava"))
     base = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}.get(kind)
     if base is None:
-        raise CheckpointError(f"config.json: model_type {kind!r} is not supported, only llava, llava_llama and "
-                              "llava_mistral.")
+        raise CheckpointError(
+            f"config.json: model_type {kind!r} is not supported, only llava, llava_llama and llava_mistral."
+        )
     return LlavaConfig(
         vision=vision or _TOWERS[tower](),
         language=known_fields({**config, "model_type": base}),
@@ -54,8 +58,9 @@ def llava_config_from_original(config: Mapping[str, Any], vision: VisionConfig |
     )
 
 
-def llava_from_original(state: Mapping[str, Tensor], config: LlavaConfig, *,
-                        vision: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def llava_from_original(
+    state: Mapping[str, Tensor], config: LlavaConfig, *, vision: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Our state dict from a full model; dtypes stay.
 
     ``vision`` is our own state dict of the tower, needed where the file omits it (released v1.5 files do); a tower
@@ -65,19 +70,24 @@ def llava_from_original(state: Mapping[str, Tensor], config: LlavaConfig, *,
     if tower:
         vision = vision_from_hf(tower, config.vision)
     if vision is None:
-        raise CheckpointError("this LLaVA file holds no vision tower (released v1.5 files do not); name the CLIP "
-                              "checkpoint it was trained with as its source.")
+        raise CheckpointError(
+            "this LLaVA file holds no vision tower (released v1.5 files do not); name the CLIP "
+            "checkpoint it was trained with as its source."
+        )
     rest = {name: tensor for name, tensor in state.items() if not name.startswith((_TOWER, _PROJECTOR))}
     with torch.device("meta"):
         language = LanguageModel.build(config.language)
-    ours = {"vision": dict(vision),
-            "connector": projector_from_original(part_of(state, "model."), config, only=False),
-            "language.lm": match_keys(language.lm, rest, where="the language model")}
+    ours = {
+        "vision": dict(vision),
+        "connector": projector_from_original(part_of(state, "model."), config, only=False),
+        "language.lm": match_keys(language.lm, rest, where="the language model"),
+    }
     return {f"{part}.{name}": tensor for part, tensors in ours.items() for name, tensor in tensors.items()}
 
 
-def projector_from_original(state: Mapping[str, Tensor], config: LlavaConfig, *, only: bool = True
-                            ) -> dict[str, Tensor]:
+def projector_from_original(
+    state: Mapping[str, Tensor], config: LlavaConfig, *, only: bool = True
+) -> dict[str, Tensor]:
     """The connector's state dict from ``mm_projector.bin`` or ``non_lora_trainables.bin``.
 
     With ``only`` nothing else may be in the file. Raises CheckpointError on any misfit.
@@ -85,8 +95,10 @@ def projector_from_original(state: Mapping[str, Tensor], config: LlavaConfig, *,
     bare = {_without_wrappers(name): tensor for name, tensor in state.items()}
     other = [name for name in bare if not name.startswith("mm_projector.")]
     if only and other:
-        raise CheckpointError(f"this projector file also holds {', '.join(sorted(other)[:3])}, which has no place here "
-                              "(trained start and end tokens are not supported).")
+        raise CheckpointError(
+            f"this projector file also holds {', '.join(sorted(other)[:3])}, which has no place here "
+            "(trained start and end tokens are not supported)."
+        )
     with torch.device("meta"):
         width = LanguageModel.build(config.language).width
         shapes = shapes_of(build_connector(config.projector, config.feature_width, width))

@@ -52,8 +52,10 @@ class ClipConfig:
         if self.vision.pool == "none":
             raise ConfigError("CLIP needs a pooled picture: take vision pool 'class' or 'attention'.")
         if not self.vision_projection and self.vision.width != self.embed_dim:
-            raise ConfigError(f"without a vision projection embed_dim must be the tower's width {self.vision.width}, "
-                              f"not {self.embed_dim}.")
+            raise ConfigError(
+                f"without a vision projection embed_dim must be the tower's width {self.vision.width}, "
+                f"not {self.embed_dim}."
+            )
         if self.loss == "softmax" and self.init_bias is not None:
             raise ConfigError("init_bias belongs to the sigmoid loss; a softmax does not feel a bias.")
         if self.init_scale is None:
@@ -97,15 +99,22 @@ class ClipConfig:
 
     @classmethod
     def _siglip(cls, vision: VisionConfig, text: TextConfig) -> "ClipConfig":
-        return cls(vision=vision, text=text, embed_dim=vision.width, loss="sigmoid", vision_projection=False,
-                   text_projection_bias=True)
+        return cls(
+            vision=vision,
+            text=text,
+            embed_dim=vision.width,
+            loss="sigmoid",
+            vision_projection=False,
+            text_projection_bias=True,
+        )
 
     @classmethod
     def tiny(cls, *, vocab_size: int, eot_id: int, context: int = 64, image_size: int = 64) -> "ClipConfig":
         """Towers that learn the scenes on two CPU cores within minutes."""
         vision = VisionConfig(image_size=image_size, patch_size=16, width=160, layers=5, heads=5, mlp_width=640)
-        text = TextConfig(context=context, vocab_size=vocab_size, width=160, layers=3, heads=5, mlp_width=640,
-                          eot_id=eot_id)
+        text = TextConfig(
+            context=context, vocab_size=vocab_size, width=160, layers=3, heads=5, mlp_width=640, eot_id=eot_id
+        )
         return cls(vision=vision, text=text, embed_dim=160)
 
 

@@ -59,8 +59,10 @@ class LlavaConfig:
             raise ConfigError("feature_layer names no hidden state; give a number such as -2.")
         for layer in self.feature_layers:
             if not -depth <= layer < depth:
-                raise ConfigError(f"feature_layer {layer} does not exist: a vision encoder of {self.vision.layers} "
-                                  f"blocks has {depth} hidden states, 0 to {depth - 1} or -{depth} to -1.")
+                raise ConfigError(
+                    f"feature_layer {layer} does not exist: a vision encoder of {self.vision.layers} "
+                    f"blocks has {depth} hidden states, 0 to {depth - 1} or -{depth} to -1."
+                )
         if self.feature_select == "cls_patch" and not self.vision.class_token:
             raise ConfigError("feature_select cls_patch asks for a class token that this vision encoder lacks.")
 
@@ -103,27 +105,42 @@ class LlavaConfig:
         """What two CPU cores train in minutes on the scenes: 16 visual tokens for a 64x64 picture."""
         return cls(
             vision=VisionConfig(image_size=image_size, patch_size=16, width=160, layers=5, heads=5, mlp_width=640),
-            language={"model_type": "llama", "vocab_size": vocab_size, "hidden_size": 192, "intermediate_size": 512,
-                      "num_hidden_layers": 5, "num_attention_heads": 6, "max_position_embeddings": 512,
-                      "tie_word_embeddings": True},
+            language={
+                "model_type": "llama",
+                "vocab_size": vocab_size,
+                "hidden_size": 192,
+                "intermediate_size": 512,
+                "num_hidden_layers": 5,
+                "num_attention_heads": 6,
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": True,
+            },
         )
 
 
 def _vicuna_7b(vocab_size: int, version: float) -> dict[str, Any]:
-    return _vicuna(vocab_size, version, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                   num_attention_heads=32)
+    return _vicuna(
+        vocab_size, version, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
 
 
 def _vicuna_13b(vocab_size: int, version: float) -> dict[str, Any]:
-    return _vicuna(vocab_size, version, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
-                   num_attention_heads=40)
+    return _vicuna(
+        vocab_size, version, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+    )
 
 
 def _vicuna(vocab_size: int, version: float, **sizes: int) -> dict[str, Any]:
     """Vicuna 1.x is a fine-tuned Llama, Vicuna 1.5 a fine-tuned Llama 2, which has the longer context."""
     second = version >= 1.5
-    return {"model_type": "llama", "vocab_size": vocab_size, **sizes, "rms_norm_eps": 1e-5 if second else 1e-6,
-            "max_position_embeddings": 4096 if second else 2048, "tie_word_embeddings": False}
+    return {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        **sizes,
+        "rms_norm_eps": 1e-5 if second else 1e-6,
+        "max_position_embeddings": 4096 if second else 2048,
+        "tie_word_embeddings": False,
+    }
 
 
 class Llava(nn.Module):
@@ -211,11 +228,15 @@ class Llava(nn.Module):
         if group.features is None:
             raise DataError("a group of visuals has neither pixels nor cached features.")
         if self._trains(self.vision):
-            raise DataError("the stage trains the vision encoder, but the batch brings cached features; turn the "
-                            "feature cache off or freeze vision.*.")
+            raise DataError(
+                "the stage trains the vision encoder, but the batch brings cached features; turn the "
+                "feature cache off or freeze vision.*."
+            )
         if group.features.shape[-1] != self.config.feature_width:
-            raise DataError(f"cached features are {group.features.shape[-1]} wide, the connector reads "
-                            f"{self.config.feature_width}; the cache was made for another encoder or feature_layer.")
+            raise DataError(
+                f"cached features are {group.features.shape[-1]} wide, the connector reads "
+                f"{self.config.feature_width}; the cache was made for another encoder or feature_layer."
+            )
         return group.features
 
     def _nothing(self) -> Tensor:
@@ -240,22 +261,43 @@ class Llava(nn.Module):
 
 def _stage(name: str, samples: int, **rates: float) -> Stage:
     """AdamW without decay, 3 % warm-up, cosine to zero, gradients clipped at 1: common to all of the papers' stages."""
-    return Stage(name=name, train=tuple(Group(f"{part}.*", lr) for part, lr in rates.items()), samples=samples,
-                 warmup=0.03)
+    return Stage(
+        name=name, train=tuple(Group(f"{part}.*", lr) for part, lr in rates.items()), samples=samples, warmup=0.03
+    )
 
 
 STAGES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "v1": (
-        {"stage": _stage("align", 595_000, connector=2e-3), "batch_size": 128, "template": "plain",
-         "image_mode": "square", "max_length": 2048},
-        {"stage": _stage("instruct", 3 * 158_000, connector=2e-5, language=2e-5), "batch_size": 32,
-         "template": "vicuna_v1", "image_mode": "square", "max_length": 2048},
+        {
+            "stage": _stage("align", 595_000, connector=2e-3),
+            "batch_size": 128,
+            "template": "plain",
+            "image_mode": "square",
+            "max_length": 2048,
+        },
+        {
+            "stage": _stage("instruct", 3 * 158_000, connector=2e-5, language=2e-5),
+            "batch_size": 32,
+            "template": "vicuna_v1",
+            "image_mode": "square",
+            "max_length": 2048,
+        },
     ),
     "v1_5": (
-        {"stage": _stage("align", 558_000, connector=1e-3), "batch_size": 256, "template": "plain",
-         "image_mode": "square", "max_length": 2048},
-        {"stage": _stage("instruct", 665_000, connector=2e-5, language=2e-5), "batch_size": 128,
-         "template": "vicuna_v1", "image_mode": "pad", "max_length": 2048},
+        {
+            "stage": _stage("align", 558_000, connector=1e-3),
+            "batch_size": 256,
+            "template": "plain",
+            "image_mode": "square",
+            "max_length": 2048,
+        },
+        {
+            "stage": _stage("instruct", 665_000, connector=2e-5, language=2e-5),
+            "batch_size": 128,
+            "template": "vicuna_v1",
+            "image_mode": "pad",
+            "max_length": 2048,
+        },
     ),
 }
 """The papers' two stages (2304.08485 sec. 4.2; 2310.03744 sec. 3): feature alignment trains the projector alone,

@@ -18,7 +18,12 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, *, context_width: int | None = None, head_width: int | None = None,
+        self,
+        width: int,
+        heads: int,
+        *,
+        context_width: int | None = None,
+        head_width: int | None = None,
         bias: bool = True,
     ) -> None:
         super().__init__()

@@ -54,7 +54,12 @@ def info_nce(
 
 
 def sigmoid_loss(
-    images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, *, kind: Similarity = "cosine",
+    images: Tensor,
+    texts: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    *,
+    kind: Similarity = "cosine",
     keys: Sequence[str] = (),
 ) -> Tensor:
     """SigLIP's loss (Zhai et al. 2023, eq. 1): -Σᵢⱼ log σ(zᵢⱼ (s·simᵢⱼ + b)) over B, z = 1 on pairs and -1 elsewhere.
@@ -95,7 +100,7 @@ class _Gather(torch.autograd.Function):
         # All-reduce and slice rather than reduce-scatter: gloo has only the former.
         gradient = gradients[0].contiguous().clone()
         dist.all_reduce(gradient)
-        return gradient[ctx.rows * _rank():][: ctx.rows]
+        return gradient[ctx.rows * _rank() :][: ctx.rows]
 
 
 def _same_picture(keys: Sequence[str], target: Tensor, total: int) -> Tensor | None:

@@ -12,8 +12,9 @@ from isthmus.batch import Places
 from isthmus.errors import DataError
 
 
-def splice(embeds: Tensor, visual_tokens: Sequence[Tensor] | Tensor, places: Places, *,
-           names: Sequence[str] = ()) -> Tensor:
+def splice(
+    embeds: Tensor, visual_tokens: Sequence[Tensor] | Tensor, places: Places, *, names: Sequence[str] = ()
+) -> Tensor:
     """Put visual tokens into ``embeds`` (B, T, D) at ``places``; answers with a new (B, T, D).
 
     Args:
@@ -52,8 +53,9 @@ def _as_rows(places: Places) -> list[list[int]]:
 
 def _flat_positions(rows: list[list[int]], width: int) -> Tensor:
     """(S,) positions in the flattened (B·T) sequence, in order of the places."""
-    return torch.cat([torch.arange(row * width + start, row * width + start + length)
-                      for row, _, start, length in rows])
+    return torch.cat(
+        [torch.arange(row * width + start, row * width + start + length) for row, _, start, length in rows]
+    )
 
 
 def _check(rows: list[list[int]], counts: list[int], shape: tuple[int, ...], names: Sequence[str]) -> None:
@@ -63,15 +65,20 @@ def _check(rows: list[list[int]], counts: list[int], shape: tuple[int, ...], nam
         if not 0 <= visual < len(counts):
             raise DataError(f"{where}: a place asks for visual {visual}, but the batch has {len(counts)}.")
         if length != counts[visual]:
-            raise DataError(f"{where}: the text keeps {length} places for visual {visual}, but the connector made "
-                            f"{counts[visual]} tokens of it. Processor and model were made for different sizes.")
+            raise DataError(
+                f"{where}: the text keeps {length} places for visual {visual}, but the connector made "
+                f"{counts[visual]} tokens of it. Processor and model were made for different sizes."
+            )
         if not (0 <= row < shape[0] and start >= 0 and start + length <= shape[1]):
-            raise DataError(f"{where}: visual {visual} should stand at {start} to {start + length}, outside the "
-                            f"batch of {shape[0]} rows and {shape[1]} tokens.")
+            raise DataError(
+                f"{where}: visual {visual} should stand at {start} to {start + length}, outside the "
+                f"batch of {shape[0]} rows and {shape[1]} tokens."
+            )
         if start < end_of_last.get(row, 0):
             raise DataError(f"{where}: visual {visual} starts at {start}, inside the visual before it.")
         end_of_last[row] = start + length
     homeless = sorted(set(range(len(counts))) - {visual for _, visual, _, _ in rows})
     if homeless:
-        raise DataError(f"visual {homeless[0]} of the batch has no place in the text; a picture must not be dropped "
-                        "silently.")
+        raise DataError(
+            f"visual {homeless[0]} of the batch has no place in the text; a picture must not be dropped silently."
+        )

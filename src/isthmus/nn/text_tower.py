@@ -54,8 +54,19 @@ class TextConfig:
     @classmethod
     def siglip(cls, width: int, layers: int, heads: int, mlp_width: int) -> "TextConfig":
         """SigLIP's tower with its published vocabulary (32,000), context (64) and tanh-GELU."""
-        return cls(context=64, vocab_size=32000, width=width, layers=layers, heads=heads, mlp_width=mlp_width,
-                   activation="gelu_tanh", eps=1e-6, pool="last", eot_id=1, pad_id=1)
+        return cls(
+            context=64,
+            vocab_size=32000,
+            width=width,
+            layers=layers,
+            heads=heads,
+            mlp_width=mlp_width,
+            activation="gelu_tanh",
+            eps=1e-6,
+            pool="last",
+            eot_id=1,
+            pad_id=1,
+        )
 
 
 class TextTower(nn.Module):
@@ -102,8 +113,10 @@ class TextTower(nn.Module):
     def _check_length(self, lengths: Tensor) -> None:
         longest = int(lengths.max())
         if longest > self.config.context:
-            raise DataError(f"row {int(lengths.argmax())} has {longest} tokens; the text tower reads at most "
-                            f"{self.config.context}. Truncate when tokenizing.")
+            raise DataError(
+                f"row {int(lengths.argmax())} has {longest} tokens; the text tower reads at most "
+                f"{self.config.context}. Truncate when tokenizing."
+            )
 
     def _end_of_text(self, ids: Tensor, real: Tensor) -> Tensor:
         """(B,) the place each row is read at."""
@@ -116,8 +129,10 @@ class TextTower(nn.Module):
             place = found.int().argmax(dim=1)
             absent = ~found.any(dim=1)
         if bool(absent.any()):
-            raise DataError(f"row {int(absent.int().argmax())} has no end-of-text (id {self.config.eot_id}), the token "
-                            "it is read at; was the text made by another tokenizer?")
+            raise DataError(
+                f"row {int(absent.int().argmax())} has no end-of-text (id {self.config.eot_id}), the token "
+                "it is read at; was the text made by another tokenizer?"
+            )
         return place
 
     def _fill(self, ids: Tensor, real: Tensor) -> Tensor:

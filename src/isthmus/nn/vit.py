@@ -88,14 +88,33 @@ class VisionConfig:
 
     @classmethod
     def siglip(
-        cls, *, image_size: int, patch_size: int, width: int, layers: int, heads: int, mlp_width: int,
-        activation: str = "gelu_tanh", eps: float = 1e-6, pool: Literal["attention", "none"] = "attention",
+        cls,
+        *,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_width: int,
+        activation: str = "gelu_tanh",
+        eps: float = 1e-6,
+        pool: Literal["attention", "none"] = "attention",
     ) -> "VisionConfig":
         """SigLIP's variant at any size: no class token, no first norm, attention pooling over normed tokens."""
         return cls(
-            image_size=image_size, patch_size=patch_size, width=width, layers=layers, heads=heads,
-            mlp_width=mlp_width, activation=activation, eps=eps, class_token=False, pre_norm=False, patch_bias=True,
-            post_norm="all", pool=pool,
+            image_size=image_size,
+            patch_size=patch_size,
+            width=width,
+            layers=layers,
+            heads=heads,
+            mlp_width=mlp_width,
+            activation=activation,
+            eps=eps,
+            class_token=False,
+            pre_norm=False,
+            patch_bias=True,
+            post_norm="all",
+            pool=pool,
         )
 
 
@@ -188,8 +207,10 @@ class VisionTransformer(nn.Module):
     def _layer(self, index: int) -> int:
         count = self.config.layers + 1
         if not -count <= index < count:
-            raise ConfigError(f"layer {index} does not exist: this tower has {count} hidden states, 0 to {count - 1} "
-                              f"or -{count} to -1.")
+            raise ConfigError(
+                f"layer {index} does not exist: this tower has {count} hidden states, 0 to {count - 1} "
+                f"or -{count} to -1."
+            )
         return index % count
 
     def _embed(self, pixels: Tensor, interpolate: Interpolation | None) -> Tensor:
@@ -205,13 +226,16 @@ class VisionTransformer(nn.Module):
         if (height, width) == (side, side):
             return self.positions
         if interpolate is None:
-            raise ConfigError(f"the vision encoder was made for {side}x{side} pixels and was given {height}x{width}; "
-                              "resize the pictures, or ask for interpolate='hf' or 'open_clip'.")
+            raise ConfigError(
+                f"the vision encoder was made for {side}x{side} pixels and was given {height}x{width}; "
+                "resize the pictures, or ask for interpolate='hf' or 'open_clip'."
+            )
         if min(height, width) < patch:
             raise ConfigError(f"a picture of {height}x{width} pixels is smaller than one {patch}x{patch} patch.")
         own = self.config.grid
-        return resize_positions(self.positions, (own, own), self.grid(height, width), how=interpolate,
-                                class_token=self.config.class_token)
+        return resize_positions(
+            self.positions, (own, own), self.grid(height, width), how=interpolate, class_token=self.config.class_token
+        )
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.config.post_norm == "all":
@@ -232,8 +256,10 @@ def resize_positions(
         raise ConfigError(f"unknown interpolation {how!r}; known: hf, open_clip.")
     extra = int(class_token)
     if len(table) != math.prod(old_grid) + extra:
-        raise ConfigError(f"a position table of {len(table)} rows does not fit a grid of {old_grid[0]}x{old_grid[1]} "
-                          f"patches and {extra} class token(s).")
+        raise ConfigError(
+            f"a position table of {len(table)} rows does not fit a grid of {old_grid[0]}x{old_grid[1]} "
+            f"patches and {extra} class token(s)."
+        )
     if old_grid == new_grid:
         return table
     patches = table[extra:].unflatten(0, old_grid).permute(2, 0, 1)[None]

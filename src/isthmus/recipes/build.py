@@ -118,12 +118,142 @@ def _config(recipe: Recipe, parts: Mapping[str, Model], tokenizer: Tokenizer) ->
         facts = {"vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
         return _merged(own, {"text": facts})
     if recipe.model == "lm":
-        facts = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
-                 "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        facts = {
+            "vocab_size": tokenizer.vocab_size,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+        }
         return _merged(own, {"language": facts})
     for name in ("vision", "language"):
         if name in parts:
-            own[name] = plain(parts[name].net.config)[name]
+            config = plain(parts[name].net.config)
+            if name not in config:
+                raise ConfigError(f"The part {name!r} is a {parts[name].kind} model, which has no {name} in it.")
+            own[name] = config[name]
+        elif name not in own:
+            raise ConfigError(f"A llava recipe needs the part {name!r}: a model folder under `parts`.")
+    return own
+
+
+def _preset(kind: str, name: str) -> dict[str, Any]:
+    config = model_class(kind).CONFIG
+    make = getattr(config, name, None) if not name.startswith("_") else None
+    if make is None or name in {"from_dict", "to_dict"}:
+        known = [n for n, v in vars(config).items() if isinstance(v, classmethod) and n != "from_dict" and n[0] != "_"]
+        raise ConfigError(f"There is no {kind} preset {name!r}; {nearest(name, known)}")
+    return plain(make())
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the keys of ``over`` laid on top, mappings merged all the way down."""
+    out = dict(base)
+    for key, value in over.items():
+        mine = out.get(key)
+        out[key] = _merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def _take_weights(net: Any, parts: Mapping[str, Model]) -> None:
+    if "init" in parts:
+        net.load_state_dict(parts["init"].net.state_dict())
+    for name in ("vision", "language"):
+        if name in parts:
+            getattr(net, name).load_state_dict(getattr(parts[name].net, name).state_dict())
+
+
+def _image(self, stage: StageSpec) -> ImageTransform | None:
+        if stage.image_mode is None or self.image is None:
+            return self.image
+        return replace(self.image, mode=stage.image_mode)
+
+    def model(self) -> Model:
+        """The net as a Model that answers in the form its last stage taught it."""
+        return Model(self.net, self.processor(self.recipe.stages[-1]), prompts=self.recipe.prompts)
+
+
+def build(recipe: Recipe) -> Built:
+    """Everything a recipe names, freshly initialised from its seed or taken from its parts.
+
+    Raises ConfigError for parts that do not belong to this kind of model, and whatever loading a part raises.
+    """
+    check_parts(recipe)
+    parts = {name: load(path) for name, path in recipe.parts.items()}
+    tokenizer = _tokenizer(recipe, parts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        net = model_class(recipe.model).from_config(_config(recipe, parts, tokenizer))
+    _take_weights(net, parts)
+    return Built(net, tokenizer, _image(recipe, parts, net), recipe)
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Raises ConfigError for a part that this kind of model is not built from."""
+    for name in recipe.parts:
+        if name not in PARTS[recipe.model]:
+            raise ConfigError(f"A {recipe.model} recipe has no part {name!r}; {nearest(name, PARTS[recipe.model])}")
+
+
+def preset_config(recipe: Recipe) -> dict[str, Any]:
+    """The configuration of a recipe that names a published size, without opening its parts or tokenizer."""
+    own = dict(recipe.config)
+    return _merged(_preset(recipe.model, own.pop("preset")), own)
+
+
+def _tokenizer(recipe: Recipe, parts: Mapping[str, Model]) -> Tokenizer:
+    for name in ("init", "language"):
+        if name in parts:
+            if recipe.tokenizer is not None:
+                raise ConfigError(f"The tokenizer comes with the part {name!r}; take `tokenizer` out of the recipe.")
+            return parts[name].processor.tokenizer
+    if recipe.tokenizer is None:
+        raise ConfigError(f"A {recipe.model} recipe without a part that has one needs a `tokenizer`.")
+    return make_tokenizer(recipe.tokenizer)
+
+
+def make_tokenizer(spec: TokenizerSpec) -> Tokenizer:
+    """Load the named tokenizer, or train a byte-level BPE on the texts of its sources."""
+    if spec.folder is not None:
+        return Tokenizer.load(spec.folder)
+    return Tokenizer.train(_texts([open_source(s) for s in spec.data], spec), spec.vocab_size)
+
+
+def _texts(sources: list[Source], spec: TokenizerSpec) -> Iterator[str]:
+    """``spec.samples`` evenly spread records of each source, rendered as a model will read them."""
+    for source in sources:
+        for index in range(0, len(source), max(1, len(source) // spec.samples)):
+            for chunk in render(source[index], spec.template, draw=index).chunks:
+                yield chunk.text.replace(END, "")
+
+
+def _config(recipe: Recipe, parts: Mapping[str, Model], tokenizer: Tokenizer) -> dict[str, Any]:
+    own = dict(recipe.config)
+    if "init" in parts:
+        if own:
+            raise ConfigError("The configuration comes with the part 'init'; take `config` out of the recipe.")
+        if parts["init"].kind != recipe.model:
+            raise ConfigError(f"The part 'init' is a {parts['init'].kind} model, the recipe trains a {recipe.model}.")
+        return plain(parts["init"].net.config)
+    preset = own.pop("preset", None)
+    if preset is not None:
+        own = _merged(_preset(recipe.model, preset), own)
+    if recipe.model == "clip":
+        facts = {"vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+        return _merged(own, {"text": facts})
+    if recipe.model == "lm":
+        facts = {
+            "vocab_size": tokenizer.vocab_size,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+        }
+        return _merged(own, {"language": facts})
+    for name in ("vision", "language"):
+        if name in parts:
+            config = plain(parts[name].net.config)
+            if name not in config:
+                raise ConfigError(f"The part {name!r} is a {parts[name].kind} model, which has no {name} in it.")
+            own[name] = config[name]
         elif name not in own:
             raise ConfigError(f"A llava recipe needs the part {name!r}: a model folder under `parts`.")
     return own
@@ -178,6 +308,10 @@ def _processor(kind: str, net: Any, tokenizer: Tokenizer, image: ImageTransform 
         if stage.template is not None:
             raise ConfigError(f"Stage {stage.name!r}: a clip stage has no chat template; take `template` out.")
         return ContrastiveProcessor(tokenizer, image=image, context=stage.max_length or net.config.text.context)
-    return SpliceProcessor(tokenizer, image=image, template=stage.template or "vicuna_v1",
-                           max_length=stage.max_length or net.language.context,
-                           num_tokens=net.num_tokens(image.size, image.size))
+    return SpliceProcessor(
+        tokenizer,
+        image=image,
+        template=stage.template or "vicuna_v1",
+        max_length=stage.max_length or net.language.context,
+        num_tokens=net.num_tokens(image.size, image.size),
+    )

@@ -73,8 +73,10 @@ def make_report(out: Path, recipes: dict[str, Recipe], results: Results, scored:
         summary=_SUMMARY,
         scores={n: r.scores for n, r in scored if isinstance(r.scores, VqaScores)},
         retrieval={n: r.scores for n, r in scored if isinstance(r.scores, RetrievalScores)},
-        charts=[Chart(title=f"{name}: loss by stage", series=loss_curves(out / name, recipe))
-                for name, recipe in recipes.items()],
+        charts=[
+            Chart(title=f"{name}: loss by stage", series=loss_curves(out / name, recipe))
+            for name, recipe in recipes.items()
+        ],
         samples=[s for n, r in scored for s in samples(n, recipes[n], r)],
         training=[part for name, recipe in recipes.items() for part in _trained(out, name, recipe)],
         seconds=results.seconds,
@@ -91,9 +93,15 @@ def samples(name: str, recipe: Recipe, result: Result) -> list[SamplePicture]:
         record = records[index]
         if not record.images or "answer" not in row:
             return []
-        found.append(SamplePicture(
-            png=png(open_image(record.images[0].source)), question=row["question"], truth=row["truth"][0],
-            answers={name: Answer(text=row["answer"], right=row["correct"])}, kind=row["kind"]))
+        found.append(
+            SamplePicture(
+                png=png(open_image(record.images[0].source)),
+                question=row["question"],
+                truth=row["truth"][0],
+                answers={name: Answer(text=row["answer"], right=row["correct"])},
+                kind=row["kind"],
+            )
+        )
     return found
 
 
@@ -105,16 +113,26 @@ def _score(model: Model, recipe: Recipe, folder: Path, seed: int) -> list[Result
             tasks.setdefault(task, bar.add_task(f"scoring {task}", total=total) if task not in tasks else None)
             bar.update(tasks[task], completed=done)
 
-        return score_model(model, recipe.evaluate, folder / "eval", model_hash=model_hash(folder), seed=seed,
-                           progress=progress)
+        return score_model(
+            model, recipe.evaluate, folder / "eval", model_hash=model_hash(folder), seed=seed, progress=progress
+        )
 
 
 def _trained(out: Path, name: str, recipe: Recipe) -> list[TrainedPart]:
     parts = []
     for stage in recipe.stages:
         table = read_json(out / name / "stages" / stage.name / "trained" / "stage.json")["table"]
-        parts += [TrainedPart(model=name, stage=stage.name, part=row["part"], parameters=row["parameters"],
-                              trained=row["trained"], rate=max(row["rates"], default=None)) for row in table["rows"]]
+        parts += [
+            TrainedPart(
+                model=name,
+                stage=stage.name,
+                part=row["part"],
+                parameters=row["parameters"],
+                trained=row["trained"],
+                rate=max(row["rates"], default=None),
+            )
+            for row in table["rows"]
+        ]
     return parts
 
 

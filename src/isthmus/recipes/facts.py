@@ -43,8 +43,13 @@ class ComputeRule:
         return self.tokens / self.optimal_tokens - 1
 
     def to_dict(self) -> dict[str, Any]:
-        return {"parameters": self.parameters, "tokens": self.tokens, "flops": self.flops,
-                "optimal_tokens": self.optimal_tokens, "off": self.off}
+        return {
+            "parameters": self.parameters,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "optimal_tokens": self.optimal_tokens,
+            "off": self.off,
+        }
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,14 @@ from isthmus.stage import apply_stage
 from isthmus.training import train as train_stage
 
 
-def train(recipe: Recipe | str | Path | Mapping[str, Any], out: str | Path | None = None, *,
-          overrides: Sequence[str] = (), progress: bool = True, tensorboard: bool = False) -> Model:
+def train(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    progress: bool = True,
+    tensorboard: bool = False,
+) -> Model:
     """Every stage of a recipe, going on where an earlier call stopped; the finished model.
 
     ``recipe`` is a shipped name, a YAML file, plain mappings or a Recipe. Raises ConfigError when the folder holds a
@@ -73,21 +79,32 @@ def _run_stage(built: Built, stage: StageSpec, folder: Path, *, progress: bool, 
         _lay_over(built.net, checkpoint.load_tensors(files["trained.safetensors"]), trained)
         return
     loader = make_loader(built, stage, folder)
-    train_stage(built.net, loader, stage.stage, folder, seed=built.recipe.seed, progress=progress,
-                tensorboard=tensorboard)
+    train_stage(
+        built.net, loader, stage.stage, folder, seed=built.recipe.seed, progress=progress, tensorboard=tensorboard
+    )
     table = apply_stage(built.net, stage.stage.train)
     state = built.net.state_dict()
-    checkpoint.write_folder(trained, {
-        "trained.safetensors": {name: state[name] for name in table.assigned},
-        "stage.json": {"stage": stage.stage.to_dict(), "table": table.to_dict(), "isthmus": isthmus.__version__}})
+    checkpoint.write_folder(
+        trained,
+        {
+            "trained.safetensors": {name: state[name] for name in table.assigned},
+            "stage.json": {"stage": stage.stage.to_dict(), "table": table.to_dict(), "isthmus": isthmus.__version__},
+        },
+    )
 
 
 def make_loader(built: Built, stage: StageSpec, folder: Path | None = None) -> Loader:
     """The stage's stream of batches; bad samples are counted in ``folder/quarantine.jsonl``."""
     return Loader(
-        open_mix(stage.data), built.processor(stage), batch_size=stage.batch_size, batch_tokens=stage.batch_tokens,
-        accumulate=stage.accumulate, seed=built.recipe.seed, group=built.recipe.model != "clip",
-        quarantine=Quarantine(folder / "quarantine.jsonl" if folder else None))
+        open_mix(stage.data),
+        built.processor(stage),
+        batch_size=stage.batch_size,
+        batch_tokens=stage.batch_tokens,
+        accumulate=stage.accumulate,
+        seed=built.recipe.seed,
+        group=built.recipe.model != "clip",
+        quarantine=Quarantine(folder / "quarantine.jsonl" if folder else None),
+    )
 
 
 def _lay_over(net: Any, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
@@ -115,15 +132,18 @@ def _claim(folder: Path, recipe: Recipe) -> None:
     if changed:
         raise ConfigError(
             f"{folder} holds a run of another recipe or of other parts: {changed}. Give another --out, or remove the "
-            "folder to start over.")
+            "folder to start over."
+        )
 
 
 def _fingerprint(part: str) -> str:
     """The sha256 of a part's files, so that a resumed run starts from the same parts."""
     found = model_hash(Path(part))
     if not found:
-        raise CheckpointError(f"The part {part} is not a model folder: it holds neither a manifest nor safetensors. "
-                              "Train it first, or name another with parts.<name>=FOLDER.")
+        raise CheckpointError(
+            f"The part {part} is not a model folder: it holds neither a manifest nor safetensors. "
+            "Train it first, or name another with parts.<name>=FOLDER."
+        )
     return found
 
 
@@ -136,8 +156,9 @@ def _difference(then: Any, now: Any, where: str = "") -> str:
                 return found
         return ""
     if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
-        return next((d for i, (a, b) in enumerate(zip(then, now, strict=True))
-                     if (d := _difference(a, b, f"{where}.{i}"))), "")
+        return next(
+            (d for i, (a, b) in enumerate(zip(then, now, strict=True)) if (d := _difference(a, b, f"{where}.{i}"))), ""
+        )
     return "" if then == now else f"{where} was {_short(then)}, now {_short(now)}"
 
 

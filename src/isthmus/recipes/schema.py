@@ -27,7 +27,8 @@ class _Yaml(yaml.SafeLoader):
 
 
 _Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def _load_yaml(text: str) -> Any:
@@ -143,9 +144,10 @@ def shipped() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool = False) -> Recipe:
     """The recipe ``name`` (a shipped name or a YAML file) with ``key=value`` overrides, checked.
 
+    ``to_show`` leaves variables that were not given as they stand: what a recipe would do can be told without them.
     Raises ConfigError: no such recipe, bad YAML, an unknown key (the nearest is named), an unset ``{VARIABLE}``.
     """
     path = Path(name)
@@ -174,7 +176,9 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             _set(tree, key, _load_yaml(value), where=str(name))
     for key in variables.keys() - _mentioned(tree):
         raise ConfigError(f"Recipe {name} does not use {{{key}}}; {nearest(key, _mentioned(tree))}")
-    return parse_recipe(_fill(tree, variables, tree.get("variables") or {}, str(name)), where=str(name))
+    if not to_show:
+        _demand(tree, variables, tree.get("variables") or {}, str(name))
+    return parse_recipe(_fill(tree, variables), where=str(name))
 
 
 def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -246,15 +250,19 @@ def _mentioned(tree: Any) -> set[str]:
     return set().union(*(_mentioned(m) for m in members)) if members else set()
 
 
-def _fill(tree: Any, variables: Mapping[str, str], about: Mapping[str, str], where: str) -> Any:
+def _demand(tree: Any, variables: Mapping[str, str], about: Mapping[str, str], where: str) -> None:
+    """Raises ConfigError for a variable that was not given, with what the recipe says about it."""
+    for name in sorted(_mentioned(tree) - set(variables)):
+        what = f" ({about[name]})" if name in about else ""
+        raise ConfigError(f"Recipe {where} needs {name}{what}: add {name}=PATH to the command.")
+
+
+def _fill(tree: Any, variables: Mapping[str, str]) -> Any:
+    """The tree with the given variables put in, in all its strings."""
     if isinstance(tree, str):
-        for name in _VARIABLE.findall(tree):
-            if name not in variables:
-                what = f" ({about[name]})" if name in about else ""
-                raise ConfigError(f"Recipe {where} needs {name}{what}: add {name}=PATH to the command.")
-        return _VARIABLE.sub(lambda m: variables[m.group(1)], tree)
+        return _VARIABLE.sub(lambda m: variables.get(m.group(1), m.group(0)), tree)
     if isinstance(tree, dict):
-        return {k: _fill(v, variables, about, where) for k, v in tree.items()}
+        return {k: _fill(v, variables) for k, v in tree.items()}
     if isinstance(tree, list):
-        return [_fill(v, variables, about, where) for v in tree]
+        return [_fill(v, variables) for v in tree]
     return tree

@@ -68,16 +68,30 @@ def _linear_probe(spec: EvalSpec, records: Any, train: Any, seed: int, options: 
 
 
 TASKS: dict[str, Callable[[EvalSpec, Any, Any, int, dict[str, Any]], Task]] = {
-    "vqa": _vqa, "retrieval": _retrieval, "zero-shot": _zero_shot, "linear-probe": _linear_probe}
+    "vqa": _vqa,
+    "retrieval": _retrieval,
+    "zero-shot": _zero_shot,
+    "linear-probe": _linear_probe,
+}
 
 
-def score_model(model: Model, specs: Sequence[EvalSpec], folder: Path, *, model_hash: str, seed: int = 0,
-                limit: int | None = None, progress: Progress | None = None) -> list[Result]:
+def score_model(
+    model: Model,
+    specs: Sequence[EvalSpec],
+    folder: Path,
+    *,
+    model_hash: str,
+    seed: int = 0,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> list[Result]:
     """Every task in a folder of its own below ``folder``, going on where an earlier call stopped."""
     found = []
     for spec in specs:
         name = spec.name
         report = (lambda done, total, name=name: progress(name, done, total)) if progress else None
+        if spec.task == "retrieval" and model.kind == "clip":
+            spec = spec.model_copy(update={"options": {"similarity": model.net.config.similarity, **spec.options}})
         task = make_task(spec, seed=seed, limit=limit)
         found.append(evaluate(model, task, folder / name, model_hash=model_hash, progress=report))
     return found

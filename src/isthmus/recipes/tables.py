@@ -18,8 +18,15 @@ def score_table(name: str, facts: dict[str, Any]) -> Table:
     for kind, row in [*facts["kinds"].items(), ("all", facts)]:
         low, high = row["accuracy_interval"]
         cells = [_percent(row[c]) for c in ("blind", "shuffled", "prior")]
-        out.add_row(kind, str(row["n"]), _percent(row["accuracy"]), f"{_percent(low)}-{_percent(high)}", *cells,
-                    _percent(row["gain"]), style="bold" if kind == "all" else "")
+        out.add_row(
+            kind,
+            str(row["n"]),
+            _percent(row["accuracy"]),
+            f"{_percent(low)}-{_percent(high)}",
+            *cells,
+            _percent(row["gain"]),
+            style="bold" if kind == "all" else "",
+        )
     return out
 
 

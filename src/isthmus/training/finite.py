@@ -26,8 +26,9 @@ def first_bad_gradient(net: Net) -> str | None:
     return None
 
 
-def first_bad_value(net: Net, batches: Sequence[Batch], autocast: AbstractContextManager[object],
-                    rng: Tensor) -> tuple[str | None, int | None]:
+def first_bad_value(
+    net: Net, batches: Sequence[Batch], autocast: AbstractContextManager[object], rng: Tensor
+) -> tuple[str | None, int | None]:
     """Replay the forward passes of a step (``rng``: the CPU generator's state before it) without gradients.
 
     Answers with a description of the first non-finite parameter, input or module output, and its micro-batch.
@@ -43,6 +44,7 @@ def first_bad_value(net: Net, batches: Sequence[Batch], autocast: AbstractContex
             for tensor in _tensors(output):
                 if not found and not _finite(tensor):
                     found.append(f"the output of module {name!r} ({_dtype(tensor)})")
+
         return hook
 
     handles = [m.register_forward_hook(watch(canonical(n) or type(m).__name__)) for n, m in module.named_modules()]

@@ -35,9 +35,11 @@ class Traffic:
 
     @staticmethod
     def of(batches: Sequence[Batch]) -> "Traffic":
-        return Traffic(samples=sum(len(b) for b in batches),
-                       tokens=sum(int(t.lengths.sum()) for b in batches for t in b.text.values()),
-                       supervised=sum(b.supervised() for b in batches))
+        return Traffic(
+            samples=sum(len(b) for b in batches),
+            tokens=sum(int(t.lengths.sum()) for b in batches for t in b.text.values()),
+            supervised=sum(b.supervised() for b in batches),
+        )
 
 
 def backward(net: Net, batches: Sequence[Batch], autocast: AbstractContextManager[object]) -> dict[str, float]:
@@ -71,9 +73,11 @@ def _accumulate(net: Net, batches: Sequence[Batch], autocast: AbstractContextMan
         parts: list[Tensor] = []
         for name, term in terms.items():
             if term.scope != "token":
-                raise StageError(f"The term {name!r} belongs to the whole batch and cannot be split into "
-                                 f"{len(batches)} micro-batches: {type(net).__name__} has no exact gradient cache. "
-                                 "Use one micro-batch per step.")
+                raise StageError(
+                    f"The term {name!r} belongs to the whole batch and cannot be split into "
+                    f"{len(batches)} micro-batches: {type(net).__name__} has no exact gradient cache. "
+                    "Use one micro-batch per step."
+                )
             expected.setdefault(name, _learnt(batches, name))
             counts[name] = counts.get(name, 0) + term.count
             totals[name] = totals.get(name, 0.0) + float(term.total.detach())
@@ -103,8 +107,10 @@ def _correct(net: Net, counts: Mapping[str, int], expected: Mapping[str, int]) -
         return
     name = wrong[0]
     if len(counts) > 1:
-        raise StageError(f"The term {name!r} counts {counts[name]} items, its labels {expected[name]}; with several "
-                         "terms and several micro-batches the step cannot be weighted. Use one micro-batch per step.")
+        raise StageError(
+            f"The term {name!r} counts {counts[name]} items, its labels {expected[name]}; with several "
+            "terms and several micro-batches the step cannot be weighted. Use one micro-batch per step."
+        )
     for parameter in as_module(net).parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(max(1, expected[name]) / counts[name])
@@ -121,12 +127,16 @@ def _finite_means(terms: Mapping[str, Term], micro: int | None = None) -> dict[s
 def _demand_learnt(name: str, count: int, batches: Sequence[Batch]) -> None:
     if count == 0:
         ids = ", ".join([i for b in batches for i in b.ids][:5])
-        raise StageError(f"A step has nothing to learn from: its term {name!r} counts 0 items (samples {ids}, …). "
-                         "Check the template and the length limit: every sample needs at least one learnt token.")
+        raise StageError(
+            f"A step has nothing to learn from: its term {name!r} counts 0 items (samples {ids}, …). "
+            "Check the template and the length limit: every sample needs at least one learnt token."
+        )
 
 
 def _reached(loss: "Tensor | float") -> Tensor:
     if isinstance(loss, Tensor) and loss.requires_grad:
         return loss
-    raise StageError("The loss does not depend on any open tensor. Check the stage's patterns: what they open is not "
-                     "used by this objective.")
+    raise StageError(
+        "The loss does not depend on any open tensor. Check the stage's patterns: what they open is not "
+        "used by this objective."
+    )

@@ -66,8 +66,9 @@ def _summary_writer(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise MissingExtraError("TensorBoard was asked for, but is not installed: pip install 'isthmus[track]'."
-                                ) from error
+        raise MissingExtraError(
+            "TensorBoard was asked for, but is not installed: pip install 'isthmus[track]'."
+        ) from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
@@ -103,6 +104,13 @@ def progress_bar(progress: Progress | bool, title: str, total: int, done: int) -
 
 def make_progress() -> Progress:
     """The project's display: title, bar, count, elapsed, time left, and a free ``note`` field."""
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                    TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-                    console=Console(stderr=True))
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )

@@ -60,9 +60,18 @@ class TrainResult:
     warnings: tuple[str, ...]
 
 
-def train(net: Net, loader: Loader, stage: Stage, folder: str | Path, *, seed: int = 0,
-          identity: Mapping[str, Any] | None = None, progress: Progress | bool = True, tensorboard: bool = False,
-          on_quarantine: Skipped | None = None) -> TrainResult:
+def train(
+    net: Net,
+    loader: Loader,
+    stage: Stage,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    identity: Mapping[str, Any] | None = None,
+    progress: Progress | bool = True,
+    tensorboard: bool = False,
+    on_quarantine: Skipped | None = None,
+) -> TrainResult:
     """Train ``net`` in place through one stage, on the device it is on; write into ``folder``.
 
     Args:
@@ -87,8 +96,11 @@ def train(net: Net, loader: Loader, stage: Stage, folder: str | Path, *, seed: i
             Console(stderr=True).print(table.render(f"stage {stage.name}"))
         run = _Run(net, loader, stage, folder, table, seed, dict(identity or {}), on_quarantine)
         _describe(folder, stage, table)
-        with _stop_flag() as stopped, closing(MetricLog(folder, run.state.step, tensorboard=tensorboard)) as log, \
-                progress_bar(progress, stage.name, stage.budget, run.done) as bar:
+        with (
+            _stop_flag() as stopped,
+            closing(MetricLog(folder, run.state.step, tensorboard=tensorboard)) as log,
+            progress_bar(progress, stage.name, stage.budget, run.done) as bar,
+        ):
             run.go(log, bar, stopped)
         return run.result()
 
@@ -96,8 +108,17 @@ def train(net: Net, loader: Loader, stage: Stage, folder: str | Path, *, seed: i
 class _Run:
     """One call of :func:`train`: the parts that the steps share, and the state that a checkpoint holds."""
 
-    def __init__(self, net: Net, loader: Loader, stage: Stage, folder: Path, table: StageTable, seed: int,
-                 identity: dict[str, Any], on_quarantine: Skipped | None) -> None:
+    def __init__(
+        self,
+        net: Net,
+        loader: Loader,
+        stage: Stage,
+        folder: Path,
+        table: StageTable,
+        seed: int,
+        identity: dict[str, Any],
+        on_quarantine: Skipped | None,
+    ) -> None:
         self.net, self.module, self.loader = net, as_module(net), loader
         self.stage, self.folder, self.table, self.on_quarantine = stage, folder, table, on_quarantine
         self.parameters = optim.open_parameters(self.module, table)
@@ -109,11 +130,23 @@ class _Run:
         self.gradients = proof.GradientProof(self.parameters)
         note = (f"step 0: {len(widened)} half-precision tensors train as fp32 master weights",) if widened else ()
         self.state = RunState(
-            step=0, samples=0, position={"epoch": 0, "index": 0}, seconds=0.0, losses={},
-            unproven=tuple(self.parameters), skipped=0, frozen=proof.frozen_tensors(self.module),
-            stage=stage.fingerprint(), identity=json.loads(json.dumps(identity)), seed=seed,
-            threads=torch.get_num_threads(), torch=torch.__version__, precision=precision, device=self.device.type,
-            warnings=note)
+            step=0,
+            samples=0,
+            position={"epoch": 0, "index": 0},
+            seconds=0.0,
+            losses={},
+            unproven=tuple(self.parameters),
+            skipped=0,
+            frozen=proof.frozen_tensors(self.module),
+            stage=stage.fingerprint(),
+            identity=json.loads(json.dumps(identity)),
+            seed=seed,
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            precision=precision,
+            device=self.device.type,
+            warnings=note,
+        )
         self.resumed = self._resume()
 
     def _resume(self) -> int:
@@ -130,8 +163,14 @@ class _Run:
         restore(files, self.module, self.optimizer, self.parameters)
         self.gradients = proof.GradientProof(saved.unproven)
         now = self.state
-        self.state = replace(saved, threads=now.threads, torch=now.torch, precision=now.precision, device=now.device,
-                             warnings=(*saved.warnings, *warnings))
+        self.state = replace(
+            saved,
+            threads=now.threads,
+            torch=now.torch,
+            precision=now.precision,
+            device=now.device,
+            warnings=(*saved.warnings, *warnings),
+        )
         return saved.step
 
     @property
@@ -152,8 +191,10 @@ class _Run:
                 try:
                     position, batches = next(stream)
                 except StopIteration:
-                    raise StageError(f"The data ended after step {self.state.step}, before the stage's budget: the "
-                                     "loader must go on with the next epoch. Is the source empty?") from None
+                    raise StageError(
+                        f"The data ended after step {self.state.step}, before the stage's budget: the "
+                        "loader must go on with the next epoch. Is the source empty?"
+                    ) from None
                 waited = time.perf_counter() - started
                 traffic = Traffic.of(batches)
                 line = self._step(batches, traffic)
@@ -195,8 +236,14 @@ class _Run:
             skipped = self.state.skipped + 1
             self._pass_over(problem, moved, generator, skipped)
             line["skipped"] = True
-        self.state = replace(self.state, step=self.state.step + 1, samples=self.state.samples + traffic.samples,
-                             losses=losses, skipped=skipped, unproven=tuple(self.gradients.pending))
+        self.state = replace(
+            self.state,
+            step=self.state.step + 1,
+            samples=self.state.samples + traffic.samples,
+            losses=losses,
+            skipped=skipped,
+            unproven=tuple(self.gradients.pending),
+        )
         return line
 
     def _update(self, total: torch.Tensor) -> None:
@@ -216,8 +263,9 @@ class _Run:
         ids = tuple(i for n, batch in enumerate(batches) if micro in (None, n) for i in batch.ids)
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         first = where or gradient or "the loss itself"
-        reason = (f"step {self.state.step + 1}: {problem}; first non-finite value: {first}; "
-                  f"precision {self.state.precision}")
+        reason = (
+            f"step {self.state.step + 1}: {problem}; first non-finite value: {first}; precision {self.state.precision}"
+        )
         if self.stage.nan_policy == "skip" and skipped <= self.stage.nan_limit:
             self.state = replace(self.state, warnings=(*self.state.warnings, f"{reason}; skipped samples {shown}"))
             if self.on_quarantine is not None:
@@ -228,24 +276,34 @@ class _Run:
         in_a_row = f" ({skipped} in a row)" if self.stage.nan_policy == "skip" else ""
         raise NonFiniteError(
             f"Stage {self.stage.name!r}, {reason}{in_a_row}. Samples: {shown}. The update was not made; {last}. Look "
-            "at these samples, lower the rate, or try precision fp32; nan_policy skip passes over a few such steps.")
+            "at these samples, lower the rate, or try precision fp32; nan_policy skip passes over a few such steps."
+        )
 
     def _log(self, log: MetricLog, line: dict[str, Any], traffic: Traffic, *, seconds: float, waited: float) -> None:
         step = self.state.step
         if step % self.stage.log_every and self.done < self.stage.budget:
             return
-        log.write({
-            "step": step, "epoch": self.state.position.get("epoch"), **line, "samples": self.state.samples,
-            "tokens_per_second": round(traffic.tokens / seconds, 1),
-            "supervised": round(traffic.supervised / max(1, traffic.tokens), 4),
-            "data_wait": round(waited / seconds, 4), "seconds": round(self.state.seconds, 3)})
+        log.write(
+            {
+                "step": step,
+                "epoch": self.state.position.get("epoch"),
+                **line,
+                "samples": self.state.samples,
+                "tokens_per_second": round(traffic.tokens / seconds, 1),
+                "supervised": round(traffic.supervised / max(1, traffic.tokens), 4),
+                "data_wait": round(waited / seconds, 4),
+                "seconds": round(self.state.seconds, 3),
+            }
+        )
 
     def _stop_if(self, stopped: Mapping[str, str]) -> None:
         """At a step boundary: save and raise Interrupted when a signal came."""
         if stopped:
             self._save()
-            raise Interrupted(f"Stopped by {stopped['signal']} after step {self.state.step} of stage "
-                              f"{self.stage.name!r}; it is saved in {self.folder}. The same command goes on there.")
+            raise Interrupted(
+                f"Stopped by {stopped['signal']} after step {self.state.step} of stage "
+                f"{self.stage.name!r}; it is saved in {self.folder}. The same command goes on there."
+            )
 
     def _save(self) -> None:
         saved = checkpoints(self.folder)
@@ -254,9 +312,16 @@ class _Run:
 
     def result(self) -> TrainResult:
         self.optimizer.zero_grad(set_to_none=True)
-        return TrainResult(folder=self.folder, step=self.state.step, samples=self.state.samples,
-                           losses=self.state.losses, seconds=self.state.seconds, resumed=self.resumed,
-                           table=self.table, warnings=self.state.warnings)
+        return TrainResult(
+            folder=self.folder,
+            step=self.state.step,
+            samples=self.state.samples,
+            losses=self.state.losses,
+            seconds=self.state.seconds,
+            resumed=self.resumed,
+            table=self.table,
+            warnings=self.state.warnings,
+        )
 
 
 @contextmanager

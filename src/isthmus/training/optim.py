@@ -56,8 +56,15 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], table: StageTable, s
     groups = []
     for (index, decayed), tensors in sorted(members.items()):
         group = table.groups[index]
-        groups.append({"params": tensors, "lr": group.lr, "peak": group.lr, "pattern": group.pattern,
-                       "weight_decay": group.weight_decay if decayed else 0.0})
+        groups.append(
+            {
+                "params": tensors,
+                "lr": group.lr,
+                "peak": group.lr,
+                "pattern": group.pattern,
+                "weight_decay": group.weight_decay if decayed else 0.0,
+            }
+        )
     # One fused pass over the state: the same bits every time for a given thread count, and far fewer kernels.
     return torch.optim.AdamW(groups, betas=stage.betas, eps=stage.eps, fused=True)
 
@@ -120,5 +127,7 @@ def refuse_many_processes() -> None:
     """Raises ConfigError under ``torchrun`` with several processes, rather than train each copy by itself."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size not in ("", "1"):
-        raise ConfigError(f"WORLD_SIZE is {size}: training on several processes is not built yet. Start one process "
-                          "without torchrun (unset WORLD_SIZE).")
+        raise ConfigError(
+            f"WORLD_SIZE is {size}: training on several processes is not built yet. Start one process "
+            "without torchrun (unset WORLD_SIZE)."
+        )

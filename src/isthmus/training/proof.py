@@ -30,7 +30,8 @@ class GradientProof:
             raise StageError(
                 f"After {steps} steps these open tensors have never had a gradient other than zero: {shown}. The "
                 "objective does not reach them, or no sample so far uses them. Take them out of the stage's patterns, "
-                "or check the data.")
+                "or check the data."
+            )
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:
@@ -51,15 +52,20 @@ def frozen_tensors(net: nn.Module) -> dict[str, str]:
 def moving_buffers(net: nn.Module) -> set[str]:
     """Names of persistent buffers (running statistics) whose module is in train mode: they train along."""
     state = net.state_dict()
-    return {canonical(f"{prefix}.{name}" if prefix else name)
-            for prefix, module in net.named_modules() if module.training
-            for name, _ in module.named_buffers(recurse=False)
-            if (f"{prefix}.{name}" if prefix else name) in state}
+    return {
+        canonical(f"{prefix}.{name}" if prefix else name)
+        for prefix, module in net.named_modules()
+        if module.training
+        for name, _ in module.named_buffers(recurse=False)
+        if (f"{prefix}.{name}" if prefix else name) in state
+    }
 
 
 def demand_unchanged(before: Mapping[str, str], after: Mapping[str, str], when: str) -> None:
     """Raises StageError naming the first frozen tensor whose bytes are not the same. ``when`` goes into the message."""
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
-            raise StageError(f"The frozen tensor {name!r} {when}. A frozen part must stay bit-identical; "
-                             "start the stage anew from its original parts.")
+            raise StageError(
+                f"The frozen tensor {name!r} {when}. A frozen part must stay bit-identical; "
+                "start the stage anew from its original parts."
+            )

@@ -52,15 +52,23 @@ class RunState:
     warnings: tuple[str, ...]
 
 
-def save_state(folder: Path, state: RunState, net: nn.Module, optimizer: torch.optim.Optimizer,
-               parameters: Mapping[str, nn.Parameter]) -> Path:
+def save_state(
+    folder: Path,
+    state: RunState,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+) -> Path:
     """Write the checkpoint of ``state.step`` and drop all but the newest ones. Raises CheckpointError."""
-    path = write_folder(_path(folder, state.step), {
-        "trained.safetensors": {**parameters, **_statistics(net)},
-        "optimizer.safetensors": _optimizer_tensors(optimizer, parameters),
-        "rng.json": _rng_state(),
-        "state.json": dataclasses.asdict(state),
-    })
+    path = write_folder(
+        _path(folder, state.step),
+        {
+            "trained.safetensors": {**parameters, **_statistics(net)},
+            "optimizer.safetensors": _optimizer_tensors(optimizer, parameters),
+            "rng.json": _rng_state(),
+            "state.json": dataclasses.asdict(state),
+        },
+    )
     for old in checkpoints(folder)[:-KEEP]:
         # Renamed first, so that a kill while deleting never leaves a half folder under a checkpoint's name.
         doomed = old.with_name(f"{old.name}.tmp-{os.getpid()}")
@@ -102,6 +110,7 @@ def check_same(saved: RunState, current: RunState, folder: Path) -> tuple[str, .
 
     Raises StageError when stage, seed or identity differ; answers with warnings for what changes only the bits.
     """
+
     def differ(what: str) -> StageError:
         return StageError(f"{folder} was begun with {what}. Use the same, or choose another run folder for a new run.")
 
@@ -114,14 +123,19 @@ def check_same(saved: RunState, current: RunState, folder: Path) -> tuple[str, .
             raise differ(f"{key} = {saved.identity.get(key)!r}, not {current.identity.get(key)!r}")
     return tuple(
         f"step {saved.step}: resumed with {what} {new} instead of {old}; the result may differ in the last bits"
-        for what, old, new in (("thread count", saved.threads, current.threads), ("torch", saved.torch, current.torch),
-                               ("precision", saved.precision, current.precision),
-                               ("device", saved.device, current.device))
-        if old != new)
+        for what, old, new in (
+            ("thread count", saved.threads, current.threads),
+            ("torch", saved.torch, current.torch),
+            ("precision", saved.precision, current.precision),
+            ("device", saved.device, current.device),
+        )
+        if old != new
+    )
 
 
-def restore(files: Mapping[str, Path], net: nn.Module, optimizer: torch.optim.Optimizer,
-            parameters: Mapping[str, nn.Parameter]) -> None:
+def restore(
+    files: Mapping[str, Path], net: nn.Module, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> None:
     """Put trained tensors, optimizer state and random generators back. Raises CheckpointError when they do not fit."""
     targets = {**parameters, **_statistics(net)}
     trained = load_tensors(files["trained.safetensors"])
@@ -129,8 +143,10 @@ def restore(files: Mapping[str, Path], net: nn.Module, optimizer: torch.optim.Op
     with torch.no_grad():
         for name, target in targets.items():
             if target.shape != trained[name].shape:
-                raise CheckpointError(f"{files['trained.safetensors']}: {name!r} has shape "
-                                      f"{tuple(trained[name].shape)}, the net wants {tuple(target.shape)}.")
+                raise CheckpointError(
+                    f"{files['trained.safetensors']}: {name!r} has shape "
+                    f"{tuple(trained[name].shape)}, the net wants {tuple(target.shape)}."
+                )
             target.copy_(trained[name])
     for key, tensor in load_tensors(files["optimizer.safetensors"]).items():
         kind, _, name = key.partition(":")
@@ -156,17 +172,23 @@ def _statistics(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {f"{kind}:{name}": value for name, parameter in parameters.items()
-            for kind, value in optimizer.state.get(parameter, {}).items()}
+    return {
+        f"{kind}:{name}": value
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def _rng_state() -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = numpy.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": _encode(torch.get_rng_state()), "cuda": [_encode(state) for state in cuda],
-            "python": [version, list(numbers), gauss],
-            "numpy": [str(name), [int(k) for k in keys], int(position), int(has_gauss), float(cached)]}
+    return {
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": [_encode(state) for state in cuda],
+        "python": [version, list(numbers), gauss],
+        "numpy": [str(name), [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
+    }
 
 
 def _restore_rng(saved: Mapping[str, Any]) -> None:

@@ -8,6 +8,21 @@ from isthmus.data.scenes.scene import COLOURS, HELD_OUT, SHAPES, SIZES, Scene, S
 from isthmus.data.scenes.source import FORMS, SceneSource
 
 __all__ = [
-    "COLOURS", "FORMS", "HELD_OUT", "KINDS", "RESERVED_WORDS", "SHAPES", "SIZES", "TRAINING_WORDS", "Question", "Scene",
-    "ScenePicture", "SceneSource", "Solid", "ask", "draw", "export", "make_scene",
+    "COLOURS",
+    "FORMS",
+    "HELD_OUT",
+    "KINDS",
+    "RESERVED_WORDS",
+    "SHAPES",
+    "SIZES",
+    "TRAINING_WORDS",
+    "Question",
+    "Scene",
+    "ScenePicture",
+    "SceneSource",
+    "Solid",
+    "ask",
+    "draw",
+    "export",
+    "make_scene",
 ]

@@ -85,7 +85,12 @@ def _star(p: np.ndarray) -> np.ndarray:
 
 
 _SOLIDS: dict[str, Distance] = {
-    "sphere": _sphere, "cube": _cube, "cylinder": _cylinder, "cone": _cone, "ring": _ring, "star": _star,
+    "sphere": _sphere,
+    "cube": _cube,
+    "cylinder": _cylinder,
+    "cone": _cone,
+    "ring": _ring,
+    "star": _star,
 }
 
 

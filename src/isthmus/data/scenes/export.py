@@ -18,8 +18,9 @@ from isthmus.errors import ConfigError, DataError, nearest
 _PER_SHARD = 1000
 
 
-def export(out: str | Path, *, format: str = "llava", split: Split = "train", count: int = 1000, seed: int = 0,
-           size: int = 64) -> Path:
+def export(
+    out: str | Path, *, format: str = "llava", split: Split = "train", count: int = 1000, seed: int = 0, size: int = 64
+) -> Path:
     """Write ``count`` scenes to the folder ``out`` and return it.
 
     Formats: ``llava`` (conversations), ``webdataset`` and ``coco`` (captions).
@@ -31,8 +32,9 @@ def export(out: str | Path, *, format: str = "llava", split: Split = "train", co
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not an empty folder; give another name or remove it first")
-    source = SceneSource("conversations" if format == "llava" else "captions", split=split, count=count, seed=seed,
-                         size=size)
+    source = SceneSource(
+        "conversations" if format == "llava" else "captions", split=split, count=count, seed=seed, size=size
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -103,8 +103,11 @@ def _relation(scene: Scene, dice: Dice) -> Question | None:
 def _which_side(scene: Scene, dice: Dice) -> Question | None:
     axis, words = dice.choice((("column", ("left", "right")), ("row", ("above", "below"))))
     answer = dice.below(2)
-    pairs = [(a, b) for a, b in permutations(scene.solids, 2)
-             if (getattr(a, axis) > getattr(b, axis)) == bool(answer) and getattr(a, axis) != getattr(b, axis)]
+    pairs = [
+        (a, b)
+        for a, b in permutations(scene.solids, 2)
+        if (getattr(a, axis) > getattr(b, axis)) == bool(answer) and getattr(a, axis) != getattr(b, axis)
+    ]
     if not pairs:
         return None
     one, other = dice.choice(pairs)
@@ -241,7 +244,11 @@ def _without(scene: Scene, dice: Dice, solid: Solid, hidden: str) -> str:
 
 
 _KINDS: dict[str, Callable[[Scene, Dice], Question | None]] = {
-    "what": _what, "colour": _colour, "count": _count, "relation": _relation, "yesno": _yesno,
+    "what": _what,
+    "colour": _colour,
+    "count": _count,
+    "relation": _relation,
+    "yesno": _yesno,
     "comparison": _comparison,
 }
 KINDS = tuple(_KINDS)

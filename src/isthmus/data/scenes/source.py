@@ -39,8 +39,17 @@ class SceneSource:
     caption could tell from an earlier one (for retrieval tests). Raises ConfigError for an unknown form or split.
     """
 
-    def __init__(self, form: Form, *, split: Split = "train", count: int = 10_000, seed: int = 0, size: int = 64,
-                 turns: int = 6, distinct: bool = False) -> None:
+    def __init__(
+        self,
+        form: Form,
+        *,
+        split: Split = "train",
+        count: int = 10_000,
+        seed: int = 0,
+        size: int = 64,
+        turns: int = 6,
+        distinct: bool = False,
+    ) -> None:
         if form not in FORMS:
             raise ConfigError(f"scenes have no form {form!r}; {nearest(form, FORMS)}")
         if split not in SPLITS:
@@ -74,7 +83,7 @@ class SceneSource:
 
     def _captions(self, number: int, dice: Dice) -> Record:
         scene = make_scene(self.seed, self.split, number)
-        text = Text(captions(scene, dice), role="text", learn=True)
+        text = Text(captions(scene), role="text", learn=True)
         return self._record(number, [self._picture(number, role="text"), text])
 
     def _questions(self, number: int, _: Dice) -> Record:
@@ -106,13 +115,13 @@ class SceneSource:
 
     def _describe(self, number: int, dice: Dice) -> Record:
         scene = make_scene(self.seed, self.split, number)
-        return self._record(number, [self._picture(number), *_turn(dice.choice(_REQUESTS), describe(scene, dice))])
+        return self._record(number, [self._picture(number), *_turn(dice.choice(_REQUESTS), describe(scene))])
 
     def _symbols(self, number: int, dice: Dice) -> Record:
         scene = make_scene(self.seed, self.split, number)
         description = symbols(scene, dice)
         if number % 3 == 2:
-            parts: list[Part] = [Text(f"{description}\n"), Text(captions(scene, dice), learn=True)]
+            parts: list[Part] = [Text(f"{description}\n"), Text(captions(scene), learn=True)]
             return self._record(number, parts)
         first, *rest = _turns(scene, dice, self.turns)
         parts = [*_turn(f"{description}\n{first.text}", first.answer)]

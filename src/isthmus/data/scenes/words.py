@@ -33,9 +33,13 @@ def relation(one: Solid, other: Solid) -> str:
     return "above" if one.row < other.row else "below"
 
 
-def captions(scene: Scene, dice: Dice) -> tuple[str, ...]:
-    """One caption of each form, the solids in a fresh order each time. The first form names places and nothing else."""
-    return tuple(_caption(form, dice.shuffled(scene.solids)) for form in range(CAPTION_FORMS))
+def captions(scene: Scene) -> tuple[str, ...]:
+    """One caption of each form, the solids in reading order: row by row, from the left."""
+    return tuple(_caption(form, in_reading_order(scene)) for form in range(CAPTION_FORMS))
+
+
+def in_reading_order(scene: Scene) -> list[Solid]:
+    return sorted(scene.solids, key=lambda s: (s.row, s.column))
 
 
 def _caption(form: int, solids: list[Solid]) -> str:
@@ -49,29 +53,28 @@ def _caption(form: int, solids: list[Solid]) -> str:
         return listed([f"at the {s.place} a {s.full_name}" for s in solids])
     if form == 3:
         # A chain: each solid is placed by the one named before it.
-        links = [f"a {s.full_name} {relation(s, before)} the {before.name}"
-                 for before, s in pairwise(solids)]
+        links = [f"a {s.full_name} {relation(s, before)} the {before.name}" for before, s in pairwise(solids)]
         return listed([f"a {solids[0].full_name} at the {solids[0].place}", *links])
     return ". ".join(f"the {s.name} at the {s.place} is {s.size}" for s in solids)
 
 
-def describe(scene: Scene, dice: Dice) -> str:
+def describe(scene: Scene) -> str:
     """A detailed description: how many solids, each with its place, then how neighbours in the telling are related."""
-    solids = dice.shuffled(scene.solids)
+    solids = in_reading_order(scene)
     verb = "is" if len(solids) == 1 else "are"
     sentences = [f"there {verb} {number(len(solids), 'thing')} in the picture"]
     sentences += [f"a {s.full_name} is at the {s.place}" for s in solids]
-    sentences += [f"the {s.name} is {relation(s, before)} the {before.name}"
-                  for before, s in pairwise(solids)]
+    sentences += [f"the {s.name} is {relation(s, before)} the {before.name}" for before, s in pairwise(solids)]
     return ". ".join(sentences) + "."
 
 
 def symbols(scene: Scene, dice: Dice) -> str:
-    """The scene as compact text: every solid with size, colour, shape and place, in random order and one of two styles.
+    """The scene as compact text: every solid with size, colour, shape and place, in reading order or (half of the
+    time) any other, and one of two styles.
 
     ``large red cube top left, small blue ring middle centre``
     """
-    solids = dice.shuffled(scene.solids)
+    solids = in_reading_order(scene) if dice.chance(0.5) else dice.shuffled(scene.solids)
     if dice.chance(0.5):
         return ", ".join(f"{s.full_name} {s.place}" for s in solids)
     return ", ".join(f"{s.place} {s.full_name}" for s in solids)

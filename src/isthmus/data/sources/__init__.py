@@ -63,8 +63,15 @@ def _jsonl(root: Root, form: Form, *, file: Names, image_folder: str | None = No
     return _NamedRows([(path.stem, row) for path in paths for row in read_rows(path)], form, found)
 
 
-def _csv(root: Root, form: Form, *, file: Names, image_folder: str | None = None, images: Names = (),
-         delimiter: str | None = None) -> Rows:
+def _csv(
+    root: Root,
+    form: Form,
+    *,
+    file: Names,
+    image_folder: str | None = None,
+    images: Names = (),
+    delimiter: str | None = None,
+) -> Rows:
     """Pairs in a table with a header line; tabs separate in .tsv and .tab files, commas elsewhere."""
     paths = root.files(file)
     rows: list[tuple[str, dict[str, Any]]] = []
@@ -88,11 +95,15 @@ def _coco(root: Root, form: Form, *, file: str, image_folder: str | None = None,
         captions: dict[Any, list[str]] = {}
         for annotation in content["annotations"]:
             captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-        rows = [(path.stem, {"id": str(image["id"]), "image": image["file_name"], "caption": captions[image["id"]]})
-                for image in content["images"] if image["id"] in captions]
+        rows = [
+            (path.stem, {"id": str(image["id"]), "image": image["file_name"], "caption": captions[image["id"]]})
+            for image in content["images"]
+            if image["id"] in captions
+        ]
     except (KeyError, TypeError):
-        raise DataError(f"{path} is not a COCO captions file: it needs images (id, file_name) and annotations "
-                        "(image_id, caption)") from None
+        raise DataError(
+            f"{path} is not a COCO captions file: it needs images (id, file_name) and annotations (image_id, caption)"
+        ) from None
     return _NamedRows(rows, form, _images(root, image_folder, images, beside=path))
 
 
@@ -105,11 +116,17 @@ def _folder(root: Root, form: Form, *, folder: str) -> Rows:
     if form.classes and len(form.classes) != len(classes):
         raise DataError(f"{top} has {len(classes)} class folders and the class file {len(form.classes)} names")
     found = NamedImages(top)
-    return [Row(f"{c.name}/{p.relative_to(c).as_posix()}",
-                {"label": number if form.classes else c.name.replace("_", " ")},
-                (found.find(p.relative_to(top).as_posix()),), key=p.stem)
-            for number, c in enumerate(classes) for p in sorted(c.rglob("*"))
-            if p.suffix.lower().lstrip(".") in IMAGE_ENDINGS]
+    return [
+        Row(
+            f"{c.name}/{p.relative_to(c).as_posix()}",
+            {"label": number if form.classes else c.name.replace("_", " ")},
+            (found.find(p.relative_to(top).as_posix()),),
+            key=p.stem,
+        )
+        for number, c in enumerate(classes)
+        for p in sorted(c.rglob("*"))
+        if p.suffix.lower().lstrip(".") in IMAGE_ENDINGS
+    ]
 
 
 def _webdataset(root: Root, form: Form, *, shards: Names) -> Rows:
@@ -118,7 +135,12 @@ def _webdataset(root: Root, form: Form, *, shards: Names) -> Rows:
 
 
 SOURCES: dict[str, Callable[..., Rows]] = {
-    "llava": _llava, "jsonl": _jsonl, "csv": _csv, "coco": _coco, "folder": _folder, "webdataset": _webdataset,
+    "llava": _llava,
+    "jsonl": _jsonl,
+    "csv": _csv,
+    "coco": _coco,
+    "folder": _folder,
+    "webdataset": _webdataset,
     "scenes": SceneSource,  # type: ignore[dict-item]  (made, not read: opened apart)
 }
 
@@ -138,8 +160,12 @@ class _NamedRows:
         names = flat(self.form.value(bare, "image"))
         given = self.form.value(bare, "id")
         key = str(given) if given is not None else names[0] if names else str(index)
-        return Row(f"{stem}/{key if given is not None else index}", values,
-                   tuple(self.images.find(name) for name in names), key=key)
+        return Row(
+            f"{stem}/{key if given is not None else index}",
+            values,
+            tuple(self.images.find(name) for name in names),
+            key=key,
+        )
 
 
 def _images(root: Root, image_folder: str | None, images: Names, *, beside: Path) -> NamedImages:
@@ -188,8 +214,9 @@ def _check_options(kind: str, function: Callable[..., Any], options: Mapping[str
     shared = () if kind in ("scenes", "captions") else (*Form.__dataclass_fields__, "name", "limit")
     for option in options:
         if option not in parameters:
-            raise ConfigError(f"source of kind {kind!r}: unknown option {option!r}; "
-                              f"{nearest(option, (*parameters, *shared))}")
+            raise ConfigError(
+                f"source of kind {kind!r}: unknown option {option!r}; {nearest(option, (*parameters, *shared))}"
+            )
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:
             raise ConfigError(f"source of kind {kind!r} needs the option {name!r}")

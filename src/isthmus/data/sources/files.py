@@ -128,8 +128,10 @@ class NamedImages:
             for shard in shards:
                 for member in index_tar(shard):
                     if member.name in members:
-                        raise DataError(f"{shard}: it holds {member.name!r} and so does "
-                                        f"{members[member.name].path}; names must differ")
+                        raise DataError(
+                            f"{shard}: it holds {member.name!r} and so does "
+                            f"{members[member.name].path}; names must differ"
+                        )
                     members[member.name] = member
             self.members = members
 

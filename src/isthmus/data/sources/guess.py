@@ -7,8 +7,10 @@ from typing import Any
 
 from isthmus.errors import DataError
 
-_HELP = ("Describe it in a YAML file instead, for example `kind: jsonl`, `file: data.jsonl`, "
-         "`fields: {question: q, answer: a}`.")
+_HELP = (
+    "Describe it in a YAML file instead, for example `kind: jsonl`, `file: data.jsonl`, "
+    "`fields: {question: q, answer: a}`."
+)
 
 
 def guess(path: Path) -> dict[str, Any]:

@@ -15,8 +15,13 @@ from isthmus.errors import ConfigError, DataError, nearest
 
 FIELDS = ("conversations", "messages", "questions", "question", "caption", "label", "text")
 KNOWN = (*FIELDS, "answer", "image", "id", "kind")
-_ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-                           "system": "system"}
+_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +101,10 @@ class Form:
             raise DataError(f"missing caption: the side file has none for {row.key!r}; check its key field")
         form = next((n for n in FIELDS if self.value(row, n) is not None), "caption" if self.captions else None)
         if form is None:
-            raise DataError(f"no text: of the fields {', '.join(FIELDS)} the sample has none (it has "
-                            f"{', '.join(map(str, row.values)) or 'nothing'}); name yours under 'fields'")
+            raise DataError(
+                f"no text: of the fields {', '.join(FIELDS)} the sample has none (it has "
+                f"{', '.join(map(str, row.values)) or 'nothing'}); name yours under 'fields'"
+            )
         meta: dict[str, Any] = {}
         kind = self.value(row, "kind")
         if kind is not None:
@@ -199,8 +206,7 @@ def conversation(turns: Any, images: Sequence[ImageSource]) -> list[Part]:
     for number, turn in enumerate(turns):
         speaker, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if speaker not in _ROLES:
-            raise DataError(f"bad conversation: turn {number + 1} is from {speaker!r}; "
-                            f"{nearest(str(speaker), _ROLES)}")
+            raise DataError(f"bad conversation: turn {number + 1} is from {speaker!r}; {nearest(str(speaker), _ROLES)}")
         role = _ROLES[speaker]
         if role == "assistant" and not parts:
             continue
@@ -214,8 +220,9 @@ def conversation(turns: Any, images: Sequence[ImageSource]) -> list[Part]:
             if piece or len(pieces) == 1:
                 parts.append(Text(piece, role=role, learn=role == "assistant"))
     if marks != len(images):
-        raise DataError(f"placeholder mismatch: the text has {marks} <image> and the sample {len(images)} pictures; "
-                        "make them equal")
+        raise DataError(
+            f"placeholder mismatch: the text has {marks} <image> and the sample {len(images)} pictures; make them equal"
+        )
     return parts
 
 

@@ -62,8 +62,10 @@ def _group(shard: Path) -> list[_Sample]:
         key = f"{folder}/{stem}" if folder else stem
         if not samples or samples[-1].key != key:
             if key in seen:
-                raise DataError(f"bad shard: {shard} has the key {key!r} twice; keys must be unique and the members of "
-                                "a sample must stand together")
+                raise DataError(
+                    f"bad shard: {shard} has the key {key!r} twice; keys must be unique and the members of "
+                    "a sample must stand together"
+                )
             seen.add(key)
             samples.append(_Sample(shard.stem, key, {}))
         ending = ending.lower()

@@ -20,8 +20,9 @@ from isthmus.nn.connectors.projector import Projector
 class Connector(Protocol):
     """What a connector must answer; any ``nn.Module`` with these two methods is one."""
 
-    def forward(self, features: Tensor, mask: Tensor | None = None, times: Tensor | None = None,
-                text: Any = None) -> Tensor:
+    def forward(
+        self, features: Tensor, mask: Tensor | None = None, times: Tensor | None = None, text: Any = None
+    ) -> Tensor:
         """(N, F, P, D) features -> (N, R, D_out). ``mask`` (N, F, P) is true on real patches, ``times`` (N, F) are
         the frames' positions in seconds, ``text`` is for connectors that read a question."""
         ...
@@ -47,15 +48,17 @@ def build_connector(name: str, vision_width: int, out_width: int) -> Any:
     if ":" in name:
         made = _from_file(name)(vision_width, out_width)
         if not isinstance(made, nn.Module) or not isinstance(made, Connector):
-            raise ConfigError(f"connector {name!r} must be an nn.Module with forward(features, ...) and "
-                              "num_tokens(frames, grid).")
+            raise ConfigError(
+                f"connector {name!r} must be an nn.Module with forward(features, ...) and num_tokens(frames, grid)."
+            )
         return made
     deeper = re.fullmatch(r"mlp([1-9]\d?)x_gelu", name)
     if deeper:
         return Projector(vision_width, out_width, depth=int(deeper[1]))
     if name not in CONNECTORS:
-        raise ConfigError(f"unknown connector {name!r}; {nearest(name, CONNECTORS)} "
-                          "A class of your own is named my_file:MyConnector.")
+        raise ConfigError(
+            f"unknown connector {name!r}; {nearest(name, CONNECTORS)} A class of your own is named my_file:MyConnector."
+        )
     return CONNECTORS[name](vision_width, out_width)
 
 
@@ -73,6 +76,8 @@ def _from_file(name: str) -> Callable[[int, int], Any]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, cls):
-        raise ConfigError(f"connector {name!r}: {file} has no class {cls}; "
-                          f"{nearest(cls, [n for n in vars(module) if not n.startswith('_')])}")
+        raise ConfigError(
+            f"connector {name!r}: {file} has no class {cls}; "
+            f"{nearest(cls, [n for n in vars(module) if not n.startswith('_')])}"
+        )
     return getattr(module, cls)

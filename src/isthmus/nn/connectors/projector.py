@@ -21,8 +21,9 @@ class Projector(nn.Module):
         for number in range(1, depth + 1):
             self.add_module(f"linear_{number}", nn.Linear(vision_width if number == 1 else out_width, out_width))
 
-    def forward(self, features: Tensor, mask: Tensor | None = None, times: Tensor | None = None,
-                text: Any = None) -> Tensor:
+    def forward(
+        self, features: Tensor, mask: Tensor | None = None, times: Tensor | None = None, text: Any = None
+    ) -> Tensor:
         """(N, F, P, D) -> (N, F·P, D_out), frame after frame. The other arguments are not looked at."""
         x = features.flatten(1, 2)
         for number, layer in enumerate(self.children()):

@@ -1,0 +1,37 @@
+"""A file's kind is seen from its content."""
+
+import json
+
+import pytest
+
+from isthmus.data.sources.guess import guess
+from isthmus.errors import DataError
+
+
+@pytest.mark.parametrize(("name", "content", "kind"), [
+    ("a.json", [{"conversations": []}], "llava"), ("b.json", {"images": [], "annotations": []}, "coco"),
+    ("c.json", [{"question": "x"}], "jsonl")])
+def test_json(tmp_path, name, content, kind):
+    (tmp_path / name).write_text(json.dumps(content))
+    assert guess(tmp_path / name) == {"kind": kind, "file": str(tmp_path / name)}
+
+
+def test_other_files_and_folders(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"conversations": []}\n{"half')
+    assert guess(tmp_path / "d.jsonl")["kind"] == "llava"
+    (tmp_path / "e.csv").write_text("filepath,title\n")
+    assert guess(tmp_path / "e.csv")["kind"] == "csv"
+    (tmp_path / "classes" / "cat").mkdir(parents=True)
+    assert guess(tmp_path / "classes")["kind"] == "folder"
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "x.tar").touch()
+    assert guess(tmp_path / "shards")["kind"] == "webdataset"
+
+
+@pytest.mark.parametrize(("name", "content"), [("x.json", "{"), ("y.json", "3"), ("z.jsonl", "")])
+def test_what_is_not_known_says_what_to_do(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match="Describe it in a YAML file"):
+        guess(tmp_path / name)
+    with pytest.raises(DataError, match="no data at"):
+        guess(tmp_path / "missing.json")
