@@ -30,33 +30,53 @@ class Outer:
 
 
 def test_nested_values_are_built_and_come_back_plain():
-    values = {"inner": {"width": 3, "kind": "b"}, "rate": 2, "layers": [1, 2], "names": ["x"], "pair": [1, "y"],
-              "flag": True, "note": None, "extra": {"k": [1]}, "many": [{"width": 1}]}
+    values = {
+        "inner": {"width": 3, "kind": "b"},
+        "rate": 2,
+        "layers": [1, 2],
+        "names": ["x"],
+        "pair": [1, "y"],
+        "flag": True,
+        "note": None,
+        "extra": {"k": [1]},
+        "many": [{"width": 1}],
+    }
     made = strict(Outer, values, "outer")
-    assert made == Outer(inner=Inner(width=3, kind="b"), rate=2.0, layers=(1, 2), names=("x",), pair=(1, "y"),
-                         flag=True, extra={"k": [1]}, many=(Inner(width=1),))
+    assert made == Outer(
+        inner=Inner(width=3, kind="b"),
+        rate=2.0,
+        layers=(1, 2),
+        names=("x",),
+        pair=(1, "y"),
+        flag=True,
+        extra={"k": [1]},
+        many=(Inner(width=1),),
+    )
     assert isinstance(made.rate, float)
     assert strict(Outer, plain(made), "outer") == made
     assert strict(Outer, made, "outer") is made
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"inner": {"width": 3}, "rat": 1.0}, "outer: unknown key 'rat'; did you mean 'rate'"),
-    ({"inner": {"width": 3, "kin": "a"}}, r"outer\.inner: unknown key 'kin'; did you mean 'kind'"),
-    ({"inner": {"width": 3, "kind": "c"}}, r"outer\.inner\.kind: unknown value 'c'; known: a, b"),
-    ({}, "outer: missing 'inner'"),
-    ({"inner": {"width": "3"}}, r"outer\.inner\.width: expected int, found str '3'"),
-    ({"inner": {"width": True}}, r"outer\.inner\.width: expected int, found bool True"),
-    ({"inner": 3}, r"outer\.inner: expected keys and values, found int 3"),
-    ({"inner": {"width": 3}, "names": "x"}, r"outer\.names: expected a list"),
-    ({"inner": {"width": 3}, "pair": [1]}, r"outer\.pair: expected 2 values, found 1"),
-    ({"inner": {"width": 3}, "names": [1]}, r"outer\.names\[0\]: expected str"),
-    ({"inner": {"width": 3}, "layers": "x"}, r"outer\.layers: str 'x' fits none"),
-    ({"inner": {"width": 3}, "flag": 1}, r"outer\.flag: expected bool, found int 1"),
-    ({"inner": {"width": 3}, "rate": None}, r"outer\.rate: expected float, found nothing"),
-    ({"inner": {"width": 3}, "extra": [1]}, r"outer\.extra: expected keys and values"),
-    (["inner"], "outer: expected keys and values, found list"),
-])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"inner": {"width": 3}, "rat": 1.0}, "outer: unknown key 'rat'; did you mean 'rate'"),
+        ({"inner": {"width": 3, "kin": "a"}}, r"outer\.inner: unknown key 'kin'; did you mean 'kind'"),
+        ({"inner": {"width": 3, "kind": "c"}}, r"outer\.inner\.kind: unknown value 'c'; known: a, b"),
+        ({}, "outer: missing 'inner'"),
+        ({"inner": {"width": "3"}}, r"outer\.inner\.width: expected int, found str '3'"),
+        ({"inner": {"width": True}}, r"outer\.inner\.width: expected int, found bool True"),
+        ({"inner": 3}, r"outer\.inner: expected keys and values, found int 3"),
+        ({"inner": {"width": 3}, "names": "x"}, r"outer\.names: expected a list"),
+        ({"inner": {"width": 3}, "pair": [1]}, r"outer\.pair: expected 2 values, found 1"),
+        ({"inner": {"width": 3}, "names": [1]}, r"outer\.names\[0\]: expected str"),
+        ({"inner": {"width": 3}, "layers": "x"}, r"outer\.layers: str 'x' fits none"),
+        ({"inner": {"width": 3}, "flag": 1}, r"outer\.flag: expected bool, found int 1"),
+        ({"inner": {"width": 3}, "rate": None}, r"outer\.rate: expected float, found nothing"),
+        ({"inner": {"width": 3}, "extra": [1]}, r"outer\.extra: expected keys and values"),
+        (["inner"], "outer: expected keys and values, found list"),
+    ],
+)
 def test_what_does_not_fit_is_named(values, message):
     with pytest.raises(ConfigError, match=message):
         strict(Outer, values, "outer")

@@ -109,7 +109,7 @@ def test_show_prints_the_compute_rule_and_published_sizes(monkeypatch, capsys, t
         (["train", "clip-tiny", "steps"], "is not key=value"),
         (["eval", "nowhere"], "no such file or folder"),
         (["chat", "nowhere", "--image", "missing.png", "what?"], "There is no picture at missing.png"),
-        (["data", "scenes", "--out", "x", "--format", "voc"], "format"),
+        (["data", "scenes", "--out", "x", "--format", "voc"], "cannot be written as 'voc'"),
         (["data", "scenes", "--out", "x", "--split", "tset"], "did you mean 'test'?"),
     ],
 )

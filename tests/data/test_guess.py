@@ -8,9 +8,14 @@ from isthmus.data.sources.guess import guess
 from isthmus.errors import DataError
 
 
-@pytest.mark.parametrize(("name", "content", "kind"), [
-    ("a.json", [{"conversations": []}], "llava"), ("b.json", {"images": [], "annotations": []}, "coco"),
-    ("c.json", [{"question": "x"}], "jsonl")])
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.json", [{"conversations": []}], "llava"),
+        ("b.json", {"images": [], "annotations": []}, "coco"),
+        ("c.json", [{"question": "x"}], "jsonl"),
+    ],
+)
 def test_json(tmp_path, name, content, kind):
     (tmp_path / name).write_text(json.dumps(content))
     assert guess(tmp_path / name) == {"kind": kind, "file": str(tmp_path / name)}

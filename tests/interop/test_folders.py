@@ -5,18 +5,41 @@ import json
 import pytest
 import torch
 from PIL import Image as PilImage
-from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 import isthmus
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-          "image_size": 32, "patch_size": 8}
-LANGUAGE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "vocab_size": 320, "max_position_embeddings": 128}
-PICTURES = {"crop_size": {"height": 32, "width": 32}, "do_center_crop": True, "image_mean": [0.5, 0.4, 0.3],
-            "image_std": [0.2, 0.3, 0.4]}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+LANGUAGE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 128,
+}
+PICTURES = {
+    "crop_size": {"height": 32, "width": 32},
+    "do_center_crop": True,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.3, 0.4],
+}
 
 
 @pytest.fixture
@@ -37,8 +60,15 @@ def redraw(model):
 
 
 def test_clip(tmp_path, tokenizer):
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 24, "eos_token_id": tokenizer.eos_id}
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": tokenizer.vocab_size,
+        "max_position_embeddings": 24,
+        "eos_token_id": tokenizer.eos_id,
+    }
     peer = redraw(CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)))
     peer.save_pretrained(tmp_path)
     finish(tmp_path, tokenizer)
@@ -53,8 +83,12 @@ def test_clip(tmp_path, tokenizer):
 
 
 def test_llava_forbids_its_image_token(tmp_path, tokenizer):
-    config = LlavaConfig(vision_config=VISION | {"model_type": "clip_vision_model"},
-                         text_config=LANGUAGE | {"model_type": "llama"}, image_token_index=310, image_seq_length=16)
+    config = LlavaConfig(
+        vision_config=VISION | {"model_type": "clip_vision_model"},
+        text_config=LANGUAGE | {"model_type": "llama"},
+        image_token_index=310,
+        image_seq_length=16,
+    )
     redraw(LlavaForConditionalGeneration(config)).save_pretrained(tmp_path)
     finish(tmp_path, tokenizer, PICTURES | {"do_pad": True})
     model = isthmus.load(tmp_path)
@@ -70,15 +104,24 @@ def test_language_model(tmp_path, tokenizer):
     tokenizer.save(tmp_path)
     model = isthmus.load(tmp_path)
     assert model.kind == "lm"
-    assert isinstance(model.generate([isthmus.Record(id="x", parts=(isthmus.Text("a red"),))], max_new_tokens=3)[0], str)
+    assert isinstance(
+        model.generate([isthmus.Record(id="x", parts=(isthmus.Text("a red"),))], max_new_tokens=3)[0], str
+    )
 
 
 def test_what_does_not_fit_is_named(tmp_path, tokenizer):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="neither a format of ours nor a model_type"):
         isthmus.load(tmp_path)
-    redraw(CLIPModel(CLIPConfig(text_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-                                vision_config=VISION, projection_dim=16))).save_pretrained(tmp_path)
+    redraw(
+        CLIPModel(
+            CLIPConfig(
+                text_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+                vision_config=VISION,
+                projection_dim=16,
+            )
+        )
+    ).save_pretrained(tmp_path)
     finish(tmp_path, tokenizer, PICTURES | {"crop_size": 64})
     with pytest.raises(CheckpointError, match="pictures of 64 pixels"):
         isthmus.load(tmp_path)

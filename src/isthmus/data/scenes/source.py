@@ -2,6 +2,7 @@
 
 =============  ====================================================================================================
 captions       picture, then a caption with alternatives (running text, learnt)
+outlines       picture, then a caption that tells shapes and no colours
 questions      picture, one question, a short answer; the kinds take turns, so a count of 6 n gives n of each kind
 conversations  picture, then several turns of mixed kinds, with follow-ups that need the turn before
 describe       picture, a request, a detailed description
@@ -21,10 +22,12 @@ from isthmus.data.scenes.draw import ScenePicture
 from isthmus.data.scenes.few_shot import few_shot
 from isthmus.data.scenes.questions import KINDS, Question, ask, follow_up
 from isthmus.data.scenes.scene import SPLITS, Scene, Split, make_scene
-from isthmus.data.scenes.words import captions, describe, symbols
+from isthmus.data.scenes.words import captions, describe, outlines, symbols
 from isthmus.errors import ConfigError, nearest
 
-Form = Literal["captions", "questions", "conversations", "describe", "reasoning", "symbols", "readings", "fewshot"]
+Form = Literal[
+    "captions", "outlines", "questions", "conversations", "describe", "reasoning", "symbols", "readings", "fewshot"
+]
 FORMS: tuple[Form, ...] = get_args(Form)
 _REQUESTS = ("describe the picture.", "what do you see?", "tell me everything about this picture.")
 _EXPLAIN = "explain."
@@ -84,6 +87,10 @@ class SceneSource:
     def _captions(self, number: int, dice: Dice) -> Record:
         scene = make_scene(self.seed, self.split, number)
         text = Text(captions(scene), role="text", learn=True)
+        return self._record(number, [self._picture(number, role="text"), text])
+
+    def _outlines(self, number: int, _: Dice) -> Record:
+        text = Text(outlines(make_scene(self.seed, self.split, number)), role="text", learn=True)
         return self._record(number, [self._picture(number, role="text"), text])
 
     def _questions(self, number: int, _: Dice) -> Record:

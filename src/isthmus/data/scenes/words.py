@@ -38,6 +38,20 @@ def captions(scene: Scene) -> tuple[str, ...]:
     return tuple(_caption(form, in_reading_order(scene)) for form in range(CAPTION_FORMS))
 
 
+def outlines(scene: Scene) -> tuple[str, ...]:
+    """Captions that tell shapes and nothing of colours, with places and without.
+
+    Among a batch of pictures colours and places alone tell nearly all apart, so a contrastive model may leave the
+    shapes unseen; these captions can be matched by shapes only.
+    """
+    solids = in_reading_order(scene)
+    return (
+        listed([f"a {s.shape} at the {s.place}" for s in solids]),
+        listed([f"a {s.shape}" for s in solids]),
+        listed([f"a {s.size} {s.shape}" for s in solids]),
+    )
+
+
 def in_reading_order(scene: Scene) -> list[Solid]:
     return sorted(scene.solids, key=lambda s: (s.row, s.column))
 
