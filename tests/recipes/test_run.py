@@ -1,4 +1,4 @@
-"""Runs: stages hand over, a finished run is not run again, an interrupted one goes on bit for bit, others are refused."""
+"""Runs: stages hand over, a finished run is loaded, an interrupted one goes on bit for bit, others are refused."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from isthmus.checkpoint import RunLock, RunBusyError, load_tensors
+from isthmus.checkpoint import RunBusyError, RunLock, load_tensors
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.model import load
 from isthmus.recipes import run as run_module
