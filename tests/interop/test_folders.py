@@ -32,7 +32,7 @@ LANGUAGE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "vocab_size": 320,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 512,
 }
 PICTURES = {
     "crop_size": {"height": 32, "width": 32},
