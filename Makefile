@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: demo test test-slow check format docs clean
+.PHONY: demo test test-slow check format docs peers clean
 
 demo: $(READY)
 	$(BIN)/isthmus demo $(ARGS)
@@ -29,6 +29,10 @@ format: $(READY)
 
 docs: $(READY)
 	$(BIN)/zensical serve
+
+# Other people's libraries, in an environment of their own, for writing fixtures and for benchmarks.
+peers:
+	bash tools/peers.sh
 
 # The marker is written last, so an interrupted installation starts over.
 $(READY): pyproject.toml constraints.txt
