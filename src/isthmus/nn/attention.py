@@ -63,7 +63,7 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
     """(B, H, T, head_width) from queries (B, H, T, head_width) and keys, values (B, H, S, head_width).
 
-    SDPA, but for half precision on a CPU: there the backward pass of its kernel took 2.6 to 7 times as long as the
+    SDPA, but for half precision on a CPU: there the backward pass of its kernel makes it 2 to 8 times as slow as the
     plain products (torch 2.13, AVX-512 bf16; benchmarks/attention.py), which are then used. The CPU's softmax
     accumulates in float32 by itself.
     """

@@ -110,7 +110,8 @@ def _score(model: Model, recipe: Recipe, folder: Path, seed: int) -> list[Result
         tasks: dict[str, Any] = {}
 
         def progress(task: str, done: int, total: int) -> None:
-            tasks.setdefault(task, bar.add_task(f"scoring {task}", total=total) if task not in tasks else None)
+            if task not in tasks:
+                tasks[task] = bar.add_task(f"scoring {task}", total=total)
             bar.update(tasks[task], completed=done)
 
         return score_model(
