@@ -32,45 +32,45 @@ def ask(scene: Scene, kind: str, dice: Dice) -> Question | None:
     return _KINDS[kind](scene, dice)
 
 
-def _only(scene: Scene, **attributes: str) -> Solid | None:
+def only(scene: Scene, **attributes: str) -> Solid | None:
     """The one solid with these attributes, if there is exactly one."""
     found = [s for s in scene.solids if all(getattr(s, k) == v for k, v in attributes.items())]
     return found[0] if len(found) == 1 else None
 
 
-def _reference(scene: Scene, dice: Dice, hidden: str) -> tuple[Solid, str]:
+def reference(scene: Scene, dice: Dice, hidden: str) -> tuple[Solid, str]:
     """A solid and words that fit it alone and do not tell its ``hidden`` attribute (shape or colour)."""
     told = "colour" if hidden == "shape" else "shape"
     options: list[tuple[Solid, str]] = []
     for s in scene.solids:
         known = getattr(s, told)
         noun = f"{known} thing" if told == "colour" else known
-        if _only(scene, **{told: known}):
+        if only(scene, **{told: known}):
             options.append((s, f"the {noun}"))
-        if _only(scene, **{told: known, "size": s.size}):
+        if only(scene, **{told: known, "size": s.size}):
             options.append((s, f"the {s.size} {noun}"))
         options.append((s, f"the thing at the {s.place}"))
     return dice.choice(options)
 
 
-def _named(scene: Scene, dice: Dice, solid: Solid) -> str:
+def named(scene: Scene, dice: Dice, solid: Solid) -> str:
     """Words for a known solid: its colour and shape, or one of them where that is enough."""
     names = [f"the {solid.name}"] * 2
-    if _only(scene, shape=solid.shape):
+    if only(scene, shape=solid.shape):
         names.append(f"the {solid.shape}")
-    if _only(scene, colour=solid.colour):
+    if only(scene, colour=solid.colour):
         names.append(f"the {solid.colour} thing")
     return dice.choice(names)
 
 
 def _what(scene: Scene, dice: Dice) -> Question:
-    solid, name = _reference(scene, dice, hidden="shape")
+    solid, name = reference(scene, dice, hidden="shape")
     text = dice.choice((f"what shape is {name}?", f"what is {name}?", f"which shape has {name}?"))
     return Question("what", text, solid.shape, solid, f"{name} is a {solid.full_name}")
 
 
 def _colour(scene: Scene, dice: Dice) -> Question:
-    solid, name = _reference(scene, dice, hidden="colour")
+    solid, name = reference(scene, dice, hidden="colour")
     text = dice.choice((f"what colour is {name}?", f"which colour has {name}?", f"what is the colour of {name}?"))
     return Question("colour", text, solid.colour, solid, f"{name} is a {solid.full_name}")
 
@@ -111,13 +111,13 @@ def _which_side(scene: Scene, dice: Dice) -> Question | None:
     if not pairs:
         return None
     one, other = dice.choice(pairs)
-    a, b = _named(scene, dice, one), _named(scene, dice, other)
+    a, b = named(scene, dice, one), named(scene, dice, other)
     either = "left or right of" if axis == "column" else "above or below"
     text = dice.choice((f"is {a} {either} {b}?", f"{a} or {b}: is the first {either} the second?"))
     return Question("relation", text, words[answer], one, f"{a} is at the {one.place} and {b} at the {other.place}")
 
 
-_DIRECTIONS: dict[str, Callable[[Solid, Solid], bool]] = {
+DIRECTIONS: dict[str, Callable[[Solid, Solid], bool]] = {
     "left of": lambda a, b: a.column < b.column,
     "right of": lambda a, b: a.column > b.column,
     "above": lambda a, b: a.row < b.row,
@@ -125,17 +125,17 @@ _DIRECTIONS: dict[str, Callable[[Solid, Solid], bool]] = {
 }
 
 
-def _beside(scene: Scene, direction: str, solid: Solid) -> list[Solid]:
-    return [s for s in scene.solids if _DIRECTIONS[direction](s, solid)]
+def beside(scene: Scene, direction: str, solid: Solid) -> list[Solid]:
+    return [s for s in scene.solids if DIRECTIONS[direction](s, solid)]
 
 
 def _what_is_beside(scene: Scene, dice: Dice) -> Question | None:
-    options = [(d, s) for d in _DIRECTIONS for s in scene.solids if len(_beside(scene, d, s)) == 1]
+    options = [(d, s) for d in DIRECTIONS for s in scene.solids if len(beside(scene, d, s)) == 1]
     if not options:
         return None
     direction, solid = dice.choice(options)
-    found = _beside(scene, direction, solid)[0]
-    name = _named(scene, dice, solid)
+    found = beside(scene, direction, solid)[0]
+    name = named(scene, dice, solid)
     if dice.chance(0.5):
         text, answer = f"what shape is the thing {direction} {name}?", found.shape
     else:
@@ -201,7 +201,7 @@ def _larger(scene: Scene, dice: Dice) -> Question | None:
     large, small = dice.choice(pairs)
     word = dice.choice(("larger", "smaller"))
     one, other = (large, small) if yes == (word == "larger") else (small, large)
-    a, b = _named(scene, dice, one), _named(scene, dice, other)
+    a, b = named(scene, dice, one), named(scene, dice, other)
     reason = f"{a} is {one.size} and {b} is {other.size}"
     return Question("comparison", f"is {a} {word} than {b}?", "yes" if yes else "no", one, reason)
 
@@ -238,7 +238,7 @@ def _without(scene: Scene, dice: Dice, solid: Solid, hidden: str) -> str:
     """Words for a known solid that do not tell its ``hidden`` attribute."""
     told = "colour" if hidden == "shape" else "shape"
     value = getattr(solid, told)
-    if _only(scene, **{told: value}) and dice.chance(0.7):
+    if only(scene, **{told: value}) and dice.chance(0.7):
         return f"the {value} thing" if told == "colour" else f"the {value}"
     return f"the thing at the {solid.place}"
 
@@ -266,8 +266,8 @@ def follow_up(scene: Scene, solid: Solid, dice: Dice) -> Question | None:
         return Question("follow_up", "what colour is it?", solid.colour, solid, f"it is a {solid.full_name}")
     if form == 3:
         return Question("follow_up", "what shape is it?", solid.shape, solid, f"it is a {solid.full_name}")
-    direction = dice.choice(sorted(_DIRECTIONS))
-    found = _beside(scene, direction, solid)
+    direction = dice.choice(sorted(DIRECTIONS))
+    found = beside(scene, direction, solid)
     if len(found) > 1:
         return None
     answer, about = (found[0].name, found[0]) if found else ("nothing", None)

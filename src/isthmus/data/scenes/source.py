@@ -5,9 +5,11 @@ captions       picture, then a caption with alternatives (running text, learnt)
 outlines       picture, then a caption that tells shapes and no colours
 questions      picture, one question, a short answer; the kinds take turns, so a count of 6 n gives n of each kind
 conversations  picture, then several turns of mixed kinds, with follow-ups that need the turn before
+facts          picture, then true statements about it (running text, learnt)
 describe       picture, a request, a detailed description
 reasoning      picture, a question, an answer that says why
 symbols        text only: a conversation (or, every third time, a caption) with the description for the picture
+symbol_facts   text only: the description that stands for the picture, then true statements
 readings       text only: one question about the description that stands for the picture (scores a language model)
 fewshot        text only: made-up words whose meaning is only in the examples
 =============  ====================================================================================================
@@ -19,6 +21,7 @@ from typing import Literal, get_args
 from isthmus.data.record import Image, Part, Record, Role, Text
 from isthmus.data.scenes.dice import Dice
 from isthmus.data.scenes.draw import ScenePicture
+from isthmus.data.scenes.facts import facts
 from isthmus.data.scenes.few_shot import few_shot
 from isthmus.data.scenes.questions import KINDS, Question, ask, follow_up
 from isthmus.data.scenes.scene import SPLITS, Scene, Split, make_scene
@@ -26,7 +29,18 @@ from isthmus.data.scenes.words import captions, describe, outlines, symbols
 from isthmus.errors import ConfigError, nearest
 
 Form = Literal[
-    "captions", "outlines", "questions", "conversations", "describe", "reasoning", "symbols", "readings", "fewshot"
+    "captions",
+    "outlines",
+    "questions",
+    "conversations",
+    "facts",
+    "describe",
+    "reasoning",
+    "symbols",
+    "symbol_captions",
+    "symbol_facts",
+    "readings",
+    "fewshot",
 ]
 FORMS: tuple[Form, ...] = get_args(Form)
 _REQUESTS = ("describe the picture.", "what do you see?", "tell me everything about this picture.")
@@ -134,6 +148,19 @@ class SceneSource:
         parts = [*_turn(f"{description}\n{first.text}", first.answer)]
         parts += [p for q in rest for p in _turn(q.text, q.answer)]
         return self._record(number, parts)
+
+    def _facts(self, number: int, dice: Dice) -> Record:
+        text = Text(facts(make_scene(self.seed, self.split, number), dice, self.turns), learn=True)
+        return self._record(number, [self._picture(number, role="text"), text])
+
+    def _symbol_captions(self, number: int, dice: Dice) -> Record:
+        scene = make_scene(self.seed, self.split, number)
+        return self._record(number, [Text(f"{symbols(scene, dice)}\n"), Text(captions(scene), learn=True)])
+
+    def _symbol_facts(self, number: int, dice: Dice) -> Record:
+        scene = make_scene(self.seed, self.split, number)
+        told = Text(facts(scene, dice, self.turns), learn=True)
+        return self._record(number, [Text(f"{symbols(scene, dice)}\n"), told])
 
     def _readings(self, number: int, dice: Dice) -> Record:
         attempt, question = self._redraw(number)
