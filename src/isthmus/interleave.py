@@ -121,6 +121,8 @@ class InterleavedLanguageModel(LanguageModel):
         self._look: Look | None = None
         self._blind = False
         if self.new_ids:
+            table.register_forward_pre_hook(self._hide_new)
+            table.register_forward_hook(self._put_new)
             head.register_forward_hook(self._add_columns)
 
     @classmethod
@@ -207,7 +209,7 @@ class InterleavedLanguageModel(LanguageModel):
         if self._look is not None:
             self._look.past = 0 if cache is None else int(cache.get_seq_length())
 
-    def _before(self, number: int, hidden: Tensor) -> Tensor:
+    def _before(self, number: int, layer: nn.Module, hidden: Tensor) -> Tensor:
         if self._blind:
             return hidden
         if self._look is None:
@@ -215,20 +217,23 @@ class InterleavedLanguageModel(LanguageModel):
                 "a gated block was run without media: call the language model through its Flamingo, or inside "
                 "`language.looking(...)` or `language.blind()`."
             )
-        spare = bool(getattr(self.lm, "is_gradient_checkpointing", False))
+        spare = any(getattr(m, "gradient_checkpointing", False) for m in (layer, self.lm.base_model))
         return self._look.through(self._blocks[number], number, hidden, spare_memory=spare)
 
     # New tokens
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) token ids -> (B, T, D), the new tokens by their own rows."""
-        if not self.new_ids:
-            return super().embed(ids)
-        new = ids[..., None] == torch.tensor(self.new_ids, device=ids.device)
-        is_new = new.any(-1)
-        known = super().embed(ids.masked_fill(is_new, 0))
-        rows = self.new_rows.input[new.int().argmax(-1)].to(known.dtype)
-        return torch.where(is_new[..., None], rows, known)
+    def _hide_new(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Before the LM's table is read: ids it has no rows for become 0, and are kept for after."""
+        self._asked = args[0]
+        return (args[0].masked_fill(self._which(args[0]).any(-1), 0), *args[1:])
+
+    def _put_new(self, _: nn.Module, __: tuple[Tensor, ...], embeds: Tensor) -> Tensor:
+        which = self._which(self._asked)
+        rows = self.new_rows.input[which.int().argmax(-1)].to(embeds.dtype)
+        return torch.where(which.any(-1, keepdim=True), rows, embeds)
+
+    def _which(self, ids: Tensor) -> Tensor:
+        return ids[..., None] == torch.tensor(self.new_ids, device=ids.device)
 
     def _add_columns(self, _: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         rows = self.new_rows.input if self.new_rows.output is None else self.new_rows.output
@@ -259,7 +264,10 @@ class InterleavedLanguageModel(LanguageModel):
         """
         past = 0 if cache is None else int(cache.get_seq_length())
         self._check_context(past + embeds.shape[1])
-        out = self.lm(inputs_embeds=embeds, past_key_values=cache, use_cache=True, return_dict=True)
+        mask = torch.ones(len(embeds), past + embeds.shape[1], dtype=torch.long, device=embeds.device)
+        out = self.lm(
+            inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True
+        )
         return out.logits, out.past_key_values
 
     @torch.no_grad()
@@ -283,11 +291,6 @@ class InterleavedLanguageModel(LanguageModel):
         nll = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORE, reduction="none")
         return -nll.sum(1)
 
-    def _generation_config(self, decoding: Decoding) -> Any:
-        settings = super()._generation_config(decoding)
-        settings.pad_token_id = 0  # rows that have ended are fed padding, which must be a row of the LM's own table
-        return settings
-
     def _try_head(self, embeds: Tensor) -> bool:
         with self.blind():
             return super()._try_head(embeds)
@@ -299,7 +302,7 @@ class _BeforeLayer:
     def __init__(self, language: InterleavedLanguageModel, number: int) -> None:
         self.language, self.number = language, number
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:
-            return (self.language._before(self.number, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self.language._before(self.number, kwargs["hidden_states"])}
+            return (self.language._before(self.number, layer, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.language._before(self.number, layer, kwargs["hidden_states"])}
