@@ -55,8 +55,8 @@ def test_generation_with_cache_equals_running_the_whole_row_again(family, decodi
     net, names = tiny(family), ["one", "two", "none"]
     together = net.generate(batch([ROWS[n] for n in names]), decoding)
     assert together == [net.generate(batch([ROWS[n]]), decoding)[0] for n in names]
-    other = net.generate(batch([["z", *ROWS["two"][1:4], "y", *ROWS["two"][5:]]]), decoding)[0]
-    assert other != together[1]
+    swapped = batch([["z", *ROWS["two"][1:4], "y", *ROWS["two"][5:]]])
+    assert (net.logits(swapped) - net.logits(batch([ROWS["two"]]))).abs().max() > 0.05
     if decoding.num_beams == 1:
         for name, answer in zip(names, together, strict=True):
             row = list(ROWS[name])
@@ -78,14 +78,15 @@ def test_end_of_chunk_ends_an_answer_and_image_is_never_generated():
     net = tiny()
     rows = batch([ROWS["one"], ROWS["none"]])
     with net.language.looking(net.look(rows)):
-        last = net.language.hidden(net.embed_prompt(rows))[0, 6]
+        hidden = net.language.hidden(net.embed_prompt(rows))
+    last, other = hidden[0, 6], hidden[1, 4]
     end, image = net.language.new_rows.output
     end.zero_()
     image.copy_(9 * last)
     assert net.logits(rows)[0, 6].argmax() == IMAGE
     for decoding in (Decoding(max_new_tokens=5), Decoding(max_new_tokens=5, num_beams=2)):
         assert all(IMAGE not in answer and len(answer) == 5 for answer in net.generate(rows, decoding))
-    end.copy_(9 * last)
+    end.copy_(9 * (last - other * (last @ other) / (other @ other)))
     first, second = net.generate(rows, Decoding(max_new_tokens=5))  # an ended row goes on beside an open one
     assert first == []
     assert second
@@ -146,7 +147,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family):
     net.language.lm.train()
     getattr(net.language.lm, ENABLE)()
     runs = []
-    net.xattn[0].register_forward_hook(lambda *_: runs.append(1))
+    net.xattn[0].register_forward_pre_hook(lambda *_: runs.append(1))
     again = gradients()
     assert len(runs) == 2
     assert plain.keys() == again.keys()

@@ -149,29 +149,30 @@ class InterleavedLanguageModel(LanguageModel):
     # Insertion
 
     def decoder_layers(self) -> nn.ModuleList:
-        """The LM's decoder layers: its one list of as many modules as the configuration counts hidden layers.
+        """The LM's decoder layers. Raises ConfigError when it cannot be told which they are."""
+        return self._find_layers()[1]
 
-        Raises ConfigError when there is none, or several.
-        """
+    def _find_layers(self) -> tuple[nn.Module, nn.ModuleList]:
+        """The LM's one list of as many modules as its configuration counts hidden layers, and the module it is in."""
         depth = getattr(self.lm.config.get_text_config(), "num_hidden_layers", None)
         lists = {n: m for n, m in self.lm.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
-        outermost = [m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)]
+        outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
         if depth is None or len(outermost) != 1:
             raise ConfigError(
                 f"{type(self.lm).__name__} has {len(outermost)} module lists of its {depth} hidden layers, so it is "
                 "unknown where its decoder layers are and gated blocks cannot be put before them; take another "
                 "language model, such as Llama, OPT, GPT-NeoX, MPT, GPT-2 or Qwen."
             )
-        return outermost[0]
+        return self.lm.get_submodule(outermost[0].rpartition(".")[0]), lists[outermost[0]]
 
     def insert(self, blocks: Mapping[int, GatedBlock]) -> None:
         """Send the input of layer i through ``blocks[i]`` from now on. Raises ConfigError for a layer not there."""
-        layers = self.decoder_layers()
+        decoder, layers = self._find_layers()
         if outside := [i for i in blocks if not 0 <= i < len(layers)]:
             raise ConfigError(f"a gated block cannot stand before layer {outside[0]}: the LM has {len(layers)}.")
         self.detach()
         self._blocks = dict(blocks)
-        self._hooks.append(self.lm.base_model.register_forward_pre_hook(self._count_past, with_kwargs=True))
+        self._hooks.append(decoder.register_forward_pre_hook(self._count_past, with_kwargs=True))
         for i in blocks:
             self._hooks.append(layers[i].register_forward_pre_hook(_BeforeLayer(self, i), with_kwargs=True))
 

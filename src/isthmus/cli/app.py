@@ -105,13 +105,21 @@ def chat(
     model: Annotated[str, typer.Argument(help="A model folder.")],
     question: Annotated[str | None, typer.Argument(help="One question; without it a conversation starts.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A picture (repeat for several).")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A clip: a folder of frames or a video file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
 ) -> None:
     """One answer about pictures, or a conversation."""
     from isthmus.cli.chat import run
 
-    run(model, question, image or [], max_new_tokens=max_new_tokens, temperature=temperature)
+    run(
+        model,
+        question,
+        image or [],
+        videos=video or [],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
 
 
 @app.command()
