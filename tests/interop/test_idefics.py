@@ -24,8 +24,7 @@ def pair(interval: int, *, qk_norm: bool, gate: str) -> tuple[IdeficsForVisionTe
         cross_layer_interval=interval,
         qk_layer_norms=qk_norm,
         alpha_type="vector" if gate == "vector" else "float",
-        alpha_initializer="normal",
-        alphas_initializer_range=0.8,
+        alpha_initializer="ones",
         use_resampler=True,
         vision_config={
             "embed_dim": 24,

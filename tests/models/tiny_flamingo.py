@@ -49,6 +49,7 @@ def tiny(language: str = "llama", *, gates: tuple[float, float] = (0.7, 0.5), **
     """Gates are (attention, MLP) of every block."""
     lm = {"model_type": language, **LANGUAGES[language], **changes.pop("lm", {})}
     fields = {"vision": VISION, "resampler": RESAMPLER, "xattn": GatedConfig(heads=2, head_width=8), "every": 2}
+    torch.manual_seed(0)
     net = Flamingo(FlamingoConfig(**{**fields, **changes}, language=lm, end_id=END, image_id=IMAGE)).eval()
     redraw(net)
     with torch.no_grad():
