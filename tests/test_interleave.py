@@ -1,6 +1,7 @@
 """Gated blocks and new tokens in unmodified LMs of seven families."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from isthmus.nn.gated import GatedBlock, GatedConfig
 from tests.models.tiny_flamingo import END, IMAGE, LANGUAGES, ROWS, V, batch, tiny
 
 FAMILIES = tuple(LANGUAGES)
-ENABLE = next(n for n in ("activation_checkpointing_enable", "gradient_checkpointing_enable") if hasattr(PreTrainedModel, n))
+ENABLE = next(
+    n for n in ("activation_checkpointing_enable", "gradient_checkpointing_enable") if hasattr(PreTrainedModel, n)
+)
 
 
 def bare(net) -> LanguageModel:
@@ -61,7 +64,7 @@ def test_generation_with_cache_equals_running_the_whole_row_again(family, decodi
         for name, answer in zip(names, together, strict=True):
             row = list(ROWS[name])
             for token in answer:
-                assert int(net.logits(batch([row]))[0, -1, : IMAGE].argmax()) == token
+                assert int(net.logits(batch([row]))[0, -1, :IMAGE].argmax()) == token
                 row.append(token)
 
 
@@ -113,7 +116,7 @@ def test_a_conversation_in_chunks_equals_one_pass_and_a_later_image_is_used(fami
     expected, embeds, look = net.logits(whole), net.embed_prompt(whole), net.look(whole)
     for cuts in ((4,), (1, 4, 5)):
         bounds, cache, found = [0, *cuts, embeds.shape[1]], None, []
-        for a, b in zip(bounds, bounds[1:], strict=False):
+        for a, b in itertools.pairwise(bounds):
             images = int(look.seen[0, :b].max())
             with net.language.looking(Look(media=look.media[:, : max(images, 1)], seen=look.seen[:, :b])):
                 logits, cache = net.language.chunk(embeds[:, a:b], cache)

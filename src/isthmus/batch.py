@@ -109,9 +109,7 @@ class Batch:
         return replace(
             self,
             text={
-                k: Tokens(
-                    ids=t.ids.to(device), lengths=t.lengths.to(device), labels=move(t.labels), seen=move(t.seen)
-                )
+                k: Tokens(ids=t.ids.to(device), lengths=t.lengths.to(device), labels=move(t.labels), seen=move(t.seen))
                 for k, t in self.text.items()
             },
             visuals=tuple(

@@ -39,7 +39,9 @@ def write(folder, name, *rows):
 
 
 def test_obelics_pages_keep_their_order(folder):
-    source = open_source({"kind": "obelics", "file": write(folder, "p.jsonl", OBELICS, {"texts": ["t"], "images": [None]})})
+    source = open_source(
+        {"kind": "obelics", "file": write(folder, "p.jsonl", OBELICS, {"texts": ["t"], "images": [None]})}
+    )
     assert len(source) == 1  # a page without a picture is left out
     record = source[0]
     assert told(record) == ["a", "x.png", "b", "y.png"]
@@ -48,7 +50,18 @@ def test_obelics_pages_keep_their_order(folder):
     assert (record.id, record.meta) == ("p/0", {"url": "https://example.org"})
     both = open_source({"kind": "obelics", "file": write(folder, "p.jsonl", OBELICS), "max_images": 1})
     assert told(both[0]) == ["a", "x.png", "b"]
-    assert len(open_source({"kind": "obelics", "file": write(folder, "q.jsonl", OBELICS, {"texts": ["t"], "images": [None]}), "min_images": 0})) == 2
+    assert (
+        len(
+            open_source(
+                {
+                    "kind": "obelics",
+                    "file": write(folder, "q.jsonl", OBELICS, {"texts": ["t"], "images": [None]}),
+                    "min_images": 0,
+                }
+            )
+        )
+        == 2
+    )
 
 
 def test_mmc4_pictures_stand_before_their_sentence(folder):
@@ -64,7 +77,10 @@ def test_pages_in_shards_bring_their_pictures(folder):
     )
     (record,) = [open_source({"kind": "obelics", "shards": str(shard)})[0]]
     assert told(record) == ["a", "s.tar :: k.0.png", "b", "s.tar :: k.1.png"]
-    coded = {"text_list": ["one."], "image_info": [{"image_name": "z", "matched_text_index": 0, "image_base64": base64.b64encode(png()).decode()}]}
+    coded = {
+        "text_list": ["one."],
+        "image_info": [{"image_name": "z", "matched_text_index": 0, "image_base64": base64.b64encode(png()).decode()}],
+    }
     shard = write_tar(folder / "c.tar", [("k.json", json.dumps(coded).encode())])
     record = open_source({"kind": "mmc4", "shards": str(shard)})[0]
     assert record.images[0].source.read() == png()
@@ -106,7 +122,13 @@ def test_layouts_are_known_by_sight(folder):
 
 def test_the_real_files(real_data):
     pages = {
-        kind: open_source({"kind": kind, "file": str(real_data / "recipes" / f"{kind}_style.jsonl"), "image_folder": str(real_data / "recipes" / "images")})
+        kind: open_source(
+            {
+                "kind": kind,
+                "file": str(real_data / "recipes" / f"{kind}_style.jsonl"),
+                "image_folder": str(real_data / "recipes" / "images"),
+            }
+        )
         for kind in ("obelics", "mmc4")
     }
     assert {kind: len(source) for kind, source in pages.items()} == {"obelics": 85, "mmc4": 85}

@@ -37,7 +37,7 @@ CAPTIONS = (picture(), assistant("a cat"), picture())
 
 
 def test_new_tokens_stand_behind_the_vocabulary_and_are_never_read_out_of_a_text():
-    assert (END, TAG) == (byte_level().vocab_size, byte_level().vocab_size + 1)
+    assert (byte_level().vocab_size, byte_level().vocab_size + 1) == (END, TAG)
     ids = TOKENIZER.encode("<image>a<|endofchunk|>")
     assert TAG not in ids
     assert END not in ids
@@ -47,7 +47,11 @@ def test_new_tokens_stand_behind_the_vocabulary_and_are_never_read_out_of_a_text
 @pytest.mark.parametrize(
     ("template", "parts", "expected"),
     [
-        ("paper", SHOTS, "<image>Question: what is it? Answer: a cat<|endofchunk|><image>Question: what is it? Answer:"),
+        (
+            "paper",
+            SHOTS,
+            "<image>Question: what is it? Answer: a cat<|endofchunk|><image>Question: what is it? Answer:",
+        ),
         ("paper", CAPTIONS, "<image>Output: a cat<|endofchunk|><image>Output:"),
         (
             "open_flamingo",
@@ -68,7 +72,11 @@ def test_new_tokens_stand_behind_the_vocabulary_and_are_never_read_out_of_a_text
             "<image>Question: what? Answer:",
         ),
         ("paper", (picture(role="text"),), "<image>"),
-        ("paper", (user("is "), picture(), user(" like "), picture(), user("?")), "Question: is <image> like <image>? Answer:"),
+        (
+            "paper",
+            (user("is "), picture(), user(" like "), picture(), user("?")),
+            "Question: is <image> like <image>? Answer:",
+        ),
     ],
 )
 def test_prompts_byte_for_byte(template, parts, expected):
@@ -138,7 +146,9 @@ def test_a_long_page_is_read_through_windows():
         tags = [n for n, i in enumerate(span.ids) if i == TAG]
         assert [p.start for p in example.places] == tags
         first = whole.ids[:start].count(TAG)
-        assert [v.content_key() for v in example.visuals] == [parts[2 * (first + k)].content_key() for k in range(len(tags))]
+        assert [v.content_key() for v in example.visuals] == [
+            parts[2 * (first + k)].content_key() for k in range(len(tags))
+        ]
         assert span.seen[-1] == len(tags)
     assert len(starts) > 10
 
@@ -148,7 +158,9 @@ def test_a_conversation_learns_answers_and_keeps_its_beginning():
     example = processor(max_length=64).example(talk)
     assert learnt(processor(max_length=999).example(talk)) == f" a cat<|endofchunk|> {'yes no ' * 30}<|endofchunk|></s>"
     assert len(example.streams["lm"].ids) == 64
-    assert written(example).startswith("<s><image>Question: what? Answer: a cat<|endofchunk|>Question: how many? Answer: yes")
+    assert written(example).startswith(
+        "<s><image>Question: what? Answer: a cat<|endofchunk|>Question: how many? Answer: yes"
+    )
     with pytest.raises(DataError, match="nothing learnt"):
         processor(max_length=8).example(talk)
     with pytest.raises(DataError, match="prompt too long"):

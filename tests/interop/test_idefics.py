@@ -52,11 +52,21 @@ def pair(interval: int, *, qk_norm: bool, gate: str) -> tuple[IdeficsForVisionTe
             layer.alpha_dense.normal_(0.5, 0.2)
     ours = Flamingo(
         FlamingoConfig(
-            vision=VisionConfig(image_size=16, patch_size=4, width=24, layers=2, heads=4, mlp_width=32, activation="gelu"),
-            language={"model_type": "llama", "vocab_size": V, **SIZES, "max_position_embeddings": 64, "rms_norm_eps": config.rms_norm_eps},
+            vision=VisionConfig(
+                image_size=16, patch_size=4, width=24, layers=2, heads=4, mlp_width=32, activation="gelu"
+            ),
+            language={
+                "model_type": "llama",
+                "vocab_size": V,
+                **SIZES,
+                "max_position_embeddings": 64,
+                "rms_norm_eps": config.rms_norm_eps,
+            },
             end_id=V,
             image_id=V + 1,
-            resampler=ResamplerConfig(layers=2, latents=LATENTS, heads=2, head_width=8, activation="relu", qk_norm=qk_norm),
+            resampler=ResamplerConfig(
+                layers=2, latents=LATENTS, heads=2, head_width=8, activation="relu", qk_norm=qk_norm
+            ),
             xattn=GatedConfig.idefics(32, 4, 48, eps=config.rms_norm_eps, qk_norm=qk_norm, gate=gate),  # type: ignore[arg-type]
             every=interval,
         )
@@ -71,28 +81,43 @@ def _copy(theirs: IdeficsForVisionText2Text, ours: Flamingo, qk_norm: bool) -> N
     entries = [Entry("latents", ("connector.latents",)), *same("layer_norm", "connector.norm")]
     for i in range(2):
         a, b, o = f"blocks.{i}.0", f"blocks.{i}.1", f"connector.layers.{i}"
-        entries += [*same(f"{a}.context_layer_norm", f"{o}.media_norm"), *same(f"{a}.latents_layer_norm", f"{o}.latent_norm")]
+        entries += [
+            *same(f"{a}.context_layer_norm", f"{o}.media_norm"),
+            *same(f"{a}.latents_layer_norm", f"{o}.latent_norm"),
+        ]
         for x, y in (("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("output_proj", "out_proj")):
             entries += same(f"{a}.{x}", f"{o}.attn.{y}", "weight")
         if qk_norm:
             entries += [*same(f"{a}.q_layer_norm", f"{o}.attn.q_norm"), *same(f"{a}.k_layer_norm", f"{o}.attn.k_norm")]
-        entries += [*same(f"{b}.ln", f"{o}.mlp_norm"), *same(f"{b}.fc", f"{o}.mlp.fc1", "weight"), *same(f"{b}.c_proj", f"{o}.mlp.fc2", "weight")]
+        entries += [
+            *same(f"{b}.ln", f"{o}.mlp_norm"),
+            *same(f"{b}.fc", f"{o}.mlp.fc1", "weight"),
+            *same(f"{b}.c_proj", f"{o}.mlp.fc2", "weight"),
+        ]
     prefix = "model.perceiver_resampler."
     resampler = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     found |= from_theirs(entries, resampler, shapes_of(ours), "the resampler")
     entries = []
     for i in range(len(ours.xattn)):
         o = f"xattn.{i}"
-        entries += [*same(f"{i}.input_layernorm", f"{o}.attn_norm", "weight"), *same(f"{i}.post_attention_layernorm", f"{o}.mlp_norm", "weight")]
+        entries += [
+            *same(f"{i}.input_layernorm", f"{o}.attn_norm", "weight"),
+            *same(f"{i}.post_attention_layernorm", f"{o}.mlp_norm", "weight"),
+        ]
         for x, y in (("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("o_proj", "out_proj")):
             entries += same(f"{i}.cross_attn.{x}", f"{o}.attn.{y}", "weight")
         if qk_norm:
-            entries += [*same(f"{i}.cross_attn.q_layer_norm", f"{o}.attn.q_norm", "weight"), *same(f"{i}.cross_attn.k_layer_norm", f"{o}.attn.k_norm", "weight")]
+            entries += [
+                *same(f"{i}.cross_attn.q_layer_norm", f"{o}.attn.q_norm", "weight"),
+                *same(f"{i}.cross_attn.k_layer_norm", f"{o}.attn.k_norm", "weight"),
+            ]
         for x in ("gate", "up", "down"):
             entries += same(f"{i}.mlp.{x}_proj", f"{o}.mlp.{x}", "weight")
         entries += [Entry(f"{i}.alpha_cross_attn", (f"{o}.attn_gate",)), Entry(f"{i}.alpha_dense", (f"{o}.mlp_gate",))]
     prefix = "model.gated_cross_attn_layers."
-    blocks = {k.removeprefix(prefix): v.flatten() if "alpha" in k else v for k, v in state.items() if k.startswith(prefix)}
+    blocks = {
+        k.removeprefix(prefix): v.flatten() if "alpha" in k else v for k, v in state.items() if k.startswith(prefix)
+    }
     found |= from_theirs(entries, blocks, shapes_of(ours), "the gated blocks")
     found["language.new_rows.input"] = state["model.embed_tokens.additional_embedding.weight"]
     found["language.new_rows.output"] = state["lm_head.additional_fc.weight"]
@@ -102,7 +127,10 @@ def _copy(theirs: IdeficsForVisionText2Text, ours: Flamingo, qk_norm: bool) -> N
     assert all(name.startswith("vision.") for name in missing)
 
 
-@pytest.mark.parametrize(("interval", "qk_norm", "gate"), [(1, True, "scalar"), (2, False, "vector"), (1, False, "scalar"), (2, True, "vector")])
+@pytest.mark.parametrize(
+    ("interval", "qk_norm", "gate"),
+    [(1, True, "scalar"), (2, False, "vector"), (1, False, "scalar"), (2, True, "vector")],
+)
 @torch.no_grad()
 def test_logits_equal(interval: int, qk_norm: bool, gate: str) -> None:
     theirs, ours = pair(interval, qk_norm=qk_norm, gate=gate)

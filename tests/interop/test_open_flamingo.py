@@ -24,7 +24,9 @@ FAMILIES = ("llama", "gpt_neox", "mpt")
 def fixture(family: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Facts, tensors to compare, and the state dict of their net."""
     facts = json.loads((FOLDER / f"{family}.json").read_text())
-    tensors = {k: v.float() if v.is_floating_point() else v for k, v in load_file(FOLDER / f"{family}.safetensors").items()}
+    tensors = {
+        k: v.float() if v.is_floating_point() else v for k, v in load_file(FOLDER / f"{family}.safetensors").items()
+    }
     state = {k.removeprefix("net/"): v for k, v in tensors.items() if k.startswith("net/")}
     return facts, tensors, state
 
@@ -133,6 +135,9 @@ def test_a_checkpoint_round_trips_with_no_key_left(family: str) -> None:
         trained_from_open_flamingo(extra, net)
     with pytest.raises(CheckpointError, match="latents"):
         trained_from_open_flamingo({k: v for k, v in saved.items() if k != "perceiver.latents"}, net)
-    short = {k: v[: facts["text"]] if k.endswith(("wte.weight", "embed_tokens.weight", "embed_in.weight")) else v for k, v in saved.items()}
+    short = {
+        k: v[: facts["text"]] if k.endswith(("wte.weight", "embed_tokens.weight", "embed_in.weight")) else v
+        for k, v in saved.items()
+    }
     with pytest.raises(CheckpointError, match="tokenizer does not belong"):
         trained_from_open_flamingo(short, net)

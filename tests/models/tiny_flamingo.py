@@ -81,9 +81,7 @@ SIZES = {"c": (SIZE, 8)}
 def batch(rows: list[Row], *, learn_from: int = 3, sources: tuple[str, ...] | None = None, **changes: Any) -> Batch:
     """Right-padded rows; text ids from position ``learn_from`` on are labelled."""
     ids = [[IMAGE if isinstance(item, str) else item for item in row] for row in rows]
-    labels = [
-        [i if n >= learn_from and i != IMAGE else IGNORE for n, i in enumerate(line)] for line in ids
-    ]
+    labels = [[i if n >= learn_from and i != IMAGE else IGNORE for n, i in enumerate(line)] for line in ids]
     names = [(r, n, item) for r, row in enumerate(rows) for n, item in enumerate(row) if isinstance(item, str)]
     groups: dict[tuple[int, ...], list[tuple[int, torch.Tensor]]] = {}
     for number, (_, _, name) in enumerate(names):
@@ -108,7 +106,8 @@ def batch(rows: list[Row], *, learn_from: int = 3, sources: tuple[str, ...] | No
             )
         },
         "visuals": tuple(
-            Visuals(index=torch.tensor([n for n, _ in g]), pixels=torch.stack([p for _, p in g])) for g in groups.values()
+            Visuals(index=torch.tensor([n for n, _ in g]), pixels=torch.stack([p for _, p in g]))
+            for g in groups.values()
         ),
         "places": {"lm": places} if names else {},
         "owner": torch.tensor([r for r, _, _ in names], dtype=torch.long),

@@ -1,5 +1,7 @@
 """Gated cross-attention: which image a token sees, exact zeros, and the formula of its size."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,7 +40,7 @@ def test_numbers_do_not_depend_on_the_chunks(tags, cuts):
     whole = torch.tensor([tags])
     bounds = sorted({0, len(tags), *(c for c in cuts if c < len(tags))})
     base, parts = torch.zeros(1, dtype=torch.long), []
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         parts.append(media_index(whole[:, a:b], base=base))
         base = parts[-1][:, -1]
     assert torch.equal(torch.cat(parts, 1), media_index(whole))
@@ -86,7 +88,7 @@ def test_no_gradient_is_lost_or_not_a_number_where_nothing_is_seen():
 def test_weights_are_what_the_block_attends_with():
     net, y, media = block("plain"), torch.randn(1, 8, 32), torch.randn(1, 2, 5, 24)
     mask = look_mask(media_index(TAGS), 2, 5)
-    keys, values = net.keys_values(media)
+    keys, _values = net.keys_values(media)
     weights = net.weights(y, keys, mask)
     torch.testing.assert_close(weights.sum(-1), (media_index(TAGS) > 0).float())
     assert not weights[~mask].any()

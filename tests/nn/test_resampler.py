@@ -10,7 +10,9 @@ from tests.models.tiny_flamingo import redraw
 
 
 def small(**changes) -> Resampler:
-    net = Resampler(24, ResamplerConfig(**{"layers": 2, "latents": 64, "heads": 2, "head_width": 8, "frames": 8, **changes}))
+    net = Resampler(
+        24, ResamplerConfig(**{"layers": 2, "latents": 64, "heads": 2, "head_width": 8, "frames": 8, **changes})
+    )
     redraw(net)
     return net.eval()
 
@@ -83,7 +85,11 @@ def test_patch_weights_are_distributions_and_follow_what_is_looked_at():
 
 
 def test_presets_differ_where_the_systems_do():
-    paper, ours, idefics = ResamplerConfig.paper(), ResamplerConfig.open_flamingo(), ResamplerConfig.idefics(qk_norm=True)
+    paper, ours, idefics = (
+        ResamplerConfig.paper(),
+        ResamplerConfig.open_flamingo(),
+        ResamplerConfig.idefics(qk_norm=True),
+    )
     keys = {name: set(Resampler(16, c).state_dict()) for name, c in (("p", paper), ("o", ours), ("i", idefics))}
     assert keys["p"] - keys["o"] == {"times"}
     assert keys["o"] - keys["p"] == {"norm.weight", "norm.bias"}

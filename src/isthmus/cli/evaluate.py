@@ -19,6 +19,9 @@ def run(
     data: str | None,
     options: Sequence[str],
     train: str | None,
+    shots: str | None = None,
+    more_shots: Sequence[int] = (),
+    select: str = "random",
     limit: int | None,
     out: Path | None,
     seed: int,
@@ -48,6 +51,7 @@ def run(
                 options=own,
             )
         ]
+    specs = _with_shots(specs, _counts(shots, more_shots), select)
     place = out if out is not None else folder / "eval" / (Path(data).stem if data else "own")
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
         shown: dict[str, Any] = {}
@@ -67,6 +71,31 @@ def run(
     if json_file is not None:
         facts = {r.task: r.scores.to_dict() for r in results}
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _counts(shots: str | None, more: Sequence[int]) -> list[int]:
+    """The numbers behind ``--shots``: ``0 4 8`` or ``0,4,8``. Raises ConfigError for anything else."""
+    if shots is None:
+        if more:
+            raise ConfigError(f"{more[0]} is not expected here; numbers of examples stand behind --shots.")
+        return []
+    words = [*shots.replace(",", " ").split(), *map(str, more)]
+    if not words or not all(word.isdigit() for word in words):
+        raise ConfigError(f"--shots takes numbers such as 0 4 8, not {shots!r}.")
+    return [int(word) for word in words]
+
+
+def _with_shots(specs: list[Any], counts: Sequence[int], select: str) -> list[Any]:
+    """Each question-answering task once per number of shots."""
+    return [
+        spec.model_copy(
+            update={"name": f"{spec.name}-{count}-shots", "options": {**spec.options, "shots": count, "select": select}}
+        )
+        if count is not None
+        else spec
+        for spec in specs
+        for count in (counts if counts and spec.task == "vqa" else [None])
+    ]
 
 
 def _source(data: str) -> dict[str, Any]:

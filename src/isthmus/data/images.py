@@ -325,7 +325,9 @@ class ImageTransform:
     def _whole_patches(self, width: int, height: int) -> tuple[int, int]:
         """Width and height with the long side at ``size`` and both sides whole patches, at least one."""
         long = max(width, height)
-        sides = [max(1, math.floor(side * self.size / long / self.patch + 0.5)) * self.patch for side in (width, height)]
+        sides = [
+            max(1, math.floor(side * self.size / long / self.patch + 0.5)) * self.patch for side in (width, height)
+        ]
         return sides[0], sides[1]
 
     def to_dict(self) -> dict[str, Any]:

@@ -316,5 +316,3 @@ def _by_speaker(parts: Sequence[Part]) -> list[tuple[Role, list[Part]]]:
             turns.append((role, []))
         turns[-1][1].append(part)
     return turns
-
-

@@ -105,7 +105,9 @@ def as_video(clip: AnyVideo, *, fps: float = 1.0, most: int = MOST_FRAMES) -> Vi
         return Video(clip)
     if isinstance(clip, Sequence) and all(isinstance(frame, PilImage.Image) for frame in clip):
         return Video(MadeFrames(clip))
-    raise DataError(f"not a video: {type(clip).__name__}; give a folder of frames, a video file or a list of PIL images")
+    raise DataError(
+        f"not a video: {type(clip).__name__}; give a folder of frames, a video file or a list of PIL images"
+    )
 
 
 def thinned(items: list[Any], most: int) -> list[Any]:

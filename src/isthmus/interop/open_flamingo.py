@@ -93,7 +93,10 @@ def _entries(net: Any) -> list[Entry]:
     for number, place in enumerate(places):
         theirs = f"lang_encoder.{LAYERS[kind]}.{place}.gated_cross_attn_layer"
         ours = f"xattn.{number}"
-        entries += [Entry(f"{theirs}.attn_gate", (f"{ours}.attn_gate",)), *same(f"{theirs}.attn.norm", f"{ours}.attn_norm")]
+        entries += [
+            Entry(f"{theirs}.attn_gate", (f"{ours}.attn_gate",)),
+            *same(f"{theirs}.attn.norm", f"{ours}.attn_norm"),
+        ]
         entries += [Entry(f"{theirs}.ff_gate", (f"{ours}.mlp_gate",))]
         entries += _attention(f"{theirs}.attn", ours) + _mlp(f"{theirs}.ff", ours)
     return entries

@@ -230,9 +230,7 @@ class Flamingo(nn.Module):
             return self.connector(nothing)[None].expand(len(batch), -1, -1, -1)
         absent = torch.zeros_like(tokens[0])
         longest = max(map(len, rows))
-        return torch.stack(
-            [torch.stack([*(tokens[n] for n in row), *[absent] * (longest - len(row))]) for row in rows]
-        )
+        return torch.stack([torch.stack([*(tokens[n] for n in row), *[absent] * (longest - len(row))]) for row in rows])
 
     def look(self, batch: Batch) -> Look:
         """What the gated blocks see of this batch. Raises DataError for a row with more tags than images, or fewer."""

@@ -12,9 +12,15 @@ import torch
 
 from isthmus.config import plain
 from isthmus.data.images import ImageTransform
-from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
+from isthmus.data.interleave import NEW_TOKENS
 from isthmus.data.mix import Source
-from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
+from isthmus.data.processor import (
+    ContrastiveProcessor,
+    Processor,
+    SpliceProcessor,
+    TextProcessor,
+    processor_from_dict,
+)
 from isthmus.data.sources import open_source
 from isthmus.data.text import render
 from isthmus.data.tokenizer import END, Tokenizer
@@ -198,7 +204,9 @@ def _processor(kind: str, net: Any, tokenizer: Tokenizer, image: ImageTransform 
             image = replace(image, patch=net.config.vision.patch_size)
         length = stage.max_length or net.language.context or 2048
         options = {"template": stage.template or "paper", **stage.options}
-        return InterleaveProcessor(tokenizer, image, max_length=length, **options)
+        return processor_from_dict(
+            {"kind": "interleave", "image": image.to_dict(), "max_length": length} | options, tokenizer
+        )
     if kind == "clip":
         if stage.template is not None:
             raise ConfigError(f"Stage {stage.name!r}: a clip stage has no chat template; take `template` out.")

@@ -32,8 +32,20 @@ from isthmus.data.scenes.words import captions, describe, outlines, symbols
 from isthmus.errors import ConfigError, nearest
 
 Form = Literal[
-    "captions", "outlines", "questions", "conversations", "describe", "reasoning", "symbols", "readings", "fewshot",
-    "pages", "lessons", "lesson_texts", "clips", "clip_questions",
+    "captions",
+    "outlines",
+    "questions",
+    "conversations",
+    "describe",
+    "reasoning",
+    "symbols",
+    "readings",
+    "fewshot",
+    "pages",
+    "lessons",
+    "lesson_texts",
+    "clips",
+    "clip_questions",
 ]
 FORMS: tuple[Form, ...] = get_args(Form)
 _REQUESTS = ("describe the picture.", "what do you see?", "tell me everything about this picture.")
@@ -164,7 +176,6 @@ class SceneSource:
             parts += [Text(f"{thing} is"), Text(f" {word}\n", learn=word in known)]
             known.add(word)
         return self._record(number, parts, kind=f"fewshot_{task.attribute}", answers=(task.examples[-1][1],))
-
 
     def _pages(self, number: int, dice: Dice) -> Record:
         """Two to four pictures, the captions in one of their forms each."""
