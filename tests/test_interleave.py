@@ -133,7 +133,7 @@ def test_a_block_without_media_raises_and_stale_media_do_too():
     with net.language.blind():
         net.language.lm(torch.tensor([[1, 2, 3]]))
     look = net.look(batch([ROWS["one"], ROWS["two"]]))
-    with net.language.looking(look), pytest.raises(ConfigError, match="runs 3 rows, the media .* of 2"):
+    with net.language.looking(look), pytest.raises(ConfigError, match=r"runs 3 rows, the media .* of 2"):
         net.language.hidden(torch.zeros(3, 4, 32))
 
 

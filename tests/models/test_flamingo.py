@@ -237,7 +237,7 @@ def test_cached_features_equal_pixels():
 def test_bad_configurations_are_explained():
     with pytest.raises(ConfigError, match="offset from 0 to every - 1"):
         tiny(every=2, offset=2)
-    with pytest.raises(ConfigError, match="no gated block fits: every 9, offset 8, .* 4 layers"):
+    with pytest.raises(ConfigError, match=r"no gated block fits: every 9, offset 8, .* 4 layers"):
         tiny(every=9, offset=8)
     with pytest.raises(ConfigError, match="did you mean 'resampler'"):
         FlamingoConfig.from_dict({**FlamingoConfig.tiny().to_dict(), "resample": {}})

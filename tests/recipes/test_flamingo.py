@@ -1,4 +1,4 @@
-"""Flamingo from a recipe: joint steps over weighted sources, resume, a folder that loads, and what a user asks of it."""
+"""Flamingo from a recipe: joint steps over weighted sources, resume, a folder that loads, what a user asks of it."""
 
 import copy
 
@@ -172,7 +172,7 @@ def test_scores_share_the_beginning_and_equal_one_by_one(model, picture):
         picture,
         Text("what?", role="user"),
         Text("red", role="assistant"),
-        picture.rotate(90),
+        picture.rotate(90, expand=True),
         Text("what?", role="user"),
     ]
     candidates = ["red", "blue", "red and blue"]
@@ -181,14 +181,9 @@ def test_scores_share_the_beginning_and_equal_one_by_one(model, picture):
     found = model.score(shots, candidates)
     hook.remove()
     assert sum(calls) == 2  # two pictures, once for all candidates
+    parts = tuple(p if isinstance(p, Text) else as_image(p) for p in shots)
     examples = [
-        model.processor.example(
-            Record(
-                "c",
-                (*tuple(p if isinstance(p, Text) else as_image(p) for p in shots), Text(c, role="assistant", learn=True)),
-            )
-        )
-        for c in candidates
+        model.processor.example(Record("c", (*parts, Text(c, role="assistant", learn=True)))) for c in candidates
     ]
     with torch.inference_mode():
         whole = [float(model.net.score(collate([e]))) for e in examples]
@@ -196,7 +191,7 @@ def test_scores_share_the_beginning_and_equal_one_by_one(model, picture):
 
 
 def test_attention_comes_on_request(model, picture):
-    record = Record("x", (as_image(picture), as_image(picture.rotate(90)), Text("what?", role="user")))
+    record = Record("x", (as_image(picture), as_image(picture.rotate(90, expand=True)), Text("what?", role="user")))
     (found,) = model.generate([record], return_attention=True, max_new_tokens=5)
     assert found.text == model.generate([record], max_new_tokens=5)[0]
     layers, tokens = 2, len(found.tokens)
@@ -212,7 +207,7 @@ def test_saved_and_loaded_again_it_is_the_same(model, picture, tmp_path):
     assert again.processor.to_dict() == model.processor.to_dict()
     assert again.answer(picture, "what?", max_new_tokens=6) == model.answer(picture, "what?", max_new_tokens=6)
     assert read_json(tmp_path / "copy" / "processor.json")["image"]["patch"] == 16
-    assert model.vision_features([picture, picture.rotate(90)]).shape == (2, 32)
+    assert model.vision_features([picture, picture.rotate(90, expand=True)]).shape == (2, 32)
 
 
 def test_recipes_that_cannot_weigh_are_explained(story):
@@ -223,5 +218,5 @@ def test_recipes_that_cannot_weigh_are_explained(story):
     same = [{"kind": "scenes", "form": "pages", "batch_size": 2, "loss_weight": w} for w in (1.0, 0.5)]
     with pytest.raises(ConfigError, match="called 'scenes-pages-train' and weigh"):
         make_loader(build(recipe(story, data=same)), recipe(story, data=same).stages[0])
-    with pytest.raises(ConfigError, match="missing or unknown option|unexpected keyword"):
+    with pytest.raises(ConfigError, match="missing or unknown option"):
         make_loader(build(recipe(story)), recipe(story, options={"p_nex": 1}).stages[0])

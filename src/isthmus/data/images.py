@@ -292,8 +292,8 @@ class ImageTransform:
         return red, green, blue
 
     def __call__(self, picture: AnyImage) -> Tensor:
-        """Pixels (3, size, size), or (F, 3, size, size) of a clip. A PIL image is taken as it is and must be RGB; all else is opened by
-        :func:`open_image` with its limits and errors."""
+        """Pixels (3, size, size), or (F, 3, size, size) of a clip. A PIL image is taken as it is and must be RGB; all
+        else is opened by :func:`open_image` with its limits and errors."""
         if isinstance(picture, Video):
             return torch.stack([self(frame) for frame in picture.source.read()])
         image = picture if isinstance(picture, PilImage.Image) else open_image(as_image(picture).source)

@@ -1,8 +1,8 @@
 """Few-shot evaluation: examples before each question (2204.14198, sec. 4.1 and appendix B.2).
 
-Shots are drawn from a pool of support samples, by chance or by RICES: those whose pictures are nearest to the question's
-by the frozen vision features, the nearest last. Zero shots means two examples in words alone, pictures taken out. With
-given candidates the answer is the likeliest one, its log-likelihood averaged over permutations of the shots.
+Shots are drawn from a pool of support samples, by chance or by RICES: those whose pictures are nearest to the
+question's by the frozen vision features, the nearest last. Zero shots means two examples in words alone, pictures taken
+out. With given candidates the answer is the likeliest one, its log-likelihood averaged over permutations of the shots.
 """
 
 import random

@@ -191,6 +191,10 @@ class Flamingo(nn.Module):
     def from_config(cls, values: Mapping[str, Any]) -> "Flamingo":
         return cls(FlamingoConfig.from_dict(values))
 
+    def num_tokens(self, height: int, width: int, frames: int = 1) -> int:
+        """R: what a visual of that many pixels costs in cross-attention; of the LM's context it takes one token."""
+        return self.connector.num_tokens(frames, self.vision.grid(height, width))
+
     def unreachable(self) -> tuple[str, ...]:
         """Parameters that the objective cannot reach: what the encoder does behind its last block."""
         dead = ("vision.ln_post.", "vision.pool.")

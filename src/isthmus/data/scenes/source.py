@@ -57,7 +57,7 @@ _MOST_REDRAWS = 10_000
 class SceneSource:
     """``count`` records of one form, a pure function of (form, split, seed, side, index); drawing waits for ``read()``.
 
-    ``shots`` are a lesson's examples (None: 4 to 8 of them), ``frames`` a clip's; ``control`` spoils them on purpose, see
+    ``shots`` are a lesson's examples (none given: 4 to 8), ``frames`` a clip's; ``control`` spoils them on purpose, see
     :data:`isthmus.data.scenes.interleaved.CONTROLS`.
 
     ``turns`` is the number of question-answer turns in conversations and symbols. ``distinct`` skips scenes that no
