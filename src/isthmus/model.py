@@ -7,6 +7,7 @@
 names it, so the same class serves CLIP, a bare language model and LLaVA.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +27,7 @@ from isthmus.data.messages import Message, parts_of
 from isthmus.data.processor import ContrastiveProcessor, Processor, processor_from_dict
 from isthmus.data.record import Example, Image, Part, Record, Text, without_answer
 from isthmus.data.tokenizer import Tokenizer
+from isthmus.data.video import as_visual
 from isthmus.errors import CapabilityError, CheckpointError, DataError
 from isthmus.language import Decoding
 from isthmus.models import MODELS, model_class
@@ -78,17 +80,20 @@ class Model:
     # Text out: captions, answers, conversations
 
     def caption(self, image: AnyImage, **decoding: Any) -> str:
-        """A caption of one picture, asked for in the words the model was trained with."""
+        """A caption of one picture or clip, asked for in the words the model was trained with."""
         self._need("caption")
-        parts: list[Part] = [replace(as_image(image), role="user" if "caption" in self.prompts else "text")]
+        parts: list[Part] = [replace(as_visual(image), role="user" if "caption" in self.prompts else "text")]
         if "caption" in self.prompts:
             parts.append(Text(self.prompts["caption"], role="user"))
         return self.generate([Record(id="caption", parts=tuple(parts))], **decoding)[0]
 
     def answer(self, image: AnyImage | Sequence[AnyImage] | None, question: str, **decoding: Any) -> str:
-        """The answer to a question about one picture, several, or (bare LM) none."""
+        """The answer to a question about one picture or clip, several, or (bare LM) none.
+
+        A path to a folder of frames or to a video file is a clip.
+        """
         self._need("answer")
-        parts = (*(as_image(i) for i in _listed(image)), Text(question, role="user"))
+        parts = (*(as_visual(i) for i in _listed(image)), Text(question, role="user"))
         return self.generate([Record(id="answer", parts=parts)], **decoding)[0]
 
     def chat(self, messages: Sequence[Message], **decoding: Any) -> str:
@@ -161,8 +166,8 @@ class Model:
             p
             if isinstance(p, Text | Image)
             else Text(p, role="user")
-            if isinstance(p, str) and not Path(p).is_file()
-            else as_image(p)
+            if isinstance(p, str) and not os.path.exists(p)
+            else as_visual(p)
             for p in parts
         )
         records = [

@@ -9,7 +9,7 @@ from isthmus.data.images import ImageTransform
 from isthmus.data.messages import parts_of
 from isthmus.data.record import Image, Video
 from isthmus.data.sources import open_source
-from isthmus.data.video import FileFrames, FolderFrames, MadeFrames, as_video, thinned
+from isthmus.data.video import FileFrames, FolderFrames, MadeFrames, as_video, as_visual, thinned
 from isthmus.errors import DataError
 
 
@@ -50,6 +50,8 @@ def test_a_folder_gives_its_pictures_in_order(tmp_path):
     assert len(clip.content_key()) == 64
     assert as_video(clip) is clip
     assert isinstance(clip, Image)
+    assert isinstance(as_visual(str(tmp_path)), Video)
+    assert not isinstance(as_visual(tmp_path / "0.png"), Video)
     (part,) = parts_of([{"role": "user", "content": [{"type": "video", "video": tmp_path}]}])
     assert isinstance(part, Video)
     rows = tmp_path / "rows.jsonl"

@@ -243,3 +243,17 @@ def test_bad_configurations_are_explained():
         FlamingoConfig.from_dict({**FlamingoConfig.tiny().to_dict(), "resample": {}})
     assert FlamingoConfig.from_dict(FlamingoConfig.tiny().to_dict()) == FlamingoConfig.tiny()
     assert (IMAGE, END) == (V + 1, V)
+
+
+def test_it_learns_to_tell_two_pictures_apart_with_a_frozen_language_model():
+    net = tiny(gates=(0.0, 0.0), every=1)
+    apply_stage(net, STAGES["flamingo"][0]["stage"].train)
+    rows = batch([["a", 5, 6], ["b", 5, 7]], learn_from=2)
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = net.loss(rows)["lm"].mean
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2  # without looking at the picture it cannot fall below log 2 = 0.69
+    assert net.generate(batch([["b", 5], ["a", 5]]), Decoding(max_new_tokens=1)) == [[7], [6]]

@@ -12,12 +12,12 @@ from typing import Any
 
 from PIL import Image as PilImage
 
-from isthmus.data.images import FileImage, open_image
-from isthmus.data.record import FrameSource, Video
+from isthmus.data.images import AnyImage, FileImage, as_image, open_image
+from isthmus.data.record import FrameSource, Image, Video
 from isthmus.errors import DataError, MissingExtraError
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
-VIDEOS = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".mpg", ".mpeg", ".gif"})
+VIDEOS = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".mpg", ".mpeg"})
 MOST_FRAMES = 8
 
 
@@ -108,6 +108,13 @@ def as_video(clip: AnyVideo, *, fps: float = 1.0, most: int = MOST_FRAMES) -> Vi
     raise DataError(
         f"not a video: {type(clip).__name__}; give a folder of frames, a video file or a list of PIL images"
     )
+
+
+def as_visual(thing: AnyImage | Video) -> Image:
+    """A picture or, for a folder or a path that ends like a video file, a clip."""
+    if isinstance(thing, str | Path) and (Path(thing).is_dir() or Path(thing).suffix.lower() in VIDEOS):
+        return as_video(thing)
+    return as_image(thing)
 
 
 def thinned(items: list[Any], most: int) -> list[Any]:

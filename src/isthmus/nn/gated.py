@@ -109,8 +109,10 @@ class GatedBlock(nn.Module):
 
         A token that may look nowhere gets exactly nothing from the attention; its MLP branch still runs.
         """
-        looked = self.attn(self.attn_norm(y), keys, values, mask=mask[:, None])
-        looked = torch.where(mask.any(-1, keepdim=True), looked, 0.0)
+        somewhere = mask.any(-1, keepdim=True)
+        # A row without any key is up to the kernel, gradients too: it looks everywhere instead and is overwritten.
+        looked = self.attn(self.attn_norm(y), keys, values, mask=(mask | ~somewhere)[:, None])
+        looked = torch.where(somewhere, looked, 0.0)
         y = y + self.attn_gate.tanh() * looked
         return y + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(y))
 

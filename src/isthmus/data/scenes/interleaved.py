@@ -87,12 +87,12 @@ def make_lesson(dice: Dice, *, split: Split, shots: int, permuted: bool = False)
 
 
 def lesson_parts(lesson: Lesson, *, name: str, side: int, seed: int, split: Split, number: int) -> list[Part]:
-    """Shots and query as turns. Learnt is every word that an earlier example has explained."""
+    """Shots and query as turns. Learnt in training is every word that an earlier example has explained."""
     parts: list[Part] = []
     for place, (solid, word, learn) in enumerate(_known(lesson)):
         scene = Scene(seed, split, number, (solid,))
         parts.append(Image(MadeScene(scene, f"{name}/{place}", side), key=f"{name}/{side}/{place}"))
-        parts += [Text(_WORD, role="user"), Text(word, role="assistant", learn=learn)]
+        parts += [Text(_WORD, role="user"), Text(word, role="assistant", learn=learn or split != "train")]
     return parts
 
 
