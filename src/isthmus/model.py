@@ -170,8 +170,13 @@ class Model:
             else as_visual(p)
             for p in parts
         )
+        texts = [p for p in prompt if isinstance(p, Text)]
+        running = bool(texts) and all(t.role == "text" for t in texts)  # no turns: the candidate runs on
         records = [
-            Record(id=f"candidate {i}", parts=(*prompt, Text(c, role="assistant", learn=True)))
+            Record(
+                id=f"candidate {i}",
+                parts=(*prompt, Text(f" {c}" if running else c, role="text" if running else "assistant", learn=True)),
+            )
             for i, c in enumerate(candidates)
         ]
         examples = [self.processor.example(r, draw=0) for r in records]

@@ -10,6 +10,7 @@ import isthmus
 from isthmus.checkpoint import read_json
 from isthmus.data.collate import collate
 from isthmus.data.images import as_image
+from isthmus.data.interleave import hateful_memes
 from isthmus.data.record import Record, Text
 from isthmus.data.video import as_video
 from isthmus.errors import ConfigError
@@ -184,6 +185,17 @@ def test_scores_share_the_beginning_and_equal_one_by_one(model, picture):
     parts = tuple(p if isinstance(p, Text) else as_image(p) for p in shots)
     examples = [
         model.processor.example(Record("c", (*parts, Text(c, role="assistant", learn=True)))) for c in candidates
+    ]
+    with torch.inference_mode():
+        whole = [float(model.net.score(collate([e]))) for e in examples]
+    assert found == pytest.approx(whole, abs=1e-3)
+
+
+def test_a_running_text_is_ranked_as_one(model, picture):
+    parts = hateful_memes(as_image(picture), "a cat")
+    found = model.score(parts, ["yes", "no"])
+    examples = [
+        model.processor.example(Record("c", hateful_memes(as_image(picture), "a cat", a))) for a in ("yes", "no")
     ]
     with torch.inference_mode():
         whole = [float(model.net.score(collate([e]))) for e in examples]
