@@ -90,7 +90,8 @@ class Look:
         known = self.seen[:, self.past : self.past + length]
         if known.shape[1] < length:
             known = torch.cat([known, self.seen[:, -1:].expand(-1, length - known.shape[1])], dim=1)
-        return look_mask(known, *self.media.shape[1:3], self.mode)
+        _, images, tokens, _ = self.media.shape
+        return look_mask(known, images, tokens, self.mode)
 
 
 class InterleavedLanguageModel(LanguageModel):

@@ -84,7 +84,8 @@ class SceneSource:
             raise ConfigError(f"scenes have no split {split!r}; {nearest(split, SPLITS)}")
         if count < 1 or turns < 1:
             raise ConfigError(f"scenes need at least one record and one turn, not count={count}, turns={turns}")
-        self.form, self.split, self.seed, self.size, self.turns = form, split, seed, size, turns
+        self.form, self.seed, self.size, self.turns = form, seed, size, turns
+        self.split: Split = split
         self.shots, self.frames, self.control = shots, frames, control
         self.name = f"scenes-{form}-{split}"
         self._make: Callable[[int, Dice], Record] = getattr(self, f"_{form}")
