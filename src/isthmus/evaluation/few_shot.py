@@ -39,6 +39,8 @@ class Support:
         places = random.Random(f"pool/{seed}").sample(range(len(records)), min(pool, len(records)))
         self.records: list[Record] = [records[i] for i in places]
         self.seed = seed
+        # A picture's key may cost reading its file, so each is asked for once.
+        self._keys = [frozenset(p.content_key() for p in record.images) for record in self.records]
         self._features: Tensor | None = None
 
     def choose(self, record: Record, shots: int, features: Features | None = None) -> list[Record]:
@@ -48,11 +50,7 @@ class Support:
         Raises DataError when the pool is too small.
         """
         keys = {p.content_key() for p in record.images}
-        usable = [
-            i
-            for i, other in enumerate(self.records)
-            if other.id != record.id and keys.isdisjoint(p.content_key() for p in other.images)
-        ]
+        usable = [i for i, other in enumerate(self.records) if other.id != record.id and keys.isdisjoint(self._keys[i])]
         if len(usable) < shots:
             raise DataError(f"sample {record.id!r} needs {shots} shots and the support set has {len(usable)} others.")
         if features is None or not record.images:
