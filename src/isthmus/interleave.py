@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from isthmus.batch import IGNORE
+from isthmus.batch import IGNORE, Tokens
 from isthmus.errors import ConfigError, DataError
 from isthmus.language import Decoding, LanguageModel
 from isthmus.nn.gated import GatedBlock, Media, look_mask
@@ -258,6 +258,10 @@ class InterleavedLanguageModel(LanguageModel):
         if self._look is not None:
             self._look = self._look.left_padded(lengths)
         return super().generate(embeds, lengths, decoding)
+
+    def label_nll(self, embeds: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood (M,) of every labelled target, and the row (M,) it belongs to."""
+        return self._label_nll(embeds, tokens)
 
     def chunk(self, embeds: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """The next T tokens of conversations: logits (B, T, V) and the cache to go on from.

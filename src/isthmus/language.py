@@ -194,12 +194,12 @@ class LanguageModel(nn.Module):
         Logits exist only where the next token carries a label, and only LOGITS_AT_ONCE of them at a time. Without
         any label the sum is a zero that still reaches every parameter.
         """
-        nll, _ = self.label_nll(embeds, tokens)
+        nll, _ = self._label_nll(embeds, tokens)
         return nll.sum(), len(nll)
 
     def score(self, embeds: Tensor, tokens: Tokens) -> Tensor:
         """(B,) sums of log-probabilities of the labelled tokens, for choosing among given answers."""
-        nll, row = self.label_nll(embeds, tokens)
+        nll, row = self._label_nll(embeds, tokens)
         return torch.zeros(len(embeds), device=nll.device).index_add(0, row, -nll)
 
     @torch.no_grad()
@@ -244,7 +244,7 @@ class LanguageModel(nn.Module):
             pad_token_id=decoding.stop_ids[0] if decoding.stop_ids else 0,
         )
 
-    def label_nll(self, embeds: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def _label_nll(self, embeds: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood (M,) of every labelled target, and the row (M,) it belongs to."""
         if tokens.labels is None:
             raise DataError("the token stream has no labels, so there is no loss; use a processor made for training.")
