@@ -9,9 +9,11 @@ cd "$(dirname "$0")/.."
 
 python3 -m venv .venv-peers
 peer=.venv-peers/bin/python
-"$peer" -m pip install --quiet torch==2.13.0 numpy pillow safetensors huggingface_hub regex ftfy tqdm pyyaml
-"$peer" -m pip install --quiet --no-deps open_clip_torch==3.3.0 timm==1.0.31
+"$peer" -m pip install --quiet torch==2.13.0 numpy pillow safetensors huggingface_hub regex ftfy tqdm pyyaml \
+  transformers==5.23.0 einops einops-exts
+"$peer" -m pip install --quiet --no-deps open_clip_torch==3.3.0 timm==1.0.31 open_flamingo==2.0.1
 
 site="$("$peer" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
 "$peer" tools/torchvision_stub.py "$site"
+"$peer" -c 'import open_flamingo.src.flamingo; print("open_flamingo is ready in .venv-peers")'
 "$peer" -c 'import open_clip; print("open_clip", open_clip.__version__, "is ready in .venv-peers")'

@@ -1,4 +1,5 @@
-"""Writes a stand-in for torchvision into a site-packages folder: just enough for open_clip and timm to import.
+"""Writes a stand-in for torchvision into a site-packages folder: just enough for open_clip, timm and open_flamingo
+(through transformers) to import.
 
 What runs in the peers' environment never calls it: classes are empty, functions raise. Run by tools/peers.sh.
 """
@@ -56,10 +57,13 @@ def __getattr__(name):
 FILES = {
     "__init__.py": ROOT,
     "ops/__init__.py": "",
+    "io/__init__.py": EMPTY_CLASSES,
     "ops/misc.py": MISC,
     "datasets/__init__.py": EMPTY_CLASSES,
     "transforms/__init__.py": TRANSFORMS,
     "transforms/functional.py": FUNCTIONAL,
+    "transforms/v2/__init__.py": TRANSFORMS,
+    "transforms/v2/functional.py": FUNCTIONAL,
 }
 
 

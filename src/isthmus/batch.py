@@ -20,11 +20,16 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """One token stream of a batch, right-padded. ``ids`` (B, T), ``lengths`` (B,), ``labels`` (B, T) or none."""
+    """One token stream of a batch, right-padded. ``ids`` (B, T), ``lengths`` (B,), ``labels`` (B, T) or none.
+
+    ``seen`` (B, T) is the number from 1 of the row's visual that a token may look at, 0 for none; only streams with
+    cross-attention to visuals have it (Flamingo's index φ).
+    """
 
     ids: Tensor
     lengths: Tensor
     labels: Tensor | None = None
+    seen: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -36,7 +41,8 @@ class Tokens:
         lengths = self.lengths[index]
         longest = int(lengths.max()) if len(lengths) else 0
         labels = None if self.labels is None else self.labels[index, :longest]
-        return Tokens(ids=self.ids[index, :longest], lengths=lengths, labels=labels)
+        seen = None if self.seen is None else self.seen[index, :longest]
+        return Tokens(ids=self.ids[index, :longest], lengths=lengths, labels=labels, seen=seen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +77,8 @@ class Batch:
     """B rows ready for a net.
 
     ``owner`` (N,) is the row each visual belongs to; ``keys`` their content keys (equal key = equal picture).
+    ``loss_weights`` are the weights of the sources' mean losses in a step that weighs them (Flamingo's λ); empty
+    where all tokens count alike.
     """
 
     ids: tuple[str, ...]
@@ -80,6 +88,7 @@ class Batch:
     places: Mapping[str, Places] = field(default_factory=dict)
     owner: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     keys: tuple[str, ...] = ()
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -100,7 +109,7 @@ class Batch:
         return replace(
             self,
             text={
-                k: Tokens(ids=t.ids.to(device), lengths=t.lengths.to(device), labels=move(t.labels))
+                k: Tokens(ids=t.ids.to(device), lengths=t.lengths.to(device), labels=move(t.labels), seen=move(t.seen))
                 for k, t in self.text.items()
             },
             visuals=tuple(
@@ -154,6 +163,7 @@ class Batch:
             places=places,
             owner=torch.as_tensor([new_row[int(self.owner[n])] for n in kept], dtype=torch.long),
             keys=tuple(self.keys[n] for n in kept),
+            loss_weights=self.loss_weights,
         )
 
     def split(self, parts: int) -> list["Batch"]:
@@ -167,12 +177,14 @@ class Term:
     """One named part of a loss: ``total`` (scalar, a sum) over ``count`` items; its mean is total / count.
 
     ``scope`` says over what the sum may be split: a ``token`` term adds up over any micro-batches or ranks; a
-    ``batch`` term (contrastive, matching) belongs to the step's whole batch and must not be split.
+    ``batch`` term (contrastive, matching) belongs to the step's whole batch and must not be split. ``weight`` is what
+    the mean counts in the step's loss. A term of one source's rows is called ``stream/source``.
     """
 
     total: Tensor
     count: int
     scope: str = "token"
+    weight: float = 1.0
 
     @property
     def mean(self) -> Tensor:

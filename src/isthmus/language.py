@@ -153,7 +153,8 @@ class LanguageModel(nn.Module):
     def vocabulary_tables(self) -> tuple[str, ...]:
         """Names in this module's state dict of the tensors with one row per token: embedding and head."""
         ends = (self.lm.get_input_embeddings(), self.lm.get_output_embeddings())
-        tables = {id(p) for end in ends if end is not None for p in end.parameters() if len(p) == self.vocab_size}
+        rows = len(ends[0].weight)
+        tables = {id(p) for end in ends if end is not None for p in end.parameters() if len(p) == rows}
         return tuple(name for name, value in self.state_dict(keep_vars=True).items() if id(value) in tables)
 
     def embed(self, ids: Tensor) -> Tensor:

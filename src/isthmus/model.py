@@ -7,6 +7,7 @@
 names it, so the same class serves CLIP, a bare language model and LLaVA.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,12 +20,14 @@ from torch import Tensor
 import isthmus
 from isthmus import checkpoint
 from isthmus.config import plain
+from isthmus.data.attention import Attention, shared_beginning, with_answer
 from isthmus.data.collate import collate
 from isthmus.data.images import AnyImage, as_image
 from isthmus.data.messages import Message, parts_of
 from isthmus.data.processor import ContrastiveProcessor, Processor, processor_from_dict
-from isthmus.data.record import Image, Part, Record, Text, without_answer
+from isthmus.data.record import Example, Image, Part, Record, Text, without_answer
 from isthmus.data.tokenizer import Tokenizer
+from isthmus.data.video import as_visual
 from isthmus.errors import CapabilityError, CheckpointError, DataError
 from isthmus.language import Decoding
 from isthmus.models import MODELS, model_class
@@ -32,9 +35,10 @@ from isthmus.nn.losses import similarity
 
 FORMAT = "isthmus-1"
 _CAPABILITIES = {
-    "clip": ("embed_images", "embed_texts", "similarity", "classify"),
+    "clip": ("embed_images", "embed_texts", "similarity", "classify", "vision_features"),
     "lm": ("generate", "answer", "chat", "score"),
     "llava": ("generate", "caption", "answer", "chat", "score"),
+    "flamingo": ("generate", "caption", "answer", "chat", "score", "attend", "vision_features"),
 }
 
 
@@ -76,17 +80,20 @@ class Model:
     # Text out: captions, answers, conversations
 
     def caption(self, image: AnyImage, **decoding: Any) -> str:
-        """A caption of one picture, asked for in the words the model was trained with."""
+        """A caption of one picture or clip, asked for in the words the model was trained with."""
         self._need("caption")
-        parts: list[Part] = [as_image(image)]
+        parts: list[Part] = [replace(as_visual(image), role="user" if "caption" in self.prompts else "text")]
         if "caption" in self.prompts:
             parts.append(Text(self.prompts["caption"], role="user"))
         return self.generate([Record(id="caption", parts=tuple(parts))], **decoding)[0]
 
     def answer(self, image: AnyImage | Sequence[AnyImage] | None, question: str, **decoding: Any) -> str:
-        """The answer to a question about one picture, several, or (bare LM) none."""
+        """The answer to a question about one picture or clip, several, or (bare LM) none.
+
+        A path to a folder of frames or to a video file is a clip.
+        """
         self._need("answer")
-        parts = (*(as_image(i) for i in _listed(image)), Text(question, role="user"))
+        parts = (*(as_visual(i) for i in _listed(image)), Text(question, role="user"))
         return self.generate([Record(id="answer", parts=parts)], **decoding)[0]
 
     def chat(self, messages: Sequence[Message], **decoding: Any) -> str:
@@ -99,20 +106,54 @@ class Model:
             )
         return self.generate([Record(id="chat", parts=tuple(parts_of(messages)))], **decoding)[0]
 
-    def generate(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[str]:
-        """One text per record (its last turn must be the user's). ``decoding``: fields of Decoding."""
+    def generate(
+        self, records: Sequence[Record], *, batch_size: int = 64, return_attention: bool = False, **decoding: Any
+    ) -> Any:
+        """One text per record (its last turn must be the user's). ``decoding``: fields of Decoding.
+
+        With ``return_attention`` each is an Attention, as :meth:`attend` gives them.
+        """
+        if return_attention:
+            return self.attend(records, batch_size=batch_size, **decoding)
         self._need("generate")
+        found = self._continue([self.processor.prompt(record) for record in records], batch_size, decoding)
+        return [self.processor.tokenizer.decode(ids).strip() for ids in found]
+
+    def _continue(self, examples: Sequence[Example], batch_size: int, decoding: Mapping[str, Any]) -> list[list[int]]:
+        """The new tokens of each example, the longest first to the net."""
         settings = self._ended(Decoding(**decoding))
-        examples = [self.processor.prompt(record) for record in records]
-        answers = [""] * len(examples)
+        answers: list[list[int]] = [[]] * len(examples)
         order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
         with self._inference():
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 batch = collate([examples[i] for i in rows]).to(self.device)
                 for i, ids in zip(rows, self.net.generate(batch, settings), strict=True):
-                    answers[i] = self.processor.tokenizer.decode(ids).strip()
+                    answers[i] = ids
         return answers
+
+    def attend(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[Attention]:
+        """One text per record, with a map per new token, layer and picture of where the model looked for it."""
+        self._need("attend")
+        prompts = [self.processor.prompt(record) for record in records]
+        answers = self._continue(prompts, batch_size, decoding)
+        with self._inference():
+            return [self._attention(prompt, ids) for prompt, ids in zip(prompts, answers, strict=True)]
+
+    def _attention(self, prompt: Example, answer: list[int]) -> Attention:
+        tokenizer = self.processor.tokenizer
+        batch = collate([with_answer(prompt, answer)]).to(self.device)
+        grids = {}
+        for group in batch.visuals:
+            assert group.pixels is not None  # collate decodes
+            grids |= dict.fromkeys(group.index.tolist(), self.net.vision.grid(*group.pixels.shape[-2:]))
+        start = prompt.length - 1  # the position before a token is the one that chose it
+        maps = [m[:, start : start + len(answer)].cpu() for m in self.net.attention(batch)[0]]
+        return Attention(
+            text=tokenizer.decode(answer).strip(),
+            tokens=tuple(tokenizer.decode([i]) for i in answer),
+            maps=tuple(m.unflatten(-1, grids[n]) for n, m in enumerate(maps)),
+        )
 
     def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
         """Answers to question records: what evaluation asks of a model. A trailing assistant turn is cut off."""
@@ -125,16 +166,29 @@ class Model:
             p
             if isinstance(p, Text | Image)
             else Text(p, role="user")
-            if isinstance(p, str) and not Path(p).is_file()
-            else as_image(p)
+            if isinstance(p, str) and not os.path.exists(p)
+            else as_visual(p)
             for p in parts
         )
+        texts = [p for p in prompt if isinstance(p, Text)]
+        running = bool(texts) and all(t.role == "text" for t in texts)  # no turns: the candidate runs on
         records = [
-            Record(id=f"candidate {i}", parts=(*prompt, Text(c, role="assistant", learn=True)))
+            Record(
+                id=f"candidate {i}",
+                parts=(*prompt, Text(f" {c}" if running else c, role="text" if running else "assistant", learn=True)),
+            )
             for i, c in enumerate(candidates)
         ]
         examples = [self.processor.example(r, draw=0) for r in records]
+        beginning = shared_beginning(examples) if hasattr(self.net, "score_endings") else None
         with self._inference():
+            if beginning is not None:
+                first, endings, labels = beginning
+                batch = collate([first]).to(self.device)
+                found = self.net.score_endings(
+                    batch, [e.to(self.device) for e in endings], [w.to(self.device) for w in labels]
+                )
+                return [float(x) for x in found]
             return [float(x) for x in self.net.score(collate(examples).to(self.device))]
 
     def _ended(self, decoding: Decoding) -> Decoding:
@@ -158,9 +212,10 @@ class Model:
         return self._over_images(images, lambda pixels: self._compared(self.net.embed_images(pixels)), batch_size)
 
     def vision_features(self, images: Sequence[AnyImage], *, batch_size: int = 128) -> Tensor:
-        """(N, D) pooled features before the projection, for a linear probe (clip.md section 10)."""
-        self._need("embed_images")
-        return self._over_images(images, lambda pixels: self.net.vision(pixels).pooled, batch_size)
+        """(N, D) pooled features of the encoder alone: for a linear probe, and for finding similar examples."""
+        self._need("vision_features")
+        pool = getattr(self.net, "pooled_features", None) or (lambda pixels: self.net.vision(pixels).pooled)
+        return self._over_images(images, pool, batch_size)
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """(M, D) vectors in the joint space, of unit length when the model compares by the cosine."""
@@ -202,7 +257,12 @@ class Model:
         with self._inference():
             for start in range(0, len(images), batch_size):
                 chunk = [transform(as_image(i)) for i in images[start : start + batch_size]]
-                rows.append(function(torch.stack(chunk).to(self.device)).float().cpu())
+                if len({pixels.shape for pixels in chunk}) == 1 and chunk[0].ndim == 3:
+                    rows.append(function(torch.stack(chunk).to(self.device)).float().cpu())
+                    continue
+                for pixels in chunk:  # of unlike shapes, or clips, which count as the mean of their frames
+                    frames = pixels if pixels.ndim == 4 else pixels[None]
+                    rows.append(function(frames.to(self.device)).float().mean(0, keepdim=True).cpu())
         return torch.cat(rows) if rows else torch.zeros(0)
 
     @contextmanager

@@ -223,3 +223,19 @@ def test_sources_and_content_keys(tmp_path):
         assert torch.equal(ImageTransform.clip(8)(given_as), pixels)
     with pytest.raises(DataError, match="changed since it was indexed"):
         TarImage(tmp_path / "blob", 2, 10_000, "a.png").read()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((100, 50), (42, 63)), ((50, 100), (63, 42)), ((63, 63), (63, 63)), ((400, 10), (21, 63))]
+)
+def test_aspect_keeps_the_shape_in_whole_patches(size, expected):
+    transform = ImageTransform(size=63, mode="aspect", patch=21)
+    picture = PilImage.effect_noise(size, 80).convert("RGB")
+    pixels = transform(picture)
+    assert pixels.shape == (3, *expected)
+    again = ImageTransform.from_dict(transform.to_dict())
+    assert torch.equal(again(picture), pixels)
+    if size == (63, 63):
+        assert torch.equal(pixels, ImageTransform(size=63, mode="squash")(picture))
+    with pytest.raises(ConfigError, match="whole number of patches of 20"):
+        ImageTransform(size=63, mode="aspect", patch=20)

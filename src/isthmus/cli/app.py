@@ -79,6 +79,9 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="A data file or folder, or YAML describing a source.")] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="key=value of the source; task.key=value.")] = None,
     train: Annotated[str | None, typer.Option(help="Training data: the prior's answers, the probe's pictures.")] = None,
+    shots: Annotated[str | None, typer.Option(help="Examples before each question, from --train: 0 4 8.")] = None,
+    more_shots: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
+    select: Annotated[str, typer.Option(help="How shots are chosen: random or rices.")] = "random",
     limit: Annotated[int | None, typer.Option(help="Score only the first N samples.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of raw outputs and scores.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of shuffles and intervals.")] = 0,
@@ -93,6 +96,9 @@ def evaluate(
         data=data,
         options=option or [],
         train=train,
+        shots=shots,
+        more_shots=more_shots or [],
+        select=select,
         limit=limit,
         out=out,
         seed=seed,
@@ -105,13 +111,21 @@ def chat(
     model: Annotated[str, typer.Argument(help="A model folder.")],
     question: Annotated[str | None, typer.Argument(help="One question; without it a conversation starts.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A picture (repeat for several).")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A clip: a folder of frames or a video file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
 ) -> None:
     """One answer about pictures, or a conversation."""
     from isthmus.cli.chat import run
 
-    run(model, question, image or [], max_new_tokens=max_new_tokens, temperature=temperature)
+    run(
+        model,
+        question,
+        image or [],
+        videos=video or [],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
 
 
 @app.command()

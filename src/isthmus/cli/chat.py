@@ -10,18 +10,28 @@ from isthmus.errors import DataError
 
 
 def run(
-    model_folder: str, question: str | None, images: Sequence[Path], *, max_new_tokens: int, temperature: float
+    model_folder: str,
+    question: str | None,
+    images: Sequence[Path],
+    *,
+    videos: Sequence[Path] = (),
+    max_new_tokens: int,
+    temperature: float,
 ) -> None:
-    """Answer ``question`` about ``images``, or talk until an empty line."""
+    """Answer ``question`` about ``images`` and ``videos``, or talk until an empty line."""
     from isthmus.model import load
 
     for image in images:
         if not image.is_file():
             raise DataError(f"There is no picture at {image}.")
+    for video in videos:
+        if not video.exists():
+            raise DataError(f"There is no video file or folder of frames at {video}.")
     model = load(model_folder)
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     console = Console()
     pictures = [{"type": "image", "image": path} for path in images]
+    pictures += [{"type": "video", "video": path} for path in videos]
     if question is not None:
         console.print(model.chat([_turn(pictures, question)], **decoding), markup=False, highlight=False)
         return

@@ -19,6 +19,9 @@ def run(
     data: str | None,
     options: Sequence[str],
     train: str | None,
+    shots: str | None = None,
+    more_shots: Sequence[int] = (),
+    select: str = "random",
     limit: int | None,
     out: Path | None,
     seed: int,
@@ -48,6 +51,8 @@ def run(
                 options=own,
             )
         ]
+    counts = _counts(shots, more_shots)
+    specs = _with_shots(specs, counts, select)
     place = out if out is not None else folder / "eval" / (Path(data).stem if data else "own")
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
         shown: dict[str, Any] = {}
@@ -64,9 +69,52 @@ def run(
     for result in results:
         console.print(score_table(result.task, result.scores.to_dict()))
     console.print(f"Raw outputs, manifest and scores: [bold]{place}[/]")
+    if counts:
+        console.print(f"Score over shots: [bold]{_shots_report(place, results, counts)}[/]")
     if json_file is not None:
         facts = {r.task: r.scores.to_dict() for r in results}
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _counts(shots: str | None, more: Sequence[int]) -> list[int]:
+    """The numbers behind ``--shots``: ``0 4 8`` or ``0,4,8``. Raises ConfigError for anything else."""
+    if shots is None:
+        if more:
+            raise ConfigError(f"{more[0]} is not expected here; numbers of examples stand behind --shots.")
+        return []
+    words = [*shots.replace(",", " ").split(), *map(str, more)]
+    if not words or not all(word.isdigit() for word in words):
+        raise ConfigError(f"--shots takes numbers such as 0 4 8, not {shots!r}.")
+    return [int(word) for word in words]
+
+
+def _with_shots(specs: list[Any], counts: Sequence[int], select: str) -> list[Any]:
+    """Each question-answering task once per number of shots."""
+    return [
+        spec.model_copy(
+            update={"name": f"{spec.name}-{count}-shots", "options": {**spec.options, "shots": count, "select": select}}
+        )
+        if count is not None
+        else spec
+        for spec in specs
+        for count in (counts if counts and spec.task == "vqa" else [None])
+    ]
+
+
+def _shots_report(place: Path, results: Sequence[Any], counts: Sequence[int]) -> Path:
+    """``shots.html`` in ``place``: each task's score, and what is reached without looking, over the number of shots."""
+    from isthmus.evaluation.report import Chart, Report, write_report
+
+    charts = []
+    scores = {r.task: r.scores for r in results if r.task.endswith("-shots")}
+    for base in dict.fromkeys(name.rsplit("-", 2)[0] for name in scores):
+        own = [(count, scores[f"{base}-{count}-shots"].overall) for count in counts]
+        series = {
+            "correct": [(float(count), score.accuracy) for count, score in own],
+            "best without looking": [(float(n), s.best_without_looking) for n, s in own if s.best_without_looking],
+        }
+        charts.append(Chart(title=f"{base}: score over shots", series=series, x_label="shots", y_label="score"))
+    return write_report(place / "shots.html", Report(title="Score over shots", scores=scores, charts=charts))
 
 
 def _source(data: str) -> dict[str, Any]:

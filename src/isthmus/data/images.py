@@ -18,7 +18,7 @@ from PIL import Image as PilImage
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from isthmus.data.record import Image, ImageSource
+from isthmus.data.record import Image, ImageSource, Video
 from isthmus.errors import ConfigError, DataError, nearest
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -232,7 +232,8 @@ def _to_rgb(image: PilImage.Image) -> PilImage.Image:
     return image.convert("RGB")
 
 
-Mode = Literal["square", "pad", "squash"]
+Mode = Literal["square", "pad", "squash", "aspect"]
+_MODES = ("square", "pad", "squash", "aspect")
 _RESAMPLING = {
     "bicubic": PilImage.Resampling.BICUBIC,
     "bilinear": PilImage.Resampling.BILINEAR,
@@ -242,11 +243,12 @@ _RESAMPLING = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTransform:
-    """RGB picture -> normalised pixels (3, size, size), float32.
+    """RGB picture -> normalised pixels (3, size, size), float32; a clip -> (F, 3, size, size).
 
     ``square``: short side to ``size``, other side int(size * long / short), centre crop (CLIP; spec of stage 1 of
     LLaVA-1.5). ``pad``: first onto a square canvas of the long side, background floor(255 * mean), offset
-    floor((long - short) / 2) (stage 2 of LLaVA-1.5). ``squash``: both sides to ``size`` (SigLIP).
+    floor((long - short) / 2) (stage 2 of LLaVA-1.5). ``squash``: both sides to ``size`` (SigLIP). ``aspect``: the long
+    side to ``size``, the other in proportion, rounded to whole patches of ``patch`` pixels, so (3, h, w) with any h, w.
     ``mean`` and ``std`` are of pixels in 0..1. Raises ConfigError for values that make no sense.
     """
 
@@ -255,14 +257,17 @@ class ImageTransform:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     resample: str = "bicubic"
+    patch: int = 1
 
     def __post_init__(self) -> None:
+        if self.patch < 1 or (self.mode == "aspect" and self.size % self.patch):
+            raise ConfigError(
+                f"image transform: size {self.size} must be a whole number of patches of {self.patch} pixels"
+            )
         if self.size < 1:
             raise ConfigError(f"image transform: size must be at least 1 pixel, not {self.size}")
-        if self.mode not in ("square", "pad", "squash"):
-            raise ConfigError(
-                f"image transform: unknown mode {self.mode!r}; {nearest(self.mode, ('square', 'pad', 'squash'))}"
-            )
+        if self.mode not in _MODES:
+            raise ConfigError(f"image transform: unknown mode {self.mode!r}; {nearest(self.mode, _MODES)}")
         if self.resample not in _RESAMPLING:
             raise ConfigError(
                 f"image transform: unknown resample {self.resample!r}; {nearest(self.resample, _RESAMPLING)}"
@@ -287,15 +292,20 @@ class ImageTransform:
         return red, green, blue
 
     def __call__(self, picture: AnyImage) -> Tensor:
-        """Pixels (3, size, size). A PIL image is taken as it is and must be RGB; all else is opened by
-        :func:`open_image` with its limits and errors."""
+        """Pixels (3, size, size), or (F, 3, size, size) of a clip. A PIL image is taken as it is and must be RGB; all
+        else is opened by :func:`open_image` with its limits and errors."""
+        if isinstance(picture, Video):
+            return torch.stack([self(frame) for frame in picture.source.read()])
         image = picture if isinstance(picture, PilImage.Image) else open_image(as_image(picture).source)
         levels = np.asarray(self.fit(image))
         table = _normalised_levels(self.mean, self.std)
         return torch.from_numpy(np.stack([table[c][levels[:, :, c]] for c in range(3)]))
 
     def fit(self, image: PilImage.Image) -> PilImage.Image:
-        """The size x size picture the model sees, before normalisation."""
+        """The size x size picture the model sees (``aspect``: of any shape), before normalisation."""
+        if self.mode == "aspect":
+            target = self._whole_patches(*image.size)
+            return image if target == image.size else image.resize(target, _RESAMPLING[self.resample])
         if self.mode == "pad":
             image = _on_square(image, self.background)
         width, height = image.size
@@ -311,6 +321,14 @@ class ImageTransform:
             return image
         left, top = (target[0] - self.size) // 2, (target[1] - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))
+
+    def _whole_patches(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height with the long side at ``size`` and both sides whole patches, at least one."""
+        long = max(width, height)
+        sides = [
+            max(1, math.floor(side * self.size / long / self.patch + 0.5)) * self.patch for side in (width, height)
+        ]
+        return sides[0], sides[1]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}

@@ -5,10 +5,11 @@ from typing import Any
 
 from isthmus.data.images import as_image
 from isthmus.data.record import Part, Text
+from isthmus.data.video import as_video
 from isthmus.errors import DataError
 
 Message = Mapping[str, Any]
-"""``{"role": "user", "content": "text"}``, or content as a list of ``{"type": "text"|"image", ...}`` parts."""
+"""``{"role": "user", "content": "text"}``, or content as a list of ``{"type": "text"|"image"|"video", ...}`` parts."""
 
 _ROLES = ("system", "user", "assistant")
 
@@ -29,8 +30,10 @@ def parts_of(messages: Sequence[Message]) -> list[Part]:
                 parts.append(Text(str(piece["text"]), role=role))
             elif kind == "image" and role == "user":
                 parts.append(as_image(piece["image"]))
+            elif kind == "video" and role == "user":
+                parts.append(as_video(piece["video"]))
             else:
                 raise DataError(
-                    f"message {number}: a {role} part must be text, or an image of the user's; got {piece!r}."
+                    f"message {number}: a {role} part must be text, or an image or video of the user's; got {piece!r}."
                 )
     return parts

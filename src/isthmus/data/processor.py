@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from isthmus.batch import IGNORE
 from isthmus.data.images import ImageTransform
+from isthmus.data.interleave import InterleaveProcessor
 from isthmus.data.record import Example, Image, Place, Record, Span
 from isthmus.data.text import TEMPLATES, Encoded, drawn, encode, render
 from isthmus.data.tokenizer import Tokenizer
@@ -205,6 +206,7 @@ PROCESSORS: dict[str, Callable[..., Processor]] = {
     ContrastiveProcessor.kind: ContrastiveProcessor,
     SpliceProcessor.kind: SpliceProcessor,
     TextProcessor.kind: TextProcessor,
+    InterleaveProcessor.kind: InterleaveProcessor,
 }
 
 

@@ -54,6 +54,33 @@ class Image:
         return hashlib.sha256(f"{raw.mode}{raw.size}".encode() + raw.tobytes()).hexdigest()
 
 
+@runtime_checkable
+class FrameSource(Protocol):
+    """Anything that can hand over the frames of a clip when asked: a video file, a folder of pictures, a scene."""
+
+    def describe(self) -> str:
+        """Where it comes from, for error messages."""
+        ...
+
+    def read(self) -> Any:
+        """The frames in order, as a list of PIL images. Raises DataError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Video(Image):
+    """A clip's place in the record: a visual of several frames, its ``source`` a FrameSource."""
+
+    def content_key(self) -> str:
+        """The given key, else the sha256 of the frames."""
+        if self.key:
+            return self.key
+        digest = hashlib.sha256()
+        for frame in self.source.read():
+            digest.update(f"{frame.mode}{frame.size}".encode() + frame.tobytes())
+        return digest.hexdigest()
+
+
 Part = Text | Image
 
 
@@ -77,10 +104,14 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One token stream of an example; ``labels`` has the length of ``ids`` (IGNORE where nothing is learnt)."""
+    """One token stream of an example; ``labels`` has the length of ``ids`` (IGNORE where nothing is learnt).
+
+    ``seen``: for each token the number from 1 of the example's visual that it may look at, 0 for none (Flamingo's φ).
+    """
 
     ids: list[int]
     labels: list[int] | None = None
+    seen: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

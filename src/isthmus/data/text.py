@@ -247,10 +247,16 @@ def encode(rendered: Rendered, tokenizer: Tokenizer) -> Encoded:
         if number:
             marks.append(len(ids))
         if chunk.text:
-            pieces, offsets = tokenizer.encode_with_offsets(chunk.text)
+            pieces, learnt = encode_chunk(chunk, tokenizer)
             ids += pieces
-            labels += _labels(pieces, offsets, chunk.spans)
+            labels += learnt
     return Encoded(ids, labels, marks)
+
+
+def encode_chunk(chunk: Chunk, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids and labels of one chunk alone, nothing added; labels by the rule of :func:`encode`."""
+    ids, offsets = tokenizer.encode_with_offsets(chunk.text)
+    return ids, _labels(ids, offsets, chunk.spans)
 
 
 def _labels(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:

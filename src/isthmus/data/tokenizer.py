@@ -59,6 +59,17 @@ class Tokenizer:
             )
         return number
 
+    def with_tokens(self, *tokens: str) -> "Tokenizer":
+        """A tokenizer that has these special tokens too, behind its vocabulary in this order where they are new."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
+        names = {name.removesuffix("_token"): token for name, token in self.specials.items()}
+        return Tokenizer(backend, **names)  # type: ignore[arg-type]
+
+    def id_of(self, token: str) -> int:
+        """The id of a special token. Raises ConfigError when it is not in the vocabulary."""
+        return self._id_of(token)
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, nothing added. Raises DataError on text that is not valid Unicode."""
         return self.encode_with_offsets(text)[0]

@@ -9,6 +9,7 @@ MODELS = {
     "clip": "isthmus.models.clip:Clip",
     "lm": "isthmus.models.lm:BareLM",
     "llava": "isthmus.models.llava:Llava",
+    "flamingo": "isthmus.models.flamingo:Flamingo",
 }
 """Kind -> where its class is."""
 

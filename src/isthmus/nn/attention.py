@@ -3,6 +3,8 @@
 Legend: B batch, T query tokens, S key tokens, D width, H heads.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +59,55 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, H·head_width) -> (B, H, T, head_width)."""
+        return x.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
+
+
+class CrossAttention(nn.Module):
+    """Cross-attention without biases whose keys and values can be computed once and used many times.
+
+    ``width`` is the queries' and the output's, ``context_width`` the attended tokens'. ``qk_norm`` makes a norm over
+    one head's width for queries and keys (IDEFICS); none leaves them as projected.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        context_width: int,
+        heads: int,
+        head_width: int,
+        *,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, head_width
+        self.q_proj = nn.Linear(width, heads * head_width, bias=False)
+        self.k_proj = nn.Linear(context_width, heads * head_width, bias=False)
+        self.v_proj = nn.Linear(context_width, heads * head_width, bias=False)
+        self.out_proj = nn.Linear(heads * head_width, width, bias=False)
+        self.q_norm = qk_norm(head_width) if qk_norm else nn.Identity()
+        self.k_norm = qk_norm(head_width) if qk_norm else nn.Identity()
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, S, head_width) of ``context`` (B, S, context_width)."""
+        return self.k_norm(self._split(self.k_proj(context))), self._split(self.v_proj(context))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """(B, T, D) from ``x`` (B, T, D); ``mask`` as in :class:`Attention`."""
+        y = attend(self._queries(x), keys, values, mask=mask, causal=False)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+    def weights(self, x: Tensor, keys: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """The attention itself, (B, H, T, S); a query that may look nowhere has zeros. For maps, not for training."""
+        scores = (self._queries(x) * self.head_width**-0.5) @ keys.transpose(-1, -2)
+        if mask is None:
+            return scores.softmax(-1)
+        lowest = torch.finfo(scores.dtype).min
+        return scores.masked_fill(~mask, lowest).softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        return self.q_norm(self._split(self.q_proj(x)))
+
+    def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
 
 

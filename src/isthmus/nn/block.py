@@ -33,6 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu,
     "gelu_tanh": gelu_tanh,
     "relu": F.relu,
+    "silu": F.silu,
     "squared_relu": squared_relu,
 }
 
@@ -47,14 +48,28 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 class Mlp(nn.Module):
     """fc2(act(fc1(x))), width → hidden → width."""
 
-    def __init__(self, width: int, hidden: int, activation_name: str = "gelu") -> None:
+    def __init__(self, width: int, hidden: int, activation_name: str = "gelu", *, bias: bool = True) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, width, bias=bias)
         self.activation = activation(activation_name)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
+
+
+class GatedMlp(nn.Module):
+    """down(act(gate(x)) * up(x)) without biases: SwiGLU when the activation is ``silu``."""
+
+    def __init__(self, width: int, hidden: int, activation_name: str = "silu") -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.activation = activation(activation_name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):

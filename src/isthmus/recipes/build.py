@@ -12,8 +12,15 @@ import torch
 
 from isthmus.config import plain
 from isthmus.data.images import ImageTransform
+from isthmus.data.interleave import NEW_TOKENS
 from isthmus.data.mix import Source
-from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
+from isthmus.data.processor import (
+    ContrastiveProcessor,
+    Processor,
+    SpliceProcessor,
+    TextProcessor,
+    processor_from_dict,
+)
 from isthmus.data.sources import open_source
 from isthmus.data.text import render
 from isthmus.data.tokenizer import END, Tokenizer
@@ -22,7 +29,12 @@ from isthmus.model import Model, load
 from isthmus.models import model_class
 from isthmus.recipes.schema import Recipe, StageSpec, TokenizerSpec
 
-PARTS = {"clip": ("init",), "lm": ("init",), "llava": ("vision", "language", "init")}
+PARTS = {
+    "clip": ("init",),
+    "lm": ("init",),
+    "llava": ("vision", "language", "init"),
+    "flamingo": ("vision", "language", "init"),
+}
 """What a model may be built from. ``init`` is a whole model of the same kind to go on from."""
 
 
@@ -60,7 +72,7 @@ def build(recipe: Recipe) -> Built:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         net = model_class(recipe.model).from_config(_config(recipe, parts, tokenizer))
-    _take_weights(net, parts)
+        _take_weights(net, parts)
     return Built(net, tokenizer, _image(recipe, parts, net), recipe)
 
 
@@ -82,10 +94,12 @@ def _tokenizer(recipe: Recipe, parts: Mapping[str, Model]) -> Tokenizer:
         if name in parts:
             if recipe.tokenizer is not None:
                 raise ConfigError(f"The tokenizer comes with the part {name!r}; take `tokenizer` out of the recipe.")
-            return parts[name].processor.tokenizer
+            own = parts[name].processor.tokenizer
+            return own.with_tokens(*NEW_TOKENS) if recipe.model == "flamingo" else own
     if recipe.tokenizer is None:
         raise ConfigError(f"A {recipe.model} recipe without a part that has one needs a `tokenizer`.")
-    return make_tokenizer(recipe.tokenizer)
+    made = make_tokenizer(recipe.tokenizer)
+    return made.with_tokens(*NEW_TOKENS) if recipe.model == "flamingo" else made
 
 
 def make_tokenizer(spec: TokenizerSpec) -> Tokenizer:
@@ -132,7 +146,9 @@ def _config(recipe: Recipe, parts: Mapping[str, Model], tokenizer: Tokenizer) ->
                 raise ConfigError(f"The part {name!r} is a {parts[name].kind} model, which has no {name} in it.")
             own[name] = config[name]
         elif name not in own:
-            raise ConfigError(f"A llava recipe needs the part {name!r}: a model folder under `parts`.")
+            raise ConfigError(f"A {recipe.model} recipe needs the part {name!r}: a model folder under `parts`.")
+    if recipe.model == "flamingo":
+        own |= {name: tokenizer.id_of(token) for name, token in zip(("end_id", "image_id"), NEW_TOKENS, strict=True)}
     return own
 
 
@@ -158,7 +174,12 @@ def _take_weights(net: Any, parts: Mapping[str, Model]) -> None:
     if "init" in parts:
         net.load_state_dict(parts["init"].net.state_dict())
     for name in ("vision", "language"):
-        if name in parts:
+        if name not in parts:
+            continue
+        if name == "language" and hasattr(net.language, "new_rows"):
+            net.language.lm.load_state_dict(parts[name].net.language.lm.state_dict())
+            net.language.start_new_rows()
+        else:
             getattr(net, name).load_state_dict(getattr(parts[name].net, name).state_dict())
 
 
@@ -178,6 +199,14 @@ def _processor(kind: str, net: Any, tokenizer: Tokenizer, image: ImageTransform 
         length = stage.max_length or net.language.context
         return TextProcessor(tokenizer, template=stage.template or "document", max_length=length)
     assert image is not None  # every other kind has a vision encoder
+    if kind == "flamingo":
+        if image.mode == "aspect":
+            image = replace(image, patch=net.config.vision.patch_size)
+        length = stage.max_length or net.language.context or 2048
+        options = {"template": stage.template or "paper", **stage.options}
+        return processor_from_dict(
+            {"kind": "interleave", "image": image.to_dict(), "max_length": length} | options, tokenizer
+        )
     if kind == "clip":
         if stage.template is not None:
             raise ConfigError(f"Stage {stage.name!r}: a clip stage has no chat template; take `template` out.")

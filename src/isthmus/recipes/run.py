@@ -19,9 +19,10 @@ import yaml
 
 import isthmus
 from isthmus import checkpoint
+from isthmus.data.joint import JointLoader
 from isthmus.data.loader import Loader
 from isthmus.data.quarantine import Quarantine
-from isthmus.data.sources import open_mix
+from isthmus.data.sources import open_mix, open_source
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.model import Model, load
 from isthmus.recipes.build import Built, build, check_parts
@@ -93,8 +94,17 @@ def _run_stage(built: Built, stage: StageSpec, folder: Path, *, progress: bool, 
     )
 
 
-def make_loader(built: Built, stage: StageSpec, folder: Path | None = None) -> Loader:
+def make_loader(built: Built, stage: StageSpec, folder: Path | None = None) -> Loader | JointLoader:
     """The stage's stream of batches; bad samples are counted in ``folder/quarantine.jsonl``."""
+    quarantine = Quarantine(folder / "quarantine.jsonl" if folder else None)
+    if stage.joint:
+        return JointLoader(
+            [(open_source(own), size, weight) for own, size, weight in map(_joint_entry, stage.data)],
+            built.processor(stage),
+            accumulate=stage.accumulate,
+            seed=built.recipe.seed,
+            quarantine=quarantine,
+        )
     return Loader(
         open_mix(stage.data),
         built.processor(stage),
@@ -103,8 +113,14 @@ def make_loader(built: Built, stage: StageSpec, folder: Path | None = None) -> L
         accumulate=stage.accumulate,
         seed=built.recipe.seed,
         group=built.recipe.model != "clip",
-        quarantine=Quarantine(folder / "quarantine.jsonl" if folder else None),
+        quarantine=quarantine,
     )
+
+
+def _joint_entry(entry: Mapping[str, Any]) -> tuple[dict[str, Any], int, float]:
+    """A source's description, its rows per step, the weight of its mean loss."""
+    own = {k: v for k, v in entry.items() if k not in ("batch_size", "loss_weight")}
+    return own, int(entry["batch_size"]), float(entry.get("loss_weight", 1.0))
 
 
 def _lay_over(net: Any, tensors: Mapping[str, torch.Tensor], where: Path) -> None:

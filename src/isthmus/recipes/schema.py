@@ -19,7 +19,7 @@ from isthmus.errors import ConfigError, nearest
 from isthmus.stage import Stage
 
 _STAGE_KEYS = frozenset(f.name for f in fields(Stage))
-Kind = Literal["clip", "lm", "llava"]
+Kind = Literal["clip", "lm", "llava", "flamingo"]
 
 
 class _Yaml(yaml.SafeLoader):
@@ -44,7 +44,9 @@ class Strict(BaseModel):
 class StageSpec(Strict):
     """One stage of a recipe: what it reads and how, beside the keys of :class:`isthmus.stage.Stage`.
 
-    In the YAML the keys of both stand side by side (``name``, ``steps``, ``train``, ``data``, ``batch_size``, …).
+    In the YAML the keys of both stand side by side (``name``, ``steps``, ``train``, ``data``, ``batch_size``, …). When
+    each entry of ``data`` has a ``batch_size`` of its own, every step reads that many samples of every source, and the
+    sources' mean losses add up with their ``loss_weight`` (default 1). ``options`` are the processor's own.
     """
 
     stage: Stage
@@ -53,12 +55,18 @@ class StageSpec(Strict):
     batch_tokens: int | None = Field(default=None, gt=0)
     accumulate: int = Field(default=1, gt=0)
     template: str | None = None
-    image_mode: Literal["square", "pad", "squash"] | None = None
+    image_mode: Literal["square", "pad", "squash", "aspect"] | None = None
     max_length: int | None = Field(default=None, gt=0)
+    options: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.stage.name
+
+    @property
+    def joint(self) -> bool:
+        """Does every step read a batch of every source?"""
+        return any("batch_size" in entry or "loss_weight" in entry for entry in self.data)
 
     @model_validator(mode="before")
     @classmethod
@@ -71,7 +79,15 @@ class StageSpec(Strict):
 
     @model_validator(mode="after")
     def _one_batch_rule(self) -> "StageSpec":
-        if (self.batch_size is None) == (self.batch_tokens is None):
+        if self.joint:
+            if not all(isinstance(e.get("batch_size"), int) and e["batch_size"] > 0 for e in self.data):
+                raise ValueError("one entry of data weighs its loss, so every entry needs a batch_size (rows a step)")
+            if self.batch_size is not None or self.batch_tokens is not None or any("weight" in e for e in self.data):
+                raise ValueError(
+                    "the entries of data have batch sizes of their own: take batch_size and batch_tokens out of the "
+                    "stage, and weight out of the entries"
+                )
+        elif (self.batch_size is None) == (self.batch_tokens is None):
             raise ValueError("give exactly one of batch_size (rows) and batch_tokens (padded tokens)")
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
             raise ValueError(f"the stage name {self.name!r} becomes a folder: use a-z, 0-9, - and _")

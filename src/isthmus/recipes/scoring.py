@@ -8,6 +8,7 @@ from isthmus import checkpoint
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, nearest
 from isthmus.evaluation import zero_shot
+from isthmus.evaluation.few_shot import FewShotTask
 from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
@@ -48,6 +49,10 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None) -> Tas
 
 def _vqa(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
     prior = AnswerPrior.fit(train[i] for i in range(len(train))) if train is not None else None
+    if "shots" in options:
+        if train is None:
+            raise ConfigError(f"Task {spec.name!r}: shots come from training data; give `train` (--train).")
+        return FewShotTask(name=spec.name, records=records, prior=prior, seed=seed, support=train, **options)
     return VqaTask(name=spec.name, records=records, prior=prior, seed=seed, **options)
 
 

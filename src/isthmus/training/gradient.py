@@ -1,7 +1,8 @@
 """The gradient of one step, the same for any split of its samples into micro-batches.
 
 Token terms add up: with ``total`` and ``count`` over the micro-batches m, the loss is sum_m total_m / sum_m count_m,
-so each micro-batch contributes ``total_m / count`` with the step's whole count, never its own mean. Terms of scope
+so each micro-batch contributes ``total_m / count`` with the step's whole count, never its own mean; several terms
+add up with their weights. Terms of scope
 ``batch`` (contrastive, matching) need all samples at once: several micro-batches go through ``net.cached_loss``.
 """
 
@@ -57,7 +58,7 @@ def backward(net: Net, batches: Sequence[Batch], autocast: AbstractContextManage
         means = _finite_means(terms, micro=0)
         for name, term in terms.items():
             _demand_learnt(name, term.count, batches)
-        _reached(sum((term.mean for term in terms.values()), start=0.0)).backward()
+        _reached(sum((term.weight * term.mean for term in terms.values()), start=0.0)).backward()
         return means
     return _accumulate(net, batches, autocast)
 
@@ -81,7 +82,7 @@ def _accumulate(net: Net, batches: Sequence[Batch], autocast: AbstractContextMan
             expected.setdefault(name, _learnt(batches, name))
             counts[name] = counts.get(name, 0) + term.count
             totals[name] = totals.get(name, 0.0) + float(term.total.detach())
-            parts.append(term.total / max(1, expected[name]))
+            parts.append(term.weight * term.total / max(1, expected[name]))
         loss = sum(parts, start=0.0)
         # A micro-batch without a learnt token has a constant loss: nothing to add.
         if isinstance(loss, Tensor) and loss.requires_grad:
@@ -93,7 +94,15 @@ def _accumulate(net: Net, batches: Sequence[Batch], autocast: AbstractContextMan
 
 
 def _learnt(batches: Sequence[Batch], name: str) -> int:
-    """The step's learnt tokens of the stream ``name``, or of all streams when no stream is called so."""
+    """The step's learnt tokens of the stream ``name``, or of all streams when no stream is called so.
+
+    Of ``stream/source`` only the rows of that source count.
+    """
+    stream, slash, source = name.partition("/")
+    if slash:
+        rows = [(b, [i for i, s in enumerate(b.sources) if s == source]) for b in batches if stream in b.text]
+        found = [b.text[stream].labels[i] for b, i in rows if i and b.text[stream].labels is not None]  # type: ignore[index]
+        return sum(int((labels[:, 1:] != IGNORE).sum()) for labels in found)
     streams = [b.text[name].labels for b in batches if name in b.text]
     if streams:
         return sum(int((labels[:, 1:] != IGNORE).sum()) for labels in streams if labels is not None)

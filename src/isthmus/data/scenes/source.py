@@ -9,20 +9,27 @@ facts          picture, then true statements about it (running text, learnt)
 describe       picture, a request, a detailed description
 reasoning      picture, a question, an answer that says why
 symbols        text only: a conversation (or, every third time, a caption) with the description for the picture
+symbol_captions  text only: the description that stands for the picture, then a caption
 symbol_facts   text only: the description that stands for the picture, then true statements
 readings       text only: one question about the description that stands for the picture (scores a language model)
 fewshot        text only: made-up words whose meaning is only in the examples
+pages          several pictures, each with a caption behind it, as one running document
+lessons        shots with pictures, then a picture to name: made-up words whose meaning is only in the shots
+lesson_texts   text only: the same, the solid's name standing for the picture
+clips          a short video and a sentence about what happens in it (running text, learnt)
+clip_questions a short video, a question about what happens, a short answer
 =============  ====================================================================================================
 """
 
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from isthmus.data.record import Image, Part, Record, Role, Text
+from isthmus.data.record import Image, Part, Record, Role, Text, Video
 from isthmus.data.scenes.dice import Dice
 from isthmus.data.scenes.draw import ScenePicture
 from isthmus.data.scenes.facts import facts
 from isthmus.data.scenes.few_shot import few_shot
+from isthmus.data.scenes.interleaved import Clip, Lesson, clip_part, lesson_parts, lesson_text, make_clip, make_lesson
 from isthmus.data.scenes.questions import KINDS, Question, ask, follow_up
 from isthmus.data.scenes.scene import SPLITS, Scene, Split, make_scene
 from isthmus.data.scenes.words import captions, describe, outlines, symbols
@@ -41,6 +48,11 @@ Form = Literal[
     "symbol_facts",
     "readings",
     "fewshot",
+    "pages",
+    "lessons",
+    "lesson_texts",
+    "clips",
+    "clip_questions",
 ]
 FORMS: tuple[Form, ...] = get_args(Form)
 _REQUESTS = ("describe the picture.", "what do you see?", "tell me everything about this picture.")
@@ -51,6 +63,9 @@ _MOST_REDRAWS = 10_000
 
 class SceneSource:
     """``count`` records of one form, a pure function of (form, split, seed, side, index); drawing waits for ``read()``.
+
+    ``shots`` are a lesson's examples (none given: 4 to 8), ``frames`` a clip's; ``control`` spoils them on purpose, see
+    :data:`isthmus.data.scenes.interleaved.CONTROLS`.
 
     ``turns`` is the number of question-answer turns in conversations and symbols. ``distinct`` skips scenes that no
     caption could tell from an earlier one (for retrieval tests). Raises ConfigError for an unknown form or split.
@@ -66,6 +81,9 @@ class SceneSource:
         size: int = 64,
         turns: int = 6,
         distinct: bool = False,
+        shots: int | None = None,
+        frames: int = 4,
+        control: str = "",
     ) -> None:
         if form not in FORMS:
             raise ConfigError(f"scenes have no form {form!r}; {nearest(form, FORMS)}")
@@ -73,7 +91,9 @@ class SceneSource:
             raise ConfigError(f"scenes have no split {split!r}; {nearest(split, SPLITS)}")
         if count < 1 or turns < 1:
             raise ConfigError(f"scenes need at least one record and one turn, not count={count}, turns={turns}")
-        self.form, self.split, self.seed, self.size, self.turns = form, split, seed, size, turns
+        self.form, self.seed, self.size, self.turns = form, seed, size, turns
+        self.split: Split = split
+        self.shots, self.frames, self.control = shots, frames, control
         self.name = f"scenes-{form}-{split}"
         self._make: Callable[[int, Dice], Record] = getattr(self, f"_{form}")
         self._numbers = _distinct(seed, split, count) if distinct else range(count)
@@ -177,6 +197,45 @@ class SceneSource:
             parts += [Text(f"{thing} is"), Text(f" {word}\n", learn=word in known)]
             known.add(word)
         return self._record(number, parts, kind=f"fewshot_{task.attribute}", answers=(task.examples[-1][1],))
+
+    def _pages(self, number: int, dice: Dice) -> Record:
+        """Two to four pictures, the captions in one of their forms each."""
+        parts: list[Part] = []
+        for place in range(2 + dice.below(3)):
+            index = 4 * number + place
+            told = dice.choice(captions(make_scene(self.seed, self.split, index)))
+            parts += [self._picture(index, role="text"), Text(told, learn=True)]
+        return self._record(number, parts)
+
+    def _lessons(self, number: int, dice: Dice) -> Record:
+        name = f"{self.form}/{self.split}/{self.seed}/{number}"
+        lesson = self._lesson(dice)
+        parts = lesson_parts(lesson, name=name, side=self.size, seed=self.seed, split=self.split, number=number)
+        return self._record(number, parts, kind=f"lesson_{lesson.attribute}", answers=(lesson.words[-1],))
+
+    def _lesson_texts(self, number: int, dice: Dice) -> Record:
+        lesson = self._lesson(dice)
+        kind = f"lesson_{lesson.attribute}"
+        return self._record(number, lesson_text(lesson), kind=kind, answers=(lesson.words[-1],))
+
+    def _lesson(self, dice: Dice) -> Lesson:
+        shots = 4 + dice.below(5) if self.shots is None else self.shots
+        return make_lesson(dice, split=self.split, shots=shots, permuted=self.control == "permuted")
+
+    def _clips(self, number: int, dice: Dice) -> Record:
+        clip, part = self._clip(number, dice, "text")
+        return self._record(number, [part, Text(clip.told, learn=True)], kind=clip.kind)
+
+    def _clip_questions(self, number: int, dice: Dice) -> Record:
+        clip, part = self._clip(number, dice, "user")
+        return self._record(number, [part, *_turn(clip.question, clip.answer)], kind=clip.kind, answers=(clip.answer,))
+
+    def _clip(self, number: int, dice: Dice, role: Role) -> tuple[Clip, Video]:
+        clip = make_clip(
+            dice, split=self.split, seed=self.seed, number=number, frames=self.frames, control=self.control
+        )
+        name = f"clip/{self.split}/{self.seed}/{number}/{self.frames}"
+        return clip, clip_part(clip, name=name, side=self.size, control=self.control, role=role)
 
 
 def _distinct(seed: int, split: Split, count: int) -> list[int]:

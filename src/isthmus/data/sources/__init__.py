@@ -15,9 +15,11 @@ from typing import Any
 
 from isthmus.data.mix import Mix, Source
 from isthmus.data.scenes import SceneSource
-from isthmus.data.sources.files import NamedImages, Root, read_json, read_lines, read_rows
+from isthmus.data.sources.documents import DocumentSource, JsonPages
+from isthmus.data.sources.files import NamedImages, Root, read_json, read_lines, read_rows, safe_name
 from isthmus.data.sources.rows import Form, Row, Rows, RowSource, flat
 from isthmus.data.sources.webdataset import IMAGE_ENDINGS, WebDatasetRows
+from isthmus.data.video import FileFrames, FolderFrames
 from isthmus.errors import ConfigError, DataError, nearest
 
 Names = str | Sequence[str]
@@ -31,11 +33,14 @@ def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None)
     """
     options = dict(spec)
     kind = str(options.pop("kind", ""))
-    if kind not in SOURCES:
-        raise ConfigError(f"source: unknown kind {kind!r}; {nearest(kind, SOURCES)}")
+    if kind not in (*SOURCES, *DOCUMENTS):
+        raise ConfigError(f"source: unknown kind {kind!r}; {nearest(kind, (*SOURCES, *DOCUMENTS))}")
     if kind == "scenes":
         return _scenes(options)
     root = Root(Path(data_root) if data_root is not None else Path())
+    if kind in DOCUMENTS:
+        own = options.pop("name", None) or _name(kind, spec)
+        return _call(kind, _documents, options, root=root, layout=kind, name=own)
     name, limit = options.pop("name", None), options.pop("limit", None)
     form = _form(options, root)
     rows = _call(kind, SOURCES[kind], options, root=root, form=form)
@@ -145,8 +150,38 @@ SOURCES: dict[str, Callable[..., Rows]] = {
 }
 
 
+DOCUMENTS = ("obelics", "mmc4")
+"""Pages of interleaved text and pictures, opened by :func:`_documents`."""
+
+
+def _documents(
+    root: Root,
+    layout: str,
+    name: str,
+    *,
+    file: Names = (),
+    shards: Names = (),
+    image_folder: str | None = None,
+    images: Names = (),
+    min_sim: float = 0.0,
+    max_images: int | None = None,
+    min_images: int = 1,
+    limit: int | None = None,
+) -> Source:
+    """Pages in JSON lines (``file``) with pictures by name, or in tar ``shards`` that hold each page's pictures."""
+    if bool(file) == bool(shards):
+        raise ConfigError(f"source of kind {layout!r}: give either file (JSON lines) or shards (tars)")
+    options = {"min_sim": min_sim, "max_images": max_images, "min_images": min_images, "limit": limit}
+    if shards:
+        return DocumentSource(name, WebDatasetRows(root.files(shards)), layout, None, **options)
+    paths = root.files(file)
+    pages = JsonPages([(path.stem, row) for path in paths for row in read_rows(path)])
+    found = _images(root, image_folder, images, beside=paths[0])
+    return DocumentSource(name, pages, layout, found, **options)
+
+
 class _NamedRows:
-    """Rows of a file whose ``image`` field names pictures: one, several, or none."""
+    """Rows of a file whose ``image`` field names pictures, and ``video`` clips: one, several, or none."""
 
     def __init__(self, rows: Sequence[tuple[str, Mapping[str, Any]]], form: Form, images: NamedImages) -> None:
         self.rows, self.form, self.images = rows, form, images
@@ -158,14 +193,21 @@ class _NamedRows:
         stem, values = self.rows[index]
         bare = Row("", values)
         names = flat(self.form.value(bare, "image"))
+        clips = tuple(self._clip(name) for name in flat(self.form.value(bare, "video")))
         given = self.form.value(bare, "id")
         key = str(given) if given is not None else names[0] if names else str(index)
         return Row(
             f"{stem}/{key if given is not None else index}",
             values,
-            tuple(self.images.find(name) for name in names),
+            (*(self.images.find(name) for name in names), *clips),
             key=key,
         )
+
+    def _clip(self, name: str) -> FolderFrames | FileFrames:
+        if not safe_name(name):
+            raise DataError(f"bad video name: {name!r} leaves the image folder; use names relative to it")
+        path = self.images.folder / name
+        return FolderFrames(path) if path.is_dir() else FileFrames(path)
 
 
 def _images(root: Root, image_folder: str | None, images: Names, *, beside: Path) -> NamedImages:
@@ -211,7 +253,7 @@ def _call(kind: str, function: Callable[..., Any], options: dict[str, Any], **gi
 
 def _check_options(kind: str, function: Callable[..., Any], options: Mapping[str, Any], given: Sequence[str]) -> None:
     parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in given}
-    shared = () if kind in ("scenes", "captions") else (*Form.__dataclass_fields__, "name", "limit")
+    shared = () if kind in ("scenes", "captions", *DOCUMENTS) else (*Form.__dataclass_fields__, "name", "limit")
     for option in options:
         if option not in parameters:
             raise ConfigError(

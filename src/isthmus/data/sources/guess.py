@@ -32,7 +32,7 @@ def guess(path: Path) -> dict[str, Any]:
 
 
 def _json_kind(path: Path) -> str:
-    """llava, coco or jsonl. A JSON-lines file is judged by its first line."""
+    """llava, coco, obelics, mmc4 or jsonl. A JSON-lines file is judged by its first line."""
     try:
         if path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as file:
@@ -44,5 +44,8 @@ def _json_kind(path: Path) -> str:
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
         return "coco"
     if isinstance(content, list) and content and isinstance(content[0], dict):
-        return "llava" if "conversations" in content[0] else "jsonl"
+        for kind, field in (("obelics", "texts"), ("mmc4", "text_list"), ("llava", "conversations")):
+            if field in content[0]:
+                return kind
+        return "jsonl"
     raise DataError(f"{path} is not a layout that is known by sight. {_HELP}")

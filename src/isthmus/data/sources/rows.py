@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from isthmus.data.record import Image, ImageSource, Part, Record, Role, Text
+from isthmus.data.record import FrameSource, Image, ImageSource, Part, Record, Role, Text, Video
+from isthmus.data.video import FileFrames, FolderFrames
 from isthmus.errors import ConfigError, DataError, nearest
 
 FIELDS = ("conversations", "messages", "questions", "question", "caption", "label", "text")
-KNOWN = (*FIELDS, "answer", "image", "id", "kind")
+KNOWN = (*FIELDS, "answer", "image", "video", "id", "kind")
 _ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -30,7 +31,7 @@ class Row:
 
     id: str
     values: Mapping[str, Any]
-    images: tuple[ImageSource, ...] = ()
+    images: tuple[ImageSource | FrameSource, ...] = ()
     key: str = ""
 
 
@@ -192,7 +193,7 @@ class RowSource:
         return self.form.record(self.rows[row], number, self.name)
 
 
-def conversation(turns: Any, images: Sequence[ImageSource]) -> list[Part]:
+def conversation(turns: Any, images: Sequence[ImageSource | FrameSource]) -> list[Part]:
     """LLaVA's ``from``/``value`` or chat ``role``/``content`` turns, ``<image>`` marking the pictures in order.
 
     A leading assistant turn is dropped. Raises DataError for unknown speakers or another number of marks than
@@ -216,7 +217,7 @@ def conversation(turns: Any, images: Sequence[ImageSource]) -> list[Part]:
             if place:
                 marks += 1
                 if waiting:
-                    parts.append(Image(waiting.pop(0), role=role))
+                    parts.append(_visual(waiting.pop(0), role))
             if piece or len(pieces) == 1:
                 parts.append(Text(piece, role=role, learn=role == "assistant"))
     if marks != len(images):
@@ -267,4 +268,8 @@ def _string(value: Any, what: str) -> str:
 
 
 def _pictures(row: Row, role: Role) -> list[Part]:
-    return [Image(source, role=role) for source in row.images]
+    return [_visual(source, role) for source in row.images]
+
+
+def _visual(source: ImageSource | FrameSource, role: Role) -> Image:
+    return Video(source, role=role) if isinstance(source, FolderFrames | FileFrames) else Image(source, role=role)

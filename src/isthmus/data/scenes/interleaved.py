@@ -1,0 +1,201 @@
+"""Scenes for Flamingo: pages of several pictures, lessons whose rule is only in the examples, and short clips.
+
+A lesson makes up a word for each of a few values of one attribute and shows examples; nothing but these can tell what
+the words mean. A clip shows one solid that moves, or a second one that comes or goes: one frame alone does not tell.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from PIL import Image as PilImage
+
+from isthmus.data.record import Image, Part, Text, Video
+from isthmus.data.scenes.dice import Dice
+from isthmus.data.scenes.draw import draw
+from isthmus.data.scenes.few_shot import RESERVED_WORDS, TRAINING_WORDS
+from isthmus.data.scenes.scene import COLOURS, HELD_OUT, RADIUS, SHAPES, SIZES, Scene, Solid, Split
+from isthmus.errors import ConfigError
+
+ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES}
+VALUES_PER_LESSON = 4
+CONTROLS = ("", "permuted", "shuffled", "frame-N")
+"""Of lessons: ``permuted`` shuffles the examples' words. Of clips: ``shuffled`` frames, or only frame number N."""
+
+_WORD = "which word?"
+_EVALUATION_WORDS = tuple(sorted(RESERVED_WORDS))
+_DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+_TRAVEL = 0.4
+_MARGIN = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class MadeScene:
+    """A picture of a scene that was put together rather than drawn from a number."""
+
+    scene: Scene
+    name: str
+    side: int = 64
+
+    def describe(self) -> str:
+        return self.name
+
+    def read(self) -> PilImage.Image:
+        return draw(self.scene, self.side)
+
+
+@dataclass(frozen=True, slots=True)
+class SceneClip:
+    """The frames of a clip, drawn when read."""
+
+    frames: tuple[Scene, ...]
+    name: str
+    side: int = 64
+
+    def describe(self) -> str:
+        return self.name
+
+    def read(self) -> list[PilImage.Image]:
+        return [draw(scene, self.side) for scene in self.frames]
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """``things`` are one solid each, ``words`` what they are called; the last is asked for."""
+
+    attribute: str
+    things: tuple[Solid, ...]
+    words: tuple[str, ...]
+
+
+def make_lesson(dice: Dice, *, split: Split, shots: int, permuted: bool = False) -> Lesson:
+    """``shots`` examples and one thing to name, whose value is among the examples' when there are enough of them.
+
+    Every value in use comes about equally often; ``permuted`` shuffles the words of the examples, nothing else.
+    """
+    attribute = dice.choice(sorted(ATTRIBUTES))
+    values = dice.shuffled(ATTRIBUTES[attribute])[:VALUES_PER_LESSON]
+    words = dice.shuffled(_drawn(dice, TRAINING_WORDS if split == "train" else _EVALUATION_WORDS, len(values)))
+    meaning = dict(zip(values, words, strict=True))
+    pool = [v for _ in range(shots // len(values) + 1) for v in values][: max(shots, 1)]
+    order = dice.shuffled(pool)[:shots]
+    order.append(dice.choice(order or values))
+    things = tuple(lone_solid(dice, split, **{attribute: value}) for value in order)
+    told = [meaning[value] for value in order]
+    if permuted:
+        told = [*dice.shuffled(told[:-1]), told[-1]]
+    return Lesson(attribute, things, tuple(told))
+
+
+def lesson_parts(lesson: Lesson, *, name: str, side: int, seed: int, split: Split, number: int) -> list[Part]:
+    """Shots and query as turns. Learnt in training is every word that an earlier example has explained."""
+    parts: list[Part] = []
+    for place, (solid, word, learn) in enumerate(_known(lesson)):
+        scene = Scene(seed, split, number, (solid,))
+        parts.append(Image(MadeScene(scene, f"{name}/{place}", side), key=f"{name}/{side}/{place}"))
+        parts += [Text(_WORD, role="user"), Text(word, role="assistant", learn=learn or split != "train")]
+    return parts
+
+
+def lesson_text(lesson: Lesson) -> list[Part]:
+    """The same in words alone, for a language model without eyes: the solid's name stands for the picture."""
+    parts: list[Part] = []
+    for solid, word, learn in _known(lesson):
+        parts += [Text(f"{solid.full_name}. Question: {_WORD} Answer:"), Text(f" {word}\n", learn=learn)]
+    return parts
+
+
+def _known(lesson: Lesson) -> list[tuple[Solid, str, bool]]:
+    """Each thing with its word and whether that word has been explained before it."""
+    found: list[tuple[Solid, str, bool]] = []
+    told: set[str] = set()
+    for place, (solid, word) in enumerate(zip(lesson.things, lesson.words, strict=True)):
+        found.append((solid, word, word in told or place + 1 == len(lesson.things)))
+        told.add(word)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """What happens in a clip: its frames, a sentence, a question and the answer."""
+
+    frames: tuple[Scene, ...]
+    told: str
+    question: str
+    answer: str
+    kind: str
+
+
+def make_clip(dice: Dice, *, split: Split, seed: int, number: int, frames: int, control: str = "") -> Clip:
+    """A solid moves one of four ways, or a second solid comes or goes halfway; which of the three goes by ``number``.
+
+    Raises ConfigError for a clip of fewer than two frames or a control that clips do not have.
+    """
+    if frames < 2:
+        raise ConfigError(f"a clip needs at least two frames, not {frames}")
+    kind = ("moved", "appeared", "vanished")[number % 3]
+    solids, told, answer = _move(dice, split, frames) if kind == "moved" else _come_or_go(dice, split, frames, kind)
+    scenes = [Scene(seed, split, number, s) for s in solids]
+    question = {"moved": "which way did it move?", "appeared": "what appeared?", "vanished": "what vanished?"}[kind]
+    return Clip(_controlled(scenes, control, dice), told, question, answer, kind)
+
+
+def clip_part(clip: Clip, *, name: str, side: int, control: str, role: str = "user") -> Video:
+    """The clip as a record's part."""
+    return Video(SceneClip(clip.frames, name, side), role=role, key=f"{name}/{side}/{control}")  # type: ignore[arg-type]
+
+
+def _move(dice: Dice, split: Split, frames: int) -> tuple[list[tuple[Solid, ...]], str, str]:
+    solid = lone_solid(dice, split)
+    way = dice.choice(sorted(_DIRECTIONS))
+    dx, dy = (d * _TRAVEL for d in _DIRECTIONS[way])
+    # The stretch that is travelled lies anywhere in the picture, the same for both ways along it.
+    low, high = RADIUS[solid.size] + _MARGIN, 1 - RADIUS[solid.size] - _MARGIN
+    x = dice.between(low, high - abs(dx)) + (abs(dx) if dx < 0 else 0)
+    y = dice.between(low, high - abs(dy)) + (abs(dy) if dy < 0 else 0)
+    steps = [i / (frames - 1) for i in range(frames)]
+    path = [(replace(solid, x=x + dx * t, y=y + dy * t),) for t in steps]
+    return path, f"a {solid.full_name} moves {way}", way
+
+
+def _come_or_go(dice: Dice, split: Split, frames: int, kind: str) -> tuple[list[tuple[Solid, ...]], str, str]:
+    first = lone_solid(dice, split)
+    other = lone_solid(dice, split)
+    while other.name == first.name or (other.row, other.column) == (first.row, first.column):
+        other = lone_solid(dice, split)
+    turn = 1 + dice.below(frames - 1)
+    both, alone = (first, other), (first,)
+    shown = [(both if (i >= turn) == (kind == "appeared") else alone) for i in range(frames)]
+    verb = "appears beside" if kind == "appeared" else "vanishes beside"
+    return shown, f"a {other.full_name} {verb} a {first.full_name}", other.name
+
+
+def _controlled(scenes: Sequence[Scene], control: str, dice: Dice) -> tuple[Scene, ...]:
+    if not control:
+        return tuple(scenes)
+    if control == "shuffled":
+        return tuple(dice.shuffled(scenes))
+    place = control.removeprefix("frame-")
+    if not control.startswith("frame-") or not place.isdigit() or int(place) >= len(scenes):
+        raise ConfigError(f"clips have no control {control!r}; known: shuffled, frame-0 to frame-{len(scenes) - 1}")
+    return (scenes[int(place)],)
+
+
+def lone_solid(dice: Dice, split: Split, *, colour: str | None = None, shape: str | None = None) -> Solid:
+    """A solid in the middle of any cell; training never holds a pair kept for evaluation."""
+    while True:
+        made = (shape or dice.choice(SHAPES), colour or dice.choice(COLOURS))
+        if split != "train" or made not in HELD_OUT:
+            break
+    size, cell = dice.choice(SIZES), dice.below(9)
+    row, column = divmod(cell, 3)
+    x, y = ((along + 0.5) / 3 for along in (column, row))
+    return Solid(made[0], made[1], size, row, column, x, y)
+
+
+def _drawn(dice: Dice, words: Sequence[str], count: int) -> list[str]:
+    drawn: list[str] = []
+    while len(drawn) < count:
+        word = dice.choice(words)
+        if word not in drawn:
+            drawn.append(word)
+    return drawn

@@ -1,0 +1,183 @@
+"""Few-shot evaluation: examples before each question (2204.14198, sec. 4.1 and appendix B.2).
+
+Shots are drawn from a pool of support samples, by chance or by RICES: those whose pictures are nearest to the
+question's by the frozen vision features, the nearest last. Zero shots means two examples in words alone, pictures taken
+out. With given candidates the answer is the likeliest one, its log-likelihood averaged over permutations of the shots.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from isthmus.data.record import Image, Part, Record, Text
+from isthmus.errors import CapabilityError, ConfigError, DataError
+from isthmus.evaluation.protocols import Records
+from isthmus.evaluation.tasks import VqaTask, fingerprint
+from isthmus.evaluation.turns import last_turn
+
+POOL = 2048
+"""Support samples drawn once per seed, as in the papers."""
+TEXT_SHOTS = 2
+"""Examples without pictures that stand before a zero-shot question."""
+
+Select = Literal["random", "rices"]
+Features = Callable[[Sequence[Image]], Tensor]
+
+
+class Support:
+    """The pool of examples, and the choice among them for one question."""
+
+    def __init__(self, records: Records, *, seed: int = 0, pool: int = POOL) -> None:
+        """Raises DataError when there are no records."""
+        if not len(records):
+            raise DataError("few-shot evaluation needs support samples, and there are none.")
+        places = random.Random(f"pool/{seed}").sample(range(len(records)), min(pool, len(records)))
+        self.records: list[Record] = [records[i] for i in places]
+        self.seed = seed
+        # A picture's key may cost reading its file, so each is asked for once.
+        self._keys = [frozenset(p.content_key() for p in record.images) for record in self.records]
+        self._features: Tensor | None = None
+
+    def choose(self, record: Record, shots: int, features: Features | None = None) -> list[Record]:
+        """``shots`` samples for a question, in the order in which they stand before it; never the question's own.
+
+        With ``features`` and a picture to compare, the nearest ones, the nearest last; else by chance.
+        Raises DataError when the pool is too small.
+        """
+        keys = {p.content_key() for p in record.images}
+        usable = [i for i, other in enumerate(self.records) if other.id != record.id and keys.isdisjoint(self._keys[i])]
+        if len(usable) < shots:
+            raise DataError(f"sample {record.id!r} needs {shots} shots and the support set has {len(usable)} others.")
+        if features is None or not record.images:
+            chosen = random.Random(f"{self.seed}/{record.id}").sample(usable, shots)
+        else:
+            near = self._vectors(features)[usable] @ normalize(features(record.images[-1:]).float(), dim=-1)[0]
+            best = near.topk(shots).indices.tolist() if shots else []
+            chosen = [usable[i] for i in reversed(best)]
+        return [self.records[i] for i in chosen]
+
+    def _vectors(self, features: Features) -> Tensor:
+        if self._features is None:
+            pictures = [record.images[-1:] for record in self.records]
+            if not all(pictures):
+                raise DataError("RICES compares pictures, and a support sample has none; use random selection.")
+            self._features = normalize(features([p for (p,) in pictures]).float(), dim=-1)
+        return self._features
+
+
+def as_shot(record: Record, *, pictures: bool = True) -> list[Part]:
+    """A support sample as a finished turn: its pictures, its last question (if any), its first accepted answer."""
+    turn = last_turn(record)
+    shown: list[Part] = [replace(p, role="user") for p in record.images] if pictures else []
+    asked: list[Part] = [Text(turn.question, role="user")] if turn.question or not shown else []
+    return [*shown, *asked, Text(turn.answers[0], role="assistant")]
+
+
+def with_shots(record: Record, shots: Sequence[Record], *, pictures: bool = True) -> Record:
+    """The question with its examples before it."""
+    own = [replace(p, role="user") if isinstance(p, Image) else p for p in record.parts]
+    before = [part for shot in shots for part in as_shot(shot, pictures=pictures)]
+    return replace(record, parts=(*before, *own))
+
+
+def permuted_answers(shots: Sequence[Record], seed: str) -> list[Record]:
+    """The same shots with their answers shuffled among them: what is left when the examples teach nothing."""
+    answers = [last_turn(shot).answers[0] for shot in shots]
+    random.Random(seed).shuffle(answers)
+    found = []
+    for shot, answer in zip(shots, answers, strict=True):
+        at = last_turn(shot).at
+        parts = (*shot.parts[:at], Text(answer, role="assistant"), *shot.parts[at + 1 :])
+        meta = {k: v for k, v in shot.meta.items() if k != "answers"}
+        found.append(replace(shot, parts=parts, meta=meta))
+    return found
+
+
+def orders(shots: Sequence[Record], count: int, seed: str) -> list[list[Record]]:
+    """The shots as given, then other permutations of them, all different, ``count`` in all or as many as there are."""
+    rng = random.Random(seed)
+    found = [list(range(len(shots)))]
+    most = 1
+    for n in range(2, len(shots) + 1):
+        most = min(most * n, count)
+    while len(found) < min(count, most):
+        order = rng.sample(range(len(shots)), len(shots))
+        if order not in found:
+            found.append(order)
+    return [[shots[i] for i in order] for order in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShotTask(VqaTask):
+    """Questions with ``shots`` examples before each.
+
+    Args:
+        support: where the examples come from.
+        select: ``random`` or ``rices``.
+        permuted: shuffle the examples' answers, a control.
+        candidates: closed answers to rank; then ``ensemble`` permutations of the shots are averaged.
+
+    The controls of :class:`VqaTask` change the question's picture only, and RICES then looks at that picture.
+    """
+
+    kind: ClassVar[str] = "vqa"
+
+    support: Records
+    shots: int = 4
+    select: Select = "random"
+    permuted: bool = False
+    candidates: Sequence[str] = ()
+    ensemble: int = 1
+
+    def __post_init__(self) -> None:
+        VqaTask.__post_init__(self)
+        if self.select not in ("random", "rices"):
+            raise ConfigError(f"Unknown selection {self.select!r} of shots; known: random, rices.")
+        if self.shots < 0 or self.ensemble < 1:
+            raise ConfigError(f"shots must be 0 or more and ensemble 1 or more, not {self.shots} and {self.ensemble}.")
+        if self.ensemble > 1 and not self.candidates:
+            raise ConfigError("ensemble averages likelihoods of given candidates; give task.candidates too.")
+        object.__setattr__(self, "_pool", Support(self.support, seed=self.seed))
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **VqaTask.describe(self),
+            "shots": self.shots,
+            "select": self.select,
+            "permuted": self.permuted,
+            "candidates": list(self.candidates),
+            "ensemble": self.ensemble,
+            "support": fingerprint(self.support),
+        }
+
+    def _ask(self, model: Any, records: list[Any]) -> list[str]:
+        if self.select == "rices" and not hasattr(model, "vision_features"):
+            raise CapabilityError("RICES needs a model that can give vision_features; take select: random.")
+        chosen = [self._shots(model, record) for record in records]
+        pictures = self.shots > 0
+        if self.candidates:
+            return [self._likeliest(model, r, s, pictures) for r, s in zip(records, chosen, strict=True)]
+        return VqaTask._ask(
+            self, model, [with_shots(r, s, pictures=pictures) for r, s in zip(records, chosen, strict=True)]
+        )
+
+    def _shots(self, model: Any, record: Any) -> list[Record]:
+        pool: Support = self._pool  # type: ignore[attr-defined]
+        if not self.shots:
+            return pool.choose(record, min(TEXT_SHOTS, len(pool.records)))
+        features = model.vision_features if self.select == "rices" else None
+        shots = pool.choose(record, self.shots, features)
+        return permuted_answers(shots, f"{self.seed}/{record.id}") if self.permuted else shots
+
+    def _likeliest(self, model: Any, record: Any, shots: list[Record], pictures: bool) -> str:
+        """The candidate of the highest mean log-likelihood over permutations of the shots."""
+        seen = [
+            torch.tensor(model.score(with_shots(record, order, pictures=pictures).parts, self.candidates))
+            for order in orders(shots, self.ensemble, f"{self.seed}/{record.id}/order")
+        ]
+        return self.candidates[int(torch.stack(seen).mean(0).argmax())]

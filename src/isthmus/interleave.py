@@ -1,0 +1,314 @@
+"""InterleavedLanguageModel: gated cross-attention and new tokens in an unmodified causal LM of transformers.
+
+    ids ─ embed ─→ h ─→ [gated block] ─ frozen layer 0 ─→ frozen layer 1 ─→ [gated block] ─ frozen layer 2 ─→ … ─ head
+                             ↑ Look: media, and which image each position may see
+
+Shapes: B rows, T tokens, N visual inputs per row, R visual tokens each, d width of the media, D of the LM.
+
+The blocks belong to whoever inserts them. A forward pre-hook on a chosen decoder layer sends its input through the
+block first, so the LM's class, its ``generate`` and its state-dict keys stay the library's own. What the blocks look
+at reaches them sideways, by one object that is set for one call (:meth:`InterleavedLanguageModel.looking`); a block
+run without it raises.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from isthmus.batch import IGNORE, Tokens
+from isthmus.errors import ConfigError, DataError
+from isthmus.language import Decoding, LanguageModel
+from isthmus.nn.gated import GatedBlock, Media, look_mask
+
+
+class NewRows(nn.Module):
+    """Input and output rows of the new tokens, (n, D) each; a tied LM has one set of rows for both."""
+
+    def __init__(self, count: int, input_width: int, output_width: int | None) -> None:
+        super().__init__()
+        self.input = nn.Parameter(torch.randn(count, input_width) * 0.02)
+        self.output = None if output_width is None else nn.Parameter(torch.randn(count, output_width) * 0.02)
+
+
+@dataclass(eq=False, kw_only=True)
+class Look:
+    """What the blocks of one call look at.
+
+    ``media`` (B, N, R, d); ``seen`` (B, T) the number from 1 of the image that each position of the rows may see, 0
+    for none; positions behind the last see what the last one sees. Keys and values are made once per block and kept.
+    ``recorded`` collects (block number, attention (B, T, N·R)) where a list is given.
+    """
+
+    media: Tensor
+    seen: Tensor
+    mode: Media = "previous"
+    recorded: list[tuple[int, Tensor]] | None = None
+    past: int = 0
+    kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def left_padded(self, lengths: Tensor) -> "Look":
+        """The same for rows (B, T) whose right padding moves to the left; padding sees nothing."""
+        longest = int(lengths.max())
+        source = torch.arange(longest, device=self.seen.device) - (longest - lengths)[:, None]
+        seen = self.seen.gather(1, source.clamp(min=0)).masked_fill(source < 0, 0)
+        return Look(media=self.media, seen=seen, mode=self.mode)
+
+    def through(self, block: GatedBlock, number: int, hidden: Tensor, *, spare_memory: bool) -> Tensor:
+        """``hidden`` (B·k, T, D) through a block; k > 1 when beams or samples repeat each row."""
+        times = len(hidden) // len(self.media)
+        if times * len(self.media) != len(hidden):
+            raise ConfigError(
+                f"the language model runs {len(hidden)} rows, the media set for this call are of {len(self.media)}; "
+                "set them anew with `looking` for every call."
+            )
+        y = hidden.to(block.attn_gate.dtype)
+        keys, values = self._keys_values(block, number, times)
+        mask = self._mask(hidden.shape[1]).repeat_interleave(times, dim=0)
+        if self.recorded is not None:
+            self.recorded.append((number, block.weights(y, keys, mask)))
+        if spare_memory and torch.is_grad_enabled():
+            # The library checkpoints its layers alone; the block is recomputed in the backward pass by itself.
+            out = checkpoint(block, y, keys, values, mask, use_reentrant=False)
+        else:
+            out = block(y, keys, values, mask)
+        return out.to(hidden.dtype)
+
+    def _keys_values(self, block: GatedBlock, number: int, times: int) -> tuple[Tensor, Tensor]:
+        if (number, times) not in self.kept:
+            keys, values = block.keys_values(self.media.to(block.attn_gate.dtype))
+            self.kept[number, times] = keys.repeat_interleave(times, 0), values.repeat_interleave(times, 0)
+        return self.kept[number, times]
+
+    def _mask(self, length: int) -> Tensor:
+        """(B, T, N·R) for the ``length`` positions behind the ``past`` ones."""
+        known = self.seen[:, self.past : self.past + length]
+        if known.shape[1] < length:
+            known = torch.cat([known, self.seen[:, -1:].expand(-1, length - known.shape[1])], dim=1)
+        _, images, tokens, _ = self.media.shape
+        return look_mask(known, images, tokens, self.mode)
+
+
+class InterleavedLanguageModel(LanguageModel):
+    """A causal LM with gated blocks before chosen layers, and rows of its own for the tokens ``new_ids``.
+
+    ``new_ids`` are the ids of ``<|endofchunk|>`` (ends an answer) and ``<image>`` (never generated). They lie right
+    behind the LM's table, or within its unused last rows when the table is padded. Raises ConfigError otherwise, for
+    an LM whose decoder layers cannot be told, and for one without an output head.
+    """
+
+    def __init__(self, lm: Any, new_ids: Sequence[int] = ()) -> None:
+        super().__init__(lm)
+        table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+        if head is None:
+            raise ConfigError(f"{type(lm).__name__} has no output head, so it cannot learn new tokens.")
+        self.new_ids = tuple(int(i) for i in new_ids)
+        rows = table.weight.shape[0]
+        self._total = max(rows, *(i + 1 for i in self.new_ids)) if self.new_ids else rows
+        if len(set(self.new_ids)) < len(self.new_ids) or self._total - rows > sum(i >= rows for i in self.new_ids):
+            raise ConfigError(
+                f"the new tokens' ids {list(self.new_ids)} must differ and follow the LM's {rows} rows without a gap; "
+                "does the tokenizer belong to this LM?"
+            )
+        tied = head.weight is table.weight
+        self.new_rows = NewRows(len(self.new_ids), table.weight.shape[1], None if tied else head.weight.shape[1])
+        self._blocks: dict[int, GatedBlock] = {}
+        self._hooks: list[Any] = []
+        self._look: Look | None = None
+        self._blind = False
+        if self.new_ids:
+            table.register_forward_pre_hook(self._hide_new)
+            table.register_forward_hook(self._put_new)
+            head.register_forward_hook(self._add_columns)
+
+    @classmethod
+    def build(cls, config: Mapping[str, Any], new_ids: Sequence[int] = ()) -> "InterleavedLanguageModel":
+        """A freshly initialised LM as :meth:`LanguageModel.build`, with rows for ``new_ids``."""
+        return cls(LanguageModel.build(config).lm, new_ids)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the LM's table, and what the new tokens add behind them."""
+        return self._total
+
+    @torch.no_grad()
+    def start_new_rows(self) -> None:
+        """Draw the new rows like the LM's own: the mean row and as much spread per channel."""
+        for rows, end in (
+            (self.new_rows.input, self.lm.get_input_embeddings()),
+            (self.new_rows.output, self.lm.get_output_embeddings()),
+        ):
+            if rows is not None:
+                table = end.weight.float()
+                rows.copy_(table.mean(0) + torch.randn_like(rows) * table.std(0))
+
+    # Insertion
+
+    def decoder_layers(self) -> nn.ModuleList:
+        """The LM's decoder layers. Raises ConfigError when it cannot be told which they are."""
+        return self._find_layers()[1]
+
+    def _find_layers(self) -> tuple[nn.Module, nn.ModuleList]:
+        """The LM's one list of as many modules as its configuration counts hidden layers, and the module it is in."""
+        depth = getattr(self.lm.config.get_text_config(), "num_hidden_layers", None)
+        lists = {n: m for n, m in self.lm.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
+        outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+        if depth is None or len(outermost) != 1:
+            raise ConfigError(
+                f"{type(self.lm).__name__} has {len(outermost)} module lists of its {depth} hidden layers, so it is "
+                "unknown where its decoder layers are and gated blocks cannot be put before them; take another "
+                "language model, such as Llama, OPT, GPT-NeoX, MPT, GPT-2 or Qwen."
+            )
+        return self.lm.get_submodule(outermost[0].rpartition(".")[0]), lists[outermost[0]]
+
+    def insert(self, blocks: Mapping[int, GatedBlock]) -> None:
+        """Send the input of layer i through ``blocks[i]`` from now on. Raises ConfigError for a layer not there."""
+        decoder, layers = self._find_layers()
+        if outside := [i for i in blocks if not 0 <= i < len(layers)]:
+            raise ConfigError(f"a gated block cannot stand before layer {outside[0]}: the LM has {len(layers)}.")
+        self.detach()
+        self._blocks = dict(blocks)
+        self._hooks.append(decoder.register_forward_pre_hook(self._count_past, with_kwargs=True))
+        for i in blocks:
+            self._hooks.append(layers[i].register_forward_pre_hook(_BeforeLayer(self, i), with_kwargs=True))
+
+    def detach(self) -> None:
+        """Take the blocks out again: the bare LM."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._blocks = [], {}
+
+    @contextmanager
+    def looking(self, look: Look) -> Iterator[None]:
+        """Let the blocks look at this for the calls inside.
+
+        With gradients it stays set until the next call, because a layer that is recomputed in the backward pass may
+        run its hooks again.
+        """
+        self._look = look
+        try:
+            yield
+        finally:
+            if not torch.is_grad_enabled():
+                self._look = None
+
+    @contextmanager
+    def blind(self) -> Iterator[None]:
+        """The LM as it would be without its blocks, for the calls inside."""
+        before, self._blind = self._blind, True
+        try:
+            yield
+        finally:
+            self._blind = before
+
+    def _count_past(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if self._look is not None:
+            self._look.past = 0 if cache is None else int(cache.get_seq_length())
+
+    def _before(self, number: int, layer: nn.Module, hidden: Tensor) -> Tensor:
+        if self._blind:
+            return hidden
+        if self._look is None:
+            raise ConfigError(
+                "a gated block was run without media: call the language model through its Flamingo, or inside "
+                "`language.looking(...)` or `language.blind()`."
+            )
+        spare = any(getattr(m, "gradient_checkpointing", False) for m in (layer, self.lm.base_model))
+        return self._look.through(self._blocks[number], number, hidden, spare_memory=spare)
+
+    # New tokens
+
+    def _hide_new(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Before the LM's table is read: ids it has no rows for become 0, and are kept for after."""
+        self._asked = args[0]
+        return (args[0].masked_fill(self._which(args[0]).any(-1), 0), *args[1:])
+
+    def _put_new(self, _: nn.Module, __: tuple[Tensor, ...], embeds: Tensor) -> Tensor:
+        which = self._which(self._asked)
+        rows = self.new_rows.input[which.int().argmax(-1)].to(embeds.dtype)
+        return torch.where(which.any(-1, keepdim=True), rows, embeds)
+
+    def _which(self, ids: Tensor) -> Tensor:
+        return ids[..., None] == torch.tensor(self.new_ids, device=ids.device)
+
+    def _add_columns(self, _: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        rows = self.new_rows.input if self.new_rows.output is None else self.new_rows.output
+        own = F.linear(inputs[0], rows.to(inputs[0].dtype)).to(logits.dtype)
+        columns = torch.tensor(self.new_ids, device=logits.device)
+        return F.pad(logits, (0, self._total - logits.shape[-1])).index_copy(-1, columns, own)
+
+    # Calls
+
+    @torch.no_grad()
+    def generate(self, embeds: Tensor, lengths: Tensor, decoding: Decoding) -> list[list[int]]:
+        """As :meth:`LanguageModel.generate`; ``<|endofchunk|>`` ends an answer and ``<image>`` is never generated."""
+        if self.new_ids:
+            end, image = self.new_ids
+            decoding = replace(
+                decoding,
+                stop_ids=tuple(dict.fromkeys((*decoding.stop_ids, end))),
+                forbidden_ids=tuple(dict.fromkeys((*decoding.forbidden_ids, image))),
+            )
+        if self._look is not None:
+            self._look = self._look.left_padded(lengths)
+        return super().generate(embeds, lengths, decoding)
+
+    def label_nll(self, embeds: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood (M,) of every labelled target, and the row (M,) it belongs to."""
+        return self._label_nll(embeds, tokens)
+
+    def chunk(self, embeds: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """The next T tokens of conversations: logits (B, T, V) and the cache to go on from.
+
+        ``embeds`` (B, T, D) has no padding. Inside ``looking``, whose ``seen`` covers the rows from their beginning.
+        """
+        past = 0 if cache is None else int(cache.get_seq_length())
+        self._check_context(past + embeds.shape[1])
+        mask = torch.ones(len(embeds), past + embeds.shape[1], dtype=torch.long, device=embeds.device)
+        out = self.lm(
+            inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True
+        )
+        return out.logits, out.past_key_values
+
+    @torch.no_grad()
+    def score_endings(self, embeds: Tensor, endings: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+        """(n,) sums of log-probabilities of the labelled tokens of n endings of one row; the row is computed once.
+
+        ``embeds`` (1, T, D) is the shared beginning, ``endings`` are ids (t,), ``labels`` alike with IGNORE.
+        """
+        if len(embeds) != 1:
+            raise DataError(f"endings are scored behind one row, not {len(embeds)}.")
+        first, cache = self.chunk(embeds)
+        cache.batch_repeat_interleave(len(endings))
+        width = max(map(len, endings))
+        ids = torch.zeros(len(endings), width, dtype=torch.long, device=embeds.device)
+        wanted = torch.full_like(ids, IGNORE)
+        for row, (ending, label) in enumerate(zip(endings, labels, strict=True)):
+            ids[row, : len(ending)], wanted[row, : len(label)] = ending, label
+        logits, _ = self.chunk(self.embed(ids), cache)
+        # The last shared token predicts the first of each ending.
+        logits = torch.cat([first[:, -1:].expand(len(endings), -1, -1), logits[:, :-1]], dim=1).float()
+        nll = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORE, reduction="none")
+        return -nll.sum(1)
+
+    def _try_head(self, embeds: Tensor) -> bool:
+        with self.blind():
+            return super()._try_head(embeds)
+
+
+class _BeforeLayer:
+    """The pre-hook of one layer. An object rather than a closure, so that a copied net has hooks of its own."""
+
+    def __init__(self, language: InterleavedLanguageModel, number: int) -> None:
+        self.language, self.number = language, number
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (self.language._before(self.number, layer, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.language._before(self.number, layer, kwargs["hidden_states"])}

@@ -1,0 +1,118 @@
+"""OpenFlamingo's ``checkpoint.pt`` layout: what its training wrote, as pure maps of names (open_flamingo 2.0.1).
+
+A checkpoint holds the resampler (``perceiver``), the gated blocks inside the wrapped decoder layers, and the resized
+embedding table. The vision encoder and the language model come from their own folders. Keys and values are fused there
+(``to_kv``, keys first).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.errors import CheckpointError
+from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
+
+LAYERS = {
+    "llama": "model.layers",
+    "opt": "model.decoder.layers",
+    "gpt_neox": "gpt_neox.layers",
+    "gptj": "transformer.h",
+    "mpt": "transformer.blocks",
+}
+"""Kind of language model -> where its decoder layers are."""
+
+
+def trained_from_open_flamingo(checkpoint: Mapping[str, Any], net: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under ``net``'s names: ``connector.*``, ``xattn.*`` and ``language.new_rows.*``.
+
+    Takes both a released file and one of a training run (``model_state_dict`` with ``module.`` before each name). The
+    embedding table gives the new tokens' rows; its other rows are the language model's own. Raises CheckpointError
+    for a tensor missing, left over or of another shape.
+    """
+    state: Mapping[str, Tensor] = checkpoint.get("model_state_dict", checkpoint)
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    tables = {name: state.pop(name) for name in list(state) if _is_table(name)}
+    found = from_theirs(_entries(net), state, shapes_of(net), "this Flamingo")
+    rows = net.language.new_rows
+    for name, table in tables.items():
+        ours = "output" if name.rsplit(".", 2)[-2] in ("lm_head", "embed_out") else "input"
+        if getattr(rows, ours) is not None:
+            if len(table) <= max(net.language.new_ids):
+                raise CheckpointError(
+                    f"{name} has {len(table)} rows and the new tokens are {list(net.language.new_ids)}; the tokenizer "
+                    "does not belong to this checkpoint."
+                )
+            found[f"language.new_rows.{ours}"] = table[list(net.language.new_ids)]
+    if "language.new_rows.input" not in found:
+        raise CheckpointError("the checkpoint holds no embedding table, so the new tokens have no rows.")
+    return found
+
+
+def trained_to_open_flamingo(net: Any) -> dict[str, Tensor]:
+    """The inverse: resampler, gated blocks, and the embedding tables with the new rows in their places."""
+    state = net.state_dict()
+    theirs = to_theirs(_entries(net), {k: v for k, v in state.items() if k.startswith(("connector.", "xattn."))})
+    language = net.language
+    ends = {"input": language.lm.get_input_embeddings(), "output": language.lm.get_output_embeddings()}
+    for name, end in ends.items():
+        rows = getattr(language.new_rows, name)
+        if rows is not None:
+            table = torch.cat([end.weight, end.weight.new_zeros(language.vocab_size - len(end.weight), rows.shape[1])])
+            table[list(language.new_ids)] = rows
+            (place,) = [n for n, p in language.lm.named_parameters(remove_duplicate=False) if p is end.weight][:1]
+            theirs[f"lang_encoder.{place}"] = table.detach()
+    return theirs
+
+
+def _is_table(name: str) -> bool:
+    """An embedding table, input or output. Position tables (OPT's) are the language model's and stay out."""
+    return name.startswith("lang_encoder.") and name.rsplit(".", 2)[-2] in (
+        "embed_tokens",
+        "embed_in",
+        "embed_out",
+        "lm_head",
+        "wte",
+    )
+
+
+def _entries(net: Any) -> list[Entry]:
+    kind = net.language.lm.config.model_type
+    if kind not in LAYERS:
+        raise CheckpointError(f"OpenFlamingo has no layout for a {kind} language model; known: {', '.join(LAYERS)}.")
+    entries = [Entry("perceiver.latents", ("connector.latents",)), *same("perceiver.norm", "connector.norm")]
+    if net.connector.times is not None:
+        entries.append(Entry("perceiver.frame_embs", ("connector.times",)))
+    for i in range(len(net.connector.layers)):
+        theirs, ours = f"perceiver.layers.{i}", f"connector.layers.{i}"
+        entries += same(f"{theirs}.0.norm_media", f"{ours}.media_norm")
+        entries += same(f"{theirs}.0.norm_latents", f"{ours}.latent_norm")
+        entries += _attention(f"{theirs}.0", ours) + _mlp(f"{theirs}.1", ours)
+    places = [i for i in range(len(net.language.decoder_layers())) if i % net.config.every == net.config.offset]
+    for number, place in enumerate(places):
+        theirs = f"lang_encoder.{LAYERS[kind]}.{place}.gated_cross_attn_layer"
+        ours = f"xattn.{number}"
+        entries += [
+            Entry(f"{theirs}.attn_gate", (f"{ours}.attn_gate",)),
+            *same(f"{theirs}.attn.norm", f"{ours}.attn_norm"),
+        ]
+        entries += [Entry(f"{theirs}.ff_gate", (f"{ours}.mlp_gate",))]
+        entries += _attention(f"{theirs}.attn", ours) + _mlp(f"{theirs}.ff", ours)
+    return entries
+
+
+def _attention(theirs: str, ours: str) -> list[Entry]:
+    return [
+        Entry(f"{theirs}.to_q.weight", (f"{ours}.attn.q_proj.weight",)),
+        Entry(f"{theirs}.to_kv.weight", (f"{ours}.attn.k_proj.weight", f"{ours}.attn.v_proj.weight")),
+        Entry(f"{theirs}.to_out.weight", (f"{ours}.attn.out_proj.weight",)),
+    ]
+
+
+def _mlp(theirs: str, ours: str) -> list[Entry]:
+    return [
+        *same(f"{theirs}.0", f"{ours}.mlp_norm"),
+        *same(f"{theirs}.1", f"{ours}.mlp.fc1", "weight"),
+        *same(f"{theirs}.3", f"{ours}.mlp.fc2", "weight"),
+    ]

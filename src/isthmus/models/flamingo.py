@@ -1,0 +1,375 @@
+"""Flamingo: a Visual Language Model for Few-Shot Learning (Alayrac et al. 2022, 2204.14198).
+
+    pixels (n, F, 3, H, W) ─ vision ─→ (n, F, P, d) ─ connector: resampler ─→ (n, R, d) ─→ media (B, N, R, d)
+                             (frozen)   last layer, patches only                                │ keys, values
+    ids (B, T) with one <image> per visual ─ embed ─→ (B, T, D) ─→ [xattn] ─ layer ─→ … ─→ [xattn] ─ layer ─→ head
+                                             (frozen, but the new tokens' rows)  gated; the layers are frozen
+
+Legend: B rows, T tokens, N visuals per row, n visuals of one shape, F frames, P patches, R visual tokens per visual,
+d width of the features, D width of the LM.
+
+p(y | x) = Π p(y_l | y_<l, x_≤l): text token l looks, through gated cross-attention, at the R visual tokens of the last
+image before it and at no other; earlier images reach it through the LM's own attention. A visual costs R tokens of
+cross-attention whatever its size and length, and one token of the LM's context.
+
+Differs from the paper: ``<image>`` is a token with a row of its own, like ``<|endofchunk|>`` (OpenFlamingo); the vision
+encoder is a ViT, and Chinchilla's place is taken by any causal LM. Differs from OpenFlamingo: only the new tokens' rows
+train, not the whole table under a mask; a row with other than as many tags as images is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.batch import Batch, Term, Visuals
+from isthmus.config import plain, strict
+from isthmus.errors import ConfigError, DataError
+from isthmus.interleave import InterleavedLanguageModel, Look
+from isthmus.language import Decoding
+from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig
+from isthmus.nn.gated import GatedBlock, GatedConfig, media_index
+from isthmus.nn.vit import VisionConfig, VisionTransformer
+from isthmus.stage import Group, Stage
+
+STREAM = "lm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlamingoConfig:
+    """Vision encoder, resampler, gated blocks and language model.
+
+    A gated block stands before LM layer i when ``i % every == offset``: offset 0 is the paper's, ``every - 1``
+    OpenFlamingo's. ``end_id`` and ``image_id`` are the ids of ``<|endofchunk|>`` and ``<image>``. ``media`` is what a
+    token sees: the ``previous`` image, or ``all`` up to it (the paper's ablation).
+    """
+
+    vision: VisionConfig
+    language: Mapping[str, Any]
+    end_id: int
+    image_id: int
+    resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
+    xattn: GatedConfig = field(default_factory=GatedConfig)
+    every: int = 1
+    offset: int = 0
+    media: Literal["previous", "all"] = "previous"
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not 0 <= self.offset < self.every:
+            raise ConfigError(
+                f"gated blocks before every {self.every}th layer with offset {self.offset}: give every >= 1 and an "
+                "offset from 0 to every - 1."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "FlamingoConfig":
+        """Strict: an unknown key or a wrong type raises ConfigError."""
+        return strict(cls, values, "flamingo")
+
+    @classmethod
+    def flamingo_3b(cls) -> "FlamingoConfig":
+        return _paper(width=2048, layers=24, heads=16, every=1)
+
+    @classmethod
+    def flamingo_9b(cls) -> "FlamingoConfig":
+        """By the paper's table: 40 layers, 10 blocks. (Its 7.1B language model has room for 32, see docs.)"""
+        return _paper(width=4096, layers=40, heads=32, every=4)
+
+    @classmethod
+    def flamingo_80b(cls) -> "FlamingoConfig":
+        return _paper(width=8192, layers=80, heads=64, every=7)
+
+    @classmethod
+    def open_flamingo_3b(cls) -> "FlamingoConfig":
+        """On MPT-1B's sizes; its released weights also norm queries and keys, which the library's MPT does not."""
+        return _open(_mpt(width=2048, layers=24, heads=16), every=1)
+
+    @classmethod
+    def open_flamingo_4b(cls) -> "FlamingoConfig":
+        """On RedPajama-INCITE-3B."""
+        sizes = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32}
+        neox = {"model_type": "gpt_neox", "vocab_size": 50432, **sizes, "use_parallel_residual": False}
+        return _open({**neox, "rotary_pct": 1.0}, every=2)
+
+    @classmethod
+    def open_flamingo_9b(cls) -> "FlamingoConfig":
+        """On MPT-7B."""
+        return _open(_mpt(width=4096, layers=32, heads=32), every=4)
+
+    @classmethod
+    def tiny(cls, vocab_size: int = 1024) -> "FlamingoConfig":
+        """What two CPU cores train in minutes on the scenes: 9 patches to 9 latents, a block before every layer."""
+        return cls(
+            vision=VisionConfig(image_size=63, patch_size=21, width=160, layers=5, heads=5, mlp_width=640),
+            language={
+                "model_type": "llama",
+                "vocab_size": vocab_size,
+                "hidden_size": 192,
+                "intermediate_size": 512,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": True,
+            },
+            end_id=vocab_size,
+            image_id=vocab_size + 1,
+            resampler=ResamplerConfig(layers=2, latents=9, heads=5, head_width=32, frames=8),
+            xattn=GatedConfig(heads=6, head_width=32),
+        )
+
+
+def _paper(*, width: int, layers: int, heads: int, every: int) -> FlamingoConfig:
+    """Table 5. A ViT of the same width and nearly the same size stands in for NFNet-F6, whose last stage gives a tenth
+    of the side in cells of 1536 channels; a GPT-NeoX of the same sizes stands in for Chinchilla."""
+    return FlamingoConfig(
+        vision=VisionConfig(image_size=320, patch_size=32, width=1536, layers=15, heads=24, mlp_width=6144),
+        language={
+            "model_type": "gpt_neox",
+            "vocab_size": 32000,
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "max_position_embeddings": 2048,
+        },
+        end_id=32000,
+        image_id=32001,
+        resampler=ResamplerConfig.paper(),
+        xattn=GatedConfig.paper(heads),
+        every=every,
+    )
+
+
+def _open(language: dict[str, Any], *, every: int) -> FlamingoConfig:
+    """OpenFlamingo: CLIP ViT-L/14, 8 heads of 64 everywhere, blocks before the last of each group of layers."""
+    return FlamingoConfig(
+        vision=VisionConfig.vit_l_14(),
+        language=language,
+        end_id=50277,
+        image_id=50278,
+        resampler=ResamplerConfig.open_flamingo(),
+        xattn=GatedConfig.open_flamingo(),
+        every=every,
+        offset=every - 1,
+    )
+
+
+def _mpt(*, width: int, layers: int, heads: int) -> dict[str, Any]:
+    return {"model_type": "mpt", "vocab_size": 50432, "d_model": width, "n_layers": layers, "n_heads": heads}
+
+
+class Flamingo(nn.Module):
+    """A vision encoder, a resampler, gated blocks and a language model. See the drawing above."""
+
+    KIND = "flamingo"
+    CONFIG = FlamingoConfig
+
+    def __init__(self, config: FlamingoConfig) -> None:
+        super().__init__()
+        self.config = config
+        language = InterleavedLanguageModel.build(config.language, (config.end_id, config.image_id))
+        places = [i for i in range(len(language.decoder_layers())) if i % config.every == config.offset]
+        if not places:
+            raise ConfigError(
+                f"no gated block fits: every {config.every}, offset {config.offset}, and the language model has "
+                f"{len(language.decoder_layers())} layers. Make `every` smaller."
+            )
+        width = language.lm.config.get_text_config().hidden_size
+        self.vision = VisionTransformer(config.vision)
+        self.connector = Resampler(config.vision.width, config.resampler)
+        self.xattn = nn.ModuleList(GatedBlock(width, config.vision.width, config.xattn) for _ in places)
+        self.language = language
+        language.insert(dict(zip(places, self.xattn, strict=True)))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> "Flamingo":
+        return cls(FlamingoConfig.from_dict(values))
+
+    def num_tokens(self, height: int, width: int, frames: int = 1) -> int:
+        """R: what a visual of that many pixels costs in cross-attention; of the LM's context it takes one token."""
+        return self.connector.num_tokens(frames, self.vision.grid(height, width))
+
+    def unreachable(self) -> tuple[str, ...]:
+        """Parameters that the objective cannot reach: what the encoder does behind its last block."""
+        dead = ("vision.ln_post.", "vision.pool.")
+        return tuple(name for name, _ in self.named_parameters() if name.startswith(dead))
+
+    def visual_features(self, pixels: Tensor) -> Tensor:
+        """(n, F, 3, H, W) normalised pixels -> (n, F, P, d): patches of the last layer, before the final LayerNorm.
+
+        Pictures of other sizes than the encoder's get its position table interpolated. Without gradient unless a stage
+        has opened a parameter of the encoder.
+        """
+        trains = any(p.requires_grad for p in self.vision.parameters())
+        with nullcontext() if trains else torch.no_grad():
+            (last,) = self.vision(pixels.flatten(0, 1), layers=(-1,), interpolate="hf", pooled=False).layers
+        return last[:, int(self.config.vision.class_token) :].unflatten(0, pixels.shape[:2])
+
+    def pooled_features(self, pixels: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, d): one vector per picture, by which similar examples are found (RICES)."""
+        pooled = self.vision(pixels, interpolate="hf").pooled
+        return self.visual_features(pixels[:, None])[:, 0].mean(1) if pooled is None else pooled
+
+    def visual_tokens(self, batch: Batch) -> list[Tensor]:
+        """One (R, d) per visual, in the batch's order of visuals, whatever their sizes and lengths."""
+        found: dict[int, Tensor] = {}
+        for group in batch.visuals:
+            found.update(zip(group.index.tolist(), self.connector(self._features(group)).unbind(0), strict=True))
+        return [found[number] for number in range(len(found))]
+
+    def media(self, batch: Batch) -> Tensor:
+        """(B, N, R, d): each row's visuals in the order of their tags, zeros behind the last; N is at least 1.
+
+        A batch without visuals gets one made of zeros that nobody sees, so that every open parameter is touched.
+        """
+        tokens, rows = self.visual_tokens(batch), _order(batch)
+        if not tokens:
+            nothing = next(self.connector.parameters()).new_zeros(1, 1, 1, self.config.vision.width)
+            return self.connector(nothing)[None].expand(len(batch), -1, -1, -1)
+        absent = torch.zeros_like(tokens[0])
+        longest = max(map(len, rows))
+        return torch.stack([torch.stack([*(tokens[n] for n in row), *[absent] * (longest - len(row))]) for row in rows])
+
+    def look(self, batch: Batch) -> Look:
+        """What the gated blocks see of this batch. Raises DataError for a row with more tags than images, or fewer."""
+        stream, counts = batch.text[STREAM], [len(row) for row in _order(batch)]
+        tags = stream.ids == self.config.image_id
+        checked = media_index(tags & stream.mask, counts=counts, names=batch.ids)
+        seen = checked if stream.seen is None else stream.seen
+        return Look(media=self.media(batch), seen=seen, mode=self.config.media)
+
+    def embed_prompt(self, batch: Batch) -> Tensor:
+        """The ``lm`` stream embedded, (B, T, D)."""
+        return self.language.embed(batch.text[STREAM].ids)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, T, V) logits; values on padding mean nothing."""
+        with self.language.looking(self.look(batch)):
+            return self.language.logits(self.embed_prompt(batch), batch.text[STREAM].lengths)
+
+    def loss(self, batch: Batch) -> dict[str, Term]:
+        """Next-token cross-entropy over the labelled tokens: ``lm``, or one weighted term ``lm/source`` per source.
+
+        The step's loss is Σ_m λ_m · mean over the labelled tokens of source m (sec. 3.3, eq. 2).
+        """
+        with self.language.looking(self.look(batch)):
+            nll, row = self.language.label_nll(self.embed_prompt(batch), batch.text[STREAM])
+        if not batch.loss_weights:
+            return {STREAM: Term(nll.sum(), len(nll))}
+        terms = {}
+        for source in dict.fromkeys(batch.sources):
+            own = torch.tensor([s == source for s in batch.sources], device=row.device)[row]
+            terms[f"{STREAM}/{source}"] = Term(nll[own].sum(), int(own.sum()), weight=batch.loss_weights[source])
+        return terms
+
+    def score(self, batch: Batch) -> Tensor:
+        """(B,) log-probabilities of the labelled tokens."""
+        with self.language.looking(self.look(batch)):
+            return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
+
+    def score_endings(self, beginning: Batch, endings: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+        """(n,) log-probabilities of n endings of one row; pictures and beginning are computed once for all."""
+        with torch.no_grad(), self.language.looking(self.look(beginning)):
+            return self.language.score_endings(self.embed_prompt(beginning), endings, labels)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
+        """Continues every row up to ``<|endofchunk|>``: the new tokens only. Pictures are encoded, and their keys and
+        values computed, once; ``<image>`` is never generated."""
+        with self.language.looking(self.look(batch)):
+            return self.language.generate(self.embed_prompt(batch), batch.text[STREAM].lengths, decoding)
+
+    @torch.no_grad()
+    def attention(self, batch: Batch) -> list[list[Tensor]]:
+        """Per row and per its visual a map (layers, T, F, P): how much each token looked at each patch.
+
+        The gated block's attention to the visual tokens (mean over heads) times what each visual token was made of, by
+        the resampler's last layer. A token that does not see the visual has zeros, else its map sums to 1.
+        """
+        patches: dict[int, Tensor] = {}
+        for group in batch.visuals:
+            weights = self.connector.patch_weights(self._features(group))
+            patches.update(zip(group.index.tolist(), weights.unbind(0), strict=True))
+        look = self.look(batch)
+        look.recorded = []
+        with self.language.looking(look):
+            self.language.hidden(self.embed_prompt(batch))
+        heat = torch.stack([weights for _, weights in look.recorded], dim=1)  # (B, layers, T, N·R)
+        heat = heat.unflatten(-1, look.media.shape[1:3])
+        lengths = batch.text[STREAM].lengths.tolist()
+        return [
+            [
+                torch.einsum("ltr,rfp->ltfp", heat[row, :, : lengths[row], place].float(), patches[number].float())
+                for place, number in enumerate(numbers)
+            ]
+            for row, numbers in enumerate(_order(batch))
+        ]
+
+    def _features(self, group: Visuals) -> Tensor:
+        if group.pixels is not None:
+            return self.visual_features(group.pixels)
+        if group.features is None:
+            raise DataError("a group of visuals has neither pixels nor cached features.")
+        if group.features.shape[-1] != self.config.vision.width:
+            raise DataError(
+                f"cached features are {group.features.shape[-1]} wide, the resampler reads {self.config.vision.width}; "
+                "the cache was made for another encoder."
+            )
+        return group.features
+
+
+def _order(batch: Batch) -> list[list[int]]:
+    """For each row its visuals' numbers in the order of their places, else of the batch."""
+    rows: list[list[int]] = [[] for _ in range(len(batch))]
+    if STREAM in batch.places:
+        p = batch.places[STREAM]
+        for row, _, visual in sorted(zip(p.row.tolist(), p.start.tolist(), p.visual.tolist(), strict=True)):
+            rows[row].append(visual)
+    else:
+        for visual, row in enumerate(batch.owner.tolist()):
+            rows[row].append(visual)
+    return rows
+
+
+def _stage(name: str, *, steps: int | None = None, samples: int | None = None, warmup: int, rows_decay: float) -> Stage:
+    """AdamW, rate 1e-4 after a linear warm-up and then constant, gradients clipped at 1, no decay of the resampler."""
+    return Stage(
+        name=name,
+        train=(
+            Group("connector.*", 1e-4),
+            Group("xattn.*", 1e-4, weight_decay=0.1),
+            Group("language.new_rows.*", 1e-4, weight_decay=rows_decay),
+        ),
+        steps=steps,
+        samples=samples,
+        warmup=warmup,
+        decay="constant",
+    )
+
+
+STAGES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "flamingo": (
+        {
+            "stage": _stage("flamingo", steps=500_000, warmup=5_000, rows_decay=0.1),
+            "image_mode": "aspect",
+            "max_length": 256,
+        },
+    ),
+    "open_flamingo": (
+        {
+            "stage": _stage("open_flamingo", samples=180_000_000, warmup=1_875 * 6_144, rows_decay=0.0),
+            "image_mode": "square",
+            "max_length": 256,
+        },
+    ),
+}
+"""The one joint stage (2204.14198, sec. 3.3 and appendix B.1; 2308.01390, sec. 3): resampler, gated blocks and the new
+tokens' rows train, everything else is frozen. The losses of the sources are weighted, 1.0 for interleaved pages, 0.2
+for image-text pairs, 0.03 for video-text pairs, and accumulated in every step: `loss_weight` and `batch_size` of each
+entry of a recipe's data. OpenFlamingo's steps are of 64 x (32 + 64) samples. Keys are those of a recipe's stage."""

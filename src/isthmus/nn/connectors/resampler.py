@@ -1,0 +1,164 @@
+"""Perceiver resampler: any number of patches and frames to a fixed number of visual tokens (2204.14198, sec. 3.1.1).
+
+    features (N, F, P, D) + time_f ─ flatten ─→ f (N, F·P, D)
+    latents (R, D) ─→ [ x + Attn(LN(x) ; LN(f) ‖ LN(x)) ─→ x + MLP(LN(x)) ] × layers ─→ [LN] ─→ (N, R, D)
+
+Legend: N visuals, F frames, P patches, D width of the features, R latents, and so visual tokens per visual. The
+features are never updated; every layer norms them anew. Nothing tells where a patch stands but the vision encoder.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isthmus.errors import ConfigError
+from isthmus.nn.attention import CrossAttention
+from isthmus.nn.block import Mlp
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResamplerConfig:
+    """Sizes and variant. ``frames`` is the length of the table of time embeddings (0: none, so pictures only).
+
+    ``align`` says how that table is stretched to longer clips: ``ends`` keeps first and last row where they are,
+    ``cells`` keeps the rows' cells (the paper interpolates from 8 to 30 frames and leaves this open). The MLP is 4
+    times as wide as the features.
+    """
+
+    layers: int = 6
+    latents: int = 64
+    heads: int = 8
+    head_width: int = 64
+    activation: str = "gelu"
+    final_norm: bool = True
+    qk_norm: bool = False
+    frames: int = 0
+    align: Literal["ends", "cells"] = "ends"
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "latents", "heads", "head_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"resampler.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.frames < 0:
+            raise ConfigError(f"resampler.frames is {self.frames}; give 0 (pictures only) or the frames of a clip.")
+
+    @classmethod
+    def paper(cls) -> "ResamplerConfig":
+        """Table 5 and the pseudo-code of appendix A.1.1: 16 heads of 96, squared ReLU, 8 frames, no final norm."""
+        return cls(heads=16, head_width=96, activation="squared_relu", final_norm=False, frames=8)
+
+    @classmethod
+    def open_flamingo(cls) -> "ResamplerConfig":
+        """OpenFlamingo (2308.01390): 8 heads of 64, GELU, a final norm, no time embeddings."""
+        return cls()
+
+    @classmethod
+    def idefics(cls, *, qk_norm: bool = False) -> "ResamplerConfig":
+        """IDEFICS as in transformers: 16 heads of 96, ReLU, a final norm, queries and keys perhaps normed."""
+        return cls(heads=16, head_width=96, activation="relu", qk_norm=qk_norm)
+
+
+class ResamplerLayer(nn.Module):
+    """Latents look at features and at themselves, then think: both pre-norm with a residual."""
+
+    def __init__(self, width: int, config: ResamplerConfig) -> None:
+        super().__init__()
+        self.media_norm = nn.LayerNorm(width)
+        self.latent_norm = nn.LayerNorm(width)
+        self.attn = CrossAttention(
+            width, width, config.heads, config.head_width, qk_norm=nn.LayerNorm if config.qk_norm else None
+        )
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width, config.activation, bias=False)
+
+    def forward(self, x: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+        """(N, R, D) from latents ``x`` and ``features`` (N, S, D); ``mask`` (N, 1, 1, S+R) is true on real keys."""
+        queries, context = self._inputs(x, features)
+        x = x + self.attn(queries, *self.attn.keys_values(context), mask=mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def weights(self, x: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+        """(N, R, S): how much each latent looks at each feature, mean over heads, each row a distribution."""
+        queries, context = self._inputs(x, features)
+        keys, _ = self.attn.keys_values(context)
+        seen = self.attn.weights(queries, keys, mask=mask).mean(1)[:, :, : features.shape[1]]
+        return seen / seen.sum(-1, keepdim=True).clamp(min=1e-12)
+
+    def _inputs(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        queries = self.latent_norm(x)
+        return queries, torch.cat([self.media_norm(features), queries], dim=1)
+
+
+class Resampler(nn.Module):
+    """The connector of Flamingo. Latents start from N(0, 1), time embeddings from N(0, 1) as in OpenFlamingo's."""
+
+    def __init__(self, width: int, config: ResamplerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.latents = nn.Parameter(torch.randn(config.latents, width))
+        self.times = nn.Parameter(torch.randn(config.frames, width)) if config.frames else None
+        self.layers = nn.ModuleList(ResamplerLayer(width, config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width) if config.final_norm else nn.Identity()
+
+    def forward(
+        self, features: Tensor, mask: Tensor | None = None, times: Tensor | None = None, text: Any = None
+    ) -> Tensor:
+        """(N, F, P, D) -> (N, R, D). ``mask`` (N, F, P) is true on real features, so padded ones change nothing.
+
+        Frames are taken as equally spaced; ``times`` and ``text`` are not looked at. Raises ConfigError for a clip of
+        several frames without time embeddings, and for no frame at all.
+        """
+        x, features, keys = self._start(features, mask)
+        for layer in self.layers:
+            x = layer(x, features, keys)
+        return self.norm(x)
+
+    def patch_weights(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, R, F, P): which patches each visual token was made of, by the last layer's attention."""
+        frames, patches = features.shape[1:3]
+        x, features, keys = self._start(features, mask)
+        *first, last = self.layers
+        for layer in first:
+            x = layer(x, features, keys)
+        assert isinstance(last, ResamplerLayer)
+        return last.weights(x, features, keys).unflatten(-1, (frames, patches))
+
+    def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
+        """R, whatever the clip's length and the picture's size."""
+        return self.config.latents
+
+    def _start(self, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Latents (N, R, D), features with their time (N, F·P, D), key mask or none."""
+        count, frames = features.shape[:2]
+        if frames < 1:
+            raise ConfigError("a clip of 0 frames has nothing to look at; give at least one frame.")
+        if self.times is not None:
+            features = features + stretch(self.times, frames, self.config.align)[:, None].to(features.dtype)
+        elif frames > 1:
+            raise ConfigError(
+                f"a clip of {frames} frames needs time embeddings, and this resampler has none: without them the order "
+                "of frames is invisible. Set resampler.frames to the frames of a training clip."
+            )
+        keys = None
+        if mask is not None:
+            own = mask.new_ones(count, self.config.latents)
+            keys = torch.cat([mask.flatten(1), own], dim=1)[:, None, None]
+        return self.latents.expand(count, -1, -1), features.flatten(1, 2), keys
+
+
+def stretch(table: Tensor, frames: int, align: Literal["ends", "cells"]) -> Tensor:
+    """A table of time embeddings (rows, D) for ``frames`` frames, (frames, D).
+
+    Up to ``rows`` frames each takes the row of its number (a picture is frame 0); a longer clip gets the table
+    interpolated linearly over its whole length (2204.14198, appendix A.1.1).
+    """
+    rows = len(table)
+    if frames <= rows:
+        return table[:frames]
+    if rows == 1:
+        return table.expand(frames, -1)
+    stretched = F.interpolate(table.T[None], size=frames, mode="linear", align_corners=align == "ends")
+    return stretched[0].T

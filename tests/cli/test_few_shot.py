@@ -1,0 +1,60 @@
+"""``isthmus eval --shots`` and ``isthmus chat --video``: how the words on the command line are read."""
+
+import pytest
+from typer.testing import CliRunner
+
+from isthmus.cli import chat, evaluate
+from isthmus.cli.app import app
+from isthmus.errors import ConfigError, DataError
+from isthmus.evaluation import vqa
+from isthmus.evaluation.run import Result
+from isthmus.recipes.schema import EvalSpec
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--shots", "0", "4", "8"], [0, 4, 8]),
+        (["--shots", "0,4"], [0, 4]),
+        (["--shots", "16", "--select", "rices"], [16]),
+        ([], []),
+    ],
+)
+def test_numbers_behind_shots(monkeypatch, words, expected):
+    seen = {}
+    monkeypatch.setattr(evaluate, "run", lambda model, **options: seen.update(options, model=model))
+    result = CliRunner().invoke(app, ["eval", "runs/x", "--task", "vqa", *words])
+    assert result.exit_code == 0, result.output
+    assert seen["model"] == "runs/x"
+    assert evaluate._counts(seen["shots"], seen["more_shots"]) == expected
+    assert seen["select"] == ("rices" if "rices" in words else "random")
+
+
+def test_each_number_of_shots_is_a_task_of_its_own():
+    specs = [EvalSpec(name="vqa", task="vqa", data={}), EvalSpec(name="r", task="retrieval", data={})]
+    found = evaluate._with_shots(specs, [0, 8], "rices")
+    assert [s.name for s in found] == ["vqa-0-shots", "vqa-8-shots", "r"]
+    assert found[1].options == {"shots": 8, "select": "rices"}
+    assert evaluate._with_shots(specs, [], "random") == specs
+
+
+@pytest.mark.parametrize(
+    ("shots", "more", "words"), [("four", [], "not 'four'"), ("", [], "numbers"), (None, [4], "4 is not")]
+)
+def test_bad_numbers_are_explained(shots, more, words):
+    with pytest.raises(ConfigError, match=words):
+        evaluate._counts(shots, more)
+
+
+def test_score_over_shots_is_drawn(tmp_path):
+    rows = [{"id": str(i), "kind": "k", "truth": ["a"], "answer": "a" if i % 2 else "b"} for i in range(8)]
+    results = [Result(f"vqa-{n}-shots", "vqa", vqa.score(rows[n // 4 :]), rows, tmp_path) for n in (0, 4)]
+    page = evaluate._shots_report(tmp_path, results, [0, 4]).read_text(encoding="utf-8")
+    assert "score over shots" in page
+    assert "vqa-4-shots" in page
+    assert "<svg" in page
+
+
+def test_a_video_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="no video file or folder of frames"):
+        chat.run("x", "what?", [], videos=[tmp_path / "none"], max_new_tokens=1, temperature=0)

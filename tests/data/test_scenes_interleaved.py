@@ -1,0 +1,121 @@
+"""Pages, lessons and clips of the scenes: what they hold, and that what should not be told is not told."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from isthmus.data.record import Image, Text, Video
+from isthmus.data.scenes import HELD_OUT, RESERVED_WORDS
+from isthmus.data.sources import open_source
+from isthmus.errors import ConfigError
+
+
+def source(form, **options):
+    return open_source({"kind": "scenes", "form": form, "count": 60, **options})
+
+
+def solids(record):
+    return [p.source.scene.solids[0] for p in record.images]
+
+
+def words(record):
+    return [str(p.text) for p in record.texts if p.role == "assistant"]
+
+
+def test_pages_are_pictures_with_captions_behind_them():
+    pages = source("pages")
+    counts = Counter(len(pages[i].images) for i in range(60))
+    assert set(counts) == {2, 3, 4}
+    for i in range(5):
+        kinds = [isinstance(p, Image) for p in pages[i].parts]
+        assert kinds == [True, False] * (len(kinds) // 2)
+        assert all(p.learn for p in pages[i].texts)
+
+
+@pytest.mark.parametrize("shots", [0, 4, 8])
+def test_a_lesson_can_be_solved_from_its_examples_and_only_from_them(shots):
+    lessons = source("lessons", split="test", shots=shots)
+    for i in range(30):
+        record = lessons[i]
+        attribute = record.meta["kind"].removeprefix("lesson_")
+        *shown, asked = solids(record)
+        *told, answer = words(record)
+        assert len(shown) == shots
+        meaning = {getattr(s, attribute): w for s, w in zip(shown, told, strict=True)}
+        assert len(set(meaning.values())) == len(meaning) == min(shots, 4)
+        assert set(told) | {answer} <= RESERVED_WORDS
+        assert record.meta["answers"] == (answer,)
+        if shots:
+            assert meaning[getattr(asked, attribute)] == answer
+            assert max(Counter(told).values()) == shots // 4
+    assert len({words(lessons[i])[-1] for i in range(30)}) > 20
+
+
+def test_permuted_lessons_keep_pictures_and_truth():
+    plain, spoilt = source("lessons", shots=8), source("lessons", shots=8, control="permuted")
+    same = 0
+    for i in range(20):
+        a, b = plain[i], spoilt[i]
+        assert [p.content_key() for p in a.images] == [p.content_key() for p in b.images]
+        assert sorted(words(a)) == sorted(words(b))
+        assert words(a)[-1] == words(b)[-1]
+        same += words(a) == words(b)
+    assert same < 3
+
+
+def test_learnt_is_what_an_example_has_explained():
+    for form in ("lessons", "lesson_texts"):
+        record = source(form, shots=8)[3]
+        answers = [p for p in record.texts if p.role == "assistant" or str(p.text).endswith("\n")]
+        seen = set()
+        for p in answers[:-1]:
+            assert p.learn == (p.text in seen)
+            seen.add(p.text)
+        assert answers[-1].learn
+    text = source("lesson_texts", shots=4)[0]
+    assert not text.images
+    assert all(isinstance(p, Text) for p in text.parts)
+
+
+def test_training_lessons_hold_no_reserved_pair_or_word():
+    lessons = source("lessons")
+    for i in range(60):
+        assert not {(s.shape, s.colour) for s in solids(lessons[i])} & HELD_OUT
+        assert not set(words(lessons[i])) & RESERVED_WORDS
+    assert {len(lessons[i].images) for i in range(60)} == {5, 6, 7, 8, 9}
+
+
+def test_clips_show_what_their_questions_ask():
+    clips = source("clip_questions", frames=4)
+    kinds = Counter(clips[i].meta["kind"] for i in range(60))
+    assert kinds == {"moved": 20, "appeared": 20, "vanished": 20}
+    for i in range(60):
+        (clip,) = clips[i].images
+        assert isinstance(clip, Video)
+        frames, (answer,) = clip.source.frames, clips[i].meta["answers"]
+        first, last = frames[0].solids, frames[-1].solids
+        if clips[i].meta["kind"] == "moved":
+            dx, dy = last[0].x - first[0].x, last[0].y - first[0].y
+            way = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
+            assert answer == way
+        else:
+            more, less = (last, first) if clips[i].meta["kind"] == "appeared" else (first, last)
+            assert [s.name for s in more if s not in less] == [answer]
+    pictures = clips[0].images[0].source.read()
+    assert len(pictures) == 4
+    assert (np.asarray(pictures[0]) != np.asarray(pictures[3])).any()
+    assert source("clips")[1].texts[0].text.startswith(("a small", "a large"))
+
+
+def test_controls_of_clips():
+    plain = source("clip_questions")[0].images[0]
+    shuffled = source("clip_questions", control="shuffled")[0].images[0]
+    single = source("clip_questions", control="frame-2")[0].images[0]
+    assert sorted(map(str, shuffled.source.frames)) == sorted(map(str, plain.source.frames))
+    assert single.source.frames == (plain.source.frames[2],)
+    assert len({c.content_key() for c in (plain, shuffled, single)}) == 3
+    with pytest.raises(ConfigError, match="known: shuffled, frame-0 to frame-3"):
+        source("clip_questions", control="frame-7")[0]
+    with pytest.raises(ConfigError, match="at least two frames"):
+        source("clips", frames=1)[0]
