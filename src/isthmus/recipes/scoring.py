@@ -8,6 +8,9 @@ from isthmus import checkpoint
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, nearest
 from isthmus.evaluation import zero_shot
+from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, LikelihoodTask
+from isthmus.evaluation.caption_task import CaptionTask, typical_caption
+from isthmus.evaluation.matching import MatchingTask
 from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
@@ -46,9 +49,25 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None) -> Tas
         raise ConfigError(f"Task {spec.name!r}: an option among {sorted(options)} is unknown ({error}).") from error
 
 
-def _vqa(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
-    prior = AnswerPrior.fit(train[i] for i in range(len(train))) if train is not None else None
-    return VqaTask(name=spec.name, records=records, prior=prior, seed=seed, **options)
+def _answers(kind: Callable[..., Task], **defaults: Any) -> Callable[..., Task]:
+    """Tasks whose prior is the training answers' most frequent one per question text."""
+
+    def make(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+        prior = AnswerPrior.fit(train[i] for i in range(len(train))) if train is not None else None
+        return kind(name=spec.name, records=records, prior=prior, seed=seed, **{**defaults, **options})
+
+    return make
+
+
+def _caption(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+    prior = typical_caption([train[i] for i in range(len(train))]) if train is not None else None
+    if not options.get("prompt"):
+        options.setdefault("controls", ["shuffled"])
+    return CaptionTask(name=spec.name, records=records, prior=prior, seed=seed, **options)
+
+
+def _matching(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+    return MatchingTask(name=spec.name, records=records, seed=seed, **options)
 
 
 def _retrieval(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
@@ -68,7 +87,18 @@ def _linear_probe(spec: EvalSpec, records: Any, train: Any, seed: int, options: 
 
 
 TASKS: dict[str, Callable[[EvalSpec, Any, Any, int, dict[str, Any]], Task]] = {
-    "vqa": _vqa,
+    "vqa": _answers(VqaTask),
+    "vqav2": _answers(VqaTask, rule="vqa"),
+    "ok-vqa": _answers(VqaTask, rule="ok-vqa"),
+    "gqa": _answers(VqaTask, rule="gqa"),
+    "scienceqa": _answers(VqaTask, rule="choice", mixed=True),
+    "choice": _answers(VqaTask, rule="choice"),
+    "choice-likelihood": _answers(LikelihoodTask),
+    "pope": _answers(BinaryTask),
+    "nlvr": _answers(BinaryTask),
+    "conversation": _answers(ConversationTask),
+    "caption": _caption,
+    "matching": _matching,
     "retrieval": _retrieval,
     "zero-shot": _zero_shot,
     "linear-probe": _linear_probe,
@@ -92,6 +122,8 @@ def score_model(
         report = (lambda done, total, name=name: progress(name, done, total)) if progress else None
         if spec.task == "retrieval" and model.kind == "clip":
             spec = spec.model_copy(update={"options": {"similarity": model.net.config.similarity, **spec.options}})
+        if spec.task == "caption" and "caption" in model.prompts:
+            spec = spec.model_copy(update={"options": {"prompt": model.prompts["caption"], **spec.options}})
         task = make_task(spec, seed=seed, limit=limit)
         found.append(evaluate(model, task, folder / name, model_hash=model_hash, progress=report))
     return found

@@ -81,14 +81,15 @@ def score_captions(
     candidates: Mapping[str, str],
     *,
     tokenised: bool = False,
-    extra: Mapping[str, Sequence[float]] | None = None,
+    extra: Mapping[str, tuple[float, Sequence[float]]] | None = None,
     seed: int = 0,
 ) -> CaptionScores:
     """Score one candidate per item of ``references``.
 
     Args:
         tokenised: the texts are tokens joined by spaces already (to test a metric apart from a tokenizer).
-        extra: per-item values of further metrics whose corpus score is their mean, in the references' order.
+        extra: further metrics (METEOR, SPICE): the corpus score and the items', in the references' order. They have
+            no interval, for their corpus score is no function of sums over items.
 
     Raises DataError: nothing to score, an item without candidate or reference.
     """
@@ -99,24 +100,18 @@ def score_captions(
         raise DataError(f"{len(missing)} items have no caption, the first is {missing[0]!r}.")
     scorer = CaptionScorer(references, tokenised=tokenised)
     outcomes = scorer.outcomes(candidates)
-    further = dict(extra or {})
-    n = len(outcomes)
-    if further:
-        outcomes = np.concatenate([outcomes, np.array(list(further.values())).T], axis=1)
-
-    def statistic(sums: Array) -> Array:
-        return np.concatenate([from_sums(sums, n), sums[..., _CIDER + 1 :] / n], axis=-1)
-
+    n, further = len(outcomes), dict(extra or {})
     names = (*NAMES, *further)
-    corpus = statistic(outcomes.sum(axis=0))
-    single = np.concatenate([from_sums(outcomes, 1), outcomes[:, _CIDER + 1 :]], axis=-1)
+    corpus = [*from_sums(outcomes.sum(axis=0), n), *(c for c, _ in further.values())]
+    single = [from_sums(outcomes, 1), *(np.asarray(items)[:, None] for _, items in further.values())]
+    spread = intervals(outcomes, lambda sums: from_sums(sums, n), seed=seed)
     return CaptionScores(
         n=n,
         corpus={k: float(v) for k, v in zip(names, corpus, strict=True)},
-        intervals=dict(zip(names, intervals(outcomes, statistic, seed=seed), strict=True)),
+        intervals=dict(zip(NAMES, spread, strict=True)),
         per_item={
             i: {k: float(v) for k, v in zip(names, row, strict=True)}
-            for i, row in zip(references, single, strict=True)
+            for i, row in zip(references, np.concatenate(single, axis=1), strict=True)
         },
         empty=sum(not scorer.cut(candidates[i]) for i in references),
     )
