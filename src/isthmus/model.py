@@ -24,7 +24,7 @@ from isthmus.data.images import AnyImage, as_image
 from isthmus.data.messages import Message, parts_of
 from isthmus.data.processor import ContrastiveProcessor, Processor, processor_from_dict
 from isthmus.data.record import Image, Part, Record, Text, without_answer
-from isthmus.data.text import render
+from isthmus.data.text import TEMPLATES, render
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CapabilityError, CheckpointError, DataError
 from isthmus.language import Decoding
@@ -122,9 +122,9 @@ class Model:
     def provenance(self, records: Iterable[Record], decoding: Mapping[str, Any]) -> dict[str, Any]:
         """What a score's manifest keeps of the model beside its weights: template, image transform, decoding in full
         and the prompts of ``records`` as the model reads them."""
-        transform, template = self.processor.image, getattr(self.processor, "template", None)
+        transform, template = getattr(self.processor, "image", None), getattr(self.processor, "template", None)
         facts: dict[str, Any] = {"image": None if transform is None else transform.to_dict()}
-        if template is None:
+        if template not in TEMPLATES:
             return facts
         prompts = [str(render(record, template, prompt=True)) for record in records]
         return facts | {"template": template, "prompts": prompts, "decoding": asdict(Decoding(**decoding))}

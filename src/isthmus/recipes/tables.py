@@ -1,8 +1,11 @@
 """Score tables for the console."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
+
+from isthmus.evaluation.rescore import Difference
 
 
 def score_table(name: str, facts: dict[str, Any]) -> Table:
@@ -26,6 +29,24 @@ def score_table(name: str, facts: dict[str, Any]) -> Table:
             *cells,
             _percent(row["gain"]),
             style="bold" if kind == "all" else "",
+        )
+    return out
+
+
+def difference_table(first: str, second: str, differences: Sequence[Difference]) -> Table:
+    """Two score folders over the same items: the second minus the first, in points."""
+    out = Table(title=f"{second} minus {first}")
+    for column in ("score", "first", "second", "difference", "95 %", "p"):
+        out.add_column(column, justify="left" if column == "score" else "right")
+    for d in differences:
+        low, high = d.interval
+        out.add_row(
+            d.name,
+            _percent(d.first),
+            _percent(d.second),
+            f"{100 * d.difference:+.1f}",
+            f"{100 * low:+.1f} to {100 * high:+.1f}",
+            f"{d.p:.4f}",
         )
     return out
 

@@ -43,8 +43,8 @@ _SCAN = re.compile(
                | (?<!\w)[@\#][^\W\d_]\w* | </?\w+\s*/?> | c\+\+
                | \.{{3,}} | [?!]{{2,}} | -{{2,}} | \*{{2,}} | _+ | \'\' | `` | &(?:amp|lt|gt);
                | '(?:s|m|d|ll|re|ve)(?!\w) | (?<!\w)'(?:em|n|\d0s)(?!\w) | (?<=rock)'n'
-               | (?<!\w)[-+]?(?:\d+(?:[,.:]\d+)+|\d+/\d+|\d+|\.\d+)(?![\w]|[-/]{_W})
-               | (?<!\w)\d+[.:]\d+(?={_W}|/) | (?<=\d)\+\d+ )
+               | (?<!\w)\d+[.:]\d+(?=[^\W\d_]|/)                         # numbers; before a unit, and others
+               | (?<!\w)[-+]?(?:\d+(?:[,.:]\d+)+|\d+/\d+|\d+|\.\d+)(?![\w]|[-/]{_W}) | (?<=\d)\+\d+ )
     | (?P<word>  (?<!\w)'t(?:is|was)(?!\w) | {_W}+(?:(?:[-_/.&']|(?<=\d)[,:](?=\d)){_W}+)*[.']? )
     | (?P<mark>  \S )
     """,
@@ -77,13 +77,14 @@ def _word(word: str, rest: str) -> Iterator[str]:
     end = ""
     if word.endswith("'") or (word.endswith(".") and not _abbreviated(word[:-1], rest)):
         word, end = word[:-1], word[-1]
+    company = word.isupper() and word.replace("&", "").isalpha()  # AT&T, R&B; but b&w is three tokens
     word = word.lower()
     tail: list[str] = []
     while (clitic := _CLITIC.search(word)) and clitic.start():
         tail.insert(0, clitic.group())
         word = word[: clitic.start()]
     cut = _ASSIMILATED.get(word)
-    if "&" in word and not (word.replace("&", "").isalpha() and len(word) <= 4):
+    if "&" in word and not company:
         yield from re.findall(r"&|[^&]+", word)
     elif cut:
         yield from (word[:cut], word[cut:])
