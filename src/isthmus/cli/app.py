@@ -75,7 +75,9 @@ def show(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="A model folder, or hf:FOLDER to run transformers' own.")] = None,
-    task: Annotated[str | None, typer.Option(help="vqa, vqav2, caption, pope, retrieval, … (docs/evaluation.md).")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="vqa, vqav2, caption, pope, retrieval, … (docs/evaluation.md).")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="A data file or folder, or YAML describing a source.")] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="key=value of the source; task.key=value.")] = None,
     train: Annotated[str | None, typer.Option(help="Training data: the prior's answers, the probe's pictures.")] = None,
@@ -90,7 +92,8 @@ def evaluate(
     from isthmus.cli.evaluate import run, run_rescore
 
     if rescore is not None or against is not None or model is None:
-        return run_rescore(rescore, against, model=model, options=option or [], seed=seed, json_file=json_file)
+        run_rescore(rescore, against, model=model, options=option or [], seed=seed, json_file=json_file)
+        return
     run(
         model,
         task=task,
@@ -107,7 +110,9 @@ def evaluate(
 @app.command()
 def score(
     references: Annotated[Path, typer.Argument(help="COCO captions, or VQA annotations.")],
-    predictions: Annotated[Path, typer.Argument(help="A results file: a list of image_id, caption; question_id, answer.")],
+    predictions: Annotated[
+        Path, typer.Argument(help="A results file: a list of image_id, caption; question_id, answer.")
+    ],
     task: Annotated[str, typer.Option(help="caption, vqa or ok-vqa.")],
     metric: Annotated[list[str] | None, typer.Option(help="Also METEOR or SPICE (Java, extra `eval`).")] = None,
     subset: Annotated[bool, typer.Option(help="Score only the items that have a prediction.")] = False,

@@ -19,7 +19,7 @@ from isthmus.evaluation.vqa import Facts, Rule
 
 _WORDS = {
     "yes": "yes", "yeah": "yes", "yep": "yes", "true": "yes", "correct": "yes",
-    "no": "no", "not": "no", "nope": "no", "false": "no", "incorrect": "no", "none": "no",
+    "no": "no", "not": "no", "nope": "no", "false": "no", "incorrect": "no",
 }  # fmt: skip
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 

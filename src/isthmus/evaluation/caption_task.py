@@ -156,7 +156,7 @@ class CaptionTask:
 
     def _ask(self, record: Any) -> Any:
         """The picture and the prompt; nothing of the caption is left."""
-        text = next(p for p in record.parts if isinstance(p, TextPart))
+        text: Any = next(p for p in record.parts if isinstance(p, TextPart))
         question = (replace(text, text=self.prompt, role="user", learn=False),) if self.prompt else ()
         return replace(record, parts=(record.images[0], *question))
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.asking import strangers
@@ -24,7 +25,7 @@ from isthmus.evaluation.tasks import Row, fingerprint, listed, unique
 DRAWS = 1000
 
 
-def auc(scores: Array, labels: Array) -> float:
+def auc(scores: Array, labels: NDArray[np.bool_]) -> float:
     """(n,) scores and (n,) bool labels -> the area. Raises DataError when one of the two classes is missing."""
     positive = int(labels.sum())
     negative = len(labels) - positive
@@ -80,23 +81,20 @@ def score(rows: Sequence[Row], *, seed: int = 0) -> MatchingScores:
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingTask:
-    """``by``: the model's matching head (``match``) or the ``similarity`` of its embeddings."""
+    """A pair's score is the cosine of the model's embeddings. ``pairs``: made here, or ``given`` by the records."""
 
     kind: ClassVar[str] = "matching"
+    needs: ClassVar[type] = Embeds
+    by: ClassVar[str] = "similarity"
 
     name: str
     records: Records
-    by: Literal["match", "similarity"] = "similarity"
     pairs: Literal["made", "given"] = "made"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.by not in ("match", "similarity") or self.pairs not in ("made", "given"):
-            raise ConfigError(f"Task {self.name!r}: by is match or similarity, pairs is made or given.")
-
-    @property
-    def needs(self) -> type:
-        return Matches if self.by == "match" else Embeds
+        if self.pairs not in ("made", "given"):
+            raise ConfigError(f"Task {self.name!r}: pairs is made or given, not {self.pairs!r}.")
 
     @cached_property
     def _listed(self) -> list[tuple[str, str, int, int, bool]]:
@@ -118,7 +116,7 @@ class MatchingTask:
         return [pair for both in zip(own, made, strict=True) for pair in both]
 
     def _label(self, record: Any) -> bool:
-        given = record.meta.get("answers") or [record.meta.get("class")]
+        given = record.meta.get("answers") or [record.meta.get("class", "")]
         said = parse(str(given[0]))
         if said is None:
             raise DataError(f"Task {self.name!r}: sample {record.id!r} says neither true nor false of its pair.")
@@ -147,11 +145,20 @@ class MatchingTask:
 
     def _scores(self, model: Any, texts: Sequence[str], places: Sequence[int]) -> list[float]:
         pictures = [self.records[i].images[0] for i in places]
-        if self.by == "match":
-            return [float(model.match(p, t)) for p, t in zip(pictures, texts, strict=True)]
         images = embed(model.embed_images, pictures, what="pictures")
         captions = embed(model.embed_texts, texts, what="captions")
         return (unit(images) * unit(captions)).sum(dim=-1).tolist()
 
     def score(self, rows: Sequence[Row]) -> MatchingScores:
         return score(rows, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingHeadTask(MatchingTask):
+    """A pair's score is what the model's own matching head says (BLIP-2's ITM)."""
+
+    needs: ClassVar[type] = Matches
+    by: ClassVar[str] = "match"
+
+    def _scores(self, model: Any, texts: Sequence[str], places: Sequence[int]) -> list[float]:
+        return [float(model.match(self.records[i].images[0], t)) for i, t in zip(places, texts, strict=True)]

@@ -122,7 +122,7 @@ def compare(first: str | Path, second: str | Path, *, seed: int = 0, draws: int 
         )
     outcomes = scorer(a.kind).outcomes
     if outcomes is None:
-        raise ConfigError(f"Scores of kind {a.kind!r} are not means over items and have no paired bootstrap here.")
+        raise ConfigError(f"Scores of kind {a.kind!r} are not means over items and cannot be paired here.")
     ours, theirs = outcomes(a.rows, a.manifest), outcomes(_aligned(a, b), b.manifest)
     width = ours.columns.shape[1]
     sums = resampled_sums(np.concatenate([ours.columns, theirs.columns], axis=1), draws=draws, seed=seed)
@@ -157,5 +157,7 @@ def _aligned(a: Folder, b: Folder) -> list[Row]:
     for row in a.rows:
         other = found[row["id"]]
         if any(row.get(k) != other.get(k) for k in _TRUTHS):
-            raise DataError(f"{a.path} and {b.path} hold item {row['id']!r} with different truths; pair like with like.")
+            raise DataError(
+                f"{a.path} and {b.path} hold item {row['id']!r} with different truths; pair like with like."
+            )
     return [found[r["id"]] for r in a.rows]

@@ -77,9 +77,7 @@ def _vqa(references: Path, predictions: Path, rule: Rule, subset: bool, seed: in
     theirs = official.vqa_references(references)
     given = official.predictions(predictions, "question_id", "answer")
     ids = official.match(theirs, given, what="question_id", subset=subset)
-    rows = [
-        {"id": i, "kind": theirs[i].answer_type, "truth": list(theirs[i].answers), "answer": given[i]} for i in ids
-    ]
+    rows = [{"id": i, "kind": theirs[i].answer_type, "truth": list(theirs[i].answers), "answer": given[i]} for i in ids]
     points = np.array([rule.points(row["answer"], row) for row in rows])
     spread = intervals(points[:, None], lambda sums: sums / len(ids), seed=seed)
     groups: dict[str, defaultdict[str, list[float]]] = {

@@ -75,9 +75,7 @@ def _captions(rows: Rows, manifest: Manifest) -> Outcomes:
 
 
 def _retrieval(rows: Rows, manifest: Manifest) -> Outcomes:
-    columns = [
-        [r["rank"] < 1, sum(k < 1 for k in r["caption_ranks"]), len(r["caption_ranks"])] for r in rows
-    ]
+    columns = [[r["rank"] < 1, sum(k < 1 for k in r["caption_ranks"]), len(r["caption_ranks"])] for r in rows]
     names = ("image to text R@1", "text to image R@1")
 
     def statistic(sums: Array) -> Array:

@@ -36,9 +36,8 @@ class Task(Protocol):
     """See the head of this file. ``kind`` names the scoring rule."""
 
     kind: ClassVar[str]
+    needs: ClassVar[type]
 
-    @property
-    def needs(self) -> type: ...
     @property
     def name(self) -> str: ...
     @property

@@ -10,7 +10,7 @@ from isthmus.errors import ConfigError, nearest
 from isthmus.evaluation import zero_shot
 from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, LikelihoodTask
 from isthmus.evaluation.caption_task import CaptionTask, typical_caption
-from isthmus.evaluation.matching import MatchingTask
+from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
 from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
@@ -70,6 +70,10 @@ def _matching(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict
     return MatchingTask(name=spec.name, records=records, seed=seed, **options)
 
 
+def _matching_head(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+    return MatchingHeadTask(name=spec.name, records=records, seed=seed, **options)
+
+
 def _retrieval(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
     return RetrievalTask(name=spec.name, records=records, seed=seed, **options)
 
@@ -99,6 +103,7 @@ TASKS: dict[str, Callable[[EvalSpec, Any, Any, int, dict[str, Any]], Task]] = {
     "conversation": _answers(ConversationTask),
     "caption": _caption,
     "matching": _matching,
+    "matching-head": _matching_head,
     "retrieval": _retrieval,
     "zero-shot": _zero_shot,
     "linear-probe": _linear_probe,

@@ -41,7 +41,7 @@ def test_tokens_are_lower_case_pieces_without_space_or_dropped_marks(caption):
     assert all(t and not any(c.isspace() for c in t) and t not in DROPPED for t in found)
 
 
-@given(st.lists(st.sampled_from("a man with two well-lit dogs at the table 25".split()), max_size=12))
+@given(st.lists(st.sampled_from(["a", "man", "with", "two", "well-lit", "dogs", "25"]), max_size=12))
 def test_plain_words_are_their_own_tokens(words):
     assert tokens(" ".join(words)) == words
     assert tokens(" ".join(words).upper() + ".") == words

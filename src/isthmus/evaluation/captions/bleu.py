@@ -46,4 +46,3 @@ def bleu(sums: Array) -> Array:
     with np.errstate(over="ignore", under="ignore"):
         brevity = np.where(ratio < 1, np.exp(1 - 1 / np.minimum(ratio, 1)), 1.0)
     return precision ** (1 / np.arange(1, ORDERS + 1)) * brevity
-

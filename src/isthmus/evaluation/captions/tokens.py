@@ -16,17 +16,20 @@ from collections.abc import Iterator
 DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 """Marks that are no tokens of a caption."""
 
-_ABBREVIATIONS = frozenset(
+_SHORT = (
     "mr mrs ms dr prof rev gen col capt lt sgt maj adm sen rep gov pres hon st mt ave blvd rd jr sr bros vs etc esq "
     "jan feb mar apr jun jul aug sep sept oct nov dec mon tues wed thu thurs fri inc ltd co corp dept univ assn "
-    "vol p ph ca ft".split()
+    "vol p ph ca ft"
 )
-_MAY_END = frozenset("ave blvd rd st jr sr bros etc inc ltd co corp".split())
-"""Abbreviations that a full stop may follow as their own: before one of the words below the stop is the sentence's."""
-_OPENERS = frozenset("The Then This That There These Those It In He She They We His Her And But So A An".split())
+_ENDING = "ave blvd rd st jr sr bros etc inc ltd co corp"
+_OPENING = "The Then This That There These Those It In He She They We His Her And But So A An"
+_ABBREVIATIONS, _MAY_END, _OPENERS = (frozenset(words.split()) for words in (_SHORT, _ENDING, _OPENING))
+"""Words with a full stop of their own; those of them that may end a sentence; and the words that begin the next one,
+before which such a stop is the sentence's."""
 
 _ASSIMILATED = {
-    "cannot": 3, "gonna": 3, "gotta": 3, "gimme": 3, "lemme": 3, "wanna": 3, "'tis": 2, "'twas": 2, "y'all": 2, "more'n": 4,
+    "cannot": 3, "gonna": 3, "gotta": 3, "gimme": 3, "lemme": 3, "wanna": 3,
+    "'tis": 2, "'twas": 2, "y'all": 2, "more'n": 4,
 }  # fmt: skip
 """Two words written as one, and where they part."""
 
@@ -64,7 +67,7 @@ def _all(text: str) -> Iterator[str]:
         piece = found.group()
         if found.lastgroup == "word":
             yield from _word(piece, text[found.end() :])
-        elif piece.startswith("..") or piece.startswith("--"):
+        elif piece.startswith(("..", "--")):
             yield "..." if piece[0] == "." else "--"
         elif piece.startswith("&") and len(piece) > 1:
             yield {"&amp;": "&", "&lt;": "<", "&gt;": ">"}[piece.lower()]
