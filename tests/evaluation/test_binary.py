@@ -72,6 +72,13 @@ def test_rates_equal_brute_force(rows):
     assert 0 <= facts["f1"] <= 1
 
 
+def test_a_group_is_right_when_all_its_answers_are():
+    rows = [row("true", "true") | {"group": "a"}, row("false", "false") | {"group": "a"}]
+    rows += [row("true", "true") | {"group": "b"}, row("true", "false") | {"group": "b"}]
+    assert binary.score(rows).to_dict()["consistency"] == 0.5
+    assert "consistency" not in binary.score([*rows, row("yes", "yes")]).to_dict()
+
+
 def test_an_answer_that_cannot_be_read_is_wrong_both_ways():
     assert YES_NO.points("perhaps", row("", "yes")) == YES_NO.points("perhaps", row("", "no")) == 0.0
     assert YES_NO.says("perhaps", row("", "yes")) is None

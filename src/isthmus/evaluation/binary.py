@@ -95,13 +95,15 @@ def rates(sums: Array) -> Array:
 @dataclass(frozen=True, slots=True)
 class BinaryScores:
     """Accuracy with its controls (:class:`VqaScores`), and the rates of yes, overall and per kind (POPE: per
-    sampling). ``official`` are the rates under the published parser; ``f1_over_kinds`` is the mean F1 of the kinds.
+    sampling). ``official`` are the rates under the published parser; ``f1_over_kinds`` is the mean F1 of the kinds;
+    ``consistency`` the share of groups (NLVR: the box orders of one example) of which every answer is right.
     """
 
     answers: vqa.VqaScores
     overall: Binary
     kinds: Mapping[str, Binary]
     official: Mapping[str, Binary]
+    consistency: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         facts = self.answers.to_dict()
@@ -109,7 +111,8 @@ class BinaryScores:
             facts["kinds"][kind] |= rates_of.to_dict()
         mean = sum(k.f1 for k in self.kinds.values()) / len(self.kinds)
         official = {k: b.to_dict() for k, b in self.official.items()}
-        return facts | self.overall.to_dict() | {"f1_over_kinds": mean, "official": official}
+        facts |= self.overall.to_dict() | {"f1_over_kinds": mean, "official": official}
+        return facts if self.consistency is None else facts | {"consistency": self.consistency}
 
 
 def score(rows: Sequence[Facts], *, seed: int = 0) -> BinaryScores:
@@ -125,7 +128,17 @@ def score(rows: Sequence[Facts], *, seed: int = 0) -> BinaryScores:
         _binary(rows, seed),
         {k: _binary(some, seed) for k, some in named.items()},
         {k: _binary(some, seed, official=True) for k, some in official.items()},
+        _consistency(rows),
     )
+
+
+def _consistency(rows: Sequence[Facts]) -> float | None:
+    if any("group" not in row for row in rows):
+        return None
+    groups: defaultdict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        groups[row["group"]].append(YES_NO.points(row["answer"], row))
+    return sum(all(points) for points in groups.values()) / len(groups)
 
 
 def _binary(rows: Sequence[Facts], seed: int, *, official: bool = False) -> Binary:

@@ -14,7 +14,6 @@ from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
 from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
-from isthmus.model import Model
 from isthmus.recipes.schema import EvalSpec, parse_recipe
 
 Progress = Callable[[str, int, int], None]
@@ -111,7 +110,7 @@ TASKS: dict[str, Callable[[EvalSpec, Any, Any, int, dict[str, Any]], Task]] = {
 
 
 def score_model(
-    model: Model,
+    model: Any,
     specs: Sequence[EvalSpec],
     folder: Path,
     *,
