@@ -4,8 +4,8 @@ The folder is read by transformers' own classes, its own processor prepares pict
 answers. Nothing of isthmus is in the loop but the questions, the scoring and the controls, so a score stands for what
 users of transformers have today. One sample at a time: batched answers of the library are not always the single ones.
 
-Image-and-text models (LLaVA, BLIP-2, …) and causal LMs answer; CLIP and SigLIP models embed. Nothing in a folder is
-executed and nothing is downloaded.
+Models that take one placeholder per visual token (LLaVA and its kin) and causal LMs answer; CLIP and SigLIP models
+embed. Nothing in a folder is executed and nothing is downloaded.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -177,7 +177,8 @@ class AnsweringPeer(Peer):
         ]
         if len(pieces) != len(record.images) + 1:
             raise CapabilityError(
-                f"{record.id}: the prompt has {len(pieces) - 1} places for pictures and the record {len(record.images)}."
+                f"{record.id}: the prompt has {len(pieces) - 1} places for pictures and the record has "
+                f"{len(record.images)} pictures."
             )
         ids = list(pieces[0])
         for piece in pieces[1:]:
