@@ -8,9 +8,9 @@ names it, so the same class serves CLIP, a bare language model and LLaVA.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from isthmus.data.images import AnyImage, as_image
 from isthmus.data.messages import Message, parts_of
 from isthmus.data.processor import ContrastiveProcessor, Processor, processor_from_dict
 from isthmus.data.record import Example, Image, Part, Record, Text, without_answer
+from isthmus.data.text import TEMPLATES, render
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.video import as_visual
 from isthmus.errors import CapabilityError, CheckpointError, DataError
@@ -158,6 +159,16 @@ class Model:
     def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
         """Answers to question records: what evaluation asks of a model. A trailing assistant turn is cut off."""
         return self.generate([without_answer(r) for r in records], **decoding)
+
+    def provenance(self, records: Iterable[Record], decoding: Mapping[str, Any]) -> dict[str, Any]:
+        """What a score's manifest keeps of the model beside its weights: template, image transform, decoding in full
+        and the prompts of ``records`` as the model reads them."""
+        transform, template = getattr(self.processor, "image", None), getattr(self.processor, "template", None)
+        facts: dict[str, Any] = {"image": None if transform is None else transform.to_dict()}
+        if template not in TEMPLATES:
+            return facts
+        prompts = [str(render(record, template, prompt=True)) for record in records]
+        return facts | {"template": template, "prompts": prompts, "decoding": asdict(Decoding(**decoding))}
 
     def score(self, parts: Sequence[Part | AnyImage | str], candidates: Sequence[str]) -> list[float]:
         """Log-likelihood (natural log, summed over tokens) of each candidate as the answer to ``parts``."""

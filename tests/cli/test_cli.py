@@ -110,6 +110,10 @@ def test_show_prints_the_compute_rule_and_published_sizes(monkeypatch, capsys, t
         (["train", "clip-tiny", "stages.contrast.stepps=3"], "did you mean 'steps'?"),
         (["train", "clip-tiny", "steps"], "is not key=value"),
         (["eval", "nowhere"], "no such file or folder"),
+        (["eval"], "needs either a MODEL to ask, or --rescore FOLDER"),
+        (["eval", "--rescore", "nowhere"], "nowhere is no score folder"),
+        (["score", "r.json", "p.json", "--task", "vqaa"], "did you mean 'vqa'?"),
+        (["score", "r.json", "p.json", "--task", "vqa"], "no such file: r.json"),
         (["chat", "nowhere", "--image", "missing.png", "what?"], "There is no picture at missing.png"),
         (["data", "scenes", "--out", "x", "--format", "voc"], "cannot be written as 'voc'"),
         (["data", "scenes", "--out", "x", "--split", "tset"], "did you mean 'test'?"),
@@ -149,7 +153,56 @@ def test_doctor_speaks(monkeypatch, capsys):
 
 
 def test_every_option_and_command_is_explained(monkeypatch, capsys):
-    for command in ("demo", "train", "show", "eval", "chat", "doctor", "data", "data scenes"):
+    for command in ("demo", "train", "show", "eval", "score", "chat", "doctor", "data", "data scenes"):
         code, said, _ = run(monkeypatch, capsys, *command.split(), "--help")
         assert code == 0
         assert Path(command).name.split()[-1] in said
+
+
+def test_score_official_files_then_again_and_in_pairs(monkeypatch, capsys, tmp_path):
+    captions = [(1, "a man rides a wave"), (1, "a surfer"), (2, "two dogs on a red sofa")]
+    references = {"annotations": [{"id": n, "image_id": i, "caption": c} for n, (i, c) in enumerate(captions)]}
+    (tmp_path / "r.json").write_text(json.dumps(references))
+    for name, said in (("a", ["a man", "dogs"]), ("b", ["a man rides a wave", ""])):
+        given = [{"image_id": i, "caption": c} for i, c in enumerate(said, start=1)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(given))
+        code, printed, _ = run(
+            monkeypatch, capsys, "score", tmp_path / "r.json", tmp_path / f"{name}.json", "--task", "caption",
+            "--json", tmp_path / "s.json", "--out", tmp_path / name,
+        )  # fmt: skip
+        assert code == 0
+    assert "1 empty" in printed
+    facts = json.loads((tmp_path / "s.json").read_text())
+    assert facts["per_item"]["1"]["ROUGE_L"] == 1.0
+    assert facts["corpus"].keys() == facts["intervals"].keys()
+    code, printed, _ = run(monkeypatch, capsys, "eval", "--rescore", tmp_path / "b")
+    assert code == 0
+    assert "CIDEr" in printed
+    code, printed, _ = run(
+        monkeypatch, capsys, "eval", "--rescore", tmp_path / "a", "--against", tmp_path / "b",
+        "--json", tmp_path / "d.json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads((tmp_path / "d.json").read_text())["ROUGE_L"]["difference"] != 0
+
+
+def test_captions_and_conversations_of_a_trained_model(monkeypatch, capsys, story, tmp_path):
+    for task, form, options in (
+        ("caption", "captions", []),
+        ("conversation", "conversations", ["--set", "turns=2"]),
+    ):
+        (tmp_path / "data.yaml").write_text(
+            yaml.safe_dump({"kind": "scenes", "form": form, "split": "test", "count": 3})
+        )
+        arguments = ["eval", story / "llava", "--task", task, "--data", tmp_path / "data.yaml", "--out", tmp_path / "e"]
+        arguments += ["--json", tmp_path / "f.json", "--set", "task.decoding={max_new_tokens: 4}", *options]
+        code, _, said = run(monkeypatch, capsys, *arguments)
+        assert code == 0, said
+    manifest = json.loads((tmp_path / "e/caption/manifest.json").read_text())
+    assert manifest["question"] == "describe the picture."
+    assert manifest["prompt"]["first"].endswith("describe the picture. ASSISTANT:")
+    assert len(manifest["prompt"]["sha256"]) == 64
+    assert manifest["image"]["size"] == 64
+    assert manifest["decoding"] == {**manifest["decoding"], "max_new_tokens": 4, "temperature": 0.0}
+    assert len((tmp_path / "e/conversation/outputs.jsonl").read_text().splitlines()) == 6
+    assert "follow_ups" in json.loads((tmp_path / "f.json").read_text())["conversation"]

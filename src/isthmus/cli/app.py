@@ -74,8 +74,10 @@ def show(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model folder.")],
-    task: Annotated[str | None, typer.Option(help="vqa, retrieval, zero-shot or linear-probe.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A model folder, or hf:FOLDER to run transformers' own.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="vqa, vqav2, caption, pope, retrieval, … (docs/evaluation.md).")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="A data file or folder, or YAML describing a source.")] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="key=value of the source; task.key=value.")] = None,
     train: Annotated[str | None, typer.Option(help="Training data: the prior's answers, the probe's pictures.")] = None,
@@ -85,11 +87,16 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Score only the first N samples.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of raw outputs and scores.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of shuffles and intervals.")] = 0,
+    rescore: Annotated[Path | None, typer.Option(help="Score this folder's outputs again, without a model.")] = None,
+    against: Annotated[Path | None, typer.Option(help="With --rescore: the folder to compare it with, paired.")] = None,
     json_file: Json = None,
 ) -> None:
     """Score a model: with intervals, raw outputs, and the best score without looking. No task: the recipe's own."""
-    from isthmus.cli.evaluate import run
+    from isthmus.cli.evaluate import run, run_rescore
 
+    if rescore is not None or against is not None or model is None:
+        run_rescore(rescore, against, model=model, options=option or [], seed=seed, json_file=json_file)
+        return
     run(
         model,
         task=task,
@@ -100,6 +107,34 @@ def evaluate(
         more_shots=more_shots or [],
         select=select,
         limit=limit,
+        out=out,
+        seed=seed,
+        json_file=json_file,
+    )
+
+
+@app.command()
+def score(
+    references: Annotated[Path, typer.Argument(help="COCO captions, or VQA annotations.")],
+    predictions: Annotated[
+        Path, typer.Argument(help="A results file: a list of image_id, caption; question_id, answer.")
+    ],
+    task: Annotated[str, typer.Option(help="caption, vqa or ok-vqa.")],
+    metric: Annotated[list[str] | None, typer.Option(help="Also METEOR or SPICE (Java, extra `eval`).")] = None,
+    subset: Annotated[bool, typer.Option(help="Score only the items that have a prediction.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also keep a score folder, for --rescore and --against.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the intervals.")] = 0,
+    json_file: Json = None,
+) -> None:
+    """Official metrics on official files, without a model."""
+    from isthmus.cli.score import run
+
+    run(
+        references,
+        predictions,
+        task=task,
+        metrics=metric or [],
+        subset=subset,
         out=out,
         seed=seed,
         json_file=json_file,

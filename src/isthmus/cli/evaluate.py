@@ -28,14 +28,15 @@ def run(
     json_file: Path | None,
 ) -> None:
     """Print a table per task; outputs, manifest and scores go into ``out``."""
-    from isthmus.model import load
     from isthmus.recipes.schema import EvalSpec
     from isthmus.recipes.scoring import model_hash, own_tasks, score_model
     from isthmus.recipes.tables import score_table
 
-    folder = Path(model)
-    loaded = load(folder)
+    folder = Path(model.removeprefix(_PEER))
+    loaded = _load(model, folder)
     source, own = _split(options)
+    if data is None and model.startswith(_PEER):
+        raise ConfigError(f"{model} has no tasks of its own: give --task and --data.")
     if data is None:
         specs = [s for s in own_tasks(folder) if task in (None, s.task, s.name)]
         if not specs:
@@ -53,7 +54,8 @@ def run(
         ]
     counts = _counts(shots, more_shots)
     specs = _with_shots(specs, counts, select)
-    place = out if out is not None else folder / "eval" / (Path(data).stem if data else "own")
+    name = f"hf-{Path(data).stem}" if data and model.startswith(_PEER) else Path(data).stem if data else "own"
+    place = out if out is not None else folder / "eval" / name
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
         shown: dict[str, Any] = {}
 
@@ -97,7 +99,7 @@ def _with_shots(specs: list[Any], counts: Sequence[int], select: str) -> list[An
         if count is not None
         else spec
         for spec in specs
-        for count in (counts if counts and spec.task == "vqa" else [None])
+        for count in (counts if counts and spec.task in SHOWABLE else [None])
     ]
 
 
@@ -115,6 +117,57 @@ def _shots_report(place: Path, results: Sequence[Any], counts: Sequence[int]) ->
         }
         charts.append(Chart(title=f"{base}: score over shots", series=series, x_label="shots", y_label="score"))
     return write_report(place / "shots.html", Report(title="Score over shots", scores=scores, charts=charts))
+
+
+_PEER = "hf:"
+SHOWABLE = ("vqa", "vqav2", "ok-vqa", "gqa", "scienceqa", "choice")
+"""Tasks whose questions may stand behind examples."""
+
+
+def _load(model: str, folder: Path) -> Any:
+    """A model of ours, or with ``hf:`` transformers' own classes for the same folder."""
+    if model.startswith(_PEER):
+        from isthmus.interop.hf_peer import load_peer
+
+        return load_peer(folder)
+    from isthmus.model import load
+
+    return load(folder)
+
+
+def run_rescore(
+    folder: Path | None,
+    against: Path | None,
+    *,
+    model: str | None,
+    options: Sequence[str],
+    seed: int,
+    json_file: Path | None,
+) -> None:
+    """Score a folder again, or two of them in pairs; no model is loaded."""
+    from isthmus.evaluation.rescore import compare, rescore
+    from isthmus.recipes.tables import difference_table, score_table
+
+    if folder is None or model is not None:
+        raise ConfigError(
+            "isthmus eval needs either a MODEL to ask, or --rescore FOLDER (with --against FOLDER to compare two)."
+        )
+    _, own = _split(options)
+    unknown = set(own) - {"rule"}
+    if unknown:
+        raise ConfigError(f"Only task.rule can be set when outputs are scored again, not task.{min(unknown)}.")
+    console = Console()
+    if against is None:
+        result = rescore(folder, rule=own.get("rule"))
+        facts = result.scores.to_dict()
+        console.print(score_table(result.task, facts))
+        facts = {result.task: facts}
+    else:
+        differences = compare(folder, against, seed=seed)
+        console.print(difference_table(str(folder), str(against), differences))
+        facts = {d.name: d.to_dict() for d in differences}
+    if json_file is not None:
+        json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _source(data: str) -> dict[str, Any]:

@@ -1,5 +1,9 @@
 """Scores with intervals, controls and raw outputs; the report page. Sees models and records only as protocols."""
 
+from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, LikelihoodTask
+from isthmus.evaluation.caption_task import CaptionTask
+from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
+from isthmus.evaluation.rescore import compare, rescore
 from isthmus.evaluation.results import Results
 from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, VqaTask, ZeroShotTask
@@ -7,7 +11,13 @@ from isthmus.evaluation.vqa import AnswerPrior, Score, VqaScores
 
 __all__ = [
     "AnswerPrior",
+    "BinaryTask",
+    "CaptionTask",
+    "ConversationTask",
+    "LikelihoodTask",
     "LinearProbeTask",
+    "MatchingHeadTask",
+    "MatchingTask",
     "Result",
     "Results",
     "RetrievalTask",
@@ -15,5 +25,7 @@ __all__ = [
     "VqaScores",
     "VqaTask",
     "ZeroShotTask",
+    "compare",
     "evaluate",
+    "rescore",
 ]

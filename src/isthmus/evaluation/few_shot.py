@@ -6,7 +6,7 @@ out. With given candidates the answer is the likeliest one, its log-likelihood a
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from isthmus.data.record import Image, Part, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation.protocols import Records
-from isthmus.evaluation.tasks import VqaTask, fingerprint
+from isthmus.evaluation.tasks import Row, VqaTask, fingerprint
 from isthmus.evaluation.turns import last_turn
 
 POOL = 2048
@@ -155,16 +155,19 @@ class FewShotTask(VqaTask):
             "support": fingerprint(self.support),
         }
 
-    def _ask(self, model: Any, records: list[Any]) -> list[str]:
+    def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         if self.select == "rices" and not hasattr(model, "vision_features"):
             raise CapabilityError("RICES needs a model that can give vision_features; take select: random.")
+        return VqaTask.rows(self, _Shown(self, model), done, chunk=chunk)
+
+    def answers(self, model: Any, records: Sequence[Any], **decoding: Any) -> list[str]:
+        """What the model says to each question behind its examples."""
         chosen = [self._shots(model, record) for record in records]
         pictures = self.shots > 0
         if self.candidates:
             return [self._likeliest(model, r, s, pictures) for r, s in zip(records, chosen, strict=True)]
-        return VqaTask._ask(
-            self, model, [with_shots(r, s, pictures=pictures) for r, s in zip(records, chosen, strict=True)]
-        )
+        prompts = [with_shots(r, s, pictures=pictures) for r, s in zip(records, chosen, strict=True)]
+        return model.answer_records(prompts, **decoding)
 
     def _shots(self, model: Any, record: Any) -> list[Record]:
         pool: Support = self._pool  # type: ignore[attr-defined]
@@ -181,3 +184,14 @@ class FewShotTask(VqaTask):
             for order in orders(shots, self.ensemble, f"{self.seed}/{record.id}/order")
         ]
         return self.candidates[int(torch.stack(seen).mean(0).argmax())]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A model as the questions of a task see it: behind that task's examples."""
+
+    task: FewShotTask
+    model: Any
+
+    def answer_records(self, records: Sequence[Any], **decoding: Any) -> list[str]:
+        return self.task.answers(self.model, records, **decoding)

@@ -19,6 +19,24 @@ class Answers(Protocol):
 
 
 @runtime_checkable
+class Weighs(Protocol):
+    """Says how likely an answer is: what multiple choice by likelihood needs."""
+
+    def score(self, parts: Sequence[Any], candidates: Sequence[str]) -> list[float]:
+        """Log-likelihood of each candidate as the answer to a record's parts."""
+        ...
+
+
+@runtime_checkable
+class Matches(Protocol):
+    """Says whether a text fits a picture: what image-text matching needs of a model with a head for it."""
+
+    def match(self, image: Any, text: str) -> float:
+        """Higher is better; only the order matters."""
+        ...
+
+
+@runtime_checkable
 class Embeds(Protocol):
     """Puts pictures and texts into one space: what retrieval and zero-shot classification need."""
 

@@ -1,9 +1,11 @@
 """One evaluation: a model, a task and a folder with manifest, raw outputs and scores.
 
 The folder holds ``manifest.json`` (what was asked of what, without dates), ``outputs.jsonl`` (one line per item, in
-the order of the data) and ``scores.json``. An interrupted evaluation goes on behind its last whole line.
+the order of the data) and ``scores.json``. An interrupted evaluation goes on behind its last whole line, and a
+finished one can be scored again from its folder alone (:mod:`.rescore`).
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any
 
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation.results import versions, write_json
+from isthmus.evaluation.scorers import scorer_of
 from isthmus.evaluation.tasks import Row, Scores, Task
 
 
@@ -38,7 +41,8 @@ def evaluate(
     """Make the outputs that ``folder`` lacks and score all of them.
 
     Args:
-        model: anything with the methods ``task.needs`` names.
+        model: anything with the methods ``task.needs`` names. Where it has ``provenance(records, decoding)``, what
+            that tells (image transform, template, prompts, decoding in full) is kept in the manifest.
         model_hash: identity of the weights, kept in the manifest; with one, another model is refused in this folder.
         chunk: items asked for at a time; outputs are on disk after each.
         progress: called with (items done, items in all) at the start and after each chunk.
@@ -47,7 +51,7 @@ def evaluate(
     DataError (the data or the folder's outputs cannot be used).
     """
     folder = Path(folder)
-    _settle(folder / "manifest.json", _manifest(task, model_hash))
+    _settle(folder / "manifest.json", _manifest(task, model, model_hash))
     path = folder / "outputs.jsonl"
     rows = _read(path, task)
     report = progress or (lambda done, total: None)
@@ -68,17 +72,36 @@ def evaluate(
     return Result(task.name, task.kind, scores, ordered, folder)
 
 
-def _manifest(task: Task, model_hash: str) -> dict[str, Any]:
+def _manifest(task: Task, model: Any, model_hash: str) -> dict[str, Any]:
+    described = task.describe()
     facts = {
         "task": task.name,
         "kind": task.kind,
         "seed": task.seed,
         "items": len(task.ids),
-        **task.describe(),
+        **described,
+        "scorer": scorer_of(task.kind, described),
         "model": model_hash,
+        **_provenance(task, model),
         "versions": versions(),
     }
     return json.loads(json.dumps(facts))
+
+
+def _provenance(task: Task, model: Any) -> dict[str, Any]:
+    """What the model tells of itself, and of its prompts the first one and the hash of all."""
+    tell = getattr(model, "provenance", None)
+    if tell is None:
+        return {}
+    asked = getattr(task, "asked", None)
+    facts = dict(tell(asked() if asked else (), getattr(task, "decoding", {})))
+    prompts = facts.pop("prompts", None)
+    if prompts:
+        sha256 = hashlib.sha256()
+        for text in prompts:
+            sha256.update(text.encode() + b"\0")
+        facts["prompt"] = {"first": prompts[0], "sha256": sha256.hexdigest()}
+    return facts
 
 
 def _settle(path: Path, manifest: Mapping[str, Any]) -> None:

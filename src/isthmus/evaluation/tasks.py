@@ -9,19 +9,21 @@ import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Protocol, get_args
 
 import torch
 
-from isthmus.errors import CapabilityError, ConfigError, DataError, nearest
-from isthmus.evaluation import linear_probe, retrieval, vqa, zero_shot
+from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
+from isthmus.evaluation.asking import Control, ask_all, check_controls, picture_keys, strangers
 from isthmus.evaluation.embedding import embed
 from isthmus.evaluation.protocols import Answers, Embeds, Picture, Records, Sample, Sees, TextPart
-from isthmus.evaluation.turns import kind_of, last_turn, partners, prompt, with_pictures_of, without_picture
+from isthmus.evaluation.turns import kind_of, last_turn, prompt
 from isthmus.nn.losses import Similarity
 
 Row = dict[str, Any]
-Control = Literal["blind", "shuffled"]
+_SCORED = ("answers", "class", "kind", "choices", "group")
+"""What scoring reads of a record's meta data."""
 
 
 class Scores(Protocol):
@@ -51,7 +53,7 @@ def fingerprint(records: Records) -> str:
     """sha256 over every record's id, words, pictures and what scoring reads of it, in order."""
     total = hashlib.sha256()
     for record in listed(records):
-        scored = {k: record.meta[k] for k in ("answers", "class", "kind") if k in record.meta}
+        scored = {k: record.meta[k] for k in _SCORED if k in record.meta}
         total.update(repr((record.id, [_told(p) for p in record.parts], sorted(scored.items()))).encode())
     return total.hexdigest()
 
@@ -67,7 +69,7 @@ def _told(part: Any) -> Any:
     return part.content_key() if isinstance(part, Picture) else repr(part)
 
 
-def _unique(ids: Sequence[str], task: str) -> list[str]:
+def unique(ids: Sequence[str], task: str) -> list[str]:
     """The ids, or a DataError that names the first one that comes twice."""
     seen: set[str] = set()
     for i in ids:
@@ -92,10 +94,12 @@ def _picture(record: Sample, task: str) -> Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class VqaTask:
-    """Answers to the last question of each record, scored by exact match with the controls of :mod:`.vqa`.
+    """Answers to the last question of each record, scored by ``rule`` with the controls of :mod:`.vqa`.
 
-    ``controls`` chooses among ``blind`` and ``shuffled``; for questions without pictures (a bare language model)
-    leave both out. ``prior`` comes from the training records. ``decoding`` is handed to the model as it is.
+    ``rule`` is a name of :mod:`.rules`: ``exact``, ``vqa``, ``ok-vqa``, ``gqa``, ``yes-no``, ``choice``. ``controls``
+    chooses among ``blind`` and ``shuffled``; for questions without pictures (a bare language model) leave both out,
+    for ``mixed`` data records without a picture keep their answer in the controls. ``prior`` comes from the training
+    records. ``decoding`` is handed to the model as it is.
     """
 
     kind: ClassVar[str] = "vqa"
@@ -106,76 +110,63 @@ class VqaTask:
     prior: vqa.AnswerPrior | None = None
     controls: Sequence[Control] = ("blind", "shuffled")
     decoding: Mapping[str, Any] = field(default_factory=dict)
+    rule: str = "exact"
+    mixed: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for control in self.controls:
-            _known(control, get_args(Control), "control")
+        check_controls(self.controls)
+        rules.rule(self.rule)
 
     @cached_property
     def ids(self) -> list[str]:
-        return _unique([r.id for r in listed(self.records)], self.name)
-
-    @cached_property
-    def _keys(self) -> list[str]:
-        """One key per record for all of its pictures together."""
-        keys = []
-        for record in listed(self.records):
-            if not record.images:
-                raise DataError(
-                    f"Task {self.name!r}: sample {record.id!r} has no picture, so it cannot be asked without it or "
-                    "with another; leave out the controls (controls=[]) or the sample."
-                )
-            keys.append(" ".join(p.content_key() for p in record.images))
-        return keys
+        return unique([r.id for r in listed(self.records)], self.name)
 
     def describe(self) -> dict[str, Any]:
         return {
+            "rule": self.rule,
             "controls": list(self.controls),
             "prior": self.prior.fingerprint() if self.prior else None,
             "decoding": dict(self.decoding),
             "data": fingerprint(self.records),
         }
 
+    def asked(self) -> Iterator[Any]:
+        """The records as the model gets them, pictures seen."""
+        return (prompt(r) for r in listed(self.records))
+
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        partner = partners(self._keys, self.seed) if "shuffled" in self.controls else []
+        keys = picture_keys(self.records, self.name, mixed=self.mixed) if self.controls else []
+        other = strangers(keys, self.seed) if "shuffled" in self.controls else range(len(self.ids))
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for start in range(0, len(todo), chunk):
             places = todo[start : start + chunk]
             records = [self.records[i] for i in places]
-            asked = [prompt(r) for r in records]
-            answers: dict[str, list[str]] = {"answer": self._ask(model, asked)}
-            if "blind" in self.controls:
-                answers["blind"] = self._ask(model, [without_picture(r) for r in asked])
-            if "shuffled" in self.controls:
-                others = [self.records[partner[i]] for i in places]
-                answers["shuffled"] = self._ask(
-                    model, [with_pictures_of(r, o) for r, o in zip(asked, others, strict=True)]
-                )
+            others = [self.records[other[i]] for i in places]
+            answers = ask_all(model, [prompt(r) for r in records], others, self.controls, self.decoding)
             yield [self._row(r, {k: v[j] for k, v in answers.items()}) for j, r in enumerate(records)]
-
-    def _ask(self, model: Answers, records: list[Any]) -> list[str]:
-        answers = model.answer_records(records, **self.decoding)
-        if len(answers) != len(records):
-            raise CapabilityError(f"The model gave {len(answers)} answers to {len(records)} questions.")
-        return answers
 
     def _row(self, record: Sample, answers: Mapping[str, str]) -> Row:
         turn, kind = last_turn(record), kind_of(record)
-        return {
+        row: Row = {
             "id": record.id,
             "kind": kind,
             "question": turn.question,
             "truth": list(turn.answers),
             "answer": answers["answer"],
-            "correct": vqa.is_right(answers["answer"], turn.answers),
             "blind": answers.get("blind"),
             "shuffled": answers.get("shuffled"),
             "prior": self.prior.answer(turn.question, kind) if self.prior else None,
         }
+        row |= {k: _plain(record.meta[k]) for k in ("choices", "group") if k in record.meta}
+        return row | {"correct": rules.rule(self.rule).points(row["answer"], row)}
 
-    def score(self, rows: Sequence[Row]) -> vqa.VqaScores:
-        return vqa.score(rows, seed=self.seed)
+    def score(self, rows: Sequence[Row]) -> Scores:
+        return vqa.score(rows, rule=rules.rule(self.rule), seed=self.seed)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +202,7 @@ class RetrievalTask:
 
     @cached_property
     def ids(self) -> list[str]:
-        return _unique([first for first, _, _ in self._pairs.values()], self.name)
+        return unique([first for first, _, _ in self._pairs.values()], self.name)
 
     def describe(self) -> dict[str, Any]:
         return {"similarity": self.similarity, "prefix": self.prefix, "data": fingerprint(self.records)}
@@ -247,7 +238,7 @@ class _Classified:
 
     @cached_property
     def ids(self) -> list[str]:
-        return _unique([r.id for r in listed(self.records)], self.name)
+        return unique([r.id for r in listed(self.records)], self.name)
 
     def _labels(self, records: Records) -> list[str]:
         labels = []

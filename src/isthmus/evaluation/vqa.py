@@ -1,4 +1,4 @@
-"""Visual question answering: exact match beside what can be reached without looking.
+"""Visual question answering: points for answers beside what can be reached without looking.
 
 A score stands beside three scores of a model that does not see the picture: **blind** (the same model without the
 picture), **shuffled** (with another sample's picture) and **prior** (the training answers' most frequent answer to
@@ -9,7 +9,7 @@ it, per question kind and overall.
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,26 @@ def is_right(answer: str, truths: Iterable[str]) -> bool:
     """Exact match with any accepted answer after :func:`normalise`. An empty answer is never right."""
     given = normalise(answer)
     return bool(given) and given in {normalise(t) for t in truths}
+
+
+Facts = Mapping[str, Any]
+"""An output row: ``truth`` (the accepted answers) and what else a rule reads, such as ``choices``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """How an answer is scored: ``points`` in 0 … 1, and ``says``, what the answer is read as (none: unparsable).
+
+    ``version`` is raised with every change that can move a score; it stands in the manifest of every score.
+    """
+
+    name: str
+    version: int
+    points: Callable[[str, Facts], float]
+    says: Callable[[str, Facts], str | None] = field(default=lambda answer, row: normalise(answer))
+
+
+EXACT = Rule(name="exact", version=1, points=lambda answer, row: float(is_right(answer, row["truth"])))
 
 
 class AnswerPrior:
@@ -81,7 +101,8 @@ class Score:
     """Fractions over ``n`` questions; a control that was not run is none, and so is the gain without any control.
 
     ``interval`` and ``gain_interval`` are 95 % bootstrap intervals over questions, the gain's paired and with its
-    best control chosen anew in each resample. ``empty`` counts empty answers (each of them wrong).
+    best control chosen anew in each resample. ``empty`` counts empty answers and ``unparsable`` those that the rule
+    cannot read, empty ones among them (each of them wrong; there is no fallback answer).
     """
 
     n: int
@@ -93,6 +114,7 @@ class Score:
     gain: float | None = None
     gain_interval: Interval | None = None
     empty: int = 0
+    unparsable: int = 0
 
     @property
     def best_without_looking(self) -> float | None:
@@ -116,6 +138,7 @@ class Score:
             "n": self.n,
             "enough": self.enough,
             "empty": self.empty,
+            "unparsable": self.unparsable,
         }
 
     @classmethod
@@ -131,6 +154,7 @@ class Score:
             gain=facts.get("gain"),
             gain_interval=_pair(gain_interval) if gain_interval else None,
             empty=facts.get("empty", 0),
+            unparsable=facts.get("unparsable", 0),
         )
 
 
@@ -150,23 +174,28 @@ class VqaScores:
         return cls(Score.from_dict(facts), {k: Score.from_dict(s) for k, s in facts.get("kinds", {}).items()})
 
 
-def score(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> VqaScores:
-    """Scores of output rows: each has ``truth`` (list), ``kind``, ``answer``, and ``blind``, ``shuffled`` and
-    ``prior`` (the raw answers, or none where the control was not run).
+def score(rows: Sequence[Facts], *, rule: Rule = EXACT, seed: int = 0) -> VqaScores:
+    """Scores of output rows by ``rule``: each has ``truth`` (list), ``kind``, ``answer``, and ``blind``, ``shuffled``
+    and ``prior`` (the raw answers, or none where the control was not run).
 
     Raises DataError when there are no rows.
     """
     if not rows:
         raise DataError("There are no answers to score: the data set is empty.")
-    kinds: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    kinds: defaultdict[str, list[Facts]] = defaultdict(list)
     for row in rows:
         kinds[row["kind"]].append(row)
-    return VqaScores(_score(rows, seed), {k: _score(kinds[k], seed) for k in sorted(kinds)})
+    return VqaScores(_score(rows, rule, seed), {k: _score(kinds[k], rule, seed) for k in sorted(kinds)})
 
 
-def _score(rows: Sequence[Mapping[str, Any]], seed: int) -> Score:
-    controls = [c for c in ("blind", "shuffled", "prior") if all(r.get(c) is not None for r in rows)]
-    right = np.array([[is_right(r[c], r["truth"]) for c in ("answer", *controls)] for r in rows], dtype=np.float64)
+def controls_of(rows: Sequence[Facts]) -> list[str]:
+    """The controls that were run for every row."""
+    return [c for c in ("blind", "shuffled", "prior") if all(r.get(c) is not None for r in rows)]
+
+
+def _score(rows: Sequence[Facts], rule: Rule, seed: int) -> Score:
+    controls = controls_of(rows)
+    right = np.array([[rule.points(r[c], r) for c in ("answer", *controls)] for r in rows], dtype=np.float64)
     n = len(rows)
 
     def statistic(sums: Array) -> Array:
@@ -183,6 +212,7 @@ def _score(rows: Sequence[Mapping[str, Any]], seed: int) -> Score:
         gain=float(means[0]) - max(values.values()) if values else None,
         gain_interval=gain if values else None,
         empty=sum(not normalise(r["answer"]) for r in rows),
+        unparsable=sum(not rule.says(r["answer"], r) for r in rows),
         **values,
     )
 

@@ -8,11 +8,13 @@ from isthmus import checkpoint
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, nearest
 from isthmus.evaluation import zero_shot
+from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, LikelihoodTask
+from isthmus.evaluation.caption_task import CaptionTask, typical_caption
 from isthmus.evaluation.few_shot import FewShotTask
+from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
 from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
-from isthmus.model import Model
 from isthmus.recipes.schema import EvalSpec, parse_recipe
 
 Progress = Callable[[str, int, int], None]
@@ -47,13 +49,34 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None) -> Tas
         raise ConfigError(f"Task {spec.name!r}: an option among {sorted(options)} is unknown ({error}).") from error
 
 
-def _vqa(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
-    prior = AnswerPrior.fit(train[i] for i in range(len(train))) if train is not None else None
-    if "shots" in options:
-        if train is None:
-            raise ConfigError(f"Task {spec.name!r}: shots come from training data; give `train` (--train).")
-        return FewShotTask(name=spec.name, records=records, prior=prior, seed=seed, support=train, **options)
-    return VqaTask(name=spec.name, records=records, prior=prior, seed=seed, **options)
+def _answers(kind: Callable[..., Task], **defaults: Any) -> Callable[..., Task]:
+    """Tasks whose prior is the training answers' most frequent one per question text."""
+
+    def make(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+        prior = AnswerPrior.fit(train[i] for i in range(len(train))) if train is not None else None
+        facts = {"name": spec.name, "records": records, "prior": prior, "seed": seed, **defaults, **options}
+        if kind is VqaTask and "shots" in options:
+            if train is None:
+                raise ConfigError(f"Task {spec.name!r}: shots come from training data; give `train` (--train).")
+            return FewShotTask(support=train, **facts)
+        return kind(**facts)
+
+    return make
+
+
+def _caption(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+    prior = typical_caption([train[i] for i in range(len(train))]) if train is not None else None
+    if not options.get("prompt"):
+        options.setdefault("controls", ["shuffled"])
+    return CaptionTask(name=spec.name, records=records, prior=prior, seed=seed, **options)
+
+
+def _matching(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+    return MatchingTask(name=spec.name, records=records, seed=seed, **options)
+
+
+def _matching_head(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+    return MatchingHeadTask(name=spec.name, records=records, seed=seed, **options)
 
 
 def _retrieval(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
@@ -73,7 +96,19 @@ def _linear_probe(spec: EvalSpec, records: Any, train: Any, seed: int, options: 
 
 
 TASKS: dict[str, Callable[[EvalSpec, Any, Any, int, dict[str, Any]], Task]] = {
-    "vqa": _vqa,
+    "vqa": _answers(VqaTask),
+    "vqav2": _answers(VqaTask, rule="vqa"),
+    "ok-vqa": _answers(VqaTask, rule="ok-vqa"),
+    "gqa": _answers(VqaTask, rule="gqa"),
+    "scienceqa": _answers(VqaTask, rule="choice", mixed=True),
+    "choice": _answers(VqaTask, rule="choice"),
+    "choice-likelihood": _answers(LikelihoodTask),
+    "pope": _answers(BinaryTask),
+    "nlvr": _answers(BinaryTask),
+    "conversation": _answers(ConversationTask),
+    "caption": _caption,
+    "matching": _matching,
+    "matching-head": _matching_head,
     "retrieval": _retrieval,
     "zero-shot": _zero_shot,
     "linear-probe": _linear_probe,
@@ -81,7 +116,7 @@ TASKS: dict[str, Callable[[EvalSpec, Any, Any, int, dict[str, Any]], Task]] = {
 
 
 def score_model(
-    model: Model,
+    model: Any,
     specs: Sequence[EvalSpec],
     folder: Path,
     *,
@@ -97,6 +132,8 @@ def score_model(
         report = (lambda done, total, name=name: progress(name, done, total)) if progress else None
         if spec.task == "retrieval" and model.kind == "clip":
             spec = spec.model_copy(update={"options": {"similarity": model.net.config.similarity, **spec.options}})
+        if spec.task == "caption" and "caption" in model.prompts:
+            spec = spec.model_copy(update={"options": {"prompt": model.prompts["caption"], **spec.options}})
         task = make_task(spec, seed=seed, limit=limit)
         found.append(evaluate(model, task, folder / name, model_hash=model_hash, progress=report))
     return found

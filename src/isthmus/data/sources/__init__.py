@@ -15,14 +15,22 @@ from typing import Any
 
 from isthmus.data.mix import Mix, Source
 from isthmus.data.scenes import SceneSource
+from isthmus.data.sources.annotations import READERS
 from isthmus.data.sources.documents import DocumentSource, JsonPages
-from isthmus.data.sources.files import NamedImages, Root, read_json, read_lines, read_rows, safe_name
+from isthmus.data.sources.files import (
+    NamedImages,
+    Names,
+    Root,
+    named_images,
+    read_json,
+    read_lines,
+    read_rows,
+    safe_name,
+)
 from isthmus.data.sources.rows import Form, Row, Rows, RowSource, flat
 from isthmus.data.sources.webdataset import IMAGE_ENDINGS, WebDatasetRows
 from isthmus.data.video import FileFrames, FolderFrames
 from isthmus.errors import ConfigError, DataError, nearest
-
-Names = str | Sequence[str]
 
 
 def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None) -> Source:
@@ -64,7 +72,7 @@ def _llava(root: Root, form: Form, *, file: Names, image_folder: str | None = No
 def _jsonl(root: Root, form: Form, *, file: Names, image_folder: str | None = None, images: Names = ()) -> Rows:
     """Any JSON lines or JSON list; pictures by name from ``image_folder`` or from the tars ``images``."""
     paths = root.files(file)
-    found = _images(root, image_folder, images, beside=paths[0])
+    found = named_images(root, image_folder, images, beside=paths[0])
     return _NamedRows([(path.stem, row) for path in paths for row in read_rows(path)], form, found)
 
 
@@ -89,7 +97,7 @@ def _csv(
                 if theirs not in columns:
                     raise ConfigError(f"{path} has no column {theirs!r}; {nearest(theirs, columns)}")
             rows += [(path.stem, row) for row in reader]
-    return _NamedRows(rows, form, _images(root, image_folder, images, beside=paths[0]))
+    return _NamedRows(rows, form, named_images(root, image_folder, images, beside=paths[0]))
 
 
 def _coco(root: Root, form: Form, *, file: str, image_folder: str | None = None, images: Names = ()) -> Rows:
@@ -109,7 +117,7 @@ def _coco(root: Root, form: Form, *, file: str, image_folder: str | None = None,
         raise DataError(
             f"{path} is not a COCO captions file: it needs images (id, file_name) and annotations (image_id, caption)"
         ) from None
-    return _NamedRows(rows, form, _images(root, image_folder, images, beside=path))
+    return _NamedRows(rows, form, named_images(root, image_folder, images, beside=path))
 
 
 def _folder(root: Root, form: Form, *, folder: str) -> Rows:
@@ -146,6 +154,7 @@ SOURCES: dict[str, Callable[..., Rows]] = {
     "coco": _coco,
     "folder": _folder,
     "webdataset": _webdataset,
+    **READERS,
     "scenes": SceneSource,  # type: ignore[dict-item]  (made, not read: opened apart)
 }
 
@@ -176,7 +185,7 @@ def _documents(
         return DocumentSource(name, WebDatasetRows(root.files(shards)), layout, None, **options)
     paths = root.files(file)
     pages = JsonPages([(path.stem, row) for path in paths for row in read_rows(path)])
-    found = _images(root, image_folder, images, beside=paths[0])
+    found = named_images(root, image_folder, images, beside=paths[0])
     return DocumentSource(name, pages, layout, found, **options)
 
 
@@ -208,15 +217,6 @@ class _NamedRows:
             raise DataError(f"bad video name: {name!r} leaves the image folder; use names relative to it")
         path = self.images.folder / name
         return FolderFrames(path) if path.is_dir() else FileFrames(path)
-
-
-def _images(root: Root, image_folder: str | None, images: Names, *, beside: Path) -> NamedImages:
-    if image_folder is not None and images:
-        raise ConfigError("source: give image_folder or images (tars), not both")
-    folder = root.path(image_folder) if image_folder is not None else beside.parent
-    if not folder.is_dir():
-        raise DataError(f"no such image folder: {folder}; check the path and the DATA= folder")
-    return NamedImages(folder, root.files(images) if images else ())
 
 
 def _form(options: dict[str, Any], root: Root) -> Form:

@@ -12,7 +12,9 @@ from typing import Any
 from isthmus.data.images import FileImage, TarImage
 from isthmus.data.record import ImageSource
 from isthmus.data.sources.tar import index_tar
-from isthmus.errors import DataError
+from isthmus.errors import ConfigError, DataError
+
+Names = str | Sequence[str]
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -144,3 +146,22 @@ class NamedImages:
         if name not in self.members:
             raise DataError(f"missing image: no shard holds {name!r}; check the names in the file and in the tars")
         return self.members[name]
+
+    def find_first(self, names: Sequence[str]) -> ImageSource:
+        """The first of several names that is there; where none is, what :meth:`find` says of the first."""
+        for name in names:
+            there = (self.folder / name).is_file() if self.members is None else name in self.members
+            if safe_name(name) and there:
+                return self.find(name)
+        return self.find(names[0])
+
+
+def named_images(root: Root, image_folder: str | None, images: Names, *, beside: Path) -> NamedImages:
+    """Pictures below ``image_folder`` (else beside the file), or in the tars ``images``. Raises ConfigError for both,
+    DataError for a folder that is not there."""
+    if image_folder is not None and images:
+        raise ConfigError("source: give image_folder or images (tars), not both")
+    folder = root.path(image_folder) if image_folder is not None else beside.parent
+    if not folder.is_dir():
+        raise DataError(f"no such image folder: {folder}; check the path and the DATA= folder")
+    return NamedImages(folder, root.files(images) if images else ())

@@ -15,7 +15,7 @@ from isthmus.data.video import FileFrames, FolderFrames
 from isthmus.errors import ConfigError, DataError, nearest
 
 FIELDS = ("conversations", "messages", "questions", "question", "caption", "label", "text")
-KNOWN = (*FIELDS, "answer", "image", "video", "id", "kind")
+KNOWN = (*FIELDS, "answer", "choices", "image", "video", "id", "kind")
 _ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -27,12 +27,14 @@ _ROLES: dict[str, Role] = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a file: ``key`` is what side files call it, ``id`` is unique in the source."""
+    """One row of a file: ``key`` is what side files call it, ``id`` is unique in the source. ``meta`` goes into the
+    record's as it is: what scoring reads and the texts do not say."""
 
     id: str
     values: Mapping[str, Any]
     images: tuple[ImageSource | FrameSource, ...] = ()
     key: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Rows(Protocol):
@@ -110,6 +112,9 @@ class Form:
         kind = self.value(row, "kind")
         if kind is not None:
             meta["kind"] = str(kind)
+        choices = self.value(row, "choices")
+        if choices is not None:
+            meta["choices"] = flat(choices)
         if form in ("conversations", "messages"):
             parts = conversation(self.value(row, form), row.images)
         elif form == "questions":
@@ -121,7 +126,7 @@ class Form:
         else:
             parts = self._caption(row, form, meta)
         several = self.step is not None and form == "questions"
-        return Record(f"{row.id}#{number}" if several else row.id, tuple(parts), source, meta)
+        return Record(f"{row.id}#{number}" if several else row.id, tuple(parts), source, {**meta, **row.meta})
 
     def _questions(self, row: Row, number: int, meta: dict[str, Any]) -> list[Part]:
         pairs = self.value(row, "questions")

@@ -1,0 +1,326 @@
+"""Official annotation files of other people's data sets, as rows: VQA v2 and OK-VQA, GQA, ScienceQA, POPE, the
+Karpathy splits, NLVR.
+
+Each reader knows the fields of its files, so they need no ``fields`` map; the options of the form (``suffix``,
+``turns``) still apply. What is checked for all samples at once (unknown ids, ids that come twice, files that do not
+belong together) is checked when the source is opened; a single bad sample is met, and quarantined, when it is read.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from isthmus.data.sources.files import Names, Root, named_images, read_json, read_rows
+from isthmus.data.sources.rows import Form, Row, Rows
+from isthmus.errors import ConfigError, DataError, nearest
+
+
+class LazyRows:
+    """Rows made from items when they are asked for; the item itself is checked then."""
+
+    def __init__(self, items: Sequence[Any], make: Callable[[Any], Row]) -> None:
+        self.items, self.make = items, make
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.make(self.items[index])
+
+
+def vqav2(
+    root: Root,
+    form: Form,
+    *,
+    questions: str,
+    annotations: str,
+    image_name: str = "COCO_{split}_{id:012d}.jpg",
+    by: str = "answer_type",
+    image_folder: str | None = None,
+    images: Names = (),
+) -> Rows:
+    """VQA v2 and OK-VQA: a questions file and the annotations to it.
+
+    The learnt answer is ``multiple_choice_answer`` (else the commonest of the ten, the first of equals); the ten are
+    what scoring reads. ``image_name`` makes the file's name from the image's ``{id}`` and the file's ``{split}``.
+    ``by``: the kind of question is its ``answer_type`` or its ``question_type``.
+    """
+    _choice("by", by, ("answer_type", "question_type"))
+    asked, told = read_json(root.path(questions)), read_json(root.path(annotations))
+    items, answers = _listed(asked, "questions", questions), _listed(told, "annotations", annotations)
+    found = {q["question_id"]: q for q in _once(items, "question_id", questions)}
+    for a in _once(answers, "question_id", annotations):
+        if a["question_id"] not in found:
+            raise DataError(
+                f"{annotations}: question {a['question_id']} is not in {questions}; are the two of one split?"
+            )
+    if len(answers) < len(found):
+        lost = sorted(map(str, set(found) - {a["question_id"] for a in answers}))
+        raise DataError(f"{annotations}: {len(lost)} questions of {questions} have no answers, the first is {lost[0]}.")
+    split = str(asked.get("data_subtype", ""))
+
+    pictures = named_images(root, image_folder, images, beside=root.path(questions))
+
+    def make(annotation: Mapping[str, Any]) -> Row:
+        question = found[annotation["question_id"]]
+        ten = [a["answer"] for a in annotation["answers"]]
+        if not ten:
+            raise DataError("empty answer: the question has no answers; drop it")
+        values = {
+            "question": question["question"],
+            "answer": annotation.get("multiple_choice_answer") or max(ten, key=ten.count),
+            "kind": annotation.get(by),
+        }
+        name = image_name.format(id=int(question["image_id"]), split=split)
+        number = str(question["question_id"])
+        return Row(f"vqa/{number}", values, (pictures.find(name),), key=number, meta={"answers": tuple(ten)})
+
+    return LazyRows(answers, make)
+
+
+def gqa(
+    root: Root,
+    form: Form,
+    *,
+    file: str,
+    image_name: str = "{id}.jpg",
+    by: str = "structural",
+    image_folder: str | None = None,
+    images: Names = (),
+) -> Rows:
+    """GQA: one object of questions by id. The kind is the question's ``structural``, ``semantic`` or ``detailed``
+    type; the answer is the short one."""
+    _choice("by", by, ("structural", "semantic", "detailed"))
+    content = read_json(root.path(file))
+    if not isinstance(content, dict) or not all(isinstance(q, dict) and "question" in q for q in content.values()):
+        raise DataError(f"{file} is not a GQA file: it needs an object of questions by their ids")
+
+    pictures = named_images(root, image_folder, images, beside=root.path(file))
+
+    def make(item: tuple[str, Mapping[str, Any]]) -> Row:
+        name, q = item
+        values = {
+            "question": q["question"],
+            "answer": q.get("answer"),
+            "kind": (q.get("types") or {}).get(by),
+        }
+        return Row(f"gqa/{name}", values, (pictures.find(image_name.format(id=q["imageId"])),), key=name)
+
+    return LazyRows(list(content.items()), make)
+
+
+FORMATS = ("CQM-A", "QCM-LEA", "QCM-A", "QCM-ALE")
+"""What ScienceQA's prompts call their parts: Context, Question, Multiple options - Answer, Lecture, Explanation."""
+LETTER = "Answer with the option's letter from the given choices directly."
+
+
+def scienceqa(
+    root: Root,
+    form: Form,
+    *,
+    problems: str,
+    splits: str,
+    split: str,
+    format: str = "CQM-A",
+    only: str = "all",
+    by: str = "subject",
+    image_name: str = "{split}/{id}/{image}",
+    image_folder: str | None = None,
+    images: Names = (),
+) -> Rows:
+    """ScienceQA: the problems, and which of them are in a split.
+
+    ``format`` is the order of the prompt and what is answered: ``CQM-A`` asks for the letter (LLaVA-1.5's, with its
+    suffix), ``QCM-LEA`` has lecture and explanation before "The answer is X." (LLaVA v1's). ``only``: ``all``, or
+    the problems with a picture (``image``) or without (``text``). ``by``: the kind of question is its ``subject``,
+    ``grade`` or ``modality`` (image, text or none).
+    """
+    _choice("format", format, FORMATS)
+    _choice("only", only, ("all", "image", "text"))
+    _choice("by", by, ("subject", "grade", "modality"))
+    content, numbers = read_json(root.path(problems)), read_json(root.path(splits))
+    if split not in numbers:
+        raise ConfigError(f"{splits} has no split {split!r}; {nearest(split, numbers)}")
+    unknown = [n for n in numbers[split] if n not in content]
+    if unknown:
+        raise DataError(
+            f"{problems}: {len(unknown)} problems of split {split!r} are missing, the first is {unknown[0]}."
+        )
+    chosen = [n for n in numbers[split] if only == "all" or bool(content[n].get("image")) == (only == "image")]
+
+    pictures = named_images(root, image_folder, images, beside=root.path(problems))
+
+    def make(number: str) -> Row:
+        problem = content[number]
+        question, answer, letter = scienceqa_texts(problem, format)
+        image = problem.get("image")
+        name = image_name.format(split=problem.get("split", split), id=number, image=image)
+        modality = "image" if image else "text" if problem.get("hint") else "none"
+        values = {
+            "question": question,
+            "answer": answer,
+            "choices": list(problem["choices"]),
+            "kind": modality if by == "modality" else problem.get(by),
+        }
+        return Row(
+            f"scienceqa/{number}",
+            values,
+            (pictures.find(name),) if image else (),
+            key=number,
+            meta={"answers": (letter,)},
+        )
+
+    return LazyRows(chosen, make)
+
+
+def scienceqa_texts(problem: Mapping[str, Any], format: str) -> tuple[str, str, str]:
+    """Question, answer to be learnt, and the letter, of one problem in one of FORMATS.
+
+    Raises DataError when the right answer is none of the choices.
+    """
+    choices, place = problem["choices"], problem["answer"]
+    letters = "ABCDEFGHIJ"
+    if not isinstance(place, int) or not 0 <= place < len(choices) <= len(letters):
+        raise DataError(f"bad answer: {place!r} is not the number of one of the {len(choices)} choices")
+    letter = letters[place]
+    order, wanted = format.split("-")
+    context = str(problem.get("hint") or "").strip() or "N/A"
+    pieces = {
+        "C": f"Context: {context}",
+        "Q": str(problem["question"]) if order == "QCM" else f"Question: {problem['question']}",
+        "M": "Options: " + " ".join(f"({x}) {c}" for x, c in zip(letters, choices, strict=False)),
+    }
+    question = _single_spaced("\n".join(pieces[p] for p in order))
+    because = f"{problem.get('lecture') or ''} {problem.get('solution') or ''}".strip()
+    if order == "CQM":
+        return f"{question}\n{LETTER}", letter, letter
+    said = f"The answer is {letter}."
+    answer = {"A": said, "LEA": f"{because} {said}", "ALE": f"{said} BECAUSE: {because}" if because else said}[wanted]
+    return question, _single_spaced(answer), letter
+
+
+def _single_spaced(text: str) -> str:
+    return text.replace("  ", " ").strip()
+
+
+def pope(root: Root, form: Form, *, file: Names, image_folder: str | None = None, images: Names = ()) -> Rows:
+    """POPE: JSON lines of question_id, image, text and label (yes or no), one file per sampling.
+
+    The kind is the sampling: the last word of the file's name (``coco_pope_random.json`` -> random).
+    """
+    items: list[tuple[str, Mapping[str, Any]]] = []
+    for path in root.files(file):
+        rows = read_rows(path)
+        _once(rows, "question_id", str(path))
+        items += [(path.stem, row) for row in rows]
+
+    pictures = named_images(root, image_folder, images, beside=root.files(file)[0])
+
+    def make(item: tuple[str, Mapping[str, Any]]) -> Row:
+        stem, row = item
+        if row.get("label") not in ("yes", "no"):
+            raise DataError(f"bad label: POPE knows yes and no, not {row.get('label')!r}")
+        values = {"question": row.get("text"), "answer": row["label"], "kind": stem.rsplit("_", 1)[-1]}
+        return Row(
+            f"{stem}/{row['question_id']}", values, (pictures.find(str(row["image"])),), key=str(row["question_id"])
+        )
+
+    return LazyRows(items, make)
+
+
+def karpathy(
+    root: Root,
+    form: Form,
+    *,
+    file: str,
+    split: str = "test",
+    image_name: str = "{name}",
+    image_folder: str | None = None,
+    images: Names = (),
+) -> Rows:
+    """The Karpathy splits of Flickr30k and COCO: one record per picture, its sentences as alternatives.
+
+    ``split``: train, val, test or restval, several joined by ``+``.
+    """
+    content = _listed(read_json(root.path(file)), "images", file)
+    wanted = split.split("+")
+    known = sorted({str(i.get("split")) for i in content})
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(f"{file} has no split {name!r}; {nearest(name, known)}")
+    chosen = [i for i in content if i.get("split") in wanted]
+    _once(chosen, "imgid" if "imgid" in chosen[0] else "filename", file)
+
+    pictures = named_images(root, image_folder, images, beside=root.path(file))
+
+    def make(item: Mapping[str, Any]) -> Row:
+        name = "/".join(p for p in (item.get("filepath"), item["filename"]) if p)
+        values = {"caption": [s["raw"] for s in item.get("sentences", ())]}
+        return Row(f"karpathy/{item['filename']}", values, (pictures.find(image_name.format(name=name)),), key=name)
+
+    return LazyRows(chosen, make)
+
+
+def nlvr(
+    root: Root, form: Form, *, file: str, permutations: int = 6, image_folder: str | None = None, images: Names = ()
+) -> Rows:
+    """NLVR: JSON lines of sentence, label and identifier, with the pictures' six box orders below ``<directory>``.
+
+    One record per picture; the ``group`` is the example, for which all box orders should get the same answer. Say
+    what to answer by the option ``suffix``, for example "true or false?".
+    """
+    if not 1 <= permutations <= 6:
+        raise ConfigError(f"source of kind 'nlvr': permutations is 1 to 6, not {permutations}")
+    path = root.path(file)
+    rows = _once(read_rows(path), "identifier", str(path))
+    split = path.stem
+
+    pictures = named_images(root, image_folder, images, beside=root.path(file))
+
+    def make(item: tuple[Mapping[str, Any], int]) -> Row:
+        row, k = item
+        label = str(row.get("label")).lower()
+        if label not in ("true", "false"):
+            raise DataError(f"bad label: NLVR knows true and false, not {row.get('label')!r}")
+        stem = f"{split}-{row['identifier']}-{k}"
+        folder = f"{row['directory']}/" if "directory" in row else ""
+        picture = pictures.find_first((f"{folder}{stem}.png", f"{stem}.png"))
+        values = {"question": row["sentence"], "answer": label}
+        return Row(f"nlvr/{stem}", values, (picture,), key=stem, meta={"group": str(row["identifier"])})
+
+    return LazyRows([(row, k) for row in rows for k in range(permutations)], make)
+
+
+READERS: dict[str, Callable[..., Rows]] = {
+    "vqav2": vqav2,
+    "ok-vqa": vqav2,
+    "gqa": gqa,
+    "scienceqa": scienceqa,
+    "pope": pope,
+    "karpathy": karpathy,
+    "nlvr": nlvr,
+}
+
+
+def _listed(content: Any, key: str, file: str) -> list[Any]:
+    found = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(found, list) or not found or not all(isinstance(item, dict) for item in found):
+        raise DataError(f"{file} is not of the expected format: it needs a list {key!r} with entries")
+    return found
+
+
+def _once(items: Iterable[Mapping[str, Any]], key: str, file: str) -> list[Any]:
+    """The items, each id once. Raises DataError for a missing id or one that comes twice."""
+    seen: set[str] = set()
+    found = list(items)
+    for number, item in enumerate(found):
+        if key not in item:
+            raise DataError(f"{file}: entry {number} has no {key!r}; is it a file of this format?")
+        if str(item[key]) in seen:
+            raise DataError(f"{file}: the {key} {item[key]} is there twice; remove one")
+        seen.add(str(item[key]))
+    return found
+
+
+def _choice(option: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"source: {option} {value!r} is unknown; {nearest(value, allowed)}")

@@ -1,0 +1,303 @@
+"""Tasks beyond one question and one answer text: yes or no, choices by likelihood, conversations."""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from isthmus.errors import CapabilityError, ConfigError, DataError
+from isthmus.evaluation import binary, choice, rules, vqa
+from isthmus.evaluation.asking import Control, ask_all, check_controls, picture_keys, strangers
+from isthmus.evaluation.bootstrap import Interval, intervals
+from isthmus.evaluation.protocols import Answers, Records, Sample, Weighs
+from isthmus.evaluation.tasks import Row, VqaTask, fingerprint, listed, unique
+from isthmus.evaluation.turns import (
+    kind_of,
+    last_turn,
+    prompt,
+    turns,
+    with_pictures_of,
+    without_picture,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BinaryTask(VqaTask):
+    """Yes or no (POPE), true or false (NLVR): rates of yes beside the accuracy. The kind is POPE's sampling."""
+
+    kind: ClassVar[str] = "binary"
+
+    rule: str = "yes-no"
+
+    def score(self, rows: Sequence[Row]) -> binary.BinaryScores:
+        return binary.score(rows, seed=self.seed)
+
+
+def choices_of(record: Sample, task: str) -> list[str]:
+    """Raises DataError when the record has no choices."""
+    found = record.meta.get("choices")
+    if not found:
+        raise DataError(f"Task {task!r}: sample {record.id!r} has no `choices` in its meta data.")
+    return [str(c) for c in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodTask:
+    """Multiple choice by log-likelihood: the choice that the model finds likeliest as its answer.
+
+    ``answer_with``: the candidates are the choices' ``text`` or their ``letter``. ``per``: the log-likelihood as it
+    is (``answer``), or over the number of characters, so that long choices are not at a disadvantage. Two equally
+    likely best choices are no answer: unparsable and counted.
+    """
+
+    kind: ClassVar[str] = "likelihood"
+    needs: ClassVar[type] = Weighs
+
+    name: str
+    records: Records
+    prior: vqa.AnswerPrior | None = None
+    controls: Sequence[Control] = ("blind", "shuffled")
+    answer_with: Literal["text", "letter"] = "text"
+    per: Literal["answer", "character"] = "answer"
+    mixed: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_controls(self.controls)
+        if self.answer_with not in ("text", "letter") or self.per not in ("answer", "character"):
+            raise ConfigError(f"Task {self.name!r}: answer_with is text or letter, per is answer or character.")
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return unique([r.id for r in listed(self.records)], self.name)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "rule": "choice",
+            "answer_with": self.answer_with,
+            "per": self.per,
+            "controls": list(self.controls),
+            "prior": self.prior.fingerprint() if self.prior else None,
+            "data": fingerprint(self.records),
+        }
+
+    def asked(self) -> Iterator[Any]:
+        return (prompt(r) for r in listed(self.records))
+
+    def rows(self, model: Weighs, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+        keys = picture_keys(self.records, self.name, mixed=self.mixed) if self.controls else []
+        other = strangers(keys, self.seed) if "shuffled" in self.controls else range(len(self.ids))
+        todo = [i for i, name in enumerate(self.ids) if name not in done]
+        for start in range(0, len(todo), chunk):
+            yield [self._row(model, self.records[i], self.records[other[i]]) for i in todo[start : start + chunk]]
+
+    def _row(self, model: Weighs, record: Any, other: Any) -> Row:
+        choices, turn, asked = choices_of(record, self.name), last_turn(record), prompt(record)
+        ways: dict[str, Callable[[], Any]] = {
+            "answer": lambda: asked,
+            "blind": lambda: without_picture(asked),
+            "shuffled": lambda: with_pictures_of(asked, other) if asked.images else asked,
+        }
+        scores = {way: self._scores(model, ways[way](), choices) for way in ("answer", *self.controls)}
+        said = {way: "" if (i := choice.best(s)) is None else choice.LETTERS[i] for way, s in scores.items()}
+        row: Row = {
+            "id": record.id,
+            "kind": kind_of(record),
+            "question": turn.question,
+            "choices": choices,
+            "truth": list(turn.answers),
+            "answer": said["answer"],
+            "blind": said.get("blind"),
+            "shuffled": said.get("shuffled"),
+            "prior": self.prior.answer(turn.question, kind_of(record)) if self.prior else None,
+            "log_likelihoods": scores["answer"],
+        }
+        return row | {"correct": choice.CHOICE.points(row["answer"], row)}
+
+    def _scores(self, model: Weighs, record: Any, choices: Sequence[str]) -> list[float]:
+        candidates = list(choice.LETTERS[: len(choices)]) if self.answer_with == "letter" else list(choices)
+        scores = model.score(record.parts, candidates)
+        if len(scores) != len(candidates) or not np.isfinite(scores).all():
+            raise CapabilityError(f"The model gave {scores} as log-likelihoods of {len(candidates)} candidates.")
+        if self.per == "character":
+            return [s / max(len(c), 1) for s, c in zip(scores, candidates, strict=True)]
+        return list(scores)
+
+    def score(self, rows: Sequence[Row]) -> vqa.VqaScores:
+        return vqa.score(rows, rule=choice.CHOICE, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationTask:
+    """Every question of a conversation, in order, one row each (id ``<record>/<turn>``, turns from 1).
+
+    ``history``: the earlier answers in the context are the model's ``own`` (of the same way of asking: the blind
+    model remembers what it said blind), or the ``true`` ones. Each follow-up is also asked ``alone``, with the
+    picture and without the earlier turns: where that scores as well, the follow-up needed no memory.
+    """
+
+    kind: ClassVar[str] = "conversation"
+    needs: ClassVar[type] = Answers
+
+    name: str
+    records: Records
+    prior: vqa.AnswerPrior | None = None
+    controls: Sequence[Control] = ("blind", "shuffled")
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    rule: str = "exact"
+    history: Literal["own", "true"] = "own"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_controls(self.controls)
+        rules.rule(self.rule)
+        if self.history not in ("own", "true"):
+            raise ConfigError(f"Task {self.name!r}: history is own or true, not {self.history!r}.")
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return unique([i for r in listed(self.records) for i in self._ids(r)], self.name)
+
+    def _ids(self, record: Sample) -> list[str]:
+        count = len(turns(record))
+        if not count:
+            raise DataError(f"Task {self.name!r}: sample {record.id!r} has no answer to score against.")
+        return [f"{record.id}/{n}" for n in range(1, count + 1)]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "rule": self.rule,
+            "history": self.history,
+            "controls": list(self.controls),
+            "prior": self.prior.fingerprint() if self.prior else None,
+            "decoding": dict(self.decoding),
+            "data": fingerprint(self.records),
+        }
+
+    def asked(self) -> Iterator[Any]:
+        return (prompt(r) for r in listed(self.records))
+
+    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+        keys = picture_keys(self.records, self.name) if self.controls else []
+        other = strangers(keys, self.seed) if "shuffled" in self.controls else range(len(self.records))
+        todo = [i for i in range(len(self.records)) if not set(self._ids(self.records[i])) <= set(done)]
+        for start in range(0, len(todo), max(1, chunk // 4)):
+            places = todo[start : start + max(1, chunk // 4)]
+            made = self._talk(model, [self.records[i] for i in places], [self.records[other[i]] for i in places])
+            yield [row for row in made if row["id"] not in done]
+
+    def _talk(self, model: Answers, records: Sequence[Any], others: Sequence[Any]) -> list[Row]:
+        said: dict[str, list[list[str]]] = {}
+        for way in ("answer", *self.controls):
+            shown = {
+                "answer": records,
+                "blind": [without_picture(r) for r in records],
+                "shuffled": [with_pictures_of(r, o) for r, o in zip(records, others, strict=True)],
+            }[way]
+            said[way] = self._converse(model, shown)
+        said["alone"] = self._alone(model, records, said["answer"])
+        return [
+            self._row(record, n, {way: answers[j][n] for way, answers in said.items()})
+            for j, record in enumerate(records)
+            for n in range(len(turns(record)))
+        ]
+
+    def _converse(self, model: Answers, records: Sequence[Any]) -> list[list[str]]:
+        """The model's answers by record and turn; turn after turn, all records that still have one at once."""
+        said: list[list[str]] = [[] for _ in records]
+        for n in range(max(len(turns(r)) for r in records)):
+            going = [i for i, r in enumerate(records) if len(turns(r)) > n]
+            asked = [_up_to(records[i], n, said[i] if self.history == "own" else None) for i in going]
+            answers = ask_all(model, asked, asked, (), self.decoding)["answer"]
+            for i, answer in zip(going, answers, strict=True):
+                said[i].append(answer)
+        return said
+
+    def _alone(self, model: Answers, records: Sequence[Any], seen: Sequence[Sequence[str]]) -> list[list[str]]:
+        """Follow-ups without what was said before. A first question is alone anyway: its answer stands."""
+        places = [(i, n) for i, r in enumerate(records) for n in range(1, len(turns(r)))]
+        found = [list(answers) for answers in seen]
+        if places:
+            asked = [_without_history(records[i], n) for i, n in places]
+            for (i, n), answer in zip(places, ask_all(model, asked, asked, (), self.decoding)["answer"], strict=True):
+                found[i][n] = answer
+        return found
+
+    def _row(self, record: Sample, n: int, answers: Mapping[str, str]) -> Row:
+        all_turns = turns(record)
+        turn = last_turn(record) if n == len(all_turns) - 1 else all_turns[n]
+        kinds = record.meta.get("kinds")
+        kind = str(kinds[n]) if kinds else kind_of(record)
+        row: Row = {
+            "id": f"{record.id}/{n + 1}",
+            "turn": n + 1,
+            "kind": kind,
+            "question": turn.question,
+            "truth": list(turn.answers),
+            "answer": answers["answer"],
+            "blind": answers.get("blind"),
+            "shuffled": answers.get("shuffled"),
+            "prior": self.prior.answer(turn.question, kind) if self.prior else None,
+            "alone": answers["alone"],
+        }
+        return row | {"correct": rules.rule(self.rule).points(row["answer"], row)}
+
+    def score(self, rows: Sequence[Row]) -> "ConversationScores":
+        return score_conversation(rows, rule=rules.rule(self.rule), seed=self.seed)
+
+
+_SILENT = "(no answer)"
+"""What an empty answer of the model's becomes in its own history: templates cannot write an empty turn."""
+
+
+def _up_to(record: Any, n: int, said: Sequence[str] | None) -> Any:
+    """The record before its n-th answer, with the earlier answers replaced by ``said`` where given."""
+    found = turns(record)
+    parts = list(record.parts[: found[n].at])
+    for turn, answer in zip(found[:n], said or (), strict=False):
+        parts[turn.at] = replace(parts[turn.at], text=answer.strip() or _SILENT)
+    return replace(record, parts=tuple(parts))
+
+
+def _without_history(record: Any, n: int) -> Any:
+    """All pictures up to the n-th question, and that question alone."""
+    found = turns(record)
+    before = tuple(p for p in record.parts[: found[n - 1].at + 1] if p in record.images)
+    return replace(record, parts=(*before, *record.parts[found[n - 1].at + 1 : found[n].at]))
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationScores:
+    """Points with controls, per turn, and of the follow-ups: with what was said before, alone, and the gain of it."""
+
+    answers: vqa.VqaScores
+    turns: Mapping[int, float]
+    follow_ups: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        by_turn = {str(n): value for n, value in self.turns.items()}
+        return {**self.answers.to_dict(), "turns": by_turn, "follow_ups": dict(self.follow_ups)}
+
+
+def score_conversation(rows: Sequence[Row], *, rule: vqa.Rule, seed: int = 0) -> ConversationScores:
+    """From output rows. Raises DataError when there are none."""
+    answers = vqa.score(rows, rule=rule, seed=seed)
+    by_turn: defaultdict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        by_turn[row["turn"]].append(rule.points(row["answer"], row))
+    later = [r for r in rows if r["turn"] > 1]
+    follow_ups: dict[str, Any] = {"n": len(later)}
+    if later:
+        points = np.array([[rule.points(r["answer"], r), rule.points(r["alone"], r)] for r in later])
+        together, alone = points.mean(axis=0)
+        gain: Interval = intervals(points, lambda s: (s[..., :1] - s[..., 1:]) / len(points), seed=seed)[0]
+        follow_ups |= {
+            "accuracy": float(together),
+            "alone": float(alone),
+            "gain_of_history": float(together - alone),
+            "gain_of_history_interval": list(gain),
+        }
+    return ConversationScores(answers, {n: float(np.mean(v)) for n, v in sorted(by_turn.items())}, follow_ups)

@@ -1,0 +1,155 @@
+"""Yes-or-no answers: accuracy, precision, recall, F1 and the share of yes, as POPE reports them (Li et al. 2023).
+
+An answer that says neither is unparsable: a class of its own, wrong, and counted. The published POPE parser instead
+takes every answer without a "no" for a yes; that reading stands beside ours under ``official``, so that numbers can
+be held against published ones and the difference is seen.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from isthmus.evaluation import vqa
+from isthmus.evaluation.bootstrap import Array, Interval, intervals
+from isthmus.evaluation.vqa import Facts, Rule
+
+_WORDS = {
+    "yes": "yes", "yeah": "yes", "yep": "yes", "true": "yes", "correct": "yes",
+    "no": "no", "not": "no", "nope": "no", "false": "no", "incorrect": "no",
+}  # fmt: skip
+_WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
+
+
+def parse(answer: str) -> str | None:
+    """``yes``, ``no`` or none. The first sentence counts; a "no" or "not" in it outweighs a "yes"."""
+    words = _WORD.findall(answer.casefold().replace("’", "'").split(".", 1)[0])
+    found = {_WORDS.get(w) or ("no" if w.endswith("n't") else None) for w in words}
+    return "no" if "no" in found else "yes" if "yes" in found else None
+
+
+def parse_as_pope(answer: str) -> str:
+    """The published rule: text before the first full stop, commas dropped; "No", "no" or "not" among the words is a
+    no and everything else, an empty answer too, a yes."""
+    words = answer.split(".", 1)[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def _truth(row: Facts) -> str | None:
+    return parse(str(row["truth"][0]))
+
+
+YES_NO = Rule(
+    name="yes-no",
+    version=1,
+    points=lambda answer, row: float(parse(answer) is not None and parse(answer) == _truth(row)),
+    says=lambda answer, row: parse(answer),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binary:
+    """Of the positive class "yes". A fraction whose denominator is empty is 0. ``yes_ratio`` is of all questions."""
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes_ratio: float
+    f1_interval: Interval | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        facts = {k: getattr(self, k) for k in ("accuracy", "precision", "recall", "f1", "yes_ratio")}
+        return facts | ({"f1_interval": list(self.f1_interval)} if self.f1_interval else {})
+
+
+def table(rows: Sequence[Facts], *, official: bool = False, answer: str = "answer") -> Array:
+    """(n, 5): true yes, false yes, true no, false no, one. An unparsable answer to a yes counts as a missed yes."""
+    out = np.zeros((len(rows), 5))
+    for i, row in enumerate(rows):
+        said = parse_as_pope(row[answer]) if official else parse(row[answer])
+        truth = _truth(row)
+        right = said == truth
+        column = (0 if right else 1) if said == "yes" else 2 if right else 3 if truth == "yes" else None
+        if column is not None:
+            out[i, column] = 1
+        out[i, 4] = 1
+    return out
+
+
+def rates(sums: Array) -> Array:
+    """(…, 5) sums of :func:`table` -> (…, 5): accuracy, precision, recall, F1, share of yes."""
+    true_yes, false_yes, true_no, false_no, n = np.moveaxis(np.asarray(sums, dtype=np.float64), -1, 0)
+
+    def over(part: Array, whole: Array) -> Array:
+        return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+
+    precision, recall = over(true_yes, true_yes + false_yes), over(true_yes, true_yes + false_no)
+    f1 = over(2 * precision * recall, precision + recall)
+    return np.stack([(true_yes + true_no) / n, precision, recall, f1, (true_yes + false_yes) / n], axis=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class BinaryScores:
+    """Accuracy with its controls (:class:`VqaScores`), and the rates of yes, overall and per kind (POPE: per
+    sampling). ``official`` are the rates under the published parser; ``f1_over_kinds`` is the mean F1 of the kinds;
+    ``consistency`` the share of groups (NLVR: the box orders of one example) of which every answer is right.
+    """
+
+    answers: vqa.VqaScores
+    overall: Binary
+    kinds: Mapping[str, Binary]
+    official: Mapping[str, Binary]
+    consistency: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        facts = self.answers.to_dict()
+        for kind, rates_of in self.kinds.items():
+            facts["kinds"][kind] |= rates_of.to_dict()
+        mean = sum(k.f1 for k in self.kinds.values()) / len(self.kinds)
+        official = {k: b.to_dict() for k, b in self.official.items()}
+        facts |= self.overall.to_dict() | {"f1_over_kinds": mean, "official": official}
+        return facts if self.consistency is None else facts | {"consistency": self.consistency}
+
+
+def score(rows: Sequence[Facts], *, seed: int = 0) -> BinaryScores:
+    """From output rows, as :func:`vqa.score`. Raises DataError when there are none."""
+    answers = vqa.score(rows, rule=YES_NO, seed=seed)
+    kinds: defaultdict[str, list[Facts]] = defaultdict(list)
+    for row in rows:
+        kinds[row["kind"]].append(row)
+    named = {k: kinds[k] for k in sorted(kinds)}
+    official = {"all": rows, **named}
+    return BinaryScores(
+        answers,
+        _binary(rows, seed),
+        {k: _binary(some, seed) for k, some in named.items()},
+        {k: _binary(some, seed, official=True) for k, some in official.items()},
+        _consistency(rows),
+    )
+
+
+def _consistency(rows: Sequence[Facts]) -> float | None:
+    if any("group" not in row for row in rows):
+        return None
+    groups: defaultdict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        groups[row["group"]].append(YES_NO.points(row["answer"], row))
+    return sum(all(points) for points in groups.values()) / len(groups)
+
+
+def _binary(rows: Sequence[Facts], seed: int, *, official: bool = False) -> Binary:
+    counts = table(rows, official=official)
+    accuracy, precision, recall, f1, yes = rates(counts.sum(axis=0))
+    spread = None if official else intervals(counts, rates, seed=seed)[3]
+    return Binary(
+        accuracy=float(accuracy),
+        precision=float(precision),
+        recall=float(recall),
+        f1=float(f1),
+        yes_ratio=float(yes),
+        f1_interval=spread,
+    )

@@ -1,0 +1,48 @@
+"""Multiple choice: the letter read from a free answer, or the choice with the highest log-likelihood.
+
+The reader of letters takes the forms of ScienceQA's published evaluation: the letter alone, the letter with a full
+stop and a space, or "The answer is X."; beside them "(X)" and "X)", and the text of a choice itself. What is none of
+these is unparsable: wrong and counted, never guessed.
+"""
+
+import re
+from collections.abc import Sequence
+
+from isthmus.evaluation.vqa import Facts, Rule, normalise
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_FORMS = (
+    re.compile(r"\(?([A-Z])[.):]?"),  # the whole answer
+    re.compile(r"\(?([A-Z])[.):]\s.*", re.DOTALL),  # the letter, then anything
+)
+_SENTENCE = re.compile(r"[Tt]he answer is:? \(?([A-Z])\b")
+
+
+def parse(answer: str, choices: Sequence[str]) -> str | None:
+    """The letter of the choice that the answer names, or none. A letter beyond the choices names none of them."""
+    text = answer.strip()
+    letters = LETTERS[: len(choices)]
+    for form in _FORMS:
+        found = form.fullmatch(text)
+        if found:
+            return found[1] if found[1] in letters else None
+    said = _SENTENCE.search(text)
+    if said:
+        return said[1] if said[1] in letters else None
+    same = [i for i, c in enumerate(choices) if normalise(c) and normalise(c) == normalise(text)]
+    return LETTERS[same[0]] if len(same) == 1 else None
+
+
+def _points(answer: str, row: Facts) -> float:
+    said = parse(answer, row["choices"])
+    return float(said is not None and said == parse(str(row["truth"][0]), row["choices"]))
+
+
+CHOICE = Rule(name="choice", version=1, points=_points, says=lambda answer, row: parse(answer, row["choices"]))
+
+
+def best(scores: Sequence[float]) -> int | None:
+    """The place of the highest score; none where two are equally high, for then nothing was chosen."""
+    top = max(scores)
+    places = [i for i, s in enumerate(scores) if s == top]
+    return places[0] if len(places) == 1 else None

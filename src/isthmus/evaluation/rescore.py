@@ -1,0 +1,163 @@
+"""Score folders without a model: scoring again, and two folders held against each other pair by pair."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isthmus.errors import ConfigError, DataError
+from isthmus.evaluation import rules
+from isthmus.evaluation.bootstrap import resampled_sums
+from isthmus.evaluation.results import write_json
+from isthmus.evaluation.run import Result
+from isthmus.evaluation.scorers import scorer, scorer_of
+from isthmus.evaluation.tasks import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A score folder: what was asked, and one row per item."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    rows: list[Row]
+
+    @property
+    def kind(self) -> str:
+        return str(self.manifest.get("kind"))
+
+
+def read_folder(path: str | Path) -> Folder:
+    """Raises DataError: no score folder, damaged, or not finished (fewer rows than items)."""
+    path = Path(path)
+    manifest_file, outputs = path / "manifest.json", path / "outputs.jsonl"
+    for file in (manifest_file, outputs):
+        if not file.is_file():
+            inner = sorted(p.parent.name for p in path.glob("*/manifest.json")) if path.is_dir() else []
+            hint = f" It holds score folders of its own: {', '.join(inner)}." if inner else ""
+            raise DataError(f"{path} is no score folder: it has no {file.name}.{hint}")
+    try:
+        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+        items = int(manifest["items"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{manifest_file} is damaged ({error!r}); evaluate anew.") from None
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for number, line in enumerate(outputs.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            name = str(row["id"])
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{outputs}, line {number} is damaged; delete that line and evaluate again.") from None
+        if name in seen:
+            raise DataError(f"{outputs}, line {number}: the id {name!r} is there twice; nothing is counted twice.")
+        seen.add(name)
+        rows.append(row)
+    if len(rows) != items:
+        raise DataError(
+            f"{path} is not finished: {len(rows)} of {items} items have an output. The `isthmus eval` that began it "
+            "goes on where it stopped."
+        )
+    return Folder(path, manifest, rows)
+
+
+def rescore(path: str | Path, *, rule: str | None = None) -> Result:
+    """Score a folder's outputs again and write what comes out.
+
+    With another ``rule`` than the folder's own the scores go into ``scores.<rule>.json``, beside the first ones.
+    Raises DataError (the folder), ConfigError (an unknown rule, or a kind of task that has none).
+    """
+    folder = read_folder(path)
+    manifest, target = dict(folder.manifest), "scores.json"
+    if rule is not None and rule != manifest.get("rule"):
+        if "rule" not in manifest or folder.kind not in ("vqa", "conversation"):
+            raise ConfigError(f"Scores of kind {folder.kind!r} are made by one rule only; leave task.rule out.")
+        manifest["rule"] = rules.rule(rule).name
+        target = f"scores.{rule}.json"
+    scores = scorer(folder.kind).score(folder.rows, manifest)
+    name = str(manifest.get("task", folder.path.name))
+    facts = {"task": name, "kind": folder.kind, **scores.to_dict()}
+    if target != "scores.json":
+        facts["scorer"] = scorer_of(folder.kind, manifest)
+    write_json(folder.path / target, facts)
+    return Result(name, folder.kind, scores, folder.rows, folder.path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """The second folder's score minus the first's, its 95 % interval, and the two-sided p-value of no difference."""
+
+    name: str
+    first: float
+    second: float
+    difference: float
+    interval: tuple[float, float]
+    p: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "first": self.first,
+            "second": self.second,
+            "difference": self.difference,
+            "difference_interval": list(self.interval),
+            "p": self.p,
+        }
+
+
+def compare(first: str | Path, second: str | Path, *, seed: int = 0, draws: int = 10_000) -> list[Difference]:
+    """Paired bootstrap of two score folders over the same items: items are drawn whole, with both outcomes.
+
+    The p-value is twice the smaller share of resamples in which the difference is not above (not below) zero, with
+    one added to each count, so that it is never 0. Raises DataError when the folders do not hold the same items with
+    the same truths, ConfigError for different kinds, rules, or a score that cannot be paired.
+    """
+    a, b = read_folder(first), read_folder(second)
+    if (a.kind, a.manifest.get("rule")) != (b.kind, b.manifest.get("rule")):
+        raise ConfigError(
+            f"{a.path} is scored as {a.kind} ({a.manifest.get('rule')}), {b.path} as {b.kind} "
+            f"({b.manifest.get('rule')}); only scores of one kind and rule can be paired."
+        )
+    outcomes = scorer(a.kind).outcomes
+    if outcomes is None:
+        raise ConfigError(f"Scores of kind {a.kind!r} are not means over items and cannot be paired here.")
+    ours, theirs = outcomes(a.rows, a.manifest), outcomes(_aligned(a, b), b.manifest)
+    width = ours.columns.shape[1]
+    sums = resampled_sums(np.concatenate([ours.columns, theirs.columns], axis=1), draws=draws, seed=seed)
+    moved = ours.statistic(sums[:, width:]) - ours.statistic(sums[:, :width])
+    low, high = np.percentile(moved, [2.5, 97.5], axis=0)
+    before, after = ours.statistic(ours.columns.sum(axis=0)), theirs.statistic(theirs.columns.sum(axis=0))
+    tails = np.minimum((moved <= 0).sum(axis=0), (moved >= 0).sum(axis=0))
+    return [
+        Difference(
+            name=name,
+            first=float(before[i]),
+            second=float(after[i]),
+            difference=float(after[i] - before[i]),
+            interval=(float(low[i]), float(high[i])),
+            p=float(min(1.0, 2 * (tails[i] + 1) / (draws + 1))),
+        )
+        for i, name in enumerate(ours.names)
+    ]
+
+
+_TRUTHS = ("truth", "captions", "label")
+
+
+def _aligned(a: Folder, b: Folder) -> list[Row]:
+    """The rows of ``b`` in the order of ``a``'s."""
+    found = {r["id"]: r for r in b.rows}
+    odd = [r["id"] for r in a.rows if r["id"] not in found] + [i for i in found if i not in {r["id"] for r in a.rows}]
+    if odd:
+        raise DataError(
+            f"{a.path} and {b.path} do not hold the same items: {len(odd)} are in one only, the first is {odd[0]!r}."
+        )
+    for row in a.rows:
+        other = found[row["id"]]
+        if any(row.get(k) != other.get(k) for k in _TRUTHS):
+            raise DataError(
+                f"{a.path} and {b.path} hold item {row['id']!r} with different truths; pair like with like."
+            )
+    return [found[r["id"]] for r in a.rows]

@@ -1,0 +1,38 @@
+"""The rules that give an answer its points, by the name that a recipe, a manifest or ``--set task.rule=`` uses."""
+
+from isthmus.errors import ConfigError, nearest
+from isthmus.evaluation import vqa_accuracy
+from isthmus.evaluation.binary import YES_NO
+from isthmus.evaluation.choice import CHOICE
+from isthmus.evaluation.vqa import EXACT, Facts, Rule
+
+
+def _gqa(answer: str, row: Facts) -> float:
+    given = _bare(answer)
+    return float(bool(given) and given == _bare(str(row["truth"][0])))
+
+
+def _bare(answer: str) -> str:
+    return answer.strip().rstrip(".").strip().lower()
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        EXACT,
+        Rule(name="vqa", version=1, points=lambda a, row: vqa_accuracy.accuracy(a, row["truth"])),
+        Rule(name="ok-vqa", version=1, points=lambda a, row: vqa_accuracy.stemmed_accuracy(a, row["truth"])),
+        Rule(name="gqa", version=1, points=_gqa),
+        YES_NO,
+        CHOICE,
+    )
+}
+"""``exact`` (light normalisation), ``vqa`` (official VQA v2 accuracy), ``ok-vqa`` (the same on stemmed answers),
+``gqa`` (equal strings, case and a last full stop aside), ``yes-no`` (also true and false), ``choice`` (letters)."""
+
+
+def rule(name: str) -> Rule:
+    """Raises ConfigError for an unknown name, with the nearest."""
+    if name not in RULES:
+        raise ConfigError(f"There is no scoring rule {name!r}; {nearest(name, RULES)}")
+    return RULES[name]

@@ -1,0 +1,130 @@
+"""Scores of files: official references and predictions in, ``corpus`` and ``per_item`` out, no model needed."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from isthmus.checkpoint import file_sha256
+from isthmus.errors import ConfigError, nearest
+from isthmus.evaluation import official, rules
+from isthmus.evaluation.bootstrap import intervals
+from isthmus.evaluation.captions import java, score_captions
+from isthmus.evaluation.captions.score import VERSION as CAPTION_VERSION
+from isthmus.evaluation.results import versions, write_json, write_text
+from isthmus.evaluation.scorers import scorer, scorer_of
+from isthmus.evaluation.vqa import Rule
+
+FileTask = Literal["caption", "vqa", "ok-vqa"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileScores:
+    """What ``isthmus score --json`` writes; ``rows`` are the items as a score folder keeps them."""
+
+    facts: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+
+
+def score_files(
+    references: Path,
+    predictions: Path,
+    task: str,
+    *,
+    subset: bool = False,
+    metrics: Sequence[str] = (),
+    seed: int = 0,
+) -> FileScores:
+    """Score official files.
+
+    Args:
+        task: ``caption`` (COCO formats), ``vqa`` (VQA v2 formats) or ``ok-vqa`` (the same, answers stemmed).
+        subset: score only the items that have a prediction; how many were left out is in the facts.
+        metrics: ``METEOR``, ``SPICE``: what needs Java.
+
+    Raises ConfigError (unknown task or metric), DataError (the files), MissingExtraError (Java).
+    """
+    if task not in get_args(FileTask):
+        raise ConfigError(f"There is no file task {task!r}; {nearest(task, get_args(FileTask))}")
+    for name in metrics:
+        if name not in java.JAVA_NAMES:
+            raise ConfigError(f"There is no metric {name!r} to add; {nearest(name, java.JAVA_NAMES)}")
+        if task != "caption":
+            raise ConfigError(f"{name} scores captions; the task is {task!r}.")
+        java.check(name)
+    if task == "caption":
+        return _captions(references, predictions, subset, metrics, seed)
+    return _vqa(references, predictions, rules.rule(task), subset, seed)
+
+
+def _captions(references: Path, predictions: Path, subset: bool, metrics: Sequence[str], seed: int) -> FileScores:
+    theirs = official.caption_references(references)
+    given = official.predictions(predictions, "image_id", "caption")
+    ids = official.match(theirs, given, what="image_id", subset=subset)
+    chosen = {i: theirs[i] for i in ids}
+    extra = {name: java.java_scores(name, chosen, given) for name in metrics}
+    scores = score_captions(chosen, given, extra=extra, seed=seed).to_dict()
+    rows = [{"id": i, "kind": "other", "truth": theirs[i], "answer": given[i]} for i in ids]
+    facts = {"task": "caption", "left_out": len(theirs) - len(ids), **scores}
+    return FileScores(facts | _made_by("caption", CAPTION_VERSION), rows)
+
+
+def _vqa(references: Path, predictions: Path, rule: Rule, subset: bool, seed: int) -> FileScores:
+    theirs = official.vqa_references(references)
+    given = official.predictions(predictions, "question_id", "answer")
+    ids = official.match(theirs, given, what="question_id", subset=subset)
+    rows = [{"id": i, "kind": theirs[i].answer_type, "truth": list(theirs[i].answers), "answer": given[i]} for i in ids]
+    points = np.array([rule.points(row["answer"], row) for row in rows])
+    spread = intervals(points[:, None], lambda sums: sums / len(ids), seed=seed)
+    groups: dict[str, defaultdict[str, list[float]]] = {
+        "by_answer_type": defaultdict(list),
+        "by_question_type": defaultdict(list),
+    }
+    for i, value in zip(ids, points, strict=True):
+        groups["by_answer_type"][theirs[i].answer_type].append(float(value))
+        groups["by_question_type"][theirs[i].question_type].append(float(value))
+    facts = {
+        "task": rule.name,
+        "left_out": len(theirs) - len(ids),
+        "n": len(ids),
+        "empty": sum(not given[i].strip() for i in ids),
+        "corpus": {"vqa_accuracy": float(points.mean())},
+        "intervals": {"vqa_accuracy": list(spread[0])},
+        **{name: {k: float(np.mean(v)) for k, v in group.items()} for name, group in groups.items()},
+        "per_item": {i: {"vqa_accuracy": float(v)} for i, v in zip(ids, points, strict=True)},
+    }
+    return FileScores(facts | _made_by(rule.name, rule.version), rows)
+
+
+def write_folder(folder: Path, scores: FileScores, references: Path, predictions: Path, *, seed: int = 0) -> None:
+    """The scores as a score folder, so that they can be scored again and paired with others.
+
+    Raises ConfigError when there is something in the folder already.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; scores are never written over others.")
+    kind = "caption" if scores.facts["task"] == "caption" else "vqa"
+    rule = {} if kind == "caption" else {"rule": scores.facts["task"]}
+    manifest = {
+        "task": scores.facts["task"],
+        "kind": kind,
+        "seed": seed,
+        "items": len(scores.rows),
+        **rule,
+        "scorer": scorer_of(kind, rule),
+        "data": file_sha256(references),
+        "model": f"predictions {file_sha256(predictions)}",
+        "versions": scores.facts["versions"],
+    }
+    write_json(folder / "manifest.json", manifest)
+    write_text(folder / "outputs.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in scores.rows))
+    found = scorer(kind).score([dict(r) for r in scores.rows], manifest)
+    write_json(folder / "scores.json", {"task": manifest["task"], "kind": kind, **found.to_dict()})
+
+
+def _made_by(name: str, version: int) -> dict[str, Any]:
+    return {"scorer": {"name": name, "version": version}, "versions": versions()}

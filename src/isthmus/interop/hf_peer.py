@@ -1,0 +1,218 @@
+"""transformers' own models behind the evaluator's protocols: ``isthmus eval hf:FOLDER``.
+
+The folder is read by transformers' own classes, its own processor prepares pictures and prompts, its own ``generate``
+answers. Nothing of isthmus is in the loop but the questions, the scoring and the controls, so a score stands for what
+users of transformers have today. One sample at a time: batched answers of the library are not always the single ones.
+
+Models that take one placeholder per visual token (LLaVA and its kin) and causal LMs answer; CLIP and SigLIP models
+embed. Nothing in a folder is executed and nothing is downloaded.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from isthmus.checkpoint import read_json
+from isthmus.data.images import as_image, open_image
+from isthmus.data.record import Image, Part, Record, Text, without_answer
+from isthmus.data.text import TEMPLATES, render
+from isthmus.errors import CapabilityError, CheckpointError, ConfigError, nearest
+
+_DECODING = {
+    "max_new_tokens": "max_new_tokens",
+    "num_beams": "num_beams",
+    "length_penalty": "length_penalty",
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram": "no_repeat_ngram_size",
+}
+"""Our names of decoding settings -> transformers'. The peer is greedy or searches beams; it does not draw."""
+
+
+def load_peer(folder: str | Path, *, template: str = "vicuna_v1") -> "Peer":
+    """transformers' model of a folder.
+
+    ``template`` writes the prompts of folders without a chat template of their own. Raises CheckpointError: not a
+    folder of transformers, or one that the installed version cannot open.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"There is no folder of transformers at {folder}: it has no config.json.")
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind is None or "format" in config:
+        raise CheckpointError(f"{folder} is not a folder of transformers; give it to isthmus eval without hf:.")
+    if template not in TEMPLATES:
+        raise ConfigError(f"unknown template {template!r}; {nearest(template, TEMPLATES)}")
+    try:
+        if kind in ("clip", "siglip"):
+            return EmbeddingPeer(transformers.AutoModel.from_pretrained(folder), *_tools(folder), kind)
+        model = _generator(folder)
+        return AnsweringPeer(model, *_tools(folder), str(kind), template)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot open {folder}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _generator(folder: Path) -> Any:
+    if (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file():
+        return transformers.AutoModelForImageTextToText.from_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def _tools(folder: Path) -> tuple[Any, Any]:
+    """The tokenizer and the image processor (or none) of the folder."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if not any((folder / f).is_file() for f in ("preprocessor_config.json", "processor_config.json")):
+        return tokenizer, None
+    return tokenizer, transformers.AutoImageProcessor.from_pretrained(folder)
+
+
+class Peer:
+    """What both kinds share: the name, and what a manifest keeps of them."""
+
+    prompts: Mapping[str, str] = {}
+
+    def __init__(self, model: Any, tokenizer: Any, images: Any, kind: str) -> None:
+        self.model, self.tokenizer, self.images = model.eval(), tokenizer, images
+        self.kind = f"hf {kind}"
+
+    def pixels(self, pictures: Sequence[Any]) -> Tensor:
+        """(N, 3, H, W) by the folder's own image processor. Raises CapabilityError when it has none."""
+        if self.images is None:
+            raise CapabilityError(f"This {self.kind} model has no image processor: it reads only text.")
+        opened = [open_image(as_image(p).source) for p in pictures]
+        return self.images(images=opened, return_tensors="pt")["pixel_values"]
+
+    def provenance(self, records: Iterable[Record], decoding: Mapping[str, Any]) -> dict[str, Any]:
+        described = None if self.images is None else self.images.to_dict()
+        return {"peer": f"transformers {transformers.__version__}", "image": described}
+
+
+class EmbeddingPeer(Peer):
+    """CLIP and SigLIP: unit vectors of pictures and texts."""
+
+    @torch.inference_mode()
+    def embed_images(self, images: Sequence[Any]) -> Tensor:
+        return _unit(self.model.get_image_features(pixel_values=self.pixels(images)))
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        padding = "max_length" if "siglip" in self.kind else True  # SigLIP was trained on padded texts only
+        found = self.tokenizer(list(texts), padding=padding, truncation=True, return_tensors="pt")
+        return _unit(self.model.get_text_features(**found))
+
+    @torch.inference_mode()
+    def vision_features(self, images: Sequence[Any]) -> Tensor:
+        return self.model.vision_model(pixel_values=self.pixels(images)).pooler_output
+
+
+def _unit(features: Any) -> Tensor:
+    vectors = getattr(features, "pooler_output", features)
+    return torch.nn.functional.normalize(vectors.float(), dim=-1)
+
+
+class AnsweringPeer(Peer):
+    """Models that write: each record becomes a prompt in the folder's chat template, or else in ``template``."""
+
+    def __init__(self, model: Any, tokenizer: Any, images: Any, kind: str, template: str) -> None:
+        super().__init__(model, tokenizer, images, kind)
+        self.template = template
+
+    def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
+        """One answer per record, asked one at a time. Raises ConfigError for decoding settings it does not have."""
+        settings = self._settings(decoding)
+        return [self._answer(without_answer(record), settings) for record in records]
+
+    @torch.inference_mode()
+    def score(self, parts: Sequence[Part], candidates: Sequence[str]) -> list[float]:
+        """Log-likelihood of each candidate as the answer: of the tokens that it adds to the prompt."""
+        prompt = Record(id="scored", parts=tuple(parts))
+        asked = self._inputs(prompt)
+        start = asked["input_ids"].shape[1]
+        scores = []
+        for candidate in candidates:
+            added = self.tokenizer(f" {candidate}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+            ids = torch.cat([asked["input_ids"], added], dim=1)
+            logits = self.model(**{**asked, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
+            told = logits[0, start - 1 : -1].float().log_softmax(dim=-1)
+            scores.append(float(told.gather(1, added[0][:, None]).sum()))
+        return scores
+
+    def provenance(self, records: Iterable[Record], decoding: Mapping[str, Any]) -> dict[str, Any]:
+        facts = super().provenance(records, decoding)
+        prompts = [self._prompt(without_answer(r)) for r in records]
+        return facts | {"template": self._own_template() or self.template, "prompts": prompts}
+
+    def _settings(self, decoding: Mapping[str, Any]) -> dict[str, Any]:
+        settings: dict[str, Any] = {"max_new_tokens": 128}
+        for name, value in decoding.items():
+            if name not in _DECODING:
+                raise ConfigError(f"hf: has no decoding setting {name!r}; {nearest(name, _DECODING)}")
+            settings[_DECODING[name]] = value
+        return settings
+
+    @torch.inference_mode()
+    def _answer(self, record: Record, settings: Mapping[str, Any]) -> str:
+        inputs = self._inputs(record)
+        pad = self.tokenizer.pad_token_id
+        tokens = self.model.generate(
+            **inputs, do_sample=False, pad_token_id=self.tokenizer.eos_token_id if pad is None else pad, **settings
+        )
+        return self.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def _inputs(self, record: Record) -> dict[str, Tensor]:
+        """Token ids with the placeholders of the pictures, one per visual token, and pixels."""
+        text = self._prompt(record)
+        if not record.images:
+            return dict(self.tokenizer(text, return_tensors="pt"))
+        pixels = self.pixels(record.images)
+        token = self.model.config.image_token_id
+        pieces = [
+            self.tokenizer(p, add_special_tokens=n == 0)["input_ids"] for n, p in enumerate(text.split("<image>"))
+        ]
+        if len(pieces) != len(record.images) + 1:
+            raise CapabilityError(
+                f"{record.id}: the prompt has {len(pieces) - 1} places for pictures and the record has "
+                f"{len(record.images)} pictures."
+            )
+        ids = list(pieces[0])
+        for piece in pieces[1:]:
+            ids += [token] * self._tokens_of(pixels) + piece
+        return {
+            "input_ids": torch.tensor([ids]),
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+            "pixel_values": pixels,
+        }
+
+    def _tokens_of(self, pixels: Tensor) -> int:
+        """Visual tokens per picture: what the model itself makes of them."""
+        features = self.model.get_image_features(pixel_values=pixels[:1])
+        found = getattr(features, "pooler_output", features)
+        first = found[0] if isinstance(found, list | tuple) or found.ndim == 3 else found
+        return first.shape[0]
+
+    def _prompt(self, record: Record) -> str:
+        own = self._own_template()
+        if own is None:
+            return str(render(record, self.template, prompt=True)).replace("</s>", self.tokenizer.eos_token or "")
+        messages: list[dict[str, Any]] = []
+        for part in record.parts:
+            role = "user" if part.role == "text" else part.role
+            piece = {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": _first(part)}
+            if messages and messages[-1]["role"] == role:
+                messages[-1]["content"].append(piece)
+            else:
+                messages.append({"role": role, "content": [piece]})
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def _own_template(self) -> str | None:
+        return getattr(self.tokenizer, "chat_template", None)
+
+
+def _first(part: Text) -> str:
+    return part.text if isinstance(part.text, str) else part.text[0]

@@ -1,0 +1,84 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.evaluation import binary
+from isthmus.evaluation.binary import YES_NO, parse, parse_as_pope
+
+
+@pytest.mark.parametrize(
+    ("answer", "ours", "published"),
+    [
+        ("yes", "yes", "yes"),
+        ("Yes, there is a dog.", "yes", "yes"),
+        ("No", "no", "no"),
+        ("no.", "no", "no"),
+        ("No, it is not. Yes.", "no", "no"),
+        ("there is not a dog", "no", "no"),
+        ("There isn't one", "no", "yes"),
+        ("NO", "no", "yes"),
+        ("True", "yes", "yes"),
+        ("false", "no", "yes"),
+        ("a dog", None, "yes"),
+        ("", None, "yes"),
+        ("maybe. yes", None, "yes"),
+        ("nothing", None, "yes"),
+    ],
+)
+def test_answers_as_we_read_them_and_as_the_published_parser_does(answer, ours, published):
+    assert parse(answer) == ours
+    assert parse_as_pope(answer) == published
+
+
+def row(answer, truth, kind="random"):
+    return {"answer": answer, "truth": [truth], "kind": kind, "blind": "yes", "shuffled": "yes", "prior": "yes"}
+
+
+def test_rates_by_hand():
+    """Of 4 yes: 2 found, 1 denied, 1 unparsable. Of 4 no: 1 said yes, 3 found."""
+    rows = [row("yes", "yes"), row("yes.", "yes"), row("no", "yes"), row("a dog", "yes"), row("Yes", "no")]
+    rows += [row("no", "no")] * 3
+    facts = binary.score(rows).to_dict()
+    assert facts["accuracy"] == 5 / 8
+    assert (facts["precision"], facts["recall"]) == (pytest.approx(2 / 3), 2 / 4)
+    assert facts["f1"] == pytest.approx(2 * (2 / 3) * 0.5 / (2 / 3 + 0.5))
+    assert facts["yes_ratio"] == 3 / 8
+    assert facts["unparsable"] == 1
+    assert facts["official"]["all"]["accuracy"] == 6 / 8, "the published parser takes 'a dog' for a yes"
+    assert facts["official"]["all"]["yes_ratio"] == 4 / 8
+    assert facts["gain"] == pytest.approx(5 / 8 - 4 / 8)
+
+
+def test_each_sampling_has_its_own_rates_and_their_mean_f1():
+    rows = [row("yes", "yes", "random"), row("no", "no", "random"), row("no", "yes", "adversarial")]
+    rows += [row("yes", "yes", "adversarial")]
+    facts = binary.score(rows).to_dict()
+    assert facts["kinds"]["random"]["f1"] == 1.0
+    assert facts["kinds"]["adversarial"]["f1"] == pytest.approx(2 / 3)
+    assert facts["f1_over_kinds"] == pytest.approx((1 + 2 / 3) / 2)
+    assert facts["kinds"]["random"]["n"] == 2
+
+
+@given(st.lists(st.builds(row, st.sampled_from(["yes", "no", "dog"]), st.sampled_from(["yes", "no"])), min_size=1))
+def test_rates_equal_brute_force(rows):
+    facts = binary.score(rows).to_dict()
+    said = [(r["answer"], r["truth"][0]) for r in rows]
+    found = said.count(("yes", "yes"))
+    yes, truly = sum(a == "yes" for a, _ in said), sum(t == "yes" for _, t in said)
+    assert facts["accuracy"] == pytest.approx(sum(a == t for a, t in said) / len(said))
+    assert facts["precision"] == pytest.approx(found / yes if yes else 0.0)
+    assert facts["recall"] == pytest.approx(found / truly if truly else 0.0)
+    assert facts["unparsable"] == sum(a == "dog" for a, _ in said)
+    assert 0 <= facts["f1"] <= 1
+
+
+def test_a_group_is_right_when_all_its_answers_are():
+    rows = [row("true", "true") | {"group": "a"}, row("false", "false") | {"group": "a"}]
+    rows += [row("true", "true") | {"group": "b"}, row("true", "false") | {"group": "b"}]
+    assert binary.score(rows).to_dict()["consistency"] == 0.5
+    assert "consistency" not in binary.score([*rows, row("yes", "yes")]).to_dict()
+
+
+def test_an_answer_that_cannot_be_read_is_wrong_both_ways():
+    assert YES_NO.points("perhaps", row("", "yes")) == YES_NO.points("perhaps", row("", "no")) == 0.0
+    assert YES_NO.says("perhaps", row("", "yes")) is None

@@ -1,0 +1,69 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.evaluation.choice import CHOICE, LETTERS, best, parse
+
+CHOICES = ["a cat", "a dog", "an owl"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        (" B ", "B"),
+        ("B.", "B"),
+        ("(B)", "B"),
+        ("B. a dog", "B"),
+        ("B) because", "B"),
+        ("The answer is C. BECAUSE: owls fly.", "C"),
+        ("Owls fly. The answer is C", "C"),
+        ("A lecture.\nThe answer is B.", "B"),
+        ("The answer is B. No: the answer is C.", "B"),
+        ("A dog", "B"),
+        ("a dog.", "B"),
+        ("owl", "C"),
+        ("E", None),
+        ("The answer is E.", None),
+        ("A cat or a dog", None),
+        ("b", None),
+        ("", None),
+        ("I do not know", None),
+    ],
+)
+def test_letters_as_they_are_read(answer, letter):
+    assert parse(answer, CHOICES) == letter
+
+
+def test_points_and_choices_that_read_alike():
+    row = {"truth": ["B"], "choices": CHOICES}
+    assert CHOICE.points("a dog", row) == 1.0
+    assert CHOICE.points("A", row) == CHOICE.points("nonsense", row) == 0.0
+    assert parse("dog", ["a dog", "the dog"]) is None, "two choices read alike, so none was chosen"
+
+
+@given(st.text(max_size=30), st.integers(1, 5))
+def test_never_a_letter_beyond_the_choices(answer, count):
+    assert parse(answer, ["x"] * count) in {None, *LETTERS[:count]}
+
+
+@given(st.lists(st.floats(-9, 0), min_size=1, max_size=5))
+def test_the_best_is_the_highest_or_nobody(scores):
+    found = best(scores)
+    if scores.count(max(scores)) > 1:
+        assert found is None
+    else:
+        assert scores[found] == max(scores)
+
+
+@pytest.mark.data
+def test_the_published_outputs_of_scienceqa(real_data):
+    """200 answers of GPT-3 in the form QCM-ALE: every non-empty one names a letter, and none is guessed for the rest
+    (the published scores hold guesses: an empty output is marked right here and there)."""
+    content = json.loads((real_data / "formats/scienceqa/gpt3_results_slice.json").read_text())
+    read = {i: parse(text, ["x"] * 5) for i, text in content["outputs"].items()}
+    assert len(read) == 200
+    assert all((letter is not None) == bool(content["outputs"][i]) for i, letter in read.items())
+    assert any(content["results"][i] == 1 for i, letter in read.items() if letter is None)
