@@ -58,7 +58,7 @@ def run(
             bar.update(shown[name], completed=done)
 
         results = score_model(
-            loaded, specs, place, model_hash=model_hash(folder), seed=seed, limit=limit, progress=progress
+            loaded, specs, place, model_hash=model_hash(folder), seed=seed, limit=limit, progress=progress, run=folder
         )
     console = Console()
     for result in results:
