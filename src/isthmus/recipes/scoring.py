@@ -8,6 +8,7 @@ from isthmus import checkpoint
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, nearest
 from isthmus.evaluation import zero_shot
+from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
@@ -52,6 +53,8 @@ def _vqa(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str,
 
 
 def _retrieval(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+    if "rerank" in options:
+        return RerankTask(name=spec.name, records=records, seed=seed, **options)
     return RetrievalTask(name=spec.name, records=records, seed=seed, **options)
 
 
