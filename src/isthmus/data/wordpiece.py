@@ -15,6 +15,7 @@ from isthmus.data.tokenizer import Tokenizer, check_text
 from isthmus.errors import CheckpointError, ConfigError
 
 PAD, UNK, CLS, SEP, MASK, DEC = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"
+BERTS = (PAD, UNK, CLS, SEP, MASK)
 SMALLEST = 64
 
 
@@ -25,17 +26,23 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int = 2048, *, min_frequen
     """
     if vocab_size < SMALLEST:
         raise ConfigError(f"tokenizer: a WordPiece vocabulary needs at least {SMALLEST} ids, not {vocab_size}")
+    read = [check_text(text) for text in texts]
     backend = _backend(models.WordPiece(unk_token=UNK), lower=True)
+    letters = sorted({c for text in read for c in backend.normalizer.normalize_str(text) if not c.isspace()})
+    # The library numbers letters in the order of a hash map, another one in each run, and breaks ties by number. As
+    # "special" tokens they are numbered first and always alike; the vocabulary is then taken over without that mark.
     backend.train_from_iterator(
-        (check_text(text) for text in texts),
+        read,
         trainers.WordPieceTrainer(
             vocab_size=vocab_size - 1,
             min_frequency=min_frequency,
-            special_tokens=[PAD, UNK, CLS, SEP, MASK],
+            special_tokens=[*BERTS, *letters, *(f"##{c}" for c in letters)],
             show_progress=False,
         ),
     )
-    return _finished(backend)
+    finished = _backend(models.WordPiece(vocab=backend.get_vocab(), unk_token=UNK), lower=True)
+    finished.add_special_tokens(list(BERTS))
+    return _finished(finished)
 
 
 def load_wordpiece(folder: str | Path) -> Tokenizer:
@@ -51,7 +58,7 @@ def load_wordpiece(folder: str | Path) -> Tokenizer:
             raise CheckpointError(f"{folder}/tokenizer.json cannot be read; copy it again") from None
     elif (folder / "vocab.txt").is_file():
         backend = _backend(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token=UNK), lower=_lowers(folder))
-        backend.add_special_tokens([t for t in (PAD, UNK, CLS, SEP, MASK) if backend.token_to_id(t) is not None])
+        backend.add_special_tokens([t for t in BERTS if backend.token_to_id(t) is not None])
     else:
         raise CheckpointError(
             f"{folder} holds no WordPiece tokenizer (tokenizer.json or vocab.txt); name BERT's folder, for example a "
