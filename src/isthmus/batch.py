@@ -96,7 +96,7 @@ class Batch:
         return sum(int((labels[:, 1:] != IGNORE).sum()) for labels in streams)
 
     def visual_of_rows(self, what: str) -> Tensor:
-        """(B,) the visual of each row. Raises DataError, naming ``what`` wants it, unless every row owns exactly one."""
+        """(B,) the visual of each row. Raises DataError, saying that ``what`` wants it, unless each owns one."""
         counts = torch.bincount(self.owner, minlength=len(self))
         if len(self) == 0 or bool((counts != 1).any()):
             row = int((counts != 1).int().argmax()) if len(self) else 0

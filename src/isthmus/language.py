@@ -56,8 +56,9 @@ class Decoding:
     ``temperature`` 0 is greedy (or beam search with ``num_beams`` > 1); above 0 tokens are drawn, ``top_k`` 0 and
     ``top_p`` 1 meaning no cut. ``stop_ids`` end an answer and are not part of it; without any, an answer ends only at
     ``max_new_tokens``, and none before ``min_new_tokens``. With beams a text of n new tokens scores
-    Σ log p / n^``length_penalty``, so a negative penalty favours short answers. ``repetition_penalty`` looks at the new tokens only. One ``seed`` serves every row alike, so
-    that a row's answer does not depend on its neighbours; a tuple gives each row its own.
+    Σ log p / n^``length_penalty``, so a negative penalty favours short answers. ``repetition_penalty`` looks at the
+    new tokens only. One ``seed`` serves every row alike, so that a row's answer does not depend on its neighbours; a
+    tuple gives each row its own.
     """
 
     max_new_tokens: int = 128
@@ -466,7 +467,7 @@ def match_keys(lm: Any, stored: Mapping[str, Tensor], *, where: str) -> dict[str
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a transformers folder. Raises CheckpointError when there are none or they are pickled."""
+    """The safetensors files of a transformers folder. None, or pickled ones: CheckpointError."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))

@@ -119,6 +119,7 @@ class Model:
 
     def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
         """Answers to question records: what evaluation asks of a model. A trailing assistant turn is cut off."""
+        self._need("answer")
         return self.generate([without_answer(r) for r in records], **decoding)
 
     def score(self, parts: Sequence[Part | AnyImage | str], candidates: Sequence[str]) -> list[float]:

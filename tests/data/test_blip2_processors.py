@@ -182,7 +182,7 @@ def test_processors_survive_json_and_name_mistakes() -> None:
     assert again.to_dict() == made.to_dict()
     record = question("What?", "two")
     assert again.example(record, 3).streams == made.example(record, 3).streams
-    with pytest.raises(ConfigError, match="no {} for the question"):
+    with pytest.raises(ConfigError, match=r"no \{\} for the question"):
         prompts(question="ask")
     with pytest.raises(ConfigError, match="neither newline nor eos"):
         prompts(end="stop")

@@ -153,9 +153,7 @@ def test_generation_equals_theirs_token_by_token(kind: dict, beams: int, penalty
     given_ids = 1 if kind is T5 else given["input_ids"].shape[1]
     theirs = [row[given_ids:] for row in found.tolist()]  # decoders give back the prompt too (trap 3)
     expected = [row[: row.index(stop)] if stop in row else row[:6] for row in theirs]
-    ours = net.generate(
-        batch, Decoding(max_new_tokens=6, num_beams=beams, length_penalty=penalty, stop_ids=(stop,))
-    )
+    ours = net.generate(batch, Decoding(max_new_tokens=6, num_beams=beams, length_penalty=penalty, stop_ids=(stop,)))
     assert ours == expected
     if beams > 1:  # a negative penalty favours short answers, a high one long ones
         lengths = {}

@@ -213,7 +213,9 @@ def prompts(
         text=text,
         visuals=(Visuals(index=index, pixels=torch.stack([picture(first + i) for i in range(count)])),),
         places={
-            stream: Places(row=index, visual=index, start=torch.zeros_like(index), length=torch.full_like(index, QUERIES))
+            stream: Places(
+                row=index, visual=index, start=torch.zeros_like(index), length=torch.full_like(index, QUERIES)
+            )
         },
         owner=index,
         keys=tuple(f"picture {first + i}" for i in range(count)),

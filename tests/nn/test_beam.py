@@ -23,7 +23,7 @@ def test_enough_beams_find_what_enumeration_finds(penalty: float) -> None:
     best, score = [], -torch.inf
     for length in range(1, longest + 1):
         for text in itertools.product(range(1, 5), repeat=length - 1):
-            for last in ([STOP] if length < longest else range(5)):
+            for last in [STOP] if length < longest else range(5):
                 path = [1, *text, last]
                 total = sum(float(table[a, b]) for a, b in itertools.pairwise(path))
                 if total / length**penalty > score:
@@ -53,9 +53,7 @@ def test_the_penalty_decides_as_computed_by_hand() -> None:
         return rows.log()
 
     def best(penalty: float) -> list[int]:
-        return beam_search(
-            step, torch.tensor([1]), beams=3, max_new=3, stop_ids=[STOP], length_penalty=penalty
-        )[0]
+        return beam_search(step, torch.tensor([1]), beams=3, max_new=3, stop_ids=[STOP], length_penalty=penalty)[0]
 
     assert best(1.0) == [3, 3]
     assert best(0.0) == [3, 3]

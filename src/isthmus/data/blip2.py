@@ -1,9 +1,9 @@
 """BLIP-2's processors, one for each phase.
 
-    pairs    picture and caption            -> stream qformer: [CLS] caption [SEP], every token behind [CLS] labelled
-    prompts  picture, maybe question/answer -> stream lm: visual places, <s>, text, end; or for an encoder-decoder
-             streams encoder: visual places, prompt or prefix, </s> and decoder: start, answer or suffix, </s>;
-             with a Q-Former that reads along also stream qformer: [CLS] question [SEP]
+pairs    picture and caption            -> stream qformer: [CLS] caption [SEP], every token behind [CLS] labelled
+prompts  picture, maybe question/answer -> stream lm: visual places, <s>, text, end; or for an encoder-decoder
+         streams encoder: visual places, prompt or prefix, </s> and decoder: start, answer or suffix, </s>;
+         with a Q-Former that reads along also stream qformer: [CLS] question [SEP]
 """
 
 import re
@@ -149,7 +149,7 @@ class PromptProcessor:
         return self._finish(record, streams, asked)
 
     def prompt(self, record: Record) -> Example:
-        """Up to the place where the answer begins, without labels; a picture may be missing. DataError when too long."""
+        """Up to the place where the answer begins, without labels; a picture may be missing. Too long: DataError."""
         said, asked = self._said(drawn(record, 0), prompt=True)
         ids = encode(said, self.tokenizer).ids
         if self.start_id is not None:
@@ -214,7 +214,7 @@ class PromptProcessor:
         if first == 0:
             first = key("split", draw) % max(1, len(ids) - 1)
         assert self.start_id is not None
-        before = ids[:first][: self.max_text - 1] + [self.tokenizer.eos_id]
+        before = [*ids[:first][: self.max_text - 1], self.tokenizer.eos_id]
         after = ids[first:][: self.max_text - 1]
         return {"encoder": Span(before), "decoder": Span([self.start_id, *after], [IGNORE, *after])}
 

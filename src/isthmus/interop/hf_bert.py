@@ -1,4 +1,4 @@
-"""BERT's weights as the start of a Q-Former: tables, layers, text FFNs, the query FFNs copied from them, the LM head."""
+"""BERT's weights as the start of a Q-Former: tables, layers, text FFNs, query FFNs copied from them, LM head."""
 
 import re
 from collections.abc import Mapping
@@ -29,10 +29,18 @@ _REST = {
     "cls.predictions.transform.LayerNorm.": "heads.lm_ln.",
     "cls.predictions.bias": "heads.lm_bias",
 }
-_UNUSED = ("embeddings.token_type", "embeddings.position_ids", "pooler.", "cls.seq_relationship", "cls.predictions.decoder")
+_UNUSED = (
+    "embeddings.token_type",
+    "embeddings.position_ids",
+    "pooler.",
+    "cls.seq_relationship",
+    "cls.predictions.decoder",
+)
 
 
-def from_bert(state: Mapping[str, Tensor], *, layers: int, rows: int, where: str = "the checkpoint") -> dict[str, Tensor]:
+def from_bert(
+    state: Mapping[str, Tensor], *, layers: int, rows: int, where: str = "the checkpoint"
+) -> dict[str, Tensor]:
     """Tensors under a BLIP-2's names (``connector.qformer.*``, ``heads.lm_*``), cross-attention left out.
 
     ``rows`` is the Q-Former's vocabulary: rows BERT does not have ([DEC]) start as the mean of its own, their bias at

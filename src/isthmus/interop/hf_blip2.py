@@ -56,7 +56,7 @@ _REST = {
 
 
 def from_hf(state: Mapping[str, Tensor], where: str = "the checkpoint") -> dict[str, Tensor]:
-    """The same tensors under our names and shapes; the joint qkv is split. Raises CheckpointError for a strange name."""
+    """The same tensors under our names and shapes; the joint qkv is split. A strange name: CheckpointError."""
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         name = name.removeprefix("model.")

@@ -9,7 +9,7 @@
 
     generate    pixels ─ vision ─→ features ─ connector: norm, Q-Former, projection ─→ (n, R, D_lm) ┐ splice, in front
                 (frozen)                      [instruction beside the queries: InstructBLIP]         │
-                ids (B, T) ─ embed ─→ (B, T, D_lm) ──────────────────────────────────────────────────┴→ language (frozen)
+                ids (B, T) ─ embed ─→ (B, T, D_lm) ─────────────────────────────────────────────────┴→ language (frozen)
 
 Legend: B rows, T tokens, n visuals, P vision tokens with the class token, Dv and D widths of encoder and Q-Former, Q
 queries, R = F·Q visual tokens per visual of F frames, D_lm width of the LM.
@@ -288,9 +288,7 @@ class Blip2(nn.Module):
         keys = [batch.keys[n] for n in order.tolist()]
         return self._represent(vision, batch.text[TEXT], keys, batch.ids)
 
-    def _represent(
-        self, vision: Tensor, text: Tokens, keys: Sequence[str], names: Sequence[str]
-    ) -> dict[str, Term]:
+    def _represent(self, vision: Tensor, text: Tokens, keys: Sequence[str], names: Sequence[str]) -> dict[str, Term]:
         assert self.heads is not None
         rows, wanted = len(vision), self.config.objectives
         seen = self.connector.look(vision)
@@ -365,7 +363,7 @@ class Blip2(nn.Module):
     # Phase generate
 
     def visual_tokens(self, batch: Batch) -> list[Tensor]:
-        """One (R, D_lm) per visual, in the batch's order; with ``instruct`` the ``qformer`` stream's row is read too."""
+        """One (R, D_lm) per visual, in the batch's order; with ``instruct`` the row's ``qformer`` stream is read."""
         found: dict[int, Tensor] = {}
         for group in batch.visuals:
             text = batch.text[TEXT].rows(batch.owner[group.index]) if self.config.instruct else None
@@ -410,6 +408,11 @@ class Blip2(nn.Module):
         """Captions without any LM: beam search over the ITG use, from [DEC]."""
         if decoding.temperature or decoding.repetition_penalty != 1 or decoding.no_repeat_ngram:
             raise ConfigError("without a language model captions are written by beam search alone: set temperature 0.")
+        if decoding.max_new_tokens > self.config.qformer.positions:
+            raise ConfigError(
+                f"max_new_tokens {decoding.max_new_tokens} passes the Q-Former's {self.config.qformer.positions} "
+                "positions; ask for fewer."
+            )
         order = batch.visual_of_rows("captioning without a language model")
         features = torch.cat([self._features(group) for group in batch.visuals])[:, 0]
         features = features[torch.argsort(torch.cat([group.index for group in batch.visuals]))]

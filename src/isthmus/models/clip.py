@@ -27,7 +27,6 @@ from isthmus.nn.losses import Similarity, info_nce, sigmoid_loss, similarity
 from isthmus.nn.text_tower import TextConfig, TextTower
 from isthmus.nn.vit import Interpolation, VisionConfig, VisionTransformer
 
-
 WHAT = "contrastive training"
 
 

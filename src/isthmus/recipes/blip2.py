@@ -50,7 +50,9 @@ def build_blip2(recipe: Recipe) -> Built:
     for part in ("vision", "language"):
         lost = [n for n in net.state_dict() if n.startswith(f"{part}.") and n not in parts.tensors]
         if part in recipe.parts and lost:
-            raise CheckpointError(f"The part {recipe.parts[part]} has no {lost[0]!r} (and {len(lost) - 1} more like it).")
+            raise CheckpointError(
+                f"The part {recipe.parts[part]} has no {lost[0]!r} (and {len(lost) - 1} more like it)."
+            )
     others = {} if parts.qformer is None else {"qformer": parts.qformer}
     return Built(net, tokenizer, image_of(recipe, parts.images, net), recipe, others=others, memory=parts.tensors)
 
@@ -75,7 +77,9 @@ def make_processor(built: Built, image: ImageTransform, stage: StageSpec) -> Pro
             **options,
         )
     except TypeError as error:
-        raise ConfigError(f"Stage {stage.name!r}: unknown processor option among {sorted(options)} ({error}).") from None
+        raise ConfigError(
+            f"Stage {stage.name!r}: unknown processor option among {sorted(options)} ({error})."
+        ) from None
     except KeyError:
         raise ConfigError("The Q-Former reads text in this stage: give the recipe a `tokenizer` for it.") from None
 
