@@ -32,7 +32,7 @@ def run(
 
     folder = Path(model)
     loaded = load(folder)
-    source, own = _split(options)
+    source, own = split_options(options)
     if data is None:
         specs = [s for s in own_tasks(folder) if task in (None, s.task, s.name)]
         if not specs:
@@ -43,8 +43,8 @@ def run(
             EvalSpec(
                 name=kind,
                 task=kind,
-                data=_source(data) | source,
-                train=_source(train) | source if train else None,
+                data=source_of(data) | source,
+                train=source_of(train) | source if train else None,
                 options=own,
             )
         ]
@@ -69,7 +69,7 @@ def run(
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _source(data: str) -> dict[str, Any]:
+def source_of(data: str) -> dict[str, Any]:
     """A YAML file describes a source; anything else is data whose kind is seen from its content."""
     path = Path(data)
     if path.suffix in {".yaml", ".yml"}:
@@ -82,7 +82,7 @@ def _source(data: str) -> dict[str, Any]:
     return guess(path)
 
 
-def _split(options: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(options: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """``key=value`` of the source, and ``task.key=value`` of the task."""
     source: dict[str, Any] = {}
     task: dict[str, Any] = {}

@@ -19,11 +19,12 @@ Progress = Callable[[str, int, int], None]
 """Called with (task, items done, items in all)."""
 
 
-class _First:
+class First:
     """The first ``limit`` records of a source."""
 
     def __init__(self, source: Any, limit: int) -> None:
         self.source, self.limit = source, min(limit, len(source))
+        self.name: str = getattr(source, "name", "")
 
     def __len__(self) -> int:
         return self.limit
@@ -36,7 +37,7 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None) -> Tas
     """The task that ``spec`` names, on its data. Raises ConfigError for an unknown task or option."""
     records: Any = open_source(spec.data)
     if limit is not None:
-        records = _First(records, limit)
+        records = First(records, limit)
     train: Any = open_source(spec.train) if spec.train is not None else None
     options = dict(spec.options)
     try:
