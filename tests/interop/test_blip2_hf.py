@@ -3,13 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image as PilImage
 
 from isthmus.batch import Batch
 from isthmus.checkpoint import load_into
+from isthmus.data.images import as_image
+from isthmus.data.record import Record, Text
+from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.hf_blip2 import from_hf, read_blip2_folder
 from isthmus.language import Decoding
 from isthmus.language_seq2seq import Seq2SeqLM
+from isthmus.model import load
 from isthmus.models.blip2 import Blip2
 from tests.models.tiny_blip2 import (
     CLS,
@@ -182,3 +187,29 @@ def test_a_strange_tensor_is_refused() -> None:
     with pytest.raises(CheckpointError, match="belongs to no part"):
         from_hf({**peer.state_dict(), "qformer.encoder.layer.0.gate.weight": torch.zeros(1)})
     assert len(TEXTS) == len(tokens(TEXTS).ids)
+
+
+@pytest.mark.parametrize("instruct", [False, True])
+@pytest.mark.parametrize("kind", [OPT, T5], ids=["opt", "t5"])
+def test_a_folder_opens_as_a_model(kind: dict, instruct: bool, tmp_path) -> None:
+    peer, _ = generation_peer({**kind, "vocab_size": 300}, instruct=instruct)
+    peer.save_pretrained(tmp_path)
+    Tokenizer.train(["what is it? a photo of a cat"] * 3, 300).save(tmp_path)
+    if instruct:
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "is", "it", "?", *map(str, range(43))]
+        (tmp_path / "qformer_tokenizer").mkdir()
+        (tmp_path / "qformer_tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n")
+    model = load(tmp_path)
+    assert model.capabilities == ("generate", "caption", "answer", "chat", "score")
+    assert model.forbidden == (V - 1,)
+    image = PilImage.effect_noise((16, 16), 90).convert("RGB")
+    record = Record("q", (as_image(image), Text("What is it?", role="user")))
+    streams = model.processor.prompt(record).streams
+    ending = {(False, "opt"): "Answer:", (False, "t5"): "Short answer:"}.get(
+        (instruct, kind["model_type"]), "What is it?"
+    )
+    text = next(iter(streams.values())).ids
+    assert model.processor.tokenizer.decode(text).endswith(ending)
+    assert ("qformer" in streams) == instruct
+    assert isinstance(model.answer(image, "What is it?", max_new_tokens=3, num_beams=2, length_penalty=-1), str)
+    assert isinstance(model.caption(image, max_new_tokens=3), str)

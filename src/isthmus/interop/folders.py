@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from isthmus.checkpoint import load_into, read_json
 from isthmus.data.blip2 import PromptProcessor
 from isthmus.data.images import ImageTransform
@@ -55,9 +53,7 @@ def _clip(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
 
 def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     config, state, image_token = read_llava_folder(folder)
-    with torch.device("meta"):
-        net = Llava(config)
-    net.to_empty(device="cpu")
+    net = Llava(config)  # not from the meta device: ties and computed buffers (rotary frequencies) would be lost
     load_into(net, state, where=folder)
     transform = image_transform(folder, config.vision.image_size)
     processor = SpliceProcessor(
@@ -73,9 +69,7 @@ def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
 def _blip2(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     """The prompts are the paper's; InstructBLIP's instruction stands by itself, its Q-Former has a tokenizer too."""
     config, state = read_blip2_folder(folder)
-    with torch.device("meta"):
-        net = Blip2(config)
-    net.to_empty(device="cpu")
+    net = Blip2(config)
     load_into(net, state, where=folder)
     transform = replace(image_transform(folder, config.vision.image_size), mode="squash")
     seq2seq = isinstance(net.language, Seq2SeqLM)

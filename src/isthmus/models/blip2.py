@@ -281,12 +281,16 @@ class Blip2(nn.Module):
         """
         if self.heads is None:
             return {"lm": Term(*self._answer_loss(batch))}
-        order = batch.visual_of_rows("BLIP-2's first stage")
+        vision, keys = self._seen_in_rows(batch, "BLIP-2's first stage")
+        return self._represent(vision, batch.text[TEXT], keys, batch.ids)
+
+    def _seen_in_rows(self, batch: Batch, what: str) -> tuple[Tensor, list[str]]:
+        """Normed vision tokens (B, P, Dv) in order of rows, and the content key of each row's picture."""
+        order = batch.visual_of_rows(what)
         features = torch.cat([self._features(group) for group in batch.visuals])[:, 0]
         features = features[torch.argsort(torch.cat([group.index for group in batch.visuals]))]
         vision = self.connector.vision_tokens(features[order.to(features.device)])
-        keys = [batch.keys[n] for n in order.tolist()]
-        return self._represent(vision, batch.text[TEXT], keys, batch.ids)
+        return vision, [batch.keys[n] for n in order.tolist()]
 
     def _represent(self, vision: Tensor, text: Tokens, keys: Sequence[str], names: Sequence[str]) -> dict[str, Term]:
         assert self.heads is not None
@@ -413,19 +417,16 @@ class Blip2(nn.Module):
                 f"max_new_tokens {decoding.max_new_tokens} passes the Q-Former's {self.config.qformer.positions} "
                 "positions; ask for fewer."
             )
-        order = batch.visual_of_rows("captioning without a language model")
-        features = torch.cat([self._features(group) for group in batch.visuals])[:, 0]
-        features = features[torch.argsort(torch.cat([group.index for group in batch.visuals]))]
-        past = self.connector.look(self.connector.vision_tokens(features[order.to(features.device)])).past
-        wide = [tuple(x.repeat_interleave(decoding.num_beams, dim=0) for x in pair) for pair in past]
+        vision, _ = self._seen_in_rows(batch, "captioning without a language model")
+        seen = self.connector.look(vision.repeat_interleave(decoding.num_beams, dim=0))
 
         def step(ids: Tensor) -> Tensor:
             lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
-            return self.writing_logits(wide, Tokens(ids=ids, lengths=lengths), at=(slice(None), -1))  # type: ignore[arg-type]
+            return self.writing_logits(seen.past, Tokens(ids=ids, lengths=lengths), at=(slice(None), -1))
 
         return beam_search(
             step,
-            torch.full((len(batch),), self.config.qformer.dec_id, device=features.device),
+            torch.full((len(batch),), self.config.qformer.dec_id, device=vision.device),
             beams=decoding.num_beams,
             max_new=decoding.max_new_tokens,
             min_new=decoding.min_new_tokens,
