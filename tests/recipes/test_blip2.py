@@ -15,7 +15,7 @@ from isthmus.evaluation.rerank import RerankScores
 from isthmus.model import load
 from isthmus.recipes import run as run_module
 from isthmus.recipes.build import build
-from isthmus.recipes.facts import stage_facts
+from isthmus.recipes.facts import net_of, stage_facts
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import EvalSpec, parse_recipe, read_recipe
 from isthmus.recipes.scoring import model_hash, score_model
@@ -299,6 +299,30 @@ def test_what_does_not_fit_is_named(story, tmp_path):
     shutil.copytree(story / "clip", lost)
     (lost / "model" / "model.safetensors").unlink()
     refused("missing", CheckpointError, parts={"vision": str(lost), "language": str(story / "lm")})
+
+
+def test_a_published_encoder_is_the_part_without_its_last_block(story):
+    whole = load(story / "clip").net.config.to_dict()["vision"]
+    config = copy.deepcopy(TREE["config"]) | {"feature_layer": -1}
+    config["vision"] = whole | {"layers": 1, "post_norm": "none", "pool": "none"}
+    built = build(parse_recipe(tree(story, config=config)))
+    cut = build(parse_recipe(tree(story)))
+    assert len(built.net.vision.blocks) == 1
+    assert len(cut.net.vision.blocks) == 2
+    pixels = torch.randn(1, 1, 3, 64, 64)
+    torch.testing.assert_close(built.net.visual_features(pixels), cut.net.visual_features(pixels))
+    for wrong in ({"width": 64}, {"layers": 3}):
+        with pytest.raises(ConfigError, match="they do not fit"):
+            build(parse_recipe(tree(story, config=config | {"vision": config["vision"] | wrong})))
+
+
+def test_the_published_recipe_shows_its_size_without_files():
+    recipe = read_recipe("blip2-vit-l-opt-2.7b", to_show=True)
+    net, built = net_of(recipe)
+    assert built is None
+    represent, generate = stage_facts(recipe, net)
+    assert represent.table.trained == 183_165_758
+    assert generate.table.trained == 103_591_936 + 2_048
 
 
 def test_the_shipped_recipe_and_its_facts(story):

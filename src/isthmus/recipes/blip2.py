@@ -112,7 +112,7 @@ def _gathered(recipe: Recipe) -> _Parts:
         model = images["vision"] = load(recipe.parts["vision"])
         if not hasattr(model.net, "vision"):
             raise ConfigError(f"The part 'vision' is a {model.kind} model, which has no vision encoder in it.")
-        config["vision"] = plain(model.net.config)["vision"]
+        config["vision"] = _cut(config.get("vision"), plain(model.net.config)["vision"])
         tensors |= {f"vision.{n}": t for n, t in model.net.vision.state_dict().items()}
     elif "vision" not in config:
         raise ConfigError("A blip2 recipe needs the part 'vision': a folder with a vision encoder, such as a CLIP.")
@@ -130,6 +130,21 @@ def _gathered(recipe: Recipe) -> _Parts:
         width = config["qformer"].get("layers", 12)
         tensors |= read_bert_folder(Path(recipe.parts["bert"]), layers=width, rows=facts.get("vocab_size", 30_523))
     return _Parts(config=config, tensors=tensors, tokenizer=tokenizer, qformer=qformer, images=images)
+
+
+def _cut(own: Mapping[str, Any] | None, theirs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The encoder to build: the part's, or the recipe's own (a published size) where it is the part's without its last
+    blocks and norm. Raises ConfigError where the two differ in more than that."""
+    if own is None:
+        return theirs
+    free = ("layers", "post_norm", "pool")
+    wrong = [k for k in theirs if k not in free and own.get(k) != theirs[k]]
+    if wrong or own["layers"] > theirs["layers"]:
+        name = (wrong or ["layers"])[0]
+        raise ConfigError(
+            f"The part 'vision' has {name} {theirs[name]}, the recipe's configuration {own.get(name)}: they do not fit."
+        )
+    return own
 
 
 def _language(path: str) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer]:
