@@ -175,7 +175,7 @@ class Model:
         rows = []
         with self._inference():
             for start in range(0, len(texts), batch_size):
-                tokens = self._text_tokens(texts[start : start + batch_size])
+                tokens = self._text_tokens(list(texts[start : start + batch_size]))
                 rows.append(self._compared(self.net.embed_texts(tokens)))
         return torch.cat(rows) if rows else torch.zeros(0, self.net.config.embed_dim)
 

@@ -24,7 +24,7 @@ off. Differs from the code: each process's own rows carry the contrast's gradien
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -146,8 +146,7 @@ class Blip2Config:
 
 def _vit_l() -> VisionConfig:
     """CLIP's ViT-L/14 without its last block and final norm."""
-    sizes = {"width": 1024, "layers": 23, "heads": 16, "mlp_width": 4096}
-    return VisionConfig(image_size=224, patch_size=14, post_norm="none", pool="none", **sizes)
+    return replace(VisionConfig.vit_l_14(), layers=23, post_norm="none", pool="none")
 
 
 def _published(vision: VisionConfig, language: Mapping[str, Any], *, instruct: bool = False) -> Blip2Config:
