@@ -14,6 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from isthmus.errors import DataError
+
 IGNORE = -100
 """Label of a position where nothing is learnt (the value PyTorch's cross-entropy ignores)."""
 
@@ -101,6 +103,15 @@ class Batch:
         """Number of learnt tokens over all streams (next-token targets; position 0 is never a target)."""
         streams = (t.labels for t in self.text.values() if t.labels is not None)
         return sum(int((labels[:, 1:] != IGNORE).sum()) for labels in streams)
+
+    def visual_of_rows(self, what: str) -> Tensor:
+        """(B,) the visual of each row. Raises DataError, saying that ``what`` wants it, unless each owns one."""
+        counts = torch.bincount(self.owner, minlength=len(self))
+        if len(self) == 0 or bool((counts != 1).any()):
+            row = int((counts != 1).int().argmax()) if len(self) else 0
+            found = f"sample {self.ids[row]!r} has {int(counts[row])}" if len(self) else "the batch is empty"
+            raise DataError(f"{what} wants one picture per sample; {found}.")
+        return torch.argsort(self.owner)
 
     def to(self, device: torch.device | str) -> "Batch":
         def move(value: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ end together, moves the padding to the left, inside, and hands the library the m
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -54,11 +55,14 @@ class Decoding:
 
     ``temperature`` 0 is greedy (or beam search with ``num_beams`` > 1); above 0 tokens are drawn, ``top_k`` 0 and
     ``top_p`` 1 meaning no cut. ``stop_ids`` end an answer and are not part of it; without any, an answer ends only at
-    ``max_new_tokens``. ``repetition_penalty`` looks at the new tokens only. One ``seed`` serves every row alike, so
-    that a row's answer does not depend on its neighbours; a tuple gives each row its own.
+    ``max_new_tokens``, and none before ``min_new_tokens``. With beams a text of n new tokens scores
+    Σ log p / n^``length_penalty``, so a negative penalty favours short answers. ``repetition_penalty`` looks at the
+    new tokens only. One ``seed`` serves every row alike, so that a row's answer does not depend on its neighbours; a
+    tuple gives each row its own.
     """
 
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -73,6 +77,7 @@ class Decoding:
     def __post_init__(self) -> None:
         limits = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, "between 0 and max_new_tokens"),
             "temperature": (self.temperature >= 0, "0 (greedy) or above"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "top_k": (self.top_k >= 0, "0 (no cut) or above"),
@@ -194,13 +199,13 @@ class LanguageModel(nn.Module):
         Logits exist only where the next token carries a label, and only LOGITS_AT_ONCE of them at a time. Without
         any label the sum is a zero that still reaches every parameter.
         """
-        nll, _ = self._label_nll(embeds, tokens)
-        return nll.sum(), len(nll)
+        losses, _ = self._label_nll(embeds, tokens)
+        return losses.sum(), len(losses)
 
     def score(self, embeds: Tensor, tokens: Tokens) -> Tensor:
         """(B,) sums of log-probabilities of the labelled tokens, for choosing among given answers."""
-        nll, row = self._label_nll(embeds, tokens)
-        return torch.zeros(len(embeds), device=nll.device).index_add(0, row, -nll)
+        losses, row = self._label_nll(embeds, tokens)
+        return torch.zeros(len(embeds), device=losses.device).index_add(0, row, -losses)
 
     @torch.no_grad()
     def generate(self, embeds: Tensor, lengths: Tensor, decoding: Decoding) -> list[list[int]]:
@@ -222,27 +227,10 @@ class LanguageModel(nn.Module):
         found = self.lm.generate(
             inputs_embeds=left,
             attention_mask=mask.long(),
-            generation_config=self._generation_config(decoding),
-            logits_processor=_processors(decoding, rows=len(embeds)),
+            generation_config=generation_config(decoding, self.vocab_size),
+            logits_processor=logits_processors(decoding, rows=len(embeds)),
         )
-        return [_until_stop(row, decoding.stop_ids) for row in found.tolist()]
-
-    def _generation_config(self, decoding: Decoding) -> GenerationConfig:
-        outside = [i for i in (*decoding.stop_ids, *decoding.forbidden_ids) if not 0 <= i < self.vocab_size]
-        if outside:
-            raise ConfigError(
-                f"decoding names the token ids {outside}, outside the LM's vocabulary of {self.vocab_size}."
-            )
-        return GenerationConfig(
-            max_new_tokens=decoding.max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            num_beams=decoding.num_beams,
-            length_penalty=decoding.length_penalty,
-            suppress_tokens=list(decoding.forbidden_ids) or None,
-            eos_token_id=list(decoding.stop_ids) or None,
-            pad_token_id=decoding.stop_ids[0] if decoding.stop_ids else 0,
-        )
+        return [until_stop(row, decoding.stop_ids) for row in found.tolist()]
 
     def _label_nll(self, embeds: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood (M,) of every labelled target, and the row (M,) it belongs to."""
@@ -251,15 +239,15 @@ class LanguageModel(nn.Module):
         row, column = torch.nonzero(tokens.labels[:, 1:] != IGNORE, as_tuple=True)
         targets = tokens.labels[row, column + 1]
         if not self._has_plain_head(embeds):
-            return _nll(self.logits(embeds)[row, column], targets), row
+            return nll(self.logits(embeds)[row, column], targets), row
         hidden = self.hidden(embeds)[row, column]
         head = self.lm.get_output_embeddings()
         step = max(1, LOGITS_AT_ONCE // self.vocab_size)
         if len(targets) <= step:
-            return _nll(head(hidden), targets), row
+            return nll(head(hidden), targets), row
         # Each chunk's logits are made again in the backward pass rather than kept.
         chunks = [
-            checkpoint(lambda h, t: _nll(head(h), t), h, t, use_reentrant=False)
+            checkpoint(lambda h, t: nll(head(h), t), h, t, use_reentrant=False)
             for h, t in zip(hidden.split(step), targets.split(step), strict=True)
         ]
         return torch.cat([c for c in chunks if isinstance(c, Tensor)]), row
@@ -312,13 +300,17 @@ class LanguageModel(nn.Module):
             )
 
 
-def library_config(config: Mapping[str, Any]) -> PreTrainedConfig:
-    """The transformers configuration that ``config`` describes, checked field by field. Raises ConfigError."""
+def library_config(config: Mapping[str, Any], known: Sequence[str] = ()) -> PreTrainedConfig:
+    """The transformers configuration that ``config`` describes, checked field by field. Raises ConfigError.
+
+    ``known`` are the model types that will do, all causal LMs by default.
+    """
     model_type = str(config.get("model_type", ""))
-    causal = [name for name, kind in CONFIG_MAPPING.items() if kind in MODEL_FOR_CAUSAL_LM_MAPPING]
-    if model_type not in causal:
+    known = known or [name for name, kind in CONFIG_MAPPING.items() if kind in MODEL_FOR_CAUSAL_LM_MAPPING]
+    if model_type not in known:
         raise ConfigError(
-            f"language.model_type {model_type!r} is not a causal LM of transformers; " + nearest(model_type, causal)
+            f"language.model_type {model_type!r} is not an LM of transformers that can stand here; "
+            + nearest(model_type, known)
         )
     kind = CONFIG_MAPPING[model_type]
     fields = _fields(kind)
@@ -363,13 +355,35 @@ def _fields(kind: type[PreTrainedConfig]) -> set[str]:
     return {f.name for f in dataclasses.fields(kind)} | set(kind.attribute_map) | LEGACY_FIELDS | {"model_type"}
 
 
-def _processors(decoding: Decoding, rows: int) -> LogitsProcessorList:
+def generation_config(decoding: Decoding, vocab_size: int, **more: Any) -> GenerationConfig:
+    """The library's settings for ``decoding``. Raises ConfigError for ids outside the vocabulary."""
+    outside = [i for i in (*decoding.stop_ids, *decoding.forbidden_ids) if not 0 <= i < vocab_size]
+    if outside:
+        raise ConfigError(f"decoding names the token ids {outside}, outside the LM's vocabulary of {vocab_size}.")
+    return GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        num_beams=decoding.num_beams,
+        length_penalty=decoding.length_penalty,
+        suppress_tokens=list(decoding.forbidden_ids) or None,
+        eos_token_id=list(decoding.stop_ids) or None,
+        pad_token_id=decoding.stop_ids[0] if decoding.stop_ids else 0,
+        **more,
+    )
+
+
+def logits_processors(decoding: Decoding, rows: int, *, started: int = 0) -> LogitsProcessorList:
     """What is done to the scores of every step: repetition first, then the cuts of a random draw and the draw.
 
     The repetition rules are handed over ready-made: asked for by its configuration, the library would spare as many
-    *new* tokens as the row has padding, so that an answer would depend on the neighbours.
+    *new* tokens as the row has padding, so that an answer would depend on the neighbours. ``started`` tokens of what
+    is written were given (an encoder-decoder's start token).
     """
     steps = LogitsProcessorList()
+    if decoding.min_new_tokens and decoding.stop_ids:
+        stops = list(decoding.stop_ids)
+        steps.append(MinNewTokensLengthLogitsProcessor(started, decoding.min_new_tokens, stops))
     if decoding.repetition_penalty != 1:
         steps.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
     if decoding.no_repeat_ngram:
@@ -389,11 +403,13 @@ def _processors(decoding: Decoding, rows: int) -> LogitsProcessorList:
     return steps
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+def nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """(M,) negative log-likelihoods in fp32 from logits (M, V)."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def _until_stop(ids: list[int], stop_ids: tuple[int, ...]) -> list[int]:
+def until_stop(ids: list[int], stop_ids: tuple[int, ...]) -> list[int]:
+    """``ids`` up to the first stop token."""
     stops = [i for i, token in enumerate(ids) if token in stop_ids]
     return ids[: stops[0]] if stops else ids
 
@@ -407,7 +423,7 @@ def read_language_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Te
     """
     folder = Path(path)
     config = known_fields(read_json(folder / "config.json"))
-    stored = {name: tensor for file in _weight_files(folder) for name, tensor in load_tensors(file).items()}
+    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file).items()}
     with torch.device("meta"):
         lm = LanguageModel.build(config).lm
     return config, match_keys(lm, stored, where=str(folder))
@@ -451,7 +467,8 @@ def match_keys(lm: Any, stored: Mapping[str, Tensor], *, where: str) -> dict[str
     return state
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a transformers folder. None, or pickled ones: CheckpointError."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))

@@ -19,8 +19,10 @@ from torch import Tensor
 
 import isthmus
 from isthmus import checkpoint
+from isthmus.batch import Tokens
 from isthmus.config import plain
 from isthmus.data.attention import Attention, shared_beginning, with_answer
+from isthmus.data.blip2 import PairProcessor
 from isthmus.data.collate import collate
 from isthmus.data.images import AnyImage, as_image
 from isthmus.data.messages import Message, parts_of
@@ -64,7 +66,8 @@ class Model:
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        return _CAPABILITIES[self.kind]
+        """What this model can do; a net whose abilities depend on its configuration tells them itself."""
+        return getattr(self.net, "capabilities", None) or _CAPABILITIES[self.kind]
 
     @property
     def device(self) -> torch.device:
@@ -158,6 +161,7 @@ class Model:
 
     def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
         """Answers to question records: what evaluation asks of a model. A trailing assistant turn is cut off."""
+        self._need("answer")
         return self.generate([without_answer(r) for r in records], **decoding)
 
     def provenance(self, records: Iterable[Record], decoding: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +212,9 @@ class Model:
         ends = {tokenizer.eos_id}
         if getattr(self.processor, "template", "") == "plain":
             ends.update(tokenizer.encode("\n"))  # the template ends a caption with a newline, not with </s>
-        special = {tokenizer.bos_id, tokenizer.pad_id, *self.forbidden} - ends
+        ends.update(getattr(self.processor, "stop_ids", ()))
+        never = getattr(self.processor, "forbidden_ids", ())
+        special = {tokenizer.bos_id, tokenizer.pad_id, *self.forbidden, *never} - ends
         return replace(
             decoding,
             stop_ids=(*decoding.stop_ids, *sorted(ends)),
@@ -218,7 +224,8 @@ class Model:
     # Vectors out: embeddings, similarity, zero-shot
 
     def embed_images(self, images: Sequence[AnyImage], *, batch_size: int = 128) -> Tensor:
-        """(N, D) vectors in the joint space, of unit length when the model compares by the cosine."""
+        """(N, D) vectors in the joint space, of unit length when the model compares by the cosine. BLIP-2 gives one
+        vector per query, (N, Q, D): a picture is as similar to a text as the best of them."""
         self._need("embed_images")
         return self._over_images(images, lambda pixels: self._compared(self.net.embed_images(pixels)), batch_size)
 
@@ -231,14 +238,40 @@ class Model:
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """(M, D) vectors in the joint space, of unit length when the model compares by the cosine."""
         self._need("embed_texts")
-        assert isinstance(self.processor, ContrastiveProcessor)
         rows = []
         with self._inference():
             for start in range(0, len(texts), batch_size):
-                examples = [self.processor.text_example(t) for t in texts[start : start + batch_size]]
-                batch = collate(examples).to(self.device)
-                rows.append(self._compared(self.net.embed_texts(batch.text["text"])))
+                tokens = self._text_tokens(list(texts[start : start + batch_size]))
+                rows.append(self._compared(self.net.embed_texts(tokens)))
         return torch.cat(rows) if rows else torch.zeros(0, self.net.config.embed_dim)
+
+    def _text_tokens(self, texts: Sequence[str]) -> Tokens:
+        """Texts alone as the processor's one text stream."""
+        processor = cast(ContrastiveProcessor | PairProcessor, self.processor)
+        (tokens,) = collate([processor.text_example(text) for text in texts]).to(self.device).text.values()
+        return tokens
+
+    def match(self, image: AnyImage, text: str) -> float:
+        """Probability that the text belongs to the picture, by looking at both together (BLIP-2's ITM head)."""
+        self._need("match")
+        return float(self._matched([image], [text], torch.zeros(1, 2, dtype=torch.long), 1).softmax(-1)[0, 1])
+
+    def match_logits(
+        self, images: Sequence[AnyImage], texts: Sequence[str], pairs: Tensor, *, batch_size: int = 256
+    ) -> Tensor:
+        """(n,) logit of "they belong together" for ``pairs`` (n, 2) of numbers of pictures and texts: what retrieval
+        reranks by. Every picture is encoded once."""
+        self._need("match")
+        return self._matched(images, texts, pairs, batch_size)[:, 1]
+
+    def _matched(self, images: Sequence[AnyImage], texts: Sequence[str], pairs: Tensor, batch_size: int) -> Tensor:
+        seen = self._over_images(images, self.net.normed, 128)
+        rows = []
+        with self._inference():
+            for chunk in pairs.split(batch_size):
+                tokens = self._text_tokens([texts[j] for j in chunk[:, 1].tolist()])
+                rows.append(self.net.match_logits(seen[chunk[:, 0]].to(self.device), tokens).float().cpu())
+        return torch.cat(rows) if rows else torch.zeros(0, 2)
 
     def similarity(self, images: Sequence[AnyImage], texts: Sequence[str]) -> Tensor:
         """(N, M) similarity of every picture with every text, of the kind the model was trained with (cosine)."""
@@ -299,16 +332,18 @@ class Model:
             "processor.json": self.processor.to_dict(),
             "model.safetensors": checkpoint.state_tensors(self.net),
             **self.processor.tokenizer.files(),
+            **_further_tokenizers(self.processor),
             **(extra or {}),
         }
         checkpoint.write_folder(folder, files, replace=replace)
         return Path(folder)
 
 
-def load(path: str | Path, *, device: str = "cpu") -> Model:
+def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Model:
     """Open a model: a run folder, a model folder of ours, or a transformers folder (CLIP, SigLIP, LLaVA, causal LM).
 
-    Detection is by content, never by name. Loading is strict and verifies the manifest of our own folders.
+    Detection is by content, never by name. Loading is strict and verifies the manifest of our own folders. ``dtype``
+    casts the weights; what must not be cast (BLIP-2's Q-Former) stays in float32.
     Raises CheckpointError: nothing there, damaged, unknown format, or a weight missing or left over.
     """
     folder = Path(path)
@@ -321,7 +356,7 @@ def load(path: str | Path, *, device: str = "cpu") -> Model:
         from isthmus.interop.folders import load_foreign
 
         net, processor, forbidden = load_foreign(folder, config)
-        return Model(net, processor, forbidden=forbidden).to(device)
+        return Model(_cast(net, dtype), processor, forbidden=forbidden).to(device)
     if config["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']!r}; this version reads {FORMAT!r}.")
     files = checkpoint.read_folder(folder)
@@ -333,12 +368,25 @@ def load(path: str | Path, *, device: str = "cpu") -> Model:
     checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"]), where=folder)
     tokenizer = Tokenizer.load(folder)
     described = checkpoint.read_json(files["processor.json"])
+    others = {f.parent.name: Tokenizer.load(f.parent) for n, f in files.items() if n.endswith("/tokenizer.json")}
     return Model(
-        net,
-        processor_from_dict(described, tokenizer),
+        _cast(net, dtype),
+        processor_from_dict(described, tokenizer, others),
         prompts=config.get("prompts"),
         forbidden=config.get("forbidden", ()),
     ).to(device)
+
+
+def _cast(net: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None:
+        return net
+    return net.cast(dtype) if hasattr(net, "cast") else net.to(dtype)
+
+
+def _further_tokenizers(processor: Processor) -> dict[str, str]:
+    """Files of the tokenizers that a processor has besides its own, each in a folder of its name."""
+    others: Mapping[str, Tokenizer] = getattr(processor, "others", {})
+    return {f"{name}/{file}": text for name, tok in others.items() for file, text in tok.files().items()}
 
 
 def _listed(image: AnyImage | Sequence[AnyImage] | None) -> Sequence[AnyImage]:

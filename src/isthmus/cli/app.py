@@ -184,3 +184,35 @@ def data_scenes(
     from isthmus.cli.data import scenes
 
     scenes(out, format, count=count, split=split, seed=seed, size=size)
+
+
+@data_app.command(name="capfilt")
+def data_capfilt(
+    data: Annotated[str, typer.Option(help="Pictures with web captions: a file or folder, or YAML of a source.")],
+    captioner: Annotated[str, typer.Option(help="A model that captions.")],
+    clip: Annotated[str, typer.Option(help="A model that compares pictures with texts.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
+    k: Annotated[int, typer.Option(help="Synthetic captions per picture.")] = 10,
+    keep: Annotated[int, typer.Option(help="Captions kept per picture.")] = 2,
+    wrong: Annotated[float, typer.Option(help="Mislabel this share first, to measure what filtering does.")] = 0.0,
+    limit: Annotated[int | None, typer.Option(help="Only the first N pictures.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--set", help="key=value of the source; task.key=value.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the captions drawn.")] = 0,
+    json_file: Json = None,
+) -> None:
+    """Better captions for a web data set (BLIP-2's CapFilt): write k, rank them by a CLIP, keep the best."""
+    from isthmus.cli.data import capfilt
+
+    capfilt(
+        data,
+        out,
+        captioner=captioner,
+        clip=clip,
+        k=k,
+        keep=keep,
+        wrong=wrong,
+        limit=limit,
+        options=option or [],
+        seed=seed,
+        json_file=json_file,
+    )

@@ -1,8 +1,11 @@
 """``isthmus data ...``: write and look at data."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress
 
 from isthmus.errors import ConfigError, nearest
 
@@ -17,3 +20,53 @@ def scenes(out: Path, layout: str, *, count: int, split: str, seed: int, size: i
 
     export(out, format=layout, split=split, count=count, seed=seed, size=size)
     Console().print(f"{count} {split} scenes (seed {seed}, {size} x {size}) written to [bold]{out}[/] as {layout}.")
+
+
+def capfilt(
+    data: str,
+    out: Path,
+    *,
+    captioner: str,
+    clip: str,
+    k: int,
+    keep: int,
+    wrong: float,
+    limit: int | None,
+    options: Sequence[str],
+    seed: int,
+    json_file: Path | None,
+) -> None:
+    """Synthetic captions ranked with the web caption; ``wrong`` mislabels a share first, to see what filtering does."""
+    from isthmus.cli.evaluate import source_of, split_options
+    from isthmus.data.sources import open_source
+    from isthmus.model import load
+    from isthmus.recipes.capfilt import Mislabelled
+    from isthmus.recipes.capfilt import capfilt as run
+    from isthmus.recipes.scoring import First
+
+    changes, decoding = split_options(options)
+    source = open_source(source_of(data) | changes)
+    if limit is not None:
+        source = First(source, limit)
+    if wrong:
+        source = Mislabelled(source, wrong, seed)
+    with Progress(transient=True) as bar:
+        task = bar.add_task("capfilt", total=len(source))
+        report = run(
+            source,
+            load(captioner),
+            load(clip),
+            out,
+            k=k,
+            keep=keep,
+            seed=seed,
+            decoding=decoding,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console = Console()
+    console.print(f"{report.pictures} pictures, {report.captions} captions kept in [bold]{out}[/];", end=" ")
+    console.print(f"{report.web_kept:.1%} keep their web caption.")
+    if report.correct_before is not None and report.correct_after is not None:
+        console.print(f"Correct captions: {report.correct_before:.1%} before, {report.correct_after:.1%} after.")
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")

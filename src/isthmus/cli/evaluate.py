@@ -34,7 +34,7 @@ def run(
 
     folder = Path(model.removeprefix(_PEER))
     loaded = _load(model, folder)
-    source, own = _split(options)
+    source, own = split_options(options)
     if data is None and model.startswith(_PEER):
         raise ConfigError(f"{model} has no tasks of its own: give --task and --data.")
     if data is None:
@@ -47,8 +47,8 @@ def run(
             EvalSpec(
                 name=kind,
                 task=kind,
-                data=_source(data) | source,
-                train=_source(train) | source if train else None,
+                data=source_of(data) | source,
+                train=source_of(train) | source if train else None,
                 options=own,
             )
         ]
@@ -65,7 +65,7 @@ def run(
             bar.update(shown[name], completed=done)
 
         results = score_model(
-            loaded, specs, place, model_hash=model_hash(folder), seed=seed, limit=limit, progress=progress
+            loaded, specs, place, model_hash=model_hash(folder), seed=seed, limit=limit, progress=progress, run=folder
         )
     console = Console()
     for result in results:
@@ -152,7 +152,7 @@ def run_rescore(
         raise ConfigError(
             "isthmus eval needs either a MODEL to ask, or --rescore FOLDER (with --against FOLDER to compare two)."
         )
-    _, own = _split(options)
+    _, own = split_options(options)
     unknown = set(own) - {"rule"}
     if unknown:
         raise ConfigError(f"Only task.rule can be set when outputs are scored again, not task.{min(unknown)}.")
@@ -170,7 +170,7 @@ def run_rescore(
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _source(data: str) -> dict[str, Any]:
+def source_of(data: str) -> dict[str, Any]:
     """A YAML file describes a source; anything else is data whose kind is seen from its content."""
     path = Path(data)
     if path.suffix in {".yaml", ".yml"}:
@@ -183,7 +183,7 @@ def _source(data: str) -> dict[str, Any]:
     return guess(path)
 
 
-def _split(options: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(options: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """``key=value`` of the source, and ``task.key=value`` of the task."""
     source: dict[str, Any] = {}
     task: dict[str, Any] = {}

@@ -5,7 +5,7 @@ makes a training sample, ``draw`` choosing among alternative texts; ``prompt(rec
 or embeds, without labels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -39,6 +39,7 @@ class ContrastiveProcessor:
     """
 
     kind = "contrastive"
+    contrasts = True  # a batch's samples are each other's negatives, so like lengths must not meet on purpose
 
     def __init__(self, tokenizer: Tokenizer, image: ImageTransform, *, context: int = 77) -> None:
         if tokenizer.bos_id is None:
@@ -66,7 +67,7 @@ class ContrastiveProcessor:
             id=record.id,
             source=record.source,
             visuals=record.images,
-            pixels=_pixels(self.image, record.images),
+            pixels=pixels_of(self.image, record.images),
         )
 
     def text_example(self, text: str) -> Example:
@@ -117,14 +118,14 @@ class SpliceProcessor:
         """Raises DataError when the record does not fit the template or nothing of it would be learnt."""
         rendered = render(record, self.template, draw=draw)
         example = self._widen(record, encode(rendered, self.tokenizer), rendered.images)
-        _must_learn(example.streams["lm"], self.max_length, rendered.learns)
+        must_learn(example.streams["lm"], self.max_length, rendered.learns)
         return example
 
     def prompt(self, record: Record) -> Example:
         """Up to the place where the answer begins, without labels. Raises DataError when it is too long."""
         rendered = render(record, self.template, prompt=True)
         encoded = encode(rendered, self.tokenizer)
-        _must_fit(len(encoded.ids) + self.num_tokens * len(encoded.marks), self.max_length)
+        must_fit(len(encoded.ids) + self.num_tokens * len(encoded.marks), self.max_length)
         example = self._widen(record, encoded, rendered.images)
         return replace(example, streams={"lm": Span(example.streams["lm"].ids)})
 
@@ -152,7 +153,7 @@ class SpliceProcessor:
             source=record.source,
             streams={"lm": Span(ids[:end], labels[:end])},
             visuals=kept,
-            pixels=_pixels(self.image, kept),
+            pixels=pixels_of(self.image, kept),
             places=tuple(places),
         )
 
@@ -180,13 +181,13 @@ class TextProcessor:
         """Raises DataError when the record holds a picture, does not fit the template, or teaches nothing."""
         encoded, learns = self._encode(record, draw, prompt=False)
         span = Span(encoded.ids[: self.max_length], encoded.labels[: self.max_length])
-        _must_learn(span, self.max_length, learns)
+        must_learn(span, self.max_length, learns)
         return Example(id=record.id, source=record.source, streams={"lm": span})
 
     def prompt(self, record: Record) -> Example:
         """Up to the place where the answer begins, without labels. Raises DataError when it is too long."""
         encoded, _ = self._encode(record, 0, prompt=True)
-        _must_fit(len(encoded.ids), self.max_length)
+        must_fit(len(encoded.ids), self.max_length)
         return Example(id=record.id, source=record.source, streams={"lm": Span(encoded.ids)})
 
     def _encode(self, record: Record, draw: int, *, prompt: bool) -> tuple[Encoded, bool]:
@@ -210,21 +211,30 @@ PROCESSORS: dict[str, Callable[..., Processor]] = {
 }
 
 
-def processor_from_dict(values: dict[str, Any], tokenizer: Tokenizer) -> Processor:
-    """The processor that ``to_dict`` described. Raises ConfigError for an unknown kind or option."""
-    options = dict(values)
+def processor_from_dict(
+    values: dict[str, Any], tokenizer: Tokenizer, others: Mapping[str, Tokenizer] | None = None
+) -> Processor:
+    """The processor that ``to_dict`` described; ``others`` are its further tokenizers by option name.
+
+    Raises ConfigError for an unknown kind or option.
+    """
+    from isthmus.data import blip2  # it builds on this module
+
+    known = PROCESSORS | blip2.PROCESSORS
+    options: dict[str, Any] = {**values, **(others or {})}
     kind = str(options.pop("kind", ""))
-    if kind not in PROCESSORS:
-        raise ConfigError(f"processor: unknown kind {kind!r}; {nearest(kind, PROCESSORS)}")
+    if kind not in known:
+        raise ConfigError(f"processor: unknown kind {kind!r}; {nearest(kind, known)}")
     if "image" in options:
         options["image"] = ImageTransform.from_dict(options["image"])
     try:
-        return PROCESSORS[kind](tokenizer, **options)
+        return known[kind](tokenizer, **options)
     except TypeError:
         raise ConfigError(f"processor of kind {kind!r}: missing or unknown option among {sorted(options)}") from None
 
 
-def _pixels(transform: ImageTransform, images: Sequence[Image]) -> tuple[Callable[[], Any], ...]:
+def pixels_of(transform: ImageTransform, images: Sequence[Image]) -> tuple[Callable[[], Any], ...]:
+    """One call per picture that decodes it."""
     return tuple(partial(transform, image) for image in images)
 
 
@@ -235,7 +245,8 @@ def _check(template: str, max_length: int) -> None:
         raise ConfigError(f"max_length must be at least 2 tokens, not {max_length}")
 
 
-def _must_learn(span: Span, max_length: int, learns: bool) -> None:
+def must_learn(span: Span, max_length: int, learns: bool) -> None:
+    """Raises DataError for a span without a target; ``learns``: the uncut text had one."""
     # Position 0 is never predicted, so a label there teaches nothing.
     if span.labels is None or all(label == IGNORE for label in span.labels[1:]):
         why = (
@@ -246,6 +257,7 @@ def _must_learn(span: Span, max_length: int, learns: bool) -> None:
         raise DataError(f"nothing learnt: {why}")
 
 
-def _must_fit(length: int, max_length: int) -> None:
+def must_fit(length: int, max_length: int) -> None:
+    """Raises DataError for a prompt that is too long."""
     if length > max_length:
         raise DataError(f"prompt too long: it takes {length} tokens and the model reads {max_length}; shorten it")

@@ -14,7 +14,7 @@ places of a matrix product can come out one rounding apart, and that must not de
 
 
 def embed(function: Callable[[Sequence[Any]], Tensor], items: Sequence[Any], *, what: str, chunk: int = 256) -> Tensor:
-    """(N, D) float32 vectors of ``items``, a chunk at a time.
+    """(N, D) float32 vectors of ``items``, a chunk at a time; (N, Q, D) where a picture has Q of them.
 
     Raises CapabilityError when the model gives another number of vectors than it got items, or one that is not
     finite: no ranking may rest on it.
@@ -24,9 +24,9 @@ def embed(function: Callable[[Sequence[Any]], Tensor], items: Sequence[Any], *, 
         some = items[start : start + chunk]
         with torch.inference_mode():
             vectors = function(some).detach().float().cpu()
-        if vectors.ndim != 2 or len(vectors) != len(some):
+        if vectors.ndim not in (2, 3) or len(vectors) != len(some):
             raise CapabilityError(f"The model gave {tuple(vectors.shape)} for {len(some)} {what}; one row each is due.")
-        bad = (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        bad = (~vectors.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
         if bad:
             raise CapabilityError(
                 f"The model's vectors of {len(bad)} {what} are not finite, the first is number {start + bad[0]}; "

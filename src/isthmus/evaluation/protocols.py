@@ -50,6 +50,15 @@ class Embeds(Protocol):
 
 
 @runtime_checkable
+class Reranks(Embeds, Protocol):
+    """Looks at a picture and a text together: what reranking needs."""
+
+    def match_logits(self, images: Sequence[Any], texts: Sequence[str], pairs: Tensor) -> Tensor:
+        """(n,) logit that they belong together, for (n, 2) numbers of pictures and texts."""
+        ...
+
+
+@runtime_checkable
 class Sees(Protocol):
     """Gives the features before the projection into the joint space: what a linear probe needs."""
 

@@ -35,16 +35,25 @@ def ranks(
     index = torch.arange(len(images))
     by_image = []
     for rows in index.split(chunk):
-        values = similarity(images[rows], texts, kind)
-        own = owner[None] == rows[:, None]
-        best = values.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
-        by_image.append((not_below(values, best) & ~own).sum(dim=1))
+        by_image.append(ranks_of_images(similarity(images[rows], texts, kind), owner, rows))
     by_text = []
     for columns in torch.arange(len(texts)).split(chunk):
-        values = similarity(images, texts[columns], kind).T
-        right = values.gather(1, owner[columns, None])
-        by_text.append(not_below(values, right).sum(dim=1) - 1)
+        by_text.append(ranks_of_texts(similarity(images, texts[columns], kind), owner[columns]))
     return torch.cat(by_image), torch.cat(by_text)
+
+
+def ranks_of_images(values: Tensor, owner: Tensor, rows: Tensor | None = None) -> Tensor:
+    """(n,) rank of each picture's best own caption among foreign ones, from scores (n, M) of the pictures ``rows``."""
+    rows = torch.arange(len(values)) if rows is None else rows
+    own = owner[None] == rows[:, None]
+    best = values.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
+    return (not_below(values, best) & ~own).sum(dim=1)
+
+
+def ranks_of_texts(values: Tensor, owner: Tensor) -> Tensor:
+    """(m,) rank of each caption's picture among all, from scores (N, m); ``owner`` (m,) are the right pictures."""
+    right = values.T.gather(1, owner[:, None])
+    return not_below(values.T, right).sum(dim=1) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

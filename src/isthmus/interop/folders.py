@@ -1,22 +1,27 @@
 """Folders that transformers wrote: a net and a processor from what is in them, by content.
 
-CLIP and SigLIP models, LLaVA in all its key layouts, and any causal LM. Nothing in a folder is executed.
+CLIP and SigLIP models, LLaVA in all its key layouts, BLIP-2 and InstructBLIP, any causal LM. Nothing in a
+folder is executed.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from isthmus.checkpoint import load_into, read_json
+from isthmus.data.blip2 import PromptProcessor
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
 from isthmus.data.tokenizer import Tokenizer
+from isthmus.data.wordpiece import load_wordpiece
 from isthmus.errors import CheckpointError
+from isthmus.interop.hf_blip2 import read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
 from isthmus.interop.hf_llava import read_llava_folder
 from isthmus.language import read_language_folder
+from isthmus.language_seq2seq import Seq2SeqLM
+from isthmus.models.blip2 import Blip2
 from isthmus.models.clip import Clip
 from isthmus.models.llava import Llava
 from isthmus.models.lm import BareLM, LmConfig
@@ -29,6 +34,8 @@ def load_foreign(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Processo
         return _clip(folder)
     if kind == "llava":
         return _llava(folder)
+    if kind in ("blip-2", "instructblip"):
+        return _blip2(folder)
     if kind is None:
         raise CheckpointError(f"{folder}/config.json names neither a format of ours nor a model_type of transformers.")
     return _language(folder)
@@ -46,9 +53,7 @@ def _clip(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
 
 def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     config, state, image_token = read_llava_folder(folder)
-    with torch.device("meta"):
-        net = Llava(config)
-    net.to_empty(device="cpu")
+    net = Llava(config)  # not from the meta device: ties and computed buffers (rotary frequencies) would be lost
     load_into(net, state, where=folder)
     transform = image_transform(folder, config.vision.image_size)
     processor = SpliceProcessor(
@@ -59,6 +64,32 @@ def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
         num_tokens=net.num_tokens(transform.size, transform.size),
     )
     return net, processor, (image_token,)
+
+
+def _blip2(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+    """The prompts are the paper's; InstructBLIP's instruction stands by itself, its Q-Former has a tokenizer too."""
+    config, state = read_blip2_folder(folder)
+    net = Blip2(config)
+    load_into(net, state, where=folder)
+    transform = replace(image_transform(folder, config.vision.image_size), mode="squash")
+    seq2seq = isinstance(net.language, Seq2SeqLM)
+    processor = PromptProcessor(
+        Tokenizer.load(folder),
+        image=transform,
+        num_tokens=net.num_tokens(transform.size, transform.size),
+        prompt="" if config.instruct else "a photo of",
+        question="{}" if config.instruct else "Question: {} Short answer:" if seq2seq else "Question: {} Answer:",
+        end="eos" if config.instruct or seq2seq else "newline",
+        max_text=256 if config.instruct else 64,
+        start_id=net.language.start_id if isinstance(net.language, Seq2SeqLM) else None,
+        qformer=load_wordpiece(folder / "qformer_tokenizer") if config.instruct else None,
+        clean=not config.instruct,
+    )
+    return (
+        net,
+        processor,
+        tuple(i for i in (read_json(folder / "config.json").get("image_token_index"),) if i is not None),
+    )
 
 
 def _language(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:

@@ -6,6 +6,7 @@ from typing import Any
 from isthmus.errors import ConfigError, nearest
 
 MODELS = {
+    "blip2": "isthmus.models.blip2:Blip2",
     "clip": "isthmus.models.clip:Clip",
     "lm": "isthmus.models.lm:BareLM",
     "llava": "isthmus.models.llava:Llava",

@@ -27,6 +27,8 @@ from isthmus.nn.losses import Similarity, info_nce, sigmoid_loss, similarity
 from isthmus.nn.text_tower import TextConfig, TextTower
 from isthmus.nn.vit import Interpolation, VisionConfig, VisionTransformer
 
+WHAT = "contrastive training"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
@@ -204,7 +206,7 @@ class Clip(nn.Module):
 
     def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The batch's (B, E) pictures in order of rows, and its (B, E) texts."""
-        order = _row_order(batch)
+        order = batch.visual_of_rows(WHAT)
         parts = [self.embed_images(_single_frames(group.pixels)) for group in batch.visuals]
         images = torch.cat(parts)[torch.argsort(torch.cat([group.index for group in batch.visuals]))]
         return images[order.to(images.device)], self.embed_texts(batch.text["text"])
@@ -218,19 +220,9 @@ class Clip(nn.Module):
         return {"contrastive": Term(mean * len(images), len(images), scope="batch")}
 
 
-def _row_order(batch: Batch) -> Tensor:
-    """(B,) the visual of each row. Raises DataError unless every row owns exactly one."""
-    counts = torch.bincount(batch.owner, minlength=len(batch))
-    if len(batch) == 0 or bool((counts != 1).any()):
-        row = int((counts != 1).int().argmax()) if len(batch) else 0
-        found = f"sample {batch.ids[row]!r} has {int(counts[row])}" if len(batch) else "the batch is empty"
-        raise DataError(f"contrastive training wants one picture per sample; {found}.")
-    return torch.argsort(batch.owner)
-
-
 def _keys(batch: Batch) -> list[str]:
     """Content keys in order of rows."""
-    return [batch.keys[n] for n in _row_order(batch).tolist()]
+    return [batch.keys[n] for n in batch.visual_of_rows(WHAT).tolist()]
 
 
 def _single_frames(pixels: Tensor | None) -> Tensor:

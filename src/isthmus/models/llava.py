@@ -30,6 +30,7 @@ from isthmus.batch import Batch, Places, Term, Visuals
 from isthmus.config import plain, strict
 from isthmus.errors import ConfigError, DataError
 from isthmus.language import Decoding, LanguageModel
+from isthmus.models.published import vicuna
 from isthmus.nn.connectors import build_connector
 from isthmus.nn.splice import at_places, splice
 from isthmus.nn.vit import VisionConfig, VisionTransformer
@@ -85,20 +86,20 @@ class LlavaConfig:
 
     @classmethod
     def v1_7b(cls, vocab_size: int = 32000) -> "LlavaConfig":
-        return cls(vision=VisionConfig.vit_l_14(), projector="linear", language=_vicuna_7b(vocab_size, version=1))
+        return cls(vision=VisionConfig.vit_l_14(), projector="linear", language=vicuna("7b", vocab_size, version=1))
 
     @classmethod
     def v1_13b(cls, vocab_size: int = 32000) -> "LlavaConfig":
-        return cls(vision=VisionConfig.vit_l_14(), projector="linear", language=_vicuna_13b(vocab_size, version=1))
+        return cls(vision=VisionConfig.vit_l_14(), projector="linear", language=vicuna("13b", vocab_size, version=1))
 
     @classmethod
     def v1_5_7b(cls, vocab_size: int = 32000) -> "LlavaConfig":
         """``vocab_size`` 32064 is the padded vocabulary of the transformers conversion."""
-        return cls(vision=VisionConfig.vit_l_14_336(), language=_vicuna_7b(vocab_size, version=1.5))
+        return cls(vision=VisionConfig.vit_l_14_336(), language=vicuna("7b", vocab_size, version=1.5))
 
     @classmethod
     def v1_5_13b(cls, vocab_size: int = 32000) -> "LlavaConfig":
-        return cls(vision=VisionConfig.vit_l_14_336(), language=_vicuna_13b(vocab_size, version=1.5))
+        return cls(vision=VisionConfig.vit_l_14_336(), language=vicuna("13b", vocab_size, version=1.5))
 
     @classmethod
     def tiny(cls, vocab_size: int = 2048, image_size: int = 64) -> "LlavaConfig":
@@ -116,31 +117,6 @@ class LlavaConfig:
                 "tie_word_embeddings": True,
             },
         )
-
-
-def _vicuna_7b(vocab_size: int, version: float) -> dict[str, Any]:
-    return _vicuna(
-        vocab_size, version, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-    )
-
-
-def _vicuna_13b(vocab_size: int, version: float) -> dict[str, Any]:
-    return _vicuna(
-        vocab_size, version, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
-    )
-
-
-def _vicuna(vocab_size: int, version: float, **sizes: int) -> dict[str, Any]:
-    """Vicuna 1.x is a fine-tuned Llama, Vicuna 1.5 a fine-tuned Llama 2, which has the longer context."""
-    second = version >= 1.5
-    return {
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        **sizes,
-        "rms_norm_eps": 1e-5 if second else 1e-6,
-        "max_position_embeddings": 4096 if second else 2048,
-        "tie_word_embeddings": False,
-    }
 
 
 class Llava(nn.Module):

@@ -111,20 +111,24 @@ class CrossAttention(nn.Module):
         return x.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool = False, dropout: float = 0.0
+) -> Tensor:
     """(B, H, T, head_width) from queries (B, H, T, head_width) and keys, values (B, H, S, head_width).
+
+    ``dropout`` is the share of attention weights set to zero (the rest is scaled up).
 
     SDPA, but for half precision on a CPU: there the backward pass of its kernel makes it 2 to 8 times as slow as the
     plain products (torch 2.13, AVX-512 bf16; benchmarks/attention.py), which are then used. The CPU's softmax
     accumulates in float32 by itself.
     """
     if q.device.type != "cpu" or q.dtype == torch.float32 or q.dtype == torch.float64:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is None:
-        return scores.softmax(-1) @ v
+        return F.dropout(scores.softmax(-1), dropout) @ v
     # The lowest finite number, not infinity: a query that may look nowhere would else have a gradient of NaN.
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
-    return weights.masked_fill(~mask.any(-1, keepdim=True), 0.0) @ v
+    return F.dropout(weights.masked_fill(~mask.any(-1, keepdim=True), 0.0), dropout) @ v

@@ -18,10 +18,13 @@ Similarity = Literal["cosine", "dot", "euclidean"]
 def similarity(images: Tensor, texts: Tensor, kind: Similarity = "cosine") -> Tensor:
     """(B, C) from embeddings (B, D) and (C, D): cosine, dot product or negative squared Euclidean distance.
 
-    Computed in float32 at least, whatever the autocast.
+    Images of several vectors each, (B, Q, D), are as similar as the best of them (BLIP-2's queries). Computed in
+    float32 at least, whatever the autocast.
     """
     with torch.autocast(images.device.type, enabled=False):
         images, texts = _full(images), _full(texts)
+        if images.ndim == 3:
+            return similarity(images.flatten(0, 1), texts, kind).unflatten(0, images.shape[:2]).amax(1)
         if kind == "cosine":
             return F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
         products = images @ texts.T
@@ -42,8 +45,8 @@ def info_nce(
     with torch.autocast(images.device.type, enabled=False):
         images, texts, scale = _full(images), _full(texts), _full(log_scale).exp()
         all_images, all_texts = gather(images), gather(texts)
-        target = torch.arange(len(images), device=images.device) + len(images) * _rank()
-        left_out = _same_picture(keys, target, len(all_images))
+        target = torch.arange(len(images), device=images.device) + len(images) * rank()
+        left_out = same_picture(keys, target, len(all_images))
         total = images.new_zeros(())
         for own, others in ((images, all_texts), (texts, all_images)):
             logits = scale * similarity(own, others, kind)
@@ -69,12 +72,12 @@ def sigmoid_loss(
     with torch.autocast(images.device.type, enabled=False):
         images, texts = _full(images), _full(texts)
         all_texts = gather(texts)
-        target = torch.arange(len(images), device=images.device) + len(images) * _rank()
+        target = torch.arange(len(images), device=images.device) + len(images) * rank()
         logits = _full(log_scale).exp() * similarity(images, all_texts, kind) + _full(bias)
         sign = torch.full_like(logits, -1.0)
         sign[torch.arange(len(images), device=images.device), target] = 1.0
         terms = F.logsigmoid(sign * logits)
-        left_out = _same_picture(keys, target, len(all_texts))
+        left_out = same_picture(keys, target, len(all_texts))
         if left_out is not None:
             terms = terms.masked_fill(left_out, 0.0)
         return -terms.sum() / len(images)
@@ -82,7 +85,17 @@ def sigmoid_loss(
 
 def gather(x: Tensor) -> Tensor:
     """(G, D): the rows (B, D) of all processes in order of rank, with the exact gradient. Equal B assumed."""
-    return _Gather.apply(x) if _world() > 1 else x  # type: ignore[return-value]
+    return _Gather.apply(x) if world() > 1 else x  # type: ignore[return-value]
+
+
+def gather_around(x: Tensor) -> Tensor:
+    """(G, ...): the rows of all processes in order of rank; only this process's own rows carry a gradient."""
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[rank()] = x
+    return torch.cat(parts)
 
 
 class _Gather(torch.autograd.Function):
@@ -91,7 +104,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = len(x)
-        parts = [torch.empty_like(x) for _ in range(_world())]
+        parts = [torch.empty_like(x) for _ in range(world())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
@@ -100,10 +113,10 @@ class _Gather(torch.autograd.Function):
         # All-reduce and slice rather than reduce-scatter: gloo has only the former.
         gradient = gradients[0].contiguous().clone()
         dist.all_reduce(gradient)
-        return gradient[ctx.rows * _rank() :][: ctx.rows]
+        return gradient[ctx.rows * rank() :][: ctx.rows]
 
 
-def _same_picture(keys: Sequence[str], target: Tensor, total: int) -> Tensor | None:
+def same_picture(keys: Sequence[str], target: Tensor, total: int) -> Tensor | None:
     """(B, G) bool, true where a row meets another row of the same picture; none when all pictures differ."""
     if not keys:
         return None
@@ -111,7 +124,7 @@ def _same_picture(keys: Sequence[str], target: Tensor, total: int) -> Tensor | N
     marks = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> 1 if key else -1 for key in keys]
     own = torch.tensor(marks, device=target.device)
     others = own.new_empty(total)
-    if _world() > 1:
+    if world() > 1:
         dist.all_gather(list(others.split(len(own))), own)
     else:
         others = own
@@ -125,9 +138,11 @@ def _full(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _world() -> int:
+def world() -> int:
+    """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _rank() -> int:
-    return dist.get_rank() if _world() > 1 else 0
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if world() > 1 else 0

@@ -1,4 +1,4 @@
-"""The vision transformer: OpenAI CLIP's and SigLIP's towers, chosen by configuration.
+"""The vision transformer: OpenAI CLIP's, SigLIP's and EVA's towers, chosen by configuration.
 
     pixels (n, 3, H, W) → patches (n, P, D) → [class token] + positions → [ln_pre] → blocks → pooled (n, D)
 
@@ -77,6 +77,27 @@ class VisionConfig:
     @classmethod
     def vit_l_14_336(cls) -> "VisionConfig":
         return cls(image_size=336, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096)
+
+    @classmethod
+    def eva_g_14(cls, layers: int = 39) -> "VisionConfig":
+        """EVA-CLIP's ViT-g (Fang et al. 2022, 2211.07636) without its last block, as BLIP-2 reads it.
+
+        Its keys have no bias; ours is kept and stays zero, which no softmax feels.
+        """
+        return cls(
+            image_size=224,
+            patch_size=14,
+            width=1408,
+            layers=layers,
+            heads=16,
+            mlp_width=6144,
+            activation="gelu",
+            eps=1e-6,
+            pre_norm=False,
+            patch_bias=True,
+            post_norm="none",
+            pool="none",
+        )
 
     @classmethod
     def siglip_b_16(cls, image_size: int = 224) -> "VisionConfig":

@@ -5,10 +5,11 @@ and LM's configurations from the parts, the number of visual tokens from the con
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from isthmus.config import plain
 from isthmus.data.images import ImageTransform
@@ -24,6 +25,7 @@ from isthmus.data.processor import (
 from isthmus.data.sources import open_source
 from isthmus.data.text import render
 from isthmus.data.tokenizer import END, Tokenizer
+from isthmus.data.wordpiece import load_wordpiece, train_wordpiece
 from isthmus.errors import ConfigError, nearest
 from isthmus.model import Model, load
 from isthmus.models import model_class
@@ -34,21 +36,46 @@ PARTS = {
     "lm": ("init",),
     "llava": ("vision", "language", "init"),
     "flamingo": ("vision", "language", "init"),
+    "blip2": ("vision", "language", "bert", "init"),
 }
 """What a model may be built from. ``init`` is a whole model of the same kind to go on from."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A net ready for its first stage, with what its processors are made of."""
+    """A net ready for a stage, with what its processors are made of.
+
+    ``others`` are further tokenizers by name. ``memory`` holds tensors under the net's names that a stage without
+    their part has no use for: the language model's while there is none, a half that was dropped.
+    """
 
     net: Any
     tokenizer: Tokenizer
     image: ImageTransform | None
     recipe: Recipe
+    others: Mapping[str, Tokenizer] = field(default_factory=dict)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def enter(self, stage: StageSpec) -> "Built":
+        """The same, as ``stage`` begins. A stage that changes the configuration gets a net made anew, in which every
+        tensor that the run has known keeps its value. Raises ConfigError where one would have another shape."""
+        before = plain(self.net.config)
+        config = merged(before, stage.config)
+        if config == before:
+            return self
+        memory = {**self.memory, **self.net.state_dict()}
+        net = fresh(self.recipe, config)
+        recall(net, memory, f"stage {stage.name!r}")
+        return replace(self, net=net, memory=memory)
 
     def processor(self, stage: StageSpec) -> Processor:
         """The processor of one stage: this system's, with the stage's template, image mode and length."""
+        if self.recipe.model == "blip2":
+            from isthmus.recipes.blip2 import make_processor  # it builds on this module
+
+            image = self._image(stage)
+            assert image is not None
+            return make_processor(self, image, stage)
         return _processor(self.recipe.model, self.net, self.tokenizer, self._image(stage), stage)
 
     def _image(self, stage: StageSpec) -> ImageTransform | None:
@@ -56,9 +83,9 @@ class Built:
             return self.image
         return replace(self.image, mode=stage.image_mode)
 
-    def model(self) -> Model:
-        """The net as a Model that answers in the form its last stage taught it."""
-        return Model(self.net, self.processor(self.recipe.stages[-1]), prompts=self.recipe.prompts)
+    def model(self, stage: StageSpec | None = None) -> Model:
+        """The net as a Model that answers in the form ``stage`` (the last one by default) taught it."""
+        return Model(self.net, self.processor(stage or self.recipe.stages[-1]), prompts=self.recipe.prompts)
 
 
 def build(recipe: Recipe) -> Built:
@@ -67,13 +94,38 @@ def build(recipe: Recipe) -> Built:
     Raises ConfigError for parts that do not belong to this kind of model, and whatever loading a part raises.
     """
     check_parts(recipe)
+    if recipe.model == "blip2":
+        from isthmus.recipes.blip2 import build_blip2  # it builds on this module
+
+        return build_blip2(recipe)
     parts = {name: load(path) for name, path in recipe.parts.items()}
     tokenizer = _tokenizer(recipe, parts)
+    net = fresh(recipe, _config(recipe, parts, tokenizer))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # rows of new tokens are drawn around the part's own
+        _take_weights(net, parts)
+    return Built(net, tokenizer, image_of(recipe, parts, net), recipe)
+
+
+def fresh(recipe: Recipe, config: Mapping[str, Any]) -> Any:
+    """A net of this configuration, initialised from the recipe's seed; the random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        net = model_class(recipe.model).from_config(_config(recipe, parts, tokenizer))
-        _take_weights(net, parts)
-    return Built(net, tokenizer, _image(recipe, parts, net), recipe)
+        return model_class(recipe.model).from_config(config)
+
+
+@torch.no_grad()
+def recall(net: Any, memory: Mapping[str, Tensor], where: str) -> None:
+    """Give the net's tensors the values known under their names. Raises ConfigError when a shape differs."""
+    for name, tensor in net.state_dict().items():
+        known = memory.get(name)
+        if known is None:
+            continue
+        if known.shape != tensor.shape:
+            raise ConfigError(
+                f"{name} would get the shape {tuple(tensor.shape)} in {where}, but has {tuple(known.shape)}."
+            )
+        tensor.copy_(known)
 
 
 def check_parts(recipe: Recipe) -> None:
@@ -86,7 +138,7 @@ def check_parts(recipe: Recipe) -> None:
 def preset_config(recipe: Recipe) -> dict[str, Any]:
     """The configuration of a recipe that names a published size, without opening its parts or tokenizer."""
     own = dict(recipe.config)
-    return _merged(_preset(recipe.model, own.pop("preset")), own)
+    return merged(_preset(recipe.model, own.pop("preset")), own)
 
 
 def _tokenizer(recipe: Recipe, parts: Mapping[str, Model]) -> Tokenizer:
@@ -103,10 +155,12 @@ def _tokenizer(recipe: Recipe, parts: Mapping[str, Model]) -> Tokenizer:
 
 
 def make_tokenizer(spec: TokenizerSpec) -> Tokenizer:
-    """Load the named tokenizer, or train a byte-level BPE on the texts of its sources."""
+    """Load the named tokenizer, or train one of the kind on the texts of its sources."""
+    pieces = spec.kind == "wordpiece"
     if spec.folder is not None:
-        return Tokenizer.load(spec.folder)
-    return Tokenizer.train(_texts([open_source(s) for s in spec.data], spec), spec.vocab_size)
+        return load_wordpiece(spec.folder) if pieces else Tokenizer.load(spec.folder)
+    train = train_wordpiece if pieces else Tokenizer.train
+    return train(_texts([open_source(s) for s in spec.data], spec), spec.vocab_size)
 
 
 def _texts(sources: list[Source], spec: TokenizerSpec) -> Iterator[str]:
@@ -127,10 +181,10 @@ def _config(recipe: Recipe, parts: Mapping[str, Model], tokenizer: Tokenizer) ->
         return plain(parts["init"].net.config)
     preset = own.pop("preset", None)
     if preset is not None:
-        own = _merged(_preset(recipe.model, preset), own)
+        own = merged(_preset(recipe.model, preset), own)
     if recipe.model == "clip":
         facts = {"vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-        return _merged(own, {"text": facts})
+        return merged(own, {"text": facts})
     if recipe.model == "lm":
         facts = {
             "vocab_size": tokenizer.vocab_size,
@@ -138,7 +192,7 @@ def _config(recipe: Recipe, parts: Mapping[str, Model], tokenizer: Tokenizer) ->
             "eos_token_id": tokenizer.eos_id,
             "pad_token_id": tokenizer.pad_id,
         }
-        return _merged(own, {"language": facts})
+        return merged(own, {"language": facts})
     for name in ("vision", "language"):
         if name in parts:
             config = plain(parts[name].net.config)
@@ -161,12 +215,12 @@ def _preset(kind: str, name: str) -> dict[str, Any]:
     return plain(make())
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` with the keys of ``over`` laid on top, mappings merged all the way down."""
     out = dict(base)
     for key, value in over.items():
         mine = out.get(key)
-        out[key] = _merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+        out[key] = merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
     return out
 
 
@@ -183,7 +237,8 @@ def _take_weights(net: Any, parts: Mapping[str, Model]) -> None:
             getattr(net, name).load_state_dict(getattr(parts[name].net, name).state_dict())
 
 
-def _image(recipe: Recipe, parts: Mapping[str, Model], net: Any) -> ImageTransform | None:
+def image_of(recipe: Recipe, parts: Mapping[str, Model], net: Any) -> ImageTransform | None:
+    """The transform of the part that brings the encoder, else CLIP's, changed by the recipe's ``image``."""
     for name in ("init", "vision"):
         if name in parts:
             inherited = parts[name].processor.image
@@ -203,7 +258,7 @@ def _processor(kind: str, net: Any, tokenizer: Tokenizer, image: ImageTransform 
         if image.mode == "aspect":
             image = replace(image, patch=net.config.vision.patch_size)
         length = stage.max_length or net.language.context or 2048
-        options = {"template": stage.template or "paper", **stage.options}
+        options = {"template": stage.template or "paper", **stage.processor}
         return processor_from_dict(
             {"kind": "interleave", "image": image.to_dict(), "max_length": length} | options, tokenizer
         )

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from isthmus.config import plain
 from isthmus.errors import ConfigError
 from isthmus.models import model_class
-from isthmus.recipes.build import Built, build, preset_config
+from isthmus.recipes.build import Built, build, merged, preset_config
 from isthmus.recipes.run import make_loader
 from isthmus.recipes.schema import Recipe
 from isthmus.stage import StageTable, apply_stage
@@ -84,6 +85,10 @@ def visual_tokens(net: Any) -> int | None:
 
 def net_of(recipe: Recipe) -> tuple[Any, Built | None]:
     """The recipe's net, with what it was built from; a published size comes without values, needing no files."""
+    if "preset" in recipe.config and recipe.model == "blip2":
+        from isthmus.recipes.blip2 import on_meta
+
+        return on_meta(recipe), None
     if "preset" in recipe.config:
         with torch.device("meta"):
             return model_class(recipe.model).from_config(preset_config(recipe)), None
@@ -96,6 +101,10 @@ def stage_facts(recipe: Recipe, net: Any) -> list[StageFacts]:
     found = []
     for spec in recipe.stages:
         stage = spec.stage
+        config = merged(plain(net.config), spec.config)
+        if config != plain(net.config):
+            with torch.device("meta"):
+                net = model_class(recipe.model).from_config(config)
         budget = f"{stage.steps:,} steps" if stage.steps is not None else f"{stage.samples:,} samples"
         found.append(StageFacts(spec.name, budget, apply_stage(net, stage.train)))
     return found

@@ -3,6 +3,7 @@
     runs/demo/llava/
       run.json            the resolved recipe and the sha256 of every part it started from
       stages/<name>/      metrics.jsonl, table.json, quarantine.jsonl, checkpoints/, and at the end trained/
+      stages/<name>/model the model after a stage that an evaluation names
       model/              the finished model: what `isthmus.load` opens
 
 A stage hands over through ``trained/`` (the tensors it trained); the frozen rest is the same by proof.
@@ -65,7 +66,12 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, tensorboard: bool) -
         torch.set_num_threads(recipe.threads)
     built = build(recipe)
     for stage in recipe.stages:
-        _run_stage(built, stage, folder / "stages" / stage.name, progress=progress, tensorboard=tensorboard)
+        place = folder / "stages" / stage.name
+        built = built.enter(stage)
+        _run_stage(built, stage, place, progress=progress, tensorboard=tensorboard)
+        kept = stage is not recipe.stages[-1] and any(spec.stage == stage.name for spec in recipe.evaluate)
+        if kept and not (place / "model").is_dir():
+            built.model(stage).save(place / "model")
     model = built.model()
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     model.save(folder / "model", extra={"recipe.yaml": text})
@@ -96,23 +102,26 @@ def _run_stage(built: Built, stage: StageSpec, folder: Path, *, progress: bool, 
 
 def make_loader(built: Built, stage: StageSpec, folder: Path | None = None) -> Loader | JointLoader:
     """The stage's stream of batches; bad samples are counted in ``folder/quarantine.jsonl``."""
+    processor = built.processor(stage)
     quarantine = Quarantine(folder / "quarantine.jsonl" if folder else None)
     if stage.joint:
         return JointLoader(
             [(open_source(own), size, weight) for own, size, weight in map(_joint_entry, stage.data)],
-            built.processor(stage),
+            processor,
             accumulate=stage.accumulate,
             seed=built.recipe.seed,
             quarantine=quarantine,
         )
+    contrasts = getattr(processor, "contrasts", False)
     return Loader(
         open_mix(stage.data),
-        built.processor(stage),
+        processor,
         batch_size=stage.batch_size,
         batch_tokens=stage.batch_tokens,
         accumulate=stage.accumulate,
         seed=built.recipe.seed,
-        group=built.recipe.model != "clip",
+        group=not contrasts,
+        whole=contrasts and built.recipe.model != "clip",
         quarantine=quarantine,
     )
 

@@ -19,7 +19,7 @@ from isthmus.errors import ConfigError, nearest
 from isthmus.stage import Stage
 
 _STAGE_KEYS = frozenset(f.name for f in fields(Stage))
-Kind = Literal["clip", "lm", "llava", "flamingo"]
+Kind = Literal["clip", "lm", "flamingo", "blip2", "llava"]
 
 
 class _Yaml(yaml.SafeLoader):
@@ -46,7 +46,8 @@ class StageSpec(Strict):
 
     In the YAML the keys of both stand side by side (``name``, ``steps``, ``train``, ``data``, ``batch_size``, …). When
     each entry of ``data`` has a ``batch_size`` of its own, every step reads that many samples of every source, and the
-    sources' mean losses add up with their ``loss_weight`` (default 1). ``options`` are the processor's own.
+    sources' mean losses add up with their ``loss_weight`` (default 1). ``config`` changes the model's configuration
+    from this stage on (BLIP-2's phases); ``processor`` are options of this system's processor.
     """
 
     stage: Stage
@@ -57,7 +58,8 @@ class StageSpec(Strict):
     template: str | None = None
     image_mode: Literal["square", "pad", "squash", "aspect"] | None = None
     max_length: int | None = Field(default=None, gt=0)
-    options: dict[str, Any] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict)
+    processor: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -99,9 +101,11 @@ class StageSpec(Strict):
 class TokenizerSpec(Strict):
     """Either a ``folder`` with a tokenizer in it, or a vocabulary to train on the texts of ``data``.
 
-    The texts are rendered in ``template``, so that the template's own words become tokens too.
+    The texts are rendered in ``template``, so that the template's own words become tokens too. ``kind`` is byte-level
+    BPE, or WordPiece with BERT's special tokens for a Q-Former.
     """
 
+    kind: Literal["bpe", "wordpiece"] = "bpe"
     folder: str | None = None
     vocab_size: int = Field(default=2048, gt=260)
     data: list[dict[str, Any]] = Field(default_factory=list)
@@ -119,10 +123,11 @@ class EvalSpec(Strict):
     """One scoring task of the finished model on the source ``data``.
 
     ``train`` is a source of training data: its answers give the prior of ``vqa``, its pictures fit the
-    ``linear-probe``. ``options`` are the task's own.
+    ``linear-probe``. ``options`` are the task's own. ``stage`` scores the model as that stage left it.
     """
 
     name: str
+    stage: str | None = None
     task: str
     data: dict[str, Any]
     train: dict[str, Any] | None = None
@@ -144,6 +149,14 @@ class Recipe(Strict):
     prompts: dict[str, str] = Field(default_factory=dict)
     stages: list[StageSpec] = Field(min_length=1)
     evaluate: list[EvalSpec] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _stages_exist(self) -> "Recipe":
+        names = [s.name for s in self.stages]
+        for spec in self.evaluate:
+            if spec.stage is not None and spec.stage not in names:
+                raise ValueError(f"evaluate {spec.name!r}: no stage {spec.stage!r}; {nearest(spec.stage, names)}")
+        return self
 
     @field_validator("stages")
     @classmethod

@@ -12,20 +12,23 @@ from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, Likeli
 from isthmus.evaluation.caption_task import CaptionTask, typical_caption
 from isthmus.evaluation.few_shot import FewShotTask
 from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
+from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
+from isthmus.model import Model, load
 from isthmus.recipes.schema import EvalSpec, parse_recipe
 
 Progress = Callable[[str, int, int], None]
 """Called with (task, items done, items in all)."""
 
 
-class _First:
+class First:
     """The first ``limit`` records of a source."""
 
     def __init__(self, source: Any, limit: int) -> None:
         self.source, self.limit = source, min(limit, len(source))
+        self.name: str = getattr(source, "name", "")
 
     def __len__(self) -> int:
         return self.limit
@@ -38,7 +41,7 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None) -> Tas
     """The task that ``spec`` names, on its data. Raises ConfigError for an unknown task or option."""
     records: Any = open_source(spec.data)
     if limit is not None:
-        records = _First(records, limit)
+        records = First(records, limit)
     train: Any = open_source(spec.train) if spec.train is not None else None
     options = dict(spec.options)
     try:
@@ -80,6 +83,8 @@ def _matching_head(spec: EvalSpec, records: Any, train: Any, seed: int, options:
 
 
 def _retrieval(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+    if "rerank" in options:
+        return RerankTask(name=spec.name, records=records, seed=seed, **options)
     return RetrievalTask(name=spec.name, records=records, seed=seed, **options)
 
 
@@ -124,11 +129,19 @@ def score_model(
     seed: int = 0,
     limit: int | None = None,
     progress: Progress | None = None,
+    run: Path | None = None,
 ) -> list[Result]:
-    """Every task in a folder of its own below ``folder``, going on where an earlier call stopped."""
+    """Every task in a folder of its own below ``folder``, going on where an earlier call stopped.
+
+    A task of an earlier stage is done by that stage's model, from the run folder ``run`` (the one ``folder`` is in).
+    """
     found = []
+    final, final_hash = model, model_hash
     for spec in specs:
         name = spec.name
+        model, model_hash = final, final_hash
+        if spec.stage is not None:
+            model, model_hash = _of_stage(run or folder.parent, spec.stage, final, final_hash)
         report = (lambda done, total, name=name: progress(name, done, total)) if progress else None
         if spec.task == "retrieval" and model.kind == "clip":
             spec = spec.model_copy(update={"options": {"similarity": model.net.config.similarity, **spec.options}})
@@ -137,6 +150,21 @@ def score_model(
         task = make_task(spec, seed=seed, limit=limit)
         found.append(evaluate(model, task, folder / name, model_hash=model_hash, progress=report))
     return found
+
+
+def _of_stage(run: Path, stage: str, final: Model, final_hash: str) -> tuple[Model, str]:
+    """The model that ``stage`` left behind and its hash; the final one where that is the last stage's."""
+    place = run / "stages" / stage
+    if (place / "model").is_dir():
+        return load(place, device=str(final.device)), model_hash(place)
+    facts = checkpoint.read_json(run / "run.json") if (run / "run.json").is_file() else {"recipe": {"stages": []}}
+    last = [s["stage"]["name"] for s in facts["recipe"]["stages"]][-1:]
+    if last != [stage]:
+        raise ConfigError(
+            f"{run} has no model as the stage {stage!r} left it: a run keeps one where its recipe has an evaluation "
+            "with that `stage`. Leave `stage` out to score the finished model."
+        )
+    return final, final_hash
 
 
 def own_tasks(folder: Path) -> list[EvalSpec]:

@@ -1,0 +1,280 @@
+"""BLIP-2's processors, one for each phase.
+
+pairs    picture and caption            -> stream qformer: [CLS] caption [SEP], every token behind [CLS] labelled
+prompts  picture, maybe question/answer -> stream lm: visual places, <s>, text, end; or for an encoder-decoder
+         streams encoder: visual places, prompt or prefix, </s> and decoder: start, answer or suffix, </s>;
+         with a Q-Former that reads along also stream qformer: [CLS] question [SEP]
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from isthmus.batch import IGNORE
+from isthmus.data.images import ImageTransform
+from isthmus.data.mix import key
+from isthmus.data.processor import must_fit, must_learn, pixels_of
+from isthmus.data.record import Example, Place, Record, Span
+from isthmus.data.text import Rendered, drawn, encode
+from isthmus.data.tokenizer import END, Tokenizer
+from isthmus.data.wordpiece import cls_id, other_specials
+from isthmus.errors import ConfigError, DataError
+
+MOST_WORDS = 50
+_PUNCTUATION = re.compile(r'[.!"()*#:;~]')
+
+
+def clean_caption(text: str) -> str:
+    """The paper's code on captions: lower case, ``. ! " ( ) * # : ; ~`` to spaces, one space at a time, 50 words."""
+    return " ".join(_PUNCTUATION.sub(" ", text.lower()).split()[:MOST_WORDS])
+
+
+def clean_question(text: str) -> str:
+    """The same on questions, where the punctuation vanishes without a space."""
+    return " ".join(_PUNCTUATION.sub("", text.lower()).split()[:MOST_WORDS])
+
+
+class PairProcessor:
+    """Phase represent: one picture and one caption of at most ``max_text`` tokens, [CLS] and [SEP] included.
+
+    A longer caption loses its end, [SEP] stays. ``clean`` applies :func:`clean_caption`. Raises ConfigError for a
+    tokenizer without [CLS] and [DEC].
+    """
+
+    kind = "blip2-pairs"
+    contrasts = True
+
+    def __init__(self, tokenizer: Tokenizer, image: ImageTransform, *, max_text: int = 32, clean: bool = True) -> None:
+        self.tokenizer, self.image, self.max_text, self.clean = tokenizer, image, _room(max_text), clean
+        self._cls = cls_id(tokenizer)
+
+    @property
+    def forbidden_ids(self) -> tuple[int, ...]:
+        """What a caption never holds, besides [DEC] and [PAD]."""
+        return other_specials(self.tokenizer)
+
+    def example(self, record: Record, draw: int = 0) -> Example:
+        """Raises DataError unless the record holds one picture and a caption (a running text or an answer)."""
+        _one_picture(record)
+        captions = [p for p in drawn(record, draw).texts if p.role in ("text", "assistant")]
+        if len(captions) != 1:
+            raise DataError(
+                f"bad pair: BLIP-2's first stage takes one caption a sample and this has {len(captions)}; "
+                "join or split them"
+            )
+        span = self.text_example(str(captions[0].text)).streams["qformer"]
+        labelled = Span(span.ids, [IGNORE, *span.ids[1:]])
+        return self._with_picture(record, labelled)
+
+    def text_example(self, text: str) -> Example:
+        """A caption without a picture. Raises DataError when it is empty, or empty once cleaned."""
+        text = clean_caption(text) if self.clean else text
+        if not text.strip():
+            raise DataError("empty text: the caption is empty (punctuation does not count); write one or drop it")
+        return Example(id=text, source="", streams={"qformer": _bert(self.tokenizer, self._cls, text, self.max_text)})
+
+    def prompt(self, record: Record) -> Example:
+        """The picture, and [DEC] for the Q-Former to write behind. A question is beyond it."""
+        _one_picture(record)
+        assert self.tokenizer.bos_id is not None  # checked when built
+        return self._with_picture(record, Span([self.tokenizer.bos_id]))
+
+    def _with_picture(self, record: Record, span: Span) -> Example:
+        return Example(
+            id=record.id,
+            source=record.source,
+            streams={"qformer": span},
+            visuals=record.images,
+            pixels=pixels_of(self.image, record.images),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "max_text": self.max_text, "clean": self.clean, "image": self.image.to_dict()}
+
+
+class PromptProcessor:
+    """Phase generate: the soft prompt of ``num_tokens`` places, then text.
+
+    Args:
+        prompt: said before a caption, ``a photo of``; without one the whole caption is learnt, <s> included (a
+            decoder) or split at random into the encoder's prefix and the decoder's suffix (the prefix LM).
+        question: how a question is put, with ``{}`` for it. Several turns follow each other with a space.
+        end: what ends a decoder's text, ``newline`` (OPT in the paper) or ``eos``.
+        max_text: tokens of text behind the soft prompt, in the encoder and in the decoder each; training text that
+            is longer loses its end, a prompt that is longer is an error.
+        start_id: an encoder-decoder's start token; with it the streams are ``encoder`` and ``decoder``.
+        qformer: the Q-Former's tokenizer where it reads the question too (InstructBLIP; fine-tuning on VQA).
+        clean: captions and questions as in :func:`clean_caption` and :func:`clean_question`.
+    """
+
+    kind = "blip2-prompts"
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        image: ImageTransform,
+        *,
+        num_tokens: int,
+        prompt: str = "",
+        question: str = "Question: {} Answer:",
+        end: Literal["newline", "eos"] = "eos",
+        max_text: int = 32,
+        max_question: int = 128,
+        start_id: int | None = None,
+        qformer: Tokenizer | None = None,
+        clean: bool = True,
+    ) -> None:
+        if "{}" not in question:
+            raise ConfigError(f"question: {question!r} has no {{}} for the question")
+        if end not in ("newline", "eos"):
+            raise ConfigError(f"end: {end!r} is neither newline nor eos")
+        self.tokenizer, self.image, self.num_tokens = tokenizer, image, num_tokens
+        self.prompt_text, self.question, self.end, self.clean = prompt, question, end, clean
+        self.max_text, self.max_question, self.start_id = _room(max_text), _room(max_question), start_id
+        self.others = {} if qformer is None else {"qformer": qformer}
+        self._cls = None if qformer is None else cls_id(qformer)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer besides end-of-sequence."""
+        return (self.tokenizer.encode("\n")[-1],) if self.end == "newline" else ()
+
+    def example(self, record: Record, draw: int = 0) -> Example:
+        """Raises DataError without exactly one picture, with an empty text, or when nothing would be learnt."""
+        _one_picture(record)
+        said, asked = self._said(drawn(record, draw))
+        if not said.learns:
+            raise DataError("nothing learnt: no part of the sample is marked to be learnt; mark the answer")
+        streams = self._split(said, draw) if self.start_id is not None else {"lm": self._whole(said)}
+        return self._finish(record, streams, asked)
+
+    def prompt(self, record: Record) -> Example:
+        """Up to the place where the answer begins, without labels; a picture may be missing. Too long: DataError."""
+        said, asked = self._said(drawn(record, 0), prompt=True)
+        ids = encode(said, self.tokenizer).ids
+        if self.start_id is not None:
+            ids = [*_without_bos(ids, self.tokenizer), self.tokenizer.eos_id]
+        must_fit(len(ids), self.max_text)
+        return self._finish(record, {"lm" if self.start_id is None else "encoder": Span(ids)}, asked)
+
+    def _said(self, record: Record, *, prompt: bool = False) -> tuple[Rendered, str]:
+        """The text with what is learnt of it, and what the Q-Former may read beside its queries."""
+        out, asked = Rendered(), ""
+        turns = [p for p in record.texts if p.role != "system"]
+        if prompt and turns and turns[-1].role != "user":
+            turns.pop()
+        spoken = any(p.role == "user" for p in turns)
+        if not spoken:
+            captions = [p for p in turns if prompt or p.learn or p.role == "assistant"]
+            if not prompt and len(captions) != 1:
+                raise DataError(f"bad caption: one caption a sample is due and this has {len(captions)}")
+            out.write(self.prompt_text)
+            if not prompt:
+                text = str(captions[0].text)
+                text = clean_caption(text) if self.clean else text
+                self._answer(out, text, learn=captions[0].learn)
+            return out, self.prompt_text
+        for part in turns:
+            text = str(part.text)
+            if part.role == "user":
+                asked = clean_question(text) if self.clean else text.strip()
+                out.write((" " if str(out) else "") + self.question.format(asked))
+            else:
+                last = part is turns[-1]
+                self._answer(out, text, learn=part.learn, ends=last)
+        if prompt and turns[-1].role != "user":
+            raise DataError("bad conversation: it has no question to answer; end it with a user's turn")
+        return out, asked
+
+    def _answer(self, out: Rendered, text: str, *, learn: bool, ends: bool = True) -> None:
+        if not text.strip():
+            raise DataError("empty answer: the caption or answer is empty; write one or drop the sample")
+        out.write((" " if str(out) else "") + text.strip(), learn=learn)
+        if ends:
+            out.write("\n" if self.end == "newline" and self.start_id is None else END, learn=learn)
+
+    def _whole(self, said: Rendered) -> Span:
+        """A decoder's text. Where nothing was said before it, its <s> is a target too (the paper's code)."""
+        encoded = encode(said, self.tokenizer)
+        labels = list(encoded.labels)
+        if said.chunks[0].spans[0][0] == 0 and self.tokenizer.bos_id is not None:
+            labels[0] = self.tokenizer.bos_id
+        span = Span(encoded.ids[: self.max_text], labels[: self.max_text])
+        must_learn(span, self.max_text, said.learns)
+        return span
+
+    def _split(self, said: Rendered, draw: int) -> dict[str, Span]:
+        """Encoder and decoder of a T5: what is said and what is learnt, or a caption cut at a random token."""
+        encoded = encode(said, self.tokenizer)
+        skip = len(encoded.ids) - len(_without_bos(encoded.ids, self.tokenizer))
+        ids, labels = encoded.ids[skip:], encoded.labels[skip:]
+        first = next(i for i, label in enumerate(labels) if label != IGNORE)
+        if any(label == IGNORE for label in labels[first:]):
+            raise DataError("several answers: an encoder-decoder learns the last one only; unmark the others")
+        if first == 0:
+            first = key("split", draw) % max(1, len(ids) - 1)
+        assert self.start_id is not None
+        before = [*ids[:first][: self.max_text - 1], self.tokenizer.eos_id]
+        after = ids[first:][: self.max_text - 1]
+        return {"encoder": Span(before), "decoder": Span([self.start_id, *after], [IGNORE, *after])}
+
+    def _finish(self, record: Record, streams: dict[str, Span], asked: str) -> Example:
+        """Put the visual places in front, and the Q-Former's text beside."""
+        name = next(iter(streams))
+        front = self.num_tokens * len(record.images)
+        span = streams[name]
+        labels = None if span.labels is None else [IGNORE] * front + span.labels
+        streams = {**streams, name: Span([self.tokenizer.pad_id] * front + span.ids, labels)}
+        if self._cls is not None:
+            streams["qformer"] = _bert(self.others["qformer"], self._cls, asked, self.max_question, keep_end=True)
+        places = [Place(n, name, n * self.num_tokens, self.num_tokens) for n in range(len(record.images))]
+        return Example(
+            id=record.id,
+            source=record.source,
+            streams=streams,
+            visuals=record.images,
+            pixels=pixels_of(self.image, record.images),
+            places=tuple(places),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "num_tokens": self.num_tokens,
+            "prompt": self.prompt_text,
+            "question": self.question,
+            "end": self.end,
+            "max_text": self.max_text,
+            "max_question": self.max_question,
+            "start_id": self.start_id,
+            "clean": self.clean,
+            "image": self.image.to_dict(),
+        }
+
+
+def _bert(tokenizer: Tokenizer, cls: int, text: str, longest: int, *, keep_end: bool = False) -> Span:
+    """[CLS] text [SEP]; what is over ``longest`` is lost at the end, or with ``keep_end`` at the beginning."""
+    ids = tokenizer.encode(text)
+    room = longest - 2
+    kept = ids[-room:] if keep_end and len(ids) > room else ids[:room]
+    return Span([cls, *kept, tokenizer.eos_id])
+
+
+def _without_bos(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    return list(ids[1:] if tokenizer.bos_id is not None else ids)
+
+
+def _one_picture(record: Record) -> None:
+    if len(record.images) != 1:
+        raise DataError(
+            f"bad pair: BLIP-2 is trained on one picture a sample and this has {len(record.images)}; split the sample"
+        )
+
+
+def _room(tokens: int) -> int:
+    if tokens < 3:
+        raise ConfigError(f"a text needs room for at least 3 tokens, not {tokens}")
+    return tokens
+
+
+PROCESSORS = {PairProcessor.kind: PairProcessor, PromptProcessor.kind: PromptProcessor}

@@ -1,0 +1,161 @@
+"""transformers' BLIP-2 and InstructBLIP folders: their names and configuration as ours, as pure maps.
+
+``Blip2ForConditionalGeneration``, ``Blip2Model`` and ``InstructBlipForConditionalGeneration`` become phase
+``generate``; ``Blip2ForImageTextRetrieval`` has the weights of phase ``represent`` but for temperature and LM head.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.checkpoint import load_tensors, read_json
+from isthmus.errors import CheckpointError
+from isthmus.language import known_fields, weight_files
+from isthmus.models.blip2 import Blip2Config
+from isthmus.nn.connectors.qformer import QFormerConfig
+from isthmus.nn.vit import VisionConfig
+
+_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+_LAYER = {
+    "attention.attention.": "attn.",
+    "attention.output.dense.": "attn.out_proj.",
+    "attention.output.LayerNorm.": "ln_attn.",
+    "crossattention.attention.": "cross.",
+    "crossattention.output.dense.": "cross.out_proj.",
+    "crossattention.output.LayerNorm.": "ln_cross.",
+    "intermediate.dense.": "ffn_text.mlp.fc1.",
+    "output.dense.": "ffn_text.mlp.fc2.",
+    "output.LayerNorm.": "ffn_text.ln.",
+    "intermediate_query.dense.": "ffn_query.mlp.fc1.",
+    "output_query.dense.": "ffn_query.mlp.fc2.",
+    "output_query.LayerNorm.": "ffn_query.ln.",
+}
+_BLOCK = {"layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.", "mlp.": "mlp.", "self_attn.projection.": "attn.out_proj."}
+_REST = {
+    "vision_model.embeddings.patch_embedding.": "vision.patch_embed.",
+    "vision_model.embeddings.class_embedding": "vision.class_token",
+    "vision_model.embeddings.position_embedding": "vision.positions",
+    "vision_model.post_layernorm.": "connector.norm.",
+    "query_tokens": "connector.queries",
+    "qformer.layernorm.": "connector.qformer.ln.",
+    "qformer.embeddings.layernorm.": "connector.qformer.ln.",
+    "embeddings.word_embeddings.": "connector.qformer.words.",
+    "qformer.embeddings.word_embeddings.": "connector.qformer.words.",
+    "embeddings.position_embeddings.": "connector.qformer.positions.",
+    "qformer.embeddings.position_embeddings.": "connector.qformer.positions.",
+    "language_projection.": "connector.projection.",
+    "language_model.": "language.lm.",
+    "vision_projection.": "heads.image_proj.",
+    "text_projection.": "heads.text_proj.",
+    "itm_head.": "heads.itm.",
+}
+
+
+def from_hf(state: Mapping[str, Tensor], where: str = "the checkpoint") -> dict[str, Tensor]:
+    """The same tensors under our names and shapes; the joint qkv is split. A strange name: CheckpointError."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("model.")
+        if name.endswith("position_ids"):
+            continue
+        joint = re.fullmatch(r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv\.(weight|bias)", name)
+        if joint:
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                found[f"vision.blocks.{joint[1]}.attn.{part}_proj.{joint[2]}"] = piece
+            continue
+        ours = _ours(name)
+        if ours is None:
+            raise CheckpointError(f"{where} holds {name!r}, which belongs to no part of a BLIP-2 that is known here.")
+        single = ours in ("vision.class_token", "vision.positions")
+        found[ours] = tensor.reshape(tensor.shape[-1]) if ours == "vision.class_token" else tensor
+        if single and ours == "vision.positions":
+            found[ours] = tensor.reshape(tensor.shape[-2:])
+    return found
+
+
+def _ours(name: str) -> str | None:
+    layer = re.fullmatch(r"qformer\.encoder\.layer\.(\d+)\.(.+)", name)
+    if layer:
+        for theirs, own in _LAYER.items():
+            if layer[2].startswith(theirs):
+                rest = layer[2].removeprefix(theirs)
+                part, _, end = rest.partition(".")
+                rest = f"{_ATTENTION[part]}.{end}" if part in _ATTENTION else rest
+                return f"connector.qformer.layers.{layer[1]}.{own}{rest}"
+        return None
+    block = re.fullmatch(r"vision_model\.encoder\.layers\.(\d+)\.(.+)", name)
+    table, prefix = (_BLOCK, f"vision.blocks.{block[1]}.") if block else (_REST, "")
+    tail = block[2] if block else name
+    for theirs, own in table.items():
+        if tail.startswith(theirs):
+            return prefix + own + tail.removeprefix(theirs)
+    return None
+
+
+def config_from_hf(config: Mapping[str, Any]) -> Blip2Config:
+    """Our configuration from the contents of a config.json; phase ``generate``, the norm's eps transformers' own."""
+    vision, qformer = config["vision_config"], config["qformer_config"]
+    image, patch = vision.get("image_size", 224), vision.get("patch_size", 14)
+    width = vision.get("hidden_size", 1408)
+    eps = vision.get("layer_norm_eps", 1e-6)
+    text = config["text_config"]
+    return Blip2Config(
+        vision=VisionConfig(
+            image_size=image,
+            patch_size=patch,
+            width=width,
+            layers=vision.get("num_hidden_layers", 39),
+            heads=vision.get("num_attention_heads", 16),
+            mlp_width=vision.get("intermediate_size", 6144),
+            activation=vision.get("hidden_act", "gelu"),
+            eps=eps,
+            pre_norm=False,
+            patch_bias=True,
+            post_norm="none",
+            pool="none",
+        ),
+        qformer=QFormerConfig(
+            vision_width=width,
+            width=qformer.get("hidden_size", 768),
+            layers=qformer.get("num_hidden_layers", 12),
+            heads=qformer.get("num_attention_heads", 12),
+            mlp_width=qformer.get("intermediate_size", 3072),
+            queries=config.get("num_query_tokens", 32),
+            cross_every=qformer.get("cross_attention_frequency", 2),
+            vocab_size=qformer.get("vocab_size", 30522),
+            positions=qformer.get("max_position_embeddings", 512),
+            dec_id=qformer.get("vocab_size", 30522) - 1,
+            activation=qformer.get("hidden_act", "gelu"),
+            eps=qformer.get("layer_norm_eps", 1e-12),
+            dropout=qformer.get("hidden_dropout_prob", 0.1),
+        ),
+        language=known_fields(text) | {k: text[k] for k in ("dense_act_fn",) if k in text},
+        instruct=config.get("model_type") == "instructblip",
+        embed_dim=config.get("image_text_hidden_size", 256),
+        norm_eps=eps,
+    )
+
+
+def read_blip2_folder(folder: Path) -> tuple[Blip2Config, dict[str, Tensor]]:
+    """Configuration and state dict of a saved BLIP-2 or InstructBLIP that generates.
+
+    A T5 head stored beside another embedding table is taken as untied. Raises CheckpointError for strange tensors.
+    """
+    raw = read_json(folder / "config.json")
+    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file).items()}
+    config, state = config_from_hf(raw), from_hf(stored, str(folder))
+    head, table = state.get("language.lm.lm_head.weight"), state.get("language.lm.shared.weight")
+    if table is not None:
+        assert config.language is not None
+        language: dict[str, Any] = {k: v for k, v in config.language.items() if k != "tie_word_embeddings"}
+        if raw["text_config"].get("scale_decoder_outputs", True) is False:
+            language["tie_word_embeddings"] = False
+            state.setdefault("language.lm.lm_head.weight", table)
+        elif head is not None and not torch.equal(head, table):
+            raise CheckpointError(f"{folder}: its T5 has a head of its own, but its configuration ties and scales it.")
+        config = Blip2Config.from_dict({**config.to_dict(), "language": language})
+    return config, state

@@ -1,0 +1,171 @@
+"""Seq2SeqLM: the edge to transformers' T5-like encoder-decoders, beside the causal LMs of language.py.
+
+Shapes: B rows, S encoder tokens, T decoder tokens, D width of the embeddings, V vocabulary, M labelled positions.
+
+The encoder reads embeddings (visual tokens and text), right-padded with their lengths. The decoder's stream holds
+the start token, then the text: position 0 is never a target, so labels mean the same as in a causal stream.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+
+from isthmus.batch import IGNORE, Tokens
+from isthmus.checkpoint import load_tensors, read_json
+from isthmus.errors import ConfigError, DataError
+from isthmus.language import (
+    Decoding,
+    LanguageModel,
+    generation_config,
+    known_fields,
+    library_config,
+    logits_processors,
+    match_keys,
+    nll,
+    until_stop,
+    weight_files,
+)
+
+T5_LIKE = ("t5", "mt5", "umt5")
+"""Model types read here: one family, in which the start token is the pad token."""
+
+
+class Seq2SeqLM(nn.Module):
+    """A T5-like LM as ``.lm``, its class and keys untouched.
+
+    ``tie_word_embeddings: false`` in the configuration gives the head its own table, as FlanT5's checkpoints have
+    it; the library by itself ties it always and reads the flag as "do not scale the decoder's output".
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm: Any = lm
+        # A folder's own decoding defaults must not slip under an explicit Decoding.
+        self.lm.generation_config = GenerationConfig()
+
+    @classmethod
+    def build(cls, config: Mapping[str, Any]) -> "Seq2SeqLM":
+        """A freshly initialised LM from ``{"model_type": "t5", ...}``. Raises ConfigError as language.py does."""
+        # The activation stands in T5's files though it is no field of its configuration class.
+        own = {name: value for name, value in config.items() if name not in ("dense_act_fn", "tie_word_embeddings")}
+        kind = type(library_config(own, T5_LIKE))
+        more = {name: config[name] for name in ("dense_act_fn", "tie_word_embeddings") if name in config}
+        settings = kind(**{name: value for name, value in own.items() if name != "model_type"}, **more)
+        lm = AutoModelForSeq2SeqLM.from_config(settings, dtype=torch.float32)
+        if config.get("tie_word_embeddings") is False:
+            lm.lm_head.weight = nn.Parameter(torch.empty_like(lm.lm_head.weight).normal_())
+        return cls(lm)
+
+    @property
+    def width(self) -> int:
+        """D: width of the input embeddings, and so of visual tokens."""
+        return self.lm.get_input_embeddings().weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm.get_input_embeddings().weight.shape[0]
+
+    @property
+    def context(self) -> int | None:
+        """None: relative positions set no limit."""
+        return None
+
+    @property
+    def start_id(self) -> int:
+        """The token a decoder's stream begins with: T5's pad token."""
+        return self.lm.config.pad_token_id
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, S) token ids -> (B, S, D). Raises DataError for an id outside the vocabulary."""
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise DataError(
+                f"a token id lies outside the LM's vocabulary of {self.vocab_size}: the tokenizer does not belong "
+                "to this LM."
+            )
+        return self.lm.get_input_embeddings()(ids)
+
+    def logits(self, embeds: Tensor, lengths: Tensor, decoder: Tokens) -> Tensor:
+        """(B, T, V): at each decoder position the logits of the token behind it."""
+        return self.lm(
+            inputs_embeds=embeds,
+            attention_mask=_mask(embeds, lengths),
+            decoder_input_ids=decoder.ids,
+            use_cache=False,
+            return_dict=True,
+        ).logits
+
+    def loss(self, embeds: Tensor, lengths: Tensor, decoder: Tokens) -> tuple[Tensor, int]:
+        """Cross-entropy in fp32 over the labelled decoder targets: (sum, count)."""
+        losses, _ = self._label_nll(embeds, lengths, decoder)
+        return losses.sum(), len(losses)
+
+    def score(self, embeds: Tensor, lengths: Tensor, decoder: Tokens) -> Tensor:
+        """(B,) sums of log-probabilities of the labelled decoder tokens."""
+        losses, row = self._label_nll(embeds, lengths, decoder)
+        return torch.zeros(len(embeds), device=losses.device).index_add(0, row, -losses)
+
+    @torch.no_grad()
+    def generate(self, embeds: Tensor, lengths: Tensor, decoding: Decoding) -> list[list[int]]:
+        """What the decoder writes for every row of ``embeds`` (B, S, D): new tokens only, without the stop token."""
+        empty = torch.nonzero(lengths == 0).flatten().tolist()
+        if empty:
+            raise DataError(f"row {empty[0]} of the batch has an empty prompt; generation needs at least one token.")
+        found = self.lm.generate(
+            inputs_embeds=embeds,
+            attention_mask=_mask(embeds, lengths),
+            generation_config=generation_config(decoding, self.vocab_size, decoder_start_token_id=self.start_id),
+            logits_processor=logits_processors(decoding, rows=len(embeds), started=1),
+        )
+        return [until_stop(row[1:], decoding.stop_ids) for row in found.tolist()]
+
+    def _label_nll(self, embeds: Tensor, lengths: Tensor, decoder: Tokens) -> tuple[Tensor, Tensor]:
+        if decoder.labels is None:
+            raise DataError("the decoder's stream has no labels, so there is no loss; use a processor for training.")
+        row, column = torch.nonzero(decoder.labels[:, 1:] != IGNORE, as_tuple=True)
+        logits = self.logits(embeds, lengths, decoder)[row, column]
+        return nll(logits, decoder.labels[row, column + 1]), row
+
+
+def build_language(config: Mapping[str, Any]) -> LanguageModel | Seq2SeqLM:
+    """The LM of a configuration: an encoder-decoder for T5's family, else a causal LM."""
+    return Seq2SeqLM.build(config) if config.get("model_type") in T5_LIKE else LanguageModel.build(config)
+
+
+def safe_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, but bf16 where an fp16 T5 was asked for: its activations overflow fp16 (BLIP-2, sec. 4.1)."""
+    return torch.bfloat16 if config.get("model_type") in T5_LIKE and dtype == torch.float16 else dtype
+
+
+def read_seq2seq_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A saved T5 of transformers as (configuration, state dict under the library's keys), strictly; no code is run.
+
+    A head that is stored beside another embedding table is taken as untied, whatever config.json says.
+    """
+    folder = Path(path)
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") not in T5_LIKE:
+        raise ConfigError(f"{folder} is a {raw.get('model_type')} model; an encoder-decoder is one of {T5_LIKE}.")
+    config = known_fields(raw)
+    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file).items()}
+    head, table = stored.get("lm_head.weight"), stored.get("shared.weight")
+    if head is not None and table is not None and not torch.equal(head, table):
+        config["tie_word_embeddings"] = False
+    elif raw.get("tie_word_embeddings") is False or raw.get("scale_decoder_outputs") is False:
+        config["tie_word_embeddings"] = False
+        if head is None and table is not None:
+            stored["lm_head.weight"] = table
+    else:
+        config.pop("tie_word_embeddings", None)
+    if "dense_act_fn" in raw:
+        config["dense_act_fn"] = raw["dense_act_fn"]
+    with torch.device("meta"):
+        lm = Seq2SeqLM.build(config).lm
+    return config, match_keys(lm, stored, where=str(folder))
+
+
+def _mask(embeds: Tensor, lengths: Tensor) -> Tensor:
+    return (torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]).long()

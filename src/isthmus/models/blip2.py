@@ -1,0 +1,484 @@
+"""BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language Models (Li et al.
+2023, 2301.12597), and InstructBLIP (Dai et al. 2023, 2305.06500).
+
+    represent   pixels ─ vision ─→ (B, P, Dv) ─ connector: norm ─┬─ image use ─→ (B, Q, D) ─ image_proj ─┐
+                (frozen)                                         │                                        ├ ITC
+                ids (B, T), [CLS] first ─────────────────────────│─ text use ──→ (B, D) ──── text_proj ──┘
+                                                                 ├─ joint use, all see all ─→ itm ─────── ITM
+                ids (B, T), [DEC] first ── text on cached image rows, causal ───────────────── LM head ── ITG
+
+    generate    pixels ─ vision ─→ features ─ connector: norm, Q-Former, projection ─→ (n, R, D_lm) ┐ splice, in front
+                (frozen)                      [instruction beside the queries: InstructBLIP]         │
+                ids (B, T) ─ embed ─→ (B, T, D_lm) ─────────────────────────────────────────────────┴→ language (frozen)
+
+Legend: B rows, T tokens, n visuals, P vision tokens with the class token, Dv and D widths of encoder and Q-Former, Q
+queries, R = F·Q visual tokens per visual of F frames, D_lm width of the LM.
+
+The two phases are two configurations of one class. In ``represent`` there is no LM; in ``generate`` the heads and
+the Q-Former's text half are gone (``instruct`` keeps the latter). Where their parts are the same, so are their names.
+
+Differs from the paper: the prefix LM's split point is uniform over the caption's tokens (the paper names no rule);
+decay is on tensors of two and more dimensions only (the code decays the temperature too); a frozen LM's dropout is
+off. Differs from the code: each process's own rows carry the contrast's gradient wherever they stand.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isthmus.batch import IGNORE, Batch, Places, Term, Tokens, Visuals
+from isthmus.config import plain, strict
+from isthmus.errors import ConfigError, DataError
+from isthmus.language import Decoding
+from isthmus.language_seq2seq import Seq2SeqLM, build_language, safe_dtype
+from isthmus.models.published import flan_t5, opt, vicuna
+from isthmus.nn.beam import beam_search
+from isthmus.nn.connectors.qformer import Past, QFormerConfig, QFormerConnector
+from isthmus.nn.losses import Similarity, gather
+from isthmus.nn.matching import gather_tokens, hard_negatives, query_contrast
+from isthmus.nn.precision import KeptFloat32
+from isthmus.nn.splice import at_places, splice
+from isthmus.nn.vit import VisionConfig, VisionTransformer
+from isthmus.stage import Group, Stage
+
+TEXT, DECODER = "qformer", "decoder"
+OBJECTIVES = ("itc", "itm", "itg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blip2Config:
+    """Encoder, Q-Former and (for ``generate``) the LM.
+
+    ``feature_layer`` counts over the encoder's L+1 hidden states: -1 for the published encoders, which come without
+    their last block; -2 for a whole CLIP tower. ``instruct`` keeps the text half in ``generate``: the question or
+    instruction stands beside the queries (InstructBLIP, and BLIP-2's fine-tuning on VQA). ``embed_dim`` is the
+    contrast's width. ``norm_eps`` is that of the LayerNorm behind the encoder: 1e-5 in the original code, 1e-6 in
+    transformers. ``objectives`` are those of ``represent``.
+    """
+
+    vision: VisionConfig
+    qformer: QFormerConfig
+    language: Mapping[str, Any] | None = None
+    phase: Literal["represent", "generate"] = "generate"
+    instruct: bool = False
+    feature_layer: int = -1
+    embed_dim: int = 256
+    norm_eps: float = 1e-5
+    label_smoothing: float = 0.1
+    objectives: tuple[str, ...] = OBJECTIVES
+
+    def __post_init__(self) -> None:
+        if self.qformer.vision_width != self.vision.width:
+            raise ConfigError(
+                f"the Q-Former reads features of width {self.qformer.vision_width}, the encoder makes "
+                f"{self.vision.width}; set qformer.vision_width to the latter."
+            )
+        if not self.vision.class_token:
+            raise ConfigError("BLIP-2's Q-Former reads the class token too; this vision encoder has none.")
+        if self.phase == "generate" and self.language is None:
+            raise ConfigError("the phase `generate` needs a language model; name one as the part `language`.")
+        depth = self.vision.layers + 1
+        if not -depth <= self.feature_layer < depth:
+            raise ConfigError(f"feature_layer {self.feature_layer} does not exist among {depth} hidden states.")
+        unknown = set(self.objectives) - set(OBJECTIVES)
+        if unknown or not self.objectives:
+            raise ConfigError(f"objectives {list(self.objectives)}: choose among {', '.join(OBJECTIVES)}.")
+
+    @property
+    def similarity(self) -> Similarity:
+        """How embeddings are compared: by the cosine, best query first."""
+        return "cosine"
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Blip2Config":
+        """Strict: an unknown key or a wrong type raises ConfigError."""
+        return strict(cls, values, "blip2")
+
+    @classmethod
+    def vit_l_opt_2_7b(cls) -> "Blip2Config":
+        return _published(_vit_l(), opt("2.7b"))
+
+    @classmethod
+    def vit_g_opt_2_7b(cls) -> "Blip2Config":
+        return _published(VisionConfig.eva_g_14(), opt("2.7b"))
+
+    @classmethod
+    def vit_g_opt_6_7b(cls) -> "Blip2Config":
+        return _published(VisionConfig.eva_g_14(), opt("6.7b"))
+
+    @classmethod
+    def vit_l_flan_t5_xl(cls) -> "Blip2Config":
+        return _published(_vit_l(), flan_t5("xl"))
+
+    @classmethod
+    def vit_g_flan_t5_xl(cls) -> "Blip2Config":
+        return _published(VisionConfig.eva_g_14(), flan_t5("xl"))
+
+    @classmethod
+    def vit_g_flan_t5_xxl(cls) -> "Blip2Config":
+        return _published(VisionConfig.eva_g_14(), flan_t5("xxl"))
+
+    @classmethod
+    def instruct_vicuna_7b(cls) -> "Blip2Config":
+        """InstructBLIP; the vocabulary has one token more than Vicuna's, for padding."""
+        return _published(VisionConfig.eva_g_14(), vicuna("7b", 32001, version=1.1), instruct=True)
+
+    @classmethod
+    def instruct_vicuna_13b(cls) -> "Blip2Config":
+        return _published(VisionConfig.eva_g_14(), vicuna("13b", 32001, version=1.1), instruct=True)
+
+    @classmethod
+    def instruct_flan_t5_xl(cls) -> "Blip2Config":
+        return _published(VisionConfig.eva_g_14(), flan_t5("xl"), instruct=True)
+
+    @classmethod
+    def instruct_flan_t5_xxl(cls) -> "Blip2Config":
+        return _published(VisionConfig.eva_g_14(), flan_t5("xxl"), instruct=True)
+
+
+def _vit_l() -> VisionConfig:
+    """CLIP's ViT-L/14 without its last block and final norm."""
+    return replace(VisionConfig.vit_l_14(), layers=23, post_norm="none", pool="none")
+
+
+def _published(vision: VisionConfig, language: Mapping[str, Any], *, instruct: bool = False) -> Blip2Config:
+    return Blip2Config(
+        vision=vision, qformer=QFormerConfig(vision_width=vision.width), language=language, instruct=instruct
+    )
+
+
+class Heads(KeptFloat32):
+    """What only ``represent`` has: both projections, the matching head, the temperature and BERT's LM head.
+
+    The LM head's decoder is the Q-Former's word table; only its bias is here.
+    """
+
+    def __init__(self, config: Blip2Config) -> None:
+        super().__init__()
+        width = config.qformer.width
+        self.image_proj = nn.Linear(width, config.embed_dim)
+        self.text_proj = nn.Linear(width, config.embed_dim)
+        self.itm = nn.Linear(width, 2)
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.lm_dense = nn.Linear(width, width)
+        self.lm_ln = nn.LayerNorm(width, eps=config.qformer.eps)
+        self.lm_bias = nn.Parameter(torch.zeros(config.qformer.vocab_size))
+        nn.init.normal_(self.lm_dense.weight, std=0.02)
+
+    def write(self, hidden: Tensor, words: nn.Embedding) -> Tensor:
+        """(…, D) -> (…, V) logits of the next token."""
+        return F.linear(self.lm_ln(F.gelu(self.lm_dense(hidden))), words.weight, self.lm_bias)
+
+
+class Blip2(nn.Module):
+    """A vision encoder, a Q-Former and, by phase, heads or a language model. See the drawings above."""
+
+    KIND = "blip2"
+    CONFIG = Blip2Config
+
+    def __init__(self, config: Blip2Config) -> None:
+        super().__init__()
+        self.config = config
+        generates = config.phase == "generate"
+        self.language = build_language(config.language) if generates and config.language is not None else None
+        self.vision = VisionTransformer(config.vision)
+        self.connector = QFormerConnector(
+            config.qformer,
+            self.language.width if self.language is not None else None,
+            text=config.instruct or not generates,
+            norm_eps=config.norm_eps,
+        )
+        self.heads = None if generates else Heads(config)
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> "Blip2":
+        return cls(Blip2Config.from_dict(values))
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What a Model of this net can do."""
+        if self.config.phase == "represent":
+            return ("generate", "caption", "embed_images", "embed_texts", "similarity", "match")
+        return ("generate", "caption", "answer", "chat", "score")
+
+    @property
+    def prompt_stream(self) -> str:
+        """The stream the soft prompt stands in: ``encoder`` before an encoder-decoder, else ``lm``."""
+        return "encoder" if isinstance(self.language, Seq2SeqLM) else "lm"
+
+    def cast(self, dtype: torch.dtype) -> "Blip2":
+        """Encoder and LM to ``dtype`` (a T5 in bf16 where fp16 was asked for); connector and heads stay float32."""
+        self.vision.to(dtype)
+        if self.language is not None and self.config.language is not None:
+            self.language.to(safe_dtype(self.config.language, dtype))
+        return self
+
+    def num_tokens(self, height: int, width: int, frames: int = 1) -> int:
+        """R: places of a visual in the LM's sequence, whatever its size."""
+        return self.connector.num_tokens(frames, self.vision.grid(height, width))
+
+    def unreachable(self) -> tuple[str, ...]:
+        """Parameters that the objective cannot reach: the encoder above the tapped hidden state; what only an
+        objective that is left out reads; the last text FFN where nothing reads the text's own output."""
+        depth = self.config.vision.layers
+        dead = [f"vision.blocks.{n}." for n in range(self.config.feature_layer % (depth + 1), depth)]
+        dead += ["vision.ln_post.", "vision.pool."]
+        own = {
+            "itc": ("heads.image_proj.", "heads.text_proj.", "heads.temperature"),
+            "itm": ("heads.itm.",),
+            "itg": ("heads.lm_",),
+        }
+        dead += [prefix for name, held in own.items() if name not in self.config.objectives for prefix in held]
+        if self.config.phase == "generate" or self.config.objectives == ("itm",):
+            dead.append(f"connector.qformer.layers.{self.config.qformer.layers - 1}.ffn_text.")
+        return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(dead)))
+
+    # Vision
+
+    def visual_features(self, pixels: Tensor) -> Tensor:
+        """(n, F, 3, H, W) normalised pixels -> (n, F, P, Dv) with the class token, before the connector's norm: what
+        a feature cache holds. Without gradient unless a stage has opened a parameter of the encoder."""
+        with nullcontext() if self._sees_gradient() else torch.no_grad():
+            found = self.vision(pixels.flatten(0, 1), layers=(self.config.feature_layer,), pooled=False).layers[0]
+        return found.unflatten(0, pixels.shape[:2])
+
+    def _features(self, group: Visuals) -> Tensor:
+        if group.pixels is not None:
+            return self.visual_features(group.pixels)
+        if group.features is None:
+            raise DataError("a group of visuals has neither pixels nor cached features.")
+        if self._sees_gradient():
+            raise DataError(
+                "the stage trains the vision encoder, but the batch brings cached features; turn the feature cache "
+                "off or freeze vision.*."
+            )
+        if group.features.shape[-1] != self.config.vision.width:
+            raise DataError(
+                f"cached features are {group.features.shape[-1]} wide, the Q-Former reads {self.config.vision.width}; "
+                "the cache was made for another encoder."
+            )
+        return group.features
+
+    def _sees_gradient(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.vision.parameters())
+
+    # Phase represent
+
+    def loss(self, batch: Batch) -> dict[str, Term]:
+        """Phase represent: the terms ``itc`` and ``itm`` of the whole batch and ``itg`` over text tokens, each of
+        weight 1. Phase generate: ``lm``, next-token cross-entropy over the labelled tokens.
+
+        Raises DataError for a row without exactly one picture, and for a batch without a negative for ITM.
+        """
+        if self.heads is None:
+            return {"lm": Term(*self._answer_loss(batch))}
+        vision, keys = self._seen_in_rows(batch, "BLIP-2's first stage")
+        return self._represent(vision, batch.text[TEXT], keys, batch.ids)
+
+    def _seen_in_rows(self, batch: Batch, what: str) -> tuple[Tensor, list[str]]:
+        """Normed vision tokens (B, P, Dv) in order of rows, and the content key of each row's picture."""
+        order = batch.visual_of_rows(what)
+        features = torch.cat([self._features(group) for group in batch.visuals])[:, 0]
+        features = features[torch.argsort(torch.cat([group.index for group in batch.visuals]))]
+        vision = self.connector.vision_tokens(features[order.to(features.device)])
+        return vision, [batch.keys[n] for n in order.tolist()]
+
+    def _represent(self, vision: Tensor, text: Tokens, keys: Sequence[str], names: Sequence[str]) -> dict[str, Term]:
+        assert self.heads is not None
+        rows, wanted = len(vision), self.config.objectives
+        seen = self.connector.look(vision)
+        terms: dict[str, Term] = {}
+        if "itc" in wanted or "itm" in wanted:
+            contrast = query_contrast(
+                F.normalize(self.heads.image_proj(seen.hidden).float(), dim=-1),
+                F.normalize(self.embed_texts(text).float(), dim=-1),
+                self.heads.temperature,
+                smoothing=self.config.label_smoothing,
+            )
+            if "itc" in wanted:
+                terms["itc"] = Term(contrast.loss * rows, rows, scope="batch")
+            if "itm" in wanted:
+                loss = self._matching_loss(vision, text, *hard_negatives(contrast, keys, names))
+                terms["itm"] = Term(loss, 3 * rows, scope="batch")
+        if "itg" in wanted:
+            terms["itg"] = Term(*self._writing_loss(seen.past, text))
+        return terms
+
+    def _matching_loss(self, vision: Tensor, text: Tokens, wrong_image: Tensor, wrong_text: Tensor) -> Tensor:
+        """Sum of two-way cross-entropies over B right pairs, B wrong images, B wrong texts (numbers among G rows)."""
+        all_text = gather_tokens(text)
+        ids = F.pad(text.ids, (0, all_text.ids.shape[1] - text.ids.shape[1]))
+        joint = Tokens(
+            ids=torch.cat([ids, ids, all_text.ids[wrong_text]]),
+            lengths=torch.cat([text.lengths, text.lengths, all_text.lengths[wrong_text]]),
+        )
+        logits = self.match_logits(torch.cat([vision, gather(vision)[wrong_image], vision]), joint)
+        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        labels[: len(vision)] = 1
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+    def _writing_loss(self, past: Sequence[Past], text: Tokens) -> tuple[Tensor, int]:
+        """Label-smoothed next-token cross-entropy of the text after its image: (sum, count)."""
+        labels = text.ids.masked_fill(~text.mask, IGNORE) if text.labels is None else text.labels
+        row, column = torch.nonzero(labels[:, 1:] != IGNORE, as_tuple=True)
+        logits = self.writing_logits(past, text, at=(row, column))
+        smoothing = self.config.label_smoothing
+        loss = F.cross_entropy(logits.float(), labels[row, column + 1], reduction="sum", label_smoothing=smoothing)
+        return loss, len(row)
+
+    def writing_logits(self, past: Sequence[Past], text: Tokens, *, at: Any = ...) -> Tensor:
+        """(B, T, V): logits of the token behind each, [DEC] in place of the first, on a cached image pass. ``at``
+        picks positions before the vocabulary is reached."""
+        assert self.heads is not None
+        assert self.connector.qformer.words is not None
+        ids = text.ids.clone()
+        ids[:, 0] = self.config.qformer.dec_id
+        hidden = self.connector.qformer(None, ids, text_mask=text.mask, past=past).hidden
+        return self.heads.write(hidden[at], self.connector.qformer.words)
+
+    def match_logits(self, vision: Tensor, text: Tokens) -> Tensor:
+        """(B, 2) for no and yes, the mean over the queries, of normed ``vision`` (B, P, Dv) with the texts beside."""
+        assert self.heads is not None
+        return self.heads.itm(self.connector.read(vision, text)).mean(1)
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """(n, Q, E), one vector per query, not normalised, from (n, 3, H, W)."""
+        assert self.heads is not None
+        return self.heads.image_proj(self.connector.look(self.normed(pixels)).hidden)
+
+    def normed(self, pixels: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, P, Dv), what the Q-Former looks at."""
+        return self.connector.vision_tokens(self.visual_features(pixels[:, None])[:, 0])
+
+    def embed_texts(self, text: Tokens) -> Tensor:
+        """(B, E), not normalised: the text alone, read at [CLS]."""
+        assert self.heads is not None
+        return self.heads.text_proj(self.connector.qformer(None, text.ids, text_mask=text.mask).hidden[:, 0])
+
+    # Phase generate
+
+    def visual_tokens(self, batch: Batch) -> list[Tensor]:
+        """One (R, D_lm) per visual, in the batch's order; with ``instruct`` the row's ``qformer`` stream is read."""
+        found: dict[int, Tensor] = {}
+        for group in batch.visuals:
+            text = batch.text[TEXT].rows(batch.owner[group.index]) if self.config.instruct else None
+            tokens = self.connector(self._features(group), text=text)
+            found.update(zip(group.index.tolist(), tokens.unbind(0), strict=True))
+        return [found[number] for number in range(len(found))]
+
+    def embed_prompt(self, batch: Batch) -> Tensor:
+        """(B, T, D_lm): the ``lm`` or ``encoder`` stream embedded, the soft prompts in their places.
+
+        Raises DataError when a place and its visual disagree about the number of tokens.
+        """
+        assert self.language is not None
+        tokens = batch.text[self.prompt_stream]
+        places = batch.places.get(self.prompt_stream, Places.none())
+        embeds = self.language.embed(tokens.ids.masked_fill(at_places(places, tokens.ids), 0))
+        return splice(embeds, self.visual_tokens(batch), places, names=batch.ids)
+
+    def _answer_loss(self, batch: Batch) -> tuple[Tensor, int]:
+        assert self.language is not None
+        embeds = self.embed_prompt(batch)
+        if isinstance(self.language, Seq2SeqLM):
+            return self.language.loss(embeds, batch.text[self.prompt_stream].lengths, batch.text[DECODER])
+        return self.language.loss(embeds, batch.text[self.prompt_stream])
+
+    def score(self, batch: Batch) -> Tensor:
+        """(B,) log-probabilities of the labelled tokens."""
+        assert self.language is not None
+        embeds = self.embed_prompt(batch)
+        if isinstance(self.language, Seq2SeqLM):
+            return self.language.score(embeds, batch.text[self.prompt_stream].lengths, batch.text[DECODER])
+        return self.language.score(embeds, batch.text[self.prompt_stream])
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
+        """New tokens of every row, without the stop token: by the LM, or in phase represent by the Q-Former itself."""
+        if self.language is None:
+            return self._write(batch, decoding)
+        return self.language.generate(self.embed_prompt(batch), batch.text[self.prompt_stream].lengths, decoding)
+
+    def _write(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
+        """Captions without any LM: beam search over the ITG use, from [DEC]."""
+        if decoding.temperature or decoding.repetition_penalty != 1 or decoding.no_repeat_ngram:
+            raise ConfigError("without a language model captions are written by beam search alone: set temperature 0.")
+        if decoding.max_new_tokens > self.config.qformer.positions:
+            raise ConfigError(
+                f"max_new_tokens {decoding.max_new_tokens} passes the Q-Former's {self.config.qformer.positions} "
+                "positions; ask for fewer."
+            )
+        vision, _ = self._seen_in_rows(batch, "captioning without a language model")
+        seen = self.connector.look(vision.repeat_interleave(decoding.num_beams, dim=0))
+
+        def step(ids: Tensor) -> Tensor:
+            lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
+            return self.writing_logits(seen.past, Tokens(ids=ids, lengths=lengths), at=(slice(None), -1))
+
+        return beam_search(
+            step,
+            torch.full((len(batch),), self.config.qformer.dec_id, device=vision.device),
+            beams=decoding.num_beams,
+            max_new=decoding.max_new_tokens,
+            min_new=decoding.min_new_tokens,
+            stop_ids=decoding.stop_ids,
+            forbidden_ids=decoding.forbidden_ids,
+            length_penalty=decoding.length_penalty,
+        )
+
+
+def _stage(name: str, steps: int, *, lr: float = 1e-4, warmup: int = 2000, floor: float = 0.0) -> Stage:
+    """AdamW with the paper's betas and decay, linear warm-up, cosine (sec. 3.4)."""
+    parts = ("connector.*", "heads.*") if name == "represent" else ("connector.*",)
+    return Stage(
+        name=name,
+        train=tuple(Group(part, lr, 0.05) for part in parts),
+        steps=steps,
+        warmup=warmup,
+        floor=floor,
+        betas=(0.9, 0.98),
+        clip_norm=None,
+    )
+
+
+def layer_decay(vision: VisionConfig, lr: float, factor: float, weight_decay: float = 0.05) -> tuple[Group, ...]:
+    """The encoder opened with a rate that falls by ``factor`` from block to block downwards (fine-tuning, table 10)."""
+    blocks = [
+        Group(f"vision.blocks.{n}.*", lr * factor ** (vision.layers - 1 - n), weight_decay)
+        for n in reversed(range(vision.layers))
+    ]
+    return (*blocks, Group("vision.*", lr * factor**vision.layers, weight_decay))
+
+
+STAGES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "vit_l": (
+        {"stage": _stage("represent", 250_000), "batch_size": 2320, "config": {"phase": "represent"}},
+        {"stage": _stage("generate", 80_000, floor=0.5), "batch_size": 1920, "config": {"phase": "generate"}},
+    ),
+    "vit_g": (
+        {"stage": _stage("represent", 250_000), "batch_size": 1680, "config": {"phase": "represent"}},
+        {"stage": _stage("generate", 80_000, floor=0.5), "batch_size": 1920, "config": {"phase": "generate"}},
+    ),
+    "vit_g_flan_t5": (
+        {"stage": _stage("represent", 250_000), "batch_size": 1680, "config": {"phase": "represent"}},
+        {"stage": _stage("generate", 80_000, floor=0.5), "batch_size": 1520, "config": {"phase": "generate"}},
+    ),
+    "instruct": (
+        {
+            "stage": _stage("instruct", 60_000, lr=1e-5, warmup=1000),
+            "batch_size": 128,
+            "config": {"phase": "generate", "instruct": True},
+        },
+    ),
+}
+"""The papers' stages (2301.12597 sec. 3.4 and 4; 2305.06500 sec. 2.5) as a recipe's stage has them. Rates fall to
+5e-5 in stage 2, half of its peak. Encoder and LM are named nowhere, so they are frozen; ``connector.norm`` (ln_vision)
+trains in both."""

@@ -1,0 +1,91 @@
+"""BLIP-2's contrast over queries and its hard negatives (Li et al. 2023, 2301.12597, sec. 3.1), on any number of
+processes.
+
+Legend: B rows of this process, G rows of all processes, Q queries, E common width, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from isthmus.batch import Tokens
+from isthmus.errors import DataError
+from isthmus.nn.losses import gather_around, rank, same_picture, world
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """``loss`` (scalar mean over B) and the scaled similarities (B, G) of own images with all texts, own texts with
+    all images."""
+
+    loss: Tensor
+    image_to_text: Tensor
+    text_to_image: Tensor
+
+
+def query_contrast(images: Tensor, texts: Tensor, temperature: Tensor, *, smoothing: float = 0.1) -> Contrast:
+    """Image-text contrast (ITC) from unit vectors ``images`` (B, Q, E) and ``texts`` (B, E).
+
+    An image is as similar to a text as the best of its queries; that maximum is divided by ``temperature``. The
+    loss is the mean of both directions' cross-entropy with label smoothing.
+
+    Gradient rule: this process's rows carry it wherever they stand, other processes' rows are constants. On one
+    process that is the plain gradient of both sides (as the published code has it there).
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        images, texts, temperature = images.float(), texts.float(), temperature.float()
+        all_images, all_texts = gather_around(images), gather_around(texts)
+        image_to_text = torch.einsum("bqe,ge->bgq", images, all_texts).amax(-1) / temperature
+        text_to_image = torch.einsum("be,gqe->bgq", texts, all_images).amax(-1) / temperature
+        target = _own_columns(len(images), images.device)
+        losses = [F.cross_entropy(s, target, label_smoothing=smoothing) for s in (image_to_text, text_to_image)]
+        return Contrast((losses[0] + losses[1]) / 2, image_to_text, text_to_image)
+
+
+@torch.no_grad()
+def hard_negatives(contrast: Contrast, keys: Sequence[str], names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """For each own text a wrong image, for each own image a wrong text: (B,), (B,) numbers among the G rows.
+
+    Drawn with the probability the contrast gives them, so that likely mistakes come often. The own pair is never
+    drawn, nor a row that shows the same picture (equal non-empty ``keys``). ``names`` are the rows' ids.
+
+    Raises DataError for a row that has no other picture to be drawn.
+    """
+    sides = (contrast.text_to_image.detach(), contrast.image_to_text.detach())
+    barred = barred_pairs(keys, sides[0])
+    stuck = torch.nonzero(barred.all(dim=1)).flatten().tolist()
+    if stuck:
+        raise DataError(
+            f"sample {names[stuck[0]]!r} has no negative to be matched with: every pair of the batch shows its "
+            "picture. Image-text matching needs at least two different pictures in a batch; raise batch_size."
+        )
+    images, texts = (torch.multinomial(s.masked_fill(barred, -torch.inf).softmax(1), 1)[:, 0] for s in sides)
+    return images, texts
+
+
+def barred_pairs(keys: Sequence[str], scores: Tensor) -> Tensor:
+    """(B, G) bool, true where a column is the row's own pair or shows the same picture."""
+    own = _own_columns(len(scores), scores.device)
+    barred = F.one_hot(own, scores.shape[1]).bool()
+    same = same_picture(keys, own, scores.shape[1])
+    return barred if same is None else barred | same
+
+
+@torch.no_grad()
+def gather_tokens(tokens: Tokens) -> Tokens:
+    """The token rows of all processes, (G, T) with the longest T of any. Labels stay behind. Equal B assumed."""
+    if world() == 1:
+        return Tokens(ids=tokens.ids, lengths=tokens.lengths)
+    width = torch.tensor(tokens.ids.shape[1], device=tokens.ids.device)
+    dist.all_reduce(width, op=dist.ReduceOp.MAX)
+    ids = F.pad(tokens.ids, (0, int(width) - tokens.ids.shape[1]))
+    return Tokens(ids=gather_around(ids), lengths=gather_around(tokens.lengths))
+
+
+def _own_columns(rows: int, device: torch.device) -> Tensor:
+    """(B,) the columns of this process's own pairs."""
+    return torch.arange(rows, device=device) + rows * rank()

@@ -1,0 +1,25 @@
+"""Parts that stay in float32 whatever the rest of a net is cast to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class KeptFloat32(nn.Module):
+    """A module whose float32 tensors follow ``.to(device)`` but not ``.half()``, ``.bfloat16()`` or ``.to(dtype)``.
+
+    Not a rounding and back: the cast is never made.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def guarded(tensor: Tensor) -> Tensor:
+            if tensor.dtype != torch.float32:
+                return fn(tensor)
+            probe = fn(tensor.new_empty(0))
+            return tensor.to(probe.device) if probe.dtype in HALF else fn(tensor)
+
+        return super()._apply(guarded, recurse)

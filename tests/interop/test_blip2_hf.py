@@ -1,0 +1,215 @@
+"""BLIP-2 and InstructBLIP against transformers' classes, all weights redrawn (trap 16)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image as PilImage
+
+from isthmus.batch import Batch
+from isthmus.checkpoint import load_into
+from isthmus.data.images import as_image
+from isthmus.data.record import Record, Text
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import CheckpointError
+from isthmus.interop.hf_blip2 import from_hf, read_blip2_folder
+from isthmus.language import Decoding
+from isthmus.language_seq2seq import Seq2SeqLM
+from isthmus.model import load
+from isthmus.models.blip2 import Blip2
+from tests.models.tiny_blip2 import (
+    CLS,
+    LLAMA,
+    OPT,
+    QUERIES,
+    SEP,
+    T5,
+    TEXTS,
+    V,
+    generation_peer,
+    pairs,
+    prompts,
+    retrieval_peer,
+    tokens,
+)
+
+ROWS = [[2, 5, 6, 7, 8, 9], [2, 10, 11], [2, 12, 13, 14]]
+QUESTIONS = [[CLS, 7, 8, SEP], [CLS, 9, SEP], [CLS, 10, 11, 12, 13, SEP]]
+
+
+def pixels(batch: Batch) -> torch.Tensor:
+    found = batch.visuals[0].pixels
+    assert found is not None
+    return found[:, 0]
+
+
+@torch.no_grad()
+def test_matching_and_both_embeddings_equal_the_retrieval_model() -> None:
+    peer, net = retrieval_peer()
+    batch = pairs()
+    text = batch.text["qformer"]
+    given = {"pixel_values": pixels(batch), "input_ids": text.ids, "attention_mask": text.mask.long()}
+    matched = peer(**given, use_image_text_matching_head=True).logits_per_image
+    ours = net.match_logits(net.normed(pixels(batch)), text)
+    torch.testing.assert_close(ours, matched, atol=1e-5, rtol=0)
+    assert (matched[0] - matched[1]).abs().max() > 0.02
+    compared = peer(**given, use_image_text_matching_head=False)
+    images = F.normalize(net.embed_images(pixels(batch)), dim=-1)
+    texts = F.normalize(net.embed_texts(text), dim=-1)
+    torch.testing.assert_close(images, compared.image_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(texts, compared.text_embeds, atol=1e-5, rtol=0)
+    similarity = (images @ texts.T).amax(1)
+    torch.testing.assert_close(similarity, compared.logits_per_image, atol=1e-5, rtol=0)
+    assert (similarity - similarity.mean(0)).abs().max() > 1e-3  # the picture matters
+
+
+@torch.no_grad()
+def test_the_encoder_equals_the_peers_before_its_norm() -> None:
+    peer, net = retrieval_peer()
+    batch = pairs()
+    theirs = peer.vision_model(pixels(batch), output_hidden_states=True).last_hidden_state
+    torch.testing.assert_close(net.normed(pixels(batch)), theirs, atol=1e-5, rtol=0)
+    raw = net.visual_features(pixels(batch)[:, None])[:, 0]
+    torch.testing.assert_close(peer.vision_model.post_layernorm(raw), theirs, atol=1e-5, rtol=0)
+    assert raw.shape[1] == 17  # the class token is kept
+
+
+def theirs_and_ours(kind: dict, batch: Batch, decoder: list[list[int]] | None, instruct: bool):
+    peer, net = generation_peer(kind, instruct=instruct)
+    stream = batch.text[net.prompt_stream]
+    ids = stream.ids.clone()
+    ids[:, :QUERIES] = V - 1
+    given = {"pixel_values": pixels(batch), "input_ids": ids, "attention_mask": stream.mask.long()}
+    if instruct:
+        question = batch.text["qformer"]
+        given |= {"qformer_input_ids": question.ids, "qformer_attention_mask": question.mask.long()}
+    if decoder is not None:
+        given |= {"decoder_input_ids": batch.text["decoder"].ids}
+    return peer, net, given
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("instruct", [False, True])
+@pytest.mark.parametrize("kind", [OPT, T5, LLAMA], ids=["opt", "t5", "llama"])
+def test_generating_models_give_the_same_logits(kind: dict, instruct: bool) -> None:
+    seq2seq = kind is T5
+    decoder = [[0, 20, 21, 1], [0, 22, 1], [0, 23, 24, 25, 1]] if seq2seq else None
+    stream = "encoder" if seq2seq else "lm"
+    batch = prompts(ROWS, stream=stream, decoder=decoder, question=QUESTIONS if instruct else None)
+    peer, net, given = theirs_and_ours(kind, batch, decoder, instruct)
+    expected = peer(**given).logits
+    embeds, lengths = net.embed_prompt(batch), batch.text[stream].lengths
+    if isinstance(net.language, Seq2SeqLM):
+        found, real = net.language.logits(embeds, lengths, batch.text["decoder"]), batch.text["decoder"].mask
+    else:
+        assert net.language is not None
+        found, real = net.language.logits(embeds, lengths), batch.text[stream].mask
+    torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=0)
+    other = peer(**{**given, "pixel_values": given["pixel_values"].flip(0)}).logits
+    assert (other - expected)[real].abs().max() > 0.01  # the picture matters
+
+
+@torch.no_grad()
+def test_only_the_qformers_question_changes_the_soft_prompt() -> None:
+    _, net = generation_peer(OPT, instruct=True)
+    first, second = (
+        torch.stack(net.visual_tokens(prompts(ROWS, question=q))) for q in (QUESTIONS, [[CLS, 9, SEP]] * 3)
+    )
+    torch.testing.assert_close(first[1], second[1])
+    assert (first[0] - second[0]).abs().max() > 0.01
+    assert (first[2] - second[2]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_positions_of_opt_with_padding_between_prompt_and_text() -> None:
+    """transformers pads on the left of the text, behind the visual tokens; we pad the whole row. Equal outputs."""
+    peer, net = generation_peer(OPT)
+    batch = prompts(ROWS)
+    embeds, lengths = net.embed_prompt(batch), batch.text["lm"].lengths
+    assert net.language is not None
+    ours = net.language.logits(embeds, lengths)
+    width = max(map(len, ROWS))
+    for row, text in enumerate(ROWS):
+        pad = width - len(text)
+        ids = torch.tensor([[V - 1] * QUERIES + [1] * pad + text])
+        mask = torch.tensor([[1] * QUERIES + [0] * pad + [1] * len(text)])
+        positions = (mask.cumsum(1) * mask - 1 + 2)[0].tolist()
+        assert positions == [*range(2, 2 + QUERIES), *[1] * pad, *range(2 + QUERIES, 2 + QUERIES + len(text))]
+        theirs = peer(pixel_values=pixels(batch)[row : row + 1], input_ids=ids, attention_mask=mask).logits[0, -1]
+        torch.testing.assert_close(ours[row, QUERIES + len(text) - 1], theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [OPT, T5], ids=["opt", "t5"])
+@pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (5, 1.0), (5, -1.0)])
+def test_generation_equals_theirs_token_by_token(kind: dict, beams: int, penalty: float) -> None:
+    batch = prompts([row[:3] for row in ROWS], stream="encoder" if kind is T5 else "lm")
+    peer, net, given = theirs_and_ours(kind, batch, None, False)
+    stop = 40 if kind is T5 else 55
+    found = peer.generate(
+        **given,
+        max_new_tokens=6,
+        num_beams=beams,
+        length_penalty=penalty,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=0,
+        bos_token_id=2,
+        decoder_start_token_id=0,
+    )
+    given_ids = 1 if kind is T5 else given["input_ids"].shape[1]
+    theirs = [row[given_ids:] for row in found.tolist()]  # decoders give back the prompt too (trap 3)
+    expected = [row[: row.index(stop)] if stop in row else row[:6] for row in theirs]
+    ours = net.generate(batch, Decoding(max_new_tokens=6, num_beams=beams, length_penalty=penalty, stop_ids=(stop,)))
+    assert ours == expected
+    if beams > 1:  # a negative penalty favours short answers, a high one long ones
+        lengths = {}
+        for other in (-1.0, 4.0):
+            decoding = Decoding(max_new_tokens=6, num_beams=beams, length_penalty=other, stop_ids=(stop,))
+            lengths[other] = sum(map(len, net.generate(batch, decoding)))
+        assert lengths[-1.0] < lengths[4.0]
+
+
+@pytest.mark.parametrize("instruct", [False, True])
+@pytest.mark.parametrize("kind", [OPT, T5], ids=["opt", "t5"])
+def test_a_saved_folder_is_read_back(kind: dict, instruct: bool, tmp_path) -> None:
+    peer, net = generation_peer(kind, instruct=instruct)
+    peer.save_pretrained(tmp_path)
+    config, state = read_blip2_folder(tmp_path)
+    read = Blip2(config).eval()
+    load_into(read, state, where=tmp_path)
+    question = QUESTIONS if instruct else None
+    decoder = [[0, 20, 21, 1]] * 3 if kind is T5 else None
+    batch = prompts(ROWS, stream=net.prompt_stream, decoder=decoder, question=question, learn_from=1)
+    torch.testing.assert_close(read.score(batch), net.score(batch))
+
+
+def test_a_strange_tensor_is_refused() -> None:
+    peer, _ = retrieval_peer()
+    with pytest.raises(CheckpointError, match="belongs to no part"):
+        from_hf({**peer.state_dict(), "qformer.encoder.layer.0.gate.weight": torch.zeros(1)})
+    assert len(TEXTS) == len(tokens(TEXTS).ids)
+
+
+@pytest.mark.parametrize("instruct", [False, True])
+@pytest.mark.parametrize("kind", [OPT, T5], ids=["opt", "t5"])
+def test_a_folder_opens_as_a_model(kind: dict, instruct: bool, tmp_path) -> None:
+    peer, _ = generation_peer({**kind, "vocab_size": 300}, instruct=instruct)
+    peer.save_pretrained(tmp_path)
+    Tokenizer.train(["what is it? a photo of a cat"] * 3, 300).save(tmp_path)
+    if instruct:
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "is", "it", "?", *map(str, range(43))]
+        (tmp_path / "qformer_tokenizer").mkdir()
+        (tmp_path / "qformer_tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n")
+    model = load(tmp_path)
+    assert model.capabilities == ("generate", "caption", "answer", "chat", "score")
+    assert model.forbidden == (V - 1,)
+    image = PilImage.effect_noise((16, 16), 90).convert("RGB")
+    record = Record("q", (as_image(image), Text("What is it?", role="user")))
+    streams = model.processor.prompt(record).streams
+    ending = {(False, "opt"): "Answer:", (False, "t5"): "Short answer:"}.get(
+        (instruct, kind["model_type"]), "What is it?"
+    )
+    text = next(iter(streams.values())).ids
+    assert model.processor.tokenizer.decode(text).endswith(ending)
+    assert ("qformer" in streams) == instruct
+    assert isinstance(model.answer(image, "What is it?", max_new_tokens=3, num_beams=2, length_penalty=-1), str)
+    assert isinstance(model.caption(image, max_new_tokens=3), str)
