@@ -8,6 +8,7 @@
 A stage hands over through ``trained/`` (the tensors it trained); the frozen rest is the same by proof.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import yaml
 
 import isthmus
 from isthmus import checkpoint
+from isthmus.data.fingerprint import fingerprint
 from isthmus.data.loader import Loader
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_mix
@@ -63,24 +65,45 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, tensorboard: bool) -
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     built = build(recipe)
+    # All data is opened before the first step: a wrong path of the last stage shows now and not after hours.
+    loaders = {
+        stage.name: make_loader(built, stage, place)
+        for stage in recipe.stages
+        if not (place := folder / "stages" / stage.name).joinpath("trained").is_dir()
+    }
     for stage in recipe.stages:
-        _run_stage(built, stage, folder / "stages" / stage.name, progress=progress, tensorboard=tensorboard)
+        _run_stage(
+            built,
+            stage,
+            folder / "stages" / stage.name,
+            loaders.pop(stage.name, None),
+            progress=progress,
+            tensorboard=tensorboard,
+        )
     model = built.model()
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     model.save(folder / "model", extra={"recipe.yaml": text})
     return load(folder)
 
 
-def _run_stage(built: Built, stage: StageSpec, folder: Path, *, progress: bool, tensorboard: bool) -> None:
-    """Train one stage, or take what it trained when it is already done."""
+def _run_stage(
+    built: Built, stage: StageSpec, folder: Path, loader: Loader | None, *, progress: bool, tensorboard: bool
+) -> None:
+    """Train one stage on its loader, or take what it trained when it is already done (no loader)."""
     trained = folder / "trained"
-    if trained.is_dir():
+    if loader is None:
         files = checkpoint.read_folder(trained)
         _lay_over(built.net, checkpoint.load_tensors(files["trained.safetensors"]), trained)
         return
-    loader = make_loader(built, stage, folder)
     train_stage(
-        built.net, loader, stage.stage, folder, seed=built.recipe.seed, progress=progress, tensorboard=tensorboard
+        built.net,
+        loader,
+        stage.stage,
+        folder,
+        seed=built.recipe.seed,
+        identity=_identity(built, loader),
+        progress=progress,
+        tensorboard=tensorboard,
     )
     table = apply_stage(built.net, stage.stage.train)
     state = built.net.state_dict()
@@ -91,6 +114,13 @@ def _run_stage(built: Built, stage: StageSpec, folder: Path, *, progress: bool, 
             "stage.json": {"stage": stage.stage.to_dict(), "table": table.to_dict(), "isthmus": isthmus.__version__},
         },
     )
+
+
+def _identity(built: Built, loader: Loader) -> dict[str, str]:
+    """What a resumed stage must find unchanged beside its recipe and its parts: its data and its vocabulary."""
+    vocabulary = hashlib.sha256(built.tokenizer.files()["tokenizer.json"].encode()).hexdigest()[:16]
+    sources = {f"data {n} ({s.name})": fingerprint(s) for n, s in enumerate(loader.mix.sources)}
+    return sources | {"the tokenizer": f"sha256 {vocabulary}"}
 
 
 def make_loader(built: Built, stage: StageSpec, folder: Path | None = None) -> Loader:

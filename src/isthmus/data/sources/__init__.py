@@ -9,7 +9,7 @@ Options that most kinds share: ``name``, ``limit`` (first rows only) and those o
 
 import csv
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def _folder(root: Root, form: Form, *, folder: str) -> Rows:
     if form.classes and len(form.classes) != len(classes):
         raise DataError(f"{top} has {len(classes)} class folders and the class file {len(form.classes)} names")
     found = NamedImages(top)
-    return [
+    return _Listed(
         Row(
             f"{c.name}/{p.relative_to(c).as_posix()}",
             {"label": number if form.classes else c.name.replace("_", " ")},
@@ -126,7 +126,7 @@ def _folder(root: Root, form: Form, *, folder: str) -> Rows:
         for number, c in enumerate(classes)
         for p in sorted(c.rglob("*"))
         if p.suffix.lower().lstrip(".") in IMAGE_ENDINGS
-    ]
+    )
 
 
 def _webdataset(root: Root, form: Form, *, shards: Names) -> Rows:
@@ -145,6 +145,13 @@ SOURCES: dict[str, Callable[..., Rows]] = {
 }
 
 
+class _Listed(list[Row]):
+    """Rows that are all known from the start."""
+
+    def listing(self) -> Iterator[Any]:
+        return ((row.id, row.values) for row in self)
+
+
 class _NamedRows:
     """Rows of a file whose ``image`` field names pictures: one, several, or none."""
 
@@ -153,6 +160,10 @@ class _NamedRows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def listing(self) -> Iterator[Any]:
+        yield from self.rows
+        yield from self.images.listing()
 
     def __getitem__(self, index: int) -> Row:
         stem, values = self.rows[index]

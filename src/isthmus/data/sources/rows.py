@@ -39,6 +39,9 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Row: ...
+    def listing(self) -> Iterator[Any]:
+        """All that is held in memory of the rows and their pictures, without a disk's places: see fingerprint.py."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +188,11 @@ class RowSource:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def listing(self) -> Iterator[Any]:
+        """What a fingerprint looks at beside whole samples."""
+        yield self.form
+        yield from self.rows.listing()
 
     def __getitem__(self, index: int) -> Record:
         place = self._places[index]
