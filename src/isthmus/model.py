@@ -19,12 +19,12 @@ from torch import Tensor
 import isthmus
 from isthmus import checkpoint
 from isthmus.config import plain
+from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.collate import collate
 from isthmus.data.images import AnyImage, as_image
 from isthmus.data.messages import Message, parts_of
 from isthmus.data.processor import ContrastiveProcessor, Processor, processor_from_dict
 from isthmus.data.record import Image, Part, Record, Text, without_answer
-from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CapabilityError, CheckpointError, DataError
 from isthmus.language import Decoding
 from isthmus.models import MODELS, model_class
@@ -260,7 +260,7 @@ def load(path: str | Path, *, device: str = "cpu") -> Model:
     cls = model_class(kind)
     net = cls.from_config(config["config"])
     checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"]), where=folder)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     described = checkpoint.read_json(files["processor.json"])
     return Model(
         net,

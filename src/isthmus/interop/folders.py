@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from isthmus.checkpoint import load_into, read_json
+from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
-from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.hf_clip import read_clip_folder
 from isthmus.interop.hf_llava import read_llava_folder
@@ -39,7 +39,7 @@ def _clip(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     net = Clip(config)
     load_into(net, state, where=folder)
     processor = ContrastiveProcessor(
-        Tokenizer.load(folder), image=image_transform(folder, config.vision.image_size), context=config.text.context
+        load_tokenizer(folder), image=image_transform(folder, config.vision.image_size), context=config.text.context
     )
     return net, processor, ()
 
@@ -52,7 +52,7 @@ def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     load_into(net, state, where=folder)
     transform = image_transform(folder, config.vision.image_size)
     processor = SpliceProcessor(
-        Tokenizer.load(folder),
+        load_tokenizer(folder),
         image=transform,
         template="vicuna_v1",
         max_length=net.language.context or 2048,
@@ -65,7 +65,7 @@ def _language(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     config, state = read_language_folder(folder)
     net = BareLM(LmConfig(language=config))
     load_into(net.language.lm, state, where=folder)
-    processor = TextProcessor(Tokenizer.load(folder), template="document", max_length=net.language.context or 2048)
+    processor = TextProcessor(load_tokenizer(folder), template="document", max_length=net.language.context or 2048)
     return net, processor, ()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from isthmus.config import plain
+from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.images import ImageTransform
 from isthmus.data.mix import Source
 from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
@@ -91,7 +92,7 @@ def _tokenizer(recipe: Recipe, parts: Mapping[str, Model]) -> Tokenizer:
 def make_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     """Load the named tokenizer, or train a byte-level BPE on the texts of its sources."""
     if spec.folder is not None:
-        return Tokenizer.load(spec.folder)
+        return load_tokenizer(spec.folder)
     return Tokenizer.train(_texts([open_source(s) for s in spec.data], spec), spec.vocab_size)
 
 
