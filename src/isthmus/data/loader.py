@@ -213,7 +213,7 @@ class Loader:
             else:
                 barren += position.index == 0
                 if barren > 1:  # from the last good step on, one whole epoch at least
-                    raise DataError(f"not one sample of a whole epoch could be used; {_worst(self.quarantine)}")
+                    raise DataError(f"not one sample of a whole epoch could be used: {self.quarantine.example()}")
 
     def epoch(self, number: int = 0) -> Iterator[list[Batch]]:
         """The steps of one epoch alone, for evaluation."""
@@ -221,10 +221,6 @@ class Loader:
 
     def _ahead(self, make: Callable[[], Iterator[T]]) -> Iterator[T]:
         return in_background(make, self.prefetch) if self.prefetch else make()
-
-
-def _worst(quarantine: Quarantine) -> str:
-    return "reasons: " + ", ".join(f"{reason} ({n})" for reason, n in quarantine.reasons().most_common(3))
 
 
 def _chunks(rows: list[T], size: int) -> Iterator[list[T]]:

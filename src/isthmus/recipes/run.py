@@ -11,12 +11,14 @@ A stage hands over through ``trained/`` (the tensors it trained); the frozen res
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
 
 import isthmus
 from isthmus import checkpoint
@@ -29,7 +31,7 @@ from isthmus.model import Model, load
 from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
 from isthmus.recipes.scoring import model_hash
-from isthmus.stage import apply_stage
+from isthmus.stage import BOOKKEEPING, apply_stage
 from isthmus.training import train as train_stage
 
 
@@ -105,6 +107,8 @@ def _run_stage(
         progress=progress,
         tensorboard=tensorboard,
     )
+    if progress and len(loader.quarantine):
+        Console(stderr=True).print(f"Stage {stage.name}: {loader.quarantine.summary()}.", highlight=False)
     table = apply_stage(built.net, stage.stage.train)
     state = built.net.state_dict()
     checkpoint.write_folder(
@@ -133,7 +137,7 @@ def make_loader(built: Built, stage: StageSpec, folder: Path | None = None) -> L
         accumulate=stage.accumulate,
         seed=built.recipe.seed,
         group=built.recipe.model != "clip",
-        quarantine=Quarantine(folder / "quarantine.jsonl" if folder else None),
+        quarantine=Quarantine(folder / "quarantine.jsonl" if folder else None, threshold=stage.bad_samples),
     )
 
 
@@ -147,23 +151,35 @@ def _lay_over(net: Any, tensors: Mapping[str, torch.Tensor], where: Path) -> Non
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's own, or refuse it: a run resumes only what it began."""
+    """Make the folder this recipe's own, or refuse it: a run resumes only what it began.
+
+    A folder in which an earlier attempt saved nothing (a wrong path, say) is taken over.
+    """
     check_parts(recipe)
     now = {"recipe": recipe.model_dump(mode="json"), "parts": {n: _fingerprint(p) for n, p in recipe.parts.items()}}
     file = folder / "run.json"
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(".json.tmp")
-        aside.write_text(json.dumps(now, indent=1), encoding="utf-8")
-        aside.replace(file)
-        return
-    then = checkpoint.read_json(file)
-    changed = _difference(then, json.loads(json.dumps(now)))
-    if changed:
-        raise ConfigError(
-            f"{folder} holds a run of another recipe or of other parts: {changed}. Give another --out, or remove the "
-            "folder to start over."
-        )
+    if file.is_file():
+        changed = _difference(_defining(checkpoint.read_json(file)), _defining(json.loads(json.dumps(now))))
+        if not changed:
+            return
+        if any(folder.glob("stages/*/checkpoints/step-*")) or any(folder.glob("stages/*/trained")):
+            raise ConfigError(
+                f"{folder} holds a run of another recipe or of other parts: {changed}. Give another --out, or remove "
+                "the folder to start over."
+            )
+        shutil.rmtree(folder / "stages", ignore_errors=True)
+    aside = file.with_suffix(".json.tmp")
+    aside.write_text(json.dumps(now, indent=1), encoding="utf-8")
+    aside.replace(file)
+
+
+def _defining(run: dict[str, Any]) -> dict[str, Any]:
+    """What is in ``run.json`` without what may change between two calls: how often is logged and saved, and so on."""
+    for stage in run.get("recipe", {}).get("stages", ()):
+        stage.pop("bad_samples", None)
+        for name in BOOKKEEPING:
+            stage.get("stage", {}).pop(name, None)
+    return run
 
 
 def _fingerprint(part: str) -> str:

@@ -45,6 +45,7 @@ class StageSpec(Strict):
     """One stage of a recipe: what it reads and how, beside the keys of :class:`isthmus.stage.Stage`.
 
     In the YAML the keys of both stand side by side (``name``, ``steps``, ``train``, ``data``, ``batch_size``, …).
+    ``bad_samples`` is the fraction of samples that may be quarantined before the run stops.
     """
 
     stage: Stage
@@ -52,6 +53,7 @@ class StageSpec(Strict):
     batch_size: int | None = Field(default=None, gt=0)
     batch_tokens: int | None = Field(default=None, gt=0)
     accumulate: int = Field(default=1, gt=0)
+    bad_samples: float = Field(default=0.01, ge=0, le=1)
     template: str | None = None
     image_mode: Literal["square", "pad", "squash"] | None = None
     max_length: int | None = Field(default=None, gt=0)
@@ -154,7 +156,7 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: boo
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
             raise ConfigError(f"No recipe file {path}. Shipped recipes go by name: {', '.join(shipped())}.")
-        text = path.read_text(encoding="utf-8")
+        text = _text(path)
     elif str(name) in shipped():
         text = (resources.files("isthmus.recipes") / "library" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
@@ -162,7 +164,7 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: boo
     try:
         tree = _load_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"Recipe {name} is not valid YAML: {error}") from error
+        raise ConfigError(f"Recipe {name} is not valid YAML: {_yaml_fault(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"Recipe {name} must be a mapping of keys, got {type(tree).__name__}.")
     variables: dict[str, str] = {}
@@ -173,12 +175,35 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: boo
         if re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
             variables[key] = value
         else:
-            _set(tree, key, _load_yaml(value), where=str(name))
+            _set(tree, key, _value(override, value), where=str(name))
     for key in variables.keys() - _mentioned(tree):
         raise ConfigError(f"Recipe {name} does not use {{{key}}}; {nearest(key, _mentioned(tree))}")
     if not to_show:
         _demand(tree, variables, tree.get("variables") or {}, str(name))
     return parse_recipe(_fill(tree, variables), where=str(name))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"Recipe {path} cannot be read: {why}.") from None
+
+
+def _value(override: str, text: str) -> Any:
+    try:
+        return _load_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override {override!r} has no valid YAML value: {_yaml_fault(error)}") from None
+
+
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    """What is wrong and where, in one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}."
 
 
 def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:

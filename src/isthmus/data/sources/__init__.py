@@ -11,8 +11,9 @@ import csv
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from isthmus.config import fit
 from isthmus.data.mix import Mix, Source
 from isthmus.data.scenes import SceneSource
 from isthmus.data.sources.files import NamedImages, Root, read_json, read_lines, read_rows
@@ -29,14 +30,15 @@ def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None)
     Everything that can be checked without decoding pictures is checked here, before a run's first step. Raises
     ConfigError for an unknown kind or option (the nearest is named), DataError for missing or damaged files.
     """
-    options = dict(spec)
+    options = _without_paths(dict(spec))
     kind = str(options.pop("kind", ""))
     if kind not in SOURCES:
         raise ConfigError(f"source: unknown kind {kind!r}; {nearest(kind, SOURCES)}")
     if kind == "scenes":
         return _scenes(options)
     root = Root(Path(data_root) if data_root is not None else Path())
-    name, limit = options.pop("name", None), options.pop("limit", None)
+    name = fit(str | None, options.pop("name", None), "source: name")
+    limit = fit(int | None, options.pop("limit", None), "source: limit")
     form = _form(options, root)
     rows = _call(kind, SOURCES[kind], options, root=root, form=form)
     if not len(rows):
@@ -46,7 +48,7 @@ def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None)
 
 def open_mix(specs: Sequence[Mapping[str, Any]], *, data_root: Path | str | None = None) -> Mix:
     """Several descriptions, each with an optional ``weight`` (visits per epoch, default 1), as one mixture."""
-    weights = [float(spec.get("weight", 1.0)) for spec in specs]
+    weights = [fit(float, spec.get("weight", 1.0), "source: weight") for spec in specs]
     bare = [{k: v for k, v in spec.items() if k != "weight"} for spec in specs]
     return Mix([open_source(spec, data_root=data_root) for spec in bare], weights)
 
@@ -190,13 +192,17 @@ def _images(root: Root, image_folder: str | None, images: Names, *, beside: Path
 
 def _form(options: dict[str, Any], root: Root) -> Form:
     """The options of Form taken out of a description, its files read."""
+    hints = get_type_hints(Form)
     chosen = {k: options.pop(k) for k in list(options) if k in Form.__dataclass_fields__}
+    for name in chosen.keys() - {"classes", "templates", "captions"}:  # these may name files or be single
+        chosen[name] = fit(hints[name], chosen[name], f"source: {name}")
     if isinstance(chosen.get("classes"), str):
         chosen["classes"] = read_lines(root.path(chosen["classes"]))
     if isinstance(chosen.get("templates"), str):
         chosen["templates"] = [chosen["templates"]]
     if "captions" in chosen:
-        chosen["captions"] = _call("captions", _side_captions, dict(chosen["captions"]), root=root)
+        side = fit(dict[str, Any], chosen["captions"], "source: captions")
+        chosen["captions"] = _call("captions", _side_captions, side, root=root)
     return Form(**chosen)
 
 
@@ -211,7 +217,7 @@ def _side_captions(root: Root, *, file: str, key: str, fields: Names) -> dict[st
 
 
 def _scenes(options: dict[str, Any]) -> Source:
-    _check_options("scenes", SceneSource, options, given=())
+    _check_options("scenes", SceneSource.__init__, options, given=("self",))
     return SceneSource(**options)
 
 
@@ -231,6 +237,18 @@ def _check_options(kind: str, function: Callable[..., Any], options: Mapping[str
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:
             raise ConfigError(f"source of kind {kind!r} needs the option {name!r}")
+    hints = get_type_hints(function)
+    for name, value in options.items():
+        fit(hints[name], value, f"source of kind {kind!r}: {name}")
+
+
+def _without_paths(value: Any) -> Any:
+    """The description with paths as texts, which is what its options take."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _name(kind: str, spec: Mapping[str, Any]) -> str:
