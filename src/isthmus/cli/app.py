@@ -72,6 +72,20 @@ def show(
     run(what, overrides or [], json_file)
 
 
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")],
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="Samples of each source to show token by token.")] = 2,
+    steps: Annotated[int, typer.Option(min=2, help="Steps to try of each stage.")] = 2,
+    json_file: Json = None,
+) -> None:
+    """Preflight: real samples token by token, bad samples, two steps of each stage, save and resume, compared."""
+    from isthmus.cli.check import run
+
+    run(recipe, overrides or [], json_file, samples=samples, steps=steps)
+
+
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder.")],
