@@ -20,6 +20,7 @@ STYLES = {"learnt": "bold green", "picture": "cyan", "read": ""}
 def run(recipe: str, overrides: Sequence[str], json_file: Path | None, *, samples: int, steps: int) -> None:
     """Print what each stage reads, teaches and trains; exit code 2 with the problems when there are any."""
     from isthmus.recipes.check import check
+    from isthmus.recipes.facts import duration
     from isthmus.recipes.schema import read_recipe
 
     console = Console()
@@ -28,7 +29,7 @@ def run(recipe: str, overrides: Sequence[str], json_file: Path | None, *, sample
         console.print(f"Evaluation {name}: {count:,} items.")
     total = sum(stage.total for stage in checked.stages)
     console.print(
-        f"Peak memory so far: {checked.memory / 2**20:,.0f} MiB. All stages at this speed: {_time(total)}.",
+        f"Peak memory so far: {checked.memory / 2**20:,.0f} MiB. All stages at this speed: {duration(total)}.",
         highlight=False,
     )
     if json_file is not None:
@@ -39,6 +40,8 @@ def run(recipe: str, overrides: Sequence[str], json_file: Path | None, *, sample
 
 
 def _tell(console: Console, stage: "StageCheck") -> None:
+    from isthmus.recipes.facts import duration
+
     console.rule(f"stage {stage.name}")
     for source in stage.sources:
         longest = max(source.lengths, default=0)
@@ -61,7 +64,7 @@ def _tell(console: Console, stage: "StageCheck") -> None:
         losses = ", ".join(f"{name} {value:.4f}" for name, value in stage.losses.items())
         console.print(
             f"Steps run, saved, resumed: the same bits. Loss {losses}; {stage.seconds:.2f} s a step, "
-            f"the stage about {_time(stage.total)}.",
+            f"the stage about {duration(stage.total)}.",
             highlight=False,
         )
 
@@ -77,12 +80,3 @@ def _tokens(pieces: "Sequence[Piece]") -> list[tuple[str, str]]:
         else:
             shown.append((f"{' '.join(piece.tokens)} ", STYLES["read"]))
     return shown
-
-
-def _time(seconds: float) -> str:
-    """``not known``, ``40 s``, ``12 min`` or ``3.5 h``."""
-    if seconds <= 0:
-        return "not known"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -29,6 +29,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import DataError, StageError
 from isthmus.model import load
 from isthmus.recipes.build import Built, build
+from isthmus.recipes.facts import steps_of
 from isthmus.recipes.run import make_loader
 from isthmus.recipes.schema import Recipe, StageSpec
 from isthmus.recipes.scoring import make_task
@@ -171,7 +172,7 @@ def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, step
         table=table,
         losses=losses,
         seconds=seconds,
-        total=seconds * _steps_of(spec),
+        total=seconds * steps_of(spec),
         problems=tuple(problems),
     )
 
@@ -253,9 +254,7 @@ def _two_runs(built: Built, spec: StageSpec, folder: Path, steps: int) -> tuple[
     def once(name: str, *, stops: bool = False) -> Any:
         _restore(net, before)
         loader: Any = make_loader(built, spec)
-        return train_stage(
-            net, _OneStep(loader) if stops else loader, stage, folder / name, seed=seed, progress=False
-        )
+        return train_stage(net, _OneStep(loader) if stops else loader, stage, folder / name, seed=seed, progress=False)
 
     try:
         whole = once("whole")
@@ -289,13 +288,6 @@ def _restore(net: Any, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
-
-
-def _steps_of(spec: StageSpec) -> float:
-    """Steps of the whole stage, counted by rows; by tokens it is not known before."""
-    if spec.stage.steps is not None:
-        return spec.stage.steps
-    return (spec.stage.samples or 0) / spec.batch_size if spec.batch_size else 0.0
 
 
 def _saves(built: Built, folder: Path) -> list[str]:
