@@ -25,7 +25,7 @@ from isthmus.data.images import AnyImage, as_image
 from isthmus.data.messages import Message, parts_of
 from isthmus.data.processor import ContrastiveProcessor, Processor, processor_from_dict
 from isthmus.data.record import Image, Part, Record, Text, without_answer
-from isthmus.errors import CapabilityError, CheckpointError, DataError
+from isthmus.errors import CapabilityError, CheckpointError, DataError, nearest
 from isthmus.language import Decoding
 from isthmus.models import MODELS, model_class
 from isthmus.nn.losses import similarity
@@ -278,7 +278,9 @@ def _listed(image: AnyImage | Sequence[AnyImage] | None) -> Sequence[AnyImage]:
 
 def _nothing_here(path: Path) -> str:
     if not path.exists():
-        return f"There is no model at {path}: no such file or folder."
+        beside = [str(f) for f in path.parent.glob("*") if f.is_dir()] if path.parent.is_dir() else []
+        near = nearest(str(path), beside) if beside else ""
+        return f"There is no model at {path}: no such file or folder" + (f"; {near}" if "did you" in near else ".")
     if path.is_dir():
         if (path / "run.json").is_file():
             return (

@@ -118,7 +118,7 @@ DATA = "stages.align.data=[{{kind: {}}}]"
         ("stages.align.template=vicunna", "did you mean 'vicuna_v1'?"),
         ("config.projector=nosuch", "known: linear, mlp2x_gelu. A class of your own"),
         ("parts.vision=nowhere", "The part nowhere is not a model folder"),
-        ("image={mode: [", "has no valid YAML value: line 1"),
+        ("image={mode: [", "is not valid YAML: line 1"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_may_be_mended_in_the_same_folder(monkeypatch, capsys, place, change, words):

@@ -1,4 +1,4 @@
-"""The preflight: samples shown as they are, weights untouched, and what is wrong with a recipe found before training."""
+"""The preflight: samples shown as they are, weights untouched, what is wrong with a recipe found before training."""
 
 import json
 

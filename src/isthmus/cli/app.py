@@ -93,7 +93,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="A data file or folder, or YAML describing a source.")] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="key=value of the source; task.key=value.")] = None,
     train: Annotated[str | None, typer.Option(help="Training data: the prior's answers, the probe's pictures.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Score only the first N samples.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of raw outputs and scores.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of shuffles and intervals.")] = 0,
     json_file: Json = None,

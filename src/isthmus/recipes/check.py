@@ -269,8 +269,8 @@ def _two_runs(built: Built, spec: StageSpec, folder: Path, steps: int) -> tuple[
     differing = [name for name in after if not torch.equal(after[name], again[name])]
     if differing or dict(whole.losses) != dict(resumed.losses):
         raise StageError(
-            f"a run that was interrupted after one step and resumed ended with other bits than one that was not (first "
-            f"in {differing[0] if differing else 'the loss'}). Something in the net or the data draws numbers of its own."
+            "a run that was interrupted after one step and resumed ended with other bits than one that was not (first "
+            f"in {differing[0] if differing else 'the loss'}). Something in the net or the data draws its own numbers."
         )
     lines = read_metrics(folder / "whole" / "metrics.jsonl")
     return whole.losses, (lines[-1]["seconds"] - lines[0]["seconds"]) / max(1, len(lines) - 1)

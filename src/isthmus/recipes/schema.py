@@ -156,15 +156,12 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: boo
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
             raise ConfigError(f"No recipe file {path}. Shipped recipes go by name: {', '.join(shipped())}.")
-        text = _text(path)
+        tree = read_yaml(path)
     elif str(name) in shipped():
         text = (resources.files("isthmus.recipes") / "library" / f"{name}.yaml").read_text(encoding="utf-8")
+        tree = yaml_value(text, str(name))
     else:
-        raise ConfigError(f"No shipped recipe {str(name)!r}; {nearest(str(name), shipped())} A file ends in .yaml.")
-    try:
-        tree = _load_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Recipe {name} is not valid YAML: {_yaml_fault(error)}") from None
+        raise ConfigError(f"No shipped recipe {str(name)!r}; {nearest(str(name), shipped())} (A file ends in .yaml.)")
     if not isinstance(tree, dict):
         raise ConfigError(f"Recipe {name} must be a mapping of keys, got {type(tree).__name__}.")
     variables: dict[str, str] = {}
@@ -175,7 +172,7 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: boo
         if re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
             variables[key] = value
         else:
-            _set(tree, key, _value(override, value), where=str(name))
+            _set(tree, key, yaml_value(value, f"Override {override!r}"), where=str(name))
     for key in variables.keys() - _mentioned(tree):
         raise ConfigError(f"Recipe {name} does not use {{{key}}}; {nearest(key, _mentioned(tree))}")
     if not to_show:
@@ -183,27 +180,24 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: boo
     return parse_recipe(_fill(tree, variables), where=str(name))
 
 
-def _text(path: Path) -> str:
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says. Raises ConfigError when it cannot be read or is not YAML."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"Recipe {path} cannot be read: {why}.") from None
+        raise ConfigError(f"{path} cannot be read: {why}.") from None
+    return yaml_value(text, str(path))
 
 
-def _value(override: str, text: str) -> Any:
+def yaml_value(text: str, what: str) -> Any:
+    """The value of a YAML text. Raises ConfigError naming ``what``, line and column in one sentence."""
     try:
         return _load_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"Override {override!r} has no valid YAML value: {_yaml_fault(error)}") from None
-
-
-def _yaml_fault(error: yaml.YAMLError) -> str:
-    """What is wrong and where, in one line."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    if mark is None:
-        return " ".join(str(error).split())
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}."
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        fault = f"line {mark.line + 1}, column {mark.column + 1}: {problem}." if mark else " ".join(str(error).split())
+        raise ConfigError(f"{what} is not valid YAML: {fault}") from None
 
 
 def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
