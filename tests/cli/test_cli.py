@@ -33,10 +33,8 @@ def test_help_and_import_load_nothing_heavy():
         "from isthmus.cli import main; import sys; sys.argv = ['isthmus', '--help']\n"
         "try: main()\nexcept SystemExit: pass",
     ):
-        script = (
-            command
-            + "\nimport sys\nassert not {'torch', 'transformers', 'PIL', 'numpy', 'yaml', 'pydantic', 'tokenizers'} & set(sys.modules)"
-        )
+        heavy = "{'torch', 'transformers', 'PIL', 'numpy', 'yaml', 'pydantic', 'tokenizers'}"
+        script = f"{command}\nimport sys\nassert not {heavy} & set(sys.modules)"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 

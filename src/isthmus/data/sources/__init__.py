@@ -17,7 +17,7 @@ from isthmus.config import fit
 from isthmus.data.mix import Mix, Source
 from isthmus.data.scenes import SceneSource
 from isthmus.data.sources.files import NamedImages, Root, read_json, read_lines, read_rows
-from isthmus.data.sources.rows import Form, Row, Rows, RowSource, flat
+from isthmus.data.sources.rows import Form, Row, Rows, RowSource, flat, picture_names
 from isthmus.data.sources.webdataset import IMAGE_ENDINGS, WebDatasetRows
 from isthmus.errors import ConfigError, DataError, nearest
 
@@ -170,7 +170,7 @@ class _NamedRows:
     def __getitem__(self, index: int) -> Row:
         stem, values = self.rows[index]
         bare = Row("", values)
-        names = flat(self.form.value(bare, "image"))
+        names = picture_names(self.form, bare)
         given = self.form.value(bare, "id")
         key = str(given) if given is not None else names[0] if names else str(index)
         return Row(
