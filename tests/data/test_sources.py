@@ -366,7 +366,7 @@ def test_unknown_words_name_the_nearest(tmp_path):
         ({}, "unknown kind ''"),
         ({"kind": "jsonl", "file": "a.jsonl", "image_foldr": "x"}, "did you mean 'image_folder'"),
         ({"kind": "jsonl", "file": "a.jsonl", "fields": {"captoin": "x"}}, "did you mean 'caption'"),
-        ({"kind": "jsonl", "file": "a.jsonl", "turns": "some"}, "'all' or 'single'"),
+        ({"kind": "jsonl", "file": "a.jsonl", "turns": "some"}, "unknown value 'some'; known: all, single"),
         ({"kind": "jsonl", "file": "a.jsonl", "max_turns": 0}, "max_turns"),
         ({"kind": "jsonl", "file": "a.jsonl", "limit": 0}, "limit must be"),
         ({"kind": "jsonl", "file": "a.jsonl", "templates": ["a cat"]}, "has no {}"),

@@ -236,11 +236,11 @@ def conversation(turns: Any, images: Sequence[ImageSource]) -> list[Part]:
 
 def _joined(content: Any) -> Any:
     """Content as a list of parts (``{"type": "text" | "image", ...}``), written as one text with its marks."""
-    if not isinstance(content, list):
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
         return content
     pieces = []
     for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
+        kind = part.get("type")
         if kind not in ("text", "image"):
             raise DataError(f"bad conversation: a part of a turn is of type {kind!r}; it must be text or image")
         pieces.append("<image>" if kind == "image" else _string(part.get("text"), "text"))
