@@ -1,25 +1,100 @@
-"""Keep freed memory in the process: on Linux, training on a CPU spends most of its time on page faults otherwise.
+"""Keep some freed memory in the process: on Linux, training on a CPU spends most of its time on page faults otherwise.
 
 A step frees and takes the same large buffers again and again. The C library by default gives each of them back to
-the system, which must find and clear the pages anew (benchmarks/allocator.py: up to 12 times slower steps).
+the system, which must find and clear the pages anew (benchmarks/allocator.py: up to 12 times slower steps). How much
+is kept is bounded, and where memory runs short all of it goes back.
 """
 
 import ctypes
+import os
 import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "ISTHMUS_KEEP_MIB"
+"""Environment variable: how many MiB of freed memory may be kept; 0 leaves the C library as it is."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-_NEVER, _AT_ONCE = 2**31 - 1, 64 * 2**20
+_MIB = 2**20
+_MOST = 2048 * _MIB
+_AT_ONCE = 64 * _MIB
+_SHARE = 8
+_SHORT = 2
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc not to return freed memory before the process ends; true where that is possible.
+    """Tell glibc to keep up to :func:`kept_bytes` of freed memory; true where that is possible and wanted.
 
-    The peak stays what it is, only the way back down is missing, so it suits programs that train or serve.
+    The peak stays what it is, only the way back down is shorter, so it suits programs that train or serve.
     """
-    if not sys.platform.startswith("linux"):
+    kept = kept_bytes()
+    mallopt = _libc("mallopt")
+    if mallopt is None or not kept:
         return False
+    pad = min(_AT_ONCE, kept // 4)
+    # The threshold is an int there; what is above it at the heap's top goes back at once.
+    return all(
+        [
+            mallopt(_M_MMAP_MAX, 0),
+            mallopt(_M_TRIM_THRESHOLD, min(kept, 2**31 - 1)),
+            mallopt(_M_TOP_PAD, pad),
+        ]
+    )
+
+
+def relieve() -> bool:
+    """Give all freed memory back, holes in the heap included, if this process holds more than half of what there is.
+
+    Cheap enough for every step where it does not: one small file is read. True when memory was given back.
+    """
+    usable = usable_bytes()
+    if not usable or resident_bytes() * _SHORT < usable:
+        return False
+    trim = _libc("malloc_trim")
+    return trim is not None and bool(trim(0))
+
+
+def kept_bytes() -> int:
+    """What VARIABLE says, else an eighth of the usable memory, at most 2 GiB (0 where its size is unknown)."""
+    wish = os.environ.get(VARIABLE, "")
+    if wish.isdigit():
+        return int(wish) * _MIB
+    return min(_MOST, usable_bytes() // _SHARE)
+
+
+@cache
+def usable_bytes() -> int:
+    """Memory of the machine or of the container this runs in, whichever is less; 0 when it cannot be told."""
+    found = []
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (ValueError, OSError, AttributeError):
+        return 0
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(file).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            found.append(int(text))
+    return min(found)
+
+
+def resident_bytes() -> int:
+    """Memory this process holds right now; 0 when it cannot be told."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+@cache
+def _libc(name: str) -> Any:
+    """A function of glibc; none elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError):  # another C library
-        return False
-    return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, _NEVER), mallopt(_M_TOP_PAD, _AT_ONCE)])
+        return None

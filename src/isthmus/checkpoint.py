@@ -16,6 +16,7 @@ import shutil
 import socket
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -439,8 +440,11 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         import fcntl  # Not on every system; loading a model must work without it.
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise CheckpointError(f"{self.path.parent} cannot be a run folder: {error.strerror}.") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -454,8 +458,10 @@ class RunLock:
                 f"{self.path.parent} is in use by {self._holder()}. Wait until that run ends, stop "
                 "it, or choose another folder."
             ) from error
-        os.ftruncate(handle, 0)
-        os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        # Only for the message to others: a full disk must not stop a run that may have nothing left to write.
+        with suppress(OSError):
+            os.ftruncate(handle, 0)
+            os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         self._handle = handle
         # Workers are forked with our handle open; a worker that outlives a killed run would keep the lock.
         os.register_at_fork(after_in_child=self._close)

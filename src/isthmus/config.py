@@ -33,7 +33,7 @@ def strict(cls: type[T], mapping: Any, where: str) -> T:
     missing = sorted(required - set(mapping))
     if missing:
         raise ConfigError(f"{where}: missing {', '.join(map(repr, missing))}.")
-    return cls(**{key: _fit(hints[key], value, f"{where}.{key}") for key, value in mapping.items()})
+    return cls(**{key: fit(hints[key], value, f"{where}.{key}") for key, value in mapping.items()})
 
 
 def plain(value: Any) -> Any:
@@ -47,7 +47,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _fit(hint: Any, value: Any, where: str) -> Any:
+def fit(hint: Any, value: Any, where: str) -> Any:
     """``value`` as the annotation ``hint`` wants it, or a ConfigError."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -78,11 +78,11 @@ def _fit_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
         return None
     real = [c for c in choices if c is not type(None)]
     if len(real) == 1:
-        return _fit(real[0], value, where)
+        return fit(real[0], value, where)
     reasons = []
     for choice in real:
         try:
-            return _fit(choice, value, where)
+            return fit(choice, value, where)
         except ConfigError as error:
             reasons.append(str(error))
     raise ConfigError(f"{where}: {_show(value)} fits none of the allowed forms: " + " | ".join(reasons))
@@ -95,13 +95,13 @@ def _fit_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any,
         arguments = (arguments[0],) * len(value)
     if len(arguments) != len(value):
         raise ConfigError(f"{where}: expected {len(arguments)} values, found {len(value)}.")
-    return tuple(_fit(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
+    return tuple(fit(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
 
 
 def _fit_mapping(hint: Any, arguments: tuple[Any, ...], value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: expected keys and values, found {_show(value)}.")
-    return {key: _fit(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    return {key: fit(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
 
 
 def _fit_scalar(hint: Any, value: Any, where: str) -> Any:

@@ -43,4 +43,4 @@ def nearest(name: str, known: Iterable[str], *, many: int = 1) -> str:
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     shown = ", ".join(sorted(known)[:24])
-    return f"known: {shown}" + (", …" if len(known) > 24 else "")
+    return f"known: {shown}" + (", …" if len(known) > 24 else ".")

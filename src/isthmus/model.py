@@ -23,6 +23,7 @@ from isthmus.batch import Tokens
 from isthmus.config import plain
 from isthmus.data.attention import Attention, shared_beginning, with_answer
 from isthmus.data.blip2 import PairProcessor
+from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.collate import collate
 from isthmus.data.images import AnyImage, as_image
 from isthmus.data.messages import Message, parts_of
@@ -31,7 +32,7 @@ from isthmus.data.record import Example, Image, Part, Record, Text, without_answ
 from isthmus.data.text import TEMPLATES, render
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.video import as_visual
-from isthmus.errors import CapabilityError, CheckpointError, DataError
+from isthmus.errors import CapabilityError, CheckpointError, DataError, nearest
 from isthmus.language import Decoding
 from isthmus.models import MODELS, model_class
 from isthmus.nn.losses import similarity
@@ -366,7 +367,7 @@ def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = N
     cls = model_class(kind)
     net = cls.from_config(config["config"])
     checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"]), where=folder)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     described = checkpoint.read_json(files["processor.json"])
     others = {f.parent.name: Tokenizer.load(f.parent) for n, f in files.items() if n.endswith("/tokenizer.json")}
     return Model(
@@ -397,7 +398,9 @@ def _listed(image: AnyImage | Sequence[AnyImage] | None) -> Sequence[AnyImage]:
 
 def _nothing_here(path: Path) -> str:
     if not path.exists():
-        return f"There is no model at {path}: no such file or folder."
+        beside = [str(f) for f in path.parent.glob("*") if f.is_dir()] if path.parent.is_dir() else []
+        near = nearest(str(path), beside) if beside else ""
+        return f"There is no model at {path}: no such file or folder" + (f"; {near}" if "did you" in near else ".")
     if path.is_dir():
         if (path / "run.json").is_file():
             return (

@@ -33,7 +33,8 @@ def test_help_and_import_load_nothing_heavy():
         "from isthmus.cli import main; import sys; sys.argv = ['isthmus', '--help']\n"
         "try: main()\nexcept SystemExit: pass",
     ):
-        script = command + "\nimport sys\nassert not {'torch', 'transformers', 'PIL', 'numpy'} & set(sys.modules)"
+        heavy = "{'torch', 'transformers', 'PIL', 'numpy', 'yaml', 'pydantic', 'tokenizers'}"
+        script = f"{command}\nimport sys\nassert not {heavy} & set(sys.modules)"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
@@ -115,6 +116,8 @@ def test_show_prints_the_compute_rule_and_published_sizes(monkeypatch, capsys, t
         (["score", "r.json", "p.json", "--task", "vqaa"], "did you mean 'vqa'?"),
         (["score", "r.json", "p.json", "--task", "vqa"], "no such file: r.json"),
         (["chat", "nowhere", "--image", "missing.png", "what?"], "There is no picture at missing.png"),
+        (["show", "lm-tinny"], "neither a model folder nor a shipped recipe (did you mean 'lm-tiny'?)"),
+        (["check", "clip-tny"], "did you mean 'clip-tiny'?"),
         (["data", "scenes", "--out", "x", "--format", "voc"], "cannot be written as 'voc'"),
         (["data", "scenes", "--out", "x", "--split", "tset"], "did you mean 'test'?"),
     ],
@@ -124,6 +127,44 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(monkeypatch, capsys, tmp_pat
     code, _, said = run(monkeypatch, capsys, *arguments)
     assert code == 2
     assert words in " ".join(said.split())
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["chat", "STORY/lava", "what?"], "did you mean 'STORY/llava'?"),
+        (["chat", "STORY/llava", "  "], "The question is empty"),
+        (["chat", "STORY/llava", "--image", "cut.png", "what?"], "cut.png is truncated or damaged"),
+        (["chat", "STORY/llava", "--image", "text.png", "what?"], "text.png is not a picture of the formats JPEG, PNG"),
+        (["chat", "STORY/lm", "--image", "cut.png", "what?"], "A lm model reads only text; leave --image out"),
+        (["chat", "STORY/clip"], "A clip model cannot chat; it can: embed_images"),
+        (["chat", "STORY/llava", "--max-new-tokens", "0", "what?"], "max_new_tokens is 0"),
+        (["show", "STORY/llava", "seed=1"], "key=value changes recipes only"),
+        (["eval", "STORY/clip", "--task", "vqa"], "names no vqa task of its own"),
+        (["eval", "STORY/clip", "--data", "nothing.json"], "There is no data at nothing.json"),
+        (["eval", "STORY/clip", "--data", "broken.yaml"], "broken.yaml is not valid YAML: line 2"),
+        (["eval", "STORY/clip", "--data", "d.yaml", "--set", "count=["], "is not valid YAML"),
+        (["eval", "STORY/clip", "--data", "d.yaml", "--task", "retreival"], "did you mean 'retrieval'?"),
+        (["eval", "STORY/clip", "--data", "d.yaml", "--set", "task.prefx=a"], "has no option 'prefx'"),
+        (["eval", "STORY/llava", "--data", "d.yaml", "--task", "retrieval"], "A llava model cannot embed_images"),
+        (["eval", "STORY"], "is not a model folder: it has no config.json"),
+    ],
+)
+def test_nonsense_at_a_model_is_answered_in_words(monkeypatch, capsys, story, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    picture = tmp_path / "cut.png"
+    PilImage.effect_noise((64, 64), 90).save(picture)
+    picture.write_bytes(picture.read_bytes()[:900])
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "broken.yaml").write_text("a: [1,\n b: 2")
+    (tmp_path / "d.yaml").write_text("{kind: scenes, form: captions, count: 4}")
+    arguments = [a.replace("STORY", str(story)) for a in arguments]
+    if arguments[0] == "eval":
+        arguments += ["--out", str(tmp_path / "e")]
+    code, _, said = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert words.replace("STORY", str(story)) in " ".join(said.split())
     assert "Traceback" not in said
 
 
@@ -153,7 +194,7 @@ def test_doctor_speaks(monkeypatch, capsys):
 
 
 def test_every_option_and_command_is_explained(monkeypatch, capsys):
-    for command in ("demo", "train", "show", "eval", "score", "chat", "doctor", "data", "data scenes"):
+    for command in ("demo", "train", "show", "check", "eval", "score", "chat", "doctor", "data", "data scenes"):
         code, said, _ = run(monkeypatch, capsys, *command.split(), "--help")
         assert code == 0
         assert Path(command).name.split()[-1] in said

@@ -367,7 +367,7 @@ def test_unknown_words_name_the_nearest(tmp_path):
         ({}, "unknown kind ''"),
         ({"kind": "jsonl", "file": "a.jsonl", "image_foldr": "x"}, "did you mean 'image_folder'"),
         ({"kind": "jsonl", "file": "a.jsonl", "fields": {"captoin": "x"}}, "did you mean 'caption'"),
-        ({"kind": "jsonl", "file": "a.jsonl", "turns": "some"}, "'all' or 'single'"),
+        ({"kind": "jsonl", "file": "a.jsonl", "turns": "some"}, "unknown value 'some'; known: all, single"),
         ({"kind": "jsonl", "file": "a.jsonl", "max_turns": 0}, "max_turns"),
         ({"kind": "jsonl", "file": "a.jsonl", "limit": 0}, "limit must be"),
         ({"kind": "jsonl", "file": "a.jsonl", "templates": ["a cat"]}, "has no {}"),
@@ -407,3 +407,43 @@ def test_pictures_know_their_place(tmp_path):
     image = shards(tmp_path)[0].images[0]
     assert isinstance(image, Image)
     assert image.source.describe().endswith("s-000.tar :: k1.png")
+
+
+HF_TURNS = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "a cube"}]},
+    {"role": "user", "content": "and this?"},
+    {"role": "assistant", "content": "a ring"},
+]
+
+
+@pytest.mark.parametrize("place", ["image", "images", "paths", "parts"])
+def test_messages_whose_content_is_a_list_of_parts(tmp_path, place):
+    """As datasets of the chat form hold them, with the pictures in a column of their own or in the parts."""
+    (tmp_path / "a.png").write_bytes(png())
+    turns = json.loads(json.dumps(HF_TURNS))
+    row = {"id": 1, "messages": turns}
+    if place == "parts":
+        turns[0]["content"][0]["image"] = "a.png"
+    else:
+        row["image" if place == "image" else "images"] = [{"path": "a.png"} if place == "paths" else "a.png"]
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    found = open_source({"kind": "jsonl", "file": "rows.json"}, data_root=tmp_path)[0]
+    assert [(type(p).__name__, p.role) for p in found.parts] == [
+        ("Image", "user"),
+        ("Text", "user"),
+        ("Text", "assistant"),
+        ("Text", "user"),
+        ("Text", "assistant"),
+    ]
+    assert [p.text for p in found.texts] == ["what?", "a cube", "and this?", "a ring"]
+    assert [p.learn for p in found.texts] == [False, True, False, True]
+    assert found.images[0].source.read() == png()
+
+
+def test_a_part_of_another_type_is_a_bad_sample(tmp_path):
+    turns = [{"role": "user", "content": [{"type": "audio", "audio": "x"}]}, {"role": "assistant", "content": "no"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": turns}]))
+    source = open_source({"kind": "jsonl", "file": "rows.json"}, data_root=tmp_path)
+    with pytest.raises(DataError, match="of type 'audio'; it must be text or image"):
+        source[0]

@@ -1,6 +1,7 @@
 """Folders written by transformers load behind `isthmus.load`, tokenizer and image processor included."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from PIL import Image as PilImage
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    CLIPTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -15,8 +17,10 @@ from transformers import (
 )
 
 import isthmus
+from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
+from tests.fixtures import OPEN_CLIP
 
 VISION = {
     "hidden_size": 32,
@@ -80,6 +84,51 @@ def test_clip(tmp_path, tokenizer):
         logits = peer(input_ids=ids, pixel_values=pixels).logits_per_image
     ours = model.similarity([picture], ["a red cube"]) * peer.logit_scale.exp()
     torch.testing.assert_close(ours, logits.detach(), atol=1e-4, rtol=1e-4)
+
+
+CAPTIONS = ["a photo of a cat", "Two DOGS,  one frisbee!", "café naïve 猫 😀", "room 1234, don't", "a long one " * 40]
+
+
+@pytest.mark.parametrize("eos", [2, 49407])
+@pytest.mark.parametrize("layout", ["tokenizer.json", "vocab.json and merges.txt"])
+def test_clip_texts_go_the_published_way(tmp_path, layout, eos):
+    """The published vocabulary (a part of its merges), both end-of-text ids and both sets of tokenizer files."""
+    words = OPEN_CLIP / "tokenizer"
+    theirs = CLIPTokenizer(vocab=str(words / "vocab.json"), merges=str(words / "merges.txt"))
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "eos_token_id": eos,
+    }
+    peer = redraw(CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)))
+    peer.save_pretrained(tmp_path)
+    if layout == "tokenizer.json":
+        theirs.save_pretrained(tmp_path)
+    else:
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(words / name, tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PICTURES))
+    model = isthmus.load(tmp_path)
+    rows = theirs(CAPTIONS, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        expected = peer.get_text_features(**rows).pooler_output
+    expected = torch.nn.functional.normalize(expected, dim=-1)
+    assert (expected @ expected.T).fill_diagonal_(0).max() < 0.997  # the captions can be told apart
+    torch.testing.assert_close(model.embed_texts(CAPTIONS), expected, atol=1e-5, rtol=0)
+    again = isthmus.load(model.save(tmp_path / "ours"))
+    assert torch.equal(again.embed_texts(CAPTIONS), model.embed_texts(CAPTIONS))
+
+
+def test_clip_reads_entities_as_its_weights_saw_them(tmp_path):
+    """With the bare vocabulary, text is cleaned as OpenAI's weights saw it: what the fast tokenizer leaves out."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(OPEN_CLIP / "tokenizer" / name, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    for row in json.loads((OPEN_CLIP / "tokenizer" / "rows.json").read_text()):
+        ids = [tokenizer.bos_id, *tokenizer.encode(row["text"]), tokenizer.eos_id]
+        assert [*ids[:76], ids[-1]] == row["ids"] if len(ids) > 77 else ids == row["ids"]
 
 
 def test_llava_forbids_its_image_token(tmp_path, tokenizer):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from isthmus.checkpoint import RunBusyError, RunLock, load_tensors
-from isthmus.errors import CheckpointError, ConfigError
+from isthmus.errors import CheckpointError, ConfigError, DataError, StageError
 from isthmus.model import load
 from isthmus.recipes import run as run_module
 from isthmus.recipes.run import train
@@ -117,3 +117,32 @@ def test_bad_parts_patterns_and_tokenizers_are_named(story, tmp_path):
     ]:
         with pytest.raises((ConfigError, CheckpointError), match=words):
             train(parse_recipe(tree("llava", story) | change), tmp_path / words[:6].strip("'"), progress=False)
+
+
+def test_changed_data_is_refused_on_resume_and_the_last_stage_opens_its_data_first(story, tmp_path, monkeypatch):
+    rows = [{"text": f"the cube number {i} is red"} for i in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = tree("lm") | {"tokenizer": tree("lm")["tokenizer"]}
+    spec["stages"][0] |= {"data": [{"kind": "jsonl", "file": str(file)}], "template": "document", "steps": 5}
+    recipe, folder, real = parse_recipe(spec), tmp_path / "run", run_module.train_stage
+
+    def stops(*args, **kwargs):
+        real(*args, **kwargs)
+        raise KeyboardInterrupt  # after the stage's last checkpoint, before it is handed over
+
+    monkeypatch.setattr(run_module, "train_stage", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, folder, progress=False)
+    monkeypatch.setattr(run_module, "train_stage", real)
+    file.write_text(file.read_text().replace("number 7 is red", "number 7 is tan"))
+    with pytest.raises(StageError, match=r"begun with data 0 \(jsonl:rows\) = '40 samples, sha256"):
+        train(recipe, folder, progress=False)
+    file.write_text(file.read_text().replace("number 7 is tan", "number 7 is red"))
+    assert train(recipe, folder, progress=False).kind == "lm"
+
+    late = tree("llava", story)
+    late["stages"][1]["data"] = [{"kind": "jsonl", "file": str(tmp_path / "gone.jsonl")}]
+    with pytest.raises(DataError, match=r"no such file: .*gone\.jsonl"):
+        train(parse_recipe(late), tmp_path / "llava", progress=False)
+    assert not list((tmp_path / "llava").glob("stages/align/checkpoints"))

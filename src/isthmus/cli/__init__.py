@@ -1,5 +1,6 @@
 """The ``isthmus`` program. Each command's work is imported when it runs, so ``isthmus --help`` is instant."""
 
+import errno
 import os
 import sys
 
@@ -23,9 +24,24 @@ def main() -> None:
     except KeyboardInterrupt:
         _say("Interrupted. The same command goes on where this one stopped.")
         sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_USER)
     except IsthmusError as error:
         _say(str(error))
         sys.exit(getattr(error, "exit_code", EXIT_USER))
+    except OSError as error:
+        _say(_of_the_system(error))
+        sys.exit(EXIT_USER)
+
+
+def _of_the_system(error: OSError) -> str:
+    """A file or disk that refused: what the system says, where, and what is safe."""
+    where = f" ({error.filename})" if error.filename else ""
+    what = f"{error.strerror or error}{where}."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{what} What was saved before is intact: free some space and give the same command again."
+    return f"{what} Check that the path exists and may be read or written, then give the same command again."
 
 
 def _say(text: str) -> None:

@@ -72,6 +72,20 @@ def show(
     run(what, overrides or [], json_file)
 
 
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")],
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="Samples of each source to show token by token.")] = 2,
+    steps: Annotated[int, typer.Option(min=2, help="Steps to try of each stage.")] = 2,
+    json_file: Json = None,
+) -> None:
+    """Preflight: real samples token by token, bad samples, two steps of each stage, save and resume, compared."""
+    from isthmus.cli.check import run
+
+    run(recipe, overrides or [], json_file, samples=samples, steps=steps)
+
+
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="A model folder, or hf:FOLDER to run transformers' own.")] = None,
@@ -84,7 +98,7 @@ def evaluate(
     shots: Annotated[str | None, typer.Option(help="Examples before each question, from --train: 0 4 8.")] = None,
     more_shots: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
     select: Annotated[str, typer.Option(help="How shots are chosen: random or rices.")] = "random",
-    limit: Annotated[int | None, typer.Option(help="Score only the first N samples.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of raw outputs and scores.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of shuffles and intervals.")] = 0,
     rescore: Annotated[Path | None, typer.Option(help="Score this folder's outputs again, without a model.")] = None,

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from isthmus.errors import DataError
+from isthmus.errors import CapabilityError, DataError
 
 
 def run(
@@ -27,7 +27,13 @@ def run(
     for video in videos:
         if not video.exists():
             raise DataError(f"There is no video file or folder of frames at {video}.")
+    if question is not None and not question.strip():
+        raise DataError("The question is empty; leave it out to start a conversation.")
     model = load(model_folder)
+    if "chat" not in model.capabilities:
+        raise CapabilityError(f"A {model.kind} model cannot chat; it can: {', '.join(model.capabilities)}.")
+    if images and model.processor.image is None:
+        raise CapabilityError(f"A {model.kind} model reads only text; leave --image out or take a model that sees.")
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     console = Console()
     pictures = [{"type": "image", "image": path} for path in images]

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
@@ -174,7 +173,9 @@ def source_of(data: str) -> dict[str, Any]:
     """A YAML file describes a source; anything else is data whose kind is seen from its content."""
     path = Path(data)
     if path.suffix in {".yaml", ".yml"}:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        from isthmus.recipes.schema import read_yaml
+
+        tree = read_yaml(path)
         if not isinstance(tree, dict):
             raise ConfigError(f"{path} should describe a source by keys, such as `source: llava`.")
         return tree
@@ -187,10 +188,12 @@ def split_options(options: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any
     """``key=value`` of the source, and ``task.key=value`` of the task."""
     source: dict[str, Any] = {}
     task: dict[str, Any] = {}
+    from isthmus.recipes.schema import yaml_value
+
     for option in options:
         key, sep, value = option.partition("=")
         if not sep:
             raise ConfigError(f"--set {option!r} is not key=value.")
         target, name = (task, key.removeprefix("task.")) if key.startswith("task.") else (source, key)
-        target[name] = yaml.safe_load(value)
+        target[name] = yaml_value(value, f"--set {option!r}")
     return source, task

@@ -8,11 +8,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from isthmus.errors import ConfigError, DataError, nearest
+
 
 def run(what: str, overrides: Sequence[str], json_file: Path | None) -> None:
     """Show a model folder if ``what`` is one, else a recipe."""
+    from isthmus.recipes.schema import shipped
+
     console = Console()
-    facts = _model(what, console) if Path(what).is_dir() else _recipe(what, overrides, console)
+    if Path(what).is_dir():
+        if overrides:
+            raise ConfigError(f"{what} is a model folder; key=value changes recipes only.")
+        facts = _model(what, console)
+    elif what in shipped() or Path(what).suffix in {".yaml", ".yml"}:
+        facts = _recipe(what, overrides, console)
+    else:
+        raise ConfigError(
+            f"{what} is neither a model folder nor a shipped recipe ({nearest(what, shipped())}) nor a .yaml file."
+        )
     if json_file is not None:
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -25,12 +38,15 @@ def _model(folder: str, console: Console) -> dict[str, Any]:
     model = load(folder)
     parts, tokens = parts_of(model.net), visual_tokens(model.net)
     console.print(_parts(f"{folder}: {model.kind}", parts))
+    held = sum(tensor.numel() * tensor.element_size() for tensor in model.net.state_dict().values())
+    console.print(f"{held / 2**20:,.1f} MiB of weights in memory", highlight=False)
     if tokens is not None:
         console.print(f"{tokens} visual tokens per picture")
     console.print(f"It can: {', '.join(model.capabilities)}")
     return {
         "kind": model.kind,
         "parts": parts,
+        "weight_bytes": held,
         "visual_tokens": tokens,
         "capabilities": list(model.capabilities),
         "processor": model.processor.to_dict(),
@@ -39,7 +55,16 @@ def _model(folder: str, console: Console) -> dict[str, Any]:
 
 
 def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, Any]:
-    from isthmus.recipes.facts import compute_rule, net_of, parts_of, stage_facts, visual_tokens
+    from isthmus.recipes.facts import (
+        StageCost,
+        compute_rule,
+        duration,
+        net_of,
+        parts_of,
+        stage_cost,
+        stage_facts,
+        visual_tokens,
+    )
     from isthmus.recipes.schema import read_recipe
 
     recipe = read_recipe(name, overrides, to_show=True)
@@ -48,17 +73,33 @@ def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, 
     if recipe.about:
         console.print(recipe.about)
     console.print(_parts(f"{name}: {recipe.model}", parts))
-    for stage in stages:
+    costs: list[StageCost] = []
+    try:
+        costs = [stage_cost(built, spec) for spec in recipe.stages] if built is not None else []
+    except DataError as error:
+        console.print(f"No time is told: {error}", highlight=False, markup=False)
+    for number, stage in enumerate(stages):
         console.print(
             stage.table.render(
                 f"stage {stage.name}: {stage.budget}, {stage.bytes / 2**20:,.0f} MiB of weights, gradients and moments"
             )
         )
+        if costs:
+            cost = costs[number]
+            console.print(
+                f"{cost.tokens:,} tokens a step, {cost.activations / 2**20:,.0f} MiB of activations; "
+                f"here about {cost.seconds:.2f} s a step, the stage about {duration(cost.total)}",
+                highlight=False,
+            )
     facts: dict[str, Any] = {
         "kind": recipe.model,
         "parts": parts,
         "visual_tokens": tokens,
-        "stages": [{"name": s.name, "budget": s.budget, "bytes": s.bytes, **s.table.to_dict()} for s in stages],
+        "stages": [
+            {"name": s.name, "budget": s.budget, "bytes": s.bytes, **s.table.to_dict()}
+            | (costs[n].to_dict() if costs else {})
+            for n, s in enumerate(stages)
+        ],
     }
     if tokens is not None:
         console.print(f"{tokens} visual tokens per picture")

@@ -14,7 +14,5 @@ def run(recipe: str, overrides: Sequence[str], out: Path | None, *, tensorboard:
     model = train(recipe, folder, overrides=overrides, tensorboard=tensorboard)
     console = Console()
     console.print(f"The {model.kind} model is in [bold]{folder}[/]. It can: {', '.join(model.capabilities)}.")
-    console.print(
-        f"Next: [bold]isthmus eval {folder}[/]"
-        + (f", [bold]isthmus chat {folder} --image PICTURE[/]" if "chat" in model.capabilities else "")
-    )
+    talk = f", [bold]isthmus chat {folder}{' --image PICTURE' if model.processor.image else ''}[/]"
+    console.print(f"Next: [bold]isthmus eval {folder}[/]" + (talk if "chat" in model.capabilities else ""))

@@ -11,8 +11,10 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+import tokenizers
+from tokenizers import Regex, models, pre_tokenizers
 
+from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import DataError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -23,71 +25,93 @@ _WORD_END = "</w>"
 _PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-class ClipTokenizer:
-    """Text to the row that CLIP reads: start, pieces, end. Rows are not padded; ``pad_id`` is what to pad with."""
+class ClipTokenizer(Tokenizer):
+    """Text as OpenAI's and open_clip's weights saw it: repaired, unescaped, lower-cased, then cut into pieces.
 
-    pad_id = 0
+    transformers' fast CLIP tokenizer cleans less (no entities, ligatures or curly quotes); a folder that holds its
+    ``tokenizer.json`` is read by that file, so that it answers as it does there (see :func:`load_tokenizer`).
+    """
 
-    def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], *, context: int = 77) -> None:
+    def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
         """``merges`` in order of rank. Raises DataError when the specials are not in ``vocab``."""
         for special in (START, END):
             if special not in vocab:
                 raise DataError(f"the vocabulary has no {special}; is it CLIP's?")
-        self.context = context
-        self.bos_id, self.eos_id = vocab[START], vocab[END]
-        self.vocab_size = max(vocab.values()) + 1
         self._vocab, self._merges = dict(vocab), list(merges)
         self._pieces = {number: piece for piece, number in self._vocab.items()}
         self._bytes = {symbol: byte for byte, symbol in byte_symbols().items()}
-        self._bpe = Tokenizer(models.BPE(vocab=self._vocab, merges=self._merges, end_of_word_suffix=_WORD_END))
-        self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        bpe = tokenizers.Tokenizer(models.BPE(vocab=self._vocab, merges=self._merges, end_of_word_suffix=_WORD_END))
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
             [  # type: ignore[assignment]
                 pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-        self._bpe.add_special_tokens([START, END])
+        bpe.add_special_tokens([START, END])
+        super().__init__(bpe, eos=END, bos=START, unk=END)
+        self.vocab_size = max(vocab.values()) + 1
+        self.pad_id = 0  # what OpenAI's rows are filled with; a causal tower never looks there
 
     @classmethod
-    def load(cls, path: str | Path, *, context: int = 77) -> "ClipTokenizer":
+    def load(cls, folder: str | Path) -> "ClipTokenizer":
         """From a folder with ``vocab.json`` and ``merges.txt``, or from OpenAI's gzipped merges. Raises DataError."""
-        path = Path(path)
+        path = Path(folder)
         try:
             if path.is_dir():
                 vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
-                return cls(vocab, _merges((path / "merges.txt").read_text(encoding="utf-8")), context=context)
+                return cls(vocab, _merges((path / "merges.txt").read_text(encoding="utf-8")))
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 merges = _merges(file.read())[:MERGES]
         except (OSError, EOFError, ValueError) as error:
             raise DataError(f"cannot read CLIP's merge table from {path}: {error}.") from error
         if len(merges) < MERGES:
             raise DataError(f"{path} holds {len(merges)} merges; CLIP's table has {MERGES}.")
-        return cls(_legacy_vocab(merges), merges, context=context)
+        return cls(_legacy_vocab(merges), merges)
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``vocab.json`` and ``merges.txt``, as transformers does."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "vocab.json").write_text(json.dumps(self._vocab, ensure_ascii=False), encoding="utf-8")
+    def files(self) -> dict[str, str]:
+        """``vocab.json`` and ``merges.txt``, as transformers names them, and the configuration it wants beside."""
         lines = ["#version: 0.2", *(" ".join(pair) for pair in self._merges)]
-        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        names = {"tokenizer_class": "CLIPTokenizer", "bos_token": START, "eos_token": END, "unk_token": END}
+        return {
+            "vocab.json": json.dumps(self._vocab, ensure_ascii=False),
+            "merges.txt": "\n".join(lines) + "\n",
+            "tokenizer_config.json": json.dumps(names | {"pad_token": END}, indent=2) + "\n",
+        }
 
-    def encode(self, text: str, *, truncate: bool = True) -> list[int]:
-        """At most ``context`` ids, start and end included. Raises DataError for longer text unless ``truncate``,
-        which keeps the first ``context`` ids and makes the last of them end-of-text.
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of the pieces, nothing added; the offsets are those in the cleaned text."""
+        return super().encode_with_offsets(clean(text))
+
+    def row(self, text: str, *, context: int = 77, truncate: bool = True) -> list[int]:
+        """What CLIP reads: start, pieces, end, not padded. Raises DataError for more than ``context`` ids unless
+        ``truncate``, which keeps the first ``context`` and makes the last of them end-of-text.
         """
-        ids = [self.bos_id, *self._bpe.encode(clean(text)).ids, self.eos_id]
-        if len(ids) > self.context:
+        assert self.bos_id is not None  # CLIP's vocabulary has one
+        ids = [self.bos_id, *self.encode(text), self.eos_id]
+        if len(ids) > context:
             if not truncate:
-                raise DataError(f"the text has {len(ids)} tokens, more than {self.context}: {text[:60]!r}…")
-            ids = [*ids[: self.context - 1], self.eos_id]
+                raise DataError(f"the text has {len(ids)} tokens, more than {context}: {text[:60]!r}…")
+            ids = [*ids[: context - 1], self.eos_id]
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The cleaned text, words separated by single spaces; start, end and unknown ids are left out."""
-        pieces = (self._pieces.get(number, "") for number in ids if number not in (self.bos_id, self.eos_id))
-        text = "".join(pieces).replace(_WORD_END, " ")
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The cleaned text, words separated by single spaces; unknown ids are left out, and so are start and end
+        unless ``skip_special`` is false.
+        """
+        left_out = (self.bos_id, self.eos_id) if skip_special else ()
+        text = "".join(self._pieces.get(n, "") for n in ids if n not in left_out).replace(_WORD_END, " ")
         return bytes(self._bytes.get(symbol, 0x20) for symbol in text).decode("utf-8", errors="replace").strip()
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of any folder: CLIP's own where its vocabulary and merges stand alone, else as transformers
+    would read it. Raises CheckpointError (or DataError for a damaged table).
+    """
+    folder = Path(folder)
+    alone = not (folder / "tokenizer.json").is_file() and (folder / "merges.txt").is_file()
+    if alone and (folder / "vocab.json").is_file() and START in (folder / "vocab.json").read_text(encoding="utf-8"):
+        return ClipTokenizer.load(folder)
+    return Tokenizer.load(folder)
 
 
 def clean(text: str) -> str:

@@ -64,6 +64,8 @@ class JointLoader:
                     f"two sources are called {source.name!r} and weigh {self.weights[source.name]} and {weight}; give "
                     "one of them another name, or both the same loss_weight"
                 )
+        self.sources = tuple(source for source, _, _ in sources)
+        self.quarantine = quarantine = quarantine if quarantine is not None else Quarantine(None)
         self.loaders = [
             Loader(
                 source,

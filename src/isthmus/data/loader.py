@@ -157,6 +157,10 @@ class Loader:
             self._lengths[place] = measured
         return measured
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.mix.sources
+
     # Filling
 
     def _example(self, record: Record, visit: Visit) -> Example:
@@ -220,7 +224,7 @@ class Loader:
             else:
                 barren += position.index == 0
                 if barren > 1:  # from the last good step on, one whole epoch at least
-                    raise DataError(f"not one sample of a whole epoch could be used; {_worst(self.quarantine)}")
+                    raise DataError(f"not one sample of a whole epoch could be used: {self.quarantine.example()}")
 
     def epoch(self, number: int = 0) -> Iterator[list[Batch]]:
         """The steps of one epoch alone, for evaluation."""
@@ -228,10 +232,6 @@ class Loader:
 
     def _ahead(self, make: Callable[[], Iterator[T]]) -> Iterator[T]:
         return in_background(make, self.prefetch) if self.prefetch else make()
-
-
-def _worst(quarantine: Quarantine) -> str:
-    return "reasons: " + ", ".join(f"{reason} ({n})" for reason, n in quarantine.reasons().most_common(3))
 
 
 def _chunks(rows: list[T], size: int) -> Iterator[list[T]]:

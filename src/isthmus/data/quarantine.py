@@ -52,17 +52,26 @@ class Quarantine:
         self.samples += count
         if self.samples >= self.after and self.failures > self.threshold * self.samples:
             reasons = ", ".join(f"{reason} ({n})" for reason, n in self.reasons().most_common(3))
-            example = next(iter(self._known.values()), "")
             where = f"all are listed in {self.path}" if self.path else "no quarantine file was asked for"
             raise DataError(
                 f"{self.failures} of {self.samples} samples are bad, more than the allowed "
-                f"{self.threshold:.1%}; most often: {reasons}; for example: {example}. Mend the data "
-                f"({where}) or raise the threshold."
+                f"{self.threshold:.1%}; most often: {reasons}; for example: {self.example()}. Mend the data "
+                f"({where}) or raise the allowed fraction (a stage's bad_samples)."
             )
 
     def reasons(self) -> Counter[str]:
         """Different bad samples by kind of reason: what stands before the first colon."""
         return Counter(reason.split(":", 1)[0] for reason in self._known.values())
+
+    def example(self) -> str:
+        """The first reason in full."""
+        return next(iter(self._known.values()), "no reason was noted")
+
+    def summary(self) -> str:
+        """``3 bad samples were left out (missing image 2, broken image 1), see …``."""
+        reasons = ", ".join(f"{reason} {n}" for reason, n in self.reasons().most_common(3))
+        where = f", see {self.path}" if self.path else ""
+        return f"{len(self)} bad sample{'s were' if len(self) > 1 else ' was'} left out ({reasons}){where}"
 
     def __len__(self) -> int:
         return len(self._known)

@@ -11,6 +11,7 @@ from typing import Any
 
 from isthmus.checkpoint import load_into, read_json
 from isthmus.data.blip2 import PromptProcessor
+from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
 from isthmus.data.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ def _clip(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     net = Clip(config)
     load_into(net, state, where=folder)
     processor = ContrastiveProcessor(
-        Tokenizer.load(folder), image=image_transform(folder, config.vision.image_size), context=config.text.context
+        load_tokenizer(folder), image=image_transform(folder, config.vision.image_size), context=config.text.context
     )
     return net, processor, ()
 
@@ -57,7 +58,7 @@ def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     load_into(net, state, where=folder)
     transform = image_transform(folder, config.vision.image_size)
     processor = SpliceProcessor(
-        Tokenizer.load(folder),
+        load_tokenizer(folder),
         image=transform,
         template="vicuna_v1",
         max_length=net.language.context or 2048,
@@ -96,7 +97,7 @@ def _language(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     config, state = read_language_folder(folder)
     net = BareLM(LmConfig(language=config))
     load_into(net.language.lm, state, where=folder)
-    processor = TextProcessor(Tokenizer.load(folder), template="document", max_length=net.language.context or 2048)
+    processor = TextProcessor(load_tokenizer(folder), template="document", max_length=net.language.context or 2048)
     return net, processor, ()
 
 

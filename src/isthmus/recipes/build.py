@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from isthmus.config import plain
+from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.images import ImageTransform
 from isthmus.data.interleave import NEW_TOKENS
 from isthmus.data.mix import Source
@@ -158,7 +159,7 @@ def make_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     """Load the named tokenizer, or train one of the kind on the texts of its sources."""
     pieces = spec.kind == "wordpiece"
     if spec.folder is not None:
-        return load_wordpiece(spec.folder) if pieces else Tokenizer.load(spec.folder)
+        return load_wordpiece(spec.folder) if pieces else load_tokenizer(spec.folder)
     train = train_wordpiece if pieces else Tokenizer.train
     return train(_texts([open_source(s) for s in spec.data], spec), spec.vocab_size)
 

@@ -1,5 +1,7 @@
 """What can be said about a recipe or a model before a step is run: counts, tables, memory, the compute rule."""
 
+import time
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,8 +13,9 @@ from isthmus.errors import ConfigError
 from isthmus.models import model_class
 from isthmus.recipes.build import Built, build, merged, preset_config
 from isthmus.recipes.run import make_loader
-from isthmus.recipes.schema import Recipe
+from isthmus.recipes.schema import Recipe, StageSpec
 from isthmus.stage import StageTable, apply_stage
+from isthmus.training.optim import autocast
 
 TOKENS_PER_PARAMETER = 20
 """Compute-optimal training: about 20 tokens per parameter, C = 6 N D (Hoffmann et al. 2022, 2203.15556)."""
@@ -64,6 +67,73 @@ class StageFacts:
     @property
     def bytes(self) -> int:
         return BYTES_WEIGHT * self.table.parameters + BYTES_TRAINED * self.table.trained
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a step of a stage takes on this machine: real tokens of all its rows, bytes that the forward pass of a
+    micro-batch keeps for the backward pass, and seconds, estimated from one forward pass."""
+
+    tokens: int
+    activations: int
+    seconds: float
+    steps: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole stage."""
+        return self.seconds * self.steps
+
+    def to_dict(self) -> dict[str, float]:
+        return {
+            "tokens_per_step": self.tokens,
+            "activation_bytes": self.activations,
+            "seconds_per_step": self.seconds,
+            "seconds": self.total,
+        }
+
+
+def stage_cost(built: Built, spec: StageSpec) -> StageCost:
+    """Measured on the stage's first batch; no weight changes. A backward pass counts as two forward passes, and one
+    more is due where the gradient cache embeds every micro-batch twice."""
+    with closing(make_loader(built, spec).steps()) as stream:  # type: ignore[type-var]
+        _, batches = next(stream)
+    apply_stage(built.net, spec.stage.train)
+    _, context = autocast(spec.stage, torch.device("cpu"))
+    kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in built.net.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with context:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            built.net.loss(batches[0])
+        started = time.perf_counter()  # the first pass has warmed up
+        built.net.loss(batches[0])
+        seconds = time.perf_counter() - started
+    passes = 4 if len(batches) > 1 and hasattr(built.net, "cached_loss") else 3
+    tokens = sum(int(stream.lengths.sum()) for batch in batches for stream in batch.text.values())
+    return StageCost(tokens, sum(kept.values()), passes * len(batches) * seconds, steps_of(spec))
+
+
+def steps_of(spec: StageSpec) -> float:
+    """Steps of the whole stage; for a budget in samples counted by rows, 0 where rows per step are not fixed."""
+    if spec.stage.steps is not None:
+        return spec.stage.steps
+    return (spec.stage.samples or 0) / spec.batch_size if spec.batch_size else 0.0
+
+
+def duration(seconds: float) -> str:
+    """``not known``, ``40 s``, ``12 min`` or ``3.5 h``."""
+    if seconds <= 0:
+        return "not known"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def parts_of(net: Any) -> dict[str, int]:

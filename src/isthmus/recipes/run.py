@@ -9,19 +9,24 @@
 A stage hands over through ``trained/`` (the tensors it trained); the frozen rest is the same by proof.
 """
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
 
 import isthmus
 from isthmus import checkpoint
+from isthmus.data.fingerprint import fingerprint
 from isthmus.data.joint import JointLoader
 from isthmus.data.loader import Loader
+from isthmus.data.mix import Mix, Source
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_mix, open_source
 from isthmus.errors import CheckpointError, ConfigError
@@ -29,7 +34,7 @@ from isthmus.model import Model, load
 from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
 from isthmus.recipes.scoring import model_hash
-from isthmus.stage import apply_stage
+from isthmus.stage import BOOKKEEPING, apply_stage
 from isthmus.training import train as train_stage
 
 
@@ -65,10 +70,16 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, tensorboard: bool) -
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     built = build(recipe)
+    # All data is opened before the first step: a wrong path of the last stage shows now and not after hours.
+    opened = {
+        stage.name: open_data(stage)
+        for stage in recipe.stages
+        if not (folder / "stages" / stage.name / "trained").is_dir()
+    }
     for stage in recipe.stages:
         place = folder / "stages" / stage.name
         built = built.enter(stage)
-        _run_stage(built, stage, place, progress=progress, tensorboard=tensorboard)
+        _run_stage(built, stage, place, opened.pop(stage.name, None), progress=progress, tensorboard=tensorboard)
         kept = stage is not recipe.stages[-1] and any(spec.stage == stage.name for spec in recipe.evaluate)
         if kept and not (place / "model").is_dir():
             built.model(stage).save(place / "model")
@@ -78,17 +89,34 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, tensorboard: bool) -
     return load(folder)
 
 
-def _run_stage(built: Built, stage: StageSpec, folder: Path, *, progress: bool, tensorboard: bool) -> None:
-    """Train one stage, or take what it trained when it is already done."""
+def _run_stage(
+    built: Built,
+    stage: StageSpec,
+    folder: Path,
+    data: Mix | list[tuple[Source, int, float]] | None,
+    *,
+    progress: bool,
+    tensorboard: bool,
+) -> None:
+    """Train one stage on its data, or take what it trained when it is already done (no data)."""
     trained = folder / "trained"
-    if trained.is_dir():
+    if data is None:
         files = checkpoint.read_folder(trained)
         _lay_over(built.net, checkpoint.load_tensors(files["trained.safetensors"]), trained)
         return
-    loader = make_loader(built, stage, folder)
+    loader = make_loader(built, stage, folder, data)
     train_stage(
-        built.net, loader, stage.stage, folder, seed=built.recipe.seed, progress=progress, tensorboard=tensorboard
+        built.net,
+        loader,
+        stage.stage,
+        folder,
+        seed=built.recipe.seed,
+        identity=_identity(built, loader),
+        progress=progress,
+        tensorboard=tensorboard,
     )
+    if progress and len(loader.quarantine):
+        Console(stderr=True).print(f"Stage {stage.name}: {loader.quarantine.summary()}.", highlight=False)
     table = apply_stage(built.net, stage.stage.train)
     state = built.net.state_dict()
     checkpoint.write_folder(
@@ -100,13 +128,33 @@ def _run_stage(built: Built, stage: StageSpec, folder: Path, *, progress: bool, 
     )
 
 
-def make_loader(built: Built, stage: StageSpec, folder: Path | None = None) -> Loader | JointLoader:
+def _identity(built: Built, loader: Loader | JointLoader) -> dict[str, str]:
+    """What a resumed stage must find unchanged beside its recipe and its parts: its data and its vocabulary."""
+    vocabulary = hashlib.sha256(built.tokenizer.files()["tokenizer.json"].encode()).hexdigest()[:16]
+    sources = {f"data {n} ({s.name})": fingerprint(s) for n, s in enumerate(loader.sources)}
+    return sources | {"the tokenizer": f"sha256 {vocabulary}"}
+
+
+def open_data(stage: StageSpec) -> Mix | list[tuple[Source, int, float]]:
+    """The stage's sources: one mixture, or for a joint stage each with its rows per step and its weight."""
+    if stage.joint:
+        return [(open_source(own), size, weight) for own, size, weight in map(_joint_entry, stage.data)]
+    return open_mix(stage.data)
+
+
+def make_loader(
+    built: Built,
+    stage: StageSpec,
+    folder: Path | None = None,
+    data: Mix | list[tuple[Source, int, float]] | None = None,
+) -> Loader | JointLoader:
     """The stage's stream of batches; bad samples are counted in ``folder/quarantine.jsonl``."""
     processor = built.processor(stage)
-    quarantine = Quarantine(folder / "quarantine.jsonl" if folder else None)
-    if stage.joint:
+    quarantine = Quarantine(folder / "quarantine.jsonl" if folder else None, threshold=stage.bad_samples)
+    data = data if data is not None else open_data(stage)
+    if not isinstance(data, Mix):
         return JointLoader(
-            [(open_source(own), size, weight) for own, size, weight in map(_joint_entry, stage.data)],
+            data,
             processor,
             accumulate=stage.accumulate,
             seed=built.recipe.seed,
@@ -114,7 +162,7 @@ def make_loader(built: Built, stage: StageSpec, folder: Path | None = None) -> L
         )
     contrasts = getattr(processor, "contrasts", False)
     return Loader(
-        open_mix(stage.data),
+        data,
         processor,
         batch_size=stage.batch_size,
         batch_tokens=stage.batch_tokens,
@@ -142,23 +190,35 @@ def _lay_over(net: Any, tensors: Mapping[str, torch.Tensor], where: Path) -> Non
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's own, or refuse it: a run resumes only what it began."""
+    """Make the folder this recipe's own, or refuse it: a run resumes only what it began.
+
+    A folder in which an earlier attempt saved nothing (a wrong path, say) is taken over.
+    """
     check_parts(recipe)
     now = {"recipe": recipe.model_dump(mode="json"), "parts": {n: _fingerprint(p) for n, p in recipe.parts.items()}}
     file = folder / "run.json"
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(".json.tmp")
-        aside.write_text(json.dumps(now, indent=1), encoding="utf-8")
-        aside.replace(file)
-        return
-    then = checkpoint.read_json(file)
-    changed = _difference(then, json.loads(json.dumps(now)))
-    if changed:
-        raise ConfigError(
-            f"{folder} holds a run of another recipe or of other parts: {changed}. Give another --out, or remove the "
-            "folder to start over."
-        )
+    if file.is_file():
+        changed = _difference(_defining(checkpoint.read_json(file)), _defining(json.loads(json.dumps(now))))
+        if not changed:
+            return
+        if any(folder.glob("stages/*/checkpoints/step-*")) or any(folder.glob("stages/*/trained")):
+            raise ConfigError(
+                f"{folder} holds a run of another recipe or of other parts: {changed}. Give another --out, or remove "
+                "the folder to start over."
+            )
+        shutil.rmtree(folder / "stages", ignore_errors=True)
+    aside = file.with_suffix(".json.tmp")
+    aside.write_text(json.dumps(now, indent=1), encoding="utf-8")
+    aside.replace(file)
+
+
+def _defining(run: dict[str, Any]) -> dict[str, Any]:
+    """What is in ``run.json`` without what may change between two calls: how often is logged and saved, and so on."""
+    for stage in run.get("recipe", {}).get("stages", ()):
+        stage.pop("bad_samples", None)
+        for name in BOOKKEEPING:
+            stage.get("stage", {}).pop(name, None)
+    return run
 
 
 def _fingerprint(part: str) -> str:

@@ -47,7 +47,8 @@ class StageSpec(Strict):
     In the YAML the keys of both stand side by side (``name``, ``steps``, ``train``, ``data``, ``batch_size``, …). When
     each entry of ``data`` has a ``batch_size`` of its own, every step reads that many samples of every source, and the
     sources' mean losses add up with their ``loss_weight`` (default 1). ``config`` changes the model's configuration
-    from this stage on (BLIP-2's phases); ``processor`` are options of this system's processor.
+    from this stage on (BLIP-2's phases); ``processor`` are options of this system's processor. ``bad_samples`` is the
+    fraction of samples that may be quarantined before the run stops.
     """
 
     stage: Stage
@@ -55,6 +56,7 @@ class StageSpec(Strict):
     batch_size: int | None = Field(default=None, gt=0)
     batch_tokens: int | None = Field(default=None, gt=0)
     accumulate: int = Field(default=1, gt=0)
+    bad_samples: float = Field(default=0.01, ge=0, le=1)
     template: str | None = None
     image_mode: Literal["square", "pad", "squash", "aspect"] | None = None
     max_length: int | None = Field(default=None, gt=0)
@@ -183,15 +185,12 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: boo
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
             raise ConfigError(f"No recipe file {path}. Shipped recipes go by name: {', '.join(shipped())}.")
-        text = path.read_text(encoding="utf-8")
+        tree = read_yaml(path)
     elif str(name) in shipped():
         text = (resources.files("isthmus.recipes") / "library" / f"{name}.yaml").read_text(encoding="utf-8")
+        tree = yaml_value(text, str(name))
     else:
-        raise ConfigError(f"No shipped recipe {str(name)!r}; {nearest(str(name), shipped())} A file ends in .yaml.")
-    try:
-        tree = _load_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Recipe {name} is not valid YAML: {error}") from error
+        raise ConfigError(f"No shipped recipe {str(name)!r}; {nearest(str(name), shipped())} (A file ends in .yaml.)")
     if not isinstance(tree, dict):
         raise ConfigError(f"Recipe {name} must be a mapping of keys, got {type(tree).__name__}.")
     variables: dict[str, str] = {}
@@ -202,12 +201,32 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: boo
         if re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
             variables[key] = value
         else:
-            _set(tree, key, _load_yaml(value), where=str(name))
+            _set(tree, key, yaml_value(value, f"Override {override!r}"), where=str(name))
     for key in variables.keys() - _mentioned(tree):
         raise ConfigError(f"Recipe {name} does not use {{{key}}}; {nearest(key, _mentioned(tree))}")
     if not to_show:
         _demand(tree, variables, tree.get("variables") or {}, str(name))
     return parse_recipe(_fill(tree, variables), where=str(name))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says. Raises ConfigError when it cannot be read or is not YAML."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"{path} cannot be read: {why}.") from None
+    return yaml_value(text, str(path))
+
+
+def yaml_value(text: str, what: str) -> Any:
+    """The value of a YAML text. Raises ConfigError naming ``what``, line and column in one sentence."""
+    try:
+        return _load_yaml(text)
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        fault = f"line {mark.line + 1}, column {mark.column + 1}: {problem}." if mark else " ".join(str(error).split())
+        raise ConfigError(f"{what} is not valid YAML: {fault}") from None
 
 
 def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:

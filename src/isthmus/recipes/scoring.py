@@ -49,7 +49,10 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None) -> Tas
     except KeyError:
         raise ConfigError(f"There is no task {spec.task!r}; {nearest(spec.task, TASKS)}") from None
     except TypeError as error:
-        raise ConfigError(f"Task {spec.name!r}: an option among {sorted(options)} is unknown ({error}).") from error
+        unknown = [name for name in options if repr(name) in str(error)]
+        if not unknown:
+            raise
+        raise ConfigError(f"Task {spec.name!r} ({spec.task}) has no option {unknown[0]!r}.") from None
 
 
 def _answers(kind: Callable[..., Task], **defaults: Any) -> Callable[..., Task]:

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from isthmus.allocator import keep_freed_memory
+from isthmus.allocator import keep_freed_memory, relieve
 from isthmus.batch import Batch
 from isthmus.checkpoint import RunLock
 from isthmus.errors import IsthmusError, StageError
@@ -202,6 +202,7 @@ class _Run:
                 self.state = replace(self.state, position=dict(position.to_dict()), seconds=before + now)
                 self._log(log, line, traffic, seconds=now - started, waited=waited)
                 bar.show(self.done, self.state.losses)
+                relieve()
                 if self.state.step == proof.WINDOW:
                     self.gradients.demand(self.state.step)
                 if self.done < self.stage.budget and self.state.step % self.stage.save_every == 0:

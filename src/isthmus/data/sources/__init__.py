@@ -9,10 +9,11 @@ Options that most kinds share: ``name``, ``limit`` (first rows only) and those o
 
 import csv
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from isthmus.config import fit
 from isthmus.data.mix import Mix, Source
 from isthmus.data.scenes import SceneSource
 from isthmus.data.sources.annotations import READERS
@@ -27,7 +28,7 @@ from isthmus.data.sources.files import (
     read_rows,
     safe_name,
 )
-from isthmus.data.sources.rows import Form, Row, Rows, RowSource, flat
+from isthmus.data.sources.rows import Form, Row, Rows, RowSource, flat, picture_names
 from isthmus.data.sources.webdataset import IMAGE_ENDINGS, WebDatasetRows
 from isthmus.data.video import FileFrames, FolderFrames
 from isthmus.errors import ConfigError, DataError, nearest
@@ -39,17 +40,17 @@ def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None)
     Everything that can be checked without decoding pictures is checked here, before a run's first step. Raises
     ConfigError for an unknown kind or option (the nearest is named), DataError for missing or damaged files.
     """
-    options = dict(spec)
+    options = _without_paths(dict(spec))
     kind = str(options.pop("kind", ""))
     if kind not in (*SOURCES, *DOCUMENTS):
         raise ConfigError(f"source: unknown kind {kind!r}; {nearest(kind, (*SOURCES, *DOCUMENTS))}")
     if kind == "scenes":
         return _scenes(options)
     root = Root(Path(data_root) if data_root is not None else Path())
+    name = fit(str | None, options.pop("name", None), "source: name")
     if kind in DOCUMENTS:
-        own = options.pop("name", None) or _name(kind, spec)
-        return _call(kind, _documents, options, root=root, layout=kind, name=own)
-    name, limit = options.pop("name", None), options.pop("limit", None)
+        return _call(kind, _documents, options, root=root, layout=kind, name=name or _name(kind, spec))
+    limit = fit(int | None, options.pop("limit", None), "source: limit")
     form = _form(options, root)
     rows = _call(kind, SOURCES[kind], options, root=root, form=form)
     if not len(rows):
@@ -59,7 +60,7 @@ def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None)
 
 def open_mix(specs: Sequence[Mapping[str, Any]], *, data_root: Path | str | None = None) -> Mix:
     """Several descriptions, each with an optional ``weight`` (visits per epoch, default 1), as one mixture."""
-    weights = [float(spec.get("weight", 1.0)) for spec in specs]
+    weights = [fit(float, spec.get("weight", 1.0), "source: weight") for spec in specs]
     bare = [{k: v for k, v in spec.items() if k != "weight"} for spec in specs]
     return Mix([open_source(spec, data_root=data_root) for spec in bare], weights)
 
@@ -129,7 +130,7 @@ def _folder(root: Root, form: Form, *, folder: str) -> Rows:
     if form.classes and len(form.classes) != len(classes):
         raise DataError(f"{top} has {len(classes)} class folders and the class file {len(form.classes)} names")
     found = NamedImages(top)
-    return [
+    return _Listed(
         Row(
             f"{c.name}/{p.relative_to(c).as_posix()}",
             {"label": number if form.classes else c.name.replace("_", " ")},
@@ -139,7 +140,7 @@ def _folder(root: Root, form: Form, *, folder: str) -> Rows:
         for number, c in enumerate(classes)
         for p in sorted(c.rglob("*"))
         if p.suffix.lower().lstrip(".") in IMAGE_ENDINGS
-    ]
+    )
 
 
 def _webdataset(root: Root, form: Form, *, shards: Names) -> Rows:
@@ -189,6 +190,13 @@ def _documents(
     return DocumentSource(name, pages, layout, found, **options)
 
 
+class _Listed(list[Row]):
+    """Rows that are all known from the start."""
+
+    def listing(self) -> Iterator[Any]:
+        return ((row.id, row.values) for row in self)
+
+
 class _NamedRows:
     """Rows of a file whose ``image`` field names pictures, and ``video`` clips: one, several, or none."""
 
@@ -198,10 +206,14 @@ class _NamedRows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def listing(self) -> Iterator[Any]:
+        yield from self.rows
+        yield from self.images.listing()
+
     def __getitem__(self, index: int) -> Row:
         stem, values = self.rows[index]
         bare = Row("", values)
-        names = flat(self.form.value(bare, "image"))
+        names = picture_names(self.form, bare)
         clips = tuple(self._clip(name) for name in flat(self.form.value(bare, "video")))
         given = self.form.value(bare, "id")
         key = str(given) if given is not None else names[0] if names else str(index)
@@ -221,13 +233,17 @@ class _NamedRows:
 
 def _form(options: dict[str, Any], root: Root) -> Form:
     """The options of Form taken out of a description, its files read."""
+    hints = get_type_hints(Form)
     chosen = {k: options.pop(k) for k in list(options) if k in Form.__dataclass_fields__}
+    for name in chosen.keys() - {"classes", "templates", "captions"}:  # these may name files or be single
+        chosen[name] = fit(hints[name], chosen[name], f"source: {name}")
     if isinstance(chosen.get("classes"), str):
         chosen["classes"] = read_lines(root.path(chosen["classes"]))
     if isinstance(chosen.get("templates"), str):
         chosen["templates"] = [chosen["templates"]]
     if "captions" in chosen:
-        chosen["captions"] = _call("captions", _side_captions, dict(chosen["captions"]), root=root)
+        side = fit(dict[str, Any], chosen["captions"], "source: captions")
+        chosen["captions"] = _call("captions", _side_captions, side, root=root)
     return Form(**chosen)
 
 
@@ -242,7 +258,7 @@ def _side_captions(root: Root, *, file: str, key: str, fields: Names) -> dict[st
 
 
 def _scenes(options: dict[str, Any]) -> Source:
-    _check_options("scenes", SceneSource, options, given=())
+    _check_options("scenes", SceneSource.__init__, options, given=("self",))
     return SceneSource(**options)
 
 
@@ -262,6 +278,18 @@ def _check_options(kind: str, function: Callable[..., Any], options: Mapping[str
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:
             raise ConfigError(f"source of kind {kind!r} needs the option {name!r}")
+    hints = get_type_hints(function)
+    for name, value in options.items():
+        fit(hints[name], value, f"source of kind {kind!r}: {name}")
+
+
+def _without_paths(value: Any) -> Any:
+    """The description with paths as texts, which is what its options take."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _name(kind: str, spec: Mapping[str, Any]) -> str:

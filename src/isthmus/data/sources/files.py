@@ -137,6 +137,10 @@ class NamedImages:
                     members[member.name] = member
             self.members = members
 
+    def listing(self) -> Iterator[tuple[str, int, int]]:
+        """(name, offset, size) of every member of the tars; nothing for a folder, which is not read through."""
+        return ((m.name, m.offset, m.size) for m in (self.members or {}).values())
+
     def find(self, name: str) -> ImageSource:
         """Raises DataError for a name that leaves the folder or is in no shard. A missing file shows when read."""
         if not safe_name(name):

@@ -42,6 +42,9 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Row: ...
+    def listing(self) -> Iterator[Any]:
+        """All that is held in memory of the rows and their pictures, without a disk's places: see fingerprint.py."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +195,11 @@ class RowSource:
     def __len__(self) -> int:
         return len(self._places)
 
+    def listing(self) -> Iterator[Any]:
+        """What a fingerprint looks at beside whole samples."""
+        yield self.form
+        yield from self.rows.listing()
+
     def __getitem__(self, index: int) -> Record:
         place = self._places[index]
         row, number = place if isinstance(place, tuple) else (place, 0)
@@ -216,7 +224,7 @@ def conversation(turns: Any, images: Sequence[ImageSource | FrameSource]) -> lis
         role = _ROLES[speaker]
         if role == "assistant" and not parts:
             continue
-        text = _string(value, "answer" if role == "assistant" else f"turn {number + 1}")
+        text = _string(_joined(value), "answer" if role == "assistant" else f"turn {number + 1}")
         pieces = _trim(text.split("<image>")) if role == "user" else [text]
         for place, piece in enumerate(pieces):
             if place:
@@ -230,6 +238,39 @@ def conversation(turns: Any, images: Sequence[ImageSource | FrameSource]) -> lis
             f"placeholder mismatch: the text has {marks} <image> and the sample {len(images)} pictures; make them equal"
         )
     return parts
+
+
+def _joined(content: Any) -> Any:
+    """Content as a list of parts (``{"type": "text" | "image", ...}``), written as one text with its marks."""
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+        return content
+    pieces = []
+    for part in content:
+        kind = part.get("type")
+        if kind not in ("text", "image"):
+            raise DataError(f"bad conversation: a part of a turn is of type {kind!r}; it must be text or image")
+        pieces.append("<image>" if kind == "image" else _string(part.get("text"), "text"))
+    return "".join(pieces)
+
+
+def picture_names(form: "Form", row: Row) -> tuple[str, ...]:
+    """The pictures a row names: in its ``image`` field (or ``images``), else in the image parts of its messages."""
+    given = form.value(row, "image")
+    if given is None:
+        given = row.values.get("images")
+    if given is None and isinstance(turns := form.value(row, "messages"), list):
+        parts = [
+            p for t in turns if isinstance(t, Mapping) and isinstance(t.get("content"), list) for p in t["content"]
+        ]
+        given = [p for p in parts if isinstance(p, Mapping) and p.get("type") == "image"]
+    return flat([_name(item) for item in (given if isinstance(given, list) else [given])])
+
+
+def _name(item: Any) -> Any:
+    """A picture's name; other tools also write it as ``{"path": name}`` or ``{"type": "image", "image": name}``."""
+    if not isinstance(item, Mapping):
+        return item
+    return next((item[key] for key in ("path", "image", "url") if isinstance(item.get(key), str)), None)
 
 
 def _trim(pieces: list[str]) -> list[str]:

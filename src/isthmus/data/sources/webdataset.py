@@ -1,7 +1,7 @@
 """WebDataset tar shards: consecutive members with one key are one sample. Own offset index, no package."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ class WebDatasetRows:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def listing(self) -> Iterator[Any]:
+        return ((s.shard, s.key, [(m.name, m.offset, m.size) for m in s.members.values()]) for s in self.samples)
 
     def __getitem__(self, index: int) -> Row:
         sample = self.samples[index]

@@ -1,0 +1,311 @@
+"""Preflight of a recipe: what a run would read, teach and train, tried on real samples before hours are spent.
+
+    check(recipe) -> for each stage: sources, samples token by token, lengths, bad samples, the table of open parts,
+                     two steps in a folder of their own, the same two interrupted and resumed, compared bit by bit;
+                     then: the model saved, loaded and compared, and the data of every evaluation opened
+
+Nothing is left behind: runs live in a temporary folder and the net has its first weights back after each stage.
+"""
+
+import json
+import resource
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus import checkpoint
+from isthmus.batch import IGNORE
+from isthmus.data.collate import load_pixels
+from isthmus.data.mix import key
+from isthmus.data.record import Example
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import DataError, StageError
+from isthmus.model import load
+from isthmus.recipes.build import Built, build
+from isthmus.recipes.facts import steps_of
+from isthmus.recipes.run import make_loader
+from isthmus.recipes.schema import Recipe, StageSpec
+from isthmus.recipes.scoring import make_task
+from isthmus.stage import StageTable, apply_stage
+from isthmus.training import train as train_stage
+from isthmus.training.log import read_metrics
+
+LOOK = 64
+"""Samples of each source that are processed and decoded, evenly spread."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of tokens of one kind in a stream: ``learnt``, ``read`` (context) or ``picture``."""
+
+    kind: str
+    tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sample as the net will see it: stream -> its pieces in order."""
+
+    id: str
+    source: str
+    streams: Mapping[str, tuple[Piece, ...]]
+
+
+@dataclass(frozen=True)
+class SourceLook:
+    """What a look at evenly spread samples found. ``lengths`` are in tokens; ``learnt`` is the share of learnt ones."""
+
+    name: str
+    samples: int
+    looked: int
+    lengths: tuple[int, ...]
+    learnt: float | None
+    bad: Mapping[str, int]
+    example: str
+
+
+@dataclass(frozen=True)
+class StageCheck:
+    """What was found for one stage. ``seconds`` is the time of one step here, ``total`` of the whole stage at it."""
+
+    name: str
+    sources: tuple[SourceLook, ...]
+    shown: tuple[Shown, ...]
+    table: StageTable
+    losses: Mapping[str, float]
+    seconds: float
+    total: float
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "sources": [
+                {
+                    "name": s.name,
+                    "samples": s.samples,
+                    "looked": s.looked,
+                    "longest": max(s.lengths, default=0),
+                    "learnt": s.learnt,
+                    "bad": dict(s.bad),
+                }
+                for s in self.sources
+            ],
+            "table": self.table.to_dict(),
+            "losses": dict(self.losses),
+            "seconds_per_step": self.seconds,
+            "seconds": self.total,
+            "problems": list(self.problems),
+        }
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A whole preflight. ``problems`` are those of all stages and of the model and evaluations; empty means go."""
+
+    stages: tuple[StageCheck, ...]
+    evaluations: Mapping[str, int]
+    problems: tuple[str, ...]
+    memory: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "stages": [stage.to_dict() for stage in self.stages],
+            "evaluations": dict(self.evaluations),
+            "problems": list(self.problems),
+            "peak_memory_bytes": self.memory,
+        }
+
+
+def check(
+    recipe: Recipe, *, samples: int = 2, steps: int = 2, tell: Callable[[StageCheck], None] | None = None
+) -> Checked:
+    """Try a recipe; ``tell`` is called with each stage as soon as it is known, ``samples`` are shown of each source.
+
+    Raises what building the net or opening the data raises; what only shows when tried is in ``problems``.
+    """
+    built = build(recipe)
+    stages = []
+    with tempfile.TemporaryDirectory(prefix="isthmus-check-") as folder:
+        for spec in recipe.stages:
+            built = built.enter(spec)
+            stages.append(_check_stage(built, spec, Path(folder) / spec.name, samples, steps))
+            if tell is not None:
+                tell(stages[-1])
+        problems = _saves(built, Path(folder) / "model")
+    evaluations = {spec.name: len(make_task(spec, seed=recipe.seed).ids) for spec in recipe.evaluate}
+    return Checked(
+        tuple(stages), evaluations, (*(p for stage in stages for p in stage.problems), *problems), _peak_memory()
+    )
+
+
+def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, steps: int) -> StageCheck:
+    loader = make_loader(built, spec)
+    sources, shown = [], []
+    for number in range(len(loader.sources)):
+        found, examples = _look(built, spec, loader, number)
+        sources.append(found)
+        shown += [show(example, built.tokenizer) for example in examples[:samples]]
+    problems = [
+        f"Stage {spec.name}, source {s.name}: {sum(s.bad.values())} of {s.looked} samples looked at are bad "
+        f"(allowed: {spec.bad_samples:.1%}), for example: {s.example}."
+        for s in sources
+        if sum(s.bad.values()) > spec.bad_samples * s.looked
+    ]
+    table = apply_stage(built.net, spec.stage.train)
+    losses: Mapping[str, float] = {}
+    seconds = 0.0
+    try:
+        losses, seconds = _two_runs(built, spec, folder, steps)
+    except (StageError, DataError) as error:
+        problems.append(f"Stage {spec.name}: {error}")
+    return StageCheck(
+        name=spec.name,
+        sources=tuple(sources),
+        shown=tuple(shown),
+        table=table,
+        losses=losses,
+        seconds=seconds,
+        total=seconds * steps_of(spec),
+        problems=tuple(problems),
+    )
+
+
+def _look(built: Built, spec: StageSpec, loader: Any, number: int) -> tuple[SourceLook, list[Example]]:
+    """Process and decode evenly spread samples of one source; what failed is counted by reason."""
+    source, processor = loader.sources[number], built.processor(spec)
+    places = range(0, len(source), max(1, -(-len(source) // LOOK)))
+    examples: list[Example] = []
+    bad: Counter[str] = Counter()
+    worst = ""
+    for index in places:
+        try:
+            record = source[index]
+            example = processor.example(record, key(built.recipe.seed, "draw", number, 0, record.id))
+            load_pixels(example)
+        except DataError as error:
+            worst = worst or str(error)
+            bad[str(error).split(":", 1)[0]] += 1
+            continue
+        examples.append(example)
+    labels = [label for e in examples for s in e.streams.values() if s.labels is not None for label in s.labels]
+    learnt = sum(label != IGNORE for label in labels) / len(labels) if labels else None
+    lengths = tuple(example.length for example in examples)
+    return SourceLook(source.name, len(source), len(places), lengths, learnt, dict(bad), worst), examples
+
+
+def show(example: Example, tokenizer: Tokenizer) -> Shown:
+    """The sample as runs of tokens: what is learnt, what is only read, where its pictures stand."""
+    streams = {}
+    for name, span in example.streams.items():
+        kinds = ["read" if label == IGNORE else "learnt" for label in span.labels or [IGNORE] * len(span.ids)]
+        starts: set[int] = set()
+        for place in example.places:
+            if place.stream == name:
+                kinds[place.start : place.start + place.length] = ["picture"] * place.length
+                starts.add(place.start)
+        streams[name] = tuple(_pieces(kinds, tokenizer.tokens(span.ids), starts))
+    return Shown(example.id, example.source, streams)
+
+
+def _pieces(kinds: list[str], tokens: list[str], starts: set[int]) -> Iterator[Piece]:
+    """Neighbours of one kind together; a picture begins a piece of its own."""
+    begin = 0
+    for end in range(1, len(kinds) + 1):
+        if end == len(kinds) or kinds[end] != kinds[begin] or end in starts:
+            yield Piece(kinds[begin], tuple(tokens[begin:end]))
+            begin = end
+
+
+class _Stopped(Exception):
+    """Raised in the middle of the run that is to be resumed."""
+
+
+class _OneStep:
+    """A loader that breaks off after its first step."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.position = loader, loader.position
+
+    def steps(self, start: Any) -> Iterator[Any]:
+        stream = self.loader.steps(start)
+        try:
+            yield next(stream)
+        finally:
+            stream.close()
+        raise _Stopped
+
+
+def _two_runs(built: Built, spec: StageSpec, folder: Path, steps: int) -> tuple[Mapping[str, float], float]:
+    """Losses of ``steps`` steps and the seconds of the last; raises StageError when a resumed run ends otherwise.
+
+    The weights are as before afterwards: each run begins with a copy of what the stage trains.
+    """
+    stage = replace(spec.stage, steps=steps, samples=None, warmup=0.0, save_every=1, log_every=1)
+    net, seed = built.net, built.recipe.seed
+    before = _trained(net, spec)
+
+    def once(name: str, *, stops: bool = False) -> Any:
+        _restore(net, before)
+        loader: Any = make_loader(built, spec)
+        return train_stage(net, _OneStep(loader) if stops else loader, stage, folder / name, seed=seed, progress=False)
+
+    try:
+        whole = once("whole")
+        after = _trained(net, spec)
+        try:
+            once("parts", stops=True)
+        except _Stopped:
+            resumed = once("parts")
+        again = _trained(net, spec)
+    finally:
+        _restore(net, before)
+    differing = [name for name in after if not torch.equal(after[name], again[name])]
+    if differing or dict(whole.losses) != dict(resumed.losses):
+        raise StageError(
+            "a run that was interrupted after one step and resumed ended with other bits than one that was not (first "
+            f"in {differing[0] if differing else 'the loss'}). Something in the net or the data draws its own numbers."
+        )
+    lines = read_metrics(folder / "whole" / "metrics.jsonl")
+    return whole.losses, (lines[-1]["seconds"] - lines[0]["seconds"]) / max(1, len(lines) - 1)
+
+
+def _trained(net: Any, spec: StageSpec) -> dict[str, Tensor]:
+    """Copies of everything that the stage may move: open tensors and buffers."""
+    table = apply_stage(net, spec.stage.train)
+    buffers = {name for name, _ in net.named_buffers()}
+    return {n: t.detach().clone() for n, t in net.state_dict().items() if n in table.assigned or n in buffers}
+
+
+def _restore(net: Any, tensors: Mapping[str, Tensor]) -> None:
+    state = net.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+
+def _saves(built: Built, folder: Path) -> list[str]:
+    """The finished model as a folder: written, loaded, compared."""
+    model = built.model()
+    model.save(folder, extra={"recipe.yaml": json.dumps(built.recipe.model_dump(mode="json"))})
+    again = load(folder)
+    saved = checkpoint.state_tensors(model.net)
+    other = checkpoint.state_tensors(again.net)
+    if saved.keys() != other.keys() or any(not torch.equal(t, other[n]) for n, t in saved.items()):
+        return ["The model, saved and loaded, has other weights than before."]
+    if again.processor.to_dict() != model.processor.to_dict():
+        return ["The model, saved and loaded, processes samples otherwise than before."]
+    return []
+
+
+def _peak_memory() -> int:
+    """The most bytes this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,90 @@
+"""The preflight: samples shown as they are, weights untouched, what is wrong with a recipe found before training."""
+
+import json
+
+import torch
+
+from isthmus.data.record import Example, Place, Span
+from isthmus.recipes import check as check_module
+from isthmus.recipes.check import check, show
+from isthmus.recipes.schema import parse_recipe
+from tests.cli.test_cli import run
+from tests.data.helpers import byte_level, png
+from tests.miniature import tree
+
+
+def test_a_sample_is_shown_in_runs_of_learnt_read_and_picture_tokens():
+    tokenizer = byte_level()
+    ids, labels = [1, 0, 0, 0, 0, 70, 71, 72, 2], [-100] * 6 + [71, 72, 2]
+    places = (Place(0, "lm", 1, 2), Place(1, "lm", 3, 2))
+    shown = show(Example("x", "s", {"lm": Span(ids, labels), "text": Span([5, 6])}, places=places), tokenizer)
+    assert [(p.kind, len(p.tokens)) for p in shown.streams["lm"]] == [
+        ("read", 1),
+        ("picture", 2),
+        ("picture", 2),
+        ("read", 1),
+        ("learnt", 3),
+    ]
+    assert [t for p in shown.streams["lm"] for t in p.tokens] == tokenizer.tokens(ids)
+    assert [(p.kind, p.tokens) for p in shown.streams["text"]] == [("read", tuple(tokenizer.tokens([5, 6])))]
+
+
+def test_a_sound_recipe_is_tried_stage_by_stage_and_left_as_it_was(story, monkeypatch):
+    kept = []
+    real = check_module.build
+    monkeypatch.setattr(check_module, "build", lambda recipe: kept.append(real(recipe)) or kept[0])
+    told = []
+    checked = check(parse_recipe(tree("llava", story)), samples=1, tell=told.append)
+    assert tuple(told) == checked.stages
+    assert checked.problems == ()
+    assert checked.evaluations == {"vqa": 12}
+    align, instruct = checked.stages
+    assert [s.name for s in instruct.sources] == ["scenes-conversations-train", "scenes-symbols-train"]
+    assert [s.samples for s in instruct.sources] == [40, 10]
+    assert align.table.trained < instruct.table.trained
+    assert align.seconds > 0
+    assert align.total == 3 * align.seconds
+    pieces = instruct.shown[0].streams["lm"]
+    assert [len(p.tokens) for p in pieces if p.kind == "picture"] == [16]
+    learnt = [p.tokens for p in pieces if p.kind == "learnt"]
+    assert len(learnt) == 3  # one answer a turn, each with its end
+    assert all(tokens[-1] == "</s>" for tokens in learnt)
+    fresh, used = real(parse_recipe(tree("llava", story))).net.state_dict(), kept[0].net.state_dict()
+    assert all(torch.equal(tensor, used[name]) for name, tensor in fresh.items())
+
+
+def test_data_that_draws_numbers_of_its_own_is_found(monkeypatch):
+    real, calls = check_module.make_loader, []
+
+    def fickle(built, spec):
+        calls.append(1)
+        loader = real(built, spec)
+        loader.seed += len(calls) > 2  # another order when the interrupted run begins
+        return loader
+
+    monkeypatch.setattr(check_module, "make_loader", fickle)
+    checked = check(parse_recipe(tree("clip")))
+    assert len(checked.problems) == 1
+    assert "resumed ended with other bits" in checked.problems[0]
+
+
+def test_bad_data_and_a_pattern_without_gradient_are_problems_with_exit_code_2(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    rows = [{"id": i, "image": f"{i}.png", "caption": f"a thing {i}"} for i in range(10)]
+    for row in rows[:-1]:
+        (tmp_path / "images" / row["image"]).write_bytes(png((row["id"], 0, 0)))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    mine = tree("clip")
+    mine["stages"][0]["data"] = [{"kind": "jsonl", "file": "rows.json", "image_folder": "images"}]
+    (tmp_path / "mine.yaml").write_text(json.dumps(mine))  # JSON is YAML too
+    code, out, said = run(monkeypatch, capsys, "check", "mine.yaml", "--json", "facts.json")
+    assert code == 2
+    assert "1 of 10 samples looked at are bad (allowed: 1.0%), for example: missing image" in " ".join(said.split())
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["stages"][0]["sources"][0]["bad"] == {"missing image": 1}
+    code, out, said = run(monkeypatch, capsys, "check", "mine.yaml", "stages.contrast.bad_samples=0.2")
+    assert (code, said) == (0, "")
+    assert "Ready: isthmus train mine.yaml stages.contrast.bad_samples=0.2" in out
+    assert "the same bits" in out
+    assert not list(tmp_path.glob("runs*"))
