@@ -49,7 +49,7 @@ TREE = {
                 {"pattern": "xattn.*", "lr": 1e-2},
                 {"pattern": "language.new_rows.*", "lr": 1e-2},
             ],
-            "options": {"p_next": 0.5, "space": 0.5},
+            "processor": {"p_next": 0.5, "space": 0.5},
         }
     ],
 }
