@@ -1,4 +1,4 @@
-"""The whole story in one command: scenes, CLIP, a language model, LLaVA; then scores, a report and a conversation.
+"""The whole story in one command: CLIP, a language model, Flamingo, BLIP-2, LLaVA; then scores, a report, a chat.
 
 Each model is an ordinary recipe run in a folder of its own, so an interrupted demo goes on where it stopped, and
 ``isthmus train clip-tiny`` does exactly what the demo does.
@@ -15,6 +15,7 @@ from rich.progress import Progress, TimeRemainingColumn
 from isthmus.checkpoint import read_json
 from isthmus.data.images import open_image
 from isthmus.data.sources import open_source
+from isthmus.evaluation.rerank import RerankScores
 from isthmus.evaluation.report import Answer, Chart, Report, SamplePicture, TrainedPart, write_report
 from isthmus.evaluation.results import Results
 from isthmus.evaluation.retrieval import RetrievalScores
@@ -26,15 +27,24 @@ from isthmus.recipes.run import train
 from isthmus.recipes.schema import Recipe, read_recipe
 from isthmus.recipes.scoring import model_hash, score_model
 
-STORY = {"clip": "clip-tiny", "lm": "lm-tiny", "llava": "llava-tiny"}
+STORY = {
+    "clip": "clip-tiny",
+    "lm": "lm-tiny",
+    "flamingo": "flamingo-tiny",
+    "blip2": "blip2-tiny",
+    "llava": "llava-tiny",
+}
 SAMPLES = 12
 """Pictures shown in the report."""
+OWN = ("retrieval", "readings", "vqa")
+"""Tasks whose scores stand under the model's bare name; others add theirs (``flamingo-clips``)."""
 
 _SUMMARY = (
     "Small pictures of coloured solids, drawn from a seed. CLIP learns to match pictures with captions, a language "
-    "model learns to read, and LLaVA joins the two with a projector: first the projector alone on captions, then "
-    "projector and language model on conversations. Every test picture holds a combination of shape and colour that "
-    "no training picture had."
+    "model learns to read, and three systems join the same two in their own ways: Flamingo with gated cross-attention "
+    "in the frozen language model, BLIP-2 with a Q-Former before it, LLaVA with a projector and an opened language "
+    "model. Their budgets differ, see the times. Every test picture holds a combination of shape and colour that no "
+    "training picture had."
 )
 
 
@@ -51,7 +61,7 @@ def run_demo(out: Path, *, seed: int = 0, serve: bool = True) -> None:
         results.seconds[name] = round(seconds(out / name, recipe), 1)
         for result in _score(model, recipe, out / name, seed):
             scored.append((name, result))
-            results.add(name, result.scores)
+            results.add(label(name, result.task), result.scores)
     results.write(out / "results.json")
     write_report(out / "report.html", make_report(out, recipes, results, scored))
     _tell(console, out, recipes["llava"], scored)
@@ -71,34 +81,51 @@ def make_report(out: Path, recipes: dict[str, Recipe], results: Results, scored:
     return Report(
         title="isthmus: from pictures and words to answers",
         summary=_SUMMARY,
-        scores={n: r.scores for n, r in scored if isinstance(r.scores, VqaScores)},
-        retrieval={n: r.scores for n, r in scored if isinstance(r.scores, RetrievalScores)},
+        scores={label(n, r.task): r.scores for n, r in scored if isinstance(r.scores, VqaScores)},
+        retrieval=_retrieval(scored),
         charts=[
             Chart(title=f"{name}: loss by stage", series=loss_curves(out / name, recipe))
             for name, recipe in recipes.items()
         ],
-        samples=[s for n, r in scored for s in samples(n, recipes[n], r)],
+        samples=samples(recipes, scored),
         training=[part for name, recipe in recipes.items() for part in _trained(out, name, recipe)],
         seconds=results.seconds,
         facts={"seed": results.seed, **results.versions, **results.machine},
     )
 
 
-def samples(name: str, recipe: Recipe, result: Result) -> list[SamplePicture]:
-    """The first questions of a finished evaluation with their pictures; none for tasks without pictures."""
-    spec = next(s for s in recipe.evaluate if s.name == result.task)
-    records = open_source(spec.data)
+def label(model: str, task: str) -> str:
+    """The name of a task's scores."""
+    return model if task in OWN else f"{model}-{task}"
+
+
+def _retrieval(scored: list[tuple[str, Result]]) -> dict[str, RetrievalScores]:
+    """Recall by model; for two steps also that of the first alone."""
+    found: dict[str, RetrievalScores] = {}
+    for name, result in scored:
+        if isinstance(result.scores, RerankScores):
+            found[f"{name}, first step"] = result.scores.first
+        if isinstance(result.scores, RetrievalScores):
+            found[name] = result.scores
+    return found
+
+
+def samples(recipes: dict[str, Recipe], scored: list[tuple[str, Result]]) -> list[SamplePicture]:
+    """The first questions about pictures, with what every model that was asked the same says."""
+    asked = [(n, r, {row["id"]: row for row in r.rows}) for n, r in scored if r.task == "vqa"]
+    if not asked:
+        return []
+    name, first, _ = asked[0]
+    records = open_source(next(s for s in recipes[name].evaluate if s.name == first.task).data)
     found = []
-    for row, index in zip(result.rows[:SAMPLES], range(len(records)), strict=False):
-        record = records[index]
-        if not record.images or "answer" not in row:
-            return []
+    for row, index in zip(first.rows[:SAMPLES], range(len(records)), strict=False):
+        said = {n: rows[row["id"]] for n, _, rows in asked if row["id"] in rows}
         found.append(
             SamplePicture(
-                png=png(open_image(record.images[0].source)),
+                png=png(open_image(records[index].images[0].source)),
                 question=row["question"],
                 truth=row["truth"][0],
-                answers={name: Answer(text=row["answer"], right=row["correct"])},
+                answers={n: Answer(text=own["answer"], right=bool(own["correct"])) for n, own in said.items()},
                 kind=row["kind"],
             )
         )
@@ -142,7 +169,7 @@ def _tell(console: Console, out: Path, llava: Recipe, scored: list[tuple[str, Re
     from isthmus.recipes.tables import score_table
 
     for name, result in scored:
-        console.print(score_table(f"{name}: {result.task}", result.scores.to_dict()))
+        console.print(score_table(f"{label(name, result.task)}: {result.task}", result.scores.to_dict()))
     picture = out / "picture.png"
     record = open_source(llava.evaluate[0].data)[0]
     picture.write_bytes(png(open_image(record.images[0].source)))
