@@ -270,7 +270,7 @@ class Model:
         rows = []
         with self._inference():
             for chunk in pairs.split(batch_size):
-                tokens = self._text_tokens([texts[j] for j in chunk[:, 1].tolist()])
+                tokens = self._text_tokens([texts[int(j)] for j in chunk[:, 1]])
                 rows.append(self.net.match_logits(seen[chunk[:, 0]].to(self.device), tokens).float().cpu())
         return torch.cat(rows) if rows else torch.zeros(0, 2)
 

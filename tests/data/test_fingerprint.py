@@ -90,6 +90,42 @@ def test_rows_in_memory_count_however_many_there_are(tmp_path):
     assert told() != before
 
 
+def test_annotations_and_pages_count_beyond_the_samples_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("isthmus.data.fingerprint.SAMPLES", 1)  # the first alone
+    questions = [{"image_id": i, "question": f"what {i}?", "question_id": i} for i in range(3)]
+    answers = [{"question_id": i, "answers": [{"answer": f"thing {i}"}]} for i in range(3)]
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "val", "questions": questions}))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": answers}))
+    problems = {str(i): {"question": f"why {i}?", "choices": ["a", "b"], "answer": 0} for i in range(3)}
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    (tmp_path / "splits.json").write_text(json.dumps({"test": ["0", "1", "2"]}))
+    pages = [{"texts": [f"line {i}", None], "images": [None, f"{i}.png"]} for i in range(3)]
+    (tmp_path / "pages.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
+    specs = {
+        "vqav2": {"questions": "q.json", "annotations": "a.json"},
+        "scienceqa": {"problems": "problems.json", "splits": "splits.json", "split": "test"},
+        "obelics": {"file": "pages.jsonl"},
+    }
+
+    def told():
+        return {
+            kind: fingerprint(open_source({"kind": kind} | more, data_root=tmp_path)) for kind, more in specs.items()
+        }
+
+    before = told()
+    for file, old, hit in (
+        ("q.json", "what 2", "vqav2"),
+        ("a.json", "thing 2", "vqav2"),
+        ("problems.json", "why 2", "scienceqa"),
+        ("pages.jsonl", "line 2", "obelics"),
+    ):
+        whole = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(whole.replace(old, "another"))
+        assert {kind for kind, new in told().items() if new != before[kind]} == {hit}
+        (tmp_path / file).write_text(whole)
+    assert told() == before
+
+
 def test_any_source_has_one_and_scenes_have_their_parameters_in_it():
     class Mine:
         name = "mine"

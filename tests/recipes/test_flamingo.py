@@ -231,4 +231,4 @@ def test_recipes_that_cannot_weigh_are_explained(story):
     with pytest.raises(ConfigError, match="called 'scenes-pages-train' and weigh"):
         make_loader(build(recipe(story, data=same)), recipe(story, data=same).stages[0])
     with pytest.raises(ConfigError, match="missing or unknown option"):
-        make_loader(build(recipe(story)), recipe(story, options={"p_nex": 1}).stages[0])
+        make_loader(build(recipe(story)), recipe(story, processor={"p_nex": 1}).stages[0])

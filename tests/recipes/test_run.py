@@ -117,6 +117,9 @@ def test_bad_parts_patterns_and_tokenizers_are_named(story, tmp_path):
     ]:
         with pytest.raises((ConfigError, CheckpointError), match=words):
             train(parse_recipe(tree("llava", story) | change), tmp_path / words[:6].strip("'"), progress=False)
+    stages = [stage | {"processor": {"p_next": 0.5}} for stage in tree("clip")["stages"]]
+    with pytest.raises(ConfigError, match="the processor of a clip stage has no options"):
+        train(parse_recipe(tree("clip") | {"stages": stages}), tmp_path / "options", progress=False)
 
 
 def test_changed_data_is_refused_on_resume_and_the_last_stage_opens_its_data_first(story, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import binary, choice, rules, vqa
-from isthmus.evaluation.asking import Control, ask_all, check_controls, picture_keys, strangers
+from isthmus.evaluation.asking import Control, ask_all, check_controls, whose_pictures
 from isthmus.evaluation.bootstrap import Interval, intervals
 from isthmus.evaluation.protocols import Answers, Records, Sample, Weighs
 from isthmus.evaluation.tasks import Row, VqaTask, fingerprint, listed, unique
@@ -88,8 +88,7 @@ class LikelihoodTask:
         return (prompt(r) for r in listed(self.records))
 
     def rows(self, model: Weighs, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        keys = picture_keys(self.records, self.name, mixed=self.mixed) if self.controls else []
-        other = strangers(keys, self.seed) if "shuffled" in self.controls else range(len(self.ids))
+        other = whose_pictures(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for start in range(0, len(todo), chunk):
             yield [self._row(model, self.records[i], self.records[other[i]]) for i in todo[start : start + chunk]]
@@ -181,8 +180,7 @@ class ConversationTask:
         return (prompt(r) for r in listed(self.records))
 
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        keys = picture_keys(self.records, self.name) if self.controls else []
-        other = strangers(keys, self.seed) if "shuffled" in self.controls else range(len(self.records))
+        other = whose_pictures(self.records, self.name, self.controls, self.seed)
         todo = [i for i in range(len(self.records)) if not set(self._ids(self.records[i])) <= set(done)]
         for start in range(0, len(todo), max(1, chunk // 4)):
             places = todo[start : start + max(1, chunk // 4)]

@@ -80,3 +80,12 @@ def strangers(keys: Sequence[str], seed: int) -> list[int]:
     for i, partner in zip(seeing, partners([keys[i] for i in seeing], seed), strict=True):
         found[i] = seeing[partner]
     return found
+
+
+def whose_pictures(
+    records: Records, task: str, controls: Sequence[Control], seed: int, *, mixed: bool = False
+) -> Sequence[int]:
+    """Whose pictures each record is asked with under the controls: see :func:`strangers`; without ``shuffled``, its
+    own. Raises DataError when there are controls and no pictures to leave out: see :func:`picture_keys`."""
+    keys = picture_keys(records, task, mixed=mixed) if controls else []
+    return strangers(keys, seed) if "shuffled" in controls else range(len(records))

@@ -15,7 +15,7 @@ import torch
 
 from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
-from isthmus.evaluation.asking import Control, ask_all, check_controls, picture_keys, strangers
+from isthmus.evaluation.asking import Control, ask_all, check_controls, whose_pictures
 from isthmus.evaluation.embedding import embed
 from isthmus.evaluation.protocols import Answers, Embeds, Picture, Records, Sample, Sees, TextPart
 from isthmus.evaluation.turns import kind_of, last_turn, prompt
@@ -136,8 +136,7 @@ class VqaTask:
         return (prompt(r) for r in listed(self.records))
 
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        keys = picture_keys(self.records, self.name, mixed=self.mixed) if self.controls else []
-        other = strangers(keys, self.seed) if "shuffled" in self.controls else range(len(self.ids))
+        other = whose_pictures(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for start in range(0, len(todo), chunk):
             places = todo[start : start + chunk]

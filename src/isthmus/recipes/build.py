@@ -251,6 +251,8 @@ def image_of(recipe: Recipe, parts: Mapping[str, Model], net: Any) -> ImageTrans
 
 
 def _processor(kind: str, net: Any, tokenizer: Tokenizer, image: ImageTransform | None, stage: StageSpec) -> Processor:
+    if stage.processor and kind != "flamingo":
+        raise ConfigError(f"Stage {stage.name!r}: the processor of a {kind} stage has no options; take them out.")
     if kind == "lm":
         length = stage.max_length or net.language.context
         return TextProcessor(tokenizer, template=stage.template or "document", max_length=length)

@@ -6,22 +6,32 @@ Each reader knows the fields of its files, so they need no ``fields`` map; the o
 belong together) is checked when the source is opened; a single bad sample is met, and quarantined, when it is read.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from isthmus.data.sources.files import Names, Root, named_images, read_json, read_rows
+from isthmus.data.sources.files import NamedImages, Names, Root, named_images, read_json, read_rows
 from isthmus.data.sources.rows import Form, Row, Rows
 from isthmus.errors import ConfigError, DataError, nearest
 
 
 class LazyRows:
-    """Rows made from items when they are asked for; the item itself is checked then."""
+    """Rows made from items when they are asked for; the item itself is checked then.
 
-    def __init__(self, items: Sequence[Any], make: Callable[[Any], Row]) -> None:
-        self.items, self.make = items, make
+    ``told``: what else ``make`` looks into, of which, as of the items, a fingerprint must see every change.
+    """
+
+    def __init__(
+        self, items: Sequence[Any], make: Callable[[Any], Row], images: NamedImages, told: Iterable[Any] = ()
+    ) -> None:
+        self.items, self.make, self.images, self.told = items, make, images, told
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def listing(self) -> Iterator[Any]:
+        yield from self.items
+        yield from self.told
+        yield from self.images.listing()
 
     def __getitem__(self, index: int) -> Row:
         return self.make(self.items[index])
@@ -74,7 +84,7 @@ def vqav2(
         number = str(question["question_id"])
         return Row(f"vqa/{number}", values, (pictures.find(name),), key=number, meta={"answers": tuple(ten)})
 
-    return LazyRows(answers, make)
+    return LazyRows(answers, make, pictures, told=found.values())
 
 
 def gqa(
@@ -105,7 +115,7 @@ def gqa(
         }
         return Row(f"gqa/{name}", values, (pictures.find(image_name.format(id=q["imageId"])),), key=name)
 
-    return LazyRows(list(content.items()), make)
+    return LazyRows(list(content.items()), make, pictures)
 
 
 FORMATS = ("CQM-A", "QCM-LEA", "QCM-A", "QCM-ALE")
@@ -169,7 +179,7 @@ def scienceqa(
             meta={"answers": (letter,)},
         )
 
-    return LazyRows(chosen, make)
+    return LazyRows(chosen, make, pictures, told=[content[n] for n in chosen])
 
 
 def scienceqa_texts(problem: Mapping[str, Any], format: str) -> tuple[str, str, str]:
@@ -224,7 +234,7 @@ def pope(root: Root, form: Form, *, file: Names, image_folder: str | None = None
             f"{stem}/{row['question_id']}", values, (pictures.find(str(row["image"])),), key=str(row["question_id"])
         )
 
-    return LazyRows(items, make)
+    return LazyRows(items, make, pictures)
 
 
 def karpathy(
@@ -257,7 +267,7 @@ def karpathy(
         values = {"caption": [s["raw"] for s in item.get("sentences", ())]}
         return Row(f"karpathy/{item['filename']}", values, (pictures.find(image_name.format(name=name)),), key=name)
 
-    return LazyRows(chosen, make)
+    return LazyRows(chosen, make, pictures)
 
 
 def nlvr(
@@ -287,7 +297,7 @@ def nlvr(
         values = {"question": row["sentence"], "answer": label}
         return Row(f"nlvr/{stem}", values, (picture,), key=stem, meta={"group": str(row["identifier"])})
 
-    return LazyRows([(row, k) for row in rows for k in range(permutations)], make)
+    return LazyRows([(row, k) for row in rows for k in range(permutations)], make, pictures)
 
 
 READERS: dict[str, Callable[..., Rows]] = {

@@ -7,27 +7,21 @@ is put. A picture is a file name, a member of the sample in a tar, or ``image_ba
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from isthmus.data.images import BytesImage
 from isthmus.data.record import Image, ImageSource, Part, Record, Text
 from isthmus.data.sources.files import NamedImages
-from isthmus.data.sources.rows import Row
+from isthmus.data.sources.rows import Row, Rows
 from isthmus.errors import ConfigError, DataError
-
-
-class Pages(Protocol):
-    """Pages by number: their fields, and the pictures that came with them, if any."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Row: ...
 
 
 class DocumentSource:
     """Records of running text, all of it learnt, with pictures in their places.
 
     Args:
+        pages: their fields, with the pictures that came with them, if any.
         layout: ``obelics`` or ``mmc4``.
         images: where pictures called by name are; none when each page brings its own.
         min_sim: of MMC4's pictures, the least ``matched_sim`` to be kept (OpenFlamingo: 0.24); unknown ones are kept.
@@ -38,7 +32,7 @@ class DocumentSource:
     def __init__(
         self,
         name: str,
-        pages: Pages,
+        pages: Rows,
         layout: str,
         images: NamedImages | None,
         *,
@@ -59,6 +53,13 @@ class DocumentSource:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def listing(self) -> Iterator[Any]:
+        """What a fingerprint looks at beside whole samples."""
+        yield self._kept
+        yield from self.pages.listing()
+        if self.images is not None:
+            yield from self.images.listing()
 
     def __getitem__(self, index: int) -> Record:
         row = self.pages[self._kept[index]]
@@ -146,6 +147,9 @@ class JsonPages:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def listing(self) -> Iterator[Any]:
+        return iter(self.rows)
 
     def __getitem__(self, index: int) -> Row:
         stem, values = self.rows[index]
