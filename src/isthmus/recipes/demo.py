@@ -15,8 +15,8 @@ from rich.progress import Progress, TimeRemainingColumn
 from isthmus.checkpoint import read_json
 from isthmus.data.images import open_image
 from isthmus.data.sources import open_source
-from isthmus.evaluation.rerank import RerankScores
 from isthmus.evaluation.report import Answer, Chart, Report, SamplePicture, TrainedPart, write_report
+from isthmus.evaluation.rerank import RerankScores
 from isthmus.evaluation.results import Results
 from isthmus.evaluation.retrieval import RetrievalScores
 from isthmus.evaluation.run import Result

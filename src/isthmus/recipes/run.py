@@ -213,7 +213,8 @@ def _claim(folder: Path, recipe: Recipe) -> None:
 
 
 def _defining(run: dict[str, Any]) -> dict[str, Any]:
-    """What is in ``run.json`` without what may change between two calls: how often is logged and saved, and so on."""
+    """What is in ``run.json`` without what may change between two calls: its words, how often is logged and saved."""
+    run.get("recipe", {}).pop("about", None)
     for stage in run.get("recipe", {}).get("stages", ()):
         stage.pop("bad_samples", None)
         for name in BOOKKEEPING:
