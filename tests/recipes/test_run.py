@@ -82,6 +82,11 @@ def test_another_recipe_or_part_is_refused(story, tmp_path):
         train(parse_recipe(missing), tmp_path / "llava", progress=False)
 
 
+def test_other_words_about_a_recipe_are_no_other_recipe(story):
+    own = tree("lm", story)
+    assert train(parse_recipe({**own, "about": "told anew"}), story / "lm", progress=False).kind == "lm"
+
+
 def test_a_second_process_is_refused(tmp_path):
     with RunLock(tmp_path), pytest.raises(RunBusyError, match="in use by process"):
         train(parse_recipe(tree("clip")), tmp_path, progress=False)
