@@ -175,6 +175,23 @@ def test_conversations_mix_kinds_and_hold_follow_ups():
     assert [t.learn for t in record.texts] == [t.role == "assistant" for t in record.texts]
 
 
+@pytest.mark.parametrize("form", ["conversations", "symbols", "questions"])
+def test_kinds_narrow_what_is_asked(form):
+    source = SceneSource(form, count=60, kinds=["comparison"])
+    asked = [t.text for r in map(source.__getitem__, range(60)) for t in r.texts if t.role == "user"]
+    verbs = ("is ", "are there more ", "do ")
+    follow_ups = ("what size is it?", "and where is it?", "what colour is it?", "what shape is it?", "and what is ")
+    assert asked and all(str(text).split("\n")[-1].startswith((*verbs, *follow_ups)) for text in asked)
+    assert all(any(t.learn for t in source[i].texts) for i in range(60))
+
+
+def test_an_unknown_kind_is_answered_with_a_near_one():
+    with pytest.raises(ConfigError, match="comparison"):
+        SceneSource("conversations", kinds=["comparisons"])
+    with pytest.raises(ConfigError, match="kinds is empty"):
+        SceneSource("conversations", kinds=[])
+
+
 def test_symbols_put_the_description_where_the_picture_would_stand():
     source = SceneSource("symbols", count=30)
     for i in range(30):

@@ -21,7 +21,7 @@ clip_questions a short video, a question about what happens, a short answer
 =============  ====================================================================================================
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from isthmus.data.record import Image, Part, Record, Role, Text, Video
@@ -67,8 +67,9 @@ class SceneSource:
     ``shots`` are a lesson's examples (none given: 4 to 8), ``frames`` a clip's; ``control`` spoils them on purpose, see
     :data:`isthmus.data.scenes.interleaved.CONTROLS`.
 
-    ``turns`` is the number of question-answer turns in conversations and symbols. ``distinct`` skips scenes that no
-    caption could tell from an earlier one (for retrieval tests). Raises ConfigError for an unknown form or split.
+    ``turns`` is the number of question-answer turns in conversations and symbols, ``kinds`` the kinds of question asked
+    in any form (none given: all). ``distinct`` skips scenes that no caption could tell from an earlier one (for
+    retrieval tests). Raises ConfigError for an unknown form, split or kind.
     """
 
     def __init__(
@@ -84,14 +85,20 @@ class SceneSource:
         shots: int | None = None,
         frames: int = 4,
         control: str = "",
+        kinds: Sequence[str] = KINDS,
     ) -> None:
         if form not in FORMS:
             raise ConfigError(f"scenes have no form {form!r}; {nearest(form, FORMS)}")
         if split not in SPLITS:
             raise ConfigError(f"scenes have no split {split!r}; {nearest(split, SPLITS)}")
+        for kind in kinds:
+            if kind not in KINDS:
+                raise ConfigError(f"scenes have no kind of question {kind!r}; {nearest(kind, KINDS)}")
+        if not kinds:
+            raise ConfigError(f"scenes: kinds is empty; name some of {', '.join(KINDS)}")
         if count < 1 or turns < 1:
             raise ConfigError(f"scenes need at least one record and one turn, not count={count}, turns={turns}")
-        self.form, self.seed, self.size, self.turns = form, seed, size, turns
+        self.form, self.seed, self.size, self.turns, self.kinds = form, seed, size, turns, tuple(kinds)
         self.split: Split = split
         self.shots, self.frames, self.control = shots, frames, control
         self.name = f"scenes-{form}-{split}"
@@ -140,7 +147,7 @@ class SceneSource:
 
     def _redraw(self, number: int) -> tuple[int, Question]:
         """The number's question. Scene after scene gets the same throws, so what they ask for stays balanced."""
-        kind = KINDS[number % len(KINDS)]
+        kind = self.kinds[number % len(self.kinds)]
         for attempt in range(_MOST_REDRAWS):
             scene = make_scene(self.seed, self.split, number, attempt)
             question = ask(scene, kind, Dice("ask", self.seed, self.split, number))
@@ -149,22 +156,28 @@ class SceneSource:
         raise AssertionError(f"no scene answers a question of kind {kind}")  # every kind fits many scenes
 
     def _conversations(self, number: int, dice: Dice) -> Record:
-        scene = make_scene(self.seed, self.split, number)
-        turns = _turns(scene, dice, self.turns)
-        parts = [self._picture(number), *(p for q in turns for p in _turn(q.text, q.answer))]
+        attempt, turns = self._asked(number, dice)
+        parts = [self._picture(number, attempt=attempt), *(p for q in turns for p in _turn(q.text, q.answer))]
         return self._record(number, parts, kinds=tuple(q.kind for q in turns))
+
+    def _asked(self, number: int, dice: Dice) -> tuple[int, list[Question]]:
+        """The number's turns, about the first of its scenes that some question of the kinds asked for fits."""
+        for attempt in range(_MOST_REDRAWS):
+            turns = _turns(make_scene(self.seed, self.split, number, attempt), dice, self.turns, self.kinds)
+            if turns:
+                return attempt, turns
+        raise AssertionError(f"no scene answers questions of the kinds {self.kinds}")  # every kind fits many scenes
 
     def _describe(self, number: int, dice: Dice) -> Record:
         scene = make_scene(self.seed, self.split, number)
         return self._record(number, [self._picture(number), *_turn(dice.choice(_REQUESTS), describe(scene))])
 
     def _symbols(self, number: int, dice: Dice) -> Record:
-        scene = make_scene(self.seed, self.split, number)
-        description = symbols(scene, dice)
         if number % 3 == 2:
-            parts: list[Part] = [Text(f"{description}\n"), Text(captions(scene), learn=True)]
-            return self._record(number, parts)
-        first, *rest = _turns(scene, dice, self.turns)
+            return self._symbol_captions(number, dice)
+        throws = Dice("style", self.form, self.seed, self.split, number)
+        attempt, (first, *rest) = self._asked(number, dice)
+        description = symbols(make_scene(self.seed, self.split, number, attempt), throws)
         parts = [*_turn(f"{description}\n{first.text}", first.answer)]
         parts += [p for q in rest for p in _turn(q.text, q.answer)]
         return self._record(number, parts)
@@ -256,8 +269,8 @@ def _turn(question: str, answer: str) -> tuple[Text, Text]:
     return Text(question, role="user"), Text(answer, role="assistant", learn=True)
 
 
-def _turns(scene: Scene, dice: Dice, count: int) -> list[Question]:
-    """Different questions of mixed kinds. A follow-up asks about the turn before, and nothing told there."""
+def _turns(scene: Scene, dice: Dice, count: int, kinds: Sequence[str]) -> list[Question]:
+    """Different questions of the kinds given. A follow-up asks about the turn before, and nothing told there."""
     turns: list[Question] = []
     asked: set[str] = set()
     for _ in range(20 * count):
@@ -269,7 +282,7 @@ def _turns(scene: Scene, dice: Dice, count: int) -> list[Question]:
             if question and question.answer not in f"{before.text} {before.answer}":
                 turns.append(question)
             continue
-        question = ask(scene, dice.choice(KINDS), dice)
+        question = ask(scene, dice.choice(kinds), dice)
         if question and question.text not in asked:
             asked.add(question.text)
             turns.append(question)
