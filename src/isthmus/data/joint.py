@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from isthmus.batch import Batch
+from isthmus.data.augment import Augment
 from isthmus.data.loader import Loader, Position
 from isthmus.data.mix import Source
 from isthmus.data.processor import Processor
@@ -51,6 +52,7 @@ class JointLoader:
         accumulate: int = 1,
         seed: int = 0,
         quarantine: Quarantine | None = None,
+        augment: Augment | None = None,
         prefetch: int = 2,
     ) -> None:
         if not sources:
@@ -72,6 +74,7 @@ class JointLoader:
                 processor,
                 batch_size=size,
                 accumulate=accumulate,
+                augment=augment,
                 seed=seed * 1009 + number,
                 quarantine=quarantine,
                 prefetch=prefetch,

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from isthmus.batch import Batch
+from isthmus.data.augment import Augment
 from isthmus.data.collate import collate, load_pixels
 from isthmus.data.mix import Mix, Source, Visit, key, permutation
 from isthmus.data.processor import Processor
@@ -61,6 +62,7 @@ class Loader:
             alone has nothing to be contrasted with.
         shuffle: without it samples come in the order of the sources (needs ``group=False``).
         quarantine: where bad samples are counted.
+        augment: what is done to training pictures, drawn anew at every visit.
         prefetch: steps kept ready by the background thread; 0 does everything in the caller's thread.
     """
 
@@ -77,6 +79,7 @@ class Loader:
         whole: bool = False,
         shuffle: bool = True,
         quarantine: Quarantine | None = None,
+        augment: Augment | None = None,
         prefetch: int = 2,
     ) -> None:
         if (batch_size is None) == (batch_tokens is None):
@@ -95,6 +98,7 @@ class Loader:
         self.batch_size, self.batch_tokens, self.accumulate = batch_size, batch_tokens, accumulate
         self.group, self.whole, self.shuffle, self.prefetch = group, whole, shuffle, prefetch
         self.quarantine = quarantine if quarantine is not None else Quarantine()
+        self.augment = augment
         self._lengths: dict[tuple[int, int], tuple[int, bool]] = {}
 
     # The plan
@@ -164,7 +168,9 @@ class Loader:
     # Filling
 
     def _example(self, record: Record, visit: Visit) -> Example:
-        return self.processor.example(record, key(self.seed, "draw", visit.source, visit.turn, record.id))
+        draw = key(self.seed, "draw", visit.source, visit.turn, record.id)
+        example = self.processor.example(record, draw)
+        return self.augment(example, self.processor.image, draw) if self.augment else example
 
     def _fill(self, visits: Sequence[Visit]) -> list[Batch]:
         """The micro-batches of one step; bad samples are left out and counted. Empty when all were bad."""

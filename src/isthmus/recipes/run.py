@@ -159,6 +159,7 @@ def make_loader(
             accumulate=stage.accumulate,
             seed=built.recipe.seed,
             quarantine=quarantine,
+            augment=stage.augment,
         )
     contrasts = getattr(processor, "contrasts", False)
     return Loader(
@@ -171,6 +172,7 @@ def make_loader(
         group=not contrasts,
         whole=contrasts and built.recipe.model != "clip",
         quarantine=quarantine,
+        augment=stage.augment,
     )
 
 

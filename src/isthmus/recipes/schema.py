@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from isthmus.config import strict
+from isthmus.data.augment import Augment
 from isthmus.errors import ConfigError, nearest
 from isthmus.stage import Stage
 
@@ -47,7 +48,8 @@ class StageSpec(Strict):
     In the YAML the keys of both stand side by side (``name``, ``steps``, ``train``, ``data``, ``batch_size``, …). When
     each entry of ``data`` has a ``batch_size`` of its own, every step reads that many samples of every source, and the
     sources' mean losses add up with their ``loss_weight`` (default 1). ``config`` changes the model's configuration
-    from this stage on (BLIP-2's phases); ``processor`` are options of this system's processor. ``bad_samples`` is the
+    from this stage on (BLIP-2's phases); ``processor`` are options of this system's processor; ``augment`` crops and flips
+    the pictures. ``bad_samples`` is the
     fraction of samples that may be quarantined before the run stops.
     """
 
@@ -60,6 +62,7 @@ class StageSpec(Strict):
     template: str | None = None
     image_mode: Literal["square", "pad", "squash", "aspect"] | None = None
     max_length: int | None = Field(default=None, gt=0)
+    augment: Augment | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     processor: dict[str, Any] = Field(default_factory=dict)
 
@@ -80,6 +83,11 @@ class StageSpec(Strict):
         own = {k: v for k, v in tree.items() if k in _STAGE_KEYS}
         rest = {k: v for k, v in tree.items() if k not in _STAGE_KEYS}
         return rest | {"stage": strict(Stage, own, f"stage {tree.get('name', '?')!r}")}
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _augment(cls, value: Any) -> Any:
+        return strict(Augment, value, "augment") if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _one_batch_rule(self) -> "StageSpec":
