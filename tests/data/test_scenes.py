@@ -181,7 +181,8 @@ def test_kinds_narrow_what_is_asked(form):
     asked = [t.text for r in map(source.__getitem__, range(60)) for t in r.texts if t.role == "user"]
     verbs = ("is ", "are there more ", "do ")
     follow_ups = ("what size is it?", "and where is it?", "what colour is it?", "what shape is it?", "and what is ")
-    assert asked and all(str(text).split("\n")[-1].startswith((*verbs, *follow_ups)) for text in asked)
+    assert asked
+    assert all(str(text).split("\n")[-1].startswith((*verbs, *follow_ups)) for text in asked)
     assert all(any(t.learn for t in source[i].texts) for i in range(60))
 
 

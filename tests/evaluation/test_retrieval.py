@@ -8,18 +8,24 @@ from hypothesis import strategies as st
 
 from isthmus.errors import CapabilityError, DataError
 from isthmus.evaluation.embedding import embed
-from isthmus.evaluation.retrieval import RetrievalScores, ranks, score
+from isthmus.evaluation.retrieval import RetrievalScores, numbered, ranks, score
 
 
-def by_hand(values, owner):
-    """Ranks with ties against us, one comparison at a time."""
-    pictures, captions = len(values), len(owner)
+def by_hand(values, owner, words):
+    """Ranks with ties against us, one comparison at a time; equal words belong to all pictures that have them."""
+    pictures, captions = range(len(values)), range(len(owner))
+
+    def right(i, t):
+        return any(owner[s] == i and words[s] == words[t] for s in captions)
+
     image_ranks = []
-    for i in range(pictures):
-        best = max(values[i][t] for t in range(captions) if owner[t] == i)
-        image_ranks.append(sum(values[i][t] >= best for t in range(captions) if owner[t] != i))
-    text_ranks = [sum(values[i][t] >= values[owner[t]][t] for i in range(pictures) if i != owner[t])
-                  for t in range(captions)]  # fmt: skip
+    for i in pictures:
+        best = max(values[i][t] for t in captions if right(i, t))
+        image_ranks.append(sum(values[i][t] >= best for t in captions if not right(i, t)))
+    text_ranks = []
+    for t in captions:
+        best = max(values[i][t] for i in pictures if right(i, t))
+        text_ranks.append(sum(values[i][t] >= best for i in pictures if not right(i, t)))
     return image_ranks, text_ranks
 
 
@@ -31,16 +37,31 @@ def spaces(draw):
     vectors = st.lists(st.integers(-3, 3), min_size=3, max_size=3)
     images = draw(st.lists(vectors, min_size=len(per_picture), max_size=len(per_picture)))
     texts = draw(st.lists(vectors, min_size=len(owner), max_size=len(owner)))
-    return torch.tensor(images).float(), torch.tensor(texts).float(), list(owner)
+    words = draw(st.lists(st.integers(0, 5), min_size=len(owner), max_size=len(owner)))
+    first = [words.index(w) for w in words]  # equal texts have equal vectors
+    return torch.tensor(images).float(), torch.tensor([texts[i] for i in first]).float(), list(owner), words
 
 
 @settings(deadline=None)
 @given(spaces(), st.sampled_from([1, 2, 100]), st.sampled_from(["dot", "euclidean"]))
 def test_ranks_equal_brute_force(space, chunk, kind):
-    images, texts, owner = space
+    images, texts, owner, words = space
     values = images @ texts.T if kind == "dot" else -((images[:, None] - texts[None]) ** 2).sum(-1)
-    image_ranks, text_ranks = ranks(images, texts, torch.tensor(owner), kind=kind, chunk=chunk)
-    assert (image_ranks.tolist(), text_ranks.tolist()) == by_hand(values.tolist(), owner)
+    for said in (words, list(range(len(owner)))):
+        found = ranks(images, texts, torch.tensor(owner), words=torch.tensor(said), kind=kind, chunk=chunk)
+        assert tuple(r.tolist() for r in found) == by_hand(values.tolist(), owner, said)
+
+
+def test_two_pictures_told_alike_are_both_right():
+    images, texts = torch.eye(3), torch.eye(3)[[0, 0, 2]]  # the first two have one caption
+    words = numbered(["a cat", "a cat", "a dog"])
+    image_ranks, text_ranks = ranks(images, texts, torch.arange(3), words=words)
+    assert image_ranks.tolist() == [0, 1, 0]  # the second picture likes the dog no less than its own
+    assert text_ranks.tolist() == [0, 0, 0]
+    captions = [["a cat"], ["a cat"], ["a dog"]]
+    scores = score([0, 1, 0], [[0], [0], [0]], captions)
+    assert scores.image_to_text.chance[1] == pytest.approx((2 + 2 + 1) / 9)
+    assert scores.text_to_image.chance[1] == pytest.approx((2 + 2 + 1) / 9)
 
 
 def test_the_best_of_five_captions_counts():

@@ -80,11 +80,9 @@ class RerankTask(RetrievalTask):
             self.similarity,
         )
         by_image, by_text = two_step(model, pictures, texts, first, self.rerank)
-        ranks = [
-            retrieval.ranks_of_images(first, owner).tolist(),
-            retrieval.ranks_of_images(by_image, owner).tolist(),
-        ]
-        of_captions = [iter(retrieval.ranks_of_texts(values, owner).tolist()) for values in (first, by_text)]
+        right = retrieval.owned(owner, retrieval.numbered(texts), torch.arange(len(pairs)), torch.arange(len(texts)))
+        ranks = [retrieval.rank(values, right).tolist() for values in (first, by_image)]
+        of_captions = [iter(retrieval.rank(values.T, right.T).tolist()) for values in (first, by_text)]
         rows = [
             {
                 "id": name,
@@ -101,7 +99,10 @@ class RerankTask(RetrievalTask):
     def score(self, rows: Sequence[Row]) -> RerankScores:
         after = RetrievalTask.score(self, rows)
         before = retrieval.score(
-            [r["first_rank"] for r in rows], [r["first_caption_ranks"] for r in rows], seed=self.seed
+            [r["first_rank"] for r in rows],
+            [r["first_caption_ranks"] for r in rows],
+            [r["captions"] for r in rows],
+            seed=self.seed,
         )
         images = np.array([[r["rank"] == 0, r["first_rank"] == 0, 1] for r in rows], dtype=np.float64)
         texts = np.array(

@@ -1,13 +1,15 @@
 """Retrieval with several captions per picture: recall@K both ways.
 
-Picture to text: a hit if *any* of the picture's captions is among the first K. Text to picture: each caption has one
-picture. A tie counts against us: whatever is not clearly below the right one stands above it, so a model that gives
-everything the same vector scores nothing. (Counting one caption per picture is a different, easier number.)
+Picture to text: a hit if *any* of the picture's captions is among the first K. Text to picture: a hit if a picture with
+this caption is. Captions of equal text are one caption, so two pictures that are told alike are both right. Any other
+tie counts against us: whatever is not clearly below the right one stands above it, so a model that gives everything the
+same vector scores nothing. (Counting one caption per picture is a different, easier number.)
 
 Shapes: N pictures, M captions, D width.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,35 +27,53 @@ CUTS = (1, 5, 10)
 
 
 def ranks(
-    images: Tensor, texts: Tensor, owner: Tensor, *, kind: Similarity = "cosine", chunk: int = 512
+    images: Tensor,
+    texts: Tensor,
+    owner: Tensor,
+    *,
+    words: Tensor | None = None,
+    kind: Similarity = "cosine",
+    chunk: int = 512,
 ) -> tuple[Tensor, Tensor]:
     """Ranks from 0: of each picture's best own caption among foreign ones (N,), of each caption's picture (M,).
 
-    ``owner`` (M,) is the picture each caption belongs to (every picture needs one); ``kind`` the similarity the
-    model was trained with. Works on ``chunk`` rows at a time, so (N, M) never stands in memory.
+    ``owner`` (M,) is the picture each caption belongs to (every picture needs one); ``words`` (M,) are numbers that
+    are equal for captions of equal text (none given: all differ); ``kind`` the similarity the model was trained with.
+    Works on ``chunk`` rows at a time, so (N, M) never stands in memory.
     """
-    index = torch.arange(len(images))
-    by_image = []
-    for rows in index.split(chunk):
-        by_image.append(ranks_of_images(similarity(images[rows], texts, kind), owner, rows))
-    by_text = []
-    for columns in torch.arange(len(texts)).split(chunk):
-        by_text.append(ranks_of_texts(similarity(images, texts[columns], kind), owner[columns]))
+    words = torch.arange(len(texts)) if words is None else words
+    pictures, captions = torch.arange(len(images)), torch.arange(len(texts))
+    by_image = [
+        rank(similarity(images[rows], texts, kind), owned(owner, words, rows, captions))
+        for rows in pictures.split(chunk)
+    ]
+    by_text = [
+        rank(similarity(images, texts[some], kind).T, owned(owner, words, pictures, some).T)
+        for some in captions.split(chunk)
+    ]
     return torch.cat(by_image), torch.cat(by_text)
 
 
-def ranks_of_images(values: Tensor, owner: Tensor, rows: Tensor | None = None) -> Tensor:
-    """(n,) rank of each picture's best own caption among foreign ones, from scores (n, M) of the pictures ``rows``."""
-    rows = torch.arange(len(values)) if rows is None else rows
-    own = owner[None] == rows[:, None]
-    best = values.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
-    return (not_below(values, best) & ~own).sum(dim=1)
+def owned(owner: Tensor, words: Tensor, pictures: Tensor, captions: Tensor) -> Tensor:
+    """(n, m) bool: which of ``captions`` (m,) say what one of the picture's own captions says, for neighbouring
+    ``pictures`` (n,)."""
+    known, column = words[captions].unique(return_inverse=True)
+    both = torch.isin(owner, pictures) & torch.isin(words, known)
+    said = torch.zeros(len(pictures), len(known), dtype=torch.bool)
+    said[owner[both] - pictures[0], torch.searchsorted(known, words[both])] = True
+    return said[:, column]
 
 
-def ranks_of_texts(values: Tensor, owner: Tensor) -> Tensor:
-    """(m,) rank of each caption's picture among all, from scores (N, m); ``owner`` (m,) are the right pictures."""
-    right = values.T.gather(1, owner[:, None])
-    return not_below(values.T, right).sum(dim=1) - 1
+def rank(values: Tensor, right: Tensor) -> Tensor:
+    """(n,) rank of each row's best right column among the wrong ones, from scores and truth, both (n, m)."""
+    best = values.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
+    return (not_below(values, best) & ~right).sum(dim=1)
+
+
+def numbered(texts: Sequence[str]) -> Tensor:
+    """(M,) a number for each text, equal for equal ones: the ``words`` of :func:`ranks`."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(text, len(numbers)) for text in texts])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +121,21 @@ class RetrievalScores:
         return cls(Recall.from_dict(facts["image_to_text"]), Recall.from_dict(facts["text_to_image"]))
 
 
-def score(image_ranks: Sequence[int], text_ranks: Sequence[Sequence[int]], *, seed: int = 0) -> RetrievalScores:
-    """From each picture's rank and, per picture, its captions' ranks. Intervals resample pictures with all their
-    captions, because captions of one picture are not independent. Raises DataError when there are no pictures."""
+def score(
+    image_ranks: Sequence[int],
+    text_ranks: Sequence[Sequence[int]],
+    captions: Sequence[Sequence[str]] | None = None,
+    *,
+    seed: int = 0,
+) -> RetrievalScores:
+    """From each picture's rank and, per picture, its captions' ranks and texts (none given: all differ).
+
+    Intervals resample pictures with all their captions, because captions of one picture are not independent. Raises
+    DataError when there are no pictures.
+    """
     if not image_ranks:
         raise DataError("There is nothing to retrieve: the data set has no pictures with captions.")
-    pictures, captions = len(image_ranks), sum(map(len, text_ranks))
+    pictures, total = len(image_ranks), sum(map(len, text_ranks))
     image_hits = np.array([[rank < k for k in CUTS] for rank in image_ranks], dtype=np.float64)
     text_hits = np.array([[sum(r < k for r in own) for k in CUTS] + [len(own)] for own in text_ranks], dtype=np.float64)
 
@@ -124,17 +153,27 @@ def score(image_ranks: Sequence[int], text_ranks: Sequence[Sequence[int]], *, se
             chance=dict(zip(CUTS, chance, strict=True)),
         )
 
-    guess_text = [float(np.mean([_chance(len(own), captions, k) for own in text_ranks])) for k in CUTS]
-    guess_image = [_chance(1, pictures, k) for k in CUTS]
+    right_captions, right_pictures = _right(text_ranks, captions)
+    guess_text = [float(np.mean([_chance(n, total, k) for n in right_captions])) for k in CUTS]
+    guess_image = [float(np.mean([_chance(n, pictures, k) for n in right_pictures])) for k in CUTS]
     return RetrievalScores(
         recall(pictures, image_hits.mean(axis=0), intervals(image_hits, of_pictures, seed=seed), guess_text),
         recall(
-            captions,
-            text_hits[:, :-1].sum(axis=0) / captions,
+            total,
+            text_hits[:, :-1].sum(axis=0) / total,
             intervals(text_hits, of_captions, seed=seed),
             guess_image,
         ),
     )
+
+
+def _right(ranks: Sequence[Sequence[int]], captions: Sequence[Sequence[str]] | None) -> tuple[list[int], list[int]]:
+    """How many captions are right for each picture, and how many pictures for each caption."""
+    if captions is None:
+        return [len(own) for own in ranks], [1] * sum(map(len, ranks))
+    said = Counter(text for own in captions for text in own)
+    shared = Counter(text for own in captions for text in set(own))
+    return [sum(said[text] for text in set(own)) for own in captions], [shared[t] for own in captions for t in own]
 
 
 def _chance(right: int, among: int, k: int) -> float:

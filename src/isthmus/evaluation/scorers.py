@@ -116,9 +116,12 @@ SCORERS: dict[str, Scorer] = {
         outcomes=_captions,
     ),
     "retrieval": Scorer(
-        version=1,
+        version=2,
         score=lambda rows, m: retrieval.score(
-            [r["rank"] for r in rows], [r["caption_ranks"] for r in rows], seed=_seed(m)
+            [r["rank"] for r in rows],
+            [r["caption_ranks"] for r in rows],
+            [r["captions"] for r in rows],
+            seed=_seed(m),
         ),
         outcomes=_retrieval,
     ),

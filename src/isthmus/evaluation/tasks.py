@@ -171,7 +171,8 @@ def _plain(value: Any) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class RetrievalTask:
     """Recall@1/5/10 both ways. A caption is any text part or alternative of one; records of the same picture count
-    as one picture with all their captions. ``similarity``: cosine, dot or euclidean, as the model was trained."""
+    as one picture with all their captions, and captions of equal text as one caption. ``similarity``: cosine, dot or
+    euclidean, as the model was trained."""
 
     kind: ClassVar[str] = "retrieval"
     needs: ClassVar[type] = Embeds
@@ -214,6 +215,7 @@ class RetrievalTask:
             embed(model.embed_images, [p for _, p, _ in pairs], what="pictures", chunk=chunk),
             embed(model.embed_texts, texts, what="captions", chunk=chunk),
             owner,
+            words=retrieval.numbered(texts),
             kind=self.similarity,
         )
         of_captions = iter(text_ranks.tolist())
@@ -224,7 +226,12 @@ class RetrievalTask:
         yield [row for row in rows if row["id"] not in done]
 
     def score(self, rows: Sequence[Row]) -> retrieval.RetrievalScores:
-        return retrieval.score([r["rank"] for r in rows], [r["caption_ranks"] for r in rows], seed=self.seed)
+        return retrieval.score(
+            [r["rank"] for r in rows],
+            [r["caption_ranks"] for r in rows],
+            [r["captions"] for r in rows],
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
