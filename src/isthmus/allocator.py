@@ -51,6 +51,11 @@ def relieve() -> bool:
     usable = usable_bytes()
     if not usable or resident_bytes() * _SHORT < usable:
         return False
+    return give_back()
+
+
+def give_back() -> bool:
+    """Give all freed memory back to the system. True when some was."""
     trim = _libc("malloc_trim")
     return trim is not None and bool(trim(0))
 

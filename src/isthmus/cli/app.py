@@ -128,6 +128,40 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Model folders, two or more.")],
+    task: Annotated[
+        str | None, typer.Option(help="Only this task (with --data: vqa, retrieval, caption, ...).")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="A data file or folder, or YAML describing a source.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--set", help="key=value of the source; task.key=value.")] = None,
+    train: Annotated[str | None, typer.Option(help="Training data: the prior's answers, the shots.")] = None,
+    shots: Annotated[str | None, typer.Option(help="Examples before each question, from --train: '0 4 8'.")] = None,
+    select: Annotated[str, typer.Option(help="How shots are chosen: random or rices.")] = "random",
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of report.html, scores and raw outputs.")] = Path("runs/compare"),
+    seed: Annotated[int, typer.Option(help="Seed of shuffles and intervals.")] = 0,
+    json_file: Json = None,
+) -> None:
+    """Models side by side on the same questions: scores, differences with intervals, costs, one report."""
+    from isthmus.cli import compare as work
+
+    work.run(
+        models,
+        task=task,
+        data=data,
+        options=option or [],
+        train=train,
+        shots=shots,
+        select=select,
+        limit=limit,
+        out=out,
+        seed=seed,
+        json_file=json_file,
+    )
+
+
+@app.command()
 def score(
     references: Annotated[Path, typer.Argument(help="COCO captions, or VQA annotations.")],
     predictions: Annotated[

@@ -51,8 +51,8 @@ def run(
                 options=own,
             )
         ]
-    counts = _counts(shots, more_shots)
-    specs = _with_shots(specs, counts, select)
+    counts = counted(shots, more_shots)
+    specs = with_shots(specs, counts, select)
     name = f"hf-{Path(data).stem}" if data and model.startswith(_PEER) else Path(data).stem if data else "own"
     place = out if out is not None else folder / "eval" / name
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
@@ -77,7 +77,7 @@ def run(
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _counts(shots: str | None, more: Sequence[int]) -> list[int]:
+def counted(shots: str | None, more: Sequence[int]) -> list[int]:
     """The numbers behind ``--shots``: ``0 4 8`` or ``0,4,8``. Raises ConfigError for anything else."""
     if shots is None:
         if more:
@@ -89,7 +89,7 @@ def _counts(shots: str | None, more: Sequence[int]) -> list[int]:
     return [int(word) for word in words]
 
 
-def _with_shots(specs: list[Any], counts: Sequence[int], select: str) -> list[Any]:
+def with_shots(specs: list[Any], counts: Sequence[int], select: str) -> list[Any]:
     """Each question-answering task once per number of shots."""
     return [
         spec.model_copy(

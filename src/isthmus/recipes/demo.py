@@ -12,17 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
-from isthmus.checkpoint import read_json
 from isthmus.data.images import open_image
 from isthmus.data.sources import open_source
-from isthmus.evaluation.report import Answer, Chart, Report, SamplePicture, TrainedPart, write_report
-from isthmus.evaluation.rerank import RerankScores
-from isthmus.evaluation.results import Results
-from isthmus.evaluation.retrieval import RetrievalScores
+from isthmus.evaluation.report import write_report
 from isthmus.evaluation.run import Result
-from isthmus.evaluation.vqa import VqaScores
 from isthmus.model import Model
-from isthmus.recipes.curves import loss_curves, png, seconds
+from isthmus.recipes.compare import Contestant, measure, write_comparison
+from isthmus.recipes.curves import png
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import Recipe, read_recipe
 from isthmus.recipes.scoring import model_hash, score_model
@@ -34,11 +30,7 @@ STORY = {
     "blip2": "blip2-tiny",
     "llava": "llava-tiny",
 }
-SAMPLES = 12
-"""Pictures shown in the report."""
-OWN = ("retrieval", "readings", "vqa")
-"""Tasks whose scores stand under the model's bare name; others add theirs (``flamingo-clips``)."""
-
+_TITLE = "isthmus: from pictures and words to answers"
 _SUMMARY = (
     "Small pictures of coloured solids, drawn from a seed. CLIP learns to match pictures with captions, a language "
     "model learns to read, and three systems join the same two in their own ways: Flamingo with gated cross-attention "
@@ -51,20 +43,18 @@ _SUMMARY = (
 def run_demo(out: Path, *, seed: int = 0, serve: bool = True) -> None:
     """Train, score and show everything; ``serve`` opens the report in a browser when a person is watching."""
     console = Console()
-    results = Results(seed=seed)
-    recipes: dict[str, Recipe] = {}
-    scored: list[tuple[str, Result]] = []
+    rivals: list[Contestant] = []
     for name, recipe_name in STORY.items():
         console.rule(f"[bold]{name}[/] ({recipe_name})")
-        recipe = recipes[name] = demo_recipe(recipe_name, out, seed)
+        recipe = demo_recipe(recipe_name, out, seed)
         model = train(recipe, out / name)
-        results.seconds[name] = round(seconds(out / name, recipe), 1)
-        for result in _score(model, recipe, out / name, seed):
-            scored.append((name, result))
-            results.add(label(name, result.task), result.scores)
-    results.write(out / "results.json")
-    write_report(out / "report.html", make_report(out, recipes, results, scored))
-    _tell(console, out, recipes["llava"], scored)
+        rival = Contestant(name=name, folder=out / name, recipe=recipe, specs=recipe.evaluate)
+        rival.results = _score(model, recipe, out / name, seed)
+        measure(rival, model)
+        rivals.append(rival)
+    report = write_comparison(out, rivals, title=_TITLE, summary=_SUMMARY, seed=seed)
+    write_report(out / "report.html", report)
+    _tell(console, out, rivals)
     if serve and sys.stdout.isatty():
         webbrowser.open((out / "report.html").resolve().as_uri())
 
@@ -74,62 +64,6 @@ def demo_recipe(name: str, out: Path, seed: int) -> Recipe:
     recipe = read_recipe(name, [f"seed={seed}"])
     parts = {part: str(out / Path(folder).name) for part, folder in recipe.parts.items()}
     return recipe.model_copy(update={"parts": parts})
-
-
-def make_report(out: Path, recipes: dict[str, Recipe], results: Results, scored: list[tuple[str, Result]]) -> Report:
-    """Scores, curves, samples, tables of trained parts and facts, gathered from the run folders below ``out``."""
-    return Report(
-        title="isthmus: from pictures and words to answers",
-        summary=_SUMMARY,
-        scores={label(n, r.task): r.scores for n, r in scored if isinstance(r.scores, VqaScores)},
-        retrieval=_retrieval(scored),
-        charts=[
-            Chart(title=f"{name}: loss by stage", series=loss_curves(out / name, recipe))
-            for name, recipe in recipes.items()
-        ],
-        samples=samples(recipes, scored),
-        training=[part for name, recipe in recipes.items() for part in _trained(out, name, recipe)],
-        seconds=results.seconds,
-        facts={"seed": results.seed, **results.versions, **results.machine},
-    )
-
-
-def label(model: str, task: str) -> str:
-    """The name of a task's scores."""
-    return model if task in OWN else f"{model}-{task}"
-
-
-def _retrieval(scored: list[tuple[str, Result]]) -> dict[str, RetrievalScores]:
-    """Recall by model; for two steps also that of the first alone."""
-    found: dict[str, RetrievalScores] = {}
-    for name, result in scored:
-        if isinstance(result.scores, RerankScores):
-            found[f"{name}, first step"] = result.scores.first
-        if isinstance(result.scores, RetrievalScores):
-            found[name] = result.scores
-    return found
-
-
-def samples(recipes: dict[str, Recipe], scored: list[tuple[str, Result]]) -> list[SamplePicture]:
-    """The first questions about pictures, with what every model that was asked the same says."""
-    asked = [(n, r, {row["id"]: row for row in r.rows}) for n, r in scored if r.task == "vqa"]
-    if not asked:
-        return []
-    name, first, _ = asked[0]
-    records = open_source(next(s for s in recipes[name].evaluate if s.name == first.task).data)
-    found = []
-    for row, index in zip(first.rows[:SAMPLES], range(len(records)), strict=False):
-        said = {n: rows[row["id"]] for n, _, rows in asked if row["id"] in rows}
-        found.append(
-            SamplePicture(
-                png=png(open_image(records[index].images[0].source)),
-                question=row["question"],
-                truth=row["truth"][0],
-                answers={n: Answer(text=own["answer"], right=bool(own["correct"])) for n, own in said.items()},
-                kind=row["kind"],
-            )
-        )
-    return found
 
 
 def _score(model: Model, recipe: Recipe, folder: Path, seed: int) -> list[Result]:
@@ -146,32 +80,15 @@ def _score(model: Model, recipe: Recipe, folder: Path, seed: int) -> list[Result
         )
 
 
-def _trained(out: Path, name: str, recipe: Recipe) -> list[TrainedPart]:
-    parts = []
-    for stage in recipe.stages:
-        table = read_json(out / name / "stages" / stage.name / "trained" / "stage.json")["table"]
-        parts += [
-            TrainedPart(
-                model=name,
-                stage=stage.name,
-                part=row["part"],
-                parameters=row["parameters"],
-                trained=row["trained"],
-                rate=max(row["rates"], default=None),
-            )
-            for row in table["rows"]
-        ]
-    return parts
-
-
-def _tell(console: Console, out: Path, llava: Recipe, scored: list[tuple[str, Result]]) -> None:
+def _tell(console: Console, out: Path, rivals: list[Contestant]) -> None:
     """The score tables, where everything is, and the command that chats with the model about a test picture."""
     from isthmus.recipes.tables import score_table
 
-    for name, result in scored:
-        console.print(score_table(f"{label(name, result.task)}: {result.task}", result.scores.to_dict()))
+    for rival in rivals:
+        for result in rival.results:
+            console.print(score_table(f"{rival.label(result.task)}: {result.task}", result.scores.to_dict()))
     picture = out / "picture.png"
-    record = open_source(llava.evaluate[0].data)[0]
+    record = open_source(next(r for r in rivals if r.name == "llava").specs[0].data)[0]
     picture.write_bytes(png(open_image(record.images[0].source)))
     question = next(p.text for p in record.texts if p.role == "user")
     console.print(f"Scores: [bold]{out / 'results.json'}[/]   report: [bold]{out / 'report.html'}[/]")

@@ -17,7 +17,7 @@ from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
 from isthmus.model import Model, load
-from isthmus.recipes.schema import EvalSpec, parse_recipe
+from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe
 
 Progress = Callable[[str, int, int], None]
 """Called with (task, items done, items in all)."""
@@ -172,13 +172,19 @@ def _of_stage(run: Path, stage: str, final: Model, final_hash: str) -> tuple[Mod
 
 def own_tasks(folder: Path) -> list[EvalSpec]:
     """The tasks of the recipe that a model folder (or run folder) was trained with; empty without one."""
+    recipe = recipe_of(folder)
+    return list(recipe.evaluate) if recipe is not None else []
+
+
+def recipe_of(folder: Path) -> Recipe | None:
+    """The recipe that a model folder (or run folder) was trained with, if it holds one."""
     for place in (folder / "model" / "recipe.yaml", folder / "recipe.yaml"):
         if place.is_file():
             import yaml
 
             tree: Mapping[str, Any] = yaml.safe_load(place.read_text(encoding="utf-8"))
-            return list(parse_recipe(tree, where=str(place)).evaluate)
-    return []
+            return parse_recipe(tree, where=str(place))
+    return None
 
 
 def model_hash(folder: Path) -> str:

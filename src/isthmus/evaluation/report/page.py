@@ -49,6 +49,17 @@ class TrainedPart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Listing:
+    """A plain table under a heading of its own; columns from ``numeric`` on are figures."""
+
+    heading: str
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numeric: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Note:
     """A paragraph under a heading of its own, for whatever the run has to say besides."""
 
@@ -68,6 +79,7 @@ class Report:
     summary: str = ""
     scores: Mapping[str, VqaScores] = field(default_factory=dict)
     retrieval: Mapping[str, RetrievalScores] = field(default_factory=dict)
+    listings: Sequence[Listing] = ()
     charts: Sequence[Chart] = ()
     samples: Sequence[SamplePicture] = ()
     training: Sequence[TrainedPart] = ()
@@ -88,6 +100,7 @@ def render(report: Report) -> str:
     sections = [
         _scores(report, numbers),
         _retrieval(report, numbers),
+        *(_listing(listing, numbers) for listing in report.listings),
         _section("How the models learnt", _charts(report.charts)),
         _section("What they answer", _samples(report.samples)),
         _training(report, numbers),
@@ -166,6 +179,11 @@ def _retrieval(report: Report, numbers: _Numbers) -> str:
         "Retrieval: recall among the first 1, 5 and 10. Percent; 95 % intervals and numbers of items small."
     )
     return _section("Pictures and captions", retrieval_table(report.retrieval, caption))
+
+
+def _listing(listing: Listing, numbers: _Numbers) -> str:
+    caption = numbers.caption(listing.caption)
+    return _section(listing.heading, table(listing.head, listing.rows, caption, numeric=listing.numeric))
 
 
 def _charts(charts: Sequence[Chart]) -> str:

@@ -1,0 +1,152 @@
+"""Models side by side: what is asked of whom, what comes out, what it costs; and that batches change no answer."""
+
+import csv
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from isthmus.data.scenes import SceneSource
+from isthmus.errors import ConfigError
+from isthmus.model import load
+from isthmus.recipes.compare import Contestant, contestants, shared_tasks
+from isthmus.recipes.cost import Operations, trained_parameters
+from isthmus.recipes.run import train
+from isthmus.recipes.schema import parse_recipe
+from isthmus.recipes.scoring import recipe_of
+from tests.cli.test_cli import run
+from tests.recipes.test_blip2 import tree as blip2_tree
+from tests.recipes.test_flamingo import recipe as flamingo_recipe
+
+
+@pytest.fixture(scope="module")
+def rivals(story, tmp_path_factory):
+    """The story's models with a Flamingo and a BLIP-2 of the same encoder and LM."""
+    folder = tmp_path_factory.mktemp("rivals")
+    train(flamingo_recipe(story), folder / "flamingo", progress=False)
+    train(parse_recipe(blip2_tree(story)), folder / "blip2", progress=False)
+    return {name: story / name for name in ("clip", "lm", "llava")} | {n: folder / n for n in ("flamingo", "blip2")}
+
+
+@pytest.fixture(scope="module")
+def compared(rivals, tmp_path_factory):
+    from isthmus.cli.compare import run as compare
+
+    out = tmp_path_factory.mktemp("compared")
+    picked = [str(rivals[name]) for name in ("clip", "flamingo", "llava")]
+    settings = {"task": None, "data": None, "options": [], "train": None, "shots": None, "select": "random"}
+    compare(picked, **settings, limit=None, out=out, seed=0, json_file=out / "all.json")
+    return out
+
+
+def test_every_model_is_asked_what_it_can_do(compared):
+    rows = list(csv.DictReader((compared / "scores.csv").read_text().splitlines()))
+    assert {(r["model"], r["task"]) for r in rows} == {("clip", "retrieval"), ("flamingo", "vqa"), ("llava", "vqa")}
+    facts = json.loads((compared / "all.json").read_text())
+    overall = {r["model"]: float(r["score"]) for r in rows if r["kind"] == "all"}
+    assert overall == {n: facts["models"][n]["accuracy"] for n in ("flamingo", "llava")}
+    outputs = (compared / "scores" / "llava" / "vqa" / "outputs.jsonl").read_text()
+    raw = [json.loads(line) for line in outputs.splitlines()]
+    assert len(raw) == 12
+    assert overall["llava"] == sum(r["correct"] for r in raw) / 12
+    assert "| llava | vqa | all | 12 |" in (compared / "scores.md").read_text()
+
+
+def test_costs_are_those_of_the_runs(compared, rivals):
+    costs = json.loads((compared / "all.json").read_text())["costs"]
+    recipe = recipe_of(rivals["flamingo"])
+    assert recipe is not None
+    own = load(rivals["flamingo"]).net
+    by_hand = sum(p.numel() for n, p in own.named_parameters() if not n.startswith(("vision.", "language.lm.")))
+    assert costs["flamingo"]["trained"] == trained_parameters(rivals["flamingo"], recipe) == by_hand
+    assert costs["flamingo"]["visual_tokens"] == 5
+    assert costs["clip"]["latency"] is None
+    for name in ("flamingo", "llava"):
+        assert min(costs[name]["throughput"].values()) > 0
+        assert costs[name]["flops_answer"] > 2 * costs[name]["visual_tokens"] * 1000
+        assert costs[name]["training_flops"] > costs[name]["flops_answer"]
+
+
+def test_the_report_shows_all_of_it(compared):
+    page = (compared / "report.html").read_text()
+    for word in ("clip · flamingo · llava", "Who is better", "llava − flamingo", "What they cost", "loss by stage"):
+        assert word in page
+    assert page.count("<article") == 12
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_second_call_asks_nothing_again(compared, rivals, monkeypatch, capsys):
+    before = (compared / "scores" / "llava" / "vqa" / "outputs.jsonl").stat().st_mtime_ns
+    code, said, _ = run(monkeypatch, capsys, "compare", rivals["flamingo"], rivals["llava"], "--out", compared)
+    assert code == 0
+    assert "report.html" in said
+    assert (compared / "scores" / "llava" / "vqa" / "outputs.jsonl").stat().st_mtime_ns == before
+
+
+def test_shots_give_a_curve_per_model(rivals, monkeypatch, capsys, tmp_path):
+    found = ["compare", rivals["flamingo"], rivals["llava"], "--shots", "0 1", "--limit", 6, "--out", tmp_path]
+    code, _, said = run(monkeypatch, capsys, *found)
+    assert code == 0, said
+    assert "vqa: score over shots" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "scores" / "flamingo" / "vqa-1-shots").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{llava}",), "at least two models"),
+        (("{llava}", "{llava}"), "both called 'llava'"),
+        (("{llava}", "{flamingo}", "--task", "vqua"), "names a task 'vqua'"),
+        (("{llava}", "/nowhere/x"), "no model at"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(rivals, monkeypatch, capsys, tmp_path, arguments, message):
+    filled = [a.format(**rivals) for a in arguments]
+    code, _, said = run(monkeypatch, capsys, "compare", *filled, "--out", tmp_path / "o")
+    assert code == 2
+    assert message in " ".join(said.split())
+
+
+def test_tasks_of_one_name_must_be_the_same(rivals):
+    one, other = contestants([rivals["llava"], rivals["blip2"]])
+    with pytest.raises(ConfigError, match="different tasks called 'vqa'"):
+        shared_tasks([one, other])
+    with pytest.raises(ConfigError, match="names a task of its own"):
+        shared_tasks([Contestant(name="x", folder=rivals["llava"])])
+
+
+def test_operations_are_pytorchs_own_count():
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+    x = torch.randn(5, 8)
+    with FlopCounterMode(display=False) as theirs:
+        net(x).sum().backward()
+    with Operations() as ours:
+        net(x).sum().backward()
+    assert ours.total == theirs.get_total_flops() == 2 * 5 * (8 * 16 + 16 * 4) * 2 + 2 * 5 * 16 * 4
+    with torch.inference_mode(), Operations() as alone:
+        net(x)
+    assert alone.total == 2 * 5 * (8 * 16 + 16 * 4)
+
+
+GAP = 1e-4
+"""Two best tokens closer than this may change places when a sum is taken in another order."""
+
+
+@pytest.mark.parametrize("name", ["llava", "flamingo", "blip2"])
+def test_batches_of_1_7_and_64_give_the_same_answers(rivals, name):
+    model = load(rivals[name])
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.net.parameters():  # as trained they all say one word
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.3, generator=generator)
+    source = SceneSource("questions", split="test", count=64)
+    records = [source[i] for i in range(64)]
+    answers = {size: model.answer_records(records, batch_size=size, max_new_tokens=6) for size in (1, 7, 64)}
+    assert len(set(answers[1])) > 1  # else equality would say nothing
+    different = [i for i in range(64) if len({answers[size][i] for size in answers}) > 1]
+    for i in different:
+        texts = sorted({answers[size][i] for size in answers})
+        one, other = model.score([*records[i].parts[:2]], texts[:2])
+        assert abs(one - other) < GAP, f"{name}: {records[i].id} says {texts}"
+    assert len(different) <= 3
