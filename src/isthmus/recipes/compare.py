@@ -214,9 +214,9 @@ _COLUMNS = ("model", "task", "kind", "n", "score", "low", "high", "blind", "shuf
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     file = io.StringIO()
-    writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    writer.writerows([row.get(name) for name in _COLUMNS] for row in rows)
     return file.getvalue()
 
 

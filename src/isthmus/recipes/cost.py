@@ -113,7 +113,7 @@ def training_flops(recipe: Recipe) -> float | None:
             apply_stage(built.net, spec.stage.train)
             with Operations() as counter:
                 for batch in batches:
-                    sum(term.mean for term in built.net.loss(batch).values()).backward()
+                    torch.stack([term.mean for term in built.net.loss(batch).values()]).sum().backward()
             built.net.zero_grad(set_to_none=True)
             total += counter.total * steps_of(spec)
     except (IsthmusError, OSError):

@@ -178,7 +178,7 @@ class SceneSource:
         throws = Dice("style", self.form, self.seed, self.split, number)
         attempt, (first, *rest) = self._asked(number, dice)
         description = symbols(make_scene(self.seed, self.split, number, attempt), throws)
-        parts = [*_turn(f"{description}\n{first.text}", first.answer)]
+        parts: list[Part] = [*_turn(f"{description}\n{first.text}", first.answer)]
         parts += [p for q in rest for p in _turn(q.text, q.answer)]
         return self._record(number, parts)
 

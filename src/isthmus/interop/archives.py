@@ -1,0 +1,207 @@
+"""Weights out of any file or folder, with no code run: safetensors, torch's pickles, TorchScript archives, shards.
+
+What a file is is told by its first bytes, never by its name. A pickle may build tensors and plain containers only; a
+TorchScript archive (OpenAI's CLIP files) is read by an unpickler of its own, its code is never touched.
+"""
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.checkpoint import load_tensors, read_json
+from isthmus.errors import CheckpointError
+
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+def read_archive(path: str | Path) -> dict[str, Any]:
+    """What one file holds: name -> tensor, or for a training checkpoint also plain values and nested mappings.
+
+    Raises CheckpointError: missing, of no known kind, damaged, or a pickle that wants more than tensors.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+    if start.startswith(_ZIP):
+        names = _sound_members(path)
+        if any(name.endswith("/constants.pkl") for name in names):
+            return _torchscript(path)
+        return _pickled(path, mapped=True)
+    if start[8:9] == b"{":
+        return dict(load_tensors(path))
+    if start.startswith(_PICKLE):
+        return _pickled(path, mapped=False)
+    raise CheckpointError(f"{path} is no file of weights: neither safetensors nor a file that torch.save wrote.")
+
+
+def read_state(folder: str | Path) -> dict[str, Tensor]:
+    """All tensors of a folder: its index's shards, else its one file of weights, safetensors before pickles.
+
+    Raises CheckpointError: none or several, a shard that is missing, lies outside the folder, or holds less than the
+    index says.
+    """
+    folder = Path(folder)
+    for name in _INDEXES:
+        if (folder / name).is_file():
+            return _shards(folder, folder / name)
+    for ending in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
+        found = sorted(folder.glob(ending))
+        if len(found) > 1:
+            names = ", ".join(f.name for f in found[:6])
+            raise CheckpointError(f"{folder} holds several files of weights and no index ({names}); name one of them.")
+        if found:
+            return tensors_of(read_archive(found[0]), found[0])
+    raise CheckpointError(f"{folder} holds no weights: no safetensors, .bin, .pt or .pth file.")
+
+
+def tensors_of(content: Mapping[str, Any], where: str | Path) -> dict[str, Tensor]:
+    """The tensors of a state dict. Raises CheckpointError for anything else among them."""
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{where} is no plain state dict: {name!r} is of type {type(value).__name__}.")
+    return dict(content)
+
+
+def _shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{index} has no weight_map, so the shards are not known.")
+    weights: dict[str, Tensor] = {}
+    for name in sorted(set(map(str, placed.values()))):
+        shard = folder / name
+        if Path(name).name != name or shard.resolve().parent != folder.resolve():
+            raise CheckpointError(f"{index}: {name!r} points outside the folder.")
+        if not shard.is_file():
+            raise CheckpointError(f"{folder} lacks the shard {name}, which its index names; download it again.")
+        weights |= tensors_of(read_archive(shard), shard)
+    lost = sorted(set(placed) - set(weights))
+    if lost:
+        raise CheckpointError(f"{index} names {lost[0]!r} and {len(lost) - 1} more tensors that no shard holds.")
+    return weights
+
+
+def _sound_members(path: Path) -> list[str]:
+    """The names in a zip, none of them compressed: torch never compresses, and what is stored cannot swell."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is a damaged archive ({error}); it may have been cut short.") from error
+    size = path.stat().st_size
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+        raise CheckpointError(f"{path} holds compressed or overlapping members, which torch never writes: not opened.")
+    return [m.filename for m in members]
+
+
+def _pickled(path: Path, *, mapped: bool) -> dict[str, Any]:
+    """By torch's own restricted unpickler; a zip's tensors stay in the file until they are touched."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is a pickle that wants to build more than tensors and plain containers, so it was not opened: "
+            "a pickle can run any code. Save its state dict alone, best as safetensors."
+        ) from error
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read by torch ({type(error).__name__}); it may be damaged.") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
+    return {str(name): value for name, value in content.items()}
+
+
+# TorchScript.
+
+
+class _Module:
+    """Stands for any scripted class: holds the attributes it was saved with and does nothing."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__ = dict(state) if isinstance(state, Mapping) else {}
+
+
+class _Reader(pickle.Unpickler):
+    """Builds scripted modules as :class:`_Module` and tensors; refuses every other name."""
+
+    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(file)
+        self._archive, self._root, self._storages = archive, root, {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            return _Module
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        if module == "torch.jit._pickle" and name in ("build_intlist", "build_boollist", "build_doublelist"):
+            return list
+        if (module, name) == ("torch.jit._pickle", "restore_type_tag"):
+            return lambda value, tag: value
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        kind, dtype, key, _, count = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isalnum():
+            raise pickle.UnpicklingError(f"storage {key!r}")
+        if key not in self._storages:
+            raw = self._archive.read(f"{self._root}/data/{key}")
+            if len(raw) != count * dtype.itemsize:
+                raise pickle.UnpicklingError(f"storage {key!r} holds {len(raw)} bytes for {count} numbers")
+            self._storages[key] = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return self._storages[key]
+
+
+def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if 0 not in size else offset - 1
+    if min((offset, *size, *stride), default=0) < 0 or last >= len(storage):
+        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
+    return torch.as_strided(storage, size, stride, offset)
+
+
+def _torchscript(path: Path) -> dict[str, Any]:
+    """The parameters and buffers of a scripted module under their dotted names; plain numbers too."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (pickled,) = [n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")]
+            root = pickled.rpartition("/")[0]
+            with archive.open(pickled) as file:
+                module = _Reader(file, archive, root).load()
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is a TorchScript archive that could not be read as tensors alone ({error}); no code of it was run."
+        ) from error
+    found: dict[str, Any] = {}
+    _collect(module, "", found)
+    return found
+
+
+def _collect(module: Any, prefix: str, found: dict[str, Any]) -> None:
+    for name, value in vars(module).items():
+        if isinstance(value, _Module):
+            _collect(value, f"{prefix}{name}.", found)
+        elif isinstance(value, Tensor):
+            found[prefix + name] = value
