@@ -26,16 +26,16 @@ def test_numbers_behind_shots(monkeypatch, words, expected):
     result = CliRunner().invoke(app, ["eval", "runs/x", "--task", "vqa", *words])
     assert result.exit_code == 0, result.output
     assert seen["model"] == "runs/x"
-    assert evaluate._counts(seen["shots"], seen["more_shots"]) == expected
+    assert evaluate.counted(seen["shots"], seen["more_shots"]) == expected
     assert seen["select"] == ("rices" if "rices" in words else "random")
 
 
 def test_each_number_of_shots_is_a_task_of_its_own():
     specs = [EvalSpec(name="vqa", task="vqa", data={}), EvalSpec(name="r", task="retrieval", data={})]
-    found = evaluate._with_shots(specs, [0, 8], "rices")
+    found = evaluate.with_shots(specs, [0, 8], "rices")
     assert [s.name for s in found] == ["vqa-0-shots", "vqa-8-shots", "r"]
     assert found[1].options == {"shots": 8, "select": "rices"}
-    assert evaluate._with_shots(specs, [], "random") == specs
+    assert evaluate.with_shots(specs, [], "random") == specs
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_each_number_of_shots_is_a_task_of_its_own():
 )
 def test_bad_numbers_are_explained(shots, more, words):
     with pytest.raises(ConfigError, match=words):
-        evaluate._counts(shots, more)
+        evaluate.counted(shots, more)
 
 
 def test_score_over_shots_is_drawn(tmp_path):
