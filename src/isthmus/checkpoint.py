@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 FORMAT = "isthmus-folder-1"
 HEADER_BYTES = 100_000_000
 """Longest safetensors header accepted, as in the safetensors library."""
-HEADER_KEYS = 1_000_000
+HEADER_KEYS = 200_000
 """Most tensors accepted in one file: a larger header is an attack or a mistake, and slow to parse."""
 MARGIN = 64 * 1024
 """Free bytes wanted beyond the content: manifest, folder entries, block rounding."""

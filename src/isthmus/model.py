@@ -340,24 +340,46 @@ class Model:
         return Path(folder)
 
 
-def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Model:
-    """Open a model: a run folder, a model folder of ours, or a transformers folder (CLIP, SigLIP, LLaVA, causal LM).
+def load(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    vision: str | Path | None = None,
+    language: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    activation: str | None = None,
+) -> Model:
+    """Open a model: a run folder, a model folder of ours, or a checkpoint of another code base.
 
-    Detection is by content, never by name. Loading is strict and verifies the manifest of our own folders. ``dtype``
-    casts the weights; what must not be cast (BLIP-2's Q-Former) stays in float32.
-    Raises CheckpointError: nothing there, damaged, unknown format, or a weight missing or left over.
+    Those of transformers (CLIP, SigLIP, LLaVA, BLIP-2, InstructBLIP, causal LMs), open_clip, OpenAI's CLIP,
+    OpenFlamingo and the original LLaVA are told by their content, never by name. Loading is strict, runs no code and
+    verifies the manifest of our own folders. ``dtype`` casts the weights; what must not be cast (BLIP-2's Q-Former)
+    stays in float32.
+
+    Args:
+        vision, language: models that a checkpoint was trained with and does not hold.
+        tokenizer: a tokenizer's folder, or OpenAI's merge table, where a checkpoint comes without.
+        activation: of a CLIP whose weights do not tell it, ``quick_gelu`` or ``gelu``.
+
+    Raises CheckpointError: nothing there, damaged, unknown format, a weight missing or left over, or one of the
+    arguments missing or of no use.
     """
+    given = {"vision": vision, "language": language, "tokenizer": tokenizer, "activation": activation}
     folder = Path(path)
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(_nothing_here(Path(path)))
-    config = checkpoint.read_json(folder / "config.json")
-    if "format" not in config:
-        from isthmus.interop.folders import load_foreign
-
-        net, processor, forbidden = load_foreign(folder, config)
+    config = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    if config is None or "format" not in config:
+        net, processor, forbidden = _foreign(folder, config, given)
         return Model(_cast(net, dtype), processor, forbidden=forbidden).to(device)
+    useless = [name for name, value in given.items() if value is not None]
+    if useless:
+        raise CheckpointError(f"{folder} is a whole model of ours and needs no {useless[0]}: leave it out.")
+    return _own(folder, config, dtype).to(device)
+
+
+def _own(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> Model:
     if config["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']!r}; this version reads {FORMAT!r}.")
     files = checkpoint.read_folder(folder)
@@ -375,7 +397,25 @@ def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = N
         processor_from_dict(described, tokenizer, others),
         prompts=config.get("prompts"),
         forbidden=config.get("forbidden", ()),
-    ).to(device)
+    )
+
+
+def _foreign(path: Path, config: Mapping[str, Any] | None, given: Mapping[str, Any]) -> tuple[Any, Processor, Any]:
+    """Another code base's file or folder."""
+    from isthmus.interop import folders, origins
+
+    named = origins.Given(open=load, **given)
+    if path.is_file():
+        return origins.open_file(path, named)
+    if config is not None and "mm_vision_tower" in config:
+        return origins.open_original_llava(path, config, named)
+    of_open_clip = origins.open_clip_config(path) if path.is_dir() else None
+    if of_open_clip is not None:
+        return origins.open_clip_folder(path, of_open_clip, named)
+    if config is None:
+        raise CheckpointError(_nothing_here(path))
+    named.only(where=path)
+    return folders.load_foreign(path, config)
 
 
 def _cast(net: Any, dtype: torch.dtype | None) -> Any:
@@ -409,4 +449,4 @@ def _nothing_here(path: Path) -> str:
             )
         found = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "nothing"
         return f"{path} is not a model folder: it has no config.json (found: {found})."
-    return f"{path} is a file; a model is a folder with config.json and safetensors in it."
+    return f"{path} is neither a folder nor a file."

@@ -37,6 +37,11 @@ def load_foreign(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Processo
         return _llava(folder)
     if kind in ("blip-2", "instructblip"):
         return _blip2(folder)
+    if kind is not None and str(kind).endswith(("_vision_model", "_text_model")):
+        raise CheckpointError(
+            f"{folder} is one tower of a CLIP alone ({kind}); it is no model to ask. Open the whole model that it "
+            "belongs to."
+        )
     if kind is None:
         raise CheckpointError(f"{folder}/config.json names neither a format of ours nor a model_type of transformers.")
     return _language(folder)

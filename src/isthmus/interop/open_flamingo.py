@@ -13,6 +13,10 @@ from torch import Tensor
 
 from isthmus.errors import CheckpointError
 from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
+from isthmus.models.flamingo import FlamingoConfig
+from isthmus.nn.connectors.resampler import ResamplerConfig
+from isthmus.nn.gated import GatedConfig
+from isthmus.nn.vit import VisionConfig
 
 LAYERS = {
     "llama": "model.layers",
@@ -22,6 +26,46 @@ LAYERS = {
     "mpt": "transformer.blocks",
 }
 """Kind of language model -> where its decoder layers are."""
+
+
+_HEAD_WIDTH = 64
+"""Of every attention in open_flamingo; the tensors tell only heads times width."""
+
+
+def config_from_open_flamingo(
+    state: Mapping[str, Tensor], *, vision: VisionConfig, language: Mapping[str, Any], end_id: int, image_id: int
+) -> FlamingoConfig:
+    """The configuration that a checkpoint's shapes and layer numbers imply, for its encoder and language model.
+
+    Raises CheckpointError when the gated blocks do not stand at every n-th layer.
+    """
+    try:
+        inner = len(state["perceiver.layers.0.0.to_q.weight"])
+        resampler = ResamplerConfig(
+            layers=1 + max(int(n.split(".")[2]) for n in state if n.startswith("perceiver.layers.")),
+            latents=len(state["perceiver.latents"]),
+            heads=inner // _HEAD_WIDTH,
+            head_width=_HEAD_WIDTH,
+            frames=len(state.get("perceiver.frame_embs", ())),
+        )
+        gated = [n for n in state if n.endswith(".gated_cross_attn_layer.attn.to_q.weight")]
+        heads = len(state[gated[0]]) // _HEAD_WIDTH
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"this is no checkpoint of OpenFlamingo: {error} is not in it.") from error
+    places = sorted(int(n.split(".gated_cross_attn_layer.")[0].rpartition(".")[2]) for n in gated)
+    every = places[0] + 1
+    if places != [every * (n + 1) - 1 for n in range(len(places))]:
+        raise CheckpointError(f"OpenFlamingo's gated blocks stand before every n-th layer; here before {places}.")
+    return FlamingoConfig(
+        vision=vision,
+        language=language,
+        end_id=end_id,
+        image_id=image_id,
+        resampler=resampler,
+        xattn=GatedConfig(heads=heads, head_width=_HEAD_WIDTH),
+        every=every,
+        offset=every - 1,
+    )
 
 
 def trained_from_open_flamingo(checkpoint: Mapping[str, Any], net: Any) -> dict[str, Tensor]:

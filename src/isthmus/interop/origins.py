@@ -1,0 +1,232 @@
+"""Checkpoints of the original code bases: what is in a file or folder, told by its content, as a net and a processor.
+
+What such a checkpoint leaves out (a tokenizer, the frozen LM of OpenFlamingo, the base of a LoRA) is named by the user
+through :class:`Given`; an error says which argument is due, and one that nothing needs is an error too.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from isthmus.checkpoint import load_into, read_json
+from isthmus.config import plain
+from isthmus.data.clip_tokenizer import ClipTokenizer, load_tokenizer
+from isthmus.data.images import ImageTransform, Mode
+from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
+from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import CheckpointError
+from isthmus.interop.archives import read_archive, read_state, tensors_of
+from isthmus.interop.lora import merged_state
+from isthmus.interop.open_clip import clip_config_from_open_clip, clip_from_open_clip
+from isthmus.interop.open_flamingo import config_from_open_flamingo, trained_from_open_flamingo
+from isthmus.interop.openai import SCALARS, clip_config_from_openai, clip_from_openai
+from isthmus.interop.original_llava import llava_config_from_original, llava_from_original, projector_from_original
+from isthmus.models.clip import Clip, ClipConfig
+from isthmus.models.flamingo import Flamingo
+from isthmus.models.llava import Llava
+
+Opened = tuple[Any, Processor, tuple[int, ...]]
+"""Net, processor, ids that must never be generated."""
+
+_PROJECTOR, _TRAINED = "mm_projector.bin", "non_lora_trainables.bin"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What the user names beside a checkpoint, and ``open``, which loads a model folder of any kind.
+
+    ``vision`` and ``language`` are models; ``tokenizer`` a folder or OpenAI's merge table; ``activation`` that of a
+    CLIP whose weights do not tell it (``quick_gelu`` for weights trained by OpenAI's code, mostly ``gelu`` else).
+    """
+
+    open: Callable[[str | Path], Any]
+    vision: str | Path | None = None
+    language: str | Path | None = None
+    tokenizer: str | Path | None = None
+    activation: str | None = None
+
+    def need(self, name: str, where: Path, why: str) -> Any:
+        value = getattr(self, name)
+        if value is None:
+            raise CheckpointError(f"{where} {why}: give {name}=… (on the command line --{name}).")
+        return value
+
+    def only(self, *used: str, where: Path) -> None:
+        """Raises CheckpointError for an argument that this checkpoint has no use for."""
+        for field in fields(self):
+            if field.name not in ("open", *used) and getattr(self, field.name) is not None:
+                raise CheckpointError(f"{where} needs no {field.name}: leave it out.")
+
+
+def open_file(path: Path, given: Given) -> Opened:
+    """A single file: CLIP of OpenAI or open_clip, or what an OpenFlamingo run trained.
+
+    Raises CheckpointError: another kind of file, or something that must be given.
+    """
+    content = read_archive(path)
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content.get(wrapper), Mapping):
+            content = dict(content[wrapper])
+            break
+    state = {name.removeprefix("module."): value for name, value in content.items()}
+    if "visual.conv1.weight" in state:
+        return _openai(path, tensors_of(state, path), given)
+    if any(name.startswith("perceiver.") for name in state):
+        return _open_flamingo(path, tensors_of(state, path), given)
+    if any(name.startswith("Qformer.") for name in state):
+        raise CheckpointError(
+            f"{path} is a BLIP-2 of LAVIS. Its names are known (isthmus.interop.lavis), its sizes stand in LAVIS's own "
+            "configuration files: open the same model in transformers' form, which carries them."
+        )
+    near = ", ".join(list(state)[:3])
+    raise CheckpointError(f"{path} holds weights of no known layout (it begins with {near}).")
+
+
+def open_clip_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of an open_clip folder, whichever of its JSON files holds one."""
+    for file in sorted(folder.glob("*.json")):
+        values = read_json(file) if file.stat().st_size < 2**20 else {}
+        inner = values.get("model_cfg", values)
+        if isinstance(inner, Mapping) and "vision_cfg" in inner and "embed_dim" in inner:
+            return {**values, "model_cfg": dict(inner)}
+    return None
+
+
+def open_clip_folder(folder: Path, values: Mapping[str, Any], given: Given) -> Opened:
+    """A folder that open_clip pushes to the hub: configuration, weights, tokenizer."""
+    given.only("tokenizer", where=folder)
+    config = clip_config_from_open_clip(values["model_cfg"])
+    net = Clip(config)
+    load_into(net, clip_from_open_clip(read_state(folder), config), where=folder)
+    picture = values.get("preprocess_cfg", {})
+    base = ImageTransform.clip(config.vision.image_size)
+    image = ImageTransform(
+        size=config.vision.image_size,
+        mode=_resizing(picture.get("resize_mode", "shortest"), folder),
+        mean=tuple(picture.get("mean", base.mean)),
+        std=tuple(picture.get("std", base.std)),
+        resample=picture.get("interpolation", "bicubic"),
+    )
+    return net, _contrastive(folder, config, image, given), ()
+
+
+def _resizing(name: str, folder: Path) -> Mode:
+    modes: dict[str, Mode] = {"shortest": "square", "squash": "squash"}
+    if name not in modes:
+        raise CheckpointError(f"{folder}: open_clip's resize_mode {name!r} is not one of {', '.join(modes)}.")
+    return modes[name]
+
+
+def _openai(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
+    """OpenAI's own archives carry three sizes among the weights, and their code knows one activation."""
+    given.only("tokenizer", "activation", where=path)
+    own = any(name in state for name in SCALARS)
+    activation = given.activation or ("quick_gelu" if own else None)
+    if activation is None:
+        activation = given.need("activation", path, "does not tell its activation, quick_gelu or gelu")
+    weights = {name: value for name, value in state.items() if name not in SCALARS}
+    config = clip_config_from_openai(weights, activation=activation)
+    net = Clip(config)
+    load_into(net, clip_from_openai(weights, config), where=path)
+    image = ImageTransform.clip(config.vision.image_size)
+    return net, _contrastive(path, config, image, given), ()
+
+
+def _contrastive(where: Path, config: ClipConfig, image: ImageTransform, given: Given) -> ContrastiveProcessor:
+    folder = where if where.is_dir() else where.parent
+    named = given.tokenizer
+    if named is None and not any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt")):
+        given.need("tokenizer", where, "comes without a tokenizer (a folder, or bpe_simple_vocab_16e6.txt.gz)")
+    found = Path(named) if named is not None else folder
+    tokenizer = load_tokenizer(found) if found.is_dir() else ClipTokenizer.load(found)
+    if tokenizer.vocab_size > config.text.vocab_size:
+        raise CheckpointError(
+            f"{found} has {tokenizer.vocab_size:,} tokens and {where} rows for {config.text.vocab_size:,}: another "
+            "model's tokenizer."
+        )
+    return ContrastiveProcessor(tokenizer, image=image, context=config.text.context)
+
+
+def _open_flamingo(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
+    given.only("vision", "language", "tokenizer", where=path)
+    clip = given.open(given.need("vision", path, "holds no vision encoder"))
+    language = given.open(given.need("language", path, "holds no language model"))
+    own = load_tokenizer(given.tokenizer) if given.tokenizer is not None else language.processor.tokenizer
+    tokenizer = own.with_tokens(*NEW_TOKENS)
+    ids = {name: tokenizer.id_of(token) for name, token in zip(("end_id", "image_id"), NEW_TOKENS, strict=True)}
+    config = config_from_open_flamingo(
+        state, vision=clip.net.config.vision, language=plain(language.net.config)["language"], **ids
+    )
+    net = Flamingo(config)
+    tensors = {f"vision.{n}": t for n, t in clip.net.vision.state_dict().items()}
+    tensors |= {f"language.lm.{n}": t for n, t in language.net.language.lm.state_dict().items()}
+    tensors |= trained_from_open_flamingo(state, net)
+    head = language.net.language.lm.get_output_embeddings().weight
+    if net.language.new_rows.output is not None:
+        # Their runs train the input table only, so files know no such rows; a new row is the mean, as there.
+        mean = head.detach().float().mean(0).to(head.dtype)
+        tensors.setdefault("language.new_rows.output", mean.repeat(len(NEW_TOKENS), 1))
+    load_into(net, tensors, where=path)
+    processor = InterleaveProcessor(
+        tokenizer, clip.processor.image, template="open_flamingo", max_length=net.language.context or 2048
+    )
+    return net, processor, ()
+
+
+# The original LLaVA.
+
+
+def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -> Opened:
+    """A folder of haotian-liu/LLaVA: the whole model, a projector alone, or a LoRA with its side file."""
+    given.only("vision", "language", "tokenizer", where=folder)
+    partial = (folder / _PROJECTOR).is_file() or (folder / _TRAINED).is_file()
+    state, tower = (_base(folder, given) if partial else read_state(folder)), None
+    config = llava_config_from_original(values)
+    if given.vision is not None:
+        encoder = given.open(given.vision).net
+        config = llava_config_from_original(values, encoder.config.vision)
+        tower = encoder.vision.state_dict()
+    if partial:
+        ours = _completed(folder, config, state, tower, given)
+    else:
+        ours = llava_from_original(state, config, vision=tower)
+    net = Llava(config)
+    load_into(net, ours, where=folder)
+    pads = values.get("image_aspect_ratio") == "pad"
+    image = ImageTransform.clip(config.vision.image_size, "pad" if pads else "square")
+    found = Path(given.tokenizer or (given.language if partial else folder) or folder)
+    tokenizer: Tokenizer = load_tokenizer(found)
+    processor = SpliceProcessor(
+        tokenizer,
+        image=image,
+        template="vicuna_v1" if values.get("mm_projector_type", "linear") != "linear" else "llava_v1",
+        max_length=net.language.context or 2048,
+        num_tokens=net.num_tokens(image.size, image.size),
+    )
+    return net, processor, ()
+
+
+def _base(folder: Path, given: Given) -> dict[str, Tensor]:
+    """The language model that a projector or a LoRA belongs to, LoRA merged in, under transformers' names."""
+    base = Path(given.need("language", folder, "holds no language model, only what was trained beside it"))
+    return merged_state(given.open(base).net.language.lm.state_dict(), folder)
+
+
+def _completed(
+    folder: Path, config: Any, language: Mapping[str, Tensor], tower: Any, given: Given
+) -> dict[str, Tensor]:
+    if tower is None:
+        given.need("vision", folder, "holds no vision tower")
+    side = folder / (_TRAINED if (folder / _TRAINED).is_file() else _PROJECTOR)
+    connector = projector_from_original(tensors_of(read_archive(side), side), config)
+    parts = {"vision": tower, "connector": connector, "language.lm": language}
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def is_partial_llava(folder: Path) -> bool:
+    """A folder with a projector or a LoRA's side file and no weights of its own."""
+    return (folder / _PROJECTOR).is_file() or (folder / _TRAINED).is_file()
