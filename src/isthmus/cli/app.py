@@ -17,6 +17,10 @@ data_app = typer.Typer(help="Write, check and look at data.", no_args_is_help=Tr
 app.add_typer(data_app, name="data")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the facts to this file as JSON.")]
+Vision = Annotated[str | None, typer.Option(help="The vision encoder's model, where a checkpoint holds none.")]
+Language = Annotated[str | None, typer.Option(help="The language model, where a checkpoint holds none.")]
+Vocabulary = Annotated[str | None, typer.Option(help="A tokenizer's folder, where a checkpoint comes without.")]
+Activation = Annotated[str | None, typer.Option(help="quick_gelu or gelu, where a CLIP's weights do not tell.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value changes, e.g. stages.align.steps=100.")]
 
 
@@ -62,14 +66,19 @@ def train(
 
 @app.command()
 def show(
-    what: Annotated[str, typer.Argument(help="A recipe or a model folder.")],
+    what: Annotated[str, typer.Argument(help="A recipe, a model folder or a checkpoint file.")],
     overrides: Overrides = None,
+    vision: Vision = None,
+    language: Language = None,
+    tokenizer: Vocabulary = None,
+    activation: Activation = None,
     json_file: Json = None,
 ) -> None:
     """Parts, exact parameter counts, what each stage trains, tokens per image, the compute rule, memory."""
     from isthmus.cli.show import run
 
-    run(what, overrides or [], json_file)
+    given = {"vision": vision, "language": language, "tokenizer": tokenizer, "activation": activation}
+    run(what, overrides or [], json_file, {name: value for name, value in given.items() if value is not None})
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """``isthmus show``: what a recipe would build and train, or what a model folder holds."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,17 @@ from rich.table import Table
 from isthmus.errors import ConfigError, DataError, nearest
 
 
-def run(what: str, overrides: Sequence[str], json_file: Path | None) -> None:
-    """Show a model folder if ``what`` is one, else a recipe."""
+def run(what: str, overrides: Sequence[str], json_file: Path | None, given: Mapping[str, str] | None = None) -> None:
+    """Show a model's folder or file if ``what`` is one, else a recipe. ``given`` are further arguments of ``load``."""
     from isthmus.recipes.schema import shipped
 
     console = Console()
-    if Path(what).is_dir():
+    recipe = what in shipped() or Path(what).suffix in {".yaml", ".yml"}
+    if Path(what).exists() and not (recipe and Path(what).is_file()):
         if overrides:
-            raise ConfigError(f"{what} is a model folder; key=value changes recipes only.")
-        facts = _model(what, console)
-    elif what in shipped() or Path(what).suffix in {".yaml", ".yml"}:
+            raise ConfigError(f"{what} is a model; key=value changes recipes only.")
+        facts = _model(what, console, given or {})
+    elif recipe:
         facts = _recipe(what, overrides, console)
     else:
         raise ConfigError(
@@ -30,12 +31,12 @@ def run(what: str, overrides: Sequence[str], json_file: Path | None) -> None:
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _model(folder: str, console: Console) -> dict[str, Any]:
+def _model(folder: str, console: Console, given: Mapping[str, str]) -> dict[str, Any]:
     from isthmus.config import plain
     from isthmus.model import load
     from isthmus.recipes.facts import parts_of, visual_tokens
 
-    model = load(folder)
+    model = load(folder, **given)  # type: ignore[arg-type]
     parts, tokens = parts_of(model.net), visual_tokens(model.net)
     console.print(_parts(f"{folder}: {model.kind}", parts))
     held = sum(tensor.numel() * tensor.element_size() for tensor in model.net.state_dict().values())

@@ -28,6 +28,11 @@ def is_original_llava(config: Mapping[str, Any]) -> bool:
     return "mm_vision_tower" in config
 
 
+def is_known_tower(config: Mapping[str, Any]) -> bool:
+    """Is the tower that a config.json names one whose sizes are known here: OpenAI's two ViT-L/14?"""
+    return str(config.get("mm_vision_tower", "")).rstrip("/").rpartition("/")[2] in _TOWERS
+
+
 def llava_config_from_original(config: Mapping[str, Any], vision: VisionConfig | None = None) -> LlavaConfig:
     """From their config.json. ``vision`` is needed for a tower other than OpenAI's two ViT-L/14.
 

@@ -24,7 +24,12 @@ from isthmus.interop.lora import merged_state
 from isthmus.interop.open_clip import clip_config_from_open_clip, clip_from_open_clip
 from isthmus.interop.open_flamingo import config_from_open_flamingo, trained_from_open_flamingo
 from isthmus.interop.openai import SCALARS, clip_config_from_openai, clip_from_openai
-from isthmus.interop.original_llava import llava_config_from_original, llava_from_original, projector_from_original
+from isthmus.interop.original_llava import (
+    is_known_tower,
+    llava_config_from_original,
+    llava_from_original,
+    projector_from_original,
+)
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.flamingo import Flamingo
 from isthmus.models.llava import Llava
@@ -185,11 +190,14 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
     given.only("vision", "language", "tokenizer", where=folder)
     partial = (folder / _PROJECTOR).is_file() or (folder / _TRAINED).is_file()
     state, tower = (_base(folder, given) if partial else read_state(folder)), None
-    config = llava_config_from_original(values)
     if given.vision is not None:
         encoder = given.open(given.vision).net
         config = llava_config_from_original(values, encoder.config.vision)
         tower = encoder.vision.state_dict()
+    elif is_known_tower(values):
+        config = llava_config_from_original(values)
+    else:
+        config = given.need("vision", folder, f"was trained with the vision tower {values['mm_vision_tower']!r}")
     if partial:
         ours = _completed(folder, config, state, tower, given)
     else:
@@ -225,8 +233,3 @@ def _completed(
     connector = projector_from_original(tensors_of(read_archive(side), side), config)
     parts = {"vision": tower, "connector": connector, "language.lm": language}
     return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-
-
-def is_partial_llava(folder: Path) -> bool:
-    """A folder with a projector or a LoRA's side file and no weights of its own."""
-    return (folder / _PROJECTOR).is_file() or (folder / _TRAINED).is_file()
