@@ -55,6 +55,7 @@ def _clip(model: Source, shard_bytes: int) -> Export:
     if config.text.causal and config.text.pool == "eot" and config.text.eot_id == _LEGACY_EOT:
         state, config, tokenizer = last_eot(state, config, tokenizer)
     described = clip_config_to_hf(config)
+    described["text_config"]["bos_token_id"] = tokenizer.bos_id
     siglip = described["model_type"] == "siglip"
     weights = clip_to_hf(state, config)
     files = {
@@ -207,6 +208,8 @@ def _prompted(model: Source, losses: tuple[str, ...], shard_bytes: int) -> Expor
     tied = {f"language.{name}" for name in vocabulary_tables(net.language)} - set(state_tensors(net))
     config = replace(net.config, language=language)
     described = config_to_hf(config, image_token_id=token)
+    if seq2seq:  # their BLIP-2 lets the language model generate by its own configuration
+        described["text_config"]["decoder_start_token_id"] = processor.start_id
     weights = to_hf({name: tensor for name, tensor in state.items() if name not in tied}, config)
     owner = "InstructBlipProcessor" if config.instruct else "Blip2Processor"
     more = {"decoder_start_token_id": processor.start_id} if seq2seq else {}
