@@ -15,8 +15,9 @@ import os
 import shutil
 import socket
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -54,7 +55,16 @@ _ITEM_BYTES = {
     "C64": 8,
 }
 
-Content = bytes | str | Mapping[str, Any]
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A file of another project's kind: ``write(path)`` makes it, of about ``size`` bytes."""
+
+    write: Callable[[Path], object]
+    size: int
+
+
+Content = bytes | str | Mapping[str, Any] | Foreign
 """What a file may hold: bytes, text, a dict of tensors (under a name in ``.safetensors``) or a dict for JSON."""
 
 
@@ -156,7 +166,10 @@ def file_sha256(path: Path) -> str:
 _REPAIR = "Restore it from a copy, or remove the folder to go on without it."
 
 
-def _write_aside(aside: Path, files: Mapping[str, bytes | dict[str, Tensor]]) -> None:
+_Prepared = bytes | dict[str, Tensor] | Foreign
+
+
+def _write_aside(aside: Path, files: Mapping[str, _Prepared]) -> None:
     """Write and fsync every file, the manifest, and the folders that hold them."""
     aside.mkdir()
     entries: dict[str, dict[str, Any]] = {}
@@ -170,9 +183,11 @@ def _write_aside(aside: Path, files: Mapping[str, bytes | dict[str, Tensor]]) ->
         _sync(folder)
 
 
-def _write_file(path: Path, content: bytes | dict[str, Tensor]) -> None:
+def _write_file(path: Path, content: _Prepared) -> None:
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif isinstance(content, Foreign):
+        content.write(path)
     else:
         save_tensors(path, content)
     _sync(path)
@@ -238,8 +253,8 @@ def _safe_name(name: str) -> str:
     return str(pure)
 
 
-def _prepare(name: str, content: Content) -> bytes | dict[str, Tensor]:
-    if isinstance(content, bytes):
+def _prepare(name: str, content: Content) -> _Prepared:
+    if isinstance(content, bytes | Foreign):
         return content
     if isinstance(content, str):
         return content.encode()
@@ -248,9 +263,11 @@ def _prepare(name: str, content: Content) -> bytes | dict[str, Tensor]:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _size(content: bytes | dict[str, Tensor]) -> int:
+def _size(content: _Prepared) -> int:
     if isinstance(content, bytes):
         return len(content)
+    if isinstance(content, Foreign):
+        return content.size
     return sum(t.numel() * t.element_size() + 128 + len(name) for name, t in content.items())
 
 

@@ -157,10 +157,11 @@ class LanguageModel(nn.Module):
 
     def vocabulary_tables(self) -> tuple[str, ...]:
         """Names in this module's state dict of the tensors with one row per token: embedding and head."""
-        ends = (self.lm.get_input_embeddings(), self.lm.get_output_embeddings())
-        rows = len(ends[0].weight)
-        tables = {id(p) for end in ends if end is not None for p in end.parameters() if len(p) == rows}
-        return tuple(name for name, value in self.state_dict(keep_vars=True).items() if id(value) in tables)
+        return vocabulary_tables(self)
+
+    def plain_head(self) -> bool:
+        """Whether the logits are the output table applied to the last hidden state, and nothing more."""
+        return self._has_plain_head(self.embed(torch.zeros(1, 1, dtype=torch.long, device=self.lm.device)))
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, D). Raises DataError for an id outside the vocabulary."""
@@ -298,6 +299,14 @@ class LanguageModel(nn.Module):
                 f"{what or f'a row of {tokens} tokens'} passes the LM's context of {self.context} "
                 "positions. Shorten the rows (the processor's max_length) or max_new_tokens."
             )
+
+
+def vocabulary_tables(language: Any) -> tuple[str, ...]:
+    """Names in the state dict of an LM of ours of the tensors with one row per token: embedding and head."""
+    ends = (language.lm.get_input_embeddings(), language.lm.get_output_embeddings())
+    rows = len(ends[0].weight)
+    tables = {id(p) for end in ends if end is not None for p in end.parameters() if len(p) == rows}
+    return tuple(name for name, value in language.state_dict(keep_vars=True).items() if id(value) in tables)
 
 
 def library_config(config: Mapping[str, Any], known: Sequence[str] = ()) -> PreTrainedConfig:

@@ -126,7 +126,7 @@ class Model:
 
     def _continue(self, examples: Sequence[Example], batch_size: int, decoding: Mapping[str, Any]) -> list[list[int]]:
         """The new tokens of each example, the longest first to the net."""
-        settings = self._ended(Decoding(**decoding))
+        settings = self.ended(Decoding(**decoding))
         answers: list[list[int]] = [[]] * len(examples)
         order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
         with self._inference():
@@ -207,7 +207,7 @@ class Model:
                 return [float(x) for x in found]
             return [float(x) for x in self.net.score(collate(examples).to(self.device))]
 
-    def _ended(self, decoding: Decoding) -> Decoding:
+    def ended(self, decoding: Decoding) -> Decoding:
         """The decoding with this model's end of answer among the stops, and its other special tokens forbidden."""
         tokenizer = self.processor.tokenizer
         ends = {tokenizer.eos_id}

@@ -221,6 +221,34 @@ def chat(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A model: anything `isthmus.load` opens.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="isthmus, hf, openai, open_clip, original, lavis or open_flamingo.")],
+    replace: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
+    lossy: Annotated[bool, typer.Option(help="Leave out what the format has no place for.")] = False,
+    shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 5GB.")] = "5GB",
+    json_file: Json = None,
+) -> None:
+    """Write a model in another project's form; what that cannot hold is an error that names the field."""
+    from isthmus.cli.convert import run
+
+    run(source, destination, to, replace=replace, lossy=lossy, shard=shard_size, json_file=json_file)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A model: anything `isthmus.load` opens.")],
+    only: Annotated[list[str] | None, typer.Option(help="Only this contract (repeat for several).")] = None,
+    json_file: Json = None,
+) -> None:
+    """Contracts on any checkpoint: batch = single, cached = uncached, save = load, the picture matters, ..."""
+    from isthmus.cli.verify import run
+
+    run(model, json_file, only=only or [])
+
+
+@app.command()
 def doctor() -> None:
     """What is installed, what the machine can do, and the known traps (a torchvision that must not be there)."""
     from isthmus.cli.doctor import run

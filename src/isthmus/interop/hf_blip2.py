@@ -6,6 +6,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from isthmus.checkpoint import load_tensors, read_json
 from isthmus.errors import CheckpointError
+from isthmus.interop.export import must
 from isthmus.language import known_fields, weight_files
 from isthmus.models.blip2 import Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.vit import VisionConfig
 
+_WHO = "transformers' BLIP-2"
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 _LAYER = {
     "attention.attention.": "attn.",
@@ -138,6 +141,98 @@ def config_from_hf(config: Mapping[str, Any]) -> Blip2Config:
         embed_dim=config.get("image_text_hidden_size", 256),
         norm_eps=eps,
     )
+
+
+def to_hf(state: Mapping[str, Tensor], config: Blip2Config) -> dict[str, Tensor]:
+    """The inverse of :func:`from_hf`. ``Blip2ForImageTextRetrieval`` has no temperature and no LM head: they are left
+    out. Raises CheckpointError for a tensor without a name there."""
+    # The Q-Former's text side stands beside it in BLIP-2 and within it in InstructBLIP; the later entry wins.
+    rest = {ours: theirs for theirs, ours in reversed(_REST.items())}
+    if config.instruct:
+        rest |= {ours: theirs for theirs, ours in _REST.items() if theirs.startswith("qformer.embeddings.")}
+    layer = {ours: theirs for theirs, ours in _LAYER.items()}
+    block = {ours: theirs for theirs, ours in _BLOCK.items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name == "heads.temperature" or name.startswith("heads.lm_"):
+            continue
+        joint = re.fullmatch(r"vision\.blocks\.(\d+)\.attn\.([qkv])_proj\.(weight|bias)", name)
+        if joint:
+            if joint[2] == "q":
+                parts = [state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+                found[f"vision_model.encoder.layers.{joint[1]}.self_attn.qkv.{joint[3]}"] = torch.cat(parts)
+            continue
+        for pattern, prefix, table in (
+            (r"connector\.qformer\.layers\.(\d+)\.(.+)", "qformer.encoder.layer.{}.", layer),
+            (r"vision\.blocks\.(\d+)\.(.+)", "vision_model.encoder.layers.{}.", block),
+        ):
+            if inside := re.fullmatch(pattern, name):
+                found[prefix.format(inside[1]) + _theirs(inside[2], table, name)] = tensor
+                break
+        else:
+            single = name in ("vision.class_token", "vision.positions")
+            found[_theirs(name, rest, name)] = tensor.reshape(1, -1, tensor.shape[-1]) if single else tensor
+    return found
+
+
+def _theirs(tail: str, table: Mapping[str, str], name: str) -> str:
+    ours = max((prefix for prefix in table if tail.startswith(prefix)), key=len, default=None)
+    if ours is None:
+        raise CheckpointError(f"{name!r} has no name in transformers' BLIP-2.")
+    rest = tail.removeprefix(ours)
+    part, _, end = rest.partition(".")
+    attention = {mine: theirs for theirs, mine in _ATTENTION.items()}
+    return table[ours] + (f"{attention[part]}.{end}" if part in attention else rest)
+
+
+def config_to_hf(config: Blip2Config, *, image_token_id: int | None) -> dict[str, Any]:
+    """A config.json for what :func:`to_hf` wrote. Raises CheckpointError, naming the field, for what has no place."""
+    vision, qformer = config.vision, config.qformer
+    plain = replace(vision, pre_norm=False, patch_bias=True, post_norm="none", pool="none")
+    for field in ("pre_norm", "patch_bias", "post_norm"):
+        must(getattr(vision, field) == getattr(plain, field), f"vision.{field}", getattr(vision, field), _WHO, "another")
+    must(config.feature_layer % (vision.layers + 1) == vision.layers, "feature_layer", config.feature_layer, _WHO, "-1")
+    for field, value in (("vision.activation", vision.activation), ("qformer.activation", qformer.activation)):
+        must(value in ("gelu", "quick_gelu", "relu"), field, value, _WHO, "gelu, quick_gelu or relu")
+    represent = config.phase == "represent"
+    names = {"represent": "Blip2ForImageTextRetrieval", "instruct": "InstructBlipForConditionalGeneration"}
+    kind = "represent" if represent else "instruct" if config.instruct else "generate"
+    sides = {"model_type": "instructblip" if config.instruct else "blip-2"}
+    more = {} if config.instruct else {"use_qformer_text_input": represent}
+    return {
+        "architectures": [names.get(kind, "Blip2ForConditionalGeneration")],
+        "model_type": sides["model_type"],
+        "vision_config": {
+            "hidden_size": vision.width,
+            "intermediate_size": vision.mlp_width,
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_act": vision.activation,
+            "layer_norm_eps": vision.eps,
+            "qkv_bias": True,
+        },
+        "qformer_config": {
+            "vocab_size": qformer.vocab_size,
+            "hidden_size": qformer.width,
+            "num_hidden_layers": qformer.layers,
+            "num_attention_heads": qformer.heads,
+            "intermediate_size": qformer.mlp_width,
+            "hidden_act": qformer.activation,
+            "hidden_dropout_prob": qformer.dropout,
+            "attention_probs_dropout_prob": qformer.dropout,
+            "max_position_embeddings": qformer.positions,
+            "layer_norm_eps": qformer.eps,
+            "cross_attention_frequency": qformer.cross_every,
+            "encoder_hidden_size": qformer.vision_width,
+            **more,
+        },
+        "text_config": dict(config.language or {"model_type": "opt"}) if not represent else {"model_type": "opt"},
+        "num_query_tokens": qformer.queries,
+        "image_text_hidden_size": config.embed_dim,
+        "image_token_index": image_token_id,
+    }
 
 
 def read_blip2_folder(folder: Path) -> tuple[Blip2Config, dict[str, Tensor]]:

@@ -8,7 +8,8 @@ Models that take one placeholder per visual token (LLaVA and its kin) and causal
 embed. Nothing in a folder is executed and nothing is downloaded.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,39 @@ def load_peer(folder: str | Path, *, template: str = "vicuna_v1") -> "Peer":
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot open {folder}: {str(error).splitlines()[0]}"
         ) from error
+
+
+def open_class(folder: Path) -> Any:
+    """transformers' model of a folder by the class that its config.json names, in float32 and eval mode.
+
+    Raises CheckpointError when a tensor is missing there, left over or of another shape.
+    """
+    name = (read_json(folder / "config.json").get("architectures") or ["?"])[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise CheckpointError(f"{folder}: transformers {transformers.__version__} has no class {name}.")
+    with _quiet():
+        model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    wrong = {why: sorted(map(str, names)) for why, names in report.items() if names}
+    if wrong:
+        raise CheckpointError(f"{folder}: {name} does not take these weights as they are: {wrong}.")
+    return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The library's progress bar and advice off for a while: what is wrong is in its report."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _generator(folder: Path) -> Any:

@@ -1,0 +1,39 @@
+"""``isthmus convert``: a model in another project's form."""
+
+import json
+import re
+from pathlib import Path
+
+from rich.console import Console
+
+from isthmus.errors import ConfigError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def run(
+    source: str, destination: Path, to: str, *, replace: bool, lossy: bool, shard: str, json_file: Path | None
+) -> None:
+    """Open, write, and say what was written."""
+    from isthmus.interop.convert import write_model
+    from isthmus.model import load
+
+    size = byte_count(shard)
+    done = write_model(
+        load(source), destination, to, replace=replace, lossy=lossy, shard_bytes=size, origin=Path(source)
+    )
+    console = Console()
+    total = sum(done.files.values())
+    console.print(f"{done.folder}: {to}, {len(done.files)} files, {total / 1e6:,.1f} MB", highlight=False)
+    for loss in done.losses:
+        console.print(f"left out: {loss}", highlight=False, markup=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(done.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def byte_count(text: str) -> int:
+    """``5GB``, ``500 MB`` or a plain number. Raises ConfigError for anything else."""
+    found = re.fullmatch(r"([1-9]\d*)\s*(KB|MB|GB)?", text.strip().upper())
+    if found is None:
+        raise ConfigError(f"--shard-size {text!r} is no size: write 5GB, 500MB or a number of bytes.")
+    return int(found[1]) * _UNITS[found[2] or ""]

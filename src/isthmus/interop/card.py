@@ -1,0 +1,90 @@
+"""The model card of a converted model: what it is, how it was trained, what it scored, what it lost on the way."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import isthmus
+from isthmus.checkpoint import read_json
+from isthmus.interop.export import Export, Source
+
+_TASKS = {
+    "clip": "zero-shot-image-classification",
+    "lm": "text-generation",
+    "llava": "image-text-to-text",
+    "flamingo": "image-text-to-text",
+    "blip2": "image-to-text",
+}
+_NAMES = {"clip": "CLIP", "lm": "Language model", "llava": "LLaVA", "flamingo": "Flamingo", "blip2": "BLIP-2"}
+
+
+def card(model: Source, export: Export, to: str, origin: Path | None) -> str:
+    """README.md. ``origin`` is where the model was opened: its recipe and scores are told where it has them."""
+    head = {"library_name": "transformers" if to == "hf" else "isthmus", "pipeline_tag": _TASKS[model.kind]}
+    lines = [
+        "---",
+        yaml.safe_dump(head | {"tags": ["isthmus", model.kind]}, sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {_NAMES[model.kind]}, in the format `{to}`",
+        "",
+        f"Written by isthmus {isthmus.__version__} (`isthmus convert --to {to}`). Open it with",
+        "",
+        f"    {export.opens}",
+        "",
+        "| part | parameters |",
+        "|---|---:|",
+        *(f"| {part} | {count:,} |" for part, count in _parts(model.net).items()),
+        "",
+        f"Text template: `{getattr(model.processor, 'template', getattr(model.processor, 'kind', '-'))}`.",
+    ]
+    if export.losses:
+        lines += ["", "Not in this format:", "", *(f"- {loss}" for loss in export.losses)]
+    if origin is not None:
+        lines += _training(origin) + _scores(origin)
+    return "\n".join(lines) + "\n"
+
+
+def _parts(net: Any) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, parameter in net.named_parameters():
+        part = name.split(".")[0]
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
+
+
+def _training(origin: Path) -> list[str]:
+    """The stages of the recipe that lies in a run or model folder."""
+    file = next((f for f in (origin / "model" / "recipe.yaml", origin / "recipe.yaml") if f.is_file()), None)
+    if file is None:
+        return []
+    recipe: Mapping[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    lines = ["", "## Training", "", *([str(recipe["about"]), ""] if recipe.get("about") else [])]
+    lines += ["| stage | budget | trained | data |", "|---|---|---|---|"]
+    for entry in recipe.get("stages", ()):
+        stage = entry.get("stage", entry)
+        budget = f"{stage['steps']:,} steps" if stage.get("steps") else f"{stage.get('samples') or 0:,} samples"
+        patterns = ", ".join(f"`{group['pattern']}`" for group in stage.get("train", ()))
+        lines.append(f"| {stage['name']} | {budget} | {patterns} | {_data(entry.get('data', ()))} |")
+    return lines
+
+
+def _data(sources: Sequence[Mapping[str, Any]]) -> str:
+    """Kinds of sources with what is not a path on somebody's disk."""
+    told = []
+    for source in sources:
+        facts = [f"{k} {v}" for k, v in source.items() if k in ("form", "split", "count", "weight") and v is not None]
+        told.append(" ".join([str(source.get("kind", "data")), *facts]))
+    return "; ".join(told)
+
+
+def _scores(origin: Path) -> list[str]:
+    rows = []
+    run = origin.parent if origin.name == "model" else origin
+    for file in sorted(run.glob("eval/*/scores.json")):
+        scores = read_json(file)
+        told = ", ".join(f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, int | float))
+        rows.append(f"| {scores.get('task', file.parent.name)} | {told} |")
+    return ["", "## Scores", "", "| task | scores (fractions) |", "|---|---|", *rows] if rows else []

@@ -1,0 +1,105 @@
+"""Writing a model in another project's form: ``isthmus convert``.
+
+Which kind of model goes into which format is one table; each writer turns a model into the files of a folder, which is
+then written whole or not at all. What a format has no place for is refused, or lost only when that is asked for.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from isthmus.checkpoint import write_folder
+from isthmus.errors import CheckpointError, ConfigError, nearest
+from isthmus.interop.card import card
+from isthmus.interop.export import Export, Source
+
+FORMATS = ("isthmus", "hf", "openai", "open_clip", "original", "lavis", "open_flamingo")
+
+_WRITERS = {
+    "hf": "export_hf:hf_export",
+    "openai": "export_original:openai_export",
+    "open_clip": "export_original:open_clip_export",
+    "original": "export_original:original_llava_export",
+    "lavis": "export_original:lavis_export",
+    "open_flamingo": "export_original:open_flamingo_export",
+}
+_KINDS = {
+    "openai": ("clip",),
+    "open_clip": ("clip",),
+    "original": ("llava",),
+    "lavis": ("blip2",),
+    "open_flamingo": ("flamingo",),
+}
+"""Formats that hold one kind of model only; ``hf`` says itself what it has no class for."""
+
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """Where the model went, its files in bytes by name, and what was lost."""
+
+    folder: Path
+    files: dict[str, int]
+    losses: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        return {"folder": str(self.folder), "files": self.files, "losses": list(self.losses)}
+
+
+def write_model(
+    model: Source,
+    folder: str | Path,
+    to: str,
+    *,
+    replace: bool = False,
+    lossy: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    origin: str | Path | None = None,
+) -> Converted:
+    """Write ``model`` as a folder of the format ``to``, atomically, with a model card.
+
+    Args:
+        replace: an existing folder may be replaced; else it is an error.
+        lossy: what the format has no place for may be left out; else it is an error that names it.
+        shard_bytes: safetensors larger than this are written in several files.
+        origin: where the model was opened; the card tells of the recipe and scores found there.
+
+    Raises ConfigError for an unknown format, CheckpointError where it cannot hold the model (naming the field) and
+    where the folder cannot be written.
+    """
+    folder = Path(folder)
+    if to not in FORMATS:
+        raise ConfigError(f"unknown format {to!r}; {nearest(to, FORMATS)}")
+    kinds = _KINDS.get(to)
+    if kinds is not None and model.kind not in kinds:
+        raise CheckpointError(f"The format {to} holds models of kind {', '.join(kinds)}; kind here is {model.kind!r}.")
+    if folder.exists() and not replace:
+        raise CheckpointError(f"{folder} exists already and is never written over unless you say so (--replace).")
+    place = Path(origin) if origin is not None else None
+    if to == "isthmus":
+        whole = Export(files={}, opens="isthmus.load(FOLDER)")
+        model.save(folder, extra={**_recipe(place), "README.md": card(model, whole, to, place)}, replace=replace)
+        return Converted(folder, _sizes(folder), ())
+    module, _, name = _WRITERS[to].partition(":")
+    writer: Callable[..., Export] = getattr(import_module(f"isthmus.interop.{module}"), name)
+    export = writer(model, shard_bytes=shard_bytes)
+    if export.losses and not lossy:
+        raise CheckpointError(
+            f"The format {to} has no place for: {'; '.join(export.losses)}. Give --lossy to write the model without."
+        )
+    write_folder(folder, {**export.files, "README.md": card(model, export, to, place)}, replace=replace)
+    return Converted(folder, _sizes(folder), export.losses)
+
+
+def _recipe(origin: Path | None) -> dict[str, str]:
+    """The recipe that came with the model goes along."""
+    if origin is None:
+        return {}
+    file = next((f for f in (origin / "model" / "recipe.yaml", origin / "recipe.yaml") if f.is_file()), None)
+    return {} if file is None else {"recipe.yaml": file.read_text(encoding="utf-8")}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}

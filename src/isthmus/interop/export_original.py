@@ -1,0 +1,264 @@
+"""A model in the form of the code that first published its kind: OpenAI's CLIP, open_clip, LLaVA, LAVIS, OpenFlamingo.
+
+Where that code has a size or a rule fixed, a model with another one is refused by the name of the field. Files that
+torch.save writes hold plain tensors only.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from isthmus.checkpoint import Content
+from isthmus.data.images import ImageTransform
+from isthmus.interop.export import Export, Source, common_dtype, must, pickled, shards
+from isthmus.interop.export_hf import last_eot, language_files, language_tensors
+from isthmus.interop.hf_clip import vision_config_to_hf, vision_to_hf
+from isthmus.interop.hf_files import image_processor, tokenizer_files
+from isthmus.interop.hf_llava import part_of
+from isthmus.interop.lavis import NORM_EPS, to_lavis
+from isthmus.interop.open_clip import clip_to_open_clip
+from isthmus.interop.open_flamingo import LAYERS, trained_to_open_flamingo
+from isthmus.interop.openai import clip_to_openai
+from isthmus.interop.original_llava import llava_to_original
+from isthmus.models.clip import ClipConfig
+from isthmus.models.llava import LlavaConfig
+from isthmus.nn.connectors.resampler import ResamplerConfig
+from isthmus.nn.gated import GatedConfig
+from isthmus.nn.vit import VisionConfig
+
+TOWER = "vision_tower"
+
+
+# CLIP.
+
+
+def openai_export(model: Source, *, shard_bytes: int) -> Export:
+    """``model.pt``: a state dict that ``clip.load`` builds a model from; their code fixes all but the sizes."""
+    config, who = model.net.config, "OpenAI's CLIP"
+    _cosine_clip(config, who)
+    for name, tower in (("vision", config.vision), ("text", config.text)):
+        must(tower.activation == "quick_gelu", f"{name}.activation", tower.activation, who, "quick_gelu")
+        must(tower.heads * 64 == tower.width, f"{name}.heads", tower.heads, who, f"width / 64 = {tower.width / 64:g}")
+        must(tower.mlp_width == 4 * tower.width, f"{name}.mlp_width", tower.mlp_width, who, "4 · width")
+        must(tower.eps == 1e-5, f"{name}.eps", tower.eps, who, "1e-5")
+    must(config.init_bias is None, "init_bias", config.init_bias, who, "none")
+    state, tokenizer = model.net.state_dict(), model.processor.tokenizer
+    if config.text.pool == "eot" and config.text.eot_id != tokenizer.vocab_size - 1:
+        state, config, tokenizer = last_eot(state, config, tokenizer)
+    files = {"model.pt": pickled(clip_to_openai(state, config)), **_clip_tokenizer(tokenizer, config)}
+    return Export(
+        files=files,
+        losses=_published_transform(model.processor.image, ImageTransform.clip(config.vision.image_size)),
+        opens="clip.load('FOLDER/model.pt', jit=False)",
+    )
+
+
+def open_clip_export(model: Source, *, shard_bytes: int) -> Export:
+    """The folder that open_clip pushes to the hub and opens by ``local-dir:FOLDER``."""
+    config, image, who = model.net.config, model.processor.image, "open_clip"
+    _cosine_clip(config, who)
+    vision, text = config.vision, config.text
+    must(vision.activation == text.activation, "text.activation", text.activation, who, "the vision tower's")
+    must(vision.activation in ("gelu", "quick_gelu"), "vision.activation", vision.activation, who, "gelu or quick_gelu")
+    must(image.mode in ("square", "squash"), "processor.image.mode", image.mode, who, "square or squash")
+    described = {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": vision.activation == "quick_gelu",
+        "init_logit_scale": config.init_scale,
+        **({} if config.init_bias is None else {"init_logit_bias": config.init_bias}),
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "width": vision.width,
+            "layers": vision.layers,
+            "head_width": vision.width // vision.heads,
+            "mlp_ratio": vision.mlp_width / vision.width,
+            **({} if vision.pre_norm else {"no_ln_pre": True}),
+            **({} if vision.eps == 1e-5 else {"norm_kwargs": {"eps": vision.eps}}),
+        },
+        "text_cfg": {
+            "context_length": text.context,
+            "vocab_size": text.vocab_size,
+            "width": text.width,
+            "layers": text.layers,
+            "heads": text.heads,
+            "mlp_ratio": text.mlp_width / text.width,
+            "pad_id": text.pad_id,
+            **({"pool_type": "eos", "eos_id": text.eot_id} if text.pool == "eot" else {}),
+            **({"proj_bias": True} if config.text_projection_bias else {}),
+            **({} if text.eps == 1e-5 else {"norm_kwargs": {"eps": text.eps}}),
+        },
+    }
+    preprocess = {
+        "mean": list(image.mean),
+        "std": list(image.std),
+        "interpolation": image.resample,
+        "resize_mode": "shortest" if image.mode == "square" else "squash",
+    }
+    files = {
+        "open_clip_config.json": {"model_cfg": described, "preprocess_cfg": preprocess},
+        "open_clip_model.safetensors": clip_to_open_clip(model.net.state_dict(), config),
+        **_clip_tokenizer(model.processor.tokenizer, config),
+    }
+    return Export(files=files, opens="open_clip.create_model_and_transforms('local-dir:FOLDER')")
+
+
+def _cosine_clip(config: ClipConfig, who: str) -> None:
+    must(config.similarity == "cosine", "similarity", config.similarity, who, "cosine")
+    must(config.vision.class_token, "vision.class_token", config.vision.class_token, who, "true (SigLIP is timm's there)")
+
+
+def _clip_tokenizer(tokenizer: Any, config: ClipConfig) -> dict[str, Content]:
+    return tokenizer_files(tokenizer, begin=True, end=True, context=config.text.context)
+
+
+def _published_transform(image: ImageTransform, own: ImageTransform) -> tuple[str, ...]:
+    """The image transform is part of their code: say it where ours is another."""
+    same = image == own
+    return () if same else (f"processor.image {image.to_dict()}: their code has its own, {own.to_dict()}",)
+
+
+# LLaVA.
+
+
+def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
+    """A folder of haotian-liu/LLaVA: the whole model with its tower, and the tower alone in a folder of its own."""
+    config, image, who = model.net.config, model.processor.image, "the original LLaVA"
+    bases = {"llama": "llava_llama", "mistral": "llava_mistral"}
+    kind = config.language["model_type"]
+    must(kind in bases, "language.model_type", kind, who, " or ".join(bases))
+    must(isinstance(config.feature_layer, int), "feature_layer", config.feature_layer, who, "one number")
+    must(":" not in config.projector, "projector", config.projector, who, "linear or mlpNx_gelu")
+    must(image.mode in ("square", "pad"), "processor.image.mode", image.mode, who, "square or pad")
+    tower = vision_config_to_hf(config.vision)
+    must(tower["model_type"] == "clip_vision_model", "vision", tower["model_type"], who, "a tower of CLIP")
+    state = model.net.state_dict()
+    weights = llava_to_original(state, config)
+    if config.language.get("tie_word_embeddings"):
+        weights.pop("lm_head.weight")
+    tower_weights = vision_to_hf(part_of(state, "vision."), config.vision, prefix="vision_model.")
+    files = {
+        "config.json": {
+            **_original_config(model, config, bases[kind]),
+            "torch_dtype": common_dtype(list(weights.values())),
+        },
+        "generation_config.json": {"eos_token_id": model.processor.tokenizer.eos_id, "do_sample": False},
+        **shards(weights, shard_bytes),
+        **tokenizer_files(
+            model.processor.tokenizer, begin=True, end=False, context=model.net.language.context, side="right"
+        ),
+        f"{TOWER}/config.json": {**tower, "architectures": ["CLIPVisionModel"]},
+        f"{TOWER}/preprocessor_config.json": image_processor(ImageTransform.clip(config.vision.image_size)),
+        f"{TOWER}/model.safetensors": tower_weights,
+    }
+    own = ImageTransform.clip(config.vision.image_size, image.mode)
+    return Export(
+        files=files,
+        losses=_published_transform(image, own),
+        opens="llava.model.builder.load_pretrained_model('FOLDER', None, 'llava-own')",
+    )
+
+
+def _original_config(model: Source, config: LlavaConfig, kind: str) -> dict[str, Any]:
+    known = {
+        "openai/clip-vit-large-patch14-336": VisionConfig.vit_l_14_336(),
+        "openai/clip-vit-large-patch14": VisionConfig.vit_l_14(),
+    }
+    return {
+        **config.language,
+        "architectures": ["LlavaLlamaForCausalLM" if kind == "llava_llama" else "LlavaMistralForCausalLM"],
+        "model_type": kind,
+        "mm_vision_tower": next((name for name, tower in known.items() if tower == config.vision), TOWER),
+        # Their code then reads the tower out of these weights instead of keeping the named one's.
+        "unfreeze_mm_vision_tower": True,
+        "mm_hidden_size": config.feature_width,
+        "mm_projector_type": config.projector,
+        "mm_vision_select_layer": config.feature_layer,
+        "mm_vision_select_feature": config.feature_select,
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": "pad" if model.processor.image.mode == "pad" else "square",
+        "tokenizer_model_max_length": model.processor.max_length,
+        "tokenizer_padding_side": "right",
+    }
+
+
+# BLIP-2.
+
+
+def lavis_export(model: Source, *, shard_bytes: int) -> Export:
+    """``model.pth`` with ``{"model": state dict}``, the LM included, and both tokenizers."""
+    config, tokenizer, who = model.net.config, model.processor.tokenizer, "LAVIS"
+    vision = config.vision
+    for field, value, allowed in (
+        ("vision.pre_norm", vision.pre_norm, False),
+        ("vision.patch_bias", vision.patch_bias, True),
+        ("vision.post_norm", vision.post_norm, "none"),
+        ("vision.activation", vision.activation, "gelu"),
+        ("vision.eps", vision.eps, 1e-6),
+        ("qformer.activation", config.qformer.activation, "gelu"),
+        ("qformer.eps", config.qformer.eps, 1e-12),
+    ):
+        must(value == allowed, field, value, who, repr(allowed))
+    kind = "opt" if config.language is None or config.phase == "represent" else config.language["model_type"]
+    must(kind in ("opt", "t5", "llama"), "language.model_type", kind, who, "opt, t5 or llama")
+    losses = []
+    if config.norm_eps != NORM_EPS:
+        losses.append(f"norm_eps {config.norm_eps:g}: there it is {NORM_EPS:g}; answers differ in the last digits")
+    files: dict[str, Content] = {
+        "model.pth": pickled({"model": to_lavis(model.net.state_dict(), kind)}),
+        **tokenizer.files(),
+    }
+    for name, other in getattr(model.processor, "others", {}).items():
+        files |= {f"{name}/{file}": text for file, text in other.files().items()}
+    return Export(files=files, losses=tuple(losses), opens="lavis' load_checkpoint('FOLDER/model.pth')")
+
+
+# Flamingo.
+
+
+def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
+    """``checkpoint.pt`` of what is trained, the new tokens' rows merged into the embedding table, and the two frozen
+    parts in transformers' form: ``lang_encoder`` and ``vision_encoder``."""
+    net, who = model.net, "OpenFlamingo"
+    config = net.config
+    kind = config.language["model_type"]
+    must(kind in LAYERS, "language.model_type", kind, who, ", ".join(LAYERS))
+    must(config.media == "previous", "media", config.media, who, "'previous'")
+    must(config.offset == config.every - 1, "offset", config.offset, who, f"every - 1 = {config.every - 1}")
+    own, theirs = ResamplerConfig.open_flamingo(), GatedConfig.open_flamingo()
+    for name, part, fixed in (("resampler", config.resampler, own), ("xattn", config.xattn, theirs)):
+        for field in _fields(fixed):
+            value, allowed = getattr(part, field), getattr(fixed, field)
+            must(value == allowed, f"{name}.{field}", value, who, repr(allowed))
+    lm = language_tensors(net.language.lm)
+    tower = vision_to_hf(part_of(net.state_dict(), "vision."), config.vision, prefix="vision_model.")
+    files: dict[str, Content] = {
+        "checkpoint.pt": pickled(trained_to_open_flamingo(net)),
+        **{f"lang_encoder/{name}": content for name, content in language_files(model, lm).items()},
+        **{f"lang_encoder/{name}": content for name, content in shards(lm, shard_bytes).items()},
+        "vision_encoder/config.json": {
+            **vision_config_to_hf(config.vision),
+            "architectures": ["CLIPVisionModel"],
+            "torch_dtype": common_dtype(list(tower.values())),
+        },
+        "vision_encoder/model.safetensors": tower,
+        "vision_encoder/preprocessor_config.json": image_processor(model.processor.image),
+        "open_flamingo.json": {
+            "lang_encoder_path": "lang_encoder",
+            "tokenizer_path": "lang_encoder",
+            "cross_attn_every_n_layers": config.every,
+            "decoder_layers_attr_name": LAYERS[kind],
+        },
+    }
+    return Export(
+        files=files,
+        opens="open_flamingo.create_model_and_transforms(...), then load_state_dict('checkpoint.pt', strict=False)",
+    )
+
+
+def _fields(config: Any) -> Mapping[str, Tensor]:
+    return config.__dataclass_fields__

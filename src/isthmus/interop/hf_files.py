@@ -1,0 +1,173 @@
+"""The files beside the weights of a transformers folder: image processor, tokenizer, chat template, decoding.
+
+Each says what our processor does, so that a prompt made by transformers has the ids, and a picture the pixels, that the
+model was trained on.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import processors
+
+from isthmus.checkpoint import Content
+from isthmus.data.clip_tokenizer import ClipTokenizer
+from isthmus.data.images import ImageTransform
+from isthmus.data.record import Record, Text
+from isthmus.data.text import TEMPLATES, render
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import CheckpointError
+from isthmus.interop.export import Source, must
+from isthmus.language import Decoding
+
+CHAT_TEMPLATE = "chat_template.jinja"
+_PROCESSORS = {"square": "CLIPImageProcessor", "pad": "LlavaImageProcessor", "squash": "BlipImageProcessor"}
+_RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+"""Pillow's numbers."""
+
+
+def image_processor(transform: ImageTransform | None) -> dict[str, Any]:
+    """A preprocessor_config.json. Raises CheckpointError for a mode that no processor of transformers has."""
+    must(transform is not None, "processor.image", None, "transformers", "an image transform")
+    assert transform is not None
+    must(transform.mode in _PROCESSORS, "processor.image.mode", transform.mode, "transformers", "square, pad or squash")
+    side = {"height": transform.size, "width": transform.size}
+    crops = transform.mode != "squash"
+    return {
+        "image_processor_type": _PROCESSORS[transform.mode],
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": transform.size} if crops else side,
+        "resample": _RESAMPLE[transform.resample],
+        **({"do_center_crop": True, "crop_size": side} if crops else {}),
+        **({"do_pad": True} if transform.mode == "pad" else {}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(transform.mean),
+        "image_std": list(transform.std),
+    }
+
+
+def tokenizer_files(
+    tokenizer: Tokenizer, *, begin: bool, end: bool, context: int | None, side: str = "right", **more: Any
+) -> dict[str, Content]:
+    """tokenizer.json and its configuration; beginning- and end-of-sequence come by themselves as asked for.
+
+    ``side`` is where batches are padded. CLIP's own tokenizer has its two files, and both ends anyway.
+    """
+    files = tokenizer.files()
+    config = json.loads(files["tokenizer_config.json"])
+    if not isinstance(tokenizer, ClipTokenizer):
+        files["tokenizer.json"] = _framed(tokenizer, begin=begin, end=end).to_str()
+    config |= {"padding_side": side, "model_max_length": context or int(1e30), **more}
+    return {**files, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+
+
+def _framed(tokenizer: Tokenizer, *, begin: bool, end: bool) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    first = backend.id_to_token(tokenizer.bos_id) if begin and tokenizer.bos_id is not None else None
+    last = backend.id_to_token(tokenizer.eos_id) if end else None
+    frame = [token for token in (first, "$A", last) if token]
+    specials = [(token, backend.token_to_id(token)) for token in (first, last) if token]
+    backend.post_processor = processors.TemplateProcessing(single=frame, pair=[*frame, "$B"], special_tokens=specials)  # type: ignore[assignment]
+    return backend
+
+
+def swapped(tokenizer: Tokenizer, one: int, other: int) -> Tokenizer:
+    """The tokenizer with two ids exchanged. Raises CheckpointError for a vocabulary without a table of names."""
+    tree = json.loads(tokenizer.backend.to_str())
+    vocab = tree["model"].get("vocab")
+    if not isinstance(vocab, dict):
+        raise CheckpointError("the ids of this tokenizer cannot be exchanged: its vocabulary is not a table of names.")
+    new = {one: other, other: one}
+    tree["model"]["vocab"] = {token: new.get(number, number) for token, number in vocab.items()}
+    for token in tree["added_tokens"]:
+        token["id"] = new.get(token["id"], token["id"])
+    tree["added_tokens"].sort(key=lambda token: token["id"])
+    tree["post_processor"] = None  # it holds ids too; a new one is written with the folder
+    names = {name.removesuffix("_token"): token for name, token in tokenizer.specials.items()}
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(tree)), **names)  # type: ignore[arg-type]
+
+
+def generation_config(model: Source, *, forbidden: Sequence[int] = (), **more: Any) -> dict[str, Any]:
+    """Greedy decoding that stops where our model stops and never says what it never says."""
+    decoding = model.ended(Decoding())
+    tokenizer = model.processor.tokenizer
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": sorted(decoding.stop_ids),
+        "pad_token_id": tokenizer.pad_id,
+        "suppress_tokens": sorted({*decoding.forbidden_ids, *forbidden}),
+        "do_sample": False,
+        "max_new_tokens": decoding.max_new_tokens,
+        **more,
+    }
+
+
+# Chat templates.
+
+_TEXT = (
+    "{%- macro said(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
+    "{%- if part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+)
+_PICTURES = (
+    "{%- if message['content'] is not string -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] in ('image', 'image_url') -%}{%- set seen.n = seen.n + 1 -%}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+)
+
+
+def chat_template(name: str) -> str | None:
+    """One of :data:`isthmus.data.text.TEMPLATES` in Jinja for the messages form; none where it has no conversation.
+
+    Beginning-of-sequence is not in it: the tokenizer puts it in front, and twice would be once too often.
+    """
+    if name not in TEMPLATES or name == "document":
+        return None
+    if name == "plain":
+        return (
+            "{%- for message in messages -%}{%- if message['content'] is not string -%}"
+            "{%- for part in message['content'] -%}{%- if part['type'] in ('image', 'image_url') -%}<image>"
+            "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endfor -%}"
+        )
+    opening = json.dumps(_opening(name))
+    return (
+        f"{_TEXT}{{%- set own = namespace(system={opening}, seen='') -%}}"
+        "{%- for message in messages if message['role'] == 'system' -%}"
+        "{%- set own.seen = own.seen + said(message['content']) -%}{%- endfor -%}"
+        "{%- if own.seen -%}{%- set own.system = own.seen + ' ' -%}{%- endif -%}{{- own.system -}}"
+        "{%- for message in messages if message['role'] != 'system' -%}{%- set text = said(message['content']) -%}"
+        "{%- if message['role'] == 'user' -%}{{- 'USER: ' -}}{%- set seen = namespace(n=0) -%}" + _PICTURES + "{%- if seen.n -%}{%- set text = text | trim -%}"
+        "{{- (['<image>'] * seen.n) | join('\\n') -}}{%- if text -%}{{- '\\n' -}}{%- endif -%}{%- endif -%}"
+        "{{- text -}}{%- if not loop.last or add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}"
+        "{%- else -%}{{- ' ' + text + eos_token -}}{%- endif -%}{%- endfor -%}"
+    )
+
+
+def _opening(name: str) -> str:
+    """What a template says before the first turn."""
+    asked = Record(id="", parts=(Text("?", role="user"),))
+    return str(render(asked, name, prompt=True)).removesuffix("USER: ? ASSISTANT:")
+
+
+def template_named(text: str) -> str | None:
+    """The name of the template whose Jinja this is; none for another one."""
+    return next((name for name in TEMPLATES if chat_template(name) == text.strip()), None)
+
+
+def question_template(question: str, *, clean: bool) -> str:
+    """BLIP-2's form of a question in Jinja, pictures apart (the processor puts them in front)."""
+    before, after = (json.dumps(part) for part in question.split("{}", 1))
+    tidy = "{%- set text = text | trim -%}"
+    if clean:
+        marks = "".join(f" | replace({json.dumps(mark)}, '')" for mark in '.!"()*#:;~')
+        tidy = "{%- set text = (text | lower" + marks + ").split()[:50] | join(' ') -%}"
+    return (
+        f"{_TEXT}{{%- for message in messages if message['role'] != 'system' -%}}"
+        "{%- set text = said(message['content']) -%}{%- set gap = '' if loop.first else ' ' -%}"
+        f"{{%- if message['role'] == 'user' -%}}{tidy}{{{{- gap + {before} + text + {after} -}}}}"
+        "{%- else -%}{{- gap + text | trim -}}{%- endif -%}{%- endfor -%}"
+    )
+

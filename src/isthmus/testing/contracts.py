@@ -1,0 +1,279 @@
+"""``isthmus verify``: contracts on any checkpoint, each with the largest difference seen and what is allowed.
+
+A contract answers with a :class:`Row`. The same ones run on the tiny random models of the tests, and on models that are
+broken on purpose, which must fail.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from isthmus.batch import Tokens
+from isthmus.data.collate import collate
+from isthmus.errors import CheckpointError, ConfigError, IsthmusError, nearest
+from isthmus.interop.convert import write_model
+from isthmus.model import load
+from isthmus.stage import Group, Stage, apply_stage, named_parameters, set_modes
+from isthmus.testing import probe
+from isthmus.testing.peer import CLASSES, compare
+from isthmus.training.gradient import backward
+from isthmus.training.optim import build_optimizer, open_parameters
+from isthmus.training.proof import frozen_tensors
+
+Verdict = Literal["pass", "FAIL", "n/a"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contract's outcome. ``difference`` is the largest one seen, none where nothing is compared by size."""
+
+    name: str
+    verdict: Verdict
+    told: str
+    difference: float | None = None
+    tolerance: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify(model: Any, *, only: Sequence[str] = ()) -> list[Row]:
+    """Every contract (or those named) on a loaded model; it is left as it was. Raises ConfigError for a name that is
+    none. A contract in which the model raises an error has failed with that error."""
+    for name in only:
+        if name not in CONTRACTS:
+            raise ConfigError(f"there is no contract {name!r}; {nearest(name, CONTRACTS)}")
+    rows = []
+    for name, contract in CONTRACTS.items():
+        if only and name not in only:
+            continue
+        try:
+            found = contract(model)
+        except (IsthmusError, RuntimeError, ValueError) as error:
+            found = _Outcome("FAIL", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        rows.append(Row(name, found.verdict, found.told, found.difference, found.tolerance))
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    verdict: Verdict
+    told: str
+    difference: float | None = None
+    tolerance: float | None = None
+
+
+def _within(difference: float, tolerance: float, told: str) -> _Outcome:
+    # Written so that a difference that is not a number fails.
+    return _Outcome("pass" if difference <= tolerance else "FAIL", told, difference, tolerance)
+
+
+def _absent(why: str) -> _Outcome:
+    return _Outcome("n/a", why)
+
+
+def _tolerance(model: Any, rows: Sequence[Tensor]) -> float:
+    """1e-4 of the largest output (at least of 1) in float32, 5e-2 of it in half precision."""
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.net.parameters())
+    return (5e-2 if half else 1e-4) * max(1.0, *(float(row.abs().max()) for row in rows))
+
+
+def _apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
+        return float("inf")
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+# The contracts.
+
+
+def tensors(model: Any) -> _Outcome:
+    """A net built from the configuration alone has exactly these tensors; all are finite numbers."""
+    with torch.device("meta"):
+        fresh = type(model.net).from_config(model.net.config.to_dict()).state_dict()
+    held = model.net.state_dict()
+    strange = sorted(n for n in held.keys() | fresh.keys() if n not in held or n not in fresh)
+    strange += sorted(n for n in held.keys() & fresh.keys() if held[n].shape != fresh[n].shape)
+    bad = [n for n, t in held.items() if t.is_meta or (t.is_floating_point() and not bool(t.isfinite().all()))]
+    numbers = sum(p.numel() for p in model.net.parameters())
+    told = f"{len(held)} tensors, {numbers:,} numbers"
+    if strange:
+        told = f"not of the configuration: {', '.join(strange[:3])} ({len(strange)})"
+    elif bad:
+        told = f"not finite: {', '.join(bad[:3])} ({len(bad)})"
+    return _within(float(len(strange) + len(bad)), 0.0, told)
+
+
+def batched(model: Any) -> _Outcome:
+    """Rows of equal length together and alone."""
+    asked = probe.prompts(model, probe.WORDS[1:2] * 3, (1, 2, 3))
+    asked = [_complete(model, example) for example in asked]
+    alone = [probe.outputs(model, collate([example]))[0] for example in asked]
+    together = probe.outputs(model, collate(asked))
+    return _within(_apart(together, alone), _tolerance(model, alone), "3 rows")
+
+
+def padded(model: Any) -> _Outcome:
+    """Rows of several lengths together: right padding in one pass, and left padding in generation."""
+    asked = probe.prompts(model, probe.WORDS, (1, 2, 3))
+    whole = [_complete(model, example) for example in asked]
+    alone = [probe.outputs(model, collate([example]))[0] for example in whole]
+    right = _apart(probe.outputs(model, collate(whole)), alone)
+    allowed = _tolerance(model, alone)
+    lengths = ", ".join(str(example.length) for example in whole)
+    if not _writes(model):
+        return _within(right, allowed, f"lengths {lengths}")
+    left = max(probe.regret(model, e, a) for e, a in zip(asked, probe.written(model, asked), strict=True))
+    return _within(max(right, left), allowed, f"lengths {lengths}: right {right:.1g}, left {left:.1g}")
+
+
+def cached(model: Any) -> _Outcome:
+    """Every greedy token written with the cache is what a pass without it likes best."""
+    if not _writes(model):
+        return _absent("nothing is written with a cache")
+    asked = probe.prompts(model, probe.WORDS, (1, 2, 3))
+    answers = [probe.written(model, [example])[0] for example in asked]
+    worst = max(probe.regret(model, e, a) for e, a in zip(asked, answers, strict=True))
+    rows = [probe.outputs(model, collate([_complete(model, e)]))[0] for e in asked]
+    count = sum(map(len, answers))
+    if not count:
+        return _absent("every answer ends at once, so nothing is written")
+    return _within(worst, _tolerance(model, rows), f"{count} tokens")
+
+
+def packed(model: Any) -> _Outcome:
+    """Rows that share one sequence, where batches are packed."""
+    del model
+    return _absent("rows are padded only" if "segments" not in Tokens.__dataclass_fields__ else "not tried")
+
+
+def saved(model: Any) -> _Outcome:
+    """Saved and opened again: every tensor to the bit, the processor word for word."""
+    with tempfile.TemporaryDirectory() as place:
+        again = load(model.save(Path(place) / "model"), dtype=_dtype(model))
+        ours, theirs = model.net.state_dict(), again.net.state_dict()
+        differ = [n for n in ours.keys() | theirs.keys() if not _same(ours.get(n), theirs.get(n))]
+        words = model.processor.to_dict() == again.processor.to_dict()
+    told = f"{len(ours)} tensors equal, processor {'equal' if words else 'another'}"
+    if differ:
+        told = f"another: {', '.join(sorted(differ)[:3])} ({len(differ)})"
+    return _within(float(len(differ) + (not words)), 0.0, told)
+
+
+def frozen(model: Any) -> _Outcome:
+    """One training step of a part: the others stay to the bit, and the part moves."""
+    net = model.net
+    flags = [(p, p.requires_grad) for p in net.parameters()]
+    pattern = _part_to_train(net)
+    table = apply_stage(net, (Group(pattern, 1e-3),))
+    opened = open_parameters(net, table)
+    kept = {name: p.detach().clone() for name, p in opened.items()}
+    before = frozen_tensors(net)
+    try:
+        batch = probe.lessons(model, probe.WORDS, (1, 2, 3)).to(model.device)
+        optimizer = build_optimizer(opened, table, Stage(name="verify", train=(Group(pattern, 1e-3),), steps=1))
+        backward(net, [batch], nullcontext())
+        optimizer.step()
+        if hasattr(net, "after_step"):
+            net.after_step()
+        after = frozen_tensors(net)
+        moved = sum(not torch.equal(p, kept[name]) for name, p in opened.items())
+    finally:
+        with torch.no_grad():
+            for name, parameter in opened.items():
+                parameter.copy_(kept[name])
+        for parameter, flag in flags:
+            parameter.grad = None
+            parameter.requires_grad_(flag)
+        set_modes(net)
+        net.eval()
+    touched = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if touched:
+        return _within(float(len(touched)), 0.0, f"{pattern} trained, but touched: {', '.join(touched[:3])}")
+    told = f"{pattern} trained: {moved} of {len(opened)} tensors moved, {len(before)} frozen ones did not"
+    return _Outcome("pass" if moved else "FAIL", told, 0.0, 0.0)
+
+
+def exported(model: Any) -> _Outcome:
+    """Written for transformers and opened by it: the same outputs, the same greedy tokens."""
+    if model.kind not in CLASSES:
+        return _absent(f"transformers has no class for a {model.kind}")
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            done = write_model(model, Path(place) / "hf", "hf", lossy=True)
+        except CheckpointError as error:
+            return _absent(str(error))
+        found = compare(model, done.folder)
+    told = f"{found.name}" + (f", {found.tokens} of {found.of} greedy tokens equal" if found.of else "")
+    if found.tokens < found.of:
+        return _Outcome("FAIL", told, found.difference, found.tolerance)
+    return _within(found.difference, found.tolerance, told)
+
+
+def looked_at(model: Any) -> _Outcome:
+    """Another picture, or none to speak of, gives another output: the change must be larger than rounding."""
+    if not probe.sees(model):
+        return _absent("the model has no eyes")
+    words = probe.WORDS[1:2] * 2
+    real, blank, other = (_ends(model, probe.prompts(model, words, shown)) for shown in ((1, 2), (0, 0), (2, 1)))
+    changes = {"blank": _apart(real, blank), "shuffled": _apart(real, other)}
+    least = min(changes.values())
+    floor = 1e-5 * max(1.0, *(float(row.abs().max()) for row in real))
+    told = ", ".join(f"{name} changes {value:.2g}" for name, value in changes.items())
+    return _Outcome("pass" if least > floor else "FAIL", f"{told}; must be above the tolerance", least, floor)
+
+
+CONTRACTS: dict[str, Callable[[Any], _Outcome]] = {
+    "tensors accounted for": tensors,
+    "batch = single": batched,
+    "left = right padding": padded,
+    "cached = uncached": cached,
+    "packed = padded": packed,
+    "save = load": saved,
+    "frozen parts untouched": frozen,
+    "export = transformers": exported,
+    "picture matters": looked_at,
+}
+
+
+# Helpers.
+
+
+def _writes(model: Any) -> bool:
+    return not probe.embeds(model) and "generate" in model.capabilities
+
+
+def _complete(model: Any, example: Any) -> Any:
+    """A prompt as an uncached pass reads it: an encoder-decoder needs something to decode."""
+    return probe.answered(model, example, [5, 6]) if "encoder" in example.streams else example
+
+
+def _ends(model: Any, asked: Sequence[Any]) -> list[Tensor]:
+    """Per row the output that only what stands before it can change by: the last logits, or the vector."""
+    rows = probe.outputs(model, collate([_complete(model, e) for e in asked]))
+    return [row[-1] if row.ndim > 1 else row for row in rows]
+
+
+def _part_to_train(net: Any) -> str:
+    """The connector, CLIP's text tower, or the first layer of a bare language model."""
+    names = [name for name, _ in named_parameters(net)]
+    if any(name.startswith("connector.") for name in names):
+        return "connector.*"
+    return "text.*" if any(name.startswith("text.") for name in names) else "*.0.*"
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape and torch.equal(a.cpu(), b.cpu().to(a.dtype))
+
+
+def _dtype(model: Any) -> torch.dtype | None:
+    found = {p.dtype for p in model.net.parameters()}
+    return found.pop() if len(found) == 1 and found != {torch.float32} else None
+
+

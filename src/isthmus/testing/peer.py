@@ -1,0 +1,142 @@
+"""A folder of ours as transformers opens it, held against the model it was written from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.checkpoint import read_json
+from isthmus.data.collate import collate
+from isthmus.data.record import Example
+from isthmus.interop.hf_peer import open_class
+from isthmus.testing import probe
+
+CLASSES = ("clip", "lm", "llava", "blip2")
+"""Kinds of models that transformers has a class for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """``name`` of the class; the largest difference of outputs and what is allowed; ``tokens`` of ``of`` equal."""
+
+    name: str
+    difference: float
+    tolerance: float
+    tokens: int = 0
+    of: int = 0
+
+
+@torch.inference_mode()
+def compare(model: Any, folder: Path) -> Comparison:
+    """Outputs and greedy tokens of the library's own class over ``folder`` and of ``model``.
+
+    Raises CheckpointError when the library misses a tensor or finds one too many.
+    """
+    peer = open_class(folder)
+    token = read_json(folder / "config.json").get("image_token_index")
+    asked = probe.prompts(model, probe.WORDS, (1, 2, 3))
+    worst, largest, equal, of = 0.0, 1.0, 0, 0
+    for example in asked:
+        whole = probe.answered(model, example, [5, 6]) if "encoder" in example.streams else example
+        (ours,) = probe.outputs(model, collate([whole]))
+        theirs = _OUTPUTS[model.kind](model, peer, whole, token)
+        worst = max(worst, float((ours - theirs[..., : ours.shape[-1]]).abs().max()))
+        largest = max(largest, float(ours.abs().max()))
+        if "generate" in model.capabilities and not probe.embeds(model):
+            answer = probe.written(model, [example])[0]
+            found = _written(model, peer, example, token)
+            equal += sum(a == b for a, b in zip(answer, found, strict=False))
+            of += len(answer)
+    return Comparison(type(peer).__name__, worst, 1e-4 * largest, equal, of)
+
+
+def _inputs(model: Any, example: Example, token: int | None) -> dict[str, Any]:
+    """Their inputs: ids with the image token in a picture's places, and pixels."""
+    name = "encoder" if "encoder" in example.streams else "lm"
+    ids = list(example.streams[name].ids)
+    for place in example.places:
+        assert token is not None
+        ids[place.start : place.start + place.length] = [token] * place.length
+    found: dict[str, Any] = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    if example.pixels:
+        found["pixel_values"] = torch.stack([make() for make in example.pixels])
+    if "qformer" in example.streams:
+        beside = torch.tensor([example.streams["qformer"].ids])
+        found |= {"qformer_input_ids": beside, "qformer_attention_mask": torch.ones_like(beside)}
+    return found
+
+
+def _logits(model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
+    more = {}
+    if "decoder" in example.streams:
+        more["decoder_input_ids"] = torch.tensor([example.streams["decoder"].ids])
+    return peer(**_inputs(model, example, token), **more).logits[0].float()
+
+
+def _written(model: Any, peer: Any, example: Example, token: int | None) -> list[int]:
+    decoding = probe.greedy(model)
+    inputs = _inputs(model, example, token)
+    found = peer.generate(
+        **inputs,
+        max_new_tokens=decoding.max_new_tokens,
+        suppress_tokens=[*decoding.forbidden_ids, *([] if token is None else [token])],
+        eos_token_id=None,
+        pad_token_id=0,
+        do_sample=False,
+    )[0].tolist()
+    if "encoder" in example.streams:
+        return found[1:]
+    prompt = inputs["input_ids"].shape[1]
+    return found[prompt:] if len(found) > decoding.max_new_tokens else found
+
+
+def _vectors(model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
+    """The embeddings as :func:`probe.outputs` puts them in a row."""
+    del token
+    (stream,) = example.streams.values()
+    ids = torch.tensor([_renumbered(model, peer, stream.ids)])
+    pixels = torch.stack([make() for make in example.pixels])
+    context = getattr(getattr(peer.config, "text_config", None), "max_position_embeddings", None)
+    if peer.config.model_type == "siglip":  # read at its last place, so always padded to the whole context
+        ids = torch.nn.functional.pad(ids, (0, context - ids.shape[1]), value=model.net.config.text.pad_id)
+    images = peer.get_image_features(pixel_values=pixels)
+    texts = peer.get_text_features(input_ids=ids)
+    rows = [getattr(part, "pooler_output", part) for part in (images, texts)]
+    return torch.cat([row.flatten(1) for row in rows], dim=1)[0].float()
+
+
+def _renumbered(model: Any, peer: Any, ids: list[int]) -> list[int]:
+    """Ids as the folder has them, where writing it moved end-of-text to another id."""
+    eot, theirs = model.net.config.text.eot_id, peer.config.text_config.eos_token_id
+    if model.net.config.text.pool != "eot" or eot == theirs:
+        return ids
+    return [{eot: theirs, theirs: eot}.get(i, i) for i in ids]
+
+
+def _retrieval(model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
+    """BLIP-2's pictures (one vector per query) and texts, unit vectors there, and the matching logits."""
+    del token
+    ids = torch.tensor([example.streams["qformer"].ids])
+    pixels = torch.stack([make() for make in example.pixels])
+    mask = torch.ones_like(ids)
+    contrast = peer(pixel_values=pixels, input_ids=ids, attention_mask=mask, use_image_text_matching_head=False)
+    matched = peer(pixel_values=pixels, input_ids=ids, attention_mask=mask, use_image_text_matching_head=True)
+    parts = [contrast.image_embeds.flatten(1), contrast.text_embeds.flatten(1), matched.logits_per_image]
+    return torch.cat(parts, dim=1)[0].float()
+
+
+def _blip2(model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
+    if model.net.config.phase == "generate":
+        return _logits(model, peer, example, token)
+    return _retrieval(model, peer, example, token)
+
+
+_OUTPUTS: dict[str, Callable[[Any, Any, Example, int | None], Tensor]] = {
+    "clip": _vectors,
+    "lm": _logits,
+    "llava": _logits,
+    "blip2": _blip2,
+}

@@ -1,0 +1,151 @@
+"""What the contracts ask a model: a few records of its own kind, and its raw outputs for them.
+
+Legend: B rows, T tokens, V vocabulary, E embedding width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image as PilImage
+from torch import Tensor
+
+from isthmus.batch import Batch
+from isthmus.data.attention import with_answer
+from isthmus.data.collate import collate
+from isthmus.data.images import MadeImage
+from isthmus.data.record import Example, Image, Part, Record, Span, Text
+from isthmus.language import Decoding
+from isthmus.language_seq2seq import Seq2SeqLM
+
+NEW = 8
+"""Tokens that a contract lets a model write."""
+WORDS = ("red", "a large blue cube", "two rings and a small green ball beside")
+
+
+def embeds(model: Any) -> bool:
+    """Whether its outputs are vectors of pictures and texts, not logits of tokens."""
+    return "embed_images" in model.capabilities
+
+
+def sees(model: Any) -> bool:
+    return getattr(model.processor, "image", None) is not None
+
+
+def picture(number: int) -> Image:
+    """A coloured noise, another one for every number; the same in every call. 0 is blank (mid-grey)."""
+    size = (56, 44)
+    if number == 0:
+        return Image(MadeImage(PilImage.new("RGB", size, (124, 116, 104)), "blank"))
+    noise = torch.rand(size[1] // 4, size[0] // 4, 3, generator=torch.Generator().manual_seed(number))
+    made = PilImage.fromarray((noise * 255).to(torch.uint8).numpy()).resize(size, PilImage.Resampling.NEAREST)
+    return Image(MadeImage(made, f"picture {number}"))
+
+
+def records(model: Any, texts: Sequence[str], pictures: Sequence[int]) -> list[Record]:
+    """One record per text: a pair for a model that embeds, running text or a question with an answer for others."""
+    found = []
+    for number, (text, shown) in enumerate(zip(texts, pictures, strict=True)):
+        parts: list[Part] = [picture(shown)] if sees(model) else []
+        if embeds(model):
+            parts.append(Text(text, learn=True))
+        elif getattr(model.processor, "template", None) == "document":
+            parts += [Text(f"{text} is", learn=False), Text(f" {text}", learn=True)]
+        else:
+            parts = [replace(p, role="user") for p in parts]
+            parts += [Text(f"{text}?", role="user"), Text(text, role="assistant", learn=True)]
+        found.append(Record(id=f"probe {number}", parts=tuple(parts)))
+    return found
+
+
+def prompts(model: Any, texts: Sequence[str], pictures: Sequence[int]) -> list[Example]:
+    """The same as a model reads them when it is asked; a pair is read whole."""
+    if embeds(model):
+        return [model.processor.example(r, 0) for r in records(model, texts, pictures)]
+    return [model.processor.prompt(r) for r in records(model, texts, pictures)]
+
+
+def lessons(model: Any, texts: Sequence[str], pictures: Sequence[int]) -> Batch:
+    """The same as a batch to learn from."""
+    return collate([model.processor.example(r, 0) for r in records(model, texts, pictures)])
+
+
+def answered(model: Any, prompt: Example, answer: Sequence[int]) -> Example:
+    """A prompt and the tokens behind it, as the net reads both at once."""
+    if "encoder" in prompt.streams:
+        start = model.processor.start_id
+        return replace(prompt, streams={**prompt.streams, "decoder": Span([start, *answer])})
+    beside = {name: span for name, span in prompt.streams.items() if name != "lm"}
+    whole = with_answer(prompt, answer)
+    return replace(whole, streams={**whole.streams, **beside})
+
+
+@torch.inference_mode()
+def outputs(model: Any, batch: Batch) -> list[Tensor]:
+    """Per row what the net makes of it without any cache: logits (T, V) at its real tokens, or for a model that
+    embeds one vector of its picture's and its text's embedding (and the matching logits) in a row."""
+    net = model.net.eval()
+    batch = batch.to(model.device)
+    if embeds(model):
+        return _embeddings(net, batch)
+    name = next(n for n in ("decoder", "lm") if n in batch.text)
+    stream = batch.text[name]
+    if model.kind == "flamingo":
+        logits = net.logits(batch)
+    elif isinstance(net.language, Seq2SeqLM):
+        logits = net.language.logits(net.embed_prompt(batch), batch.text["encoder"].lengths, stream)
+    else:
+        logits = net.language.logits(net.embed_prompt(batch))
+    return [logits[row, :length].float() for row, length in enumerate(stream.lengths.tolist())]
+
+
+def _embeddings(net: Any, batch: Batch) -> list[Tensor]:
+    order = batch.visual_of_rows("a pair")
+    pixels = torch.cat([group.pixels[:, 0] for group in batch.visuals if group.pixels is not None])
+    pixels = pixels[torch.argsort(torch.cat([group.index for group in batch.visuals]))][order.to(pixels.device)]
+    (text,) = batch.text.values()
+    images, texts = net.embed_images(pixels), net.embed_texts(text)
+    parts = [images.flatten(1), texts]
+    if hasattr(net, "match_logits"):
+        parts = [F.normalize(images, dim=-1).flatten(1), F.normalize(texts, dim=-1)]
+        parts.append(net.match_logits(net.normed(pixels), text))
+    return list(torch.cat(parts, dim=1).float())
+
+
+@torch.inference_mode()
+def written(model: Any, asked: Sequence[Example]) -> list[list[int]]:
+    """The NEW greedy tokens behind each prompt, all prompts in one batch, by the net's own (cached) generation.
+
+    Nothing ends an answer, so that every position is tried; what the model must never say stays forbidden.
+    """
+    return model.net.eval().generate(collate(asked).to(model.device), greedy(model))
+
+
+def greedy(model: Any) -> Decoding:
+    ended = model.ended(Decoding())
+    return Decoding(max_new_tokens=NEW, forbidden_ids=ended.forbidden_ids)
+
+
+def regret(model: Any, prompt: Example, answer: Sequence[int]) -> float:
+    """How much more an uncached pass over prompt and answer likes another token, at the worst place (logits).
+
+    0 when the answer is exactly the greedy one; a hair above where two tokens are nearly alike.
+    """
+    if not answer:
+        return 0.0
+    (logits,) = outputs(model, collate([answered(model, prompt, answer)]))
+    said = logits[-len(answer) - 1 : -1].clone()
+    language = model.net.language
+    never = [*greedy(model).forbidden_ids, *_never(language)]
+    allowed = said.index_fill(1, torch.tensor(never, dtype=torch.long, device=said.device), -torch.inf)
+    # A token that may not be said at all is infinitely regretted.
+    chosen = allowed.gather(1, torch.tensor(list(answer), device=said.device)[:, None])[:, 0]
+    return float((allowed.amax(1) - chosen).max())
+
+
+def _never(language: Any) -> tuple[int, ...]:
+    """Ids that the language model itself holds back: Flamingo's ``<image>``, and what ends its answers."""
+    return tuple(getattr(language, "new_ids", ())[1:])
+

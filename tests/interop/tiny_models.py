@@ -1,0 +1,193 @@
+"""A tiny Model of every kind, with its processor, weights large enough that nothing is vacuous."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from isthmus.data.blip2 import PairProcessor, PromptProcessor
+from isthmus.data.images import ImageTransform
+from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
+from isthmus.data.processor import ContrastiveProcessor, SpliceProcessor, TextProcessor
+from isthmus.data.record import Record, Text
+from isthmus.data.text import render
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.data.wordpiece import train_wordpiece
+from isthmus.model import Model
+from isthmus.models.blip2 import Blip2, Blip2Config
+from isthmus.models.clip import Clip, ClipConfig
+from isthmus.models.flamingo import Flamingo, FlamingoConfig
+from isthmus.models.llava import Llava, LlavaConfig
+from isthmus.models.lm import BareLM, LmConfig
+from isthmus.nn.connectors.qformer import QFormerConfig
+from isthmus.nn.connectors.resampler import ResamplerConfig
+from isthmus.nn.gated import GatedConfig
+from isthmus.nn.text_tower import TextConfig
+from isthmus.nn.vit import VisionConfig
+from tests.models.tiny_blip2 import T5, redraw
+from tests.models.tiny_blip2 import VISION as EVA
+
+SIZE, ROWS = 32, 400
+VISION = VisionConfig(image_size=SIZE, patch_size=8, width=64, layers=3, heads=1, mlp_width=256)
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": ROWS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+OPT: dict[str, Any] = {
+    "model_type": "opt",
+    "vocab_size": ROWS,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+NEOX: dict[str, Any] = {
+    "model_type": "gpt_neox",
+    "vocab_size": ROWS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    told = str(render(Record(id="", parts=(Text("a red cube?", role="user"),)), "vicuna_v1", prompt=True))
+    return Tokenizer.train([told, told, "two rings and a small green ball beside a large blue cube"] * 2, ROWS - 4)
+
+
+@cache
+def words() -> Tokenizer:
+    return train_wordpiece(["a red cube and a large blue ring, two small balls beside; is what? a photo of"] * 3, 120)
+
+
+def clip(**changes: Any) -> Model:
+    """CLIP in OpenAI's proportions but with our tokenizer, whose end of text has the id 2."""
+    text = TextConfig(
+        context=40, vocab_size=ROWS, width=64, layers=2, heads=1, mlp_width=256, eot_id=tokenizer().eos_id
+    )
+    net = Clip(ClipConfig(**{"vision": VISION, "text": text, "embed_dim": 24, **changes}))
+    redraw(net)
+    return Model(net, ContrastiveProcessor(tokenizer(), ImageTransform.clip(SIZE), context=net.config.text.context))
+
+
+def siglip() -> Model:
+    vision = VisionConfig.siglip(image_size=SIZE, patch_size=8, width=32, layers=2, heads=4, mlp_width=48)
+    text = replace(TextConfig.siglip(32, 2, 4, 48), vocab_size=ROWS, context=40, eot_id=2, pad_id=0)
+    net = Clip(
+        ClipConfig(
+            vision=vision,
+            text=text,
+            embed_dim=32,
+            loss="sigmoid",
+            vision_projection=False,
+            text_projection_bias=True,
+        )
+    )
+    redraw(net)
+    return Model(net, ContrastiveProcessor(tokenizer(), ImageTransform.siglip(SIZE), context=40))
+
+
+def lm(language: dict[str, Any] = LLAMA, template: str = "vicuna_v1") -> Model:
+    net = BareLM(LmConfig(language=language))
+    redraw(net)
+    return Model(net, TextProcessor(tokenizer(), template=template, max_length=256))
+
+
+def llava(*, template: str = "vicuna_v1", mode: Any = "square", **changes: Any) -> Model:
+    net = Llava(LlavaConfig(**{"vision": VISION, "language": LLAMA, **changes}))
+    redraw(net)
+    return Model(
+        net,
+        SpliceProcessor(
+            tokenizer(),
+            ImageTransform.clip(SIZE, mode),
+            num_tokens=net.num_tokens(SIZE, SIZE),
+            template=template,
+            max_length=256,
+        ),
+    )
+
+
+def flamingo(**changes: Any) -> Model:
+    """In OpenFlamingo's proportions: heads of 64 everywhere."""
+    told = tokenizer().with_tokens(*NEW_TOKENS)
+    end, image = (told.id_of(token) for token in NEW_TOKENS)
+    fields: dict[str, Any] = {
+        "vision": replace(VISION, width=32, heads=4, mlp_width=48),
+        "language": {**LLAMA, "vocab_size": end},
+        "end_id": end,
+        "image_id": image,
+        "resampler": ResamplerConfig.open_flamingo(),
+        "xattn": GatedConfig.open_flamingo(),
+        "every": 2,
+        "offset": 1,
+    }
+    net = Flamingo(FlamingoConfig(**{**fields, **changes}))
+    redraw(net)
+    for block in net.xattn:
+        block.attn_gate.data.fill_(0.7)  # type: ignore[union-attr]
+        block.mlp_gate.data.fill_(0.5)  # type: ignore[union-attr]
+    return Model(net, InterleaveProcessor(told, ImageTransform.clip(SIZE), max_length=120))
+
+
+def blip2(language: dict[str, Any] | None = OPT, *, instruct: bool = False, **changes: Any) -> Model:
+    """With a language model, or without one the first stage."""
+    told = words()
+    qformer = QFormerConfig(
+        vision_width=24,
+        width=32,
+        layers=4,
+        heads=4,
+        mlp_width=40,
+        queries=4,
+        vocab_size=told.vocab_size,
+        positions=60,
+        dec_id=told.bos_id or 0,
+        dropout=0.0,
+    )
+    fields: dict[str, Any] = {"vision": replace(EVA, image_size=SIZE, patch_size=8), "qformer": qformer, "embed_dim": 12}
+    fields |= {"norm_eps": 1e-6, "instruct": instruct, "language": language}
+    net = Blip2(Blip2Config(**{**fields, "phase": "generate" if language else "represent", **changes}))
+    redraw(net)
+    image = ImageTransform.clip(SIZE, "squash")
+    if language is None:
+        return Model(net, PairProcessor(told, image))
+    return Model(
+        net,
+        PromptProcessor(
+            tokenizer(),
+            image,
+            num_tokens=net.num_tokens(SIZE, SIZE),
+            max_text=60,
+            question="{}" if instruct else "Question: {} Answer:",
+            start_id=net.language.start_id if language["model_type"] == "t5" else None,  # type: ignore[union-attr]
+            qformer=told if instruct else None,
+            clean=not instruct,
+        ),
+    )
+
+
+MODELS = {
+    "clip": clip,
+    "siglip": siglip,
+    "lm": lm,
+    "lm opt": lambda: lm(OPT, "document"),
+    "lm gpt_neox": lambda: lm(NEOX, "document"),
+    "llava": llava,
+    "flamingo": flamingo,
+    "blip2 represent": lambda: blip2(None),
+    "blip2 opt": blip2,
+    "blip2 t5": lambda: blip2({**T5, "vocab_size": ROWS}),
+    "instructblip": lambda: blip2(LLAMA, instruct=True),
+}
