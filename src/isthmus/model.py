@@ -41,7 +41,7 @@ FORMAT = "isthmus-1"
 _CAPABILITIES = {
     "clip": ("embed_images", "embed_texts", "similarity", "classify", "vision_features"),
     "lm": ("generate", "answer", "chat", "score"),
-    "llava": ("generate", "caption", "answer", "chat", "score"),
+    "llava": ("generate", "caption", "answer", "chat", "score", "attend"),
     "flamingo": ("generate", "caption", "answer", "chat", "score", "attend", "vision_features"),
 }
 

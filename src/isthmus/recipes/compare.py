@@ -14,7 +14,7 @@ from typing import Any
 
 from isthmus.checkpoint import read_json
 from isthmus.data.images import open_image
-from isthmus.data.record import Record, Video
+from isthmus.data.record import Record, Video, without_answer
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.report import Answer, Chart, Listing, Report, SamplePicture, TrainedPart
@@ -27,7 +27,7 @@ from isthmus.evaluation.run import Result
 from isthmus.evaluation.vqa import Score, VqaScores
 from isthmus.model import Model
 from isthmus.recipes.cost import Cost, cost_of
-from isthmus.recipes.curves import loss_curves, png, seconds
+from isthmus.recipes.curves import loss_curves, overlay, png, seconds
 from isthmus.recipes.schema import EvalSpec, Recipe
 from isthmus.recipes.scoring import make_task, model_hash, recipe_of, score_model
 
@@ -40,7 +40,7 @@ OWN = ("retrieval", "readings", "vqa")
 @dataclass(kw_only=True)
 class Contestant:
     """A model's name in the comparison, its folder, the recipe it was trained with (where known), the tasks it was
-    given and what it scored."""
+    given, what it scored, and by question where it looked (PNG bytes)."""
 
     name: str
     folder: Path
@@ -48,6 +48,7 @@ class Contestant:
     specs: Sequence[EvalSpec] = ()
     results: list[Result] = field(default_factory=list)
     cost: Cost | None = None
+    looked: dict[str, bytes] = field(default_factory=dict)
 
     def label(self, task: str) -> str:
         """The name of a task's scores."""
@@ -126,7 +127,7 @@ def _can(model: Model, spec: EvalSpec) -> bool:
 
 
 def measure(rival: Contestant, model: Model) -> None:
-    """The contestant's cost, on the first questions it was asked."""
+    """The contestant's cost on the first questions it was asked, and for those shown, where its first word looked."""
     answered = {r.task for r in rival.results if isinstance(r.scores, VqaScores)}
     spec = next((s for s in rival.specs if s.name in answered and s.stage is None), None)
     questions: list[Record] = []
@@ -134,6 +135,12 @@ def measure(rival: Contestant, model: Model) -> None:
         source = open_source(spec.data)
         questions = [source[i] for i in range(min(16, len(source)))]
     rival.cost = cost_of(model, rival.folder, rival.recipe, questions)
+    if "attend" in model.capabilities:
+        shown = [without_answer(q) for q in questions[:SAMPLES] if q.images]
+        for record, seen in zip(shown, model.attend(shown, max_new_tokens=8), strict=True):
+            if seen.maps and seen.maps[0].shape[1]:
+                picture = open_image(record.images[0].source)
+                rival.looked[record.id] = png(overlay(picture, seen.maps[0][:, 0, 0].mean(0)))
 
 
 def write_comparison(out: Path, rivals: Sequence[Contestant], *, title: str, summary: str, seed: int) -> Report:
@@ -341,6 +348,7 @@ def samples(rivals: Sequence[Contestant]) -> list[SamplePicture]:
     asked = [(r, x, {row["id"]: row for row in x.rows}) for r in rivals for x in r.results if x.task == "vqa"]
     if not asked:
         return []
+    looked = {r.name: r.looked for r in rivals}
     rival, first, _ = asked[0]
     records = open_source(next(s for s in rival.specs if s.name == first.task).data)
     found = []
@@ -353,7 +361,10 @@ def samples(rivals: Sequence[Contestant]) -> list[SamplePicture]:
                 png=png(open_image(records[index].images[0].source)),
                 question=row["question"],
                 truth=row["truth"][0],
-                answers={n: Answer(text=own["answer"], right=bool(own["correct"])) for n, own in said.items()},
+                answers={
+                    n: Answer(text=own["answer"], right=bool(own["correct"]), looked=looked[n].get(row["id"]))
+                    for n, own in said.items()
+                },
                 kind=row["kind"],
             )
         )

@@ -275,5 +275,3 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 def _dtype(model: Any) -> torch.dtype | None:
     found = {p.dtype for p in model.net.parameters()}
     return found.pop() if len(found) == 1 and found != {torch.float32} else None
-
-

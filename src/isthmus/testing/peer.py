@@ -60,7 +60,10 @@ def _inputs(model: Any, example: Example, token: int | None) -> dict[str, Any]:
     for place in example.places:
         assert token is not None
         ids[place.start : place.start + place.length] = [token] * place.length
-    found: dict[str, Any] = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    found: dict[str, Any] = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+    }
     if example.pixels:
         found["pixel_values"] = torch.stack([make() for make in example.pixels])
     if "qformer" in example.streams:

@@ -148,4 +148,3 @@ def regret(model: Any, prompt: Example, answer: Sequence[int]) -> float:
 def _never(language: Any) -> tuple[int, ...]:
     """Ids that the language model itself holds back: Flamingo's ``<image>``, and what ends its answers."""
     return tuple(getattr(language, "new_ids", ())[1:])
-

@@ -19,10 +19,11 @@ from isthmus.evaluation.vqa import VqaScores
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model said of a sample, and whether it is right."""
+    """What a model said of a sample, whether it is right, and (PNG bytes) where in the picture it looked."""
 
     text: str
     right: bool
+    looked: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,12 +198,13 @@ def _samples(samples: Sequence[SamplePicture]) -> str:
 
 
 def _sample(sample: SamplePicture) -> str:
-    source = "data:image/png;base64," + base64.b64encode(sample.png).decode("ascii")
+    source = _inline(sample.png)
     alone = len(sample.answers) == 1
     said = "".join(
         f'<li class="{"right" if a.right else "wrong"}">'
         f'<span class="mark" role="img" aria-label="{"right" if a.right else "wrong"}">{"✓" if a.right else "✗"}</span>'
         f'<span class="said">{escape(a.text) if a.text.strip() else "<i>no answer</i>"}</span>'
+        + (f'<img class="looked" src="{_inline(a.looked)}" alt="where {escape(name)} looked">' if a.looked else "")
         + ("" if alone else f'<span class="who">{escape(name)}</span>')
         + "</li>"
         for name, a in sample.answers.items()
@@ -213,6 +215,10 @@ def _sample(sample: SamplePicture) -> str:
         f'<div><p class="question">{escape(sample.question)}</p><ul>{said}</ul>'
         f'<p class="truth">truth: <b>{escape(sample.truth)}</b>{kind}</p></div></article>'
     )
+
+
+def _inline(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _training(report: Report, numbers: _Numbers) -> str:
