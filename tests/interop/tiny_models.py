@@ -12,6 +12,7 @@ from isthmus.data.record import Record, Text
 from isthmus.data.text import render
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.wordpiece import train_wordpiece
+from isthmus.interop.hf_files import swapped
 from isthmus.model import Model
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip, ClipConfig
@@ -79,6 +80,17 @@ def clip(**changes: Any) -> Model:
     net = Clip(ClipConfig(**{"vision": VISION, "text": text, "embed_dim": 24, **changes}))
     redraw(net)
     return Model(net, ContrastiveProcessor(tokenizer(), ImageTransform.clip(SIZE), context=net.config.text.context))
+
+
+def openai_clip() -> Model:
+    """With OpenAI's activation, and a tokenizer whose end of text has the largest id, where their code looks."""
+    told = swapped(tokenizer(), tokenizer().eos_id, tokenizer().vocab_size - 1)
+    text = TextConfig(
+        context=40, vocab_size=told.vocab_size, width=64, layers=2, heads=1, mlp_width=256, eot_id=told.eos_id
+    )
+    net = Clip(ClipConfig(vision=VISION, text=text, embed_dim=24))
+    redraw(net)
+    return Model(net, ContrastiveProcessor(told, ImageTransform.clip(SIZE), context=40))
 
 
 def siglip() -> Model:
@@ -176,6 +188,14 @@ def blip2(language: dict[str, Any] | None = OPT, *, instruct: bool = False, **ch
             clean=not instruct,
         ),
     )
+
+
+def lavis(language: dict[str, Any] | None = OPT) -> Model:
+    """With the eps of LAVIS, and keys without a bias."""
+    model = blip2(language, norm_eps=1e-5)
+    for block in model.net.vision.blocks:
+        block.attn.k_proj.bias.data.zero_()
+    return model
 
 
 MODELS = {
