@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-
 from tests.interop.round_trips import CASES, HEADER, row, run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "checkpoints.md"

@@ -82,18 +82,15 @@ def retrieval(folder: Path, model: Model) -> Any:
 
 
 LANGUAGE_LESS = ("heads.temperature", "heads.lm_")
-LLAVA_15 = "LLaVA, two-layer projector"
 CASES = [
-    Case("CLIP", "isthmus", "CLIP", tiny_models.clip, opened),
-    Case("LLaVA", "isthmus", LLAVA_15, tiny_models.llava, opened),
+    Case("CLIP", "isthmus", "Clip", tiny_models.clip, opened),
+    Case("LLaVA", "isthmus", "Llava", tiny_models.llava, opened),
     Case("Flamingo", "isthmus", "Flamingo", tiny_models.flamingo, opened),
-    Case("BLIP-2, first stage", "isthmus", "BLIP-2", lambda: tiny_models.blip2(None), opened),
+    Case("BLIP-2, first stage", "isthmus", "Blip2", lambda: tiny_models.blip2(None), opened),
     Case("CLIP", "hf", "CLIPModel", tiny_models.openai_clip, opened, peer=True),
     Case("SigLIP", "hf", "SiglipModel", tiny_models.siglip, opened, peer=True),
     Case("LM, Llama", "hf", "LlamaForCausalLM", tiny_models.lm, opened, peer=True),
-    Case(
-        "LM, OPT", "hf", "OPTForCausalLM", lambda: tiny_models.lm(tiny_models.OPT, "document"), opened, peer=True
-    ),
+    Case("LM, OPT", "hf", "OPTForCausalLM", lambda: tiny_models.lm(tiny_models.OPT, "document"), opened, peer=True),
     Case(
         "LM, GPT-NeoX",
         "hf",
@@ -108,6 +105,14 @@ CASES = [
         "hf",
         "LlavaForConditionalGeneration",
         lambda: tiny_models.llava(language={**tiny_models.LLAMA, "tie_word_embeddings": True}, mode="pad"),
+        opened,
+        peer=True,
+    ),
+    Case(
+        "LLaVA, every row in use",
+        "hf",
+        "LlavaForConditionalGeneration",
+        lambda: tiny_models.llava(language={**tiny_models.LLAMA, "vocab_size": tiny_models.tokenizer().vocab_size}),
         opened,
         peer=True,
     ),

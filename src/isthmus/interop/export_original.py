@@ -12,7 +12,7 @@ from torch import Tensor
 from isthmus.checkpoint import Content
 from isthmus.data.images import ImageTransform
 from isthmus.interop.export import Export, Source, common_dtype, must, pickled, shards
-from isthmus.interop.export_hf import last_eot, language_files, language_tensors
+from isthmus.interop.export_hf import language_files, language_tensors, last_eot
 from isthmus.interop.hf_clip import vision_config_to_hf, vision_to_hf
 from isthmus.interop.hf_files import image_processor, tokenizer_files
 from isthmus.interop.hf_llava import part_of
@@ -105,7 +105,9 @@ def open_clip_export(model: Source, *, shard_bytes: int) -> Export:
 
 def _cosine_clip(config: ClipConfig, who: str) -> None:
     must(config.similarity == "cosine", "similarity", config.similarity, who, "cosine")
-    must(config.vision.class_token, "vision.class_token", config.vision.class_token, who, "true (SigLIP is timm's there)")
+    must(
+        config.vision.class_token, "vision.class_token", config.vision.class_token, who, "true (SigLIP is timm's there)"
+    )
 
 
 def _clip_tokenizer(tokenizer: Any, config: ClipConfig) -> dict[str, Content]:

@@ -190,7 +190,9 @@ def config_to_hf(config: Blip2Config, *, image_token_id: int | None) -> dict[str
     vision, qformer = config.vision, config.qformer
     plain = replace(vision, pre_norm=False, patch_bias=True, post_norm="none", pool="none")
     for field in ("pre_norm", "patch_bias", "post_norm"):
-        must(getattr(vision, field) == getattr(plain, field), f"vision.{field}", getattr(vision, field), _WHO, "another")
+        must(
+            getattr(vision, field) == getattr(plain, field), f"vision.{field}", getattr(vision, field), _WHO, "another"
+        )
     must(config.feature_layer % (vision.layers + 1) == vision.layers, "feature_layer", config.feature_layer, _WHO, "-1")
     for field, value in (("vision.activation", vision.activation), ("qformer.activation", qformer.activation)):
         must(value in ("gelu", "quick_gelu", "relu"), field, value, _WHO, "gelu, quick_gelu or relu")

@@ -139,7 +139,9 @@ def chat_template(name: str) -> str | None:
         "{%- set own.seen = own.seen + said(message['content']) -%}{%- endfor -%}"
         "{%- if own.seen -%}{%- set own.system = own.seen + ' ' -%}{%- endif -%}{{- own.system -}}"
         "{%- for message in messages if message['role'] != 'system' -%}{%- set text = said(message['content']) -%}"
-        "{%- if message['role'] == 'user' -%}{{- 'USER: ' -}}{%- set seen = namespace(n=0) -%}" + _PICTURES + "{%- if seen.n -%}{%- set text = text | trim -%}"
+        "{%- if message['role'] == 'user' -%}{{- 'USER: ' -}}{%- set seen = namespace(n=0) -%}"
+        + _PICTURES
+        + "{%- if seen.n -%}{%- set text = text | trim -%}"
         "{{- (['<image>'] * seen.n) | join('\\n') -}}{%- if text -%}{{- '\\n' -}}{%- endif -%}{%- endif -%}"
         "{{- text -}}{%- if not loop.last or add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}"
         "{%- else -%}{{- ' ' + text + eos_token -}}{%- endif -%}{%- endfor -%}"
@@ -170,4 +172,3 @@ def question_template(question: str, *, clean: bool) -> str:
         f"{{%- if message['role'] == 'user' -%}}{tidy}{{{{- gap + {before} + text + {after} -}}}}"
         "{%- else -%}{{- gap + text | trim -}}{%- endif -%}{%- endfor -%}"
     )
-
