@@ -20,12 +20,11 @@ from isthmus.interop.lavis import NORM_EPS, to_lavis
 from isthmus.interop.open_clip import clip_to_open_clip
 from isthmus.interop.open_flamingo import LAYERS, trained_to_open_flamingo
 from isthmus.interop.openai import clip_to_openai
-from isthmus.interop.original_llava import llava_to_original
+from isthmus.interop.original_llava import TOWERS, llava_to_original
 from isthmus.models.clip import ClipConfig
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
-from isthmus.nn.vit import VisionConfig
 
 TOWER = "vision_tower"
 
@@ -163,10 +162,7 @@ def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
 
 
 def _original_config(model: Source, config: LlavaConfig, kind: str) -> dict[str, Any]:
-    known = {
-        "openai/clip-vit-large-patch14-336": VisionConfig.vit_l_14_336(),
-        "openai/clip-vit-large-patch14": VisionConfig.vit_l_14(),
-    }
+    known = {f"openai/{name}": tower() for name, tower in TOWERS.items()}
     return {
         **config.language,
         "architectures": ["LlavaLlamaForCausalLM" if kind == "llava_llama" else "LlavaMistralForCausalLM"],

@@ -19,6 +19,7 @@ from isthmus.data.wordpiece import load_wordpiece
 from isthmus.errors import CheckpointError
 from isthmus.interop.hf_blip2 import read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
+from isthmus.interop.hf_files import CHAT_TEMPLATE, RESAMPLE, template_named
 from isthmus.interop.hf_llava import read_llava_folder
 from isthmus.language import read_language_folder
 from isthmus.language_seq2seq import Seq2SeqLM
@@ -65,7 +66,7 @@ def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     processor = SpliceProcessor(
         load_tokenizer(folder),
         image=transform,
-        template="vicuna_v1",
+        template=_template(folder, "vicuna_v1"),
         max_length=net.language.context or 2048,
         num_tokens=net.num_tokens(transform.size, transform.size),
     )
@@ -102,8 +103,16 @@ def _language(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     config, state = read_language_folder(folder)
     net = BareLM(LmConfig(language=config))
     load_into(net.language.lm, state, where=folder)
-    processor = TextProcessor(load_tokenizer(folder), template="document", max_length=net.language.context or 2048)
+    template = _template(folder, "document")
+    processor = TextProcessor(load_tokenizer(folder), template=template, max_length=net.language.context or 2048)
     return net, processor, ()
+
+
+def _template(folder: Path, otherwise: str) -> str:
+    """The template that the folder's chat template is the Jinja form of (we wrote it then), or ``otherwise``."""
+    file = folder / CHAT_TEMPLATE
+    found = template_named(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found or otherwise
 
 
 def image_transform(folder: Path, size: int) -> ImageTransform:
@@ -133,4 +142,5 @@ def image_transform(folder: Path, size: int) -> ImageTransform:
         mode="pad" if found.get("do_pad") else "square" if crops else "squash",
         mean=tuple(found.get("image_mean", base.mean)),
         std=tuple(found.get("image_std", base.std)),
+        resample={number: name for name, number in RESAMPLE.items()}.get(found.get("resample"), base.resample),
     )

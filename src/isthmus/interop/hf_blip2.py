@@ -249,7 +249,8 @@ def read_blip2_folder(folder: Path) -> tuple[Blip2Config, dict[str, Tensor]]:
     if table is not None:
         assert config.language is not None
         language: dict[str, Any] = {k: v for k, v in config.language.items() if k != "tie_word_embeddings"}
-        if raw["text_config"].get("scale_decoder_outputs", True) is False:
+        # Versions before 5 say untied by the one field, later ones, which tie all they make, by the other.
+        if False in (raw["text_config"].get(name) for name in ("scale_decoder_outputs", "tie_word_embeddings")):
             language["tie_word_embeddings"] = False
             state.setdefault("language.lm.lm_head.weight", table)
         elif head is not None and not torch.equal(head, table):

@@ -23,7 +23,7 @@ from isthmus.language import Decoding
 
 CHAT_TEMPLATE = "chat_template.jinja"
 _PROCESSORS = {"square": "CLIPImageProcessor", "pad": "LlavaImageProcessor", "squash": "BlipImageProcessor"}
-_RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 """Pillow's numbers."""
 
 
@@ -39,7 +39,7 @@ def image_processor(transform: ImageTransform | None) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": transform.size} if crops else side,
-        "resample": _RESAMPLE[transform.resample],
+        "resample": RESAMPLE[transform.resample],
         **({"do_center_crop": True, "crop_size": side} if crops else {}),
         **({"do_pad": True} if transform.mode == "pad" else {}),
         "do_rescale": True,
