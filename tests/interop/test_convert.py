@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image as PilImage
 from safetensors.torch import load_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -138,6 +139,27 @@ def test_a_clip_with_end_of_text_2_keeps_its_numbers(tmp_path: Path) -> None:
     assert compare(model, tmp_path / "hf").difference <= 1e-4
 
 
+def test_a_blip2_for_retrieval_matches_and_does_not_write(tmp_path: Path) -> None:
+    model = tiny_models.blip2(None)
+    write_model(model, tmp_path / "hf", "hf", lossy=True)
+    again = isthmus.load(tmp_path / "hf")
+    assert again.capabilities == ("embed_images", "embed_texts", "similarity", "match")
+    image = PilImage.new("RGB", (40, 32), "red")
+    assert again.match(image, "a red cube") == pytest.approx(model.match(image, "a red cube"), abs=1e-6)
+
+
+def test_an_unknown_filter_is_refused(tmp_path: Path) -> None:
+    write_model(tiny_models.clip(), tmp_path / "hf", "hf")
+    file = tmp_path / "hf" / "preprocessor_config.json"
+    values = json.loads(file.read_text())
+    for number, name in ((2, "bilinear"), (None, "bicubic")):
+        file.write_text(json.dumps(values | {"resample": number}))
+        assert isthmus.load(tmp_path / "hf").processor.image.resample == name
+    file.write_text(json.dumps(values | {"resample": 1}))
+    with pytest.raises(CheckpointError, match="filter 1"):
+        isthmus.load(tmp_path / "hf")
+
+
 def test_the_template_comes_back(tmp_path: Path) -> None:
     for name in ("vicuna_bare", "llava_v1", "plain"):
         write_model(tiny_models.llava(template=name, mode="pad"), tmp_path / name, "hf")
@@ -158,6 +180,7 @@ def test_the_card_tells_stages_data_and_scores(story: Path, tmp_path: Path) -> N
     assert f"isthmus {isthmus.__version__}" in card
     assert "| align | 3 steps | `connector.*` | scenes form captions count 40 |" in card
     assert "| vqa | accuracy 0.25 |" in card
+    assert "To caption, it was asked: `describe the picture.`" in card
     assert str(tmp_path) not in card
     assert "transformers.LlavaForConditionalGeneration" in card
 

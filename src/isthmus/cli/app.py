@@ -228,24 +228,35 @@ def convert(
     replace: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
     lossy: Annotated[bool, typer.Option(help="Leave out what the format has no place for.")] = False,
     shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 5GB.")] = "5GB",
+    vision: Vision = None,
+    language: Language = None,
+    tokenizer: Vocabulary = None,
+    activation: Activation = None,
     json_file: Json = None,
 ) -> None:
     """Write a model in another project's form; what that cannot hold is an error that names the field."""
     from isthmus.cli.convert import run
 
-    run(source, destination, to, replace=replace, lossy=lossy, shard=shard_size, json_file=json_file)
+    given = {"vision": vision, "language": language, "tokenizer": tokenizer, "activation": activation}
+    given = {name: value for name, value in given.items() if value is not None}
+    run(source, destination, to, given=given, replace=replace, lossy=lossy, shard=shard_size, json_file=json_file)
 
 
 @app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="A model: anything `isthmus.load` opens.")],
     only: Annotated[list[str] | None, typer.Option(help="Only this contract (repeat for several).")] = None,
+    vision: Vision = None,
+    language: Language = None,
+    tokenizer: Vocabulary = None,
+    activation: Activation = None,
     json_file: Json = None,
 ) -> None:
     """Contracts on any checkpoint: batch = single, cached = uncached, save = load, the picture matters, ..."""
     from isthmus.cli.verify import run
 
-    run(model, json_file, only=only or [])
+    given = {"vision": vision, "language": language, "tokenizer": tokenizer, "activation": activation}
+    run(model, json_file, only=only or [], given={name: value for name, value in given.items() if value is not None})
 
 
 @app.command()

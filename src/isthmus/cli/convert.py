@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -12,16 +13,23 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def run(
-    source: str, destination: Path, to: str, *, replace: bool, lossy: bool, shard: str, json_file: Path | None
+    source: str,
+    destination: Path,
+    to: str,
+    *,
+    given: Mapping[str, str],
+    replace: bool,
+    lossy: bool,
+    shard: str,
+    json_file: Path | None,
 ) -> None:
-    """Open, write, and say what was written."""
+    """Open, write, and say what was written. ``given`` are further arguments of ``load``."""
     from isthmus.interop.convert import write_model
     from isthmus.model import load
 
     size = byte_count(shard)
-    done = write_model(
-        load(source), destination, to, replace=replace, lossy=lossy, shard_bytes=size, origin=Path(source)
-    )
+    model = load(source, **given)  # type: ignore[arg-type]
+    done = write_model(model, destination, to, replace=replace, lossy=lossy, shard_bytes=size, origin=Path(source))
     console = Console()
     total = sum(done.files.values())
     console.print(f"{done.folder}: {to}, {len(done.files)} files, {total / 1e6:,.1f} MB", highlight=False)

@@ -1,6 +1,7 @@
 """``isthmus verify``: contracts on a user's own checkpoint."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
@@ -10,13 +11,13 @@ from rich.table import Table
 _STYLES = {"pass": "[green]pass[/]", "FAIL": "[bold red]FAIL[/]", "n/a": "[dim]n/a[/]"}
 
 
-def run(source: str, json_file: Path | None, *, only: list[str]) -> None:
-    """Print a row per contract; exit code 1 when one fails."""
+def run(source: str, json_file: Path | None, *, only: list[str], given: Mapping[str, str]) -> None:
+    """Print a row per contract; exit code 1 when one fails. ``given`` are further arguments of ``load``."""
     from isthmus.model import load
     from isthmus.testing.contracts import verify
 
     console = Console()
-    rows = verify(load(source), only=only)
+    rows = verify(load(source, **given), only=only)  # type: ignore[arg-type]
     table = Table(title=source)
     for column in ("contract", "", "largest difference", "tolerance", "what was seen"):
         table.add_column(column, justify="right" if column in ("largest difference", "tolerance") else "left")

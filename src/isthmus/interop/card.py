@@ -40,6 +40,8 @@ def card(model: Source, export: Export, to: str, origin: Path | None) -> str:
         "",
         f"Text template: `{getattr(model.processor, 'template', getattr(model.processor, 'kind', '-'))}`.",
     ]
+    if model.prompts:
+        lines += ["", *(f"To {task}, it was asked: `{words}`" for task, words in model.prompts.items())]
     if export.losses:
         lines += ["", "Not in this format:", "", *(f"- {loss}" for loss in export.losses)]
     if origin is not None:
