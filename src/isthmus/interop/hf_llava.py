@@ -22,7 +22,7 @@ from isthmus.interop.hf_clip import (
     vision_from_hf,
     vision_to_hf,
 )
-from isthmus.language import LanguageModel, known_fields, match_keys
+from isthmus.language import LanguageModel, known_fields, match_keys, vocabulary_tables
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors import build_connector
 
@@ -149,7 +149,7 @@ def with_image_token(state: Mapping[str, Tensor], config: LlavaConfig) -> tuple[
     """
     size = config.language["vocab_size"]
     with torch.device("meta"):
-        tables = [f"language.{name}" for name in LanguageModel.build(config.language).vocabulary_tables()]
+        tables = [f"language.{name}" for name in vocabulary_tables(LanguageModel.build(config.language))]
     grown = {
         name: torch.cat([state[name], state[name].float().mean(0, keepdim=True).to(state[name].dtype)])
         for name in tables
