@@ -15,7 +15,7 @@ def run(what: str, overrides: Sequence[str], json_file: Path | None, given: Mapp
     """Show a model's folder or file if ``what`` is one, else a recipe. ``given`` are further arguments of ``load``."""
     from isthmus.recipes.schema import shipped
 
-    console = Console()
+    console = Console(emoji=False)
     recipe = what in shipped() or Path(what).suffix in {".yaml", ".yml"}
     if Path(what).exists() and not (recipe and Path(what).is_file()):
         if overrides:

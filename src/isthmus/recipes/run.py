@@ -116,7 +116,7 @@ def _run_stage(
         tensorboard=tensorboard,
     )
     if progress and len(loader.quarantine):
-        Console(stderr=True).print(f"Stage {stage.name}: {loader.quarantine.summary()}.", highlight=False)
+        Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {loader.quarantine.summary()}.", highlight=False)
     table = apply_stage(built.net, stage.stage.train)
     state = built.net.state_dict()
     checkpoint.write_folder(
