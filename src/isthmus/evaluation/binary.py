@@ -96,7 +96,8 @@ def rates(sums: Array) -> Array:
 class BinaryScores:
     """Accuracy with its controls (:class:`VqaScores`), and the rates of yes, overall and per kind (POPE: per
     sampling). ``official`` are the rates under the published parser; ``f1_over_kinds`` is the mean F1 of the kinds;
-    ``majority`` is the accuracy of saying the commoner truth always, ``consistency`` the share of groups (NLVR: the box orders of one example) of which every answer is right.
+    ``majority`` the accuracy of saying the commoner truth always; ``consistency`` the share of groups (NLVR: the box
+    orders of one example) of which every answer is right.
     """
 
     answers: vqa.VqaScores
