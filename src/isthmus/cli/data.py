@@ -70,5 +70,10 @@ def capfilt(
     console.print(f"{report.web_kept:.1%} keep their web caption.")
     if report.correct_before is not None and report.correct_after is not None:
         console.print(f"Correct captions: {report.correct_before:.1%} before, {report.correct_after:.1%} after.")
+    if report.right_web_kept is not None and report.wrong_web_kept is not None:
+        console.print(
+            f"Web captions kept: {report.right_web_kept:.1%} of the right, {report.wrong_web_kept:.1%}", end=""
+        )
+        console.print(" of the wrong.")
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
