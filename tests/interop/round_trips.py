@@ -71,17 +71,7 @@ def lavis(folder: Path, model: Model) -> Any:
     return net.eval()
 
 
-def retrieval(folder: Path, model: Model) -> Any:
-    """By the map, as `isthmus.load` opens BLIP-2s that generate."""
-    from isthmus.interop.archives import read_state
-    from isthmus.interop.hf_blip2 import from_hf
-
-    net = type(model.net)(model.net.config)
-    net.load_state_dict(from_hf(read_state(folder)), strict=False)
-    return net.eval()
-
-
-LANGUAGE_LESS = ("heads.temperature", "heads.lm_")
+WITHOUT_WRITING = ("heads.temperature", "heads.lm_")
 CASES = [
     Case("CLIP", "isthmus", "Clip", tiny_models.clip, opened),
     Case("LLaVA", "isthmus", "Llava", tiny_models.llava, opened),
@@ -138,10 +128,10 @@ CASES = [
         "hf",
         "Blip2ForImageTextRetrieval",
         lambda: tiny_models.blip2(None),
-        retrieval,
+        opened,
         peer=True,
         lossy=True,
-        lost=LANGUAGE_LESS,
+        lost=WITHOUT_WRITING,
     ),
     Case("CLIP", "openai", "CLIP", tiny_models.openai_clip, openai),
     Case("CLIP", "open_clip", "CLIP", tiny_models.clip, opened),

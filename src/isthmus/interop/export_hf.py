@@ -67,7 +67,7 @@ def _clip(model: Source, shard_bytes: int) -> Export:
             end=True,
             context=config.text.context,
             processor_class="SiglipProcessor" if siglip else "CLIPProcessor",
-            **({"pad_token": tokenizer.backend.id_to_token(config.text.pad_id)} if siglip else {}),
+            pad_token=str(tokenizer.backend.id_to_token(config.text.pad_id if siglip else tokenizer.pad_id)),
         ),
         "preprocessor_config.json": image_processor(model.processor.image),
     }

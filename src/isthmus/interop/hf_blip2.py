@@ -17,7 +17,7 @@ from isthmus.checkpoint import load_tensors, read_json
 from isthmus.errors import CheckpointError
 from isthmus.interop.export import must
 from isthmus.language import known_fields, weight_files
-from isthmus.models.blip2 import Blip2Config
+from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.vit import VisionConfig
 
@@ -237,14 +237,26 @@ def config_to_hf(config: Blip2Config, *, image_token_id: int | None) -> dict[str
     }
 
 
+def _retrieval(config: Blip2Config, state: dict[str, Tensor]) -> tuple[Blip2Config, dict[str, Tensor]]:
+    """``Blip2ForImageTextRetrieval`` has neither temperature nor LM head: the one only training reads and starts at
+    the paper's value, the other is zero, and by its ``objectives`` the model cannot write."""
+    config = replace(config, phase="represent", language=None, objectives=("itc", "itm"))
+    with torch.device("meta"):
+        absent = {n: t for n, t in Blip2(config).state_dict().items() if n == "heads.temperature" or ".lm_" in n}
+    filled = {name: torch.zeros(tensor.shape) for name, tensor in absent.items()}
+    return config, {**state, **filled, "heads.temperature": torch.tensor(0.07)}
+
+
 def read_blip2_folder(folder: Path) -> tuple[Blip2Config, dict[str, Tensor]]:
-    """Configuration and state dict of a saved BLIP-2 or InstructBLIP that generates.
+    """Configuration and state dict of a saved BLIP-2 or InstructBLIP, or of a BLIP-2 for retrieval.
 
     A T5 head stored beside another embedding table is taken as untied. Raises CheckpointError for strange tensors.
     """
     raw = read_json(folder / "config.json")
     stored = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file).items()}
     config, state = config_from_hf(raw), from_hf(stored, str(folder))
+    if "heads.itm.weight" in state:
+        return _retrieval(config, state)
     head, table = state.get("language.lm.lm_head.weight"), state.get("language.lm.shared.weight")
     if table is not None:
         assert config.language is not None

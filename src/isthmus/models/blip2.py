@@ -206,7 +206,8 @@ class Blip2(nn.Module):
     def capabilities(self) -> tuple[str, ...]:
         """What a Model of this net can do."""
         if self.config.phase == "represent":
-            return ("generate", "caption", "embed_images", "embed_texts", "similarity", "match")
+            writes = ("generate", "caption") if "itg" in self.config.objectives else ()
+            return (*writes, "embed_images", "embed_texts", "similarity", "match")
         return ("generate", "caption", "answer", "chat", "score")
 
     @property

@@ -104,7 +104,7 @@ def _vectors(model: Any, peer: Any, example: Example, token: int | None) -> Tens
     (stream,) = example.streams.values()
     ids = torch.tensor([_renumbered(model, peer, stream.ids)])
     pixels = torch.stack([make() for make in example.pixels])
-    context = getattr(getattr(peer.config, "text_config", None), "max_position_embeddings", None)
+    context: int = peer.config.text_config.max_position_embeddings
     if peer.config.model_type == "siglip":  # read at its last place, so always padded to the whole context
         ids = torch.nn.functional.pad(ids, (0, context - ids.shape[1]), value=model.net.config.text.pad_id)
     images = peer.get_image_features(pixel_values=pixels)

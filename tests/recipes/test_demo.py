@@ -1,0 +1,48 @@
+"""The demo from nothing, on miniature recipes: five models, one comparison, and a second run that trains nothing."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from isthmus.recipes import demo
+from tests.miniature import tree
+from tests.recipes.test_blip2 import TREE as BLIP2
+from tests.recipes.test_flamingo import TREE as FLAMINGO
+
+PARTS = {"vision": "runs/demo/clip", "language": "runs/demo/lm"}
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch) -> Path:
+    trees = {name: tree(name) for name in ("clip", "lm", "llava")}
+    trees |= {"flamingo": copy.deepcopy(FLAMINGO) | {"parts": PARTS}, "blip2": copy.deepcopy(BLIP2) | {"parts": PARTS}}
+    story = {}
+    for name in demo.STORY:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(trees[name]))
+        story[name] = str(path)
+    monkeypatch.setattr(demo, "STORY", story)
+    return tmp_path / "demo"
+
+
+def test_the_whole_story(out, capsys):
+    demo.run_demo(out, seed=3, serve=False)
+    said = capsys.readouterr().out
+    assert f"isthmus chat {out / 'llava'}" in " ".join(said.split())
+    facts = json.loads((out / "results.json").read_text())
+    assert facts["seed"] == 3
+    assert {"accuracy", "blind", "shuffled", "prior", "gain"} <= facts["models"]["llava"].keys()
+    assert "recall_at_1" in facts["models"]["clip"]
+    assert facts["seconds"].keys() == {"clip", "lm", "flamingo", "blip2", "llava"}
+    page = (out / "report.html").read_text()
+    for word in ("What they cost", "llava − blip2", "blip2: loss by stage", "What was trained"):
+        assert word in page, word
+    weights = {f: f.read_bytes() for f in out.glob("*/model/model.safetensors")}
+    outputs = {f: f.stat().st_mtime_ns for f in out.glob("*/eval/*/outputs.jsonl")}
+    assert len(weights) == 5
+    demo.run_demo(out, seed=3, serve=False)
+    assert all(f.read_bytes() == data for f, data in weights.items())
+    assert all(f.stat().st_mtime_ns == when for f, when in outputs.items())
