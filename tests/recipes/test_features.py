@@ -8,6 +8,7 @@ import torch
 from isthmus.errors import ConfigError
 from isthmus.models import model_class
 from isthmus.recipes import run as run_module
+from isthmus.recipes.check import check
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import parse_recipe
 from tests.miniature import tree
@@ -114,6 +115,8 @@ def test_what_changes_at_every_step_is_refused(story, tmp_path):
     opened["stages"][0]["stage"]["train"].append({"pattern": "vision.*", "lr": 1e-3})
     with pytest.raises(ConfigError, match=r"trains vision\..* features change at every step"):
         train(parse_recipe(opened), tmp_path / "a", progress=False)
+    with pytest.raises(ConfigError, match="features change at every step"):
+        check(parse_recipe(opened))
     clip = tree("clip")
     clip["stages"][0]["feature_cache"] = {}
     with pytest.raises(ConfigError, match="a clip has no feature cache"):

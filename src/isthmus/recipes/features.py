@@ -30,9 +30,17 @@ GIB = 2**30
 def open_cache(net: Any, transform: ImageTransform | None, stage: StageSpec, folder: Path) -> FeatureCache:
     """The cache of this stage's encoder, transform and precision, below the stage's own folder or ``folder``.
 
-    Raises ConfigError for a model without a cache and a stage that trains its vision encoder.
+    Raises ConfigError as :func:`demand_frozen` does.
     """
     assert stage.feature_cache is not None
+    demand_frozen(net, transform, stage)
+    assert transform is not None  # a net with pictures has one
+    place = Path(stage.feature_cache.folder) if stage.feature_cache.folder else folder
+    return FeatureCache(place / identity(net, transform, stage), int(stage.feature_cache.gib * GIB))
+
+
+def demand_frozen(net: Any, transform: ImageTransform | None, stage: StageSpec) -> None:
+    """Raises ConfigError for a model whose pictures cannot be cached, and a stage that trains its vision encoder."""
     if not hasattr(net, "visual_features") or transform is None:
         raise ConfigError(f"Stage {stage.name!r}: a {net.KIND} has no feature cache; take `feature_cache` out.")
     opened = [name for name in apply_stage(net, stage.stage.train).assigned if name.startswith("vision.")]
@@ -41,8 +49,6 @@ def open_cache(net: Any, transform: ImageTransform | None, stage: StageSpec, fol
             f"Stage {stage.name!r} trains {opened[0]}, so features change at every step; freeze vision.* or take "
             "`feature_cache` out."
         )
-    place = Path(stage.feature_cache.folder) if stage.feature_cache.folder else folder
-    return FeatureCache(place / identity(net, transform, stage), int(stage.feature_cache.gib * GIB))
 
 
 def identity(net: Any, transform: ImageTransform, stage: StageSpec) -> str:
