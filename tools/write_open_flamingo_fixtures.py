@@ -4,7 +4,7 @@ Run in the peers' environment:  .venv-peers/bin/python tools/write_open_flamingo
 
 Tiny random models on three families of language models with gates away from zero: the checkpoint's tensors under the
 keys that open_flamingo writes, the frozen language model and vision encoder, and what it answers to rows with ragged
-tags. Weights are rounded to half precision before anything is computed, so that the small files hold them exactly.
+tags. Resampler and block also in float64, for float32 rounds either side by more than 1e-6. Weights are rounded to half precision before anything is computed, so that the small files hold them exactly.
 """
 
 import json
@@ -114,6 +114,12 @@ def write(family: str) -> None:
         logits = net(pixels, ids, attention_mask=torch.ones_like(ids)).logits
         resampled = net.perceiver(features)
         blocked = block(hidden, resampled[:, :2], media_locations=tags, use_cached_media=False)
+        exactly = net.perceiver.double()(features.double())
+        exactly_blocked = block.double()(
+            hidden.double(), resampled[:, :2].double(), media_locations=tags, use_cached_media=False
+        )
+    exact = {"resampled64": exactly, "blocked64": exactly_blocked}
+    net.float()
     state = {k: v for k, v in net.state_dict().items() if "old_decoder_blocks" not in k}
     state = {k: v for k, v in state.items() if not k.startswith("lang_encoder.gated_cross_attn_layers")}
     tensors = {f"net/{k}": v.half().contiguous() for k, v in state.items() if v.is_floating_point()}
@@ -121,6 +127,7 @@ def write(family: str) -> None:
         tensors.pop("net/lang_encoder.lm_head.weight", None)
     tensors |= {"pixels": pixels.half(), "ids": ids, "logits": logits}
     tensors |= {"features": features, "resampled": resampled, "hidden": hidden, "tags": tags.long(), "blocked": blocked}
+    tensors |= exact
     save_file({k: v.clone().contiguous() for k, v in tensors.items()}, FOLDER / f"{family}.safetensors")
     facts = {
         "family": family,

@@ -113,18 +113,44 @@ class _Draw(LogitsProcessor):
         return scores.float() - noise.log().to(scores.device)
 
 
-class LanguageModel(nn.Module):
-    """Any causal LM of transformers as ``.lm``: embeddings in, loss, logits, scores or new tokens out.
-
-    Weights are made in fp32; a caller that wants bf16 wraps the calls in autocast. Nothing is frozen or switched to
-    eval mode here: that is the stage's business.
-    """
+class LibraryLM(nn.Module):
+    """A language model of transformers as ``.lm``, its class and keys untouched: what both families share."""
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm: Any = lm
         # A folder's own decoding defaults (stop ids, temperature) must not slip under an explicit Decoding.
         self.lm.generation_config = GenerationConfig()
+
+    @property
+    def width(self) -> int:
+        """D: width of the input embeddings, and so of visual tokens (OPT-350m's blocks are wider)."""
+        return self.lm.get_input_embeddings().weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm.get_input_embeddings().weight.shape[0]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T, D). Raises DataError for an id outside the vocabulary."""
+        low, high = (int(v) for v in ids.aminmax()) if ids.numel() else (0, 0)
+        if low < 0 or high >= self.vocab_size:
+            raise DataError(
+                f"token id {low if low < 0 else high} is outside the LM's vocabulary of "
+                f"{self.vocab_size}: the tokenizer does not belong to this LM."
+            )
+        return self.lm.get_input_embeddings()(ids)
+
+
+class LanguageModel(LibraryLM):
+    """Any causal LM: embeddings in, loss, logits, scores or new tokens out.
+
+    Weights are made in fp32; a caller that wants bf16 wraps the calls in autocast. Nothing is frozen or switched to
+    eval mode here: that is the stage's business.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__(lm)
         self._plain_head: bool | None = None
         self._attention = lm.config._attn_implementation
 
@@ -142,37 +168,13 @@ class LanguageModel(nn.Module):
         return known_fields(self.lm.config.to_dict())
 
     @property
-    def width(self) -> int:
-        """D: width of the input embeddings, and so of visual tokens (OPT-350m's blocks are wider)."""
-        return self.lm.get_input_embeddings().weight.shape[1]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.lm.get_input_embeddings().weight.shape[0]
-
-    @property
     def context(self) -> int | None:
         """Most positions a row may have, or none where the configuration names no limit."""
         return getattr(self.lm.config, "max_position_embeddings", None)
 
-    def vocabulary_tables(self) -> tuple[str, ...]:
-        """Names in this module's state dict of the tensors with one row per token: embedding and head."""
-        return vocabulary_tables(self)
-
     def plain_head(self) -> bool:
         """Whether the logits are the output table applied to the last hidden state, and nothing more."""
         return self._has_plain_head(self.embed(torch.zeros(1, 1, dtype=torch.long, device=self.lm.device)))
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) token ids -> (B, T, D). Raises DataError for an id outside the vocabulary."""
-        if ids.numel():
-            low, high = (int(v) for v in ids.aminmax())
-            if low < 0 or high >= self.vocab_size:
-                raise DataError(
-                    f"token id {low if low < 0 else high} is outside the LM's vocabulary of "
-                    f"{self.vocab_size}: the tokenizer does not belong to this LM."
-                )
-        return self.lm.get_input_embeddings()(ids)
 
     def hidden(self, embeds: Tensor) -> Tensor:
         """(B, T, D) -> the last hidden states (B, T, D'), ready for the head."""

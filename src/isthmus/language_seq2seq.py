@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM
 
 from isthmus.batch import IGNORE, Tokens
 from isthmus.checkpoint import load_tensors, read_json
@@ -20,6 +20,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.language import (
     Decoding,
     LanguageModel,
+    LibraryLM,
     generation_config,
     known_fields,
     library_config,
@@ -34,18 +35,12 @@ T5_LIKE = ("t5", "mt5", "umt5")
 """Model types read here: one family, in which the start token is the pad token."""
 
 
-class Seq2SeqLM(nn.Module):
-    """A T5-like LM as ``.lm``, its class and keys untouched.
+class Seq2SeqLM(LibraryLM):
+    """A T5-like LM.
 
     ``tie_word_embeddings: false`` in the configuration gives the head its own table, as FlanT5's checkpoints have
     it; the library by itself ties it always and reads the flag as "do not scale the decoder's output".
     """
-
-    def __init__(self, lm: PreTrainedModel) -> None:
-        super().__init__()
-        self.lm: Any = lm
-        # A folder's own decoding defaults must not slip under an explicit Decoding.
-        self.lm.generation_config = GenerationConfig()
 
     @classmethod
     def build(cls, config: Mapping[str, Any]) -> "Seq2SeqLM":
@@ -61,15 +56,6 @@ class Seq2SeqLM(nn.Module):
         return cls(lm)
 
     @property
-    def width(self) -> int:
-        """D: width of the input embeddings, and so of visual tokens."""
-        return self.lm.get_input_embeddings().weight.shape[1]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.lm.get_input_embeddings().weight.shape[0]
-
-    @property
     def context(self) -> int | None:
         """None: relative positions set no limit."""
         return None
@@ -78,15 +64,6 @@ class Seq2SeqLM(nn.Module):
     def start_id(self) -> int:
         """The token a decoder's stream begins with: T5's pad token."""
         return self.lm.config.pad_token_id
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """(B, S) token ids -> (B, S, D). Raises DataError for an id outside the vocabulary."""
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise DataError(
-                f"a token id lies outside the LM's vocabulary of {self.vocab_size}: the tokenizer does not belong "
-                "to this LM."
-            )
-        return self.lm.get_input_embeddings()(ids)
 
     def logits(self, embeds: Tensor, lengths: Tensor, decoder: Tokens) -> Tensor:
         """(B, T, V): at each decoder position the logits of the token behind it."""

@@ -43,6 +43,7 @@ def test_rates_by_hand():
     assert (facts["precision"], facts["recall"]) == (pytest.approx(2 / 3), 2 / 4)
     assert facts["f1"] == pytest.approx(2 * (2 / 3) * 0.5 / (2 / 3 + 0.5))
     assert facts["yes_ratio"] == 3 / 8
+    assert facts["majority"] == 4 / 8
     assert facts["unparsable"] == 1
     assert facts["official"]["all"]["accuracy"] == 6 / 8, "the published parser takes 'a dog' for a yes"
     assert facts["official"]["all"]["yes_ratio"] == 4 / 8

@@ -10,10 +10,13 @@ from isthmus.evaluation import AnswerPrior, LinearProbeTask, RetrievalTask, VqaT
 from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, LikelihoodTask
 from isthmus.evaluation.caption_task import CaptionTask
 from isthmus.evaluation.matching import MatchingTask
+from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.rescore import compare, read_folder, rescore
 from isthmus.evaluation.scorers import SCORERS
 from tests.evaluation.fakes import Reader, Space, Word, animals, question
 from tests.evaluation.test_answer_tasks import Remembers, Weigher, talk
+from tests.evaluation.test_rerank import Judge
+from tests.evaluation.test_rerank import records as pictures_of_words
 from tests.evaluation.test_run import pictured
 
 CAPTIONED = [Record(id=w, parts=(Image(Word(w)), Text((f"a {w} here", w), learn=True))) for w in ("cat", "dog")]
@@ -30,6 +33,7 @@ TASKS = [
         Space("cat", "dog"),
         LinearProbeTask(name="t", records=pictured(2, "cat", "dog"), train=pictured(4, "cat", "dog")),
     ),
+    (Judge(), RerankTask(name="t", records=pictures_of_words(2), rerank=3)),
     (Space("cat", "dog"), MatchingTask(name="t", records=CAPTIONED)),
 ]
 

@@ -6,26 +6,36 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isthmus.data.record import Image, Record, Text
 from isthmus.errors import CapabilityError, DataError
 from isthmus.evaluation.embedding import embed
-from isthmus.evaluation.retrieval import RetrievalScores, numbered, ranks, score
+from isthmus.evaluation.retrieval import RetrievalScores, lots, numbered, ranks, score
+from isthmus.evaluation.run import evaluate
+from isthmus.evaluation.tasks import RetrievalTask
+from tests.evaluation.fakes import Space, Word
 
 
 def by_hand(values, owner, words):
-    """Ranks with ties against us, one comparison at a time; equal words belong to all pictures that have them."""
+    """Ranks, one row sorted at a time: by value, then by lot; equal words belong to all pictures that have them."""
     pictures, captions = range(len(values)), range(len(owner))
+    of_texts, of_pictures = lots(len(captions)).tolist(), lots(len(pictures)).tolist()
 
     def right(i, t):
         return any(owner[s] == i and words[s] == words[t] for s in captions)
 
-    image_ranks = []
-    for i in pictures:
-        best = max(values[i][t] for t in captions if right(i, t))
-        image_ranks.append(sum(values[i][t] >= best for t in captions if not right(i, t)))
-    text_ranks = []
-    for t in captions:
-        best = max(values[i][t] for i in pictures if right(i, t))
-        text_ranks.append(sum(values[i][t] >= best for i in pictures if not right(i, t)))
+    def wrong_before(row, is_right):
+        """How many wrong ones stand before the first right one."""
+        order = [is_right(place) for place in row]
+        return order.index(True)
+
+    image_ranks = [
+        wrong_before(sorted(captions, key=lambda t: (-values[i][t], of_texts[t])), lambda t, i=i: right(i, t))
+        for i in pictures
+    ]
+    text_ranks = [
+        wrong_before(sorted(pictures, key=lambda i: (-values[i][t], of_pictures[i])), lambda i, t=t: right(i, t))
+        for t in captions
+    ]
     return image_ranks, text_ranks
 
 
@@ -56,7 +66,9 @@ def test_two_pictures_told_alike_are_both_right():
     images, texts = torch.eye(3), torch.eye(3)[[0, 0, 2]]  # the first two have one caption
     words = numbered(["a cat", "a cat", "a dog"])
     image_ranks, text_ranks = ranks(images, texts, torch.arange(3), words=words)
-    assert image_ranks.tolist() == [0, 1, 0]  # the second picture likes the dog no less than its own
+    assert image_ranks[[0, 2]].tolist() == [0, 0]
+    of_texts = lots(3).tolist()  # the second picture likes all three alike, and two of them are right
+    assert image_ranks[1] == int(of_texts[2] < min(of_texts[:2]))
     assert text_ranks.tolist() == [0, 0, 0]
     captions = [["a cat"], ["a cat"], ["a dog"]]
     scores = score([0, 1, 0], [[0], [0], [0]], captions)
@@ -72,11 +84,40 @@ def test_the_best_of_five_captions_counts():
     assert text_ranks.tolist() == [0, 1, 1, 1, 1, 0, 0, 0, 0, 0]
 
 
-def test_a_model_that_says_the_same_of_everything_scores_nothing():
+def test_a_model_that_says_the_same_of_everything_scores_what_guessing_does():
     same = torch.full((40, 8), 0.3)
     image_ranks, text_ranks = ranks(same, same, torch.arange(40))
     scores = score(image_ranks.tolist(), [[r] for r in text_ranks.tolist()])
-    assert set(scores.image_to_text.recall.values()) == set(scores.text_to_image.recall.values()) == {0.0}
+    for recall in (scores.image_to_text, scores.text_to_image):
+        assert recall.recall == pytest.approx(recall.chance)
+
+
+def test_ties_neither_favour_what_is_right_nor_hold_it_back():
+    """Vectors of a few values each: over many spaces the ranks are those of tie-free noise put on top."""
+    generator = torch.Generator().manual_seed(0)
+    tied, broken = torch.zeros(40), torch.zeros(40)
+    for space in range(40):
+        images, texts = (torch.randint(-1, 2, (30, 3), generator=generator).float() for _ in range(2))
+        tied[space] = ranks(images, texts, torch.arange(30), kind="dot")[0].float().mean()
+        noise = 1e-3 * torch.rand(30, 30, generator=generator)
+        values = images @ texts.T + noise
+        broken[space] = (values > values.diagonal()[:, None]).sum(1).float().mean()
+    assert tied.mean().item() == pytest.approx(broken.mean().item(), abs=0.4)
+
+
+def test_records_of_one_picture_and_pictures_of_one_text(tmp_path):
+    """The task: equal pictures are one with all their captions, equal texts one caption of several pictures."""
+    shown = [("cat", 0, "a cat"), ("cat", 0, "one cat"), ("cat", 1, "a cat"), ("dog", 0, "a dog")]
+    records = [Record(f"r{i}", (Image(Word(w, n)), Text(told))) for i, (w, n, told) in enumerate(shown)]
+    rows = evaluate(Space("cat", "dog"), RetrievalTask(name="retrieval", records=records), tmp_path).rows
+    assert [(r["id"], r["captions"]) for r in rows] == [
+        ("r0", ["a cat", "one cat"]),
+        ("r2", ["a cat"]),
+        ("r3", ["a dog"]),
+    ]
+    assert rows[0]["rank"] == rows[2]["rank"] == 0
+    assert rows[0]["caption_ranks"][0] == rows[1]["caption_ranks"][0] == 0  # "a cat" tells both pictures
+    assert rows[0]["caption_ranks"][1] == int(lots(3)[1] < lots(3)[0])  # "one cat" tells the first
 
 
 def test_recall_counts_and_chance():

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
+from isthmus.data.collate import collate
 from isthmus.data.images import open_image
 from isthmus.data.record import Record, Text
 from isthmus.data.text import TEMPLATES, render
@@ -42,6 +43,33 @@ def test_llava(mode: str, tmp_path: Path) -> None:
     )
     assert found["input_ids"][0].tolist() == ours.streams["lm"].ids
     assert torch.equal(found["pixel_values"][0], ours.pixels[0]())
+
+
+@pytest.mark.parametrize("pictures", [(), (1,), (1, 2)])
+@torch.no_grad()
+def test_llava_by_placeholders_is_llava_by_places(pictures: tuple[int, ...], tmp_path: Path) -> None:
+    """Two turns about no, one and two pictures: LlavaProcessor's ids and transformers' logits are ours."""
+    model = tiny_models.llava()
+    write_model(model, tmp_path / "m", "hf", lossy=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "m")
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "m").eval()
+    visuals = [replace(probe.picture(n), role="user") for n in pictures]
+    turns = [("user", "a cube?"), ("assistant", "two blue ones"), ("user", "and a ring?")]
+    record = Record("r", (*visuals, *(Text(text, role=role) for role, text in turns)))  # type: ignore[arg-type]
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    messages[0]["content"] = [{"type": "image"} for _ in pictures] + messages[0]["content"]
+    said = processor.apply_chat_template(messages, add_generation_prompt=True)
+    images = [open_image(v.source) for v in visuals] or None
+    found = processor(text=said, images=images, return_tensors="pt")
+    example, token = model.processor.prompt(record), theirs.config.image_token_id
+    batch = collate([example])
+    placed = batch.text["lm"].ids.clone()
+    for place in example.places:
+        placed[0, place.start : place.start + place.length] = token
+    assert int((placed == token).sum()) == 16 * len(pictures)
+    assert torch.equal(found["input_ids"], placed)
+    ours = model.net.language.logits(model.net.embed_prompt(batch))
+    torch.testing.assert_close(theirs(**found).logits[..., : ours.shape[-1]], ours, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["blip2 opt", "blip2 t5", "instructblip"])

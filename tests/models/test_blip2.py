@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -16,6 +17,7 @@ from isthmus.language import Decoding
 from isthmus.models.blip2 import STAGES, Blip2, Blip2Config, layer_decay
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.stage import Group, apply_stage, set_modes
+from tests.models import blip2_ranks
 from tests.models.tiny_blip2 import (
     CLS,
     LLAMA,
@@ -216,6 +218,29 @@ def test_the_three_losses_equal_a_direct_computation(monkeypatch) -> None:
         itg = itg + smoothed(logits[:-1], torch.tensor(ids[1:])).sum()
         assert torch.equal(logits, net.writing_logits(seen.past, tokens([[5, *ids[1:]]]))[0])  # [DEC] replaces it
     torch.testing.assert_close(terms["itg"].total, itg, atol=1e-3, rtol=1e-5)
+
+
+def test_two_processes_have_the_loss_of_one_with_the_whole_batch(tmp_path, monkeypatch) -> None:
+    """Values of all three terms; gradients of matching and writing. (The contrast's follow the rule of
+    tests/nn/test_matching.py: other processes' rows are constants, so they are not one process's.)"""
+    torch.multiprocessing.spawn(blip2_ranks.run, args=(2, str(tmp_path)), nprocs=2)
+    halves = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    monkeypatch.setattr(torch, "multinomial", blip2_ranks.likeliest)
+    whole = blip2_ranks.terms_and_gradients(blip2_ranks.frozen_encoder(), blip2_ranks.exact(pairs()))
+    for name in blip2_ranks.TERMS:
+        total, count, gradients = whole[name]
+        (first, n, some), (second, m, others) = (half[name] for half in halves)
+        assert n + m == count
+        torch.testing.assert_close(first + second, total, atol=0, rtol=1e-6)  # the contrast is taken in float32
+        assert some.keys() == others.keys() == gradients.keys()
+        assert any(g.abs().max() > 1e-3 for g in gradients.values())
+        if name == "itc":
+            kept = "heads.temperature"
+            torch.testing.assert_close(some[kept] + others[kept], gradients[kept], atol=1e-5, rtol=1e-5)
+            continue
+        for parameter, gradient in gradients.items():
+            both = some[parameter] + others[parameter]
+            torch.testing.assert_close(both, gradient, atol=1e-9, rtol=1e-8, msg=f"{name}: {parameter}")
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from isthmus.evaluation.rerank import RerankScores
 from isthmus.model import load
 from isthmus.recipes import run as run_module
 from isthmus.recipes.build import build
-from isthmus.recipes.facts import net_of, stage_facts
+from isthmus.recipes.facts import net_of, stage_costs, stage_facts
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import EvalSpec, parse_recipe, read_recipe
 from isthmus.recipes.scoring import model_hash, score_model
@@ -336,6 +336,7 @@ def test_the_shipped_recipe_and_its_facts(story):
     facts = stage_facts(small, built.net)
     parts = [{row.part for row in fact.table.rows} for fact in facts]
     assert parts == [{"vision", "connector", "heads"}, *[{"vision", "connector", "language"}] * 2]
+    assert [cost.steps for cost in stage_costs(built)] == [1200, 800, 2000]
     for fact in facts:
         trained = {row.part: row.trained for row in fact.table.rows}
         assert trained["vision"] == trained.get("language", 0) == 0

@@ -51,6 +51,12 @@ def test_wrong_captions_are_replaced_by_right_ones(tmp_path) -> None:
     assert 0.55 < report.correct_before < 0.85
     assert report.correct_after is not None
     assert report.correct_after > report.correct_before
+    one = capfilt(source, model, model, tmp_path / "one", k=4, keep=1, seed=2)
+    assert (one.correct_before, one.correct_after) == (report.correct_before, 1.0)
+    assert one.wrong_web_kept == 0.0
+    assert one.right_web_kept is not None
+    assert one.web_kept == pytest.approx(one.right_web_kept * one.correct_before)
+    assert 0 < one.web_kept < 1
     assert report.to_dict() == json.loads((tmp_path / "out" / "report.json").read_text())
     back = open_source(
         {"kind": "jsonl", "file": "captions.jsonl", "image_folder": "images"}, data_root=tmp_path / "out"

@@ -74,9 +74,9 @@ def test_bad_data_and_a_pattern_without_gradient_are_problems_with_exit_code_2(m
     rows = [{"id": i, "image": f"{i}.png", "caption": f"a thing {i}"} for i in range(10)]
     for row in rows[:-1]:
         (tmp_path / "images" / row["image"]).write_bytes(png((row["id"], 0, 0)))
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "train.json").write_text(json.dumps(rows))
     mine = tree("clip")
-    mine["stages"][0]["data"] = [{"kind": "jsonl", "file": "rows.json", "image_folder": "images"}]
+    mine["stages"][0]["data"] = [{"kind": "jsonl", "file": "train.json", "image_folder": "images"}]
     (tmp_path / "mine.yaml").write_text(json.dumps(mine))  # JSON is YAML too
     code, out, said = run(monkeypatch, capsys, "check", "mine.yaml", "--json", "facts.json")
     assert code == 2
@@ -87,4 +87,5 @@ def test_bad_data_and_a_pattern_without_gradient_are_problems_with_exit_code_2(m
     assert (code, said) == (0, "")
     assert "Ready: isthmus train mine.yaml stages.contrast.bad_samples=0.2" in out
     assert "the same bits" in out
+    assert "train: 10 samples" in out  # ":train:" is a name here and no emoji
     assert not list(tmp_path.glob("runs*"))

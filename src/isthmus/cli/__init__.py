@@ -48,4 +48,4 @@ def _say(text: str) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    Console(stderr=True).print(f"[bold red]isthmus:[/] {escape(text)}", highlight=False)
+    Console(stderr=True, emoji=False).print(f"[bold red]isthmus:[/] {escape(text)}", highlight=False)

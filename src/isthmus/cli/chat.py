@@ -35,7 +35,7 @@ def run(
     if images and model.processor.image is None:
         raise CapabilityError(f"A {model.kind} model reads only text; leave --image out or take a model that sees.")
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    console = Console()
+    console = Console(emoji=False)
     pictures = [{"type": "image", "image": path} for path in images]
     pictures += [{"type": "video", "video": path} for path in videos]
     if question is not None:

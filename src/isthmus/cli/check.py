@@ -23,7 +23,7 @@ def run(recipe: str, overrides: Sequence[str], json_file: Path | None, *, sample
     from isthmus.recipes.facts import duration
     from isthmus.recipes.schema import read_recipe
 
-    console = Console()
+    console = Console(emoji=False)
     checked = check(read_recipe(recipe, overrides), samples=samples, steps=steps, tell=lambda s: _tell(console, s))
     for name, count in checked.evaluations.items():
         console.print(f"Evaluation {name}: {count:,} items.")

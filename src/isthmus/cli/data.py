@@ -19,7 +19,9 @@ def scenes(out: Path, layout: str, *, count: int, split: str, seed: int, size: i
         raise ConfigError(f"Scenes have no split {split!r}; {nearest(split, SPLITS)}")
 
     export(out, format=layout, split=split, count=count, seed=seed, size=size)
-    Console().print(f"{count} {split} scenes (seed {seed}, {size} x {size}) written to [bold]{out}[/] as {layout}.")
+    Console(emoji=False).print(
+        f"{count} {split} scenes (seed {seed}, {size} x {size}) written to [bold]{out}[/] as {layout}."
+    )
 
 
 def capfilt(
@@ -63,10 +65,15 @@ def capfilt(
             decoding=decoding,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    console = Console()
+    console = Console(emoji=False)
     console.print(f"{report.pictures} pictures, {report.captions} captions kept in [bold]{out}[/];", end=" ")
     console.print(f"{report.web_kept:.1%} keep their web caption.")
     if report.correct_before is not None and report.correct_after is not None:
         console.print(f"Correct captions: {report.correct_before:.1%} before, {report.correct_after:.1%} after.")
+    if report.right_web_kept is not None and report.wrong_web_kept is not None:
+        console.print(
+            f"Web captions kept: {report.right_web_kept:.1%} of the right, {report.wrong_web_kept:.1%}", end=""
+        )
+        console.print(" of the wrong.")
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")

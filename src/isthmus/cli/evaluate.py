@@ -66,7 +66,7 @@ def run(
         results = score_model(
             loaded, specs, place, model_hash=model_hash(folder), seed=seed, limit=limit, progress=progress, run=folder
         )
-    console = Console()
+    console = Console(emoji=False)
     for result in results:
         console.print(score_table(result.task, result.scores.to_dict()))
     console.print(f"Raw outputs, manifest and scores: [bold]{place}[/]")
@@ -155,7 +155,7 @@ def run_rescore(
     unknown = set(own) - {"rule"}
     if unknown:
         raise ConfigError(f"Only task.rule can be set when outputs are scored again, not task.{min(unknown)}.")
-    console = Console()
+    console = Console(emoji=False)
     if against is None:
         result = rescore(folder, rule=own.get("rule"))
         facts = result.scores.to_dict()

@@ -24,7 +24,7 @@ def run(
     from isthmus.evaluation.scored_files import score_files, write_folder
 
     scores = score_files(references, predictions, task, subset=subset, metrics=metrics, seed=seed)
-    console = Console()
+    console = Console(emoji=False)
     console.print(_table(scores.facts))
     if json_file is not None:
         json_file.write_text(json.dumps(scores.facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ def run(what: str, overrides: Sequence[str], json_file: Path | None, given: Mapp
     """Show a model's folder or file if ``what`` is one, else a recipe. ``given`` are further arguments of ``load``."""
     from isthmus.recipes.schema import shipped
 
-    console = Console()
+    console = Console(emoji=False)
     recipe = what in shipped() or Path(what).suffix in {".yaml", ".yml"}
     if Path(what).exists() and not (recipe and Path(what).is_file()):
         if overrides:
@@ -62,7 +62,7 @@ def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, 
         duration,
         net_of,
         parts_of,
-        stage_cost,
+        stage_costs,
         stage_facts,
         visual_tokens,
     )
@@ -76,7 +76,7 @@ def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, 
     console.print(_parts(f"{name}: {recipe.model}", parts))
     costs: list[StageCost] = []
     try:
-        costs = [stage_cost(built, spec) for spec in recipe.stages] if built is not None else []
+        costs = stage_costs(built) if built is not None else []
     except DataError as error:
         console.print(f"No time is told: {error}", highlight=False, markup=False)
     for number, stage in enumerate(stages):

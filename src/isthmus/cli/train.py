@@ -12,7 +12,7 @@ def run(recipe: str, overrides: Sequence[str], out: Path | None, *, tensorboard:
 
     folder = out if out is not None else Path("runs") / Path(recipe).stem
     model = train(recipe, folder, overrides=overrides, tensorboard=tensorboard)
-    console = Console()
+    console = Console(emoji=False)
     console.print(f"The {model.kind} model is in [bold]{folder}[/]. It can: {', '.join(model.capabilities)}.")
     talk = f", [bold]isthmus chat {folder}{' --image PICTURE' if model.processor.image else ''}[/]"
     console.print(f"Next: [bold]isthmus eval {folder}[/]" + (talk if "chat" in model.capabilities else ""))

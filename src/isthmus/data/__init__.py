@@ -6,4 +6,5 @@ tokenizer   text to ids and back                  mix         several sources as
 text        templates, labels by construction     loader      the batches of a run, from any position
 processor   Record -> Example, one per system     quarantine  bad samples, written down and counted
 collate     Examples -> Batch                     messages    chat messages as parts of a Record
+cache       what a frozen encoder makes of each picture, on disk
 """

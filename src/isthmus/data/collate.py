@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from isthmus.batch import IGNORE, Batch, Places, Tokens, Visuals
+from isthmus.data.cache import Features
 from isthmus.data.record import Example, Span
 from isthmus.errors import DataError
 
@@ -31,16 +33,19 @@ def collate(examples: Sequence[Example]) -> Batch:
                 f"sample {example.id!r} has the streams {list(example.streams)} and the batch has {names}; "
                 "one batch takes the examples of one processor"
             )
-    groups: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+    groups: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}  # pixels have one more axis than features
     places: dict[str, list[tuple[int, int, int, int]]] = {name: [] for name in names}
     owner: list[int] = []
     keys: list[str] = []
     for row, example in enumerate(examples):
         first = len(owner)
         for image, make in zip(example.visuals, example.pixels, strict=True):
-            pixels = make()
-            frames = pixels if pixels.ndim == 4 else pixels[None]
-            groups.setdefault(tuple(frames.shape), []).append((len(owner), frames))
+            value = make()
+            if isinstance(value, Features):
+                value = value.values
+            elif value.ndim == 3:
+                value = value[None]  # a picture is a clip of one frame
+            groups.setdefault(tuple(value.shape), []).append((len(owner), value))
             owner.append(row)
             keys.append(image.content_key())
         for place in example.places:
@@ -49,14 +54,16 @@ def collate(examples: Sequence[Example]) -> Batch:
         ids=tuple(e.id for e in examples),
         sources=tuple(e.source for e in examples),
         text={name: _pad([e.streams[name] for e in examples]) for name in names},
-        visuals=tuple(
-            Visuals(index=torch.tensor([n for n, _ in group]), pixels=torch.stack([p for _, p in group]))
-            for group in groups.values()
-        ),
+        visuals=tuple(_visuals(group) for group in groups.values()),
         places={name: _places(rows) for name, rows in places.items() if rows},
         owner=torch.tensor(owner, dtype=torch.long),
         keys=tuple(keys),
     )
+
+
+def _visuals(group: Sequence[tuple[int, Tensor]]) -> Visuals:
+    index, values = torch.tensor([n for n, _ in group]), torch.stack([value for _, value in group])
+    return Visuals(index=index, pixels=values) if values.ndim == 5 else Visuals(index=index, features=values)
 
 
 def _pad(spans: Sequence[Span]) -> Tokens:
@@ -80,5 +87,5 @@ def _places(rows: Sequence[tuple[int, int, int, int]]) -> Places:
     return Places(row=row, visual=visual, start=start, length=length)
 
 
-def _constant(value: Tensor) -> Callable[[], Tensor]:
+def _constant(value: Any) -> Callable[[], Any]:
     return lambda: value

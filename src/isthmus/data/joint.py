@@ -10,6 +10,7 @@ from typing import Any
 
 from isthmus.batch import Batch
 from isthmus.data.augment import Augment
+from isthmus.data.cache import FeatureCache
 from isthmus.data.loader import Loader, Position
 from isthmus.data.mix import Source
 from isthmus.data.processor import Processor
@@ -53,6 +54,7 @@ class JointLoader:
         seed: int = 0,
         quarantine: Quarantine | None = None,
         augment: Augment | None = None,
+        cache: FeatureCache | None = None,
         prefetch: int = 2,
     ) -> None:
         if not sources:
@@ -75,6 +77,7 @@ class JointLoader:
                 batch_size=size,
                 accumulate=accumulate,
                 augment=augment,
+                cache=cache,
                 seed=seed * 1009 + number,
                 quarantine=quarantine,
                 prefetch=prefetch,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from isthmus.batch import Batch
 from isthmus.data.augment import Augment
+from isthmus.data.cache import FeatureCache
 from isthmus.data.collate import collate, load_pixels
 from isthmus.data.mix import Mix, Source, Visit, key, permutation
 from isthmus.data.processor import Processor
@@ -63,6 +64,7 @@ class Loader:
         shuffle: without it samples come in the order of the sources (needs ``group=False``).
         quarantine: where bad samples are counted.
         augment: what is done to training pictures, drawn anew at every visit.
+        cache: where features of pictures may be kept; those that are stand for the pixels.
         prefetch: steps kept ready by the background thread; 0 does everything in the caller's thread.
     """
 
@@ -80,6 +82,7 @@ class Loader:
         shuffle: bool = True,
         quarantine: Quarantine | None = None,
         augment: Augment | None = None,
+        cache: FeatureCache | None = None,
         prefetch: int = 2,
     ) -> None:
         if (batch_size is None) == (batch_tokens is None):
@@ -98,7 +101,7 @@ class Loader:
         self.batch_size, self.batch_tokens, self.accumulate = batch_size, batch_tokens, accumulate
         self.group, self.whole, self.shuffle, self.prefetch = group, whole, shuffle, prefetch
         self.quarantine = quarantine if quarantine is not None else Quarantine()
-        self.augment = augment
+        self.augment, self.cache = augment, cache
         self._lengths: dict[tuple[int, int], tuple[int, bool]] = {}
 
     # The plan
@@ -170,7 +173,9 @@ class Loader:
     def _example(self, record: Record, visit: Visit) -> Example:
         draw = key(self.seed, "draw", visit.source, visit.turn, record.id)
         example = self.processor.example(record, draw)
-        return self.augment(example, self.processor.image, draw) if self.augment else example
+        if self.augment:
+            return self.augment(example, self.processor.image, draw)
+        return self.cache.stand_in(example) if self.cache is not None else example
 
     def _fill(self, visits: Sequence[Visit]) -> list[Batch]:
         """The micro-batches of one step; bad samples are left out and counted. Empty when all were bad."""

@@ -10,10 +10,10 @@ import numpy as np
 
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import binary, choice, rules, vqa
-from isthmus.evaluation.asking import Control, ask_all, check_controls, whose_pictures
+from isthmus.evaluation.asking import ask_all, whose_pictures
 from isthmus.evaluation.bootstrap import Interval, intervals
-from isthmus.evaluation.protocols import Answers, Records, Sample, Weighs
-from isthmus.evaluation.tasks import Row, VqaTask, fingerprint, listed, unique
+from isthmus.evaluation.protocols import Answers, Sample, Weighs
+from isthmus.evaluation.tasks import Questions, Row, VqaTask, listed, unique
 from isthmus.evaluation.turns import (
     kind_of,
     last_turn,
@@ -45,7 +45,7 @@ def choices_of(record: Sample, task: str) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LikelihoodTask:
+class LikelihoodTask(Questions):
     """Multiple choice by log-likelihood: the choice that the model finds likeliest as its answer.
 
     ``answer_with``: the candidates are the choices' ``text`` or their ``letter``. ``per``: the log-likelihood as it
@@ -56,36 +56,17 @@ class LikelihoodTask:
     kind: ClassVar[str] = "likelihood"
     needs: ClassVar[type] = Weighs
 
-    name: str
-    records: Records
-    prior: vqa.AnswerPrior | None = None
-    controls: Sequence[Control] = ("blind", "shuffled")
     answer_with: Literal["text", "letter"] = "text"
     per: Literal["answer", "character"] = "answer"
     mixed: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_controls(self.controls)
+        Questions.__post_init__(self)
         if self.answer_with not in ("text", "letter") or self.per not in ("answer", "character"):
             raise ConfigError(f"Task {self.name!r}: answer_with is text or letter, per is answer or character.")
 
-    @cached_property
-    def ids(self) -> list[str]:
-        return unique([r.id for r in listed(self.records)], self.name)
-
     def describe(self) -> dict[str, Any]:
-        return {
-            "rule": "choice",
-            "answer_with": self.answer_with,
-            "per": self.per,
-            "controls": list(self.controls),
-            "prior": self.prior.fingerprint() if self.prior else None,
-            "data": fingerprint(self.records),
-        }
-
-    def asked(self) -> Iterator[Any]:
-        return (prompt(r) for r in listed(self.records))
+        return {**Questions.describe(self), "rule": "choice", "answer_with": self.answer_with, "per": self.per}
 
     def rows(self, model: Weighs, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         other = whose_pictures(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
@@ -94,7 +75,7 @@ class LikelihoodTask:
             yield [self._row(model, self.records[i], self.records[other[i]]) for i in todo[start : start + chunk]]
 
     def _row(self, model: Weighs, record: Any, other: Any) -> Row:
-        choices, turn, asked = choices_of(record, self.name), last_turn(record), prompt(record)
+        choices, asked = choices_of(record, self.name), prompt(record)
         ways: dict[str, Callable[[], Any]] = {
             "answer": lambda: asked,
             "blind": lambda: without_picture(asked),
@@ -102,18 +83,8 @@ class LikelihoodTask:
         }
         scores = {way: self._scores(model, ways[way](), choices) for way in ("answer", *self.controls)}
         said = {way: "" if (i := choice.best(s)) is None else choice.LETTERS[i] for way, s in scores.items()}
-        row: Row = {
-            "id": record.id,
-            "kind": kind_of(record),
-            "question": turn.question,
-            "choices": choices,
-            "truth": list(turn.answers),
-            "answer": said["answer"],
-            "blind": said.get("blind"),
-            "shuffled": said.get("shuffled"),
-            "prior": self.prior.answer(turn.question, kind_of(record)) if self.prior else None,
-            "log_likelihoods": scores["answer"],
-        }
+        row = self.row(record.id, last_turn(record), kind_of(record), said)
+        row |= {"choices": choices, "log_likelihoods": scores["answer"]}
         return row | {"correct": choice.CHOICE.points(row["answer"], row)}
 
     def _scores(self, model: Weighs, record: Any, choices: Sequence[str]) -> list[float]:
@@ -130,7 +101,7 @@ class LikelihoodTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversationTask:
+class ConversationTask(Questions):
     """Every question of a conversation, in order, one row each (id ``<record>/<turn>``, turns from 1).
 
     ``history``: the earlier answers in the context are the model's ``own`` (of the same way of asking: the blind
@@ -141,17 +112,12 @@ class ConversationTask:
     kind: ClassVar[str] = "conversation"
     needs: ClassVar[type] = Answers
 
-    name: str
-    records: Records
-    prior: vqa.AnswerPrior | None = None
-    controls: Sequence[Control] = ("blind", "shuffled")
     decoding: Mapping[str, Any] = field(default_factory=dict)
     rule: str = "exact"
     history: Literal["own", "true"] = "own"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_controls(self.controls)
+        Questions.__post_init__(self)
         rules.rule(self.rule)
         if self.history not in ("own", "true"):
             raise ConfigError(f"Task {self.name!r}: history is own or true, not {self.history!r}.")
@@ -167,17 +133,8 @@ class ConversationTask:
         return [f"{record.id}/{n}" for n in range(1, count + 1)]
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "rule": self.rule,
-            "history": self.history,
-            "controls": list(self.controls),
-            "prior": self.prior.fingerprint() if self.prior else None,
-            "decoding": dict(self.decoding),
-            "data": fingerprint(self.records),
-        }
-
-    def asked(self) -> Iterator[Any]:
-        return (prompt(r) for r in listed(self.records))
+        own = {"rule": self.rule, "history": self.history, "decoding": dict(self.decoding)}
+        return {**Questions.describe(self), **own}
 
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         other = whose_pictures(self.records, self.name, self.controls, self.seed)
@@ -229,18 +186,7 @@ class ConversationTask:
         turn = last_turn(record) if n == len(all_turns) - 1 else all_turns[n]
         kinds = record.meta.get("kinds")
         kind = str(kinds[n]) if kinds else kind_of(record)
-        row: Row = {
-            "id": f"{record.id}/{n + 1}",
-            "turn": n + 1,
-            "kind": kind,
-            "question": turn.question,
-            "truth": list(turn.answers),
-            "answer": answers["answer"],
-            "blind": answers.get("blind"),
-            "shuffled": answers.get("shuffled"),
-            "prior": self.prior.answer(turn.question, kind) if self.prior else None,
-            "alone": answers["alone"],
-        }
+        row = self.row(f"{record.id}/{n + 1}", turn, kind, answers) | {"turn": n + 1, "alone": answers["alone"]}
         return row | {"correct": rules.rule(self.rule).points(row["answer"], row)}
 
     def score(self, rows: Sequence[Row]) -> "ConversationScores":

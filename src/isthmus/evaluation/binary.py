@@ -96,13 +96,15 @@ def rates(sums: Array) -> Array:
 class BinaryScores:
     """Accuracy with its controls (:class:`VqaScores`), and the rates of yes, overall and per kind (POPE: per
     sampling). ``official`` are the rates under the published parser; ``f1_over_kinds`` is the mean F1 of the kinds;
-    ``consistency`` the share of groups (NLVR: the box orders of one example) of which every answer is right.
+    ``majority`` the accuracy of saying the commoner truth always; ``consistency`` the share of groups (NLVR: the box
+    orders of one example) of which every answer is right.
     """
 
     answers: vqa.VqaScores
     overall: Binary
     kinds: Mapping[str, Binary]
     official: Mapping[str, Binary]
+    majority: float
     consistency: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class BinaryScores:
             facts["kinds"][kind] |= rates_of.to_dict()
         mean = sum(k.f1 for k in self.kinds.values()) / len(self.kinds)
         official = {k: b.to_dict() for k, b in self.official.items()}
-        facts |= self.overall.to_dict() | {"f1_over_kinds": mean, "official": official}
+        facts |= self.overall.to_dict() | {"f1_over_kinds": mean, "majority": self.majority, "official": official}
         return facts if self.consistency is None else facts | {"consistency": self.consistency}
 
 
@@ -128,8 +130,14 @@ def score(rows: Sequence[Facts], *, seed: int = 0) -> BinaryScores:
         _binary(rows, seed),
         {k: _binary(some, seed) for k, some in named.items()},
         {k: _binary(some, seed, official=True) for k, some in official.items()},
+        _majority(rows),
         _consistency(rows),
     )
+
+
+def _majority(rows: Sequence[Facts]) -> float:
+    truths = [_truth(row) for row in rows]
+    return max(map(truths.count, set(truths))) / len(rows)
 
 
 def _consistency(rows: Sequence[Facts]) -> float | None:

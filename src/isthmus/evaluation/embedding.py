@@ -41,6 +41,7 @@ def unit(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors, dim=-1)
 
 
-def not_below(values: Tensor, right: Tensor) -> Tensor:
-    """Where ``values`` (R, C) are not clearly lower than their row's right value (R, 1): above it, or tied."""
-    return ~(values < right - _MARGIN * values.abs().amax(dim=1, keepdim=True))
+def around(values: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Where ``values`` (R, C) are clearly above their row's right value (R, 1), and where they tie with it."""
+    margin = _MARGIN * values.abs().amax(dim=1, keepdim=True)
+    return values > right + margin, (values - right).abs() <= margin

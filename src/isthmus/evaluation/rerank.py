@@ -81,8 +81,9 @@ class RerankTask(RetrievalTask):
         )
         by_image, by_text = two_step(model, pictures, texts, first, self.rerank)
         right = retrieval.owned(owner, retrieval.numbered(texts), torch.arange(len(pairs)), torch.arange(len(texts)))
-        ranks = [retrieval.rank(values, right).tolist() for values in (first, by_image)]
-        of_captions = [iter(retrieval.rank(values.T, right.T).tolist()) for values in (first, by_text)]
+        of_texts, of_pictures = retrieval.lots(len(texts)), retrieval.lots(len(pairs))
+        ranks = [retrieval.rank(values, right, of_texts).tolist() for values in (first, by_image)]
+        of_captions = [iter(retrieval.rank(v.T, right.T, of_pictures).tolist()) for v in (first, by_text)]
         rows = [
             {
                 "id": name,
@@ -97,20 +98,23 @@ class RerankTask(RetrievalTask):
         yield [row for row in rows if row["id"] not in done]
 
     def score(self, rows: Sequence[Row]) -> RerankScores:
-        after = RetrievalTask.score(self, rows)
-        before = retrieval.score(
-            [r["first_rank"] for r in rows],
-            [r["first_caption_ranks"] for r in rows],
-            [r["captions"] for r in rows],
-            seed=self.seed,
-        )
-        images = np.array([[r["rank"] == 0, r["first_rank"] == 0, 1] for r in rows], dtype=np.float64)
-        texts = np.array(
-            [[_firsts(r["caption_ranks"]), _firsts(r["first_caption_ranks"]), len(r["captions"])] for r in rows],
-            dtype=np.float64,
-        )
-        gains = [_gain(outcomes, self.seed) for outcomes in (images, texts)]
-        return RerankScores(after.image_to_text, after.text_to_image, before, *gains)
+        return score(rows, seed=self.seed)
+
+
+def score(rows: Sequence[Row], *, seed: int = 0) -> RerankScores:
+    """From output rows with the ranks of both steps. Raises DataError when there are none."""
+    captions = [r["captions"] for r in rows]
+    after, before = (
+        retrieval.score([r[of_image] for r in rows], [r[of_texts] for r in rows], captions, seed=seed)
+        for of_image, of_texts in (("rank", "caption_ranks"), ("first_rank", "first_caption_ranks"))
+    )
+    images = np.array([[r["rank"] == 0, r["first_rank"] == 0, 1] for r in rows], dtype=np.float64)
+    texts = np.array(
+        [[_firsts(r["caption_ranks"]), _firsts(r["first_caption_ranks"]), len(r["captions"])] for r in rows],
+        dtype=np.float64,
+    )
+    gains = [_gain(outcomes, seed) for outcomes in (images, texts)]
+    return RerankScores(after.image_to_text, after.text_to_image, before, *gains)
 
 
 def two_step(

@@ -1,9 +1,11 @@
 """Retrieval with several captions per picture: recall@K both ways.
 
 Picture to text: a hit if *any* of the picture's captions is among the first K. Text to picture: a hit if a picture with
-this caption is. Captions of equal text are one caption, so two pictures that are told alike are both right. Any other
-tie counts against us: whatever is not clearly below the right one stands above it, so a model that gives everything the
-same vector scores nothing. (Counting one caption per picture is a different, easier number.)
+this caption is. Captions of equal text are one caption, so two pictures that are told alike are both right. (Counting
+one caption per picture is a different, easier number.)
+
+Ties: what the model scores alike is put in an order drawn by lot, the same for every row and every run, which neither
+favours what is right nor holds it back. A model that gives everything the same vector scores what guessing does.
 
 Shapes: N pictures, M captions, D width.
 """
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from isthmus.errors import DataError
 from isthmus.evaluation.bootstrap import Array, Interval, intervals
-from isthmus.evaluation.embedding import not_below
+from isthmus.evaluation.embedding import around
 from isthmus.nn.losses import Similarity, similarity
 
 CUTS = (1, 5, 10)
@@ -44,11 +46,11 @@ def ranks(
     words = torch.arange(len(texts)) if words is None else words
     pictures, captions = torch.arange(len(images)), torch.arange(len(texts))
     by_image = [
-        rank(similarity(images[rows], texts, kind), owned(owner, words, rows, captions))
+        rank(similarity(images[rows], texts, kind), owned(owner, words, rows, captions), lots(len(texts)))
         for rows in pictures.split(chunk)
     ]
     by_text = [
-        rank(similarity(images, texts[some], kind).T, owned(owner, words, pictures, some).T)
+        rank(similarity(images, texts[some], kind).T, owned(owner, words, pictures, some).T, lots(len(images)))
         for some in captions.split(chunk)
     ]
     return torch.cat(by_image), torch.cat(by_text)
@@ -64,10 +66,20 @@ def owned(owner: Tensor, words: Tensor, pictures: Tensor, captions: Tensor) -> T
     return said[:, column]
 
 
-def rank(values: Tensor, right: Tensor) -> Tensor:
-    """(n,) rank of each row's best right column among the wrong ones, from scores and truth, both (n, m)."""
+def lots(items: int) -> Tensor:
+    """(items,) the order in which items of equal score stand: drawn by lot, the same in every run."""
+    return torch.randperm(items, generator=torch.Generator().manual_seed(0))
+
+
+def rank(values: Tensor, right: Tensor, lot: Tensor) -> Tensor:
+    """(n,) rank of each row's best right column among the wrong ones, from scores and truth, both (n, m).
+
+    Of columns that tie with it, those of a lower ``lot`` (m,) stand before it.
+    """
     best = values.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-    return (not_below(values, best) & ~right).sum(dim=1)
+    above, tied = around(values, best)
+    own = lot.expand_as(values).masked_fill(~(right & tied), len(lot)).amin(dim=1, keepdim=True)
+    return ((above | (tied & (lot < own))) & ~right).sum(dim=1)
 
 
 def numbered(texts: Sequence[str]) -> Tensor:

@@ -17,6 +17,7 @@ from isthmus.evaluation import (
     caption_task,
     choice,
     matching,
+    rerank,
     retrieval,
     rules,
     vqa,
@@ -116,7 +117,7 @@ SCORERS: dict[str, Scorer] = {
         outcomes=_captions,
     ),
     "retrieval": Scorer(
-        version=2,
+        version=3,
         score=lambda rows, m: retrieval.score(
             [r["rank"] for r in rows],
             [r["caption_ranks"] for r in rows],
@@ -125,6 +126,7 @@ SCORERS: dict[str, Scorer] = {
         ),
         outcomes=_retrieval,
     ),
+    "rerank": Scorer(version=2, score=lambda rows, m: rerank.score(rows, seed=_seed(m)), outcomes=_retrieval),
     "zero_shot": Scorer(version=1, score=_classes, outcomes=_ranks),
     "linear_probe": Scorer(version=1, score=_classes, outcomes=_ranks),
     "matching": Scorer(version=1, score=lambda rows, m: matching.score(rows, seed=_seed(m))),

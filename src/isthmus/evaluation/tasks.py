@@ -18,7 +18,7 @@ from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
 from isthmus.evaluation.asking import Control, ask_all, check_controls, whose_pictures
 from isthmus.evaluation.embedding import embed
 from isthmus.evaluation.protocols import Answers, Embeds, Picture, Records, Sample, Sees, TextPart
-from isthmus.evaluation.turns import kind_of, last_turn, prompt
+from isthmus.evaluation.turns import Turn, kind_of, last_turn, prompt
 from isthmus.nn.losses import Similarity
 
 Row = dict[str, Any]
@@ -93,30 +93,21 @@ def _picture(record: Sample, task: str) -> Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VqaTask:
-    """Answers to the last question of each record, scored by ``rule`` with the controls of :mod:`.vqa`.
+class Questions:
+    """What all tasks of questions share: the controls of :mod:`.vqa` and the prior, from the training records.
 
-    ``rule`` is a name of :mod:`.rules`: ``exact``, ``vqa``, ``ok-vqa``, ``gqa``, ``yes-no``, ``choice``. ``controls``
-    chooses among ``blind`` and ``shuffled``; for questions without pictures (a bare language model) leave both out,
-    for ``mixed`` data records without a picture keep their answer in the controls. ``prior`` comes from the training
-    records. ``decoding`` is handed to the model as it is.
+    ``controls`` chooses among ``blind`` and ``shuffled``; for questions without pictures (a bare language model) leave
+    both out.
     """
-
-    kind: ClassVar[str] = "vqa"
-    needs: ClassVar[type] = Answers
 
     name: str
     records: Records
     prior: vqa.AnswerPrior | None = None
     controls: Sequence[Control] = ("blind", "shuffled")
-    decoding: Mapping[str, Any] = field(default_factory=dict)
-    rule: str = "exact"
-    mixed: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_controls(self.controls)
-        rules.rule(self.rule)
 
     @cached_property
     def ids(self) -> list[str]:
@@ -124,16 +115,50 @@ class VqaTask:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "rule": self.rule,
             "controls": list(self.controls),
             "prior": self.prior.fingerprint() if self.prior else None,
-            "decoding": dict(self.decoding),
             "data": fingerprint(self.records),
         }
 
     def asked(self) -> Iterator[Any]:
         """The records as the model gets them, pictures seen."""
         return (prompt(r) for r in listed(self.records))
+
+    def row(self, name: str, turn: Turn, kind: str, said: Mapping[str, str]) -> Row:
+        """A question with its truths and what was said: ``answer``, and the controls' answers where there are any."""
+        return {
+            "id": name,
+            "kind": kind,
+            "question": turn.question,
+            "truth": list(turn.answers),
+            "answer": said["answer"],
+            "blind": said.get("blind"),
+            "shuffled": said.get("shuffled"),
+            "prior": self.prior.answer(turn.question, kind) if self.prior else None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaTask(Questions):
+    """Answers to the last question of each record, scored by ``rule``.
+
+    ``rule`` is a name of :mod:`.rules`: ``exact``, ``vqa``, ``ok-vqa``, ``gqa``, ``yes-no``, ``choice``. In ``mixed``
+    data records without a picture keep their answer in the controls. ``decoding`` is handed to the model as it is.
+    """
+
+    kind: ClassVar[str] = "vqa"
+    needs: ClassVar[type] = Answers
+
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    rule: str = "exact"
+    mixed: bool = False
+
+    def __post_init__(self) -> None:
+        Questions.__post_init__(self)
+        rules.rule(self.rule)
+
+    def describe(self) -> dict[str, Any]:
+        return {**Questions.describe(self), "rule": self.rule, "decoding": dict(self.decoding)}
 
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         other = whose_pictures(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
@@ -145,18 +170,8 @@ class VqaTask:
             answers = ask_all(model, [prompt(r) for r in records], others, self.controls, self.decoding)
             yield [self._row(r, {k: v[j] for k, v in answers.items()}) for j, r in enumerate(records)]
 
-    def _row(self, record: Sample, answers: Mapping[str, str]) -> Row:
-        turn, kind = last_turn(record), kind_of(record)
-        row: Row = {
-            "id": record.id,
-            "kind": kind,
-            "question": turn.question,
-            "truth": list(turn.answers),
-            "answer": answers["answer"],
-            "blind": answers.get("blind"),
-            "shuffled": answers.get("shuffled"),
-            "prior": self.prior.answer(turn.question, kind) if self.prior else None,
-        }
+    def _row(self, record: Sample, said: Mapping[str, str]) -> Row:
+        row = self.row(record.id, last_turn(record), kind_of(record), said)
         row |= {k: _plain(record.meta[k]) for k in ("choices", "group") if k in record.meta}
         return row | {"correct": rules.rule(self.rule).points(row["answer"], row)}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.bootstrap import Interval, intervals
-from isthmus.evaluation.embedding import embed, not_below, unit
+from isthmus.evaluation.embedding import around, embed, unit
 from isthmus.evaluation.protocols import Embeds
 
 PLAIN = ("a photo of a {}.",)
@@ -70,7 +70,8 @@ def by_score(values: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
     A tie counts against us: an equally good wrong class stands above the right one.
     """
-    rank = not_below(values, values.gather(1, truth[:, None])).sum(dim=1) - 1
+    above, tied = around(values, values.gather(1, truth[:, None]))
+    rank = (above | tied).sum(dim=1) - 1
     return torch.argsort(values, dim=1, descending=True, stable=True), rank
 
 

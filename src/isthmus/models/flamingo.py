@@ -30,6 +30,7 @@ from isthmus.config import plain, strict
 from isthmus.errors import ConfigError, DataError
 from isthmus.interleave import InterleavedLanguageModel, Look
 from isthmus.language import Decoding
+from isthmus.models.published import tiny_llama
 from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig
 from isthmus.nn.gated import GatedBlock, GatedConfig, media_index
 from isthmus.nn.vit import VisionConfig, VisionTransformer
@@ -107,16 +108,7 @@ class FlamingoConfig:
         """What two CPU cores train in minutes on the scenes: 9 patches to 9 latents, a block before every layer."""
         return cls(
             vision=VisionConfig(image_size=63, patch_size=21, width=160, layers=5, heads=5, mlp_width=640),
-            language={
-                "model_type": "llama",
-                "vocab_size": vocab_size,
-                "hidden_size": 192,
-                "intermediate_size": 512,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "max_position_embeddings": 512,
-                "tie_word_embeddings": True,
-            },
+            language=tiny_llama(vocab_size, layers=4, heads=4),
             end_id=vocab_size,
             image_id=vocab_size + 1,
             resampler=ResamplerConfig(layers=2, latents=9, heads=5, head_width=32, frames=8),

@@ -30,7 +30,7 @@ from isthmus.batch import Batch, Places, Term, Visuals
 from isthmus.config import plain, strict
 from isthmus.errors import ConfigError, DataError
 from isthmus.language import Decoding, LanguageModel
-from isthmus.models.published import vicuna
+from isthmus.models.published import tiny_llama, vicuna
 from isthmus.nn.connectors import build_connector
 from isthmus.nn.splice import at_places, splice
 from isthmus.nn.vit import VisionConfig, VisionTransformer
@@ -106,16 +106,7 @@ class LlavaConfig:
         """What two CPU cores train in minutes on the scenes: 16 visual tokens for a 64x64 picture."""
         return cls(
             vision=VisionConfig(image_size=image_size, patch_size=16, width=160, layers=5, heads=5, mlp_width=640),
-            language={
-                "model_type": "llama",
-                "vocab_size": vocab_size,
-                "hidden_size": 192,
-                "intermediate_size": 512,
-                "num_hidden_layers": 5,
-                "num_attention_heads": 6,
-                "max_position_embeddings": 512,
-                "tie_word_embeddings": True,
-            },
+            language=tiny_llama(vocab_size),
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from isthmus.batch import Batch, Term
 from isthmus.config import plain, strict
 from isthmus.language import Decoding, LanguageModel
+from isthmus.models.published import tiny_llama
 
 STREAM = "lm"
 
@@ -31,18 +32,7 @@ class LmConfig:
     @classmethod
     def tiny(cls, vocab_size: int = 2048) -> "LmConfig":
         """A Llama that two CPU cores train in minutes: 192 wide, 5 layers."""
-        return cls(
-            language={
-                "model_type": "llama",
-                "vocab_size": vocab_size,
-                "hidden_size": 192,
-                "intermediate_size": 512,
-                "num_hidden_layers": 5,
-                "num_attention_heads": 6,
-                "max_position_embeddings": 512,
-                "tie_word_embeddings": True,
-            }
-        )
+        return cls(language=tiny_llama(vocab_size))
 
 
 class BareLM(nn.Module):

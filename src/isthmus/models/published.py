@@ -1,6 +1,20 @@
-"""Configurations of the published language models that several papers start from."""
+"""Configurations of the language models that several systems start from: the published ones, and a tiny one."""
 
 from typing import Any
+
+
+def tiny_llama(vocab_size: int, *, layers: int = 5, heads: int = 6) -> dict[str, Any]:
+    """A Llama of ours, 192 wide, that two CPU cores train in minutes."""
+    return {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
 
 
 def vicuna(size: str, vocab_size: int = 32000, *, version: float) -> dict[str, Any]:

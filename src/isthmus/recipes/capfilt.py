@@ -41,13 +41,16 @@ class Judge(Protocol):
 @dataclass(frozen=True, slots=True)
 class CapfiltReport:
     """What came out. ``correct_before`` and ``correct_after`` are shares of captions that are among the true ones of
-    their picture, where these are known; ``web_kept`` is the share of pictures that keep their web caption."""
+    their picture, where these are known; ``web_kept`` is the share of pictures that keep their web caption, and
+    ``right_web_kept`` and ``wrong_web_kept`` are that of those whose web caption was right, and wrong."""
 
     pictures: int
     captions: int
     web_kept: float
     correct_before: float | None = None
     correct_after: float | None = None
+    right_web_kept: float | None = None
+    wrong_web_kept: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -158,17 +161,21 @@ class _Tally:
 
     def __init__(self) -> None:
         self.pictures = self.captions = self.web = self.known = self.right_before = self.right_after = 0
-        self.judged = 0
+        self.judged = self.right_kept = self.wrong_kept = 0
 
     def add(self, record: Record, line: dict[str, Any]) -> None:
         self.pictures += 1
         self.captions += len(line["caption"])
-        self.web += line["web"] in line["caption"]
+        kept = line["web"] in line["caption"]
+        self.web += kept
         truth = {_plain(t) for t in record.meta.get("true_captions", ())}
         if truth:
             self.known += 1
             self.judged += len(line["caption"])
-            self.right_before += _plain(line["web"]) in truth
+            right = _plain(line["web"]) in truth
+            self.right_before += right
+            self.right_kept += kept and right
+            self.wrong_kept += kept and not right
             self.right_after += sum(_plain(t) in truth for t in line["caption"])
 
     def report(self) -> CapfiltReport:
@@ -179,6 +186,8 @@ class _Tally:
             web_kept=self.web / max(1, self.pictures),
             correct_before=self.right_before / self.known if known else None,
             correct_after=self.right_after / self.judged if known else None,
+            right_web_kept=self.right_kept / self.right_before if self.right_before else None,
+            wrong_web_kept=self.wrong_kept / wrong if (wrong := self.known - self.right_before) else None,
         )
 
 

@@ -30,6 +30,7 @@ from isthmus.errors import DataError, StageError
 from isthmus.model import load
 from isthmus.recipes.build import Built, build
 from isthmus.recipes.facts import steps_of
+from isthmus.recipes.features import demand_frozen
 from isthmus.recipes.run import make_loader
 from isthmus.recipes.schema import Recipe, StageSpec
 from isthmus.recipes.scoring import make_task
@@ -159,6 +160,8 @@ def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, step
         for s in sources
         if sum(s.bad.values()) > spec.bad_samples * s.looked
     ]
+    if spec.feature_cache is not None:
+        demand_frozen(built.net, built.processor(spec).image, spec)
     table = apply_stage(built.net, spec.stage.train)
     losses: Mapping[str, float] = {}
     seconds = 0.0

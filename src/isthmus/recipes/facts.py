@@ -120,6 +120,15 @@ def stage_cost(built: Built, spec: StageSpec) -> StageCost:
     return StageCost(tokens, sum(kept.values()), passes * len(batches) * seconds, steps_of(spec))
 
 
+def stage_costs(built: Built) -> list[StageCost]:
+    """:func:`stage_cost` of every stage, each with the net that it begins with."""
+    costs = []
+    for spec in built.recipe.stages:
+        built = built.enter(spec)
+        costs.append(stage_cost(built, spec))
+    return costs
+
+
 def steps_of(spec: StageSpec) -> float:
     """Steps of the whole stage; for a budget in samples counted by rows, 0 where rows per step are not fixed."""
     if spec.stage.steps is not None:

@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rich.console import Console
 
 import isthmus
 from isthmus import checkpoint
+from isthmus.data.cache import FeatureCache
 from isthmus.data.fingerprint import fingerprint
 from isthmus.data.joint import JointLoader
 from isthmus.data.loader import Loader
@@ -32,6 +34,7 @@ from isthmus.data.sources import open_mix, open_source
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.model import Model, load
 from isthmus.recipes.build import Built, build, check_parts
+from isthmus.recipes.features import FeatureLoader, open_cache
 from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
 from isthmus.recipes.scoring import model_hash
 from isthmus.stage import BOOKKEEPING, apply_stage
@@ -104,19 +107,9 @@ def _run_stage(
         files = checkpoint.read_folder(trained)
         _lay_over(built.net, checkpoint.load_tensors(files["trained.safetensors"]), trained)
         return
-    loader = make_loader(built, stage, folder, data)
-    train_stage(
-        built.net,
-        loader,
-        stage.stage,
-        folder,
-        seed=built.recipe.seed,
-        identity=_identity(built, loader),
-        progress=progress,
-        tensorboard=tensorboard,
-    )
-    if progress and len(loader.quarantine):
-        Console(stderr=True).print(f"Stage {stage.name}: {loader.quarantine.summary()}.", highlight=False)
+    with _features(built, stage, folder.parent.parent / "features") as cache:
+        loader = make_loader(built, stage, folder, data, cache)
+        _train_stage(built, stage, folder, loader, cache, progress=progress, tensorboard=tensorboard)
     table = apply_stage(built.net, stage.stage.train)
     state = built.net.state_dict()
     checkpoint.write_folder(
@@ -126,6 +119,44 @@ def _run_stage(
             "stage.json": {"stage": stage.stage.to_dict(), "table": table.to_dict(), "isthmus": isthmus.__version__},
         },
     )
+
+
+@contextmanager
+def _features(built: Built, stage: StageSpec, folder: Path) -> Iterator[FeatureCache | None]:
+    """The stage's feature cache, if it has one, held against other processes."""
+    if stage.feature_cache is None:
+        yield None
+        return
+    cache = open_cache(built.net, built.processor(stage).image, stage, folder)
+    with checkpoint.RunLock(cache.folder):
+        yield cache
+
+
+def _train_stage(
+    built: Built,
+    stage: StageSpec,
+    folder: Path,
+    loader: Loader | JointLoader,
+    cache: FeatureCache | None,
+    *,
+    progress: bool,
+    tensorboard: bool,
+) -> None:
+    train_stage(
+        built.net,
+        loader if cache is None else FeatureLoader(loader, built.net, cache, stage),
+        stage.stage,
+        folder,
+        seed=built.recipe.seed,
+        identity=_identity(built, loader),
+        progress=progress,
+        tensorboard=tensorboard,
+    )
+    if progress and len(loader.quarantine):
+        Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {loader.quarantine.summary()}.", highlight=False)
+    if progress and cache is not None:
+        told = f"features of {len(cache):,} pictures, {cache.size / 2**20:,.1f} MiB, in {cache.folder}"
+        Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {told}.", highlight=False)
 
 
 def _identity(built: Built, loader: Loader | JointLoader) -> dict[str, str]:
@@ -147,8 +178,12 @@ def make_loader(
     stage: StageSpec,
     folder: Path | None = None,
     data: Mix | list[tuple[Source, int, float]] | None = None,
+    cache: FeatureCache | None = None,
 ) -> Loader | JointLoader:
-    """The stage's stream of batches; bad samples are counted in ``folder/quarantine.jsonl``."""
+    """The stage's stream of batches; bad samples are counted in ``folder/quarantine.jsonl``.
+
+    Pictures that ``cache`` holds come as features, for nets that take them.
+    """
     processor = built.processor(stage)
     quarantine = Quarantine(folder / "quarantine.jsonl" if folder else None, threshold=stage.bad_samples)
     data = data if data is not None else open_data(stage)
@@ -160,6 +195,7 @@ def make_loader(
             seed=built.recipe.seed,
             quarantine=quarantine,
             augment=stage.augment,
+            cache=cache,
         )
     contrasts = getattr(processor, "contrasts", False)
     return Loader(
@@ -173,6 +209,7 @@ def make_loader(
         whole=contrasts and built.recipe.model != "clip",
         quarantine=quarantine,
         augment=stage.augment,
+        cache=cache,
     )
 
 

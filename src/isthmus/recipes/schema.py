@@ -42,6 +42,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class FeatureCacheSpec(Strict):
+    """Keeps what a frozen vision encoder makes of each picture, ``gib`` GiB at most, in ``folder`` (by default in the
+    run's own): worth it where pictures come back."""
+
+    folder: str | None = None
+    gib: float = Field(default=4.0, gt=0)
+
+
 class StageSpec(Strict):
     """One stage of a recipe: what it reads and how, beside the keys of :class:`isthmus.stage.Stage`.
 
@@ -49,7 +57,8 @@ class StageSpec(Strict):
     each entry of ``data`` has a ``batch_size`` of its own, every step reads that many samples of every source, and the
     sources' mean losses add up with their ``loss_weight`` (default 1). ``config`` changes the model's configuration
     from this stage on (BLIP-2's phases); ``processor`` are options of this system's processor; ``augment`` crops and
-    flips the pictures. ``bad_samples`` is the fraction of samples that may be quarantined before the run stops.
+    flips the pictures; ``feature_cache`` encodes each of them once. ``bad_samples`` is the fraction of samples that may
+    be quarantined before the run stops.
     """
 
     stage: Stage
@@ -62,6 +71,7 @@ class StageSpec(Strict):
     image_mode: Literal["square", "pad", "squash", "aspect"] | None = None
     max_length: int | None = Field(default=None, gt=0)
     augment: Augment | None = None
+    feature_cache: FeatureCacheSpec | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     processor: dict[str, Any] = Field(default_factory=dict)
 
@@ -102,6 +112,8 @@ class StageSpec(Strict):
             raise ValueError("give exactly one of batch_size (rows) and batch_tokens (padded tokens)")
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
             raise ValueError(f"the stage name {self.name!r} becomes a folder: use a-z, 0-9, - and _")
+        if self.augment is not None and self.feature_cache is not None:
+            raise ValueError("augmented pictures differ at every visit: take out augment or feature_cache")
         if not self.stage.train:
             raise ValueError("train is empty, so nothing would learn; give a list of pattern and lr")
         return self
@@ -259,6 +271,7 @@ def _explain(error: ValidationError, where: str) -> str:
 def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
     """Keys that the schema knows at a location of the error."""
     nested: dict[str, type[BaseModel]] = {"stages": StageSpec, "tokenizer": TokenizerSpec, "evaluate": EvalSpec}
+    nested["feature_cache"] = FeatureCacheSpec
     kind: type[BaseModel] = Recipe
     for step in loc:
         if isinstance(step, str):

@@ -34,7 +34,7 @@ def score_table(name: str, facts: dict[str, Any]) -> Table:
     return out
 
 
-_BESIDES = ("precision", "recall", "f1", "yes_ratio", "f1_over_kinds", "consistency")
+_BESIDES = ("precision", "recall", "f1", "yes_ratio", "f1_over_kinds", "majority", "consistency")
 
 
 def _besides(facts: dict[str, Any]) -> str:

@@ -62,6 +62,15 @@ class Dice:
                 return item
         return items[-1]
 
+    def different(self, items: Sequence[T], count: int) -> list[T]:
+        """``count`` different items, drawn without shuffling them all: for few of many."""
+        drawn: list[T] = []
+        while len(drawn) < count:
+            item = self.choice(items)
+            if item not in drawn:
+                drawn.append(item)
+        return drawn
+
     def shuffled(self, items: Sequence[T]) -> list[T]:
         """A new list in random order (Fisher-Yates)."""
         out = list(items)

@@ -33,20 +33,10 @@ def few_shot(dice: Dice, *, reserved: bool = False, shots: int = 6) -> FewShot:
     attribute = dice.choice(sorted(_VALUES))
     kinds = min(2 + dice.below(2), len(_VALUES[attribute]))
     values = dice.shuffled(_VALUES[attribute])[:kinds]
-    words = _different(dice, _EVALUATION_WORDS if reserved else TRAINING_WORDS, kinds)
+    words = dice.different(_EVALUATION_WORDS if reserved else TRAINING_WORDS, kinds)
     order = [*dice.shuffled([v for _ in range(shots) for v in values][:shots]), dice.choice(values)]
     meaning = dict(zip(values, words, strict=True))
     return FewShot(attribute, tuple((_thing(dice, attribute, v, reserved), meaning[v]) for v in order))
-
-
-def _different(dice: Dice, words: tuple[str, ...], count: int) -> list[str]:
-    """A few different words, without shuffling them all."""
-    drawn: list[str] = []
-    while len(drawn) < count:
-        word = dice.choice(words)
-        if word not in drawn:
-            drawn.append(word)
-    return drawn
 
 
 def _thing(dice: Dice, attribute: str, value: str, any_pair: bool) -> str:

@@ -74,7 +74,7 @@ def make_lesson(dice: Dice, *, split: Split, shots: int, permuted: bool = False)
     """
     attribute = dice.choice(sorted(ATTRIBUTES))
     values = dice.shuffled(ATTRIBUTES[attribute])[:VALUES_PER_LESSON]
-    words = dice.shuffled(_drawn(dice, TRAINING_WORDS if split == "train" else _EVALUATION_WORDS, len(values)))
+    words = dice.shuffled(dice.different(TRAINING_WORDS if split == "train" else _EVALUATION_WORDS, len(values)))
     meaning = dict(zip(values, words, strict=True))
     pool = [v for _ in range(shots // len(values) + 1) for v in values][: max(shots, 1)]
     order = dice.shuffled(pool)[:shots]
@@ -190,12 +190,3 @@ def lone_solid(dice: Dice, split: Split, *, colour: str | None = None, shape: st
     row, column = divmod(cell, 3)
     x, y = ((along + 0.5) / 3 for along in (column, row))
     return Solid(made[0], made[1], size, row, column, x, y)
-
-
-def _drawn(dice: Dice, words: Sequence[str], count: int) -> list[str]:
-    drawn: list[str] = []
-    while len(drawn) < count:
-        word = dice.choice(words)
-        if word not in drawn:
-            drawn.append(word)
-    return drawn

@@ -28,6 +28,7 @@ from isthmus.data.sources.files import (
     read_rows,
     safe_name,
 )
+from isthmus.data.sources.objects import pope_objects
 from isthmus.data.sources.rows import Form, Row, Rows, RowSource, flat, picture_names
 from isthmus.data.sources.webdataset import IMAGE_ENDINGS, WebDatasetRows
 from isthmus.data.video import FileFrames, FolderFrames
@@ -156,6 +157,7 @@ SOURCES: dict[str, Callable[..., Rows]] = {
     "folder": _folder,
     "webdataset": _webdataset,
     **READERS,
+    "pope-objects": pope_objects,
     "scenes": SceneSource,  # type: ignore[dict-item]  (made, not read: opened apart)
 }
 
