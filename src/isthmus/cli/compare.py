@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
-from isthmus.cli.evaluate import counted, source_of, split_options, with_shots
+from isthmus.cli.evaluate import counted, source_of, split_options
 from isthmus.errors import ConfigError
 
 _SUMMARY = (
@@ -34,8 +34,10 @@ def run(
     """Score and measure one model after the other; print the tables and write everything below ``out``."""
     from isthmus.evaluation.report import write_report
     from isthmus.model import load
-    from isthmus.recipes.compare import ask, contestants, measure, shared_tasks, write_comparison
+    from isthmus.recipes.compare import ask, contestants, measure, shared_tasks
     from isthmus.recipes.schema import EvalSpec
+    from isthmus.recipes.scoring import with_shots
+    from isthmus.recipes.side_by_side import write_comparison
 
     if len(models) < 2:
         raise ConfigError("A comparison needs at least two models; `isthmus eval MODEL` scores one.")
@@ -70,7 +72,7 @@ def run(
         for rival in rivals:
             model = load(rival.folder)
             ask(rival, model, specs, out / "scores" / rival.name, seed=seed, limit=limit, progress=progress)
-            measure(rival, model)
+            measure(rival, model, out / "scores" / rival.name)
     if not any(rival.results for rival in rivals):
         raise ConfigError("None of these models can do the tasks asked of them.")
     report = write_comparison(out, rivals, title=" · ".join(r.name for r in rivals), summary=_SUMMARY, seed=seed)

@@ -28,7 +28,7 @@ def run(
 ) -> None:
     """Print a table per task; outputs, manifest and scores go into ``out``."""
     from isthmus.recipes.schema import EvalSpec
-    from isthmus.recipes.scoring import model_hash, own_tasks, score_model
+    from isthmus.recipes.scoring import model_hash, own_tasks, score_model, with_shots
     from isthmus.recipes.tables import score_table
 
     folder = Path(model.removeprefix(_PEER))
@@ -89,19 +89,6 @@ def counted(shots: str | None, more: Sequence[int]) -> list[int]:
     return [int(word) for word in words]
 
 
-def with_shots(specs: list[Any], counts: Sequence[int], select: str) -> list[Any]:
-    """Each question-answering task once per number of shots."""
-    return [
-        spec.model_copy(
-            update={"name": f"{spec.name}-{count}-shots", "options": {**spec.options, "shots": count, "select": select}}
-        )
-        if count is not None
-        else spec
-        for spec in specs
-        for count in (counts if counts and spec.task in SHOWABLE else [None])
-    ]
-
-
 def _shots_report(place: Path, results: Sequence[Any], counts: Sequence[int]) -> Path:
     """``shots.html`` in ``place``: each task's score, and what is reached without looking, over the number of shots."""
     from isthmus.evaluation.report import Chart, Report, write_report
@@ -119,8 +106,6 @@ def _shots_report(place: Path, results: Sequence[Any], counts: Sequence[int]) ->
 
 
 _PEER = "hf:"
-SHOWABLE = ("vqa", "vqav2", "ok-vqa", "gqa", "scienceqa", "choice")
-"""Tasks whose questions may stand behind examples."""
 
 
 def _load(model: str, folder: Path) -> Any:

@@ -170,6 +170,23 @@ def _of_stage(run: Path, stage: str, final: Model, final_hash: str) -> tuple[Mod
     return final, final_hash
 
 
+SHOWABLE = ("vqa", "vqav2", "ok-vqa", "gqa", "scienceqa", "choice")
+"""Tasks whose questions may stand behind examples."""
+
+
+def with_shots(specs: Sequence[EvalSpec], counts: Sequence[int], select: str = "random") -> list[EvalSpec]:
+    """Each question-answering task once per number of shots."""
+    return [
+        spec.model_copy(
+            update={"name": f"{spec.name}-{count}-shots", "options": {**spec.options, "shots": count, "select": select}}
+        )
+        if count is not None
+        else spec
+        for spec in specs
+        for count in (counts if counts and spec.task in SHOWABLE else [None])
+    ]
+
+
 def own_tasks(folder: Path) -> list[EvalSpec]:
     """The tasks of the recipe that a model folder (or run folder) was trained with; empty without one."""
     recipe = recipe_of(folder)

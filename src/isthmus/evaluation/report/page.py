@@ -19,10 +19,11 @@ from isthmus.evaluation.vqa import VqaScores
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model said of a sample, and whether it is right."""
+    """What a model said of a sample, whether it is right, and perhaps where it looked (PNG bytes)."""
 
     text: str
     right: bool
+    look: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,27 +193,42 @@ def _charts(charts: Sequence[Chart]) -> str:
 
 
 def _samples(samples: Sequence[SamplePicture]) -> str:
-    shown = "".join(_sample(s) for s in samples)
-    return f'<div class="samples">{shown}</div>' if shown else ""
+    if not samples:
+        return ""
+    blind = {n for s in samples for n in s.answers} - {n for s in samples for n, a in s.answers.items() if a.look}
+    looked = any(a.look for s in samples for a in s.answers.values())
+    note = (
+        '<p class="reading">The small pictures show where a model looked while it wrote, bright where its attention '
+        "was, the mean over layers and new tokens."
+        + (f" No such map exists of {escape(', '.join(sorted(blind)))}." if blind else "")
+        + "</p>"
+        if looked
+        else ""
+    )
+    return note + '<div class="samples">' + "".join(_sample(s) for s in samples) + "</div>"
 
 
 def _sample(sample: SamplePicture) -> str:
-    source = "data:image/png;base64," + base64.b64encode(sample.png).decode("ascii")
     alone = len(sample.answers) == 1
     said = "".join(
         f'<li class="{"right" if a.right else "wrong"}">'
         f'<span class="mark" role="img" aria-label="{"right" if a.right else "wrong"}">{"✓" if a.right else "✗"}</span>'
         f'<span class="said">{escape(a.text) if a.text.strip() else "<i>no answer</i>"}</span>'
         + ("" if alone else f'<span class="who">{escape(name)}</span>')
+        + ("" if a.look is None else f'<img class="look" src="{_embedded(a.look)}" alt="where {escape(name)} looked">')
         + "</li>"
         for name, a in sample.answers.items()
     )
     kind = f'<span class="kind">{escape(sample.kind)}</span>' if sample.kind else ""
     return (
-        f'<article class="sample"><img src="{source}" alt="{escape(sample.question)}">'
+        f'<article class="sample"><img src="{_embedded(sample.png)}" alt="{escape(sample.question)}">'
         f'<div><p class="question">{escape(sample.question)}</p><ul>{said}</ul>'
         f'<p class="truth">truth: <b>{escape(sample.truth)}</b>{kind}</p></div></article>'
     )
+
+
+def _embedded(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _training(report: Report, numbers: _Numbers) -> str:
