@@ -41,7 +41,7 @@ FORMAT = "isthmus-1"
 _CAPABILITIES = {
     "clip": ("embed_images", "embed_texts", "similarity", "classify", "vision_features"),
     "lm": ("generate", "answer", "chat", "score"),
-    "llava": ("generate", "caption", "answer", "chat", "score"),
+    "llava": ("generate", "caption", "answer", "chat", "score", "attend"),
     "flamingo": ("generate", "caption", "answer", "chat", "score", "attend", "vision_features"),
 }
 
@@ -152,7 +152,7 @@ class Model:
         for group in batch.visuals:
             assert group.pixels is not None  # collate decodes
             grids |= dict.fromkeys(group.index.tolist(), self.net.vision.grid(*group.pixels.shape[-2:]))
-        start = prompt.length - 1  # the position before a token is the one that chose it
+        start = len(prompt.streams["lm"].ids) - 1  # the position before a token is the one that chose it
         maps = [m[:, start : start + len(answer)].cpu() for m in self.net.attention(batch)[0]]
         return Attention(
             text=tokenizer.decode(answer).strip(),

@@ -1,4 +1,4 @@
-"""``isthmus compare``: models side by side on the same tasks, in one report."""
+"""``isthmus compare``: models side by side on the same tasks, or a comparison recipe that trains them first."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def run(
     shots: str | None,
     select: str,
     limit: int | None,
-    out: Path,
+    out: Path | None,
     seed: int,
     json_file: Path | None,
 ) -> None:
@@ -42,6 +42,7 @@ def run(
     if len(models) < 2:
         raise ConfigError("A comparison needs at least two models; `isthmus eval MODEL` scores one.")
     rivals = contestants(models)
+    out = out if out is not None else Path("runs/compare")
     source, own = split_options(options)
     if data is not None:
         kind = task or "vqa"
@@ -79,9 +80,55 @@ def run(
     write_report(out / "report.html", report)
     tell(console, out)
     if json_file is not None:
-        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        costs = json.loads((out / "costs.json").read_text(encoding="utf-8"))
-        json_file.write_text(json.dumps(results | {"costs": costs}, indent=2) + "\n", encoding="utf-8")
+        _write_facts(json_file, out)
+
+
+def is_recipe(name: str) -> bool:
+    """Does the first argument name a comparison recipe rather than a model?"""
+    from isthmus.recipes.schema import shipped
+
+    return Path(name).suffix in {".yaml", ".yml"} or (name in shipped("comparisons") and not Path(name).exists())
+
+
+def no_arms(arms: Sequence[str] | None) -> None:
+    """Raises ConfigError when --arm is given with models."""
+    if arms:
+        raise ConfigError("--arm chooses among the arms of a comparison recipe; leave models out that should not run.")
+
+
+def run_recipe(
+    name: str,
+    overrides: Sequence[str],
+    *,
+    arms: Sequence[str],
+    out: Path | None,
+    given: Sequence[str],
+    json_file: Path | None,
+) -> None:
+    """Train, ask and measure the arms of a comparison recipe; what is finished is kept and not done again."""
+    from isthmus.recipes.comparison import parse_comparison
+    from isthmus.recipes.contest import run_contest
+    from isthmus.recipes.schema import read_tree
+
+    if given:
+        raise ConfigError(f"{given[0]} is for models; a comparison recipe says it itself (override it by key=value).")
+    tree = read_tree(name, overrides)
+    if tree.get("kind") != "compare":
+        raise ConfigError(
+            f"{name} is a recipe for one model: `isthmus train {name}`. A comparison has `kind: compare`."
+        )
+    plan = parse_comparison(tree, where=name)
+    folder = out if out is not None else Path("runs") / Path(name).stem
+    console = Console()
+
+    def progress(who: str, task: str, done: int, total: int) -> None:
+        if done == total:
+            console.print(f"{who}: {task} asked ({total:,} questions)", highlight=False)
+
+    run_contest(plan, folder, name=Path(name).stem, arms=arms, progress=progress)
+    tell(console, folder)
+    if json_file is not None:
+        _write_facts(json_file, folder)
 
 
 def tell(console: Console, out: Path) -> None:
@@ -94,3 +141,9 @@ def tell(console: Console, out: Path) -> None:
         f"{out / 'results.json'}",
         soft_wrap=True,
     )
+
+
+def _write_facts(file: Path, out: Path) -> None:
+    """results.json with the costs beside."""
+    results, costs = (json.loads((out / f"{n}.json").read_text(encoding="utf-8")) for n in ("results", "costs"))
+    file.write_text(json.dumps(results | {"costs": costs}, indent=2) + "\n", encoding="utf-8")

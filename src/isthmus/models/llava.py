@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from isthmus.batch import Batch, Places, Term, Visuals
 from isthmus.config import plain, strict
-from isthmus.errors import ConfigError, DataError
+from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding, LanguageModel
 from isthmus.models.published import vicuna
 from isthmus.nn.connectors import build_connector
+from isthmus.nn.looking import patch_maps, self_attention
 from isthmus.nn.splice import at_places, splice
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.stage import Group, Stage
@@ -197,6 +198,28 @@ class Llava(nn.Module):
     def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
         """Continues every row; new tokens only, without the stop token. Pictures are encoded once."""
         return self.language.generate(self.embed_prompt(batch), batch.text[STREAM].lengths, decoding)
+
+    @torch.no_grad()
+    def attention(self, batch: Batch) -> list[list[Tensor]]:
+        """Per row and per its visual a map (layers, T, F, P): how the language model's attention to the visual, mean
+        over heads, was shared among its patches. Raises CapabilityError for a connector that gives other tokens than
+        one per feature, which cannot be traced back."""
+        made_of: dict[int, Tensor] = {}
+        for group in batch.visuals:
+            features = self._features(group)
+            count, frames, own = features.shape[:3]
+            if self.connector(features).shape[1] != frames * own:
+                raise CapabilityError(
+                    f"The connector {self.config.projector!r} does not make one token per patch, so where the model "
+                    "looked cannot be told."
+                )
+            tokens = torch.eye(frames * own, device=features.device).unflatten(-1, (frames, own))
+            if self.config.feature_select == "cls_patch":
+                tokens = tokens[..., 1:]
+            made_of.update(zip(group.index.tolist(), [tokens] * count, strict=True))
+        weights = self_attention(self.language.lm, self.embed_prompt(batch))
+        places = batch.places.get(STREAM, Places.none())
+        return patch_maps(weights, places, batch.text[STREAM].lengths.tolist(), [made_of[n] for n in range(len(made_of))])
 
     def _features(self, group: Visuals) -> Tensor:
         if group.pixels is not None:

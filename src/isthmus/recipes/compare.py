@@ -142,11 +142,7 @@ def measure(rival: Contestant, model: Model, out: Path) -> None:
 
     Both are kept in ``out`` (``cost.json``, ``looks.json``) and taken from there for the same model.
     """
-    own = model_hash(rival.folder)
-    kept = [_kept(out / name, own) for name in ("cost.json", "looks.json")]
-    if kept[0] is not None and kept[1] is not None:
-        rival.cost = Cost.from_dict(kept[0])
-        rival.looks = {name: base64.b64decode(text) for name, text in kept[1].items()}
+    if recall(rival, out):
         return
     answered = {r.task for r in rival.results if isinstance(r.scores, VqaScores)}
     spec = next((s for s in rival.specs if s.name in answered and s.stage is None), None)
@@ -157,9 +153,21 @@ def measure(rival: Contestant, model: Model, out: Path) -> None:
     rival.cost = cost_of(model, rival.folder, rival.recipe, questions)
     shown = [q for q in questions[:SAMPLES] if any(r.task == "vqa" for r in rival.results)]
     rival.looks = looks(model, shown, spec.options.get("decoding", {})) if spec is not None else {}
+    own = model_hash(rival.folder)
     write_json(out / "cost.json", {"model": own, "found": rival.cost.to_dict()})
     pictures = {name: base64.b64encode(raw).decode("ascii") for name, raw in rival.looks.items()}
     write_json(out / "looks.json", {"model": own, "found": pictures})
+
+
+def recall(rival: Contestant, out: Path) -> bool:
+    """Cost and maps from where :func:`measure` left them; False when they are not there, or of another model."""
+    own = model_hash(rival.folder)
+    cost, pictures = (_kept(out / name, own) for name in ("cost.json", "looks.json"))
+    if cost is None or pictures is None:
+        return False
+    rival.cost = Cost.from_dict(cost)
+    rival.looks = {name: base64.b64decode(text) for name, text in pictures.items()}
+    return True
 
 
 def _kept(file: Path, model: str) -> dict[str, Any] | None:
@@ -174,15 +182,14 @@ def pooled(runs: Mapping[int, Contestant]) -> Contestant:
     if len(runs) == 1:
         return first
     by_seed = {seed: rival.results for seed, rival in runs.items()}
-    return replace(first, results=[_mean(first.name, result, by_seed) for result in first.results], by_seed=by_seed)
+    return replace(first, results=[_mean(result, by_seed) for result in first.results], by_seed=by_seed)
 
 
-def _mean(name: str, result: Result, by_seed: Mapping[int, Sequence[Result]]) -> Result:
+def _mean(result: Result, by_seed: Mapping[int, Sequence[Result]]) -> Result:
+    """Over the seeds with which the task was asked."""
     if not isinstance(result.scores, VqaScores):
         return result
     rows = [r.rows for results in by_seed.values() for r in results if r.task == result.task]
-    if len(rows) < len(by_seed):
-        raise ConfigError(f"{name} was not asked {result.task!r} with every seed; ask again with the same command.")
     manifest = read_json(result.folder / "manifest.json")
     scores = vqa.pooled(rows, rule=rules.rule(manifest.get("rule", "exact")), seed=manifest["seed"])
     return replace(result, scores=scores)

@@ -46,8 +46,8 @@ class Budget(Strict):
 
 class Arm(Strict):
     """One contestant: a model, and what is its own beside the shared. ``redraw`` names parts whose weights are drawn
-    anew from the seed, so that only their shape is kept; ``shots`` are those it is asked with, the comparison's by
-    default."""
+    anew from the seed, so that only their shape is kept. ``shots``: it is asked each question again behind so many
+    examples. Of another arm's, ``about`` and ``shots`` are not taken over."""
 
     name: str = Field(pattern=_NAME)
     about: str = ""
@@ -60,19 +60,20 @@ class Arm(Strict):
     tokenizer: dict[str, Any] | None = None
     prompts: dict[str, str] = Field(default_factory=dict)
     stages: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
-    shots: list[int] | None = None
+    shots: list[int] = Field(default_factory=list)
 
 
 class Statement(Strict):
-    """Something said of the arms, put to the test: each of ``arms`` is held against the first one."""
+    """Something said of the arms, put to the test: each of ``arms`` is held against the first one. ``by_size`` also
+    draws their scores over the parameters trained."""
 
     text: str
+    by_size: bool = False
     arms: list[str] = Field(min_length=2)
 
 
 class Comparison(Strict):
-    """See the head of this file. Every arm is trained once per seed; ``shots`` ask each question again behind so many
-    examples."""
+    """See the head of this file. Every arm is trained once per seed, and asked the tasks of ``evaluate``."""
 
     kind: Literal["compare"]
     about: str = ""
@@ -83,7 +84,6 @@ class Comparison(Strict):
     budget: Budget
     stages: list[dict[str, Any]] = Field(default_factory=list)
     evaluate: list[EvalSpec] = Field(min_length=1)
-    shots: list[int] = Field(default_factory=list)
     arms: list[Arm] = Field(min_length=2)
     statements: list[Statement] = Field(default_factory=list)
 
@@ -127,9 +127,9 @@ class Comparison(Strict):
         arm = self.arm(name)
         if arm.like is None:
             return arm
-        base = self.whole(arm.like).model_dump(exclude_unset=True)
+        base = self.whole(arm.like).model_dump(exclude_unset=True, exclude={"about", "shots"})
         own = arm.model_dump(exclude_unset=True, exclude={"like"})
-        return Arm.model_validate(merged(base, own) | {"about": arm.about})
+        return Arm.model_validate(merged(base, own))
 
     def recipe(self, name: str, seed: int, *, steps: Mapping[str, int] | None = None) -> Recipe:
         """The arm as an ordinary recipe. ``steps`` by stage is what a budget in operations has come to.

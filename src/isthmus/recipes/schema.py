@@ -274,9 +274,7 @@ def _explain(error: ValidationError, where: str, known: Callable[[tuple[int | st
     return f"Recipe {where} does not fit: " + "; ".join(lines)
 
 
-def _fields_at(
-    loc: tuple[int | str, ...], kind: type[BaseModel], nested: Mapping[str, type[BaseModel]]
-) -> list[str]:
+def _fields_at(loc: tuple[int | str, ...], kind: type[BaseModel], nested: Mapping[str, type[BaseModel]]) -> list[str]:
     """Keys that the schema knows at a location of the error."""
     for step in loc:
         if isinstance(step, str):
