@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
-from isthmus.cli.evaluate import counted, source_of, split_options
+from isthmus.cli.evaluate import counted, spec_of
 from isthmus.errors import ConfigError
 
 _SUMMARY = (
@@ -35,31 +35,22 @@ def run(
     from isthmus.evaluation.report import write_report
     from isthmus.model import load
     from isthmus.recipes.compare import ask, contestants, measure, shared_tasks
-    from isthmus.recipes.schema import EvalSpec
     from isthmus.recipes.scoring import with_shots
     from isthmus.recipes.side_by_side import write_comparison
 
+    more = [int(name) for name in models if shots is not None and name.isdigit() and not Path(name).exists()]
+    models = models[: len(models) - len(more)]  # --shots 0 4 8: the numbers behind the first one
     if len(models) < 2:
         raise ConfigError("A comparison needs at least two models; `isthmus eval MODEL` scores one.")
     rivals = contestants(models)
     out = out if out is not None else Path("runs/compare")
-    source, own = split_options(options)
     if data is not None:
-        kind = task or "vqa"
-        specs = [
-            EvalSpec(
-                name=kind,
-                task=kind,
-                data=source_of(data) | source,
-                train=source_of(train) | source if train else None,
-                options=own,
-            )
-        ]
+        specs = [spec_of(task or "vqa", data, train, options)]
     else:
         specs = [s for s in shared_tasks(rivals) if task in (None, s.task, s.name)]
         if not specs:
             raise ConfigError(f"None of these models names a task {task!r} of its own: give --data.")
-    specs = with_shots(specs, counted(shots, ()), select)
+    specs = with_shots(specs, counted(shots, more), select)
     console = Console()
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
         shown: dict[tuple[str, str], Any] = {}

@@ -79,11 +79,12 @@ def rescore(path: str | Path, *, rule: str | None = None) -> Result:
         target = f"scores.{rule}.json"
     scores = scorer(folder.kind).score(folder.rows, manifest)
     name = str(manifest.get("task", folder.path.name))
-    facts = {"task": name, "kind": folder.kind, **scores.to_dict()}
+    left_out = int(manifest.get("left_out", 0))
+    facts = {"task": name, "kind": folder.kind, **({"left_out": left_out} if left_out else {}), **scores.to_dict()}
     if target != "scores.json":
         facts["scorer"] = scorer_of(folder.kind, manifest)
     write_json(folder.path / target, facts)
-    return Result(name, folder.kind, scores, folder.rows, folder.path)
+    return Result(name, folder.kind, scores, folder.rows, folder.path, left_out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -219,7 +219,9 @@ class Llava(nn.Module):
             made_of.update(zip(group.index.tolist(), [tokens] * count, strict=True))
         weights = self_attention(self.language.lm, self.embed_prompt(batch))
         places = batch.places.get(STREAM, Places.none())
-        return patch_maps(weights, places, batch.text[STREAM].lengths.tolist(), [made_of[n] for n in range(len(made_of))])
+        return patch_maps(
+            weights, places, batch.text[STREAM].lengths.tolist(), [made_of[n] for n in range(len(made_of))]
+        )
 
     def _features(self, group: Visuals) -> Tensor:
         if group.pixels is not None:

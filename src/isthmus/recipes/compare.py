@@ -23,7 +23,7 @@ from isthmus.model import Model
 from isthmus.recipes.cost import Cost, cost_of
 from isthmus.recipes.looks import looks
 from isthmus.recipes.schema import EvalSpec, Recipe
-from isthmus.recipes.scoring import make_task, model_hash, recipe_of, score_model
+from isthmus.recipes.scoring import model_hash, needs, recipe_of, score_model
 
 SAMPLES = 12
 """Pictures shown in the report."""
@@ -100,11 +100,7 @@ def ask(
 ) -> None:
     """Score the contestant on every task it can do, into ``out/<task>``; a task of a stage only by its own recipe."""
     own = rival.recipe.evaluate if rival.recipe is not None else ()
-    rival.specs = [
-        spec
-        for spec in specs
-        if _can(model, spec, make_task(spec, seed=seed, limit=1).needs) and (spec.stage is None or spec in own)
-    ]
+    rival.specs = [spec for spec in specs if _can(model, spec) and (spec.stage is None or spec in own)]
     rival.results = score_model(
         model,
         rival.specs,
@@ -127,9 +123,9 @@ _CAPABILITY = {
 }
 
 
-def _can(model: Model, spec: EvalSpec, needs: type) -> bool:
+def _can(model: Model, spec: EvalSpec) -> bool:
     """Has the model the abilities behind the task's methods? A bare LM has no eyes, and only Flamingo reads clips."""
-    if _CAPABILITY[needs] not in model.capabilities:
+    if _CAPABILITY[needs(spec)] not in model.capabilities:
         return False
     images = open_source(spec.data)[0].images
     if any(isinstance(image, Video) for image in images):

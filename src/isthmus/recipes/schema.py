@@ -132,7 +132,8 @@ class EvalSpec(Strict):
     """One scoring task of the finished model on the source ``data``.
 
     ``train`` is a source of training data: its answers give the prior of ``vqa``, its pictures fit the
-    ``linear-probe``. ``options`` are the task's own. ``stage`` scores the model as that stage left it.
+    ``linear-probe``. ``options`` are the task's own. ``stage`` scores the model as that stage left it. ``bad_samples``
+    is the fraction of samples that may be unreadable before the evaluation stops.
     """
 
     name: str
@@ -141,6 +142,7 @@ class EvalSpec(Strict):
     data: dict[str, Any]
     train: dict[str, Any] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+    bad_samples: float = Field(default=0.01, ge=0, le=1)
 
 
 class Recipe(Strict):

@@ -11,7 +11,7 @@ from isthmus.checkpoint import read_json
 from isthmus.data.images import open_image
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, DataError
-from isthmus.evaluation.report import Answer, Chart, Listing, Report, SamplePicture, TrainedPart
+from isthmus.evaluation.report import Answer, Chart, Listing, Note, Report, SamplePicture, TrainedPart
 from isthmus.evaluation.report.tables import percent
 from isthmus.evaluation.rerank import RerankScores
 from isthmus.evaluation.rescore import Difference
@@ -75,7 +75,15 @@ def write_comparison(
         training=[part for rival in rivals for part in trained_parts(rival)],
         seconds=results.seconds,
         facts={"seed": results.seed, **results.versions, **results.machine},
+        notes=_left_out(rivals),
     )
+
+
+def _left_out(rivals: Sequence[Contestant]) -> list[Note]:
+    """Samples that could not be read, by task."""
+    found = {result.task: result for rival in rivals for result in rival.results if result.left_out}
+    told = ", ".join(f"{r.left_out} of {task} (listed in {r.folder / 'quarantine.jsonl'})" for task, r in found.items())
+    return [Note(heading="Left out", text=f"Samples that could not be read: {told}.")] if found else []
 
 
 def score_rows(rivals: Sequence[Contestant]) -> list[Row]:

@@ -84,7 +84,6 @@ class _Attention(Attention):
         y = attend(q, k, v, mask=mask, dropout=self.dropout if self.training else 0.0)
         return self.out_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
-
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
         """(B, T, S): how much each row of ``x`` looks at each of ``context``, the mean over heads."""
         q, k = self._split(self.q_proj(x)), self._split(self.k_proj(context))
