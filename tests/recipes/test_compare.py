@@ -15,21 +15,8 @@ from isthmus.errors import ConfigError
 from isthmus.model import load
 from isthmus.recipes.compare import Contestant, contestants, shared_tasks
 from isthmus.recipes.cost import Operations, trained_parameters
-from isthmus.recipes.run import train
-from isthmus.recipes.schema import parse_recipe
 from isthmus.recipes.scoring import recipe_of
 from tests.cli.test_cli import run
-from tests.recipes.test_blip2 import tree as blip2_tree
-from tests.recipes.test_flamingo import recipe as flamingo_recipe
-
-
-@pytest.fixture(scope="module")
-def rivals(story, tmp_path_factory):
-    """The story's models with a Flamingo and a BLIP-2 of the same encoder and LM."""
-    folder = tmp_path_factory.mktemp("rivals")
-    train(flamingo_recipe(story), folder / "flamingo", progress=False)
-    train(parse_recipe(blip2_tree(story)), folder / "blip2", progress=False)
-    return {name: story / name for name in ("clip", "lm", "llava")} | {n: folder / n for n in ("flamingo", "blip2")}
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +118,14 @@ def test_tasks_of_one_name_must_be_the_same(rivals):
         shared_tasks([one, other])
     with pytest.raises(ConfigError, match="names a task of its own"):
         shared_tasks([Contestant(name="x", folder=rivals["llava"])])
+
+
+def test_a_task_of_a_stage_is_asked_of_its_own_model_only(rivals, monkeypatch, capsys, tmp_path):
+    code, _, said = run(monkeypatch, capsys, "compare", rivals["clip"], rivals["blip2"], "--limit", 6, "--out", tmp_path)
+    assert code == 0, said
+    assert {f.name for f in (tmp_path / "scores" / "clip").iterdir() if f.is_dir()} == {"retrieval"}
+    kinds = {f.parent.name: json.loads(f.read_text())["kind"] for f in tmp_path.glob("scores/blip2/*/scores.json")}
+    assert kinds == {"retrieval": "rerank", "zero-shot-vqa": "vqa", "vqa": "vqa"}
 
 
 def test_operations_are_pytorchs_own_count():

@@ -73,19 +73,22 @@ def contestants(folders: Sequence[str | Path]) -> list[Contestant]:
 
 
 def shared_tasks(rivals: Sequence[Contestant]) -> list[EvalSpec]:
-    """The tasks of the contestants' own recipes, each once. Raises ConfigError for two different tasks of one name,
-    and when there are none."""
+    """The tasks of the contestants' own recipes, each once. One of a stage is its own recipe's alone. Raises
+    ConfigError for two different tasks of one name, and when there are none."""
     found: dict[str, EvalSpec] = {}
+    of_stages: list[EvalSpec] = []
     for rival in rivals:
         for spec in rival.recipe.evaluate if rival.recipe is not None else ():
-            if found.setdefault(spec.name, spec) != spec:
+            if spec.stage is not None:
+                of_stages.append(spec)
+            elif found.setdefault(spec.name, spec) != spec:
                 raise ConfigError(
                     f"{rival.name} and another model have different tasks called {spec.name!r}, so their scores cannot "
                     "stand side by side: give --task and --data."
                 )
-    if not found:
+    if not found and not of_stages:
         raise ConfigError("None of these models names a task of its own: give --task and --data.")
-    return list(found.values())
+    return [*found.values(), *of_stages]
 
 
 def ask(
@@ -98,9 +101,15 @@ def ask(
     limit: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
-    """Score the contestant on every task it can do, into ``out/<task>``; a task of a stage only by its own recipe."""
-    own = rival.recipe.evaluate if rival.recipe is not None else ()
-    rival.specs = [spec for spec in specs if _can(model, spec) and (spec.stage is None or spec in own)]
+    """Score the contestant on every task it can do, into ``out/<task>``; a task of a stage only by its own recipe,
+    where it takes the place of another of its name."""
+    own = [spec for spec in (rival.recipe.evaluate if rival.recipe is not None else ()) if spec.stage is not None]
+    taken = {spec.name for spec in own if spec in specs}
+    rival.specs = [
+        spec
+        for spec in specs
+        if (spec in own if spec.stage is not None else spec.name not in taken and _can(model, spec))
+    ]
     rival.results = score_model(
         model,
         rival.specs,

@@ -66,6 +66,12 @@ def test_a_long_series_is_thinned_and_keeps_its_last_point():
     assert "<span class=num>7</span>" in html
 
 
+def test_a_few_points_are_seen_as_points():
+    few, many = [(0, 1.0), (4, 2.0)], [(float(i), float(i)) for i in range(50)]
+    assert figure(Chart(title="t", series={"a": few, "b": few[:1]}), 1).count("<circle") == 3
+    assert "<circle" not in figure(Chart(title="t", series={"a": many}), 1)
+
+
 def test_what_cannot_be_drawn_is_left_out():
     points = [(0, float("nan")), (1, 2.0), (2, float("inf")), (3, -1.0)]
     assert len(coordinates(figure(Chart(title="t", series={"a": points}), 1))[0]) == 2

@@ -12,6 +12,8 @@ WIDTH, HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 40
 _MOST_POINTS = 200
 _COLOURS = 6
+_DOTTED = 12
+"""A line of at most so many points also shows the points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,14 @@ def _svg(chart: Chart, series: Mapping[str, Sequence[Point]]) -> str:
         f'<path class="line s{i % _COLOURS}" d="M{"L".join(f"{place_x(x)} {place_y(y)}" for x, y in points)}"/>'
         for i, points in enumerate(series.values())
     ]
+    dots = [
+        f'<circle class="dot s{i % _COLOURS}" cx="{place_x(x)}" cy="{place_y(y)}" r="2.6"/>'
+        for i, points in enumerate(series.values())
+        if len(points) <= _DOTTED
+        for x, y in points
+    ]
     title = escape(f"{chart.title}: {', '.join(series)}")
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(marks + lines)}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(marks + lines + dots)}</svg>'
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
