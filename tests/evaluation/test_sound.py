@@ -63,7 +63,7 @@ def test_a_row_of_the_source_that_is_bad_is_left_out_too(records):
 def test_too_many_or_none_left_is_an_error(records):
     with pytest.raises(DataError, match=r"can be used: broken image"):
         Sound(records[1:], Quarantine())
-    with pytest.raises(DataError, match="more than the allowed 1.0%"):
+    with pytest.raises(DataError, match=r"more than the allowed 1\.0%"):
         Sound([*records[:1] * 98, *records[1:3]], Quarantine())
     Sound([*records[:1] * 98, *records[1:3]], Quarantine(threshold=0.02))
 

@@ -121,7 +121,9 @@ def test_tasks_of_one_name_must_be_the_same(rivals):
 
 
 def test_a_task_of_a_stage_is_asked_of_its_own_model_only(rivals, monkeypatch, capsys, tmp_path):
-    code, _, said = run(monkeypatch, capsys, "compare", rivals["clip"], rivals["blip2"], "--limit", 6, "--out", tmp_path)
+    code, _, said = run(
+        monkeypatch, capsys, "compare", rivals["clip"], rivals["blip2"], "--limit", 6, "--out", tmp_path
+    )
     assert code == 0, said
     assert {f.name for f in (tmp_path / "scores" / "clip").iterdir() if f.is_dir()} == {"retrieval"}
     kinds = {f.parent.name: json.loads(f.read_text())["kind"] for f in tmp_path.glob("scores/blip2/*/scores.json")}

@@ -1,8 +1,9 @@
 """One evaluation: a model, a task and a folder with manifest, raw outputs and scores.
 
 The folder holds ``manifest.json`` (what was asked of what, without dates), ``outputs.jsonl`` (one line per item, in
-the order of the data), ``scores.json``, and ``quarantine.jsonl`` where samples could not be read (:mod:`.sound`). An interrupted evaluation goes on behind its last whole line, and a
-finished one can be scored again from its folder alone (:mod:`.rescore`).
+the order of the data), ``scores.json``, and ``quarantine.jsonl`` where samples could not be read (:mod:`.sound`). An
+interrupted evaluation goes on behind its last whole line, and a finished one can be scored again from its folder alone
+(:mod:`.rescore`).
 """
 
 import hashlib

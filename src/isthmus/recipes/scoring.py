@@ -13,8 +13,8 @@ from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, Likeli
 from isthmus.evaluation.caption_task import CaptionTask, typical_caption
 from isthmus.evaluation.few_shot import FewShotTask
 from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
-from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.protocols import Answers
+from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.sound import Sound
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
