@@ -126,7 +126,8 @@ def tell(console: Console, out: Path) -> None:
     """The overall scores, and where everything is."""
     from rich.markdown import Markdown
 
-    console.print(Markdown((out / "scores.md").read_text(encoding="utf-8")))
+    whole, *_ = (out / "scores.md").read_text(encoding="utf-8").partition("\n\n")  # kinds stand in the file
+    console.print(Markdown(whole))
     console.print(
         f"Report: [bold]{out / 'report.html'}[/]   scores: {out / 'scores.csv'}, {out / 'scores.md'}, "
         f"{out / 'results.json'}",
