@@ -55,7 +55,7 @@ def write_comparison(
     write_text(out / "scores.md", _markdown(rows))
     write_text(out / "differences.csv", _csv(pairs, _PAIR_COLUMNS))
     shown = [] if len(rivals) > MANY else pairs
-    listings = [*first, differences(shown), costs(rivals, budget), other_scores(rows), shot_scores(rows)]
+    listings = [*first, differences(shown), *costs(rivals, budget), other_scores(rows), shot_scores(rows)]
     return Report(
         title=title,
         summary=summary,
@@ -230,35 +230,32 @@ def differences(rows: Sequence[Row]) -> Listing:
     )
 
 
-def costs(rivals: Sequence[Contestant], budget: str = UNEQUAL) -> Listing:
-    """What every contestant costs, a row each; how far training budgets differ stands beside their operations."""
+def costs(rivals: Sequence[Contestant], budget: str = UNEQUAL) -> list[Listing]:
+    """What every contestant cost to train, how far the budgets differ, and what its answers cost."""
     told = [(r.name, r.cost) for r in rivals if r.cost is not None]
     least = min((c.training_flops for _, c in told if c.training_flops), default=None)
-    return Listing(
+    trained = Listing(
         heading="What they cost",
-        caption="Operations count matrix products and convolutions, two per multiplication and addition; of training, "
-        f"one measured step of every stage times its steps. {budget} Answers a second at batch sizes 1, 7 and 64; "
-        "memory while answering, above the weights.",
-        head=(
-            "model",
-            "parameters",
-            "trained",
-            "visual tokens",
-            "FLOPs of training",
-            "× least",
-            "time",
-            "FLOPs of an answer",
-            "latency",
-            "answers/s",
-            "memory",
-        ),
-        rows=[(name, *_cost_cells(cost, least)) for name, cost in told],
+        caption="Parameters in all and trained by any stage; tokens of a picture; operations of training, one measured "
+        "step of every stage times its steps, and how many times those of the model that took least; seconds in these "
+        f"steps. {budget}",
+        head=("model", "parameters", "trained", "visual tokens", "FLOPs", "× least", "time"),
+        rows=[(name, *_training_cells(cost, least)) for name, cost in told],
         numeric=1,
     )
+    answers = Listing(
+        heading="",
+        caption="An answer: operations of reading one question and of the first new token; the median time of one "
+        "alone; answers a second in batches of 1, 7 and 64; memory above the weights. Operations count matrix products "
+        "and convolutions, two per multiplication and addition.",
+        head=("model", "FLOPs", "latency", "answers/s", "memory"),
+        rows=[(name, *_answer_cells(cost)) for name, cost in told if cost.latency is not None],
+        numeric=1,
+    )
+    return [trained, answers]
 
 
-def _cost_cells(cost: Cost, least: float | None) -> tuple[str, ...]:
-    speeds = cost.throughput or {}
+def _training_cells(cost: Cost, least: float | None) -> tuple[str, ...]:
     times = cost.training_flops / least if cost.training_flops is not None and least else None
     return (
         f"{cost.parameters:,}",
@@ -267,6 +264,12 @@ def _cost_cells(cost: Cost, least: float | None) -> tuple[str, ...]:
         _told(cost.training_flops, ".2e"),
         _told(times, ".1f"),
         _told(cost.training_seconds, ",.0f", " s"),
+    )
+
+
+def _answer_cells(cost: Cost) -> tuple[str, ...]:
+    speeds = cost.throughput or {}
+    return (
         _told(cost.flops_answer, ".2e"),
         _told(cost.latency and 1000 * cost.latency, ".0f", " ms"),
         " / ".join(f"{speeds[size]:.0f}" for size in speeds) or "–",

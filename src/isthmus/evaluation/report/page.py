@@ -51,7 +51,8 @@ class TrainedPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """A plain table under a heading of its own; columns from ``numeric`` on are figures."""
+    """A plain table under a heading of its own, or without one under the table before it; columns from ``numeric`` on
+    are figures."""
 
     heading: str
     caption: str
@@ -141,7 +142,8 @@ class _Numbers:
 
 
 def _section(heading: str, body: str) -> str:
-    return f"<section><h2>{escape(heading)}</h2>{body}</section>" if body else ""
+    title = f"<h2>{escape(heading)}</h2>" if heading else ""
+    return f"<section>{title}{body}</section>" if body else ""
 
 
 def _scores(report: Report, numbers: _Numbers) -> str:
