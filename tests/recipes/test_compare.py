@@ -12,6 +12,7 @@ from isthmus.data.collate import collate
 from isthmus.data.record import without_answer
 from isthmus.data.scenes import SceneSource
 from isthmus.errors import ConfigError
+from isthmus.language import Decoding
 from isthmus.model import load
 from isthmus.recipes.compare import Contestant, contestants, shared_tasks
 from isthmus.recipes.cost import Operations, trained_parameters
@@ -147,17 +148,18 @@ GAP = 1e-4
 """Two best tokens closer than this may change places when a sum is taken in another order."""
 
 
-def gap_where_they_part(model, record, answers):
-    """The distance of the two best tokens at the first place where the answers (token ids) differ."""
-    place = next(n for n, tokens in enumerate(zip(*answers, strict=False)) if len(set(tokens)) > 1)
-    batch = collate([with_answer(model.processor.prompt(record), answers[0][:place])])
+def gap_behind(model, record, ids):
+    """The distance of the two best next tokens behind an answer's beginning, of those that may be said at all."""
+    batch = collate([with_answer(model.processor.prompt(record), ids)])
     stream = batch.text["lm"]
     with torch.inference_mode():
         if model.kind == "flamingo":
             logits = model.net.logits(batch)
         else:
             logits = model.net.language.logits(model.net.embed_prompt(batch))
-    best = logits[0, stream.lengths[0] - 1].topk(2).values
+    next_token = logits[0, stream.lengths[0] - 1].clone()
+    next_token[list(model.ended(Decoding()).forbidden_ids)] = -torch.inf
+    best = next_token.topk(2).values
     return float(best[0] - best[1])
 
 
@@ -176,5 +178,9 @@ def test_batches_of_1_7_and_64_give_the_same_answers(rivals, name):
     different = [i for i in range(64) if len({tuple(answers[size][i]) for size in answers}) > 1]
     for i in different:
         said = [answers[size][i] for size in answers]
-        assert gap_where_they_part(model, records[i], said) < GAP, f"{name}: {records[i].id} says {said}"
+        place = next(n for n, tokens in enumerate(zip(*said, strict=False)) if len(set(tokens)) > 1)
+        assert gap_behind(model, records[i], said[0][:place]) < GAP, f"{name}: {records[i].id} says {said}"
     assert len(different) <= 3
+    for record, ids, gap in zip(records[:3], answers[1], model.gaps(records[:3], max_new_tokens=6), strict=False):
+        steps = [gap_behind(model, record, ids[:n]) for n in range(min(len(ids) + 1, 6))]
+        assert gap == pytest.approx(min(steps), abs=1e-5)

@@ -12,7 +12,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import rules
 from isthmus.evaluation.bootstrap import resampled_sums
 from isthmus.evaluation.results import write_json
-from isthmus.evaluation.run import Result
+from isthmus.evaluation.run import Result, counts
 from isthmus.evaluation.scorers import scorer, scorer_of
 from isthmus.evaluation.tasks import Row
 
@@ -80,7 +80,7 @@ def rescore(path: str | Path, *, rule: str | None = None) -> Result:
     scores = scorer(folder.kind).score(folder.rows, manifest)
     name = str(manifest.get("task", folder.path.name))
     left_out = int(manifest.get("left_out", 0))
-    facts = {"task": name, "kind": folder.kind, **({"left_out": left_out} if left_out else {}), **scores.to_dict()}
+    facts = {"task": name, "kind": folder.kind, **counts(left_out, folder.rows), **scores.to_dict()}
     if target != "scores.json":
         facts["scorer"] = scorer_of(folder.kind, manifest)
     write_json(folder.path / target, facts)

@@ -8,7 +8,7 @@ interrupted evaluation goes on behind its last whole line, and a finished one ca
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation.results import versions, write_json
 from isthmus.evaluation.scorers import scorer_of
-from isthmus.evaluation.tasks import Row, Scores, Task
+from isthmus.evaluation.tasks import CLOSE, Row, Scores, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,15 @@ def evaluate(
                 report(len(rows), len(task.ids))
     ordered = [rows[i] for i in task.ids]
     scores = task.score(ordered)
-    write_json(folder / "scores.json", {"task": task.name, "kind": task.kind, **left, **scores.to_dict()})
+    facts = {"task": task.name, "kind": task.kind, **counts(left_out, ordered), **scores.to_dict()}
+    write_json(folder / "scores.json", facts)
     return Result(task.name, task.kind, scores, ordered, folder, left_out)
+
+
+def counts(left_out: int, rows: Sequence[Row]) -> dict[str, int]:
+    """What stands in scores.json beside the scores: samples left out, and answers to which another was near."""
+    near = {"near": sum(row["gap"] < CLOSE for row in rows)} if rows and all("gap" in row for row in rows) else {}
+    return ({"left_out": left_out} if left_out else {}) | near
 
 
 def _manifest(task: Task, model: Any, model_hash: str) -> dict[str, Any]:

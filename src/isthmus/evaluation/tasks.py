@@ -13,15 +13,17 @@ from typing import Any, ClassVar, Protocol, get_args
 
 import torch
 
-from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.errors import CapabilityError, ConfigError, DataError, nearest
 from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
 from isthmus.evaluation.asking import Control, ask_all, check_controls, whose_pictures
 from isthmus.evaluation.embedding import embed
-from isthmus.evaluation.protocols import Answers, Embeds, Picture, Records, Sample, Sees, TextPart
+from isthmus.evaluation.protocols import Answers, Embeds, Measures, Picture, Records, Sample, Sees, TextPart
 from isthmus.evaluation.turns import kind_of, last_turn, prompt
 from isthmus.nn.losses import Similarity
 
 Row = dict[str, Any]
+CLOSE = 1e-4
+"""Two best tokens nearer than this (in logits) may change places when sums are taken in another order."""
 _SCORED = ("answers", "class", "kind", "choices", "group")
 """What scoring reads of a record's meta data."""
 
@@ -99,7 +101,8 @@ class VqaTask:
     ``rule`` is a name of :mod:`.rules`: ``exact``, ``vqa``, ``ok-vqa``, ``gqa``, ``yes-no``, ``choice``. ``controls``
     chooses among ``blind`` and ``shuffled``; for questions without pictures (a bare language model) leave both out,
     for ``mixed`` data records without a picture keep their answer in the controls. ``prior`` comes from the training
-    records. ``decoding`` is handed to the model as it is.
+    records. ``decoding`` is handed to the model as it is. ``gaps`` also asks how near another answer was: what is
+    nearer than CLOSE is counted, as it may come out otherwise in another batch or on another machine.
     """
 
     kind: ClassVar[str] = "vqa"
@@ -112,6 +115,7 @@ class VqaTask:
     decoding: Mapping[str, Any] = field(default_factory=dict)
     rule: str = "exact"
     mixed: bool = False
+    gaps: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -129,6 +133,7 @@ class VqaTask:
             "prior": self.prior.fingerprint() if self.prior else None,
             "decoding": dict(self.decoding),
             "data": fingerprint(self.records),
+            **({"gaps": True} if self.gaps else {}),
         }
 
     def asked(self) -> Iterator[Any]:
@@ -142,8 +147,17 @@ class VqaTask:
             places = todo[start : start + chunk]
             records = [self.records[i] for i in places]
             others = [self.records[other[i]] for i in places]
-            answers = ask_all(model, [prompt(r) for r in records], others, self.controls, self.decoding)
-            yield [self._row(r, {k: v[j] for k, v in answers.items()}) for j, r in enumerate(records)]
+            asked = [prompt(r) for r in records]
+            answers = ask_all(model, asked, others, self.controls, self.decoding)
+            rows = [self._row(r, {k: v[j] for k, v in answers.items()}) for j, r in enumerate(records)]
+            if self.gaps:
+                rows = [row | {"gap": g} for row, g in zip(rows, self._gaps(model, asked), strict=True)]
+            yield rows
+
+    def _gaps(self, model: Answers, asked: Sequence[Any]) -> list[float]:
+        if not isinstance(model, Measures):
+            raise CapabilityError(f"Task {self.name!r}: this model cannot tell gaps; leave the option out.")
+        return model.gaps(asked, **self.decoding)
 
     def _row(self, record: Sample, answers: Mapping[str, str]) -> Row:
         turn, kind = last_turn(record), kind_of(record)
