@@ -150,13 +150,13 @@ def write_contest(plan: Comparison, rivals: Sequence[Contestant], out: Path, *, 
             f"{seeds} of {len(plan.seeds)} seeds; scores are means over seeds, intervals are over questions.",
         ]
     )
-    listings, charts = [], []
+    listings, plots = [], []
     by_name = {rival.name: rival for rival in rivals}
     for statement in plan.statements:
         own = [by_name[arm] for arm in statement.arms if arm in by_name]
         if len(own) > 1:
             listings.append(_tested(plan, statement, own))
-            charts += _by_size(statement, own)
+            plots += _by_size(statement, own)
     report = write_comparison(
         out,
         rivals,
@@ -164,8 +164,8 @@ def write_contest(plan: Comparison, rivals: Sequence[Contestant], out: Path, *, 
         summary=summary.strip(),
         seed=0,
         budget=f"Budget of every arm: {plan.budget}.",
-        first=listings,
-        charts=charts,
+        opening=listings,
+        plots=plots,
     )
     write_report(out / "report.html", report)
 
@@ -193,12 +193,13 @@ def _tested(plan: Comparison, statement: Statement, rivals: Sequence[Contestant]
                 "" if found is None else _by_seed(first, rival, task),
             )
         )
+    seeds = any(row[-1] for row in rows)
     return Listing(
         heading=statement.text,
         caption=f"Task {task}, percent; differences from {first.name} in points, paired over the same questions, with "
-        "95 % intervals over questions, then those of each seed alone.",
-        head=("arm", "trained", "score (95 %)", "gain", "difference", "95 %", "by seed"),
-        rows=rows,
+        "95 % intervals over questions" + (", then those of each seed alone." if seeds else "."),
+        head=("arm", "trained", "score (95 %)", "gain", "difference", "95 %", "by seed")[: 7 if seeds else 6],
+        rows=[row[: 7 if seeds else 6] for row in rows],
         numeric=1,
     )
 

@@ -16,6 +16,7 @@ from isthmus.recipes.curves import png
 
 _DIM = 0.18
 """Brightness of what was not looked at at all."""
+_COLOURS = 64
 
 
 def looks(model: Model, records: Sequence[Record], decoding: Mapping[str, Any]) -> dict[str, bytes]:
@@ -44,4 +45,4 @@ def overlay(picture: PilImage.Image, heat: Tensor) -> PilImage.Image:
     size = (picture.height, picture.width)
     light = torch.nn.functional.interpolate(levels[None, None].float(), size, mode="bilinear")[0, 0].numpy()
     lit = np.asarray(picture.convert("RGB"), dtype=np.float32) * (_DIM + (1 - _DIM) * light[..., None])
-    return PilImage.fromarray(lit.round().astype(np.uint8))
+    return PilImage.fromarray(lit.round().astype(np.uint8)).quantize(_COLOURS)  # a page may hold hundreds

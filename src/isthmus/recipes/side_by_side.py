@@ -37,11 +37,11 @@ def write_comparison(
     summary: str,
     seed: int,
     budget: str = UNEQUAL,
-    first: Sequence[Listing] = (),
-    charts: Sequence[Chart] = (),
+    opening: Sequence[Listing] = (),
+    plots: Sequence[Chart] = (),
 ) -> Report:
     """``results.json``, ``costs.json``, tables as CSV and Markdown below ``out``, and the page for
-    :func:`~isthmus.evaluation.report.write_report`. ``first`` and ``charts`` are what the page shows besides."""
+    :func:`~isthmus.evaluation.report.write_report`. ``opening`` and ``plots`` are what the page shows besides."""
     results = Results(seed=seed)
     for rival in rivals:
         for result in rival.results:
@@ -55,21 +55,19 @@ def write_comparison(
     write_text(out / "scores.md", _markdown(rows))
     write_text(out / "differences.csv", _csv(pairs, _PAIR_COLUMNS))
     shown = [] if len(rivals) > MANY else pairs
-    listings = [*first, differences(shown), *costs(rivals, budget), other_scores(rows), shot_scores(rows)]
+    listings = [differences(shown), *costs(rivals, budget), other_scores(rows), shot_scores(rows)]
     return Report(
         title=title,
         summary=summary,
+        opening=opening,
         scores=_answers(rivals),
         retrieval=_retrieval(rivals),
         listings=[listing for listing in listings if listing.rows],
+        plots=[*plots, *_shots(rivals)],
         charts=[
-            *charts,
-            *_shots(rivals),
-            *(
-                Chart(title=f"{r.name}: loss by stage", series=loss_curves(r.folder, r.recipe))
-                for r in rivals
-                if r.recipe is not None and (r.folder / "stages").is_dir()
-            ),
+            Chart(title=f"{r.name}: loss by stage", series=loss_curves(r.folder, r.recipe))
+            for r in rivals
+            if r.recipe is not None and (r.folder / "stages").is_dir()
         ],
         samples=samples(rivals),
         training=[part for rival in rivals for part in trained_parts(rival)],

@@ -74,14 +74,17 @@ class Report:
     """Everything on the page; what is empty leaves no trace on it.
 
     ``scores`` and ``retrieval`` by model name, ``seconds`` of wall-clock time by stage, ``facts`` short lines such as
-    seed, versions and machine.
+    seed, versions and machine. ``opening`` tables stand before the scores; ``plots`` are figures of scores, ``charts``
+    of training.
     """
 
     title: str
     summary: str = ""
+    opening: Sequence[Listing] = ()
     scores: Mapping[str, VqaScores] = field(default_factory=dict)
     retrieval: Mapping[str, RetrievalScores] = field(default_factory=dict)
     listings: Sequence[Listing] = ()
+    plots: Sequence[Chart] = ()
     charts: Sequence[Chart] = ()
     samples: Sequence[SamplePicture] = ()
     training: Sequence[TrainedPart] = ()
@@ -100,10 +103,12 @@ def render(report: Report) -> str:
     style = files("isthmus.evaluation.report").joinpath("style.css").read_text(encoding="utf-8")
     numbers = _Numbers()
     sections = [
+        *(_listing(listing, numbers) for listing in report.opening),
         _scores(report, numbers),
         _retrieval(report, numbers),
+        _section("Curves", _charts(report.plots)),
         *(_listing(listing, numbers) for listing in report.listings),
-        _section("How the models learnt", _charts(report.charts)),
+        _section("How the models learnt", _charts(report.charts, after=len(report.plots))),
         _section("What they answer", _samples(report.samples)),
         _training(report, numbers),
         _seconds(report, numbers),
@@ -122,6 +127,8 @@ def render(report: Report) -> str:
     )
 
 
+_FOLDED = 48
+"""A table of more scores by kind than this is folded away until somebody opens it."""
 _ORNAMENT = (
     '<svg class="ornament" viewBox="0 0 120 24" aria-hidden="true">'
     '<path d="M2 12C2 4 14 2 26 3C40 4 46 10.6 60 10.6C74 10.6 80 4 94 3C106 2 118 4 118 12'
@@ -164,6 +171,8 @@ def _scores(report: Report, numbers: _Numbers) -> str:
         if single:
             groups = [("", [(k, rows[0][1]) for k, rows in groups])]
         by_kind = score_table(groups, numbers.caption("The same by kind of question."), "kind" if single else "model")
+        if (count := sum(len(rows) for _, rows in groups)) > _FOLDED:
+            by_kind = f"<details><summary>By kind of question, {count} rows</summary>{by_kind}</details>"
     reading = (
         '<p class="reading"><b>How to read a score.</b> Beside the accuracy stands what can be reached without '
         "looking: <i>blind</i>, the same model without the picture; <i>shuffled</i>, with the picture of another "
@@ -189,8 +198,8 @@ def _listing(listing: Listing, numbers: _Numbers) -> str:
     return _section(listing.heading, table(listing.head, listing.rows, caption, numeric=listing.numeric))
 
 
-def _charts(charts: Sequence[Chart]) -> str:
-    drawn = "".join(figure(chart, number) for number, chart in enumerate(charts, start=1))
+def _charts(charts: Sequence[Chart], *, after: int = 0) -> str:
+    drawn = "".join(figure(chart, number) for number, chart in enumerate(charts, start=after + 1))
     return f'<div class="charts">{drawn}</div>' if drawn else ""
 
 
