@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from isthmus.batch import Tokens
+from isthmus.checkpoint import write_folder
 from isthmus.errors import CheckpointError
 from isthmus.interop.hf_clip import (
     clip_config_from_hf,
@@ -31,7 +32,6 @@ from isthmus.interop.hf_clip import (
     vision_config_to_hf,
     vision_from_hf,
     vision_to_hf,
-    write_clip_folder,
 )
 from isthmus.models.clip import Clip
 from isthmus.nn.losses import info_nce, sigmoid_loss
@@ -118,7 +118,9 @@ def test_round_trip_is_bit_identical_and_transformers_opens_it(kind, tmp_path):
     _assert_same(clip_to_hf(state, config), theirs.state_dict())
     assert clip_config_from_hf(clip_config_to_hf(config)) == config
 
-    write_clip_folder(tmp_path / "out", config, state)
+    write_folder(
+        tmp_path / "out", {"config.json": clip_config_to_hf(config), "model.safetensors": clip_to_hf(state, config)}
+    )
     again, report = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
+from isthmus.checkpoint import write_folder
 from isthmus.errors import CheckpointError
 from isthmus.interop.hf_llava import (
     llava_config_from_hf,
@@ -15,7 +16,6 @@ from isthmus.interop.hf_llava import (
     llava_from_hf,
     llava_to_hf,
     read_llava_folder,
-    write_llava_folder,
 )
 from isthmus.language import Decoding
 from isthmus.models.llava import Llava
@@ -144,25 +144,25 @@ def test_all_four_layouts_load_to_identical_weights(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_what_we_write_transformers_reads_with_identical_logits(tied: bool, layer: int, tmp_path: Path) -> None:
     net = tiny(language={**LANGUAGE, "tie_word_embeddings": tied}, feature_layer=layer)
-    write_llava_folder(tmp_path / "given", net.config, net.state_dict(), image_token_id=IMAGE)
-    written = load_file(tmp_path / "given" / "model.safetensors")
+    written = llava_to_hf(net.state_dict(), net.config)
     assert ("language_model.lm_head.weight" in written) is not tied
-    assert write_llava_folder(tmp_path / "grown", net.config, net.state_dict()) == V
-    again = ours(tmp_path / "given")
+    config = llava_config_to_hf(net.config, image_token_id=IMAGE)
+    never = {"suppress_tokens": [IMAGE]}
+    folder = tmp_path / "given"
+    write_folder(folder, {"config.json": config, "generation_config.json": never, "model.safetensors": written})
+    again = ours(folder)
     assert again.config == net.config
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in again.state_dict().items())
-    for folder, token in (("given", IMAGE), ("grown", V)):
-        theirs, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / folder, output_loading_info=True)
-        assert not any(report.get(k) for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        assert theirs.config.image_token_id == token
-        for row in ROWS.values():
-            inputs = hf_inputs(row)
-            inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, token)
-            expected = net.language.logits(net.embed_prompt(batch([row])))
-            torch.testing.assert_close(theirs.eval()(**inputs).logits[..., :V], expected, atol=1e-6, rtol=0)
-            answer = net.generate(batch([row]), Decoding(max_new_tokens=8, forbidden_ids=(token,) if token < V else ()))
-            found = theirs.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
-            assert answer == [found[0, inputs["input_ids"].shape[1] :].tolist()]
+    theirs, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.get(k) for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.config.image_token_id == IMAGE
+    for row in ROWS.values():
+        inputs = hf_inputs(row)
+        expected = net.language.logits(net.embed_prompt(batch([row])))
+        torch.testing.assert_close(theirs.eval()(**inputs).logits, expected, atol=1e-6, rtol=0)
+        answer = net.generate(batch([row]), Decoding(max_new_tokens=8, forbidden_ids=(IMAGE,)))
+        found = theirs.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+        assert answer == [found[0, inputs["input_ids"].shape[1] :].tolist()]
 
 
 @torch.no_grad()

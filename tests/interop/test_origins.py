@@ -10,9 +10,10 @@ from PIL import Image as PilImage
 from safetensors.torch import load_file, save_file
 
 import isthmus
+from isthmus.checkpoint import write_folder
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
-from isthmus.interop.hf_clip import write_clip_folder
+from isthmus.interop.hf_clip import clip_config_to_hf, clip_to_hf
 from isthmus.interop.open_flamingo import trained_to_open_flamingo
 from isthmus.interop.openai import clip_to_openai
 from isthmus.interop.original_llava import llava_to_original
@@ -157,7 +158,8 @@ def llava(tmp_path):
     text = TextConfig(context=12, vocab_size=64, width=64, heads=1, layers=1, mlp_width=96, eot_id=63)
     tower = drawn(Clip(ClipConfig(vision=VISION, text=text, embed_dim=32)), seed=1)
     tower.vision.load_state_dict(net.vision.state_dict())
-    write_clip_folder(tmp_path / "tower", tower.config, tower.state_dict())
+    weights = clip_to_hf(tower.state_dict(), tower.config)
+    write_folder(tmp_path / "tower", {"config.json": clip_config_to_hf(tower.config), "model.safetensors": weights})
     words(tmp_path / "tower2")
     for file in (tmp_path / "tower2").iterdir():
         file.rename(tmp_path / "tower" / file.name)

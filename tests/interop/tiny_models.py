@@ -4,6 +4,8 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import torch
+
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.images import ImageTransform
 from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
@@ -12,6 +14,7 @@ from isthmus.data.record import Record, Text
 from isthmus.data.text import render
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.wordpiece import train_wordpiece
+from isthmus.interop.hf_files import swapped
 from isthmus.model import Model
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip, ClipConfig
@@ -76,14 +79,28 @@ def clip(**changes: Any) -> Model:
     text = TextConfig(
         context=40, vocab_size=ROWS, width=64, layers=2, heads=1, mlp_width=256, eot_id=tokenizer().eos_id
     )
+    torch.manual_seed(0)
     net = Clip(ClipConfig(**{"vision": VISION, "text": text, "embed_dim": 24, **changes}))
     redraw(net)
     return Model(net, ContrastiveProcessor(tokenizer(), ImageTransform.clip(SIZE), context=net.config.text.context))
 
 
+def openai_clip() -> Model:
+    """With OpenAI's activation, and a tokenizer whose end of text has the largest id, where their code looks."""
+    told = swapped(tokenizer(), tokenizer().eos_id, tokenizer().vocab_size - 1)
+    text = TextConfig(
+        context=40, vocab_size=told.vocab_size, width=64, layers=2, heads=1, mlp_width=256, eot_id=told.eos_id
+    )
+    torch.manual_seed(0)
+    net = Clip(ClipConfig(vision=VISION, text=text, embed_dim=24))
+    redraw(net)
+    return Model(net, ContrastiveProcessor(told, ImageTransform.clip(SIZE), context=40))
+
+
 def siglip() -> Model:
     vision = VisionConfig.siglip(image_size=SIZE, patch_size=8, width=32, layers=2, heads=4, mlp_width=48)
     text = replace(TextConfig.siglip(32, 2, 4, 48), vocab_size=ROWS, context=40, eot_id=2, pad_id=0)
+    torch.manual_seed(0)
     net = Clip(
         ClipConfig(
             vision=vision,
@@ -99,12 +116,14 @@ def siglip() -> Model:
 
 
 def lm(language: dict[str, Any] = LLAMA, template: str = "vicuna_v1") -> Model:
+    torch.manual_seed(0)
     net = BareLM(LmConfig(language=language))
     redraw(net)
     return Model(net, TextProcessor(tokenizer(), template=template, max_length=256))
 
 
 def llava(*, template: str = "vicuna_v1", mode: Any = "square", **changes: Any) -> Model:
+    torch.manual_seed(0)
     net = Llava(LlavaConfig(**{"vision": VISION, "language": LLAMA, **changes}))
     redraw(net)
     return Model(
@@ -133,6 +152,7 @@ def flamingo(**changes: Any) -> Model:
         "every": 2,
         "offset": 1,
     }
+    torch.manual_seed(0)
     net = Flamingo(FlamingoConfig(**{**fields, **changes}))
     redraw(net)
     for block in net.xattn:
@@ -156,8 +176,13 @@ def blip2(language: dict[str, Any] | None = OPT, *, instruct: bool = False, **ch
         dec_id=told.bos_id or 0,
         dropout=0.0,
     )
-    fields: dict[str, Any] = {"vision": replace(EVA, image_size=SIZE, patch_size=8), "qformer": qformer, "embed_dim": 12}
+    fields: dict[str, Any] = {
+        "vision": replace(EVA, image_size=SIZE, patch_size=8),
+        "qformer": qformer,
+        "embed_dim": 12,
+    }
     fields |= {"norm_eps": 1e-6, "instruct": instruct, "language": language}
+    torch.manual_seed(0)
     net = Blip2(Blip2Config(**{**fields, "phase": "generate" if language else "represent", **changes}))
     redraw(net)
     image = ImageTransform.clip(SIZE, "squash")
@@ -176,6 +201,14 @@ def blip2(language: dict[str, Any] | None = OPT, *, instruct: bool = False, **ch
             clean=not instruct,
         ),
     )
+
+
+def lavis(language: dict[str, Any] | None = OPT, *, norm_eps: float = 1e-5) -> Model:
+    """With the eps of LAVIS, and keys without a bias."""
+    model = blip2(language, norm_eps=norm_eps)
+    for block in model.net.vision.blocks:
+        block.attn.k_proj.bias.data.zero_()
+    return model
 
 
 MODELS = {

@@ -315,3 +315,29 @@ def test_tokens_that_are_no_patches_have_no_map() -> None:
     net.connector = Pooled(24, 32)
     with pytest.raises(CapabilityError, match="one token per patch"):
         net.attention(batch([ROWS["one"]], per_picture=1))
+
+
+def test_attention_maps_are_the_lms_own_attention_to_the_patches():
+    net = tiny()
+    rows = batch([ROWS["two"], ROWS["one"]])
+    maps = net.attention(rows)
+    assert [len(m) for m in maps] == [2, 1]
+    lengths = rows.text["lm"].lengths.tolist()
+    embeds = net.embed_prompt(rows)
+    net.language.lm.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = net.language.lm(inputs_embeds=embeds[1:, : lengths[1]], output_attentions=True).attentions
+    places = rows.places["lm"]
+    (place,) = (places.row == 1).nonzero().flatten().tolist()
+    start, size = int(places.start[place]), int(places.length[place])
+    own = torch.stack([w[0].mean(0) for w in weights])[:, :, start : start + size]
+    assert maps[1][0].shape == (len(weights), lengths[1], 1, PATCHES)
+    torch.testing.assert_close(
+        maps[1][0][:, :, 0][:, start + size :], (own / own.sum(-1, keepdim=True))[:, start + size :]
+    )
+    for row in maps:
+        for found in row:
+            sums = found.sum((-1, -2))
+            before = sums.amax(0) == 0  # what stands before a picture has not seen it
+            assert before.any()
+            torch.testing.assert_close(sums[:, ~before], torch.ones_like(sums[:, ~before]))

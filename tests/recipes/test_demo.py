@@ -1,40 +1,48 @@
-"""The demo's end: models trained before are taken as they are, asked, and put side by side in one report."""
+"""The demo from nothing, on miniature recipes: five models, one comparison, and a second run that trains nothing."""
 
+import copy
 import json
-import shutil
+from pathlib import Path
 
 import pytest
+import yaml
 
 from isthmus.recipes import demo
-from isthmus.recipes.schema import parse_recipe
+from tests.miniature import tree
+from tests.recipes.test_blip2 import TREE as BLIP2
+from tests.recipes.test_flamingo import TREE as FLAMINGO
+
+PARTS = {"vision": "runs/demo/clip", "language": "runs/demo/lm"}
 
 
-@pytest.fixture(scope="module")
-def out(rivals, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    recipes = {}
-    for name, run in rivals.items():
-        shutil.copytree(run, folder / name)
-        tree = json.loads((run / "run.json").read_text())["recipe"]
-        recipes[demo.STORY[name]] = parse_recipe(tree)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "demo_recipe", lambda name, out, seed: recipes[name])
-        demo.run_demo(folder, serve=False)
-    return folder
+@pytest.fixture
+def out(tmp_path, monkeypatch) -> Path:
+    trees = {name: tree(name) for name in ("clip", "lm", "llava")}
+    trees |= {"flamingo": copy.deepcopy(FLAMINGO) | {"parts": PARTS}, "blip2": copy.deepcopy(BLIP2) | {"parts": PARTS}}
+    story = {}
+    for name in demo.STORY:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(trees[name]))
+        story[name] = str(path)
+    monkeypatch.setattr(demo, "STORY", story)
+    return tmp_path / "demo"
 
 
-def test_results_keep_their_keys(out):
-    results = json.loads((out / "results.json").read_text())
-    assert {"accuracy", "blind", "shuffled", "prior", "gain"} <= results["models"]["llava"].keys()
-    assert "recall_at_1" in results["models"]["clip"]
-    assert {"lm", "blip2"} <= results["models"].keys()
-    assert results["seed"] == 0
-    assert set(results["seconds"]) == set(demo.STORY)
-
-
-def test_the_report_is_the_comparison(out):
+def test_the_whole_story(out, capsys):
+    demo.run_demo(out, seed=3, serve=False)
+    said = capsys.readouterr().out
+    assert f"isthmus chat {out / 'llava'}" in " ".join(said.split())
+    facts = json.loads((out / "results.json").read_text())
+    assert facts["seed"] == 3
+    assert {"accuracy", "blind", "shuffled", "prior", "gain"} <= facts["models"]["llava"].keys()
+    assert "recall_at_1" in facts["models"]["clip"]
+    assert facts["seconds"].keys() == {"clip", "lm", "flamingo", "blip2", "llava"}
     page = (out / "report.html").read_text()
-    for word in ("What they cost", "not equal", "flamingo: loss by stage", "picture → text", 'class="look"'):
-        assert word in page
-    assert (out / "scores.csv").is_file()
-    assert (out / "picture.png").is_file()
+    for word in ("What they cost", "llava − blip2", "blip2: loss by stage", "What was trained"):
+        assert word in page, word
+    weights = {f: f.read_bytes() for f in out.glob("*/model/model.safetensors")}
+    outputs = {f: f.stat().st_mtime_ns for f in out.glob("*/eval/*/outputs.jsonl")}
+    assert len(weights) == 5
+    demo.run_demo(out, seed=3, serve=False)
+    assert all(f.read_bytes() == data for f, data in weights.items())
+    assert all(f.stat().st_mtime_ns == when for f, when in outputs.items())

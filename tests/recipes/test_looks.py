@@ -8,17 +8,17 @@ from PIL import Image as PilImage
 
 from isthmus.data.scenes import SceneSource
 from isthmus.model import load
-from isthmus.recipes.looks import looks, overlay
+from isthmus.recipes.curves import overlay
+from isthmus.recipes.looks import looks
 
 
-def test_what_was_looked_at_keeps_its_light_and_the_rest_is_dim():
-    white = PilImage.new("RGB", (40, 20), "white")
-    heat = torch.tensor([[0.0, 0.5]])
-    lit = np.asarray(overlay(white, heat).convert("L"), dtype=float)
-    assert lit.shape == (20, 40)
-    assert lit[:, -5:].min() > 250
-    assert lit[:, :5].max() < 60
-    assert overlay(white, torch.zeros(1, 2)).size == (40, 20)  # nothing was looked at: no division by nothing
+def test_what_was_looked_at_keeps_its_colour_and_the_rest_is_grey():
+    red = PilImage.new("RGB", (40, 20), (200, 0, 0))
+    lit = np.asarray(overlay(red, torch.tensor([[0.0, 0.5]])), dtype=int)
+    assert lit.shape == (20, 40, 3)
+    assert (lit[:, -5:] == [200, 0, 0]).all()
+    assert (np.ptp(lit[:, :5], axis=-1) == 0).all()
+    assert overlay(red, torch.zeros(1, 2)).size == (40, 20)  # nothing was looked at: no division by nothing
 
 
 def test_every_design_shows_where_it_looked(rivals):

@@ -67,7 +67,7 @@ def _clip(model: Source, shard_bytes: int) -> Export:
             end=True,
             context=config.text.context,
             processor_class="SiglipProcessor" if siglip else "CLIPProcessor",
-            **({"pad_token": tokenizer.backend.id_to_token(config.text.pad_id)} if siglip else {}),
+            pad_token=str(tokenizer.backend.id_to_token(config.text.pad_id if siglip else tokenizer.pad_id)),
         ),
         "preprocessor_config.json": image_processor(model.processor.image),
     }
@@ -118,7 +118,9 @@ def _llava(model: Source, shard_bytes: int) -> Export:
     net, processor = model.net, model.processor
     lm = net.language.lm
     kind = net.config.language["model_type"]
-    must(lm.base_model_prefix == "model", "language.model_type", kind, f"{WHO}' LLaVA", "an LM with its body in `model`")
+    must(
+        lm.base_model_prefix == "model", "language.model_type", kind, f"{WHO}' LLaVA", "an LM with its body in `model`"
+    )
     must(net.language.plain_head(), "language.model_type", kind, f"{WHO}' LLaVA", "an LM with a plain output head")
     state, language, tokenizer, token = with_image_token(net, processor.tokenizer)
     config = replace(net.config, language=language)
@@ -195,9 +197,7 @@ def _retrieval(model: Source, losses: tuple[str, ...], shard_bytes: int) -> Expo
         "preprocessor_config.json": image_processor(processor.image),
         "processor_config.json": {"processor_class": "Blip2Processor", "num_query_tokens": None},
     }
-    return Export(
-        files=files, losses=losses, opens="transformers.Blip2ForImageTextRetrieval.from_pretrained(FOLDER)"
-    )
+    return Export(files=files, losses=losses, opens="transformers.Blip2ForImageTextRetrieval.from_pretrained(FOLDER)")
 
 
 def _prompted(model: Source, losses: tuple[str, ...], shard_bytes: int) -> Export:
@@ -232,7 +232,9 @@ def _prompted(model: Source, losses: tuple[str, ...], shard_bytes: int) -> Expor
     if config.instruct:
         beside = _bert_files(processor.others["qformer"], owner, config.qformer.positions)
         files |= {f"qformer_tokenizer/{name}": content for name, content in beside.items()}
-    return Export(files=files, losses=losses, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")
+    return Export(
+        files=files, losses=losses, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)"
+    )
 
 
 def _bert_files(tokenizer: Tokenizer, owner: str, context: int) -> dict[str, Content]:
@@ -245,5 +247,3 @@ def _bert_files(tokenizer: Tokenizer, owner: str, context: int) -> dict[str, Con
 def _config(described: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """With the dtype under the name that every version reads."""
     return {**described, "torch_dtype": common_dtype(list(weights.values()))}
-
-

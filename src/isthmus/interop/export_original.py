@@ -12,7 +12,7 @@ from torch import Tensor
 from isthmus.checkpoint import Content
 from isthmus.data.images import ImageTransform
 from isthmus.interop.export import Export, Source, common_dtype, must, pickled, shards
-from isthmus.interop.export_hf import last_eot, language_files, language_tensors
+from isthmus.interop.export_hf import language_files, language_tensors, last_eot
 from isthmus.interop.hf_clip import vision_config_to_hf, vision_to_hf
 from isthmus.interop.hf_files import image_processor, tokenizer_files
 from isthmus.interop.hf_llava import part_of
@@ -20,12 +20,11 @@ from isthmus.interop.lavis import NORM_EPS, to_lavis
 from isthmus.interop.open_clip import clip_to_open_clip
 from isthmus.interop.open_flamingo import LAYERS, trained_to_open_flamingo
 from isthmus.interop.openai import clip_to_openai
-from isthmus.interop.original_llava import llava_to_original
+from isthmus.interop.original_llava import TOWERS, llava_to_original
 from isthmus.models.clip import ClipConfig
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
-from isthmus.nn.vit import VisionConfig
 
 TOWER = "vision_tower"
 
@@ -106,7 +105,9 @@ def open_clip_export(model: Source, *, shard_bytes: int) -> Export:
 
 def _cosine_clip(config: ClipConfig, who: str) -> None:
     must(config.similarity == "cosine", "similarity", config.similarity, who, "cosine")
-    must(config.vision.class_token, "vision.class_token", config.vision.class_token, who, "true (SigLIP is timm's there)")
+    must(
+        config.vision.class_token, "vision.class_token", config.vision.class_token, who, "true (SigLIP is timm's there)"
+    )
 
 
 def _clip_tokenizer(tokenizer: Any, config: ClipConfig) -> dict[str, Content]:
@@ -161,10 +162,7 @@ def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
 
 
 def _original_config(model: Source, config: LlavaConfig, kind: str) -> dict[str, Any]:
-    known = {
-        "openai/clip-vit-large-patch14-336": VisionConfig.vit_l_14_336(),
-        "openai/clip-vit-large-patch14": VisionConfig.vit_l_14(),
-    }
+    known = {f"openai/{name}": tower() for name, tower in TOWERS.items()}
     return {
         **config.language,
         "architectures": ["LlavaLlamaForCausalLM" if kind == "llava_llama" else "LlavaMistralForCausalLM"],

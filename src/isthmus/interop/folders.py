@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.checkpoint import load_into, read_json
-from isthmus.data.blip2 import PromptProcessor
+from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
@@ -19,10 +19,11 @@ from isthmus.data.wordpiece import load_wordpiece
 from isthmus.errors import CheckpointError
 from isthmus.interop.hf_blip2 import read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
+from isthmus.interop.hf_files import CHAT_TEMPLATE, RESAMPLE, template_named
 from isthmus.interop.hf_llava import read_llava_folder
 from isthmus.language import read_language_folder
 from isthmus.language_seq2seq import Seq2SeqLM
-from isthmus.models.blip2 import Blip2
+from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip
 from isthmus.models.llava import Llava
 from isthmus.models.lm import BareLM, LmConfig
@@ -65,7 +66,7 @@ def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     processor = SpliceProcessor(
         load_tokenizer(folder),
         image=transform,
-        template="vicuna_v1",
+        template=_template(folder, "vicuna_v1"),
         max_length=net.language.context or 2048,
         num_tokens=net.num_tokens(transform.size, transform.size),
     )
@@ -75,6 +76,8 @@ def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
 def _blip2(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     """The prompts are the paper's; InstructBLIP's instruction stands by itself, its Q-Former has a tokenizer too."""
     config, state = read_blip2_folder(folder)
+    if config.phase == "represent":
+        return _retrieval(folder, config, state)
     net = Blip2(config)
     load_into(net, state, where=folder)
     transform = replace(image_transform(folder, config.vision.image_size), mode="squash")
@@ -98,12 +101,35 @@ def _blip2(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     )
 
 
+def _retrieval(folder: Path, config: Blip2Config, state: Mapping[str, Any]) -> tuple[Any, Processor, tuple[int, ...]]:
+    net = Blip2(config)
+    load_into(net, state, where=folder)
+    image = replace(image_transform(folder, config.vision.image_size), mode="squash")
+    return net, PairProcessor(load_wordpiece(folder), image), ()
+
+
 def _language(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     config, state = read_language_folder(folder)
     net = BareLM(LmConfig(language=config))
     load_into(net.language.lm, state, where=folder)
-    processor = TextProcessor(load_tokenizer(folder), template="document", max_length=net.language.context or 2048)
+    template = _template(folder, "document")
+    processor = TextProcessor(load_tokenizer(folder), template=template, max_length=net.language.context or 2048)
     return net, processor, ()
+
+
+def _template(folder: Path, otherwise: str) -> str:
+    """The template that the folder's chat template is the Jinja form of (we wrote it then), or ``otherwise``."""
+    file = folder / CHAT_TEMPLATE
+    found = template_named(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found or otherwise
+
+
+def _resample(number: Any, folder: Path) -> str:
+    """Pillow's number of a filter by name; left out it is bicubic in all of these processors."""
+    for name, known in RESAMPLE.items():
+        if number in (known, None) and (number is not None or name == "bicubic"):
+            return name
+    raise CheckpointError(f"{folder}: its image processor resizes by Pillow's filter {number}; known: {RESAMPLE}.")
 
 
 def image_transform(folder: Path, size: int) -> ImageTransform:
@@ -133,4 +159,5 @@ def image_transform(folder: Path, size: int) -> ImageTransform:
         mode="pad" if found.get("do_pad") else "square" if crops else "squash",
         mean=tuple(found.get("image_mean", base.mean)),
         std=tuple(found.get("image_std", base.std)),
+        resample=_resample(found.get("resample"), folder),
     )

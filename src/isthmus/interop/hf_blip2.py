@@ -17,7 +17,7 @@ from isthmus.checkpoint import load_tensors, read_json
 from isthmus.errors import CheckpointError
 from isthmus.interop.export import must
 from isthmus.language import known_fields, weight_files
-from isthmus.models.blip2 import Blip2Config
+from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.vit import VisionConfig
 
@@ -190,7 +190,9 @@ def config_to_hf(config: Blip2Config, *, image_token_id: int | None) -> dict[str
     vision, qformer = config.vision, config.qformer
     plain = replace(vision, pre_norm=False, patch_bias=True, post_norm="none", pool="none")
     for field in ("pre_norm", "patch_bias", "post_norm"):
-        must(getattr(vision, field) == getattr(plain, field), f"vision.{field}", getattr(vision, field), _WHO, "another")
+        must(
+            getattr(vision, field) == getattr(plain, field), f"vision.{field}", getattr(vision, field), _WHO, "another"
+        )
     must(config.feature_layer % (vision.layers + 1) == vision.layers, "feature_layer", config.feature_layer, _WHO, "-1")
     for field, value in (("vision.activation", vision.activation), ("qformer.activation", qformer.activation)):
         must(value in ("gelu", "quick_gelu", "relu"), field, value, _WHO, "gelu, quick_gelu or relu")
@@ -235,19 +237,32 @@ def config_to_hf(config: Blip2Config, *, image_token_id: int | None) -> dict[str
     }
 
 
+def _retrieval(config: Blip2Config, state: dict[str, Tensor]) -> tuple[Blip2Config, dict[str, Tensor]]:
+    """``Blip2ForImageTextRetrieval`` has neither temperature nor LM head: the one only training reads and starts at
+    the paper's value, the other is zero, and by its ``objectives`` the model cannot write."""
+    config = replace(config, phase="represent", language=None, objectives=("itc", "itm"))
+    with torch.device("meta"):
+        absent = {n: t for n, t in Blip2(config).state_dict().items() if n == "heads.temperature" or ".lm_" in n}
+    filled = {name: torch.zeros(tensor.shape) for name, tensor in absent.items()}
+    return config, {**state, **filled, "heads.temperature": torch.tensor(0.07)}
+
+
 def read_blip2_folder(folder: Path) -> tuple[Blip2Config, dict[str, Tensor]]:
-    """Configuration and state dict of a saved BLIP-2 or InstructBLIP that generates.
+    """Configuration and state dict of a saved BLIP-2 or InstructBLIP, or of a BLIP-2 for retrieval.
 
     A T5 head stored beside another embedding table is taken as untied. Raises CheckpointError for strange tensors.
     """
     raw = read_json(folder / "config.json")
     stored = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file).items()}
     config, state = config_from_hf(raw), from_hf(stored, str(folder))
+    if "heads.itm.weight" in state:
+        return _retrieval(config, state)
     head, table = state.get("language.lm.lm_head.weight"), state.get("language.lm.shared.weight")
     if table is not None:
         assert config.language is not None
         language: dict[str, Any] = {k: v for k, v in config.language.items() if k != "tie_word_embeddings"}
-        if raw["text_config"].get("scale_decoder_outputs", True) is False:
+        # Versions before 5 say untied by the one field, later ones, which tie all they make, by the other.
+        if False in (raw["text_config"].get(name) for name in ("scale_decoder_outputs", "tie_word_embeddings")):
             language["tie_word_embeddings"] = False
             state.setdefault("language.lm.lm_head.weight", table)
         elif head is not None and not torch.equal(head, table):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import load_tensors, read_json, write_folder
+from isthmus.checkpoint import load_tensors, read_json
 from isthmus.errors import CheckpointError, nearest
 from isthmus.interop.entries import Entry, Shapes, from_theirs, same, shapes_of, to_theirs
 from isthmus.models.clip import Clip, ClipConfig
@@ -376,12 +376,6 @@ def read_clip_folder(path: str | Path) -> tuple[ClipConfig, dict[str, Tensor]]:
     """
     config = clip_config_from_hf(read_json(Path(path) / "config.json"))
     return config, clip_from_hf(read_weights(path), config)
-
-
-def write_clip_folder(path: str | Path, config: ClipConfig, state: Mapping[str, Tensor]) -> None:
-    """A folder that transformers opens with ``from_pretrained``, written whole or not at all."""
-    weights = clip_to_hf(state, config)
-    write_folder(path, {"config.json": clip_config_to_hf(config), "model.safetensors": weights})
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from isthmus.language import Decoding
 
 CHAT_TEMPLATE = "chat_template.jinja"
 _PROCESSORS = {"square": "CLIPImageProcessor", "pad": "LlavaImageProcessor", "squash": "BlipImageProcessor"}
-_RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 """Pillow's numbers."""
 
 
@@ -39,7 +39,7 @@ def image_processor(transform: ImageTransform | None) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": transform.size} if crops else side,
-        "resample": _RESAMPLE[transform.resample],
+        "resample": RESAMPLE[transform.resample],
         **({"do_center_crop": True, "crop_size": side} if crops else {}),
         **({"do_pad": True} if transform.mode == "pad" else {}),
         "do_rescale": True,
@@ -139,7 +139,9 @@ def chat_template(name: str) -> str | None:
         "{%- set own.seen = own.seen + said(message['content']) -%}{%- endfor -%}"
         "{%- if own.seen -%}{%- set own.system = own.seen + ' ' -%}{%- endif -%}{{- own.system -}}"
         "{%- for message in messages if message['role'] != 'system' -%}{%- set text = said(message['content']) -%}"
-        "{%- if message['role'] == 'user' -%}{{- 'USER: ' -}}{%- set seen = namespace(n=0) -%}" + _PICTURES + "{%- if seen.n -%}{%- set text = text | trim -%}"
+        "{%- if message['role'] == 'user' -%}{{- 'USER: ' -}}{%- set seen = namespace(n=0) -%}"
+        + _PICTURES
+        + "{%- if seen.n -%}{%- set text = text | trim -%}"
         "{{- (['<image>'] * seen.n) | join('\\n') -}}{%- if text -%}{{- '\\n' -}}{%- endif -%}{%- endif -%}"
         "{{- text -}}{%- if not loop.last or add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}"
         "{%- else -%}{{- ' ' + text + eos_token -}}{%- endif -%}{%- endfor -%}"
@@ -170,4 +172,3 @@ def question_template(question: str, *, clean: bool) -> str:
         f"{{%- if message['role'] == 'user' -%}}{tidy}{{{{- gap + {before} + text + {after} -}}}}"
         "{%- else -%}{{- gap + text | trim -}}{%- endif -%}{%- endfor -%}"
     )
-

@@ -5,14 +5,13 @@ four are read, the first, which every version reads, is written.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import read_json, write_folder
+from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError
 from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
 from isthmus.interop.hf_clip import (
@@ -141,22 +140,6 @@ def llava_to_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str, T
     }
 
 
-def with_image_token(state: Mapping[str, Tensor], config: LlavaConfig) -> tuple[dict[str, Tensor], LlavaConfig, int]:
-    """State, configuration and id with one more row in the vocabulary, for a layout whose image marker is a token.
-
-    The new row is the mean of the others in embedding and head; the model overwrites the embedding wherever the
-    token stands, and decoding must forbid its id.
-    """
-    size = config.language["vocab_size"]
-    with torch.device("meta"):
-        tables = [f"language.{name}" for name in LanguageModel.build(config.language).vocabulary_tables()]
-    grown = {
-        name: torch.cat([state[name], state[name].float().mean(0, keepdim=True).to(state[name].dtype)])
-        for name in tables
-    }
-    return {**state, **grown}, replace(config, language={**config.language, "vocab_size": size + 1}), size
-
-
 def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors below ``prefix``, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
@@ -178,24 +161,3 @@ def read_llava_folder(path: str | Path) -> tuple[LlavaConfig, dict[str, Tensor],
     config = llava_config_from_hf(values)
     token = values.get("image_token_index", values.get("image_token_id", 32000))
     return config, llava_from_hf(read_weights(path), config), token
-
-
-def write_llava_folder(
-    path: str | Path, config: LlavaConfig, state: Mapping[str, Tensor], *, image_token_id: int | None = None
-) -> int:
-    """A folder that transformers opens, written whole or not at all; answers with the id of the image token.
-
-    Without ``image_token_id`` the vocabulary gets one more row for it. The folder also tells transformers' generate
-    never to answer with that token. Raises CheckpointError.
-    """
-    if image_token_id is None:
-        state, config, image_token_id = with_image_token(state, config)
-    write_folder(
-        path,
-        {
-            "config.json": llava_config_to_hf(config, image_token_id=image_token_id),
-            "generation_config.json": {"suppress_tokens": [image_token_id]},
-            "model.safetensors": llava_to_hf(state, config),
-        },
-    )
-    return image_token_id

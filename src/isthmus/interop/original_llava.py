@@ -20,7 +20,7 @@ from isthmus.nn.vit import VisionConfig
 
 _TOWER = "model.vision_tower.vision_tower."
 _PROJECTOR = "model.mm_projector."
-_TOWERS = {"clip-vit-large-patch14-336": VisionConfig.vit_l_14_336, "clip-vit-large-patch14": VisionConfig.vit_l_14}
+TOWERS = {"clip-vit-large-patch14-336": VisionConfig.vit_l_14_336, "clip-vit-large-patch14": VisionConfig.vit_l_14}
 
 
 def is_original_llava(config: Mapping[str, Any]) -> bool:
@@ -30,7 +30,7 @@ def is_original_llava(config: Mapping[str, Any]) -> bool:
 
 def is_known_tower(config: Mapping[str, Any]) -> bool:
     """Is the tower that a config.json names one whose sizes are known here: OpenAI's two ViT-L/14?"""
-    return str(config.get("mm_vision_tower", "")).rstrip("/").rpartition("/")[2] in _TOWERS
+    return str(config.get("mm_vision_tower", "")).rstrip("/").rpartition("/")[2] in TOWERS
 
 
 def llava_config_from_original(config: Mapping[str, Any], vision: VisionConfig | None = None) -> LlavaConfig:
@@ -43,7 +43,7 @@ def llava_config_from_original(config: Mapping[str, Any], vision: VisionConfig |
             "config.json: mm_use_im_start_end puts trained tokens around the picture, which is not supported."
         )
     tower = str(config.get("mm_vision_tower", "")).rstrip("/").rpartition("/")[2]
-    if vision is None and tower not in _TOWERS:
+    if vision is None and tower not in TOWERS:
         raise CheckpointError(
             f"config.json: the vision tower {config.get('mm_vision_tower')!r} is not known here; "
             "give its configuration."
@@ -55,7 +55,7 @@ def llava_config_from_original(config: Mapping[str, Any], vision: VisionConfig |
             f"config.json: model_type {kind!r} is not supported, only llava, llava_llama and llava_mistral."
         )
     return LlavaConfig(
-        vision=vision or _TOWERS[tower](),
+        vision=vision or TOWERS[tower](),
         language=known_fields({**config, "model_type": base}),
         projector=config.get("mm_projector_type", "linear"),
         feature_layer=config.get("mm_vision_select_layer", -2),

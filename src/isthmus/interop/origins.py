@@ -20,6 +20,8 @@ from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProces
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_archive, read_state, tensors_of
+from isthmus.interop.folders import image_transform
+from isthmus.interop.hf_clip import vision_config_from_hf, vision_from_hf
 from isthmus.interop.lora import merged_state
 from isthmus.interop.open_clip import clip_config_from_open_clip, clip_from_open_clip
 from isthmus.interop.open_flamingo import config_from_open_flamingo, trained_from_open_flamingo
@@ -33,6 +35,7 @@ from isthmus.interop.original_llava import (
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.flamingo import Flamingo
 from isthmus.models.llava import Llava
+from isthmus.nn.vit import VisionConfig
 
 Opened = tuple[Any, Processor, tuple[int, ...]]
 """Net, processor, ids that must never be generated."""
@@ -158,16 +161,16 @@ def _contrastive(where: Path, config: ClipConfig, image: ImageTransform, given: 
 
 def _open_flamingo(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     given.only("vision", "language", "tokenizer", where=path)
-    clip = given.open(given.need("vision", path, "holds no vision encoder"))
+    encoder = read_encoder(given.need("vision", path, "holds no vision encoder"), given)
     language = given.open(given.need("language", path, "holds no language model"))
     own = load_tokenizer(given.tokenizer) if given.tokenizer is not None else language.processor.tokenizer
     tokenizer = own.with_tokens(*NEW_TOKENS)
     ids = {name: tokenizer.id_of(token) for name, token in zip(("end_id", "image_id"), NEW_TOKENS, strict=True)}
     config = config_from_open_flamingo(
-        state, vision=clip.net.config.vision, language=plain(language.net.config)["language"], **ids
+        state, vision=encoder.config, language=plain(language.net.config)["language"], **ids
     )
     net = Flamingo(config)
-    tensors = {f"vision.{n}": t for n, t in clip.net.vision.state_dict().items()}
+    tensors = {f"vision.{n}": t for n, t in encoder.state.items()}
     tensors |= {f"language.lm.{n}": t for n, t in language.net.language.lm.state_dict().items()}
     tensors |= trained_from_open_flamingo(state, net)
     head = language.net.language.lm.get_output_embeddings().weight
@@ -177,9 +180,35 @@ def _open_flamingo(path: Path, state: dict[str, Tensor], given: Given) -> Opened
         tensors.setdefault("language.new_rows.output", mean.repeat(len(NEW_TOKENS), 1))
     load_into(net, tensors, where=path)
     processor = InterleaveProcessor(
-        tokenizer, clip.processor.image, template="open_flamingo", max_length=net.language.context or 2048
+        tokenizer, encoder.image, template="open_flamingo", max_length=net.language.context or 2048
     )
     return net, processor, ()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A vision encoder by itself: configuration, our state dict, image transform."""
+
+    config: VisionConfig
+    state: Mapping[str, Tensor]
+    image: ImageTransform
+
+
+def read_encoder(path: str | Path, given: Given) -> Encoder:
+    """The vision encoder of a folder: one tower alone in transformers' form, or that of any model that has one."""
+    folder = Path(path)
+    values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if str(values.get("model_type")).endswith("_vision_model"):
+        config = vision_config_from_hf(values)
+        state = vision_from_hf(read_state(folder), config)
+        return Encoder(config, state, image_transform(folder, config.image_size))
+    whole = given.open(folder)
+    return Encoder(whole.net.config.vision, whole.net.vision.state_dict(), whole.processor.image)
+
+
+def _inside(folder: Path, name: Any) -> bool:
+    """Whether a model's configuration names a folder that lies within its own."""
+    return isinstance(name, str) and Path(name).name == name and (folder / name / "config.json").is_file()
 
 
 # The original LLaVA.
@@ -191,9 +220,11 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
     partial = (folder / _PROJECTOR).is_file() or (folder / _TRAINED).is_file()
     state, tower = (_base(folder, given) if partial else read_state(folder)), None
     if given.vision is not None:
-        encoder = given.open(given.vision).net
-        config = llava_config_from_original(values, encoder.config.vision)
-        tower = encoder.vision.state_dict()
+        encoder = read_encoder(given.vision, given)
+        config, tower = llava_config_from_original(values, encoder.config), encoder.state
+    elif _inside(folder, values["mm_vision_tower"]):
+        encoder = read_encoder(folder / values["mm_vision_tower"], given)
+        config, tower = llava_config_from_original(values, encoder.config), encoder.state
     elif is_known_tower(values):
         config = llava_config_from_original(values)
     else:

@@ -207,7 +207,8 @@ class Blip2(nn.Module):
     def capabilities(self) -> tuple[str, ...]:
         """What a Model of this net can do."""
         if self.config.phase == "represent":
-            return ("generate", "caption", "embed_images", "embed_texts", "similarity", "match")
+            writes = ("generate", "caption") if "itg" in self.config.objectives else ()
+            return (*writes, "embed_images", "embed_texts", "similarity", "match")
         return ("generate", "caption", "answer", "chat", "score") + ("attend",) * (self.prompt_stream == "lm")
 
     @property
@@ -417,8 +418,7 @@ class Blip2(nn.Module):
         made_of: dict[int, Tensor] = {}
         for group in batch.visuals:
             text = batch.text[TEXT].rows(batch.owner[group.index]) if self.config.instruct else None
-            weights = self.connector.patch_weights(self._features(group), text)
-            made_of.update(zip(group.index.tolist(), weights.unbind(0), strict=True))
+            made_of |= zip(group.index.tolist(), self.connector.patch_weights(self._features(group), text), strict=True)
         seen = self_attention(self.language.lm, self.embed_prompt(batch))
         places, lengths = batch.places.get("lm", Places.none()), batch.text["lm"].lengths.tolist()
         return patch_maps(seen, places, lengths, [made_of[n] for n in range(len(made_of))])

@@ -5,7 +5,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image as PilImage
+from torch import Tensor
 
 from isthmus.recipes.schema import Recipe
 
@@ -33,6 +35,14 @@ def loss_curves(folder: Path, recipe: Recipe) -> dict[str, Points]:
 def seconds(folder: Path, recipe: Recipe) -> float:
     """Seconds spent in the steps of all stages, over all resumes."""
     return sum(lines[-1]["seconds"] for stage in recipe.stages if (lines := metrics(folder, stage.name)))
+
+
+def overlay(picture: PilImage.Image, heat: Tensor) -> PilImage.Image:
+    """The picture, grey where a map (rows, columns) is low, in colour where it is high; the highest counts as 1."""
+    share = (heat / heat.max().clamp(min=1e-12) * 255).round().to(torch.uint8).cpu().numpy()
+    mask = PilImage.fromarray(share, "L").resize(picture.size, PilImage.Resampling.BILINEAR)
+    dull = picture.convert("L").point([150 + level * 80 // 255 for level in range(256)]).convert("RGB")
+    return PilImage.composite(picture, dull, mask)
 
 
 def png(picture: PilImage.Image) -> bytes:

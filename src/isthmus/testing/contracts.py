@@ -113,6 +113,8 @@ def tensors(model: Any) -> _Outcome:
 def batched(model: Any) -> _Outcome:
     """Rows of equal length together and alone."""
     asked = probe.prompts(model, probe.WORDS[1:2] * 3, (1, 2, 3))
+    if not probe.sees(model):
+        asked = [probe.turned(example, n) for n, example in enumerate(asked)]
     asked = [_complete(model, example) for example in asked]
     alone = [probe.outputs(model, collate([example]))[0] for example in asked]
     together = probe.outputs(model, collate(asked))
@@ -275,5 +277,3 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 def _dtype(model: Any) -> torch.dtype | None:
     found = {p.dtype for p in model.net.parameters()}
     return found.pop() if len(found) == 1 and found != {torch.float32} else None
-
-

@@ -82,6 +82,12 @@ def answered(model: Any, prompt: Example, answer: Sequence[int]) -> Example:
     return replace(whole, streams={**whole.streams, **beside})
 
 
+def turned(example: Example, by: int) -> Example:
+    """Text without pictures whose tokens behind the first go round: other text of the same length."""
+    first, *rest = example.streams["lm"].ids
+    return replace(example, streams={"lm": Span([first, *rest[by:], *rest[:by]])})
+
+
 @torch.inference_mode()
 def outputs(model: Any, batch: Batch) -> list[Tensor]:
     """Per row what the net makes of it without any cache: logits (T, V) at its real tokens, or for a model that
@@ -115,17 +121,19 @@ def _embeddings(net: Any, batch: Batch) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def written(model: Any, asked: Sequence[Example]) -> list[list[int]]:
+def written(model: Any, asked: Sequence[Example], *, forbidden: Sequence[int] = ()) -> list[list[int]]:
     """The NEW greedy tokens behind each prompt, all prompts in one batch, by the net's own (cached) generation.
 
-    Nothing ends an answer, so that every position is tried; what the model must never say stays forbidden.
+    Nothing ends an answer, so that every position is tried; what the model must never say stays forbidden,
+    and so are the ids ``forbidden``.
     """
-    return model.net.eval().generate(collate(asked).to(model.device), greedy(model))
+    return model.net.eval().generate(collate(asked).to(model.device), greedy(model, forbidden))
 
 
-def greedy(model: Any) -> Decoding:
-    ended = model.ended(Decoding())
-    return Decoding(max_new_tokens=NEW, forbidden_ids=ended.forbidden_ids)
+def greedy(model: Any, forbidden: Sequence[int] = ()) -> Decoding:
+    """NEW tokens, the likeliest each time, but none that the model must never say nor one of ``forbidden``."""
+    never = {*model.ended(Decoding()).forbidden_ids, *forbidden}
+    return Decoding(max_new_tokens=NEW, forbidden_ids=tuple(sorted(never)))
 
 
 def regret(model: Any, prompt: Example, answer: Sequence[int]) -> float:
@@ -148,4 +156,3 @@ def regret(model: Any, prompt: Example, answer: Sequence[int]) -> float:
 def _never(language: Any) -> tuple[int, ...]:
     """Ids that the language model itself holds back: Flamingo's ``<image>``, and what ends its answers."""
     return tuple(getattr(language, "new_ids", ())[1:])
-

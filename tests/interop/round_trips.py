@@ -1,0 +1,198 @@
+"""Every format, there and back: what docs/checkpoints.md tells and test_convert.py proves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import isthmus
+from isthmus.data.collate import collate
+from isthmus.interop.archives import read_archive
+from isthmus.interop.convert import write_model
+from isthmus.interop.lavis import from_lavis
+from isthmus.model import Model
+from isthmus.testing import probe
+from isthmus.testing.peer import compare
+from tests.interop import tiny_models
+from tests.models.tiny_blip2 import T5
+
+Loader = Callable[[Path, Model], Any]
+"""(folder, the model it was written from) -> the net that came back."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model written in a format. ``lost`` are the tensors the format has no place for; ``peer``: transformers has a
+    class for it; ``lossy`` as in `isthmus convert`."""
+
+    model: str
+    to: str
+    holds: str
+    make: Callable[[], Model]
+    back: Loader
+    peer: bool = False
+    lossy: bool = False
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``equal`` of ``tensors`` are equal to the bit; the largest difference of outputs here and in transformers."""
+
+    tensors: int
+    equal: int
+    ours: float
+    theirs: float | None
+    tokens: tuple[int, int]
+
+
+def opened(folder: Path, model: Model) -> Any:
+    return isthmus.load(folder).net
+
+
+def openai(folder: Path, model: Model) -> Any:
+    return isthmus.load(folder / "model.pt").net
+
+
+def flamingo(folder: Path, model: Model) -> Any:
+    return isthmus.load(
+        folder / "checkpoint.pt", vision=folder / "vision_encoder", language=folder / "lang_encoder"
+    ).net
+
+
+def lavis(folder: Path, model: Model) -> Any:
+    """By the map: the files carry no sizes, so that they are opened with a configuration."""
+    kind = (model.net.config.language or {"model_type": "opt"})["model_type"]
+    net = type(model.net)(model.net.config)
+    state = read_archive(folder / "model.pth")["model"]
+    net.load_state_dict(from_lavis(state, net.state_dict(), kind))
+    return net.eval()
+
+
+WITHOUT_WRITING = ("heads.temperature", "heads.lm_")
+CASES = [
+    Case("CLIP", "isthmus", "Clip", tiny_models.clip, opened),
+    Case("LLaVA", "isthmus", "Llava", tiny_models.llava, opened),
+    Case("Flamingo", "isthmus", "Flamingo", tiny_models.flamingo, opened),
+    Case("BLIP-2, first stage", "isthmus", "Blip2", lambda: tiny_models.blip2(None), opened),
+    Case("CLIP", "hf", "CLIPModel", tiny_models.openai_clip, opened, peer=True),
+    Case("SigLIP", "hf", "SiglipModel", tiny_models.siglip, opened, peer=True),
+    Case("LM, Llama", "hf", "LlamaForCausalLM", tiny_models.lm, opened, peer=True),
+    Case("LM, OPT", "hf", "OPTForCausalLM", lambda: tiny_models.lm(tiny_models.OPT, "document"), opened, peer=True),
+    Case(
+        "LM, GPT-NeoX",
+        "hf",
+        "GPTNeoXForCausalLM",
+        lambda: tiny_models.lm(tiny_models.NEOX, "document"),
+        opened,
+        peer=True,
+    ),
+    Case("LLaVA", "hf", "LlavaForConditionalGeneration", tiny_models.llava, opened, peer=True),
+    Case(
+        "LLaVA, tied, padded pictures",
+        "hf",
+        "LlavaForConditionalGeneration",
+        lambda: tiny_models.llava(language={**tiny_models.LLAMA, "tie_word_embeddings": True}, mode="pad"),
+        opened,
+        peer=True,
+    ),
+    Case(
+        "LLaVA, every row in use",
+        "hf",
+        "LlavaForConditionalGeneration",
+        lambda: tiny_models.llava(language={**tiny_models.LLAMA, "vocab_size": tiny_models.tokenizer().vocab_size}),
+        opened,
+        peer=True,
+    ),
+    Case("BLIP-2, OPT", "hf", "Blip2ForConditionalGeneration", tiny_models.blip2, opened, peer=True),
+    Case(
+        "BLIP-2, T5",
+        "hf",
+        "Blip2ForConditionalGeneration",
+        lambda: tiny_models.blip2({**T5, "vocab_size": tiny_models.ROWS}),
+        opened,
+        peer=True,
+    ),
+    Case(
+        "InstructBLIP",
+        "hf",
+        "InstructBlipForConditionalGeneration",
+        lambda: tiny_models.blip2(tiny_models.LLAMA, instruct=True),
+        opened,
+        peer=True,
+    ),
+    Case(
+        "BLIP-2, first stage",
+        "hf",
+        "Blip2ForImageTextRetrieval",
+        lambda: tiny_models.blip2(None),
+        opened,
+        peer=True,
+        lossy=True,
+        lost=WITHOUT_WRITING,
+    ),
+    Case("CLIP", "openai", "CLIP", tiny_models.openai_clip, openai),
+    Case("CLIP", "open_clip", "CLIP", tiny_models.clip, opened),
+    Case("LLaVA", "original", "LlavaLlamaForCausalLM", tiny_models.llava, opened),
+    Case(
+        "LLaVA, one linear layer",
+        "original",
+        "LlavaLlamaForCausalLM",
+        lambda: tiny_models.llava(projector="linear"),
+        opened,
+    ),
+    Case("BLIP-2, first stage", "lavis", "blip2", lambda: tiny_models.lavis(None), lavis),
+    Case("BLIP-2, OPT", "lavis", "blip2_opt", tiny_models.lavis, lavis),
+    Case("BLIP-2, T5", "lavis", "blip2_t5", lambda: tiny_models.lavis({**T5, "vocab_size": tiny_models.ROWS}), lavis),
+    Case("Flamingo", "open_flamingo", "Flamingo", tiny_models.flamingo, flamingo),
+]
+
+
+def run(case: Case, folder: Path) -> Outcome:
+    """Write, read, compare."""
+    model = case.make()
+    write_model(model, folder, case.to, lossy=case.lossy)
+    net = case.back(folder, model)
+    ours, back = model.net.state_dict(), net.state_dict()
+    kept = [name for name in ours if not name.startswith(case.lost or ("-",))]
+    equal = sum(name in back and _begins_with(back[name], ours[name]) for name in kept)
+    again = Model(net, model.processor, prompts=model.prompts)
+    worst, same, of = 0.0, 0, 0
+    for example in probe.prompts(model, probe.WORDS, (1, 2, 3)):
+        whole = probe.answered(model, example, [5, 6]) if "encoder" in example.streams else example
+        (a,), (b,) = (probe.outputs(m, collate([whole])) for m in (model, again))
+        worst = max(worst, float((a - b[..., : a.shape[-1]]).abs().max()))
+        if "generate" in model.capabilities and not probe.embeds(model):
+            (first,), (second,) = (probe.written(m, [example]) for m in (model, again))
+            same, of = same + sum(x == y for x, y in zip(first, second, strict=True)), of + len(first)
+    theirs = None
+    if case.peer:
+        found = compare(model, folder)
+        theirs, same, of = found.difference, same + found.tokens, of + found.of
+    return Outcome(len(kept), equal, worst, theirs, (same, of))
+
+
+def _begins_with(grown: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Equal to the bit; a vocabulary may have got one row more, for the place of a picture."""
+    return torch.equal(grown[: len(tensor)] if tensor.ndim else grown, tensor) and len(grown.shape) == len(tensor.shape)
+
+
+HEADER = (
+    "| model | format | there it is | tensors equal to the bit | largest difference, opened here | in transformers | "
+    "greedy tokens |"
+)
+
+
+def key_columns(case: Case) -> str:
+    """What a row of the page says of a case before its figures."""
+    return f"| {case.model} | `{case.to}` | `{case.holds}` |"
+
+
+def row(case: Case, outcome: Outcome) -> str:
+    theirs = "" if outcome.theirs is None else f"{outcome.theirs:.1g}"
+    tokens = f"{outcome.tokens[0]} of {outcome.tokens[1]}" if outcome.tokens[1] else ""
+    lost = f" (without {', '.join(f'`{name}*`' for name in case.lost)})" if case.lost else ""
+    equal = f"{outcome.equal} of {outcome.tensors}{lost}"
+    return f"{key_columns(case)} {equal} | {outcome.ours:.1g} | {theirs} | {tokens} |"

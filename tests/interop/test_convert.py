@@ -1,0 +1,230 @@
+"""`isthmus convert`: every format there and back, what is refused, how a folder is written."""
+
+import json
+import pickletools
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+import isthmus
+from isthmus.checkpoint import Foreign, read_folder
+from isthmus.data.images import ImageTransform
+from isthmus.errors import CheckpointError, ConfigError
+from isthmus.interop.convert import FORMATS, write_model
+from isthmus.interop.hf_llava import llava_config_to_hf, llava_to_hf
+from isthmus.models.llava import Llava
+from isthmus.models.llava import LlavaConfig as OurConfig
+from isthmus.testing.peer import compare
+from tests.interop import tiny_models
+from tests.interop.round_trips import CASES, Case, key_columns, run
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md"
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{c.model} to {c.to}" for c in CASES])
+def test_there_and_back(case: Case, tmp_path: Path) -> None:
+    found = run(case, tmp_path / "model")
+    assert found.equal == found.tensors > 20
+    assert found.ours <= 1e-4
+    assert found.theirs is None or found.theirs <= 1e-4
+    assert found.tokens[0] == found.tokens[1]
+    read_folder(tmp_path / "model")  # every file's sha256 stands in the manifest
+
+
+def test_the_page_tells_every_case() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    told = [" | ".join(line.split(" | ")[:3]) + " |" for line in page.splitlines() if line.count("|") == 8]
+    assert told[2:] == [key_columns(case) for case in CASES]
+    assert {case.to for case in CASES} == set(FORMATS)
+    assert all(f"| `{name}` |" in page for name in FORMATS)
+
+
+def layout_a(config: OurConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of llava-hf's published files, written out from their index."""
+    width, hidden = config.language["hidden_size"], config.language["intermediate_size"]
+    rows, v = config.language["vocab_size"], config.vision
+    found: dict[str, tuple[int, ...]] = {
+        "language_model.lm_head.weight": (rows, width),
+        "language_model.model.embed_tokens.weight": (rows, width),
+        "language_model.model.norm.weight": (width,),
+        "multi_modal_projector.linear_1.weight": (width, v.width),
+        "multi_modal_projector.linear_1.bias": (width,),
+        "multi_modal_projector.linear_2.weight": (width, width),
+        "multi_modal_projector.linear_2.bias": (width,),
+    }
+    for n in range(config.language["num_hidden_layers"]):
+        at = f"language_model.model.layers.{n}"
+        found |= {f"{at}.self_attn.{part}_proj.weight": (width, width) for part in "qkvo"}
+        found |= {f"{at}.mlp.{part}_proj.weight": (hidden, width) for part in ("gate", "up")}
+        found[f"{at}.mlp.down_proj.weight"] = (width, hidden)
+        found |= {f"{at}.{norm}_layernorm.weight": (width,) for norm in ("input", "post_attention")}
+    tower = "vision_tower.vision_model"
+    found |= {
+        f"{tower}.embeddings.class_embedding": (v.width,),
+        f"{tower}.embeddings.patch_embedding.weight": (v.width, 3, v.patch_size, v.patch_size),
+        f"{tower}.embeddings.position_embedding.weight": (v.tokens, v.width),
+    }
+    for norm in ("pre_layrnorm", "post_layernorm"):
+        found |= {f"{tower}.{norm}.{leaf}": (v.width,) for leaf in ("weight", "bias")}
+    for n in range(v.layers):
+        at = f"{tower}.encoder.layers.{n}"
+        for part in ("q", "k", "v", "out"):
+            found |= {f"{at}.self_attn.{part}_proj.weight": (v.width, v.width)}
+            found |= {f"{at}.self_attn.{part}_proj.bias": (v.width,)}
+        found |= {f"{at}.layer_norm{k}.{leaf}": (v.width,) for k in (1, 2) for leaf in ("weight", "bias")}
+        found |= {f"{at}.mlp.fc1.weight": (v.mlp_width, v.width), f"{at}.mlp.fc1.bias": (v.mlp_width,)}
+        found |= {f"{at}.mlp.fc2.weight": (v.width, v.mlp_width), f"{at}.mlp.fc2.bias": (v.width,)}
+    return found
+
+
+def test_llava_is_written_in_the_layout_of_published_files_key_by_key() -> None:
+    config = OurConfig.v1_5_7b(32064)
+    with torch.device("meta"):
+        state = Llava(config).state_dict()
+        theirs = LlavaForConditionalGeneration(LlavaConfig(**llava_config_to_hf(config, image_token_id=32000)))
+    written = llava_to_hf(state, config)
+    assert {name: tuple(t.shape) for name, t in written.items()} == layout_a(config)
+    numbers = sum(t.numel() for t in written.values())
+    assert numbers == sum(t.numel() for t in theirs.state_dict().values()) == 7_063_427_072
+
+
+def test_large_weights_are_written_in_shards(tmp_path: Path) -> None:
+    model = tiny_models.llava()
+    write_model(model, tmp_path / "hf", "hf", shard_bytes=200_000)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-0000{len(files)}.safetensors"
+    assert all((tmp_path / "hf" / f).stat().st_size < 220_000 for f in files)
+    assert set(index["weight_map"]) == {name for f in files for name in load_file(tmp_path / "hf" / f)}
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.net.parameters())
+    assert compare(model, tmp_path / "hf").difference <= 1e-4
+    again = isthmus.load(tmp_path / "hf").net.state_dict()
+    assert all(torch.equal(t, again[name]) for name, t in model.net.state_dict().items())
+
+
+def test_pickled_files_hold_plain_tensors_only(tmp_path: Path) -> None:
+    write_model(tiny_models.lavis(), tmp_path / "lavis", "lavis")
+    write_model(tiny_models.openai_clip(), tmp_path / "openai", "openai")
+    write_model(tiny_models.flamingo(), tmp_path / "flamingo", "open_flamingo")
+    for file in ("lavis/model.pth", "openai/model.pt", "flamingo/checkpoint.pt"):
+        torch.load(tmp_path / file, weights_only=True)
+        with zipfile.ZipFile(tmp_path / file) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
+            named = {str(a) for op, a, _ in pickletools.genops(archive.read(name)) if op.name == "GLOBAL"}
+        assert named <= {
+            "torch._utils _rebuild_tensor_v2",
+            "torch FloatStorage",
+            "torch LongStorage",
+            "collections OrderedDict",
+        }
+    assert (tmp_path / "lavis" / "model.pth").stat().st_size < 5 * 10**5  # no storage behind a view comes along
+
+
+def test_a_clip_with_end_of_text_2_keeps_its_numbers(tmp_path: Path) -> None:
+    """transformers takes that id for another rule, so it is given another one, in table and tokenizer alike."""
+    model = tiny_models.clip()
+    assert model.net.config.text.eot_id == 2
+    write_model(model, tmp_path / "hf", "hf")
+    again = isthmus.load(tmp_path / "hf")
+    assert again.net.config.text.eot_id == again.processor.tokenizer.eos_id == model.processor.tokenizer.vocab_size - 1
+    texts = ["a red cube", "two small balls"]
+    torch.testing.assert_close(again.embed_texts(texts), model.embed_texts(texts), atol=0, rtol=0)
+    assert compare(model, tmp_path / "hf").difference <= 1e-4
+
+
+def test_the_template_comes_back(tmp_path: Path) -> None:
+    for name in ("vicuna_bare", "llava_v1", "plain"):
+        write_model(tiny_models.llava(template=name, mode="pad"), tmp_path / name, "hf")
+        again = isthmus.load(tmp_path / name).processor
+        assert (again.template, again.image.mode) == (name, "pad")
+    write_model(tiny_models.lm(template="vicuna_bare"), tmp_path / "lm", "hf")
+    assert isthmus.load(tmp_path / "lm").processor.template == "vicuna_bare"
+
+
+def test_the_card_tells_stages_data_and_scores(story: Path, tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    for place in ("model", "eval/vqa"):
+        (run_folder / place).mkdir(parents=True)
+    (run_folder / "model" / "recipe.yaml").write_text((story / "llava" / "model" / "recipe.yaml").read_text())
+    (run_folder / "eval" / "vqa" / "scores.json").write_text('{"task": "vqa", "accuracy": 0.25, "kinds": {}}')
+    write_model(isthmus.load(story / "llava"), tmp_path / "hf", "hf", origin=run_folder)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert f"isthmus {isthmus.__version__}" in card
+    assert "| align | 3 steps | `connector.*` | scenes form captions count 40 |" in card
+    assert "| vqa | accuracy 0.25 |" in card
+    assert str(tmp_path) not in card
+    assert "transformers.LlavaForConditionalGeneration" in card
+
+
+REFUSED = {
+    "similarity": (lambda: tiny_models.clip(similarity="dot"), "hf"),
+    "kind": (tiny_models.flamingo, "hf"),
+    "projector": (lambda: tiny_models.llava(projector="linear"), "hf"),
+    "language.model_type": (lambda: tiny_models.llava(language=tiny_models.NEOX), "hf"),
+    "processor.image.mode": (lambda: tiny_models.llava(mode="squash"), "original"),
+    "vision.activation": (
+        lambda: tiny_models.clip(vision=replace(tiny_models.VISION, activation="gelu")),
+        "openai",
+    ),
+    "vision.heads": (lambda: tiny_models.clip(vision=replace(tiny_models.VISION, heads=4)), "openai"),
+    "text.activation": (
+        lambda: tiny_models.clip(vision=replace(tiny_models.VISION, activation="gelu")),
+        "open_clip",
+    ),
+    "vision.class_token": (tiny_models.siglip, "open_clip"),
+    "feature_layer": (lambda: tiny_models.llava(feature_layer=(1, -2)), "original"),
+    "offset": (lambda: tiny_models.flamingo(offset=0), "open_flamingo"),
+    "media": (lambda: tiny_models.flamingo(media="all"), "open_flamingo"),
+    "norm_eps": (lambda: tiny_models.lavis(norm_eps=1e-6), "lavis"),
+    "heads.temperature": (lambda: tiny_models.blip2(None), "hf"),
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_a_format_cannot_hold_is_refused_by_the_fields_name(field: str, tmp_path: Path) -> None:
+    make, to = REFUSED[field]
+    with pytest.raises(CheckpointError, match=rf"{field}\b"):
+        write_model(make(), tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_losses_are_named_and_wanted(tmp_path: Path) -> None:
+    model = tiny_models.blip2(None)
+    done = write_model(model, tmp_path / "hf", "hf", lossy=True)
+    assert [loss.split(":")[0] for loss in done.losses] == ["heads.temperature", "heads.lm_*"]
+    assert "heads.temperature" in (tmp_path / "hf" / "README.md").read_text()
+    aspect = tiny_models.clip()
+    aspect.processor.image = ImageTransform(size=32, mode="aspect", patch=8)
+    with pytest.raises(CheckpointError, match=r"processor\.image\.mode is 'aspect'"):
+        write_model(aspect, tmp_path / "no", "hf")
+
+
+def test_nothing_is_written_over_and_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.openai_clip()
+    write_model(model, tmp_path / "out", "openai")
+    for to in ("openai", "isthmus"):
+        with pytest.raises(CheckpointError, match="--replace"):
+            write_model(model, tmp_path / "out", to)
+    write_model(model, tmp_path / "out", "isthmus", replace=True)
+    assert isthmus.load(tmp_path / "out").kind == "clip"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("isthmus.interop.export_original.pickled", lambda content: Foreign(full, 10))
+    with pytest.raises(CheckpointError, match="No space"):
+        write_model(model, tmp_path / "other", "openai")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_formats_and_kinds_are_checked_first(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'open_clip'"):
+        write_model(tiny_models.clip(), tmp_path / "x", "openclip")
+    with pytest.raises(CheckpointError, match="lavis holds models of kind blip2; kind here is 'clip'"):
+        write_model(tiny_models.clip(), tmp_path / "x", "lavis")

@@ -1,0 +1,105 @@
+"""transformers' own processors over our folders make the ids and pixels that our processors make."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoProcessor, AutoTokenizer
+
+from isthmus.data.images import open_image
+from isthmus.data.record import Record, Text
+from isthmus.data.text import TEMPLATES, render
+from isthmus.interop.convert import write_model
+from isthmus.interop.hf_files import chat_template, swapped, template_named
+from isthmus.testing import probe
+from tests.interop import tiny_models
+
+
+def theirs_and_ours(model: Any, folder: Path, text: str, messages: list[dict[str, Any]] | None) -> Any:
+    """Their inputs for a question (or a caption) about picture 1, and our example with their image token in place."""
+    write_model(model, folder, "hf", lossy=True)
+    processor = AutoProcessor.from_pretrained(folder)
+    record = probe.records(model, [text], [1])[0]
+    image = open_image(record.images[0].source)
+    if messages is None:
+        return processor(text=[text], images=image, return_tensors="pt"), model.processor.example(record, 0)
+    said = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    found = processor(text=said, images=image, return_tensors="pt")
+    ours = model.processor.prompt(record)
+    token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    for place in ours.places:
+        ours.streams[place.stream].ids[place.start : place.start + place.length] = [token] * place.length
+    return found, ours
+
+
+@pytest.mark.parametrize("mode", ["square", "pad"])
+def test_llava(mode: str, tmp_path: Path) -> None:
+    content = [{"type": "image"}, {"type": "text", "text": "A large, blue cube?"}]
+    found, ours = theirs_and_ours(
+        tiny_models.llava(mode=mode), tmp_path / "m", "A large, blue cube", [{"role": "user", "content": content}]
+    )
+    assert found["input_ids"][0].tolist() == ours.streams["lm"].ids
+    assert torch.equal(found["pixel_values"][0], ours.pixels[0]())
+
+
+@pytest.mark.parametrize("name", ["blip2 opt", "blip2 t5", "instructblip"])
+def test_blip2(name: str, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "A large, blue (cube)?"}]
+    found, ours = theirs_and_ours(tiny_models.MODELS[name](), tmp_path / "m", "A large, blue (cube)", messages)
+    streams = ours.streams
+    assert found["input_ids"][0].tolist() == (streams.get("lm") or streams["encoder"]).ids
+    assert torch.equal(found["pixel_values"][0], ours.pixels[0]())
+    if "qformer" in streams:
+        assert found["qformer_input_ids"][0].tolist() == streams["qformer"].ids
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "blip2 represent"])
+def test_pairs(name: str, tmp_path: Path) -> None:
+    model = tiny_models.MODELS[name]()
+    found, ours = theirs_and_ours(model, tmp_path / "m", "a large blue cube", None)
+    (stream,) = ours.streams.values()
+    moved = {2: model.processor.tokenizer.vocab_size - 1} if name == "clip" else {}  # end of text, renumbered
+    assert found["input_ids"][0].tolist() == [moved.get(i, i) for i in stream.ids]
+    assert torch.equal(found["pixel_values"][0], ours.pixels[0]())
+
+
+CONVERSATIONS = [
+    [("user", 1, "what?")],
+    [("user", 2, "  what? "), ("assistant", 0, "a cube"), ("user", 0, " and now?")],
+    [("system", 0, "Be brief."), ("user", 1, ""), ("assistant", 0, 'a "ring"'), ("user", 0, "why?")],
+]
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+@pytest.mark.parametrize("name", ["vicuna_v1", "llava_v1", "vicuna_bare"])
+def test_chat_templates_say_what_ours_say(name: str, turns: list[tuple[Any, int, str]], tmp_path: Path) -> None:
+    tiny_models.tokenizer().save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    messages, parts = [], []
+    for role, images, text in turns:
+        content = [{"type": "image"}] * images + ([{"type": "text", "text": text}] if text else [])
+        messages.append({"role": role, "content": content if images else text})
+        parts += [replace(probe.picture(1), role=role)] * images + ([Text(text, role=role)] if text else [])
+    template = chat_template(name)
+    found = theirs.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    assert found == str(render(Record("r", tuple(parts)), name, prompt=True))
+    assert found.endswith(" ASSISTANT:")
+
+
+def test_templates_are_told_apart_by_their_text() -> None:
+    assert [template_named(str(chat_template(n))) for n in TEMPLATES if n != "document"] == [
+        n for n in TEMPLATES if n != "document"
+    ]
+    assert template_named("{{ messages }}") is None
+    assert chat_template("document") is None
+
+
+def test_swapped_ids_change_nothing_else() -> None:
+    old = tiny_models.tokenizer()
+    new = swapped(old, 2, old.vocab_size - 1)
+    assert (new.eos_id, new.bos_id, new.vocab_size) == (old.vocab_size - 1, old.bos_id, old.vocab_size)
+    text = "two small balls beside a large blue ring"
+    assert new.encode(text) == [{2: new.eos_id, new.eos_id: 2}.get(i, i) for i in old.encode(text)]
+    assert new.decode(new.encode(text)) == text
