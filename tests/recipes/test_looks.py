@@ -12,12 +12,12 @@ from isthmus.recipes.curves import overlay
 from isthmus.recipes.looks import looks
 
 
-def test_what_was_looked_at_keeps_its_colour_and_the_rest_is_grey():
+def test_what_was_looked_at_keeps_its_light_and_the_rest_is_dark():
     red = PilImage.new("RGB", (40, 20), (200, 0, 0))
     lit = np.asarray(overlay(red, torch.tensor([[0.0, 0.5]])), dtype=int)
     assert lit.shape == (20, 40, 3)
     assert (lit[:, -5:] == [200, 0, 0]).all()
-    assert (np.ptp(lit[:, :5], axis=-1) == 0).all()
+    assert lit[:, :5, 0].max() < 60
     assert overlay(red, torch.zeros(1, 2)).size == (40, 20)  # nothing was looked at: no division by nothing
 
 

@@ -1,4 +1,4 @@
-"""Where a model looked while it answered, as pictures: in colour where its attention was, grey elsewhere."""
+"""Where a model looked while it answered, as pictures: bright where its attention was, dark elsewhere."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

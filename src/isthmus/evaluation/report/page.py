@@ -209,7 +209,7 @@ def _samples(samples: Sequence[SamplePicture]) -> str:
     blind = {n for s in samples for n in s.answers} - {n for s in samples for n, a in s.answers.items() if a.look}
     looked = any(a.look for s in samples for a in s.answers.values())
     note = (
-        '<p class="reading">The small pictures show where a model looked while it wrote, bright where its attention '
+        '<p class="reading">The small pictures show where a model looked while it wrote: bright where its attention '
         "was, the mean over layers and new tokens."
         + (f" No such map exists of {escape(', '.join(sorted(blind)))}." if blind else "")
         + "</p>"
