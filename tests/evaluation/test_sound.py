@@ -12,7 +12,7 @@ from isthmus.data.scenes import SceneSource
 from isthmus.errors import DataError
 from isthmus.evaluation import VqaTask, evaluate
 from isthmus.evaluation.rescore import rescore
-from isthmus.evaluation.sound import Sound
+from isthmus.evaluation.sound import Sound, first_sound
 
 
 @pytest.fixture
@@ -66,6 +66,19 @@ def test_too_many_or_none_left_is_an_error(records):
     with pytest.raises(DataError, match=r"more than the allowed 1\.0%"):
         Sound([*records[:1] * 98, *records[1:3]], Quarantine())
     Sound([*records[:1] * 98, *records[1:3]], Quarantine(threshold=0.02))
+
+
+def test_the_first_that_can_be_read_without_looking_at_the_rest(records, tmp_path):
+    assert [r.id for r in first_sound([*records[1:], *records[:1] * 3], 2)] == ["r0", "r0"]
+    assert first_sound(records[1:], 2) == []
+    (tmp_path / "0.png").unlink()
+
+    class Endless(list):
+        def __getitem__(self, index):
+            assert index < 3, "looked at the rest"
+            return Record(id=str(index), parts=())
+
+    assert len(first_sound(Endless(range(9)), 3)) == 3
 
 
 def test_pictures_made_in_the_program_are_not_drawn_for_it(monkeypatch):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image as PilImage
 from torch.utils.flop_counter import FlopCounterMode
 
 from isthmus.data.attention import with_answer
@@ -119,6 +120,23 @@ def test_tasks_of_one_name_must_be_the_same(rivals):
         shared_tasks([one, other])
     with pytest.raises(ConfigError, match="names a task of its own"):
         shared_tasks([Contestant(name="x", folder=rivals["llava"])])
+
+
+def test_a_broken_picture_costs_its_question_and_is_told(rivals, monkeypatch, capsys, tmp_path):
+    rows = []
+    for number in range(4):
+        PilImage.effect_noise((64, 64), 40 + number).convert("RGB").save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "noise"}]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "0.png").write_bytes(b"")
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    asked = ["--data", tmp_path / "data.json", "--set", f"image_folder={tmp_path}", "--out", tmp_path / "out"]
+    asked += ["--set", "task.decoding={max_new_tokens: 2}", "--set", "task.bad_samples=0.5"]
+    code, _, said = run(monkeypatch, capsys, "compare", rivals["flamingo"], rivals["llava"], *asked)
+    assert code == 0, said
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "1 of vqa (listed in" in page
+    assert page.count("<article") == 3
 
 
 def test_a_task_of_a_stage_is_asked_of_its_own_model_only(rivals, monkeypatch, capsys, tmp_path):

@@ -102,7 +102,15 @@ def test_scores_are_means_over_seeds(out):
 
 def test_the_page_tells_the_statement_the_shots_and_the_budget(out):
     page = (out / "report.html").read_text()
-    for word in ("Seeing helps", "llava", "16 rows read", "score over shots", "parameters trained", "3 of 3 arms"):
+    for word in (
+        "Seeing helps",
+        "llava",
+        "16 rows read",
+        "score over shots",
+        "parameters trained",
+        "3 of 3 arms",
+        "2 of 2",
+    ):
         assert word in page
     pairs = [r["first"] for r in csv.DictReader((out / "differences.csv").read_text().splitlines())]
     assert pairs == ["llava", "llava", "blind"]

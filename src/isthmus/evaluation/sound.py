@@ -4,6 +4,7 @@ Every picture is opened once, so that a broken one costs its sample and not the 
 shuffled pictures nor a rank among others depends on where it stood. Pictures made in the program are not looked at.
 """
 
+from itertools import islice
 from typing import Any
 
 from isthmus.data.images import BytesImage, FileImage, TarImage, open_image
@@ -32,15 +33,9 @@ class Sound:
             raise DataError(f"No sample of {self.name or 'the data'} can be used: {quarantine.example()}")
 
     def _usable(self, index: int, faults: dict[str, str]) -> bool:
-        name = f"{self.name}[{index}]"
-        try:
-            record = self.records[index]
-            name = record.id
-            fault = next((f for image in record.images if (f := _fault(image, faults))), "")
-        except DataError as error:
-            fault = str(error)
+        name, fault = _checked(self.records, index, faults)
         if fault:
-            self.quarantine.add(name, self.name, fault)
+            self.quarantine.add(name or f"{self.name}[{index}]", self.name, fault)
         return not fault
 
     def __len__(self) -> int:
@@ -48,6 +43,22 @@ class Sound:
 
     def __getitem__(self, index: int) -> Record:
         return self.records[self._kept[index]]
+
+
+def first_sound(records: Records, most: int) -> list[Record]:
+    """The first ``most`` records that can be read, or as many as there are; the rest is not looked at."""
+    faults: dict[str, str] = {}
+    readable = (records[i] for i in range(len(records)) if not _checked(records, i, faults)[1])
+    return list(islice(readable, most))
+
+
+def _checked(records: Records, index: int, faults: dict[str, str]) -> tuple[str, str]:
+    """The record's id (empty when it cannot be had) and what is wrong with it (empty when nothing is)."""
+    try:
+        record = records[index]
+    except DataError as error:
+        return "", str(error)
+    return record.id, next((f for image in record.images if (f := _fault(image, faults))), "")
 
 
 def _fault(image: Any, faults: dict[str, str]) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.checkpoint import read_json
-from isthmus.data.record import Record, Video
+from isthmus.data.record import Video
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError
 from isthmus.evaluation import rules, vqa
 from isthmus.evaluation.protocols import Answers, Embeds, Matches, Reranks, Sees, Weighs
 from isthmus.evaluation.results import write_json
 from isthmus.evaluation.run import Result
+from isthmus.evaluation.sound import first_sound
 from isthmus.evaluation.vqa import VqaScores
 from isthmus.model import Model
 from isthmus.recipes.cost import Cost, cost_of
@@ -136,7 +137,7 @@ def _can(model: Model, spec: EvalSpec) -> bool:
     """Has the model the abilities behind the task's methods? A bare LM has no eyes, and only Flamingo reads clips."""
     if _CAPABILITY[needs(spec)] not in model.capabilities:
         return False
-    images = open_source(spec.data)[0].images
+    images = [image for record in first_sound(open_source(spec.data), 1) for image in record.images]
     if any(isinstance(image, Video) for image in images):
         return model.kind == "flamingo"
     return model.kind != "lm" or not images
@@ -151,10 +152,7 @@ def measure(rival: Contestant, model: Model, out: Path) -> None:
         return
     answered = {r.task for r in rival.results if isinstance(r.scores, VqaScores)}
     spec = next((s for s in rival.specs if s.name in answered and s.stage is None), None)
-    questions: list[Record] = []
-    if spec is not None:
-        source = open_source(spec.data)
-        questions = [source[i] for i in range(min(16, len(source)))]
+    questions = first_sound(open_source(spec.data), 16) if spec is not None else []
     rival.cost = cost_of(model, rival.folder, rival.recipe, questions)
     shown = [q for q in questions[:SAMPLES] if any(r.task == "vqa" for r in rival.results)]
     rival.looks = looks(model, shown, spec.options.get("decoding", {})) if spec is not None else {}

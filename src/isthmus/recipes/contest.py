@@ -157,6 +157,7 @@ def write_contest(plan: Comparison, rivals: Sequence[Contestant], out: Path, *, 
         if len(own) > 1:
             listings.append(_tested(plan, statement, own))
             plots += _by_size(statement, own)
+    listings.append(_arms(plan, rivals))
     report = write_comparison(
         out,
         rivals,
@@ -168,6 +169,21 @@ def write_contest(plan: Comparison, rivals: Sequence[Contestant], out: Path, *, 
         plots=plots,
     )
     write_report(out / "report.html", report)
+
+
+def _arms(plan: Comparison, rivals: Sequence[Contestant]) -> Listing:
+    """What each arm is, and with how many seeds it is finished."""
+    seeds = {rival.name: max(1, len(rival.by_seed)) for rival in rivals}
+    return Listing(
+        heading="The arms",
+        caption="What is an arm's own; everything else is shared.",
+        head=("arm", "design", "about", "seeds"),
+        rows=[
+            (arm.name, str(plan.whole(arm.name).model), arm.about, f"{seeds.get(arm.name, 0)} of {len(plan.seeds)}")
+            for arm in plan.arms
+        ],
+        numeric=3,
+    )
 
 
 def _tested(plan: Comparison, statement: Statement, rivals: Sequence[Contestant]) -> Listing:

@@ -18,6 +18,7 @@ from isthmus.evaluation.rescore import Difference
 from isthmus.evaluation.rescore import compare as paired
 from isthmus.evaluation.results import Results, write_json, write_text
 from isthmus.evaluation.retrieval import RetrievalScores
+from isthmus.evaluation.sound import first_sound
 from isthmus.evaluation.vqa import Score, VqaScores
 from isthmus.recipes.compare import SAMPLES, Contestant
 from isthmus.recipes.cost import Cost
@@ -363,11 +364,12 @@ def samples(rivals: Sequence[Contestant]) -> list[SamplePicture]:
     if not asked:
         return []
     rival, first, _ = asked[0]
-    records = open_source(next(s for s in rival.specs if s.name == first.task).data)
+    source = open_source(next(s for s in rival.specs if s.name == first.task).data)
+    shown = {row["id"]: row for row in first.rows}
     found = []
-    for index, row in zip(range(min(SAMPLES, len(records))), first.rows, strict=False):
-        record = records[index]
-        if not record.images or record.id != row["id"]:
+    for record in first_sound(source, SAMPLES):
+        row = shown.get(record.id)
+        if not record.images or row is None:
             continue
         said = [(r, rows[row["id"]]) for r, _, rows in asked if row["id"] in rows]
         found.append(
