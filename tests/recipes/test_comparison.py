@@ -1,12 +1,14 @@
 """Comparison recipes: what an arm takes from the shared, from another arm and from the budget; what is refused."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 
 from isthmus.errors import ConfigError
 from isthmus.recipes.comparison import parse_comparison
-from isthmus.recipes.schema import read_recipe, read_tree, shipped
+from isthmus.recipes.schema import read_recipe, read_tree, shipped, yaml_value
 
 OPEN = [{"pattern": "connector.*", "lr": 1e-3}]
 CAPTIONS = [{"kind": "scenes", "form": "captions", "count": 40}]
@@ -113,6 +115,13 @@ def test_every_shipped_comparison_parses_with_all_its_arms(name):
     for arm in plan.arms:
         rows = sum(s.stage.steps * s.batch_size for s in plan.recipe(arm.name, 0).stages)
         assert abs(rows / plan.budget.samples - 1) < 0.01
+
+
+def test_the_recipe_of_the_docs_parses():
+    page = (Path(__file__).parents[2] / "docs" / "comparison.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    plan = parse_comparison(yaml_value(block, "docs/comparison.md"))
+    assert [s.name for s in plan.recipe("captions", 0).stages] == ["describe"]
 
 
 def test_train_sends_a_comparison_to_its_own_command():
