@@ -4,7 +4,8 @@ Run in the peers' environment:  .venv-peers/bin/python tools/write_open_flamingo
 
 Tiny random models on three families of language models with gates away from zero: the checkpoint's tensors under the
 keys that open_flamingo writes, the frozen language model and vision encoder, and what it answers to rows with ragged
-tags. Resampler and block also in float64, for float32 rounds either side by more than 1e-6. Weights are rounded to half precision before anything is computed, so that the small files hold them exactly.
+tags. Resampler and block also in float64, for float32 rounds either side by more than 1e-6. Weights are rounded to
+half precision before anything is computed, so that the small files hold them exactly.
 """
 
 import json

@@ -32,7 +32,7 @@ from isthmus.data.record import Example, Image, Part, Record, Text, without_answ
 from isthmus.data.text import TEMPLATES, render
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.video import as_visual
-from isthmus.errors import CapabilityError, CheckpointError, DataError, nearest
+from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError, nearest
 from isthmus.language import Decoding
 from isthmus.models import MODELS, model_class
 from isthmus.nn.losses import similarity
@@ -152,13 +152,35 @@ class Model:
         for group in batch.visuals:
             assert group.pixels is not None  # collate decodes
             grids |= dict.fromkeys(group.index.tolist(), self.net.vision.grid(*group.pixels.shape[-2:]))
-        start = prompt.length - 1  # the position before a token is the one that chose it
+        start = len(prompt.streams["lm"].ids) - 1  # the position before a token is the one that chose it
         maps = [m[:, start : start + len(answer)].cpu() for m in self.net.attention(batch)[0]]
         return Attention(
             text=tokenizer.decode(answer).strip(),
             tokens=tuple(tokenizer.decode([i]) for i in answer),
             maps=tuple(m.unflatten(-1, grids[n]) for n, m in enumerate(maps)),
         )
+
+    def gaps(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[float]:
+        """For each record the smallest distance (in logits) of the two best tokens at any step of its answer: where it
+        is tiny, a sum taken in another order may answer otherwise. Greedy decoding only (ConfigError)."""
+        settings = self.ended(Decoding(**decoding))
+        if settings.num_beams > 1 or settings.temperature > 0 or settings.repetition_penalty != 1:
+            raise ConfigError(
+                "Gaps between the two best tokens are those of plain greedy decoding; leave the rest out."
+            )
+        self._need("answer")
+        prompts = [self.processor.prompt(without_answer(record)) for record in records]
+        answers = self._continue(prompts, batch_size, decoding)
+        found = []
+        with self._inference():
+            for prompt, ids in zip(prompts, answers, strict=True):
+                batch = collate([with_answer(prompt, ids)]).to(self.device)
+                lm = getattr(self.net, "logits", None) or (lambda b: self.net.language.logits(self.net.embed_prompt(b)))
+                steps = lm(batch)[0, len(prompt.streams["lm"].ids) - 1 :][: settings.max_new_tokens].float()
+                steps[:, list(settings.forbidden_ids)] = -torch.inf
+                best = steps.topk(2).values
+                found.append(float((best[:, 0] - best[:, 1]).min()))
+        return found
 
     def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
         """Answers to question records: what evaluation asks of a model. A trailing assistant turn is cut off."""

@@ -8,7 +8,6 @@ from isthmus.cli.app import app
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import vqa
 from isthmus.evaluation.run import Result
-from isthmus.recipes.schema import EvalSpec
 
 
 @pytest.mark.parametrize(
@@ -28,14 +27,6 @@ def test_numbers_behind_shots(monkeypatch, words, expected):
     assert seen["model"] == "runs/x"
     assert evaluate.counted(seen["shots"], seen["more_shots"]) == expected
     assert seen["select"] == ("rices" if "rices" in words else "random")
-
-
-def test_each_number_of_shots_is_a_task_of_its_own():
-    specs = [EvalSpec(name="vqa", task="vqa", data={}), EvalSpec(name="r", task="retrieval", data={})]
-    found = evaluate.with_shots(specs, [0, 8], "rices")
-    assert [s.name for s in found] == ["vqa-0-shots", "vqa-8-shots", "r"]
-    assert found[1].options == {"shots": 8, "select": "rices"}
-    assert evaluate.with_shots(specs, [], "random") == specs
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,18 @@ def test_two_folders_in_pairs(tmp_path):
     assert equal.p > 0.5, "the same number of mistakes in other places"
 
 
+def test_folders_of_several_seeds_count_as_their_mean(tmp_path):
+    records = [question(i, "cat") for i in range(200)]
+    for name, n in (("a0", 4), ("a1", 5), ("b0", 20), ("b1", 10)):
+        evaluate(Often(n), VqaTask(name="t", records=records, controls=()), tmp_path / name)
+    sides = [[tmp_path / f"{side}{seed}" for seed in (0, 1)] for side in "ab"]
+    (found,) = compare(*sides)
+    assert (found.first, found.second) == pytest.approx(((0.75 + 0.8) / 2, (0.95 + 0.9) / 2))
+    (single,) = compare(sides[0][0], sides[1][0])
+    width, narrow = (d.interval[1] - d.interval[0] for d in (single, found))
+    assert narrow < width  # two answers to a question say more than one, and no more than that
+
+
 def test_only_like_is_paired_with_like(tmp_path):
     evaluate(Reader(), VqaTask(name="t", records=animals()), tmp_path / "a")
     evaluate(Reader(), VqaTask(name="t", records=animals()[:9]), tmp_path / "b")

@@ -5,6 +5,7 @@ import pytest
 from isthmus.data.record import Image, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import AnswerPrior, LinearProbeTask, RetrievalTask, VqaTask, ZeroShotTask, evaluate
+from isthmus.evaluation.rescore import rescore
 from tests.evaluation.fakes import Reader, Space, Word, animals, question
 
 
@@ -104,6 +105,22 @@ def test_empty_answers_are_counted_and_wrong(tmp_path):
     scores = evaluate(Reader(), vqa(records=records), tmp_path).scores.overall
     assert (scores.empty, scores.n) == (1, 3)
     assert scores.accuracy == pytest.approx(2 / 3)
+
+
+class Wavers(Reader):
+    def gaps(self, records, **decoding):
+        return [1e-6 if r.id == "q3" else 0.5 for r in records]
+
+
+def test_answers_to_which_another_was_near_are_counted_when_asked_for(tmp_path):
+    evaluate(Wavers(), vqa(gaps=True), tmp_path)
+    assert json.loads((tmp_path / "scores.json").read_text())["near"] == 1
+    assert lines(tmp_path)[3]["gap"] == 1e-6
+    before = (tmp_path / "scores.json").read_bytes()
+    rescore(tmp_path)
+    assert (tmp_path / "scores.json").read_bytes() == before
+    with pytest.raises(CapabilityError, match="cannot tell gaps"):
+        evaluate(Reader(), vqa(gaps=True), tmp_path / "other")
 
 
 def test_text_alone_is_scored_against_its_prior(tmp_path):

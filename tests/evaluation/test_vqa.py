@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from isthmus.data.record import Record, Text
 from isthmus.errors import DataError
-from isthmus.evaluation.vqa import AnswerPrior, VqaScores, is_right, normalise, score
+from isthmus.evaluation.vqa import AnswerPrior, VqaScores, is_right, normalise, pooled, score
 from tests.evaluation.fakes import animals, question
 
 
@@ -133,3 +133,18 @@ def test_the_prior_counts_every_turn():
 def test_the_prior_s_fingerprint_moves_with_what_it_answers():
     assert AnswerPrior.fit(animals()).fingerprint() == AnswerPrior.fit(animals()[::-1]).fingerprint()
     assert AnswerPrior.fit(animals()).fingerprint() != AnswerPrior.fit(animals()[6:]).fingerprint()
+
+
+def test_pooled_runs_are_means_over_runs_with_a_question_drawn_whole():
+    def run(*answers):
+        return [row(a, kind="ab"[i % 2]) | {"id": str(i)} for i, a in enumerate(answers)]
+
+    one, other = run("yes", "yes", "no", "no"), run("yes", "no", "no", "no")
+    found = pooled([one, other])
+    assert (found.overall.accuracy, found.overall.n) == (0.375, 4)
+    assert {k: s.accuracy for k, s in found.kinds.items()} == {"a": 0.5, "b": 0.25}
+    assert pooled([one, one]) == score(one)  # the same run twice tells nothing new
+    with pytest.raises(DataError, match="same questions"):
+        pooled([one, other[:3]])
+    with pytest.raises(DataError, match="empty"):
+        pooled([[], []])

@@ -200,7 +200,7 @@ def test_a_folder_opens_as_a_model(kind: dict, instruct: bool, tmp_path) -> None
         (tmp_path / "qformer_tokenizer").mkdir()
         (tmp_path / "qformer_tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n")
     model = load(tmp_path)
-    assert model.capabilities == ("generate", "caption", "answer", "chat", "score")
+    assert model.capabilities == ("generate", "caption", "answer", "chat", "score") + ("attend",) * (kind is not T5)
     assert model.forbidden == (V - 1,)
     image = PilImage.effect_noise((16, 16), 90).convert("RGB")
     record = Record("q", (as_image(image), Text("What is it?", role="user")))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from isthmus.batch import Batch, Visuals
-from isthmus.errors import ConfigError, DataError
+from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.language import Decoding
 from isthmus.models.blip2 import STAGES, Blip2, Blip2Config, layer_decay
@@ -455,3 +455,21 @@ def test_mistakes_in_a_configuration_are_named() -> None:
         replace(config, feature_layer=9)
     with pytest.raises(ConfigError, match="did you mean 'queries'"):
         Blip2Config.from_dict({**config.to_dict(), "qformer": {"vision_width": 24, "querys": 3}})
+
+
+@pytest.mark.parametrize("instruct", [False, True])
+def test_attention_maps_are_distributions_over_patches_behind_the_picture(instruct: bool) -> None:
+    net = tiny("generate", instruct=instruct)
+    asked = {"question": [[CLS, 7, 8, SEP], [CLS, 9, SEP]]} if instruct else {}
+    first, second = net.attention(prompts([[5, 6, 7], [8, 9]], **asked))
+    assert [m.shape for m in (*first, *second)] == [(2, QUERIES + 3, 1, 16), (2, QUERIES + 2, 1, 16)]
+    torch.testing.assert_close(first[0][:, QUERIES:].sum((-1, -2)), torch.ones(2, 3))
+    assert not first[0][:, :QUERIES].any()
+    assert (first[0][0, -1] - second[0][0, -1]).abs().max() > 1e-4
+
+
+def test_no_map_with_an_encoder_decoder() -> None:
+    net = tiny("generate", language=T5)
+    assert "attend" not in net.capabilities
+    with pytest.raises(CapabilityError, match="causal"):
+        net.attention(prompts([[5, 6]], stream="encoder"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from isthmus.batch import IGNORE, Batch, Visuals
-from isthmus.errors import ConfigError, DataError
+from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding
 from isthmus.models.llava import STAGES, Llava, LlavaConfig
 from isthmus.nn.vit import VisionConfig
@@ -274,6 +274,47 @@ def test_other_language_models_and_towers_join_alike() -> None:
     labels = rows.text["lm"].labels
     assert labels is not None
     assert net.loss(rows)["lm"].count == int((labels[:, 1:] != IGNORE).sum())
+
+
+def test_attention_maps_share_out_what_each_token_gave_to_a_picture() -> None:
+    net = tiny()
+    two, none = net.attention(batch([ROWS["two"], ROWS["none"]]))
+    assert none == []
+    length = len(ROWS["two"]) - 2 + 2 * PATCHES
+    assert [m.shape for m in two] == [(2, length, 1, PATCHES)] * 2
+    sums = [m.sum((-1, -2)) for m in two]
+    for total, end in zip(sums, (2 + PATCHES, 4 + 2 * PATCHES), strict=True):
+        torch.testing.assert_close(total[:, end:], torch.ones(2, length - end))
+        assert not total[:, :end].any()
+    assert (two[0][0, -1] - two[1][0, -1]).abs().max() > 1e-4
+    (alone,) = net.attention(batch([ROWS["two"]]))
+    torch.testing.assert_close(alone[1], two[1], atol=1e-6, rtol=0)
+
+
+def test_attention_leaves_the_class_token_out() -> None:
+    net = tiny(feature_select="cls_patch")
+    ((found,),) = net.attention(batch([ROWS["one"]], per_picture=PATCHES + 1))
+    assert found.shape[-1] == PATCHES
+    torch.testing.assert_close(found[:, -1].sum((-1, -2)), torch.ones(2))
+
+
+class Pooled(torch.nn.Module):
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(width, out)
+
+    def forward(self, features: torch.Tensor, *rest: object) -> torch.Tensor:
+        return self.linear(features.flatten(1, 2).mean(1, keepdim=True))
+
+    def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
+        return 1
+
+
+def test_tokens_that_are_no_patches_have_no_map() -> None:
+    net = tiny()
+    net.connector = Pooled(24, 32)
+    with pytest.raises(CapabilityError, match="one token per patch"):
+        net.attention(batch([ROWS["one"]], per_picture=1))
 
 
 def test_attention_maps_are_the_lms_own_attention_to_the_patches():

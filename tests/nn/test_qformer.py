@@ -194,3 +194,38 @@ def test_a_bert_that_does_not_fit_is_refused() -> None:
     assert isinstance(first, QFormerLayer)
     assert first.ffn_text is not None
     assert torch.equal(first.ffn_query.mlp.fc1.weight, first.ffn_text.mlp.fc1.weight)
+
+
+@torch.no_grad()
+def test_patch_weights_are_those_of_the_last_cross_attention() -> None:
+    net = redraw(QFormerConnector(replace(QFORMER, heads=1, layers=3), None, text=True)).eval()
+    assert isinstance(net, QFormerConnector)
+    last = net.qformer.layers[2]
+    assert isinstance(last, QFormerLayer)
+    assert last.cross is not None
+    seen: list[torch.Tensor] = []
+    last.cross.out_proj.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    for text in (None, tokens(TEXTS[:2])):
+        seen.clear()
+        found = net.patch_weights(features(2)[:, None], text)
+        assert found.shape == (2, QUERIES, 1, 16)
+        torch.testing.assert_close(found.sum((-1, -2)), torch.ones(2, QUERIES))
+        net(features(2)[:, None], text=text)
+        vision = net.vision_tokens(features(2))
+        # With one head the weights times the values are what the layer hands to its last product.
+        rows = net.queries.expand(2, -1, -1)
+        if text is None:
+            whole = net.qformer.patch_weights(rows, vision=vision)
+        else:
+            whole = net.qformer.patch_weights(rows, text.ids, vision=vision, text_mask=text.mask)
+        torch.testing.assert_close(whole @ last.cross.v_proj(vision), seen[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found[:, :, 0] * whole[..., 1:].sum(-1, keepdim=True), whole[..., 1:])
+
+
+@torch.no_grad()
+def test_a_token_of_a_clip_is_made_of_its_own_frame() -> None:
+    found = connector().patch_weights(torch.stack([features(3), features(3, 2)], dim=1))
+    assert found.shape == (3, 2 * QUERIES, 2, 16)
+    first, second = found.split(QUERIES, dim=1)
+    assert not first[:, :, 1].any()
+    assert not second[:, :, 0].any()

@@ -5,28 +5,20 @@ import json
 
 import pytest
 import torch
+from PIL import Image as PilImage
 from torch.utils.flop_counter import FlopCounterMode
 
+from isthmus.data.attention import with_answer
+from isthmus.data.collate import collate
+from isthmus.data.record import without_answer
 from isthmus.data.scenes import SceneSource
 from isthmus.errors import ConfigError
+from isthmus.language import Decoding
 from isthmus.model import load
 from isthmus.recipes.compare import Contestant, contestants, shared_tasks
 from isthmus.recipes.cost import Operations, trained_parameters
-from isthmus.recipes.run import train
-from isthmus.recipes.schema import parse_recipe
 from isthmus.recipes.scoring import recipe_of
 from tests.cli.test_cli import run
-from tests.recipes.test_blip2 import tree as blip2_tree
-from tests.recipes.test_flamingo import recipe as flamingo_recipe
-
-
-@pytest.fixture(scope="module")
-def rivals(story, tmp_path_factory):
-    """The story's models with a Flamingo and a BLIP-2 of the same encoder and LM."""
-    folder = tmp_path_factory.mktemp("rivals")
-    train(flamingo_recipe(story), folder / "flamingo", progress=False)
-    train(parse_recipe(blip2_tree(story)), folder / "blip2", progress=False)
-    return {name: story / name for name in ("clip", "lm", "llava")} | {n: folder / n for n in ("flamingo", "blip2")}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +65,8 @@ def test_the_report_shows_all_of_it(compared):
     for word in ("clip · flamingo · llava", "Who is better", "llava − flamingo", "What they cost", "loss by stage"):
         assert word in page
     assert page.count("<article") == 12
+    assert page.count('class="look"') + page.count("<i>no answer</i>") == 24  # Flamingo's and LLaVA's
+    assert "not equal" in page
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
@@ -85,11 +79,23 @@ def test_a_second_call_asks_nothing_again(compared, rivals, monkeypatch, capsys)
 
 
 def test_shots_give_a_curve_per_model(rivals, monkeypatch, capsys, tmp_path):
-    found = ["compare", rivals["flamingo"], rivals["llava"], "--shots", "0 1", "--limit", 6, "--out", tmp_path]
+    found = ["compare", rivals["flamingo"], rivals["llava"], "--shots", "0", "1", "--limit", 6, "--out", tmp_path]
     code, _, said = run(monkeypatch, capsys, *found)
     assert code == 0, said
     assert "vqa: score over shots" in (tmp_path / "report.html").read_text()
+    assert "Score over shots" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "scores" / "flamingo" / "vqa-1-shots").is_dir()
+
+
+def test_captions_and_other_measures_stand_in_the_tables(rivals, monkeypatch, capsys, tmp_path):
+    (tmp_path / "captions.yaml").write_text("{kind: scenes, form: captions, split: test, count: 6}")
+    asked = ["--task", "caption", "--data", tmp_path / "captions.yaml", "--set", "task.decoding={max_new_tokens: 3}"]
+    code, _, said = run(monkeypatch, capsys, "compare", rivals["flamingo"], rivals["llava"], *asked, "--out", tmp_path)
+    assert code == 0, said
+    rows = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
+    assert {"CIDEr", "Bleu_4"} <= {r["kind"] for r in rows}
+    assert [bool(r["gain"]) for r in rows if r["kind"] in ("CIDEr", "Bleu_4")].count(True) == 2
+    assert "Other scores" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -116,6 +122,33 @@ def test_tasks_of_one_name_must_be_the_same(rivals):
         shared_tasks([Contestant(name="x", folder=rivals["llava"])])
 
 
+def test_a_broken_picture_costs_its_question_and_is_told(rivals, monkeypatch, capsys, tmp_path):
+    rows = []
+    for number in range(4):
+        PilImage.effect_noise((64, 64), 40 + number).convert("RGB").save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "noise"}]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "0.png").write_bytes(b"")
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    asked = ["--data", tmp_path / "data.json", "--set", f"image_folder={tmp_path}", "--out", tmp_path / "out"]
+    asked += ["--set", "task.decoding={max_new_tokens: 2}", "--set", "task.bad_samples=0.5"]
+    code, _, said = run(monkeypatch, capsys, "compare", rivals["flamingo"], rivals["llava"], *asked)
+    assert code == 0, said
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "1 of vqa (listed in" in page
+    assert page.count("<article") == 3
+
+
+def test_a_task_of_a_stage_is_asked_of_its_own_model_only(rivals, monkeypatch, capsys, tmp_path):
+    code, _, said = run(
+        monkeypatch, capsys, "compare", rivals["clip"], rivals["blip2"], "--limit", 6, "--out", tmp_path
+    )
+    assert code == 0, said
+    assert {f.name for f in (tmp_path / "scores" / "clip").iterdir() if f.is_dir()} == {"retrieval"}
+    kinds = {f.parent.name: json.loads(f.read_text())["kind"] for f in tmp_path.glob("scores/blip2/*/scores.json")}
+    assert kinds == {"retrieval": "rerank", "zero-shot-vqa": "vqa", "vqa": "vqa"}
+
+
 def test_operations_are_pytorchs_own_count():
     net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
     x = torch.randn(5, 8)
@@ -133,6 +166,21 @@ GAP = 1e-4
 """Two best tokens closer than this may change places when a sum is taken in another order."""
 
 
+def gap_behind(model, record, ids):
+    """The distance of the two best next tokens behind an answer's beginning, of those that may be said at all."""
+    batch = collate([with_answer(model.processor.prompt(record), ids)])
+    stream = batch.text["lm"]
+    with torch.inference_mode():
+        if model.kind == "flamingo":
+            logits = model.net.logits(batch)
+        else:
+            logits = model.net.language.logits(model.net.embed_prompt(batch))
+    next_token = logits[0, stream.lengths[0] - 1].clone()
+    next_token[list(model.ended(Decoding()).forbidden_ids)] = -torch.inf
+    best = next_token.topk(2).values
+    return float(best[0] - best[1])
+
+
 @pytest.mark.parametrize("name", ["llava", "flamingo", "blip2"])
 def test_batches_of_1_7_and_64_give_the_same_answers(rivals, name):
     model = load(rivals[name])
@@ -141,12 +189,16 @@ def test_batches_of_1_7_and_64_give_the_same_answers(rivals, name):
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.3, generator=generator)
     source = SceneSource("questions", split="test", count=64)
-    records = [source[i] for i in range(64)]
-    answers = {size: model.answer_records(records, batch_size=size, max_new_tokens=6) for size in (1, 7, 64)}
-    assert len(set(answers[1])) > 1  # else equality would say nothing
-    different = [i for i in range(64) if len({answers[size][i] for size in answers}) > 1]
+    records = [without_answer(source[i]) for i in range(64)]
+    prompts = [model.processor.prompt(record) for record in records]
+    answers = {size: model._continue(prompts, size, {"max_new_tokens": 6}) for size in (1, 7, 64)}
+    assert len({tuple(ids) for ids in answers[1]}) > 8  # else equality would say nothing
+    different = [i for i in range(64) if len({tuple(answers[size][i]) for size in answers}) > 1]
     for i in different:
-        texts = sorted({answers[size][i] for size in answers})
-        one, other = model.score([*records[i].parts[:2]], texts[:2])
-        assert abs(one - other) < GAP, f"{name}: {records[i].id} says {texts}"
+        said = [answers[size][i] for size in answers]
+        place = next(n for n, tokens in enumerate(zip(*said, strict=False)) if len(set(tokens)) > 1)
+        assert gap_behind(model, records[i], said[0][:place]) < GAP, f"{name}: {records[i].id} says {said}"
     assert len(different) <= 3
+    for record, ids, gap in zip(records[:3], answers[1], model.gaps(records[:3], max_new_tokens=6), strict=False):
+        steps = [gap_behind(model, record, ids[:n]) for n in range(min(len(ids) + 1, 6))]
+        assert gap == pytest.approx(min(steps), abs=1e-5)

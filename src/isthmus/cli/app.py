@@ -138,7 +138,9 @@ def evaluate(
 
 @app.command()
 def compare(
-    models: Annotated[list[str], typer.Argument(help="Model folders, two or more.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Model folders, two or more; or a comparison RECIPE key=value ...")
+    ],
     task: Annotated[
         str | None, typer.Option(help="Only this task (with --data: vqa, retrieval, caption, ...).")
     ] = None,
@@ -148,13 +150,27 @@ def compare(
     shots: Annotated[str | None, typer.Option(help="Examples before each question, from --train: '0 4 8'.")] = None,
     select: Annotated[str, typer.Option(help="How shots are chosen: random or rices.")] = "random",
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of report.html, scores and raw outputs.")] = Path("runs/compare"),
+    arm: Annotated[list[str] | None, typer.Option(help="Of a recipe, run only this arm (repeat for several).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report, scores and raw outputs.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of shuffles and intervals.")] = 0,
     json_file: Json = None,
 ) -> None:
     """Models side by side on the same questions: scores, differences with intervals, costs, one report."""
     from isthmus.cli import compare as work
 
+    if work.is_recipe(models[0]):
+        options = {
+            "--task": task,
+            "--data": data,
+            "--set": option,
+            "--train": train,
+            "--shots": shots,
+            "--limit": limit,
+        }
+        given = [name for name, value in options.items() if value]
+        work.run_recipe(models[0], models[1:], arms=arm or [], out=out, given=given, json_file=json_file)
+        return
+    work.no_arms(arm)
     work.run(
         models,
         task=task,

@@ -1,4 +1,4 @@
-"""``isthmus compare``: models side by side on the same tasks, in one report."""
+"""``isthmus compare``: models side by side on the same tasks, or a comparison recipe that trains them first."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
-from isthmus.cli.evaluate import counted, source_of, split_options, with_shots
+from isthmus.cli.evaluate import counted, spec_of
 from isthmus.errors import ConfigError
 
 _SUMMARY = (
@@ -27,36 +27,30 @@ def run(
     shots: str | None,
     select: str,
     limit: int | None,
-    out: Path,
+    out: Path | None,
     seed: int,
     json_file: Path | None,
 ) -> None:
     """Score and measure one model after the other; print the tables and write everything below ``out``."""
     from isthmus.evaluation.report import write_report
     from isthmus.model import load
-    from isthmus.recipes.compare import ask, contestants, measure, shared_tasks, write_comparison
-    from isthmus.recipes.schema import EvalSpec
+    from isthmus.recipes.compare import ask, contestants, measure, shared_tasks
+    from isthmus.recipes.scoring import with_shots
+    from isthmus.recipes.side_by_side import write_comparison
 
+    more = [int(name) for name in models if shots is not None and name.isdigit() and not Path(name).exists()]
+    models = models[: len(models) - len(more)]  # --shots 0 4 8: the numbers behind the first one
     if len(models) < 2:
         raise ConfigError("A comparison needs at least two models; `isthmus eval MODEL` scores one.")
     rivals = contestants(models)
-    source, own = split_options(options)
+    out = out if out is not None else Path("runs/compare")
     if data is not None:
-        kind = task or "vqa"
-        specs = [
-            EvalSpec(
-                name=kind,
-                task=kind,
-                data=source_of(data) | source,
-                train=source_of(train) | source if train else None,
-                options=own,
-            )
-        ]
+        specs = [spec_of(task or "vqa", data, train, options)]
     else:
         specs = [s for s in shared_tasks(rivals) if task in (None, s.task, s.name)]
         if not specs:
             raise ConfigError(f"None of these models names a task {task!r} of its own: give --data.")
-    specs = with_shots(specs, counted(shots, ()), select)
+    specs = with_shots(specs, counted(shots, more), select)
     console = Console()
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
         shown: dict[tuple[str, str], Any] = {}
@@ -70,25 +64,78 @@ def run(
         for rival in rivals:
             model = load(rival.folder)
             ask(rival, model, specs, out / "scores" / rival.name, seed=seed, limit=limit, progress=progress)
-            measure(rival, model)
+            measure(rival, model, out / "scores" / rival.name)
     if not any(rival.results for rival in rivals):
         raise ConfigError("None of these models can do the tasks asked of them.")
     report = write_comparison(out, rivals, title=" · ".join(r.name for r in rivals), summary=_SUMMARY, seed=seed)
     write_report(out / "report.html", report)
     tell(console, out)
     if json_file is not None:
-        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        costs = json.loads((out / "costs.json").read_text(encoding="utf-8"))
-        json_file.write_text(json.dumps(results | {"costs": costs}, indent=2) + "\n", encoding="utf-8")
+        _write_facts(json_file, out)
+
+
+def is_recipe(name: str) -> bool:
+    """Does the first argument name a comparison recipe rather than a model?"""
+    from isthmus.recipes.schema import shipped
+
+    return Path(name).suffix in {".yaml", ".yml"} or (name in shipped("comparisons") and not Path(name).exists())
+
+
+def no_arms(arms: Sequence[str] | None) -> None:
+    """Raises ConfigError when --arm is given with models."""
+    if arms:
+        raise ConfigError("--arm chooses among the arms of a comparison recipe; leave models out that should not run.")
+
+
+def run_recipe(
+    name: str,
+    overrides: Sequence[str],
+    *,
+    arms: Sequence[str],
+    out: Path | None,
+    given: Sequence[str],
+    json_file: Path | None,
+) -> None:
+    """Train, ask and measure the arms of a comparison recipe; what is finished is kept and not done again."""
+    from isthmus.recipes.comparison import parse_comparison
+    from isthmus.recipes.contest import run_contest
+    from isthmus.recipes.schema import read_tree
+
+    if given:
+        raise ConfigError(f"{given[0]} is for models; a comparison recipe says it itself (override it by key=value).")
+    tree = read_tree(name, overrides)
+    if tree.get("kind") != "compare":
+        raise ConfigError(
+            f"{name} is a recipe for one model: `isthmus train {name}`. A comparison has `kind: compare`."
+        )
+    plan = parse_comparison(tree, where=name)
+    folder = out if out is not None else Path("runs") / Path(name).stem
+    console = Console()
+
+    def progress(who: str, task: str, done: int, total: int) -> None:
+        if done == total:
+            console.print(f"{who}: {task} asked ({total:,} questions)", highlight=False)
+
+    run_contest(plan, folder, name=Path(name).stem, arms=arms, progress=progress)
+    tell(console, folder)
+    if json_file is not None:
+        _write_facts(json_file, folder)
 
 
 def tell(console: Console, out: Path) -> None:
     """The overall scores, and where everything is."""
     from rich.markdown import Markdown
 
-    console.print(Markdown((out / "scores.md").read_text(encoding="utf-8")))
+    whole, *_ = (out / "scores.md").read_text(encoding="utf-8").partition("\n\n")  # kinds stand in the file
+    console.print(Markdown(whole))
     console.print(
         f"Report: [bold]{out / 'report.html'}[/]   scores: {out / 'scores.csv'}, {out / 'scores.md'}, "
         f"{out / 'results.json'}",
         soft_wrap=True,
     )
+
+
+def _write_facts(file: Path, out: Path) -> None:
+    """results.json with the costs beside."""
+    results, costs = (json.loads((out / f"{n}.json").read_text(encoding="utf-8")) for n in ("results", "costs"))
+    file.write_text(json.dumps(results | {"costs": costs}, indent=2) + "\n", encoding="utf-8")

@@ -27,13 +27,11 @@ def run(
     json_file: Path | None,
 ) -> None:
     """Print a table per task; outputs, manifest and scores go into ``out``."""
-    from isthmus.recipes.schema import EvalSpec
-    from isthmus.recipes.scoring import model_hash, own_tasks, score_model
+    from isthmus.recipes.scoring import model_hash, own_tasks, score_model, with_shots
     from isthmus.recipes.tables import score_table
 
     folder = Path(model.removeprefix(_PEER))
     loaded = _load(model, folder)
-    source, own = split_options(options)
     if data is None and model.startswith(_PEER):
         raise ConfigError(f"{model} has no tasks of its own: give --task and --data.")
     if data is None:
@@ -41,16 +39,7 @@ def run(
         if not specs:
             raise ConfigError(f"{folder} names no {task or ''} task of its own: give --task and --data.")
     else:
-        kind = task or ("retrieval" if loaded.kind == "clip" else "vqa")
-        specs = [
-            EvalSpec(
-                name=kind,
-                task=kind,
-                data=source_of(data) | source,
-                train=source_of(train) | source if train else None,
-                options=own,
-            )
-        ]
+        specs = [spec_of(task or ("retrieval" if loaded.kind == "clip" else "vqa"), data, train, options)]
     counts = counted(shots, more_shots)
     specs = with_shots(specs, counts, select)
     name = f"hf-{Path(data).stem}" if data and model.startswith(_PEER) else Path(data).stem if data else "own"
@@ -69,6 +58,8 @@ def run(
     console = Console(emoji=False)
     for result in results:
         console.print(score_table(result.task, result.scores.to_dict()))
+        if result.left_out:
+            console.print(f"{result.left_out} bad samples were left out: {result.folder / 'quarantine.jsonl'}")
     console.print(f"Raw outputs, manifest and scores: [bold]{place}[/]")
     if counts:
         console.print(f"Score over shots: [bold]{_shots_report(place, results, counts)}[/]")
@@ -89,19 +80,6 @@ def counted(shots: str | None, more: Sequence[int]) -> list[int]:
     return [int(word) for word in words]
 
 
-def with_shots(specs: list[Any], counts: Sequence[int], select: str) -> list[Any]:
-    """Each question-answering task once per number of shots."""
-    return [
-        spec.model_copy(
-            update={"name": f"{spec.name}-{count}-shots", "options": {**spec.options, "shots": count, "select": select}}
-        )
-        if count is not None
-        else spec
-        for spec in specs
-        for count in (counts if counts and spec.task in SHOWABLE else [None])
-    ]
-
-
 def _shots_report(place: Path, results: Sequence[Any], counts: Sequence[int]) -> Path:
     """``shots.html`` in ``place``: each task's score, and what is reached without looking, over the number of shots."""
     from isthmus.evaluation.report import Chart, Report, write_report
@@ -119,8 +97,6 @@ def _shots_report(place: Path, results: Sequence[Any], counts: Sequence[int]) ->
 
 
 _PEER = "hf:"
-SHOWABLE = ("vqa", "vqav2", "ok-vqa", "gqa", "scienceqa", "choice")
-"""Tasks whose questions may stand behind examples."""
 
 
 def _load(model: str, folder: Path) -> Any:
@@ -167,6 +143,22 @@ def run_rescore(
         facts = {d.name: d.to_dict() for d in differences}
     if json_file is not None:
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def spec_of(kind: str, data: str, train: str | None, options: Sequence[str]) -> Any:
+    """The evaluation that ``--task``, ``--data``, ``--train`` and ``--set`` describe."""
+    from isthmus.recipes.schema import EvalSpec
+
+    source, own = split_options(options)
+    allowed = {"bad_samples": own.pop("bad_samples")} if "bad_samples" in own else {}
+    return EvalSpec(
+        name=kind,
+        task=kind,
+        data=source_of(data) | source,
+        train=source_of(train) | source if train else None,
+        options=own,
+        **allowed,
+    )
 
 
 def source_of(data: str) -> dict[str, Any]:

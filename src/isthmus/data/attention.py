@@ -26,7 +26,7 @@ def with_answer(prompt: Example, answer: Sequence[int]) -> Example:
     """A prompt of stream ``lm`` with the tokens of an answer behind it, which see what its last token sees."""
     span = prompt.streams["lm"]
     seen = None if span.seen is None else [*span.seen, *span.seen[-1:] * len(answer)]
-    return replace(prompt, streams={"lm": Span([*span.ids, *answer], None, seen)})
+    return replace(prompt, streams={**prompt.streams, "lm": Span([*span.ids, *answer], None, seen)})
 
 
 def shared_beginning(examples: Sequence[Example]) -> tuple[Example, list[Tensor], list[Tensor]] | None:

@@ -56,7 +56,7 @@ class Quarantine:
             raise DataError(
                 f"{self.failures} of {self.samples} samples are bad, more than the allowed "
                 f"{self.threshold:.1%}; most often: {reasons}; for example: {self.example()}. Mend the data "
-                f"({where}) or raise the allowed fraction (a stage's bad_samples)."
+                f"({where}) or raise the allowed fraction (bad_samples of the stage or task)."
             )
 
     def reasons(self) -> Counter[str]:

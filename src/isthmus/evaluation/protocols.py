@@ -19,6 +19,15 @@ class Answers(Protocol):
 
 
 @runtime_checkable
+class Measures(Answers, Protocol):
+    """Also tells how near another answer was."""
+
+    def gaps(self, records: Sequence[Any], **decoding: Any) -> list[float]:
+        """For each record the smallest distance of the two best tokens at any step of its answer."""
+        ...
+
+
+@runtime_checkable
 class Weighs(Protocol):
     """Says how likely an answer is: what multiple choice by likelihood needs."""
 

@@ -1,7 +1,7 @@
 """Score folders without a model: scoring again, and two folders held against each other pair by pair."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import rules
 from isthmus.evaluation.bootstrap import resampled_sums
 from isthmus.evaluation.results import write_json
-from isthmus.evaluation.run import Result
+from isthmus.evaluation.run import Result, counts
 from isthmus.evaluation.scorers import scorer, scorer_of
 from isthmus.evaluation.tasks import Row
 
@@ -79,11 +79,12 @@ def rescore(path: str | Path, *, rule: str | None = None) -> Result:
         target = f"scores.{rule}.json"
     scores = scorer(folder.kind).score(folder.rows, manifest)
     name = str(manifest.get("task", folder.path.name))
-    facts = {"task": name, "kind": folder.kind, **scores.to_dict()}
+    left_out = int(manifest.get("left_out", 0))
+    facts = {"task": name, "kind": folder.kind, **counts(left_out, folder.rows), **scores.to_dict()}
     if target != "scores.json":
         facts["scorer"] = scorer_of(folder.kind, manifest)
     write_json(folder.path / target, facts)
-    return Result(name, folder.kind, scores, folder.rows, folder.path)
+    return Result(name, folder.kind, scores, folder.rows, folder.path, left_out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,28 +108,38 @@ class Difference:
         }
 
 
-def compare(first: str | Path, second: str | Path, *, seed: int = 0, draws: int = 10_000) -> list[Difference]:
-    """Paired bootstrap of two score folders over the same items: items are drawn whole, with both outcomes.
+def compare(
+    first: str | Path | Sequence[str | Path],
+    second: str | Path | Sequence[str | Path],
+    *,
+    seed: int = 0,
+    draws: int = 10_000,
+) -> list[Difference]:
+    """Paired bootstrap of two score folders over the same items: items are drawn whole, with both outcomes. A side may
+    be several folders, one per training seed: then an item's outcome is the mean over them.
 
     The p-value is twice the smaller share of resamples in which the difference is not above (not below) zero, with
     one added to each count, so that it is never 0. Raises DataError when the folders do not hold the same items with
     the same truths, ConfigError for different kinds, rules, or a score that cannot be paired.
     """
-    a, b = read_folder(first), read_folder(second)
-    if (a.kind, a.manifest.get("rule")) != (b.kind, b.manifest.get("rule")):
-        raise ConfigError(
-            f"{a.path} is scored as {a.kind} ({a.manifest.get('rule')}), {b.path} as {b.kind} "
-            f"({b.manifest.get('rule')}); only scores of one kind and rule can be paired."
-        )
+    one, other = (_folders(first), _folders(second))
+    a = one[0]
+    for b in (*one, *other):
+        if (a.kind, a.manifest.get("rule")) != (b.kind, b.manifest.get("rule")):
+            raise ConfigError(
+                f"{a.path} is scored as {a.kind} ({a.manifest.get('rule')}), {b.path} as {b.kind} "
+                f"({b.manifest.get('rule')}); only scores of one kind and rule can be paired."
+            )
     outcomes = scorer(a.kind).outcomes
     if outcomes is None:
         raise ConfigError(f"Scores of kind {a.kind!r} are not means over items and cannot be paired here.")
-    ours, theirs = outcomes(a.rows, a.manifest), outcomes(_aligned(a, b), b.manifest)
-    width = ours.columns.shape[1]
-    sums = resampled_sums(np.concatenate([ours.columns, theirs.columns], axis=1), draws=draws, seed=seed)
-    moved = ours.statistic(sums[:, width:]) - ours.statistic(sums[:, :width])
+    ours, theirs = ([outcomes(_aligned(a, f), f.manifest) for f in side] for side in (one, other))
+    columns = [np.mean([o.columns for o in side], axis=0) for side in (ours, theirs)]
+    names, statistic, width = ours[0].names, ours[0].statistic, columns[0].shape[1]
+    sums = resampled_sums(np.concatenate(columns, axis=1), draws=draws, seed=seed)
+    moved = statistic(sums[:, width:]) - statistic(sums[:, :width])
     low, high = np.percentile(moved, [2.5, 97.5], axis=0)
-    before, after = ours.statistic(ours.columns.sum(axis=0)), theirs.statistic(theirs.columns.sum(axis=0))
+    before, after = (statistic(c.sum(axis=0)) for c in columns)
     tails = np.minimum((moved <= 0).sum(axis=0), (moved >= 0).sum(axis=0))
     return [
         Difference(
@@ -139,8 +150,12 @@ def compare(first: str | Path, second: str | Path, *, seed: int = 0, draws: int 
             interval=(float(low[i]), float(high[i])),
             p=float(min(1.0, 2 * (tails[i] + 1) / (draws + 1))),
         )
-        for i, name in enumerate(ours.names)
+        for i, name in enumerate(names)
     ]
+
+
+def _folders(side: str | Path | Sequence[str | Path]) -> list[Folder]:
+    return [read_folder(p) for p in ([side] if isinstance(side, str | Path) else side)]
 
 
 _TRUTHS = ("truth", "captions", "label")

@@ -102,7 +102,7 @@ def write_text(path: str | Path, text: str) -> Path:
     """UTF-8 text, written aside and renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")  # several processes may write to one comparison
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
     return path

@@ -1,13 +1,14 @@
 """One evaluation: a model, a task and a folder with manifest, raw outputs and scores.
 
 The folder holds ``manifest.json`` (what was asked of what, without dates), ``outputs.jsonl`` (one line per item, in
-the order of the data) and ``scores.json``. An interrupted evaluation goes on behind its last whole line, and a
-finished one can be scored again from its folder alone (:mod:`.rescore`).
+the order of the data), ``scores.json``, and ``quarantine.jsonl`` where samples could not be read (:mod:`.sound`). An
+interrupted evaluation goes on behind its last whole line, and a finished one can be scored again from its folder alone
+(:mod:`.rescore`).
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,20 @@ from typing import Any
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation.results import versions, write_json
 from isthmus.evaluation.scorers import scorer_of
-from isthmus.evaluation.tasks import Row, Scores, Task
+from isthmus.evaluation.tasks import CLOSE, Row, Scores, Task
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished evaluation: typed scores, and the raw outputs they come from."""
+    """A finished evaluation: typed scores, and the raw outputs they come from. ``left_out`` counts the samples that
+    could not be read."""
 
     task: str
     kind: str
     scores: Scores
     rows: list[Row]
     folder: Path
+    left_out: int = 0
 
 
 def evaluate(
@@ -35,6 +38,7 @@ def evaluate(
     folder: str | Path,
     *,
     model_hash: str = "",
+    left_out: int = 0,
     chunk: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
@@ -44,6 +48,7 @@ def evaluate(
         model: anything with the methods ``task.needs`` names. Where it has ``provenance(records, decoding)``, what
             that tells (image transform, template, prompts, decoding in full) is kept in the manifest.
         model_hash: identity of the weights, kept in the manifest; with one, another model is refused in this folder.
+        left_out: samples that could not be read, told in manifest and scores.
         chunk: items asked for at a time; outputs are on disk after each.
         progress: called with (items done, items in all) at the start and after each chunk.
 
@@ -51,7 +56,8 @@ def evaluate(
     DataError (the data or the folder's outputs cannot be used).
     """
     folder = Path(folder)
-    _settle(folder / "manifest.json", _manifest(task, model, model_hash))
+    left = {"left_out": left_out} if left_out else {}
+    _settle(folder / "manifest.json", _manifest(task, model, model_hash) | left)
     path = folder / "outputs.jsonl"
     rows = _read(path, task)
     report = progress or (lambda done, total: None)
@@ -68,8 +74,15 @@ def evaluate(
                 report(len(rows), len(task.ids))
     ordered = [rows[i] for i in task.ids]
     scores = task.score(ordered)
-    write_json(folder / "scores.json", {"task": task.name, "kind": task.kind, **scores.to_dict()})
-    return Result(task.name, task.kind, scores, ordered, folder)
+    facts = {"task": task.name, "kind": task.kind, **counts(left_out, ordered), **scores.to_dict()}
+    write_json(folder / "scores.json", facts)
+    return Result(task.name, task.kind, scores, ordered, folder, left_out)
+
+
+def counts(left_out: int, rows: Sequence[Row]) -> dict[str, int]:
+    """What stands in scores.json beside the scores: samples left out, and answers to which another was near."""
+    near = {"near": sum(row["gap"] < CLOSE for row in rows)} if rows and all("gap" in row for row in rows) else {}
+    return ({"left_out": left_out} if left_out else {}) | near
 
 
 def _manifest(task: Task, model: Any, model_hash: str) -> dict[str, Any]:

@@ -13,15 +13,17 @@ from typing import Any, ClassVar, Protocol, get_args
 
 import torch
 
-from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.errors import CapabilityError, ConfigError, DataError, nearest
 from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
 from isthmus.evaluation.asking import Control, ask_all, check_controls, whose_pictures
 from isthmus.evaluation.embedding import embed
-from isthmus.evaluation.protocols import Answers, Embeds, Picture, Records, Sample, Sees, TextPart
+from isthmus.evaluation.protocols import Answers, Embeds, Measures, Picture, Records, Sample, Sees, TextPart
 from isthmus.evaluation.turns import Turn, kind_of, last_turn, prompt
 from isthmus.nn.losses import Similarity
 
 Row = dict[str, Any]
+CLOSE = 1e-4
+"""Two best tokens nearer than this (in logits) may change places when sums are taken in another order."""
 _SCORED = ("answers", "class", "kind", "choices", "group")
 """What scoring reads of a record's meta data."""
 
@@ -144,6 +146,8 @@ class VqaTask(Questions):
 
     ``rule`` is a name of :mod:`.rules`: ``exact``, ``vqa``, ``ok-vqa``, ``gqa``, ``yes-no``, ``choice``. In ``mixed``
     data records without a picture keep their answer in the controls. ``decoding`` is handed to the model as it is.
+    ``gaps`` also asks how near another answer was: what is nearer than CLOSE is counted, as it may come out otherwise
+    in another batch or on another machine.
     """
 
     kind: ClassVar[str] = "vqa"
@@ -152,13 +156,15 @@ class VqaTask(Questions):
     decoding: Mapping[str, Any] = field(default_factory=dict)
     rule: str = "exact"
     mixed: bool = False
+    gaps: bool = False
 
     def __post_init__(self) -> None:
         Questions.__post_init__(self)
         rules.rule(self.rule)
 
     def describe(self) -> dict[str, Any]:
-        return {**Questions.describe(self), "rule": self.rule, "decoding": dict(self.decoding)}
+        told = {**Questions.describe(self), "rule": self.rule, "decoding": dict(self.decoding)}
+        return {**told, "gaps": True} if self.gaps else told
 
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         other = whose_pictures(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
@@ -167,8 +173,17 @@ class VqaTask(Questions):
             places = todo[start : start + chunk]
             records = [self.records[i] for i in places]
             others = [self.records[other[i]] for i in places]
-            answers = ask_all(model, [prompt(r) for r in records], others, self.controls, self.decoding)
-            yield [self._row(r, {k: v[j] for k, v in answers.items()}) for j, r in enumerate(records)]
+            asked = [prompt(r) for r in records]
+            answers = ask_all(model, asked, others, self.controls, self.decoding)
+            rows = [self._row(r, {k: v[j] for k, v in answers.items()}) for j, r in enumerate(records)]
+            if self.gaps:
+                rows = [row | {"gap": g} for row, g in zip(rows, self._gaps(model, asked), strict=True)]
+            yield rows
+
+    def _gaps(self, model: Answers, asked: Sequence[Any]) -> list[float]:
+        if not isinstance(model, Measures):
+            raise CapabilityError(f"Task {self.name!r}: this model cannot tell gaps; leave the option out.")
+        return model.gaps(asked, **self.decoding)
 
     def _row(self, record: Sample, said: Mapping[str, str]) -> Row:
         row = self.row(record.id, last_turn(record), kind_of(record), said)

@@ -180,12 +180,23 @@ def score(rows: Sequence[Facts], *, rule: Rule = EXACT, seed: int = 0) -> VqaSco
 
     Raises DataError when there are no rows.
     """
-    if not rows:
+    return pooled([rows], rule=rule, seed=seed)
+
+
+def pooled(runs: Sequence[Sequence[Facts]], *, rule: Rule = EXACT, seed: int = 0) -> VqaScores:
+    """Scores of several runs over the same questions in the same order, one per training seed: the means over runs.
+    A question is drawn with all its answers, so intervals are over questions, not over seeds."""
+    if not runs or not runs[0]:
         raise DataError("There are no answers to score: the data set is empty.")
-    kinds: defaultdict[str, list[Facts]] = defaultdict(list)
-    for row in rows:
-        kinds[row["kind"]].append(row)
-    return VqaScores(_score(rows, rule, seed), {k: _score(kinds[k], rule, seed) for k in sorted(kinds)})
+    if any([r["id"] for r in rows] != [r["id"] for r in runs[0]] for rows in runs[1:]):
+        raise DataError("The runs to pool do not hold the same questions in the same order.")
+    kinds: defaultdict[str, list[int]] = defaultdict(list)
+    for place, row in enumerate(runs[0]):
+        kinds[row["kind"]].append(place)
+    return VqaScores(
+        _score(runs, rule, seed),
+        {k: _score([[rows[i] for i in kinds[k]] for rows in runs], rule, seed) for k in sorted(kinds)},
+    )
 
 
 def controls_of(rows: Sequence[Facts]) -> list[str]:
@@ -193,10 +204,12 @@ def controls_of(rows: Sequence[Facts]) -> list[str]:
     return [c for c in ("blind", "shuffled", "prior") if all(r.get(c) is not None for r in rows)]
 
 
-def _score(rows: Sequence[Facts], rule: Rule, seed: int) -> Score:
-    controls = controls_of(rows)
-    right = np.array([[rule.points(r[c], r) for c in ("answer", *controls)] for r in rows], dtype=np.float64)
-    n = len(rows)
+def _score(runs: Sequence[Sequence[Facts]], rule: Rule, seed: int) -> Score:
+    said = [r for rows in runs for r in rows]
+    controls = controls_of(said)
+    points = [[[rule.points(r[c], r) for c in ("answer", *controls)] for r in rows] for rows in runs]
+    right = np.array(points, dtype=np.float64).mean(axis=0)
+    n = len(right)
 
     def statistic(sums: Array) -> Array:
         gain = sums[:, 0] - sums[:, 1:].max(axis=1, initial=0)
@@ -211,8 +224,8 @@ def _score(rows: Sequence[Facts], rule: Rule, seed: int) -> Score:
         interval=accuracy,
         gain=float(means[0]) - max(values.values()) if values else None,
         gain_interval=gain if values else None,
-        empty=sum(not normalise(r["answer"]) for r in rows),
-        unparsable=sum(not rule.says(r["answer"], r) for r in rows),
+        empty=sum(not normalise(r["answer"]) for r in said),
+        unparsable=sum(not rule.says(r["answer"], r) for r in said),
         **values,
     )
 

@@ -33,12 +33,13 @@ from torch import Tensor, nn
 
 from isthmus.batch import IGNORE, Batch, Places, Term, Tokens, Visuals
 from isthmus.config import plain, strict
-from isthmus.errors import ConfigError, DataError
+from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding
 from isthmus.language_seq2seq import Seq2SeqLM, build_language, safe_dtype
 from isthmus.models.published import flan_t5, opt, vicuna
 from isthmus.nn.beam import beam_search
 from isthmus.nn.connectors.qformer import Past, QFormerConfig, QFormerConnector
+from isthmus.nn.looking import patch_maps, self_attention
 from isthmus.nn.losses import Similarity, gather
 from isthmus.nn.matching import gather_tokens, hard_negatives, query_contrast
 from isthmus.nn.precision import KeptFloat32
@@ -208,7 +209,7 @@ class Blip2(nn.Module):
         if self.config.phase == "represent":
             writes = ("generate", "caption") if "itg" in self.config.objectives else ()
             return (*writes, "embed_images", "embed_texts", "similarity", "match")
-        return ("generate", "caption", "answer", "chat", "score")
+        return ("generate", "caption", "answer", "chat", "score") + ("attend",) * (self.prompt_stream == "lm")
 
     @property
     def prompt_stream(self) -> str:
@@ -407,6 +408,20 @@ class Blip2(nn.Module):
         if self.language is None:
             return self._write(batch, decoding)
         return self.language.generate(self.embed_prompt(batch), batch.text[self.prompt_stream].lengths, decoding)
+
+    @torch.no_grad()
+    def attention(self, batch: Batch) -> list[list[Tensor]]:
+        """Per row and per its visual a map (layers, T, F, P): the LM's attention to the visual tokens, mean over heads,
+        times what each was made of, by the last cross-attention of the Q-Former. Raises CapabilityError with a T5."""
+        if self.language is None or isinstance(self.language, Seq2SeqLM):
+            raise CapabilityError("Where BLIP-2 looked is told with a causal language model only.")
+        made_of: dict[int, Tensor] = {}
+        for group in batch.visuals:
+            text = batch.text[TEXT].rows(batch.owner[group.index]) if self.config.instruct else None
+            made_of |= zip(group.index.tolist(), self.connector.patch_weights(self._features(group), text), strict=True)
+        seen = self_attention(self.language.lm, self.embed_prompt(batch))
+        places, lengths = batch.places.get("lm", Places.none()), batch.text["lm"].lengths.tolist()
+        return patch_maps(seen, places, lengths, [made_of[n] for n in range(len(made_of))])
 
     def _write(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
         """Captions without any LM: beam search over the ITG use, from [DEC]."""

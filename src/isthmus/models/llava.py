@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from isthmus.batch import Batch, Places, Term, Visuals
 from isthmus.config import plain, strict
-from isthmus.errors import ConfigError, DataError
+from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding, LanguageModel
 from isthmus.models.published import tiny_llama, vicuna
 from isthmus.nn.connectors import build_connector
+from isthmus.nn.looking import patch_maps, self_attention
 from isthmus.nn.splice import at_places, splice
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.stage import Group, Stage
@@ -189,31 +190,29 @@ class Llava(nn.Module):
         """Continues every row; new tokens only, without the stop token. Pictures are encoded once."""
         return self.language.generate(self.embed_prompt(batch), batch.text[STREAM].lengths, decoding)
 
+    @torch.no_grad()
     def attention(self, batch: Batch) -> list[list[Tensor]]:
-        """Per row and per its visual a map (layers, T, F, P): how much each token looked at each patch.
-
-        The LM's own attention (mean over heads) to the visual's tokens, as shares of what the visual got. Tokens before
-        the visual have zeros. Raises DataError where a visual token is no patch of its own, as with ``cls_patch``.
-        """
-        embeds, places = self.embed_prompt(batch), batch.places.get(STREAM, Places.none())
-        frames = {
-            n: group.pixels.shape[1]
-            for group in batch.visuals
-            if group.pixels is not None
-            for n in group.index.tolist()
-        }
-        found: list[list[Tensor]] = []
-        for row, length in enumerate(batch.text[STREAM].lengths.tolist()):
-            heat = _attention_of(self.language.lm, embeds[row : row + 1, :length])
-            maps = []
-            for n in (places.row == row).nonzero().flatten().tolist():
-                start, tokens, visual = int(places.start[n]), int(places.length[n]), int(places.visual[n])
-                if self.config.feature_select == "cls_patch":
-                    raise DataError("a class token among the visual tokens has no place in a map over patches.")
-                looked = heat[:, :, start : start + tokens].unflatten(-1, (frames[visual], -1))
-                maps.append(looked / looked.sum((-1, -2), keepdim=True).clamp(min=torch.finfo(looked.dtype).tiny))
-            found.append(maps)
-        return found
+        """Per row and per its visual a map (layers, T, F, P): how the language model's attention to the visual, mean
+        over heads, was shared among its patches. Raises CapabilityError for a connector that gives other tokens than
+        one per feature, which cannot be traced back."""
+        made_of: dict[int, Tensor] = {}
+        for group in batch.visuals:
+            features = self._features(group)
+            count, frames, own = features.shape[:3]
+            if self.connector(features).shape[1] != frames * own:
+                raise CapabilityError(
+                    f"The connector {self.config.projector!r} does not make one token per patch, so where the model "
+                    "looked cannot be told."
+                )
+            tokens = torch.eye(frames * own, device=features.device).unflatten(-1, (frames, own))
+            if self.config.feature_select == "cls_patch":
+                tokens = tokens[..., 1:]
+            made_of.update(zip(group.index.tolist(), [tokens] * count, strict=True))
+        weights = self_attention(self.language.lm, self.embed_prompt(batch))
+        places = batch.places.get(STREAM, Places.none())
+        return patch_maps(
+            weights, places, batch.text[STREAM].lengths.tolist(), [made_of[n] for n in range(len(made_of))]
+        )
 
     def _features(self, group: Visuals) -> Tensor:
         if group.pixels is not None:
@@ -296,15 +295,3 @@ STAGES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 """The papers' two stages (2304.08485 sec. 4.2; 2310.03744 sec. 3): feature alignment trains the projector alone,
 visual instruction tuning the projector and the language model; the vision encoder is frozen in both. Pictures are
 cropped square except in v1.5's second stage, which pads them. Keys are those of a recipe's stage."""
-
-
-def _attention_of(lm: Any, embeds: Tensor) -> Tensor:
-    """(layers, T, T) attention of a transformers LM over one row (1, T, D), the mean over heads."""
-    before = lm.config._attn_implementation
-    lm.set_attn_implementation("eager")  # the only one that tells its weights
-    try:
-        with torch.no_grad():
-            layers = lm(inputs_embeds=embeds, use_cache=False, output_attentions=True).attentions
-    finally:
-        lm.set_attn_implementation(before)
-    return torch.stack([weights[0].float().mean(0) for weights in layers])

@@ -6,7 +6,7 @@ steps.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +55,11 @@ class Cost:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> "Cost":
+        speeds = facts["throughput"]
+        return cls(**{**facts, "throughput": speeds and {int(size): speed for size, speed in speeds.items()}})
 
 
 def cost_of(model: Model, folder: Path, recipe: Recipe | None, questions: Sequence[Record]) -> Cost:
@@ -105,20 +110,26 @@ def trained_parameters(folder: Path, recipe: Recipe) -> int:
 def training_flops(recipe: Recipe) -> float | None:
     """Of all stages; None where the parts or data that the recipe names are not there any more."""
     try:
-        built, total = build(recipe), 0.0
-        for spec in recipe.stages:
-            built = built.enter(spec)
-            with closing(make_loader(built, spec).steps()) as stream:  # type: ignore[type-var]
-                _, batches = next(stream)
-            apply_stage(built.net, spec.stage.train)
-            with Operations() as counter:
-                for batch in batches:
-                    torch.stack([term.mean for term in built.net.loss(batch).values()]).sum().backward()
-            built.net.zero_grad(set_to_none=True)
-            total += counter.total * steps_of(spec)
+        steps = step_flops(recipe)
     except (IsthmusError, OSError):
         return None
-    return total
+    return sum(steps[spec.name] * steps_of(spec) for spec in recipe.stages)
+
+
+def step_flops(recipe: Recipe) -> dict[str, int]:
+    """Stage -> operations of its first step, forward and backward. Raises what building and loading raise."""
+    built, found = build(recipe), {}
+    for spec in recipe.stages:
+        built = built.enter(spec)
+        with closing(make_loader(built, spec).steps()) as stream:  # type: ignore[type-var]
+            _, batches = next(stream)
+        apply_stage(built.net, spec.stage.train)
+        with Operations() as counter:
+            for batch in batches:
+                torch.stack([term.mean for term in built.net.loss(batch).values()]).sum().backward()
+        built.net.zero_grad(set_to_none=True)
+        found[spec.name] = counter.total
+    return found
 
 
 def _answering(model: Model, questions: Sequence[Record]) -> dict[str, Any]:

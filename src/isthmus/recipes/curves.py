@@ -12,6 +12,8 @@ from torch import Tensor
 from isthmus.recipes.schema import Recipe
 
 Points = list[tuple[float, float]]
+_DARK = 45
+"""White where nobody looked, of 255."""
 
 
 def metrics(folder: Path, stage: str) -> list[dict[str, Any]]:
@@ -38,11 +40,11 @@ def seconds(folder: Path, recipe: Recipe) -> float:
 
 
 def overlay(picture: PilImage.Image, heat: Tensor) -> PilImage.Image:
-    """The picture, grey where a map (rows, columns) is low, in colour where it is high; the highest counts as 1."""
+    """The picture, bright where a map (rows, columns) is high, dark where it is low; the highest counts as 1."""
     share = (heat / heat.max().clamp(min=1e-12) * 255).round().to(torch.uint8).cpu().numpy()
     mask = PilImage.fromarray(share, "L").resize(picture.size, PilImage.Resampling.BILINEAR)
-    dull = picture.convert("L").point([150 + level * 80 // 255 for level in range(256)]).convert("RGB")
-    return PilImage.composite(picture, dull, mask)
+    dark = picture.point([level * _DARK // 255 for level in range(256)] * 3)
+    return PilImage.composite(picture, dark, mask)
 
 
 def png(picture: PilImage.Image) -> bytes:

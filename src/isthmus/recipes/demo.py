@@ -17,11 +17,12 @@ from isthmus.data.sources import open_source
 from isthmus.evaluation.report import write_report
 from isthmus.evaluation.run import Result
 from isthmus.model import Model
-from isthmus.recipes.compare import Contestant, measure, write_comparison
+from isthmus.recipes.compare import Contestant, measure
 from isthmus.recipes.curves import png
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import Recipe, read_recipe
 from isthmus.recipes.scoring import model_hash, score_model
+from isthmus.recipes.side_by_side import write_comparison
 
 STORY = {
     "clip": "clip-tiny",
@@ -50,7 +51,7 @@ def run_demo(out: Path, *, seed: int = 0, serve: bool = True) -> None:
         model = train(recipe, out / name)
         rival = Contestant(name=name, folder=out / name, recipe=recipe, specs=recipe.evaluate)
         rival.results = _score(model, recipe, out / name, seed)
-        measure(rival, model)
+        measure(rival, model, out / name / "eval")
         rivals.append(rival)
     report = write_comparison(out, rivals, title=_TITLE, summary=_SUMMARY, seed=seed)
     write_report(out / "report.html", report)

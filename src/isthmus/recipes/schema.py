@@ -5,11 +5,11 @@ filled from ``DATA=...`` overrides, so a committed recipe never holds anybody's 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -144,7 +144,8 @@ class EvalSpec(Strict):
     """One scoring task of the finished model on the source ``data``.
 
     ``train`` is a source of training data: its answers give the prior of ``vqa``, its pictures fit the
-    ``linear-probe``. ``options`` are the task's own. ``stage`` scores the model as that stage left it.
+    ``linear-probe``. ``options`` are the task's own. ``stage`` scores the model as that stage left it. ``bad_samples``
+    is the fraction of samples that may be unreadable before the evaluation stops.
     """
 
     name: str
@@ -153,6 +154,7 @@ class EvalSpec(Strict):
     data: dict[str, Any]
     train: dict[str, Any] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+    bad_samples: float = Field(default=0.01, ge=0, le=1)
 
 
 class Recipe(Strict):
@@ -188,9 +190,9 @@ class Recipe(Strict):
         return stages
 
 
-def shipped() -> list[str]:
-    """Names of the recipes inside the package."""
-    folder = resources.files("isthmus.recipes") / "library"
+def shipped(shelf: str = "library") -> list[str]:
+    """Names of the recipes inside the package; on the shelf ``comparisons`` those of ``isthmus compare``."""
+    folder = resources.files("isthmus.recipes") / shelf
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
@@ -200,13 +202,22 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: boo
     ``to_show`` leaves variables that were not given as they stand: what a recipe would do can be told without them.
     Raises ConfigError: no such recipe, bad YAML, an unknown key (the nearest is named), an unset ``{VARIABLE}``.
     """
+    tree = read_tree(name, overrides, to_show=to_show)
+    if tree.get("kind") == "compare":
+        raise ConfigError(f"{name} compares several models: run `isthmus compare {name}`.")
+    return parse_recipe(tree, where=str(name))
+
+
+def read_tree(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool = False) -> dict[str, Any]:
+    """What the recipe ``name`` says, overrides and variables put in, its keys not checked yet."""
     path = Path(name)
+    shelf = next((s for s in ("library", "comparisons") if str(name) in shipped(s)), None)
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
             raise ConfigError(f"No recipe file {path}. Shipped recipes go by name: {', '.join(shipped())}.")
         tree = read_yaml(path)
-    elif str(name) in shipped():
-        text = (resources.files("isthmus.recipes") / "library" / f"{name}.yaml").read_text(encoding="utf-8")
+    elif shelf is not None:
+        text = (resources.files("isthmus.recipes") / shelf / f"{name}.yaml").read_text(encoding="utf-8")
         tree = yaml_value(text, str(name))
     else:
         raise ConfigError(f"No shipped recipe {str(name)!r}; {nearest(str(name), shipped())} (A file ends in .yaml.)")
@@ -225,7 +236,7 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: boo
         raise ConfigError(f"Recipe {name} does not use {{{key}}}; {nearest(key, _mentioned(tree))}")
     if not to_show:
         _demand(tree, variables, tree.get("variables") or {}, str(name))
-    return parse_recipe(_fill(tree, variables), where=str(name))
+    return _fill(tree, variables)
 
 
 def read_yaml(path: Path) -> Any:
@@ -250,29 +261,43 @@ def yaml_value(text: str, what: str) -> Any:
 
 def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A checked Recipe from plain mappings; raises ConfigError in words."""
+    return checked(Recipe, tree, where, _NESTED)
+
+
+_NESTED: dict[str, type[BaseModel]] = {
+    "stages": StageSpec,
+    "tokenizer": TokenizerSpec,
+    "evaluate": EvalSpec,
+    "feature_cache": FeatureCacheSpec,
+}
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def checked(kind: type[M], tree: Mapping[str, Any], where: str, nested: Mapping[str, type[BaseModel]]) -> M:
+    """``tree`` as a ``kind``, whose keys in ``nested`` hold those. Raises ConfigError in words, the nearest key named
+    for an unknown one."""
     try:
-        return Recipe.model_validate(dict(tree))
+        return kind.model_validate(dict(tree))
     except ValidationError as error:
-        raise ConfigError(_explain(error, where)) from None
+        raise ConfigError(_explain(error, where, lambda loc: _fields_at(loc, kind, nested))) from None
 
 
-def _explain(error: ValidationError, where: str) -> str:
+def _explain(error: ValidationError, where: str, known: Callable[[tuple[int | str, ...]], list[str]]) -> str:
     lines = []
     for fault in error.errors()[:5]:
         place = ".".join(str(p) for p in fault["loc"] if p != "stage") or "recipe"
         if fault["type"] == "extra_forbidden":
             key = str(fault["loc"][-1])
-            lines.append(f"unknown key {place!r}; {nearest(key, _fields_at(fault['loc'][:-1]))}")
+            lines.append(f"unknown key {place!r}; {nearest(key, known(fault['loc'][:-1]))}")
         else:
             lines.append(f"{place}: {fault['msg'].removeprefix('Value error, ')}")
     return f"Recipe {where} does not fit: " + "; ".join(lines)
 
 
-def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
+def _fields_at(loc: tuple[int | str, ...], kind: type[BaseModel], nested: Mapping[str, type[BaseModel]]) -> list[str]:
     """Keys that the schema knows at a location of the error."""
-    nested: dict[str, type[BaseModel]] = {"stages": StageSpec, "tokenizer": TokenizerSpec, "evaluate": EvalSpec}
-    nested["feature_cache"] = FeatureCacheSpec
-    kind: type[BaseModel] = Recipe
     for step in loc:
         if isinstance(step, str):
             kind = nested.get(step, kind)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus import checkpoint
+from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, nearest
 from isthmus.evaluation import zero_shot
@@ -12,8 +13,10 @@ from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, Likeli
 from isthmus.evaluation.caption_task import CaptionTask, typical_caption
 from isthmus.evaluation.few_shot import FewShotTask
 from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
+from isthmus.evaluation.protocols import Answers
 from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.run import Result, evaluate
+from isthmus.evaluation.sound import Sound
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
 from isthmus.model import Model, load
@@ -37,11 +40,16 @@ class First:
         return self.source[index]
 
 
-def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None) -> Task:
-    """The task that ``spec`` names, on its data. Raises ConfigError for an unknown task or option."""
+def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quarantine: Quarantine | None = None) -> Task:
+    """The task that ``spec`` names, on its data; with a ``quarantine`` on what can be read of it.
+
+    Raises ConfigError for an unknown task or option, DataError when too much is bad.
+    """
     records: Any = open_source(spec.data)
     if limit is not None:
         records = First(records, limit)
+    if quarantine is not None:
+        records = Sound(records, quarantine)
     train: Any = open_source(spec.train) if spec.train is not None else None
     options = dict(spec.options)
     try:
@@ -123,6 +131,20 @@ TASKS: dict[str, Callable[[EvalSpec, Any, Any, int, dict[str, Any]], Task]] = {
 }
 
 
+def needs(spec: EvalSpec) -> type:
+    """The protocol of a model that can do the task."""
+    if spec.task == "retrieval":
+        return RerankTask.needs if "rerank" in spec.options else RetrievalTask.needs
+    own: dict[str, Any] = {
+        "choice-likelihood": LikelihoodTask,
+        "matching": MatchingTask,
+        "matching-head": MatchingHeadTask,
+        "zero-shot": ZeroShotTask,
+        "linear-probe": LinearProbeTask,
+    }
+    return own[spec.task].needs if spec.task in own else Answers
+
+
 def score_model(
     model: Any,
     specs: Sequence[EvalSpec],
@@ -150,8 +172,10 @@ def score_model(
             spec = spec.model_copy(update={"options": {"similarity": model.net.config.similarity, **spec.options}})
         if spec.task == "caption" and "caption" in model.prompts:
             spec = spec.model_copy(update={"options": {"prompt": model.prompts["caption"], **spec.options}})
-        task = make_task(spec, seed=seed, limit=limit)
-        found.append(evaluate(model, task, folder / name, model_hash=model_hash, progress=report))
+        quarantine = Quarantine(folder / name / "quarantine.jsonl", threshold=spec.bad_samples)
+        task = make_task(spec, seed=seed, limit=limit, quarantine=quarantine)
+        left_out = quarantine.failures
+        found.append(evaluate(model, task, folder / name, model_hash=model_hash, left_out=left_out, progress=report))
     return found
 
 
@@ -168,6 +192,23 @@ def _of_stage(run: Path, stage: str, final: Model, final_hash: str) -> tuple[Mod
             "with that `stage`. Leave `stage` out to score the finished model."
         )
     return final, final_hash
+
+
+SHOWABLE = ("vqa", "vqav2", "ok-vqa", "gqa", "scienceqa", "choice")
+"""Tasks whose questions may stand behind examples."""
+
+
+def with_shots(specs: Sequence[EvalSpec], counts: Sequence[int], select: str = "random") -> list[EvalSpec]:
+    """Each question-answering task once per number of shots."""
+    return [
+        spec.model_copy(
+            update={"name": f"{spec.name}-{count}-shots", "options": {**spec.options, "shots": count, "select": select}}
+        )
+        if count is not None
+        else spec
+        for spec in specs
+        for count in (counts if counts and spec.task in SHOWABLE else [None])
+    ]
 
 
 def own_tasks(folder: Path) -> list[EvalSpec]:

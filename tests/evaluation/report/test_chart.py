@@ -12,7 +12,7 @@ positive = st.floats(1e-6, 1e6)
 
 
 def coordinates(html):
-    lines = re.findall(r'class="line s\d" d="M([^"]+)"', html)
+    lines = re.findall(r'class="line s\d(?: dashed)?" d="M([^"]+)"', html)
     return [[tuple(map(float, p.split())) for p in line.split("L")] for line in lines]
 
 
@@ -64,6 +64,19 @@ def test_a_long_series_is_thinned_and_keeps_its_last_point():
     assert len(second) == 10
     assert "training" not in html
     assert "<span class=num>7</span>" in html
+
+
+def test_a_few_points_are_seen_as_points():
+    few, many = [(0, 1.0), (4, 2.0)], [(float(i), float(i)) for i in range(50)]
+    assert figure(Chart(title="t", series={"a": few, "b": few[:1]}), 1).count("<circle") == 3
+    assert "<circle" not in figure(Chart(title="t", series={"a": many}), 1)
+
+
+def test_more_series_than_colours_are_told_apart_by_dashes():
+    html = figure(Chart(title="t", series={str(i): [(0, 1.0), (1, 2.0)] for i in range(8)}), 1)
+    styles = re.findall(r'class="line ([^"]+)"', html)
+    assert len(set(styles)) == 8
+    assert styles[6] == "s0 dashed"
 
 
 def test_what_cannot_be_drawn_is_left_out():

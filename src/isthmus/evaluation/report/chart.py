@@ -12,6 +12,8 @@ WIDTH, HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 40
 _MOST_POINTS = 200
 _COLOURS = 6
+_DOTTED = 12
+"""A line of at most so many points also shows the points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ def figure(chart: Chart, number: int) -> str:
     kept = {name: _thin(_drawable(points, chart.log)) for name, points in chart.series.items()}
     kept = {name: points for name, points in kept.items() if points}
     legend = "".join(
-        f'<li><svg class="key s{i % _COLOURS}" viewBox="0 0 22 8" aria-hidden="true"><path d="M1 4H21"/></svg>'
+        f'<li><svg class="key {_style(i)}" viewBox="0 0 22 8" aria-hidden="true"><path d="M1 4H21"/></svg>'
         f"{escape(name)} <span class=num>{_number(points[-1][1])}</span></li>"
         for i, (name, points) in enumerate(kept.items())
     )
@@ -79,11 +81,22 @@ def _svg(chart: Chart, series: Mapping[str, Sequence[Point]]) -> str:
         f"{escape(chart.y_label)}</text>"
     )
     lines = [
-        f'<path class="line s{i % _COLOURS}" d="M{"L".join(f"{place_x(x)} {place_y(y)}" for x, y in points)}"/>'
+        f'<path class="line {_style(i)}" d="M{"L".join(f"{place_x(x)} {place_y(y)}" for x, y in points)}"/>'
         for i, points in enumerate(series.values())
     ]
+    dots = [
+        f'<circle class="dot {_style(i)}" cx="{place_x(x)}" cy="{place_y(y)}" r="2.6"/>'
+        for i, points in enumerate(series.values())
+        if len(points) <= _DOTTED
+        for x, y in points
+    ]
     title = escape(f"{chart.title}: {', '.join(series)}")
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(marks + lines)}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(marks + lines + dots)}</svg>'
+
+
+def _style(number: int) -> str:
+    """The class of a series: its colour, and dashes where all colours are taken."""
+    return f"s{number % _COLOURS}" + (" dashed" if number // _COLOURS % 2 else "")
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:

@@ -19,11 +19,11 @@ from isthmus.evaluation.vqa import VqaScores
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model said of a sample, whether it is right, and (PNG bytes) where in the picture it looked."""
+    """What a model said of a sample, whether it is right, and perhaps where it looked (PNG bytes)."""
 
     text: str
     right: bool
-    looked: bytes | None = None
+    look: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,8 @@ class TrainedPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """A plain table under a heading of its own; columns from ``numeric`` on are figures."""
+    """A plain table under a heading of its own, or without one under the table before it; columns from ``numeric`` on
+    are figures."""
 
     heading: str
     caption: str
@@ -73,14 +74,17 @@ class Report:
     """Everything on the page; what is empty leaves no trace on it.
 
     ``scores`` and ``retrieval`` by model name, ``seconds`` of wall-clock time by stage, ``facts`` short lines such as
-    seed, versions and machine.
+    seed, versions and machine. ``opening`` tables stand before the scores; ``plots`` are figures of scores, ``charts``
+    of training.
     """
 
     title: str
     summary: str = ""
+    opening: Sequence[Listing] = ()
     scores: Mapping[str, VqaScores] = field(default_factory=dict)
     retrieval: Mapping[str, RetrievalScores] = field(default_factory=dict)
     listings: Sequence[Listing] = ()
+    plots: Sequence[Chart] = ()
     charts: Sequence[Chart] = ()
     samples: Sequence[SamplePicture] = ()
     training: Sequence[TrainedPart] = ()
@@ -99,10 +103,12 @@ def render(report: Report) -> str:
     style = files("isthmus.evaluation.report").joinpath("style.css").read_text(encoding="utf-8")
     numbers = _Numbers()
     sections = [
+        *(_listing(listing, numbers) for listing in report.opening),
         _scores(report, numbers),
         _retrieval(report, numbers),
+        _section("Curves", _charts(report.plots)),
         *(_listing(listing, numbers) for listing in report.listings),
-        _section("How the models learnt", _charts(report.charts)),
+        _section("How the models learnt", _charts(report.charts, after=len(report.plots))),
         _section("What they answer", _samples(report.samples)),
         _training(report, numbers),
         _seconds(report, numbers),
@@ -121,6 +127,8 @@ def render(report: Report) -> str:
     )
 
 
+_FOLDED = 48
+"""A table of more scores by kind than this is folded away until somebody opens it."""
 _ORNAMENT = (
     '<svg class="ornament" viewBox="0 0 120 24" aria-hidden="true">'
     '<path d="M2 12C2 4 14 2 26 3C40 4 46 10.6 60 10.6C74 10.6 80 4 94 3C106 2 118 4 118 12'
@@ -141,7 +149,8 @@ class _Numbers:
 
 
 def _section(heading: str, body: str) -> str:
-    return f"<section><h2>{escape(heading)}</h2>{body}</section>" if body else ""
+    title = f"<h2>{escape(heading)}</h2>" if heading else ""
+    return f"<section>{title}{body}</section>" if body else ""
 
 
 def _scores(report: Report, numbers: _Numbers) -> str:
@@ -162,6 +171,8 @@ def _scores(report: Report, numbers: _Numbers) -> str:
         if single:
             groups = [("", [(k, rows[0][1]) for k, rows in groups])]
         by_kind = score_table(groups, numbers.caption("The same by kind of question."), "kind" if single else "model")
+        if (count := sum(len(rows) for _, rows in groups)) > _FOLDED:
+            by_kind = f"<details><summary>By kind of question, {count} rows</summary>{by_kind}</details>"
     reading = (
         '<p class="reading"><b>How to read a score.</b> Beside the accuracy stands what can be reached without '
         "looking: <i>blind</i>, the same model without the picture; <i>shuffled</i>, with the picture of another "
@@ -187,37 +198,47 @@ def _listing(listing: Listing, numbers: _Numbers) -> str:
     return _section(listing.heading, table(listing.head, listing.rows, caption, numeric=listing.numeric))
 
 
-def _charts(charts: Sequence[Chart]) -> str:
-    drawn = "".join(figure(chart, number) for number, chart in enumerate(charts, start=1))
+def _charts(charts: Sequence[Chart], *, after: int = 0) -> str:
+    drawn = "".join(figure(chart, number) for number, chart in enumerate(charts, start=after + 1))
     return f'<div class="charts">{drawn}</div>' if drawn else ""
 
 
 def _samples(samples: Sequence[SamplePicture]) -> str:
-    shown = "".join(_sample(s) for s in samples)
-    return f'<div class="samples">{shown}</div>' if shown else ""
+    if not samples:
+        return ""
+    blind = {n for s in samples for n in s.answers} - {n for s in samples for n, a in s.answers.items() if a.look}
+    looked = any(a.look for s in samples for a in s.answers.values())
+    note = (
+        '<p class="reading">The small pictures show where a model looked while it wrote: bright where its attention '
+        "was, the mean over layers and new tokens."
+        + (f" No such map exists of {escape(', '.join(sorted(blind)))}." if blind else "")
+        + "</p>"
+        if looked
+        else ""
+    )
+    return note + '<div class="samples">' + "".join(_sample(s) for s in samples) + "</div>"
 
 
 def _sample(sample: SamplePicture) -> str:
-    source = _inline(sample.png)
     alone = len(sample.answers) == 1
     said = "".join(
         f'<li class="{"right" if a.right else "wrong"}">'
         f'<span class="mark" role="img" aria-label="{"right" if a.right else "wrong"}">{"✓" if a.right else "✗"}</span>'
         f'<span class="said">{escape(a.text) if a.text.strip() else "<i>no answer</i>"}</span>'
-        + (f'<img class="looked" src="{_inline(a.looked)}" alt="where {escape(name)} looked">' if a.looked else "")
         + ("" if alone else f'<span class="who">{escape(name)}</span>')
+        + ("" if a.look is None else f'<img class="look" src="{_embedded(a.look)}" alt="where {escape(name)} looked">')
         + "</li>"
         for name, a in sample.answers.items()
     )
     kind = f'<span class="kind">{escape(sample.kind)}</span>' if sample.kind else ""
     return (
-        f'<article class="sample"><img src="{source}" alt="{escape(sample.question)}">'
+        f'<article class="sample"><img src="{_embedded(sample.png)}" alt="{escape(sample.question)}">'
         f'<div><p class="question">{escape(sample.question)}</p><ul>{said}</ul>'
         f'<p class="truth">truth: <b>{escape(sample.truth)}</b>{kind}</p></div></article>'
     )
 
 
-def _inline(png: bytes) -> str:
+def _embedded(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 

@@ -84,6 +84,11 @@ class _Attention(Attention):
         y = attend(q, k, v, mask=mask, dropout=self.dropout if self.training else 0.0)
         return self.out_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
+    def weights(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, T, S): how much each row of ``x`` looks at each of ``context``, the mean over heads."""
+        q, k = self._split(self.q_proj(x)), self._split(self.k_proj(context))
+        return (q * self.head_width**-0.5 @ k.transpose(-1, -2)).softmax(-1).mean(1)
+
 
 class _FeedForward(nn.Module):
     """LN(x + dropout(MLP(x))): the queries have one, the text another."""
@@ -115,8 +120,7 @@ class QFormerLayer(nn.Module):
         self, x: Tensor, queries: int, *, vision: Tensor | None, mask: Tensor | None, past: Past | None
     ) -> tuple[Tensor, Past]:
         """(B, Q + T, D) -> the same, and this layer's keys and values. ``queries`` rows stand in front."""
-        seen, kept = self.attn.look(x, mask=mask, past=past)
-        x = self.ln_attn(x + self.dropout(seen))
+        x, kept = self._attended(x, mask, past)
         rows, text = x[:, :queries], x[:, queries:]
         parts = []
         if queries:
@@ -127,6 +131,15 @@ class QFormerLayer(nn.Module):
             assert self.ffn_text is not None  # the tables that made these rows come with it
             parts.append(self.ffn_text(text))
         return torch.cat(parts, dim=1), kept
+
+    def patch_weights(self, x: Tensor, queries: int, *, vision: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, Q, P): how much the query rows look at each vision token here."""
+        assert self.cross is not None
+        return self.cross.weights(self._attended(x, mask, None)[0][:, :queries], vision)
+
+    def _attended(self, x: Tensor, mask: Tensor | None, past: Past | None) -> tuple[Tensor, Past]:
+        seen, kept = self.attn.look(x, mask=mask, past=past)
+        return self.ln_attn(x + self.dropout(seen)), kept
 
 
 class QFormer(nn.Module):
@@ -178,6 +191,20 @@ class QFormer(nn.Module):
             x, pair = layer(x, count, vision=vision, mask=mask, past=past[number] if past is not None else None)
             kept.append(pair)
         return QFormerOutput(x, tuple(kept))
+
+    def patch_weights(
+        self, queries: Tensor, ids: Tensor | None = None, *, vision: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, Q, P): how much each query looks at each vision token in the last layer with cross-attention."""
+        x, count = self._embed(queries, ids, 0)
+        mask = self._mask(x.shape[1], count, text_mask, False, None)
+        last = (len(self.layers) - 1) // self.config.cross_every * self.config.cross_every
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, QFormerLayer)
+            if number == last:
+                return layer.patch_weights(x, count, vision=vision, mask=mask)
+            x, _ = layer(x, count, vision=vision, mask=mask, past=None)
+        raise AssertionError("a Q-Former has at least one layer")
 
     def _written(self, past: Sequence[Past]) -> int:
         """Text tokens among the rows of ``past``: all but the queries in front."""
@@ -280,6 +307,22 @@ class QFormerConnector(KeptFloat32):
             rows = self.read(vision, text.rows(torch.arange(visuals, device=vision.device).repeat_interleave(frames)))
         out = rows if self.projection is None else self.projection(rows)
         return out.unflatten(0, (visuals, frames)).flatten(1, 2)
+
+    def patch_weights(self, features: Tensor, text: Tokens | None = None) -> Tensor:
+        """(N, R, F, P - 1): which patches each visual token was made of, by the last cross-attention; the class token,
+        which comes first, is left out. A token is made of its own frame alone."""
+        visuals, frames = features.shape[:2]
+        vision = self.vision_tokens(features).flatten(0, 1)
+        queries = self.queries.expand(len(vision), -1, -1)
+        if text is None:
+            seen = self.qformer.patch_weights(queries, vision=vision)
+        else:
+            rows = text.rows(torch.arange(visuals, device=vision.device).repeat_interleave(frames))
+            seen = self.qformer.patch_weights(queries, rows.ids, vision=vision, text_mask=rows.mask)
+        seen = seen[..., 1:]
+        seen = (seen / seen.sum(-1, keepdim=True).clamp(min=1e-12)).unflatten(0, (visuals, frames))
+        own = torch.eye(frames, device=seen.device)
+        return torch.einsum("nfqp,fg->nfqgp", seen, own).flatten(1, 2)
 
     def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
         """Q for every frame, whatever its size."""

@@ -1,0 +1,65 @@
+"""From an evaluation as a recipe names it to tasks: shots, what a model must be able to do, what is left out."""
+
+import json
+
+import pytest
+from PIL import Image as PilImage
+
+from isthmus.errors import DataError
+from isthmus.evaluation.protocols import Answers, Embeds, Reranks, Sees, Weighs
+from isthmus.model import load
+from isthmus.recipes.schema import EvalSpec
+from isthmus.recipes.scoring import TASKS, make_task, needs, score_model, with_shots
+
+
+def test_each_number_of_shots_is_a_task_of_its_own():
+    specs = [EvalSpec(name="vqa", task="vqa", data={}), EvalSpec(name="r", task="retrieval", data={})]
+    found = with_shots(specs, [0, 8], "rices")
+    assert [s.name for s in found] == ["vqa-0-shots", "vqa-8-shots", "r"]
+    assert found[1].options == {"shots": 8, "select": "rices"}
+    assert with_shots(specs, [], "random") == specs
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "protocol"),
+    [
+        ("vqa", {}, Answers),
+        ("caption", {}, Answers),
+        ("choice-likelihood", {}, Weighs),
+        ("retrieval", {}, Embeds),
+        ("retrieval", {"rerank": 4}, Reranks),
+        ("zero-shot", {}, Embeds),
+        ("linear-probe", {}, Sees),
+    ],
+)
+def test_what_a_task_needs_is_known_without_its_data(task, options, protocol):
+    assert needs(EvalSpec(name="x", task=task, data={}, options=options)) is protocol
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_what_a_task_needs_is_what_the_task_says(name):
+    data = {"kind": "scenes", "form": "captions" if name in ("caption", "retrieval", "matching") else "questions"}
+    spec = EvalSpec(name="x", task=name, data=data | {"count": 4}, train=data | {"count": 4})
+    assert make_task(spec).needs is needs(spec)
+
+
+def test_a_broken_picture_is_left_out_of_an_evaluation_and_counted(story, tmp_path):
+    rows = []
+    for number in range(3):
+        PilImage.effect_noise((64, 64), 40 + number).convert("RGB").save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "noise"}]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    data = {"kind": "llava", "file": str(tmp_path / "data.json"), "image_folder": str(tmp_path)}
+    spec = EvalSpec(name="vqa", task="vqa", data=data, options={"decoding": {"max_new_tokens": 2}})
+    model = load(story / "llava")
+    for _ in range(2):
+        (result,) = score_model(model, [spec], tmp_path / "out", model_hash="x")
+        assert (result.left_out, [r["id"] for r in result.rows]) == (1, ["data/0", "data/2"])
+    lines = (tmp_path / "out" / "vqa" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["data/1"]
+    many = spec.model_copy(update={"data": data | {"file": str(tmp_path / "many.json")}})
+    (tmp_path / "many.json").write_text(json.dumps([r | {"id": f"{n} {r['id']}"} for n in range(40) for r in rows]))
+    with pytest.raises(DataError, match="40 of 120 samples are bad"):
+        score_model(model, [many], tmp_path / "many", model_hash="x")
