@@ -29,7 +29,16 @@ from isthmus.data.scenes.dice import Dice
 from isthmus.data.scenes.draw import ScenePicture
 from isthmus.data.scenes.facts import facts
 from isthmus.data.scenes.few_shot import few_shot
-from isthmus.data.scenes.interleaved import Clip, Lesson, clip_part, lesson_parts, lesson_text, make_clip, make_lesson
+from isthmus.data.scenes.interleaved import (
+    ATTRIBUTES,
+    Clip,
+    Lesson,
+    clip_part,
+    lesson_parts,
+    lesson_text,
+    make_clip,
+    make_lesson,
+)
 from isthmus.data.scenes.questions import KINDS, Question, ask, follow_up
 from isthmus.data.scenes.scene import SPLITS, Scene, Split, make_scene
 from isthmus.data.scenes.words import captions, describe, outlines, symbols
@@ -68,7 +77,7 @@ class SceneSource:
     :data:`isthmus.data.scenes.interleaved.CONTROLS`.
 
     ``turns`` is the number of question-answer turns in conversations and symbols, ``kinds`` the kinds of question asked
-    in any form (none given: all). ``distinct`` skips scenes that no caption could tell from an earlier one (for
+    in any form, or the attributes (colour, shape) that lessons are about (none given: all). ``distinct`` skips scenes that no caption could tell from an earlier one (for
     retrieval tests). Raises ConfigError for an unknown form, split or kind.
     """
 
@@ -85,20 +94,22 @@ class SceneSource:
         shots: int | None = None,
         frames: int = 4,
         control: str = "",
-        kinds: Sequence[str] = KINDS,
+        kinds: Sequence[str] | None = None,
     ) -> None:
         if form not in FORMS:
             raise ConfigError(f"scenes have no form {form!r}; {nearest(form, FORMS)}")
         if split not in SPLITS:
             raise ConfigError(f"scenes have no split {split!r}; {nearest(split, SPLITS)}")
+        known = tuple(sorted(ATTRIBUTES)) if form in ("lessons", "lesson_texts") else KINDS
+        kinds = known if kinds is None else tuple(kinds)
         for kind in kinds:
-            if kind not in KINDS:
-                raise ConfigError(f"scenes have no kind of question {kind!r}; {nearest(kind, KINDS)}")
+            if kind not in known:
+                raise ConfigError(f"scenes, form {form}: there is no kind {kind!r}; {nearest(kind, known)}")
         if not kinds:
-            raise ConfigError(f"scenes: kinds is empty; name some of {', '.join(KINDS)}")
+            raise ConfigError(f"scenes: kinds is empty; name some of {', '.join(known)}")
         if count < 1 or turns < 1:
             raise ConfigError(f"scenes need at least one record and one turn, not count={count}, turns={turns}")
-        self.form, self.seed, self.size, self.turns, self.kinds = form, seed, size, turns, tuple(kinds)
+        self.form, self.seed, self.size, self.turns, self.kinds = form, seed, size, turns, kinds
         self.split: Split = split
         self.shots, self.frames, self.control = shots, frames, control
         self.name = f"scenes-{form}-{split}"
@@ -233,7 +244,8 @@ class SceneSource:
 
     def _lesson(self, dice: Dice) -> Lesson:
         shots = 4 + dice.below(5) if self.shots is None else self.shots
-        return make_lesson(dice, split=self.split, shots=shots, permuted=self.control == "permuted")
+        permuted = self.control == "permuted"
+        return make_lesson(dice, split=self.split, shots=shots, attributes=self.kinds, permuted=permuted)
 
     def _clips(self, number: int, dice: Dice) -> Record:
         clip, part = self._clip(number, dice, "text")
