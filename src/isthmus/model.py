@@ -33,6 +33,7 @@ from isthmus.data.text import TEMPLATES, render
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.video import as_visual
 from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError, nearest
+from isthmus.interop.hub import located, looks_like_id
 from isthmus.language import Decoding
 from isthmus.models import MODELS, model_class
 from isthmus.nn.losses import similarity
@@ -365,6 +366,7 @@ class Model:
 def load(
     path: str | Path,
     *,
+    revision: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     vision: str | Path | None = None,
@@ -380,6 +382,7 @@ def load(
     stays in float32.
 
     Args:
+        revision: branch, tag or commit of a hub id ``owner/name``, which is then fetched; nothing else is.
         vision, language: models that a checkpoint was trained with and does not hold.
         tokenizer: a tokenizer's folder, or OpenAI's merge table, where a checkpoint comes without.
         activation: of a CLIP whose weights do not tell it, ``quick_gelu`` or ``gelu``.
@@ -388,7 +391,7 @@ def load(
     arguments missing or of no use.
     """
     given = {"vision": vision, "language": language, "tokenizer": tokenizer, "activation": activation}
-    folder = Path(path)
+    folder = located(path, revision)
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     config = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
@@ -462,7 +465,9 @@ def _nothing_here(path: Path) -> str:
     if not path.exists():
         beside = [str(f) for f in path.parent.glob("*") if f.is_dir()] if path.parent.is_dir() else []
         near = nearest(str(path), beside) if beside else ""
-        return f"There is no model at {path}: no such file or folder" + (f"; {near}" if "did you" in near else ".")
+        hint = " A model of the hub is fetched when its revision is named (main, a tag or a commit)."
+        after = f"; {near}" if "did you" in near else "." + hint * looks_like_id(path)
+        return f"There is no model at {path}: no such file or folder{after}"
     if path.is_dir():
         if (path / "run.json").is_file():
             return (

@@ -86,6 +86,12 @@ def test_training_lessons_hold_no_reserved_pair_or_word():
     assert {len(lessons[i].images) for i in range(60)} == {5, 6, 7, 8, 9}
 
 
+def test_lessons_can_keep_to_one_attribute():
+    lessons = source("lesson_texts", kinds=["colour"])
+    assert {lessons[i].meta["kind"] for i in range(60)} == {"lesson_colour"}
+    assert {source("lesson_texts")[i].meta["kind"] for i in range(60)} == {"lesson_colour", "lesson_shape"}
+
+
 def test_clips_show_what_their_questions_ask():
     clips = source("clip_questions", frames=4)
     kinds = Counter(clips[i].meta["kind"] for i in range(60))

@@ -21,6 +21,7 @@ Vision = Annotated[str | None, typer.Option(help="The vision encoder's model, wh
 Language = Annotated[str | None, typer.Option(help="The language model, where a checkpoint holds none.")]
 Vocabulary = Annotated[str | None, typer.Option(help="A tokenizer's folder, where a checkpoint comes without.")]
 Activation = Annotated[str | None, typer.Option(help="quick_gelu or gelu, where a CLIP's weights do not tell.")]
+Revision = Annotated[str | None, typer.Option(help="Of a hub id owner/name: main, a tag or a commit; it is fetched.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value changes, e.g. stages.align.steps=100.")]
 
 
@@ -30,6 +31,12 @@ def _version(value: bool) -> None:
 
         typer.echo(f"isthmus {__version__}")
         raise typer.Exit
+
+
+def _given(*named: str | None) -> dict[str, str]:
+    """What the user gave of the further arguments of ``isthmus.load``."""
+    names = ("vision", "language", "tokenizer", "activation", "revision")
+    return {name: value for name, value in zip(names, named, strict=True) if value is not None}
 
 
 @app.callback()
@@ -72,13 +79,13 @@ def show(
     language: Language = None,
     tokenizer: Vocabulary = None,
     activation: Activation = None,
+    revision: Revision = None,
     json_file: Json = None,
 ) -> None:
     """Parts, exact parameter counts, what each stage trains, tokens per image, the compute rule, memory."""
     from isthmus.cli.show import run
 
-    given = {"vision": vision, "language": language, "tokenizer": tokenizer, "activation": activation}
-    run(what, overrides or [], json_file, {name: value for name, value in given.items() if value is not None})
+    run(what, overrides or [], json_file, _given(vision, language, tokenizer, activation, revision))
 
 
 @app.command()
@@ -222,6 +229,7 @@ def chat(
     video: Annotated[list[Path] | None, typer.Option(help="A clip: a folder of frames or a video file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    revision: Revision = None,
 ) -> None:
     """One answer about pictures, or a conversation."""
     from isthmus.cli.chat import run
@@ -233,6 +241,7 @@ def chat(
         videos=video or [],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        revision=revision,
     )
 
 
@@ -248,13 +257,13 @@ def convert(
     language: Language = None,
     tokenizer: Vocabulary = None,
     activation: Activation = None,
+    revision: Revision = None,
     json_file: Json = None,
 ) -> None:
     """Write a model in another project's form; what that cannot hold is an error that names the field."""
     from isthmus.cli.convert import run
 
-    given = {"vision": vision, "language": language, "tokenizer": tokenizer, "activation": activation}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = _given(vision, language, tokenizer, activation, revision)
     run(source, destination, to, given=given, replace=replace, lossy=lossy, shard=shard_size, json_file=json_file)
 
 
@@ -266,13 +275,13 @@ def verify(
     language: Language = None,
     tokenizer: Vocabulary = None,
     activation: Activation = None,
+    revision: Revision = None,
     json_file: Json = None,
 ) -> None:
     """Contracts on any checkpoint: batch = single, cached = uncached, save = load, the picture matters, ..."""
     from isthmus.cli.verify import run
 
-    given = {"vision": vision, "language": language, "tokenizer": tokenizer, "activation": activation}
-    run(model, json_file, only=only or [], given={name: value for name, value in given.items() if value is not None})
+    run(model, json_file, only=only or [], given=_given(vision, language, tokenizer, activation, revision))
 
 
 @app.command()

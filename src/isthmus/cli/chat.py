@@ -17,6 +17,7 @@ def run(
     videos: Sequence[Path] = (),
     max_new_tokens: int,
     temperature: float,
+    revision: str | None = None,
 ) -> None:
     """Answer ``question`` about ``images`` and ``videos``, or talk until an empty line."""
     from isthmus.model import load
@@ -29,7 +30,7 @@ def run(
             raise DataError(f"There is no video file or folder of frames at {video}.")
     if question is not None and not question.strip():
         raise DataError("The question is empty; leave it out to start a conversation.")
-    model = load(model_folder)
+    model = load(model_folder, revision=revision)
     if "chat" not in model.capabilities:
         raise CapabilityError(f"A {model.kind} model cannot chat; it can: {', '.join(model.capabilities)}.")
     if images and model.processor.image is None:

@@ -17,7 +17,7 @@ def run(what: str, overrides: Sequence[str], json_file: Path | None, given: Mapp
 
     console = Console(emoji=False)
     recipe = what in shipped() or Path(what).suffix in {".yaml", ".yml"}
-    if Path(what).exists() and not (recipe and Path(what).is_file()):
+    if "revision" in (given or {}) or (Path(what).exists() and not (recipe and Path(what).is_file())):
         if overrides:
             raise ConfigError(f"{what} is a model; key=value changes recipes only.")
         facts = _model(what, console, given or {})

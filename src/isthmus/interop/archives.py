@@ -91,7 +91,7 @@ def _shards(folder: Path, index: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name in sorted(set(map(str, placed.values()))):
         shard = folder / name
-        if Path(name).name != name or shard.resolve().parent != folder.resolve():
+        if Path(name).name != name or shard.resolve().parent not in (folder.resolve(), *_hub_blobs(folder)):
             raise CheckpointError(f"{index}: {name!r} points outside the folder.")
         if not shard.is_file():
             raise CheckpointError(f"{folder} lacks the shard {name}, which its index names; download it again.")
@@ -100,6 +100,12 @@ def _shards(folder: Path, index: Path) -> dict[str, Tensor]:
     if lost:
         raise CheckpointError(f"{index} names {lost[0]!r} and {len(lost) - 1} more tensors that no shard holds.")
     return weights
+
+
+def _hub_blobs(folder: Path) -> tuple[Path, ...]:
+    """Where the hub's cache keeps the files that a snapshot's folder links to."""
+    own = folder.resolve()
+    return (own.parents[1] / "blobs",) if own.parent.name == "snapshots" else ()
 
 
 def _sound_members(path: Path) -> list[str]:

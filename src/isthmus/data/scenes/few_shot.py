@@ -1,7 +1,8 @@
 """Few-shot tasks in text whose rule is only in the examples: made-up words stand for the values of one attribute.
 
 Each prompt makes up its own words, so nothing but the examples can tell what they mean. One fifth of the words is
-kept for evaluation and never occurs in training.
+kept for evaluation and never occurs in training. The hyphen in a word keeps tokenizers from merging those they have
+seen: new ones are made of the same pieces.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from isthmus.data.scenes.scene import COLOURS, HELD_OUT, SHAPES, SIZES
 from isthmus.data.scenes.words import number
 
 _SYLLABLES = tuple(c + v for c, v in product("bdfgklmnprstvz", "aiou"))
-_WORDS = tuple(a + b for a, b in product(_SYLLABLES, _SYLLABLES))
+_WORDS = tuple(f"{a}-{b}" for a, b in product(_SYLLABLES, _SYLLABLES))
 RESERVED_WORDS = frozenset(w for i, w in enumerate(_WORDS) if i * 7919 % 5 == 0)
 """Made-up words for evaluation only."""
 TRAINING_WORDS = tuple(w for w in _WORDS if w not in RESERVED_WORDS)

@@ -68,20 +68,23 @@ class Lesson:
 
 
 def make_lesson(
-    dice: Dice, *, split: Split, shots: int, attributes: Sequence[str] = tuple(sorted(ATTRIBUTES)), permuted: bool = False
+    dice: Dice,
+    *,
+    split: Split,
+    shots: int,
+    attributes: Sequence[str] = tuple(sorted(ATTRIBUTES)),
+    permuted: bool = False,
 ) -> Lesson:
     """``shots`` examples and one thing to name, whose value is among the examples' when there are enough of them.
 
-    Every value in use comes about equally often; ``permuted`` shuffles the words of the examples, nothing else. The
-    hyphen keeps tokenizers from merging the words seen in training: new ones are made of the same pieces.
+    Every value in use comes about equally often; ``permuted`` shuffles the words of the examples, nothing else.
     """
     attribute = dice.choice(attributes)
     values = dice.shuffled(ATTRIBUTES[attribute])[:VALUES_PER_LESSON]
-    pool = TRAINING_WORDS if split == "train" else _EVALUATION_WORDS
-    words = [f"{word[:2]}-{word[2:]}" for word in dice.shuffled(dice.different(pool, len(values)))]
+    words = dice.shuffled(dice.different(TRAINING_WORDS if split == "train" else _EVALUATION_WORDS, len(values)))
     meaning = dict(zip(values, words, strict=True))
-    turns = [v for _ in range(shots // len(values) + 1) for v in values][: max(shots, 1)]
-    order = dice.shuffled(turns)[:shots]
+    pool = [v for _ in range(shots // len(values) + 1) for v in values][: max(shots, 1)]
+    order = dice.shuffled(pool)[:shots]
     order.append(dice.choice(order or values))
     things = tuple(lone_solid(dice, split, **{attribute: value}) for value in order)
     told = [meaning[value] for value in order]

@@ -77,8 +77,9 @@ class SceneSource:
     :data:`isthmus.data.scenes.interleaved.CONTROLS`.
 
     ``turns`` is the number of question-answer turns in conversations and symbols, ``kinds`` the kinds of question asked
-    in any form, or the attributes (colour, shape) that lessons are about (none given: all). ``distinct`` skips scenes that no caption could tell from an earlier one (for
-    retrieval tests). Raises ConfigError for an unknown form, split or kind.
+    in any form, or the attributes (colour, shape) that lessons are about (none given: all). ``distinct`` skips scenes
+    that no caption could tell from an earlier one (for retrieval tests). Raises ConfigError for an unknown form, split
+    or kind.
     """
 
     def __init__(

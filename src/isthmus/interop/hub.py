@@ -1,0 +1,69 @@
+"""Models of the Hugging Face hub by id and revision: the files a checkpoint is read from, and no others.
+
+The network is used only when a revision is named: a mistyped path never becomes a download.
+"""
+
+import re
+from pathlib import Path
+
+from isthmus.errors import CheckpointError
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*.jinja")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+"""By preference: of the first kind that a repository has, all files are taken, and none of the others."""
+
+
+def looks_like_id(path: str | Path) -> bool:
+    """Is it written like ``owner/name``?"""
+    return _ID.fullmatch(str(path)) is not None
+
+
+def located(path: str | Path, revision: str | None) -> Path:
+    """The folder or file on this machine; a hub id with a revision (branch, tag or commit) is fetched first.
+
+    Raises CheckpointError: a revision of something local, no such id or revision, no access, no network.
+    """
+    if revision is None:
+        return Path(path)
+    if Path(path).exists():
+        raise CheckpointError(f"{path} lies on this machine and has no revisions: leave revision out.")
+    if not looks_like_id(path):
+        raise CheckpointError(f"{path} is neither here nor an id of the hub, which is written owner/name.")
+    return _fetched(str(path), revision)
+
+
+def _fetched(name: str, revision: str) -> Path:
+    """The snapshot in the hub's own cache, shared with every other library. Code and other formats stay there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    inner = [f"*/{weights}" for weights in _WEIGHTS]  # other precisions and formats lie in folders of their own
+    try:
+        for weights in _WEIGHTS:
+            wanted = [*_DESCRIPTIONS, weights]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=inner))
+            if any(folder.glob(weights)):
+                return folder
+        raise CheckpointError(f"{name} at revision {revision} holds no weights: none of {', '.join(_WEIGHTS)}.")
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{name} is gated: accept its terms on the hub and log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"The hub has {name}, but no revision {revision!r} of it.") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"The hub has no model {name!r} that you may read; log in if it is private.") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"The hub cannot be reached, and {name} at revision {revision} was not fetched before. Check the network "
+            "and HF_HUB_OFFLINE, or name a local folder."
+        ) from error
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"The hub did not answer for {name} at revision {revision}: {error}") from error
