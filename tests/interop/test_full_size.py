@@ -48,7 +48,7 @@ def on_meta(build: Any, config: Any) -> dict[str, torch.Tensor]:
         return dict(build(config).state_dict())
 
 
-# CLIP and SigLIP (2103.00020 table 20; 2303.15343): width, layers, heads, patch, side of the picture; text; joint space.
+# CLIP (2103.00020, table 20), SigLIP (2303.15343): width, layers, heads, patch, side of a picture; text; joint space.
 
 CLIPS = {
     "ViT-B/32": (ClipConfig.vit_b_32, (768, 12, 12, 32, 224), (512, 12, 8), 512),
@@ -175,7 +175,7 @@ def test_llava(name: str) -> None:
     assert shapes(llava_from_hf(theirs, preset(32064))) == want
 
 
-# BLIP-2 (2301.12597) and InstructBLIP (2305.06500). ViT-g/14 of EVA is 39 layers of 1408; transformers has no ViT-L row.
+# BLIP-2 (2301.12597), InstructBLIP (2305.06500). EVA's ViT-g/14 is 39 layers of 1408; transformers has no ViT-L row.
 
 _G = {**tower(1408, 39, 16, 6144), "patch_size": 14, "image_size": 224, "qkv_bias": True}
 _OPT = {"2.7b": (2560, 10240, 32, 32), "6.7b": (4096, 16384, 32, 32)}
