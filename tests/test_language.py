@@ -1,15 +1,13 @@
 """The language adapter over tiny random LMs of seven families."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from isthmus import language as module
 from isthmus.batch import IGNORE, Tokens
-from isthmus.errors import CheckpointError, ConfigError, DataError
-from isthmus.language import Decoding, LanguageModel, read_language_folder
+from isthmus.errors import ConfigError, DataError
+from isthmus.language import Decoding, LanguageModel
 
 V = 53
 LLAMA_LIKE = {
@@ -283,56 +281,3 @@ def test_errors_name_what_is_wrong() -> None:
         Decoding(num_beams=2, temperature=1.0)
     with pytest.raises(ConfigError, match=r"\[99\]"):
         lm.generate(torch.zeros(1, 3, 32), torch.tensor([3]), Decoding(max_new_tokens=5, stop_ids=(99,)))
-
-
-@pytest.mark.parametrize("shard", ["5GB", "20KB"])
-@every_family
-def test_library_folders_load_exactly(name: str, shard: str, tmp_path) -> None:
-    lm, tokens = build(name), stream([9])
-    lm.lm.save_pretrained(tmp_path, max_shard_size=shard)
-    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
-    config, state = read_language_folder(tmp_path)
-    twin = LanguageModel.build(config).eval()
-    twin.lm.load_state_dict(state, strict=True)
-    assert torch.equal(twin.logits(twin.embed(tokens.ids)), lm.logits(lm.embed(tokens.ids)))
-
-
-def test_a_body_without_prefix_and_old_buffers_load(tmp_path) -> None:
-    from safetensors.torch import save_file
-
-    lm = build("gpt2")
-    body = {k.removeprefix("transformer."): v.clone() for k, v in lm.lm.state_dict().items() if k != "lm_head.weight"}
-    body["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
-    save_file(body, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(lm.lm.config.to_dict()))
-    _, state = read_language_folder(tmp_path)
-    assert all(torch.equal(state[k], v) for k, v in lm.lm.state_dict().items())
-
-
-def test_damaged_folders_are_refused(tmp_path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        read_language_folder(tmp_path)
-    build("llama").lm.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    good = load_file(file)
-
-    def refuse(state: dict[str, torch.Tensor], match: str) -> None:
-        save_file(state, file)
-        with pytest.raises(CheckpointError, match=match):
-            read_language_folder(tmp_path)
-
-    refuse({k: v for k, v in good.items() if k != "lm_head.weight"}, "lacks 1 tensors, among them lm_head.weight")
-    refuse({**good, "model.surprise": torch.zeros(1)}, "unexplained 1 tensors, among them model.surprise")
-    refuse({**good, "model.norm.weight": torch.zeros(3)}, r"model.norm.weight is stored as \(3,\)")
-    file.write_bytes(b"junk")
-    with pytest.raises(CheckpointError, match="not a sound safetensors file"):
-        read_language_folder(tmp_path)
-    file.rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pickled"):
-        read_language_folder(tmp_path)
-    index = {"weight_map": {"a": "../elsewhere.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="outside its own folder"):
-        read_language_folder(tmp_path)

@@ -13,10 +13,8 @@ import json
 import math
 import os
 import shutil
-import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -66,12 +64,6 @@ class Foreign:
 
 Content = bytes | str | Mapping[str, Any] | Foreign
 """What a file may hold: bytes, text, a dict of tensors (under a name in ``.safetensors``) or a dict for JSON."""
-
-
-class RunBusyError(CheckpointError):
-    """Another process is writing in this run folder."""
-
-    exit_code = 3
 
 
 # ---------------------------------------------------------------------------------------------------- folders
@@ -376,9 +368,10 @@ def state_tensors(net: nn.Module) -> dict[str, Tensor]:
 
 
 def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Copy ``tensors`` into the net, strictly: every name and shape must fit. ``where`` is for the message.
+    """Give the net these tensors, strictly: every name and shape must fit. ``where`` is for the message.
 
-    A tied tensor may be given under one or all of its names (then with equal values). Nothing is copied unless
+    Of the net's dtype they become its weights themselves, without a copy: pages of a mapped file are read when used.
+    A tied tensor may be given under one or all of its names (then with equal values). Nothing is changed unless
     everything fits. Raises CheckpointError listing what is missing, unexpected or of another shape.
     """
     own = list(_tied(net))
@@ -411,9 +404,14 @@ def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) 
             f"{where} does not fit the net: {'; '.join(faults[:8])}{more}. "
             "Check that the configuration and the file belong together."
         )
-    with torch.no_grad():
-        for target, source in plan:
-            target.copy_(source)
+    taken: set[int] = set()
+    for target, source in plan:
+        whole = source.dtype == target.dtype and source.device == target.device and source.is_contiguous()
+        if whole and source.data_ptr() not in taken:  # one tensor given twice must not tie two weights
+            taken.add(source.data_ptr())
+            target.data = source.detach()
+        else:
+            target.data.copy_(source)
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -438,63 +436,3 @@ def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
     if isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair):
         return pair[0], pair[1]
     return -1, -1
-
-
-# ---------------------------------------------------------------------------------------------------- the lock
-
-
-class RunLock:
-    """One writer per run folder: ``with RunLock(folder): ...``; a second process is refused at once.
-
-    The lock is the kernel's (flock), so it ends with the process that holds it, however that ends: a file left by a
-    killed run never blocks. The file names the holder's process and host for the message.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder) / "run.lock"
-        self._handle: int | None = None
-
-    def __enter__(self) -> "RunLock":
-        import fcntl  # Not on every system; loading a model must work without it.
-
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise CheckpointError(f"{self.path.parent} cannot be a run folder: {error.strerror}.") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise CheckpointError(
-                    f"{self.path} cannot be locked ({error.strerror}): put the run folder on a file "
-                    "system that has locks."
-                ) from error
-            raise RunBusyError(
-                f"{self.path.parent} is in use by {self._holder()}. Wait until that run ends, stop "
-                "it, or choose another folder."
-            ) from error
-        # Only for the message to others: a full disk must not stop a run that may have nothing left to write.
-        with suppress(OSError):
-            os.ftruncate(handle, 0)
-            os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-        self._handle = handle
-        # Workers are forked with our handle open; a worker that outlives a killed run would keep the lock.
-        os.register_at_fork(after_in_child=self._close)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-    def _holder(self) -> str:
-        try:
-            holder = json.loads(self.path.read_text())
-            return f"process {holder['pid']} on {holder['host']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "another process"

@@ -9,9 +9,8 @@ end together, moves the padding to the left, inside, and hands the library the m
 """
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,21 +31,18 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from isthmus.batch import IGNORE, Tokens
-from isthmus.checkpoint import load_tensors, read_json
-from isthmus.errors import CheckpointError, ConfigError, DataError, nearest
+from isthmus.errors import ConfigError, DataError, nearest
 
 LOGITS_AT_ONCE = 2**25
 """Most logits (positions x vocabulary) that a loss holds at a time: 128 MiB in fp32, 1,048 positions of 32,000."""
 
 LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"})
 """Older spellings of the rotary settings that the library still translates."""
-
-RENAMED = {"embed_out.weight": "lm_head.weight"}
-"""Stored name -> name in the library's class, where they differ (GPT-NeoX files keep the old name of the head)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +156,9 @@ class LanguageModel(LibraryLM):
 
         Raises ConfigError for an unknown model type, an unknown field or a value the library refuses.
         """
-        return cls(AutoModelForCausalLM.from_config(library_config(config), dtype=torch.float32))
+        lm = AutoModelForCausalLM.from_config(library_config(config), dtype=torch.float32)
+        lm.tie_weights()  # the library leaves it out inside :func:`unfilled`
+        return cls(lm)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -303,6 +301,13 @@ class LanguageModel(LibraryLM):
             )
 
 
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Inside, nets are built without drawing weights, whose memory nobody touches: for nets that are filled next."""
+    with no_init_weights():
+        yield
+
+
 def vocabulary_tables(language: Any) -> tuple[str, ...]:
     """Names in the state dict of an LM of ours of the tensors with one row per token: embedding and head."""
     ends = (language.lm.get_input_embeddings(), language.lm.get_output_embeddings())
@@ -423,78 +428,3 @@ def until_stop(ids: list[int], stop_ids: tuple[int, ...]) -> list[int]:
     """``ids`` up to the first stop token."""
     stops = [i for i, token in enumerate(ids) if token in stop_ids]
     return ids[: stops[0]] if stops else ids
-
-
-def read_language_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A saved LM of transformers as (configuration, state dict under the library class's own keys), strictly.
-
-    Reads config.json and one or several safetensors files; nothing in the folder is executed. Explained differences
-    are mended: a missing base prefix, a tied head that was not stored, recomputed buffers that were. Anything else
-    that is missing, left over or of another shape raises CheckpointError.
-    """
-    folder = Path(path)
-    config = known_fields(read_json(folder / "config.json"))
-    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file).items()}
-    with torch.device("meta"):
-        lm = LanguageModel.build(config).lm
-    return config, match_keys(lm, stored, where=str(folder))
-
-
-def match_keys(lm: Any, stored: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
-    """``stored`` under the keys of ``lm`` (which may live on the meta device). Raises CheckpointError."""
-    expected = lm.state_dict(keep_vars=True)
-    prefix = f"{lm.base_model_prefix}."
-    derived = [
-        *(lm._keys_to_ignore_on_load_unexpected or ()),
-        r"rotary_emb\.inv_freq$",
-        r"\.attn\.(masked_)?bias$",
-        r"\.attention\.(masked_)?bias$",
-    ]
-    state, left_over = {}, []
-    for name, tensor in stored.items():
-        name = RENAMED.get(name, name) if RENAMED.get(name) in expected else name
-        key = name if name in expected else prefix + name
-        if key in expected:
-            state[key] = tensor
-        elif not any(re.search(pattern, name) for pattern in derived):
-            left_over.append(name)
-    by_parameter = {id(expected[key]): tensor for key, tensor in state.items()}
-    for key, parameter in expected.items():
-        if key not in state and id(parameter) in by_parameter:
-            state[key] = by_parameter[id(parameter)]
-    missing = [key for key in expected if key not in state]
-    for problem, names in (("lacks", missing), ("holds unexplained", left_over)):
-        if names:
-            raise CheckpointError(
-                f"{where}: the {type(lm).__name__} checkpoint {problem} {len(names)} tensors, "
-                f"among them {', '.join(names[:3])}. Is config.json the one saved with the weights?"
-            )
-    for key, tensor in state.items():
-        if tensor.shape != expected[key].shape:
-            raise CheckpointError(
-                f"{where}: {key} is stored as {tuple(tensor.shape)} but the configuration asks for "
-                f"{tuple(expected[key].shape)}."
-            )
-    return state
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a transformers folder. None, or pickled ones: CheckpointError."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{index}: names files outside its own folder; refused.")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    pickled = (folder / "pytorch_model.bin").is_file() or (folder / "pytorch_model.bin.index.json").is_file()
-    raise CheckpointError(
-        f"{folder}: no model.safetensors"
-        + (
-            "; its weights are pickled (pytorch_model.bin), which can run code when read. Save it as safetensors with "
-            "transformers' save_pretrained first."
-            if pickled
-            else " and no model.safetensors.index.json."
-        )
-    )

@@ -7,7 +7,6 @@ the start token, then the text: position 0 is never a target, so labels mean the
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,20 +14,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
 from isthmus.batch import IGNORE, Tokens
-from isthmus.checkpoint import load_tensors, read_json
-from isthmus.errors import ConfigError, DataError
+from isthmus.errors import DataError
 from isthmus.language import (
     Decoding,
     LanguageModel,
     LibraryLM,
     generation_config,
-    known_fields,
     library_config,
     logits_processors,
-    match_keys,
     nll,
     until_stop,
-    weight_files,
 )
 
 T5_LIKE = ("t5", "mt5", "umt5")
@@ -51,6 +46,7 @@ class Seq2SeqLM(LibraryLM):
         more = {name: config[name] for name in ("dense_act_fn", "tie_word_embeddings") if name in config}
         settings = kind(**{name: value for name, value in own.items() if name != "model_type"}, **more)
         lm = AutoModelForSeq2SeqLM.from_config(settings, dtype=torch.float32)
+        lm.tie_weights()
         if config.get("tie_word_embeddings") is False:
             lm.lm_head.weight = nn.Parameter(torch.empty_like(lm.lm_head.weight).normal_())
         return cls(lm)
@@ -115,33 +111,6 @@ def build_language(config: Mapping[str, Any]) -> LanguageModel | Seq2SeqLM:
 def safe_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
     """``dtype``, but bf16 where an fp16 T5 was asked for: its activations overflow fp16 (BLIP-2, sec. 4.1)."""
     return torch.bfloat16 if config.get("model_type") in T5_LIKE and dtype == torch.float16 else dtype
-
-
-def read_seq2seq_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A saved T5 of transformers as (configuration, state dict under the library's keys), strictly; no code is run.
-
-    A head that is stored beside another embedding table is taken as untied, whatever config.json says.
-    """
-    folder = Path(path)
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") not in T5_LIKE:
-        raise ConfigError(f"{folder} is a {raw.get('model_type')} model; an encoder-decoder is one of {T5_LIKE}.")
-    config = known_fields(raw)
-    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file).items()}
-    head, table = stored.get("lm_head.weight"), stored.get("shared.weight")
-    if head is not None and table is not None and not torch.equal(head, table):
-        config["tie_word_embeddings"] = False
-    elif raw.get("tie_word_embeddings") is False or raw.get("scale_decoder_outputs") is False:
-        config["tie_word_embeddings"] = False
-        if head is None and table is not None:
-            stored["lm_head.weight"] = table
-    else:
-        config.pop("tie_word_embeddings", None)
-    if "dense_act_fn" in raw:
-        config["dense_act_fn"] = raw["dense_act_fn"]
-    with torch.device("meta"):
-        lm = Seq2SeqLM.build(config).lm
-    return config, match_keys(lm, stored, where=str(folder))
 
 
 def _mask(embeds: Tensor, lengths: Tensor) -> Tensor:

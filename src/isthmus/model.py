@@ -34,7 +34,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.video import as_visual
 from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError, nearest
 from isthmus.interop.hub import located, looks_like_id
-from isthmus.language import Decoding
+from isthmus.language import Decoding, unfilled
 from isthmus.models import MODELS, model_class
 from isthmus.nn.losses import similarity
 
@@ -396,12 +396,14 @@ def load(
         folder = folder / "model"
     config = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if config is None or "format" not in config:
-        net, processor, forbidden = _foreign(folder, config, given)
+        with unfilled():
+            net, processor, forbidden = _foreign(folder, config, given)
         return Model(_cast(net, dtype), processor, forbidden=forbidden).to(device)
     useless = [name for name, value in given.items() if value is not None]
     if useless:
         raise CheckpointError(f"{folder} is a whole model of ours and needs no {useless[0]}: leave it out.")
-    return _own(folder, config, dtype).to(device)
+    with unfilled():
+        return _own(folder, config, dtype).to(device)
 
 
 def _own(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> Model:

@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 
-from isthmus.checkpoint import RunBusyError, RunLock, load_tensors
+from isthmus.checkpoint import load_tensors
 from isthmus.errors import CheckpointError, ConfigError, DataError, StageError
 from isthmus.model import load
 from isthmus.recipes import run as run_module
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import parse_recipe
+from isthmus.training.lock import RunBusyError, RunLock
 from tests.miniature import tree
 
 

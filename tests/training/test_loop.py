@@ -12,11 +12,12 @@ from torch import nn
 
 from isthmus import checkpoint
 from isthmus.batch import Term
-from isthmus.checkpoint import CheckpointError, RunBusyError, RunLock, tensor_sha256
+from isthmus.checkpoint import CheckpointError, tensor_sha256
 from isthmus.errors import ConfigError, StageError
 from isthmus.stage import Group, Stage
 from isthmus.training import Interrupted, train
 from isthmus.training.finite import NonFiniteError
+from isthmus.training.lock import RunBusyError, RunLock
 from isthmus.training.log import read_metrics
 from isthmus.training.state import checkpoints
 

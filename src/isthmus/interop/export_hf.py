@@ -27,8 +27,9 @@ from isthmus.interop.hf_files import (
     swapped,
     tokenizer_files,
 )
+from isthmus.interop.hf_language import RENAMED
 from isthmus.interop.hf_llava import llava_config_to_hf, llava_to_hf
-from isthmus.language import RENAMED, vocabulary_tables
+from isthmus.language import vocabulary_tables
 from isthmus.language_seq2seq import Seq2SeqLM
 from isthmus.models.clip import ClipConfig
 

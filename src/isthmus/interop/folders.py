@@ -20,8 +20,8 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.hf_blip2 import read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
 from isthmus.interop.hf_files import CHAT_TEMPLATE, RESAMPLE, template_named
+from isthmus.interop.hf_language import read_language_folder
 from isthmus.interop.hf_llava import read_llava_folder
-from isthmus.language import read_language_folder
 from isthmus.language_seq2seq import Seq2SeqLM
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip

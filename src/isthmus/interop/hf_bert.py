@@ -9,7 +9,7 @@ from torch import Tensor
 
 from isthmus.checkpoint import load_tensors
 from isthmus.errors import CheckpointError
-from isthmus.language import weight_files
+from isthmus.interop.hf_language import weight_files
 
 _LAYER = {
     "attention.self.query.": "attn.q_proj.",

@@ -16,7 +16,8 @@ from torch import Tensor
 from isthmus.checkpoint import load_tensors, read_json
 from isthmus.errors import CheckpointError
 from isthmus.interop.export import must
-from isthmus.language import known_fields, weight_files
+from isthmus.interop.hf_language import weight_files
+from isthmus.language import known_fields
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.vit import VisionConfig

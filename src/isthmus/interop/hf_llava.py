@@ -21,7 +21,8 @@ from isthmus.interop.hf_clip import (
     vision_from_hf,
     vision_to_hf,
 )
-from isthmus.language import LanguageModel, known_fields, match_keys
+from isthmus.interop.hf_language import match_keys
+from isthmus.language import LanguageModel, known_fields
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors import build_connector
 

@@ -39,6 +39,7 @@ from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
 from isthmus.recipes.scoring import model_hash
 from isthmus.stage import BOOKKEEPING, apply_stage
 from isthmus.training import train as train_stage
+from isthmus.training.lock import RunLock
 
 
 def train(
@@ -62,7 +63,7 @@ def train(
     folder = Path(out) if out is not None else Path("runs") / Path(name).stem
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("Training in several processes is not built yet; run without torchrun.")
-    with checkpoint.RunLock(folder):
+    with RunLock(folder):
         return _train(recipe, folder, progress=progress, tensorboard=tensorboard)
 
 
@@ -128,7 +129,7 @@ def _features(built: Built, stage: StageSpec, folder: Path) -> Iterator[FeatureC
         yield None
         return
     cache = open_cache(built.net, built.processor(stage).image, stage, folder)
-    with checkpoint.RunLock(cache.folder):
+    with RunLock(cache.folder):
         yield cache
 
 

@@ -26,12 +26,12 @@ from rich.progress import Progress
 
 from isthmus.allocator import keep_freed_memory, relieve
 from isthmus.batch import Batch
-from isthmus.checkpoint import RunLock
 from isthmus.errors import IsthmusError, StageError
 from isthmus.stage import Stage, StageTable, apply_stage
 from isthmus.training import optim, proof
 from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_bad_value
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
+from isthmus.training.lock import RunLock
 from isthmus.training.log import Bar, MetricLog, progress_bar
 from isthmus.training.protocols import Loader, Net, as_module
 from isthmus.training.state import RunState, check_same, checkpoints, newest_state, restore, save_state

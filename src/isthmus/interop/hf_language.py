@@ -1,0 +1,119 @@
+"""Language models in transformers' folders, causal and T5-like: configuration and weights, strictly, no code run."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.checkpoint import load_tensors, read_json
+from isthmus.errors import CheckpointError, ConfigError
+from isthmus.language import LanguageModel, known_fields
+from isthmus.language_seq2seq import T5_LIKE, Seq2SeqLM
+
+RENAMED = {"embed_out.weight": "lm_head.weight"}
+"""Stored name -> name in the library's class, where they differ (GPT-NeoX files keep the old name of the head)."""
+
+
+def read_language_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A saved LM of transformers as (configuration, state dict under the library class's own keys), strictly.
+
+    Reads config.json and one or several safetensors files; nothing in the folder is executed. Explained differences
+    are mended: a missing base prefix, a tied head that was not stored, recomputed buffers that were. Anything else
+    that is missing, left over or of another shape raises CheckpointError.
+    """
+    folder = Path(path)
+    config = known_fields(read_json(folder / "config.json"))
+    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file).items()}
+    with torch.device("meta"):
+        lm = LanguageModel.build(config).lm
+    return config, match_keys(lm, stored, where=str(folder))
+
+
+def read_seq2seq_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A saved T5 of transformers as (configuration, state dict under the library's keys), strictly; no code is run.
+
+    A head that is stored beside another embedding table is taken as untied, whatever config.json says.
+    """
+    folder = Path(path)
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") not in T5_LIKE:
+        raise ConfigError(f"{folder} is a {raw.get('model_type')} model; an encoder-decoder is one of {T5_LIKE}.")
+    config = known_fields(raw)
+    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file).items()}
+    head, table = stored.get("lm_head.weight"), stored.get("shared.weight")
+    if head is not None and table is not None and not torch.equal(head, table):
+        config["tie_word_embeddings"] = False
+    elif raw.get("tie_word_embeddings") is False or raw.get("scale_decoder_outputs") is False:
+        config["tie_word_embeddings"] = False
+        if head is None and table is not None:
+            stored["lm_head.weight"] = table
+    else:
+        config.pop("tie_word_embeddings", None)
+    if "dense_act_fn" in raw:
+        config["dense_act_fn"] = raw["dense_act_fn"]
+    with torch.device("meta"):
+        lm = Seq2SeqLM.build(config).lm
+    return config, match_keys(lm, stored, where=str(folder))
+
+
+def match_keys(lm: Any, stored: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+    """``stored`` under the keys of ``lm`` (which may live on the meta device). Raises CheckpointError."""
+    expected = lm.state_dict(keep_vars=True)
+    prefix = f"{lm.base_model_prefix}."
+    derived = [
+        *(lm._keys_to_ignore_on_load_unexpected or ()),
+        r"rotary_emb\.inv_freq$",
+        r"\.attn\.(masked_)?bias$",
+        r"\.attention\.(masked_)?bias$",
+    ]
+    state, left_over = {}, []
+    for name, tensor in stored.items():
+        name = RENAMED.get(name, name) if RENAMED.get(name) in expected else name
+        key = name if name in expected else prefix + name
+        if key in expected:
+            state[key] = tensor
+        elif not any(re.search(pattern, name) for pattern in derived):
+            left_over.append(name)
+    by_parameter = {id(expected[key]): tensor for key, tensor in state.items()}
+    for key, parameter in expected.items():
+        if key not in state and id(parameter) in by_parameter:
+            state[key] = by_parameter[id(parameter)]
+    missing = [key for key in expected if key not in state]
+    for problem, names in (("lacks", missing), ("holds unexplained", left_over)):
+        if names:
+            raise CheckpointError(
+                f"{where}: the {type(lm).__name__} checkpoint {problem} {len(names)} tensors, "
+                f"among them {', '.join(names[:3])}. Is config.json the one saved with the weights?"
+            )
+    for key, tensor in state.items():
+        if tensor.shape != expected[key].shape:
+            raise CheckpointError(
+                f"{where}: {key} is stored as {tuple(tensor.shape)} but the configuration asks for "
+                f"{tuple(expected[key].shape)}."
+            )
+    return state
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a transformers folder. None, or pickled ones: CheckpointError."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{index}: names files outside its own folder; refused.")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickled = (folder / "pytorch_model.bin").is_file() or (folder / "pytorch_model.bin.index.json").is_file()
+    raise CheckpointError(
+        f"{folder}: no model.safetensors"
+        + (
+            "; its weights are pickled (pytorch_model.bin), which can run code when read. Save it as safetensors with "
+            "transformers' save_pretrained first."
+            if pickled
+            else " and no model.safetensors.index.json."
+        )
+    )

@@ -1,0 +1,78 @@
+"""Language models in transformers' folders: exact, strict, and told what is wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import isthmus
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import CheckpointError
+from isthmus.interop.hf_language import read_language_folder
+from isthmus.language import LanguageModel
+from tests.test_language import build, every_family, stream
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@every_family
+def test_library_folders_load_exactly(name: str, shard: str, tmp_path) -> None:
+    lm, tokens = build(name), stream([9])
+    lm.lm.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
+    config, state = read_language_folder(tmp_path)
+    twin = LanguageModel.build(config).eval()
+    twin.lm.load_state_dict(state, strict=True)
+    assert torch.equal(twin.logits(twin.embed(tokens.ids)), lm.logits(lm.embed(tokens.ids)))
+
+
+def test_a_body_without_prefix_and_old_buffers_load(tmp_path) -> None:
+    lm = build("gpt2")
+    body = {k.removeprefix("transformer."): v.clone() for k, v in lm.lm.state_dict().items() if k != "lm_head.weight"}
+    body["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+    save_file(body, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(lm.lm.config.to_dict()))
+    _, state = read_language_folder(tmp_path)
+    assert all(torch.equal(state[k], v) for k, v in lm.lm.state_dict().items())
+
+
+def test_damaged_folders_are_refused(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_language_folder(tmp_path)
+    build("llama").lm.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    good = load_file(file)
+
+    def refuse(state: dict[str, torch.Tensor], match: str) -> None:
+        save_file(state, file)
+        with pytest.raises(CheckpointError, match=match):
+            read_language_folder(tmp_path)
+
+    refuse({k: v for k, v in good.items() if k != "lm_head.weight"}, "lacks 1 tensors, among them lm_head.weight")
+    refuse({**good, "model.surprise": torch.zeros(1)}, "unexplained 1 tensors, among them model.surprise")
+    refuse({**good, "model.norm.weight": torch.zeros(3)}, r"model.norm.weight is stored as \(3,\)")
+    file.write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match="not a sound safetensors file"):
+        read_language_folder(tmp_path)
+    file.rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickled"):
+        read_language_folder(tmp_path)
+    index = {"weight_map": {"a": "../elsewhere.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside its own folder"):
+        read_language_folder(tmp_path)
+
+
+def test_weights_are_mapped_and_what_is_built_afterwards_is_drawn_as_ever(tmp_path) -> None:
+    lm = build("gpt2")  # its head is tied to its table
+    lm.lm.save_pretrained(tmp_path)
+    Tokenizer.train(["a red cube"] * 3, 300).save(tmp_path)
+    opened = isthmus.load(tmp_path).net.language.lm
+    assert opened.lm_head.weight is opened.transformer.wte.weight
+    assert all(torch.equal(tensor, lm.lm.state_dict()[name]) for name, tensor in opened.state_dict().items())
+    torch.manual_seed(0)
+    drawn = torch.nn.Linear(8, 8).weight
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.nn.Linear(8, 8).weight)
+    assert drawn.std() > 0.05
+    assert LanguageModel.build(lm.config).lm.transformer.wte.weight.std() > 0.01
