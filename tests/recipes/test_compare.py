@@ -13,11 +13,13 @@ from isthmus.data.collate import collate
 from isthmus.data.record import without_answer
 from isthmus.data.scenes import SceneSource
 from isthmus.errors import ConfigError
+from isthmus.evaluation.run import Result
 from isthmus.language import Decoding
 from isthmus.model import load
 from isthmus.recipes.compare import Contestant, contestants, shared_tasks
 from isthmus.recipes.cost import Operations, trained_parameters
 from isthmus.recipes.scoring import recipe_of
+from isthmus.recipes.side_by_side import difference
 from tests.cli.test_cli import run
 
 
@@ -120,6 +122,25 @@ def test_tasks_of_one_name_must_be_the_same(rivals):
         shared_tasks([one, other])
     with pytest.raises(ConfigError, match="names a task of its own"):
         shared_tasks([Contestant(name="x", folder=rivals["llava"])])
+
+
+def test_only_seeds_that_both_have_are_compared(tmp_path):
+    def trained(name, seeds):
+        runs = {n: [Result("vqa", "vqa", None, [], tmp_path / name / str(n))] for n in seeds}
+        return Contestant(name=name, folder=tmp_path, by_seed=runs)
+
+    both, one, none = trained("both", [0, 1]), trained("one", [1]), trained("none", [7])
+    assert both.folders("vqa", one) == [tmp_path / "both/1"]
+    assert one.folders("vqa", both) == [tmp_path / "one/1"]
+    assert both.folders("vqa", none) == []
+    assert difference(both, none, "vqa", 0) is None
+    single = Contestant(name="single", folder=tmp_path, results=runs_of(tmp_path / "single"))
+    assert single.folders("vqa", both) == [tmp_path / "single"]
+    assert len(both.folders("vqa", single)) == 2
+
+
+def runs_of(folder):
+    return [Result("vqa", "vqa", None, [], folder)]
 
 
 def test_a_broken_picture_costs_its_question_and_is_told(rivals, monkeypatch, capsys, tmp_path):

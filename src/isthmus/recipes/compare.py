@@ -54,9 +54,10 @@ class Contestant:
         """The name of a task's scores."""
         return self.name if task in OWN else f"{self.name}-{task}"
 
-    def folders(self, task: str) -> list[Path]:
-        """The score folders of a task, one per seed."""
-        runs = self.by_seed.values() or [self.results]
+    def folders(self, task: str, beside: "Contestant") -> list[Path]:
+        """The score folders of a task, one per seed that ``beside`` has too: only those are compared."""
+        runs = [run for seed, run in self.by_seed.items() if not beside.by_seed or seed in beside.by_seed]
+        runs = runs if self.by_seed else [self.results]
         return [result.folder for results in runs for result in results if result.task == task]
 
 

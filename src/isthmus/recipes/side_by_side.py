@@ -202,9 +202,12 @@ def difference_rows(rivals: Sequence[Contestant], seed: int) -> list[Row]:
 
 
 def difference(one: Contestant, other: Contestant, task: str, seed: int) -> Row | None:
-    """Difference, interval and p; none where the two did not answer the same items."""
+    """Difference, interval and p over the seeds that both have; none where they did not answer the same items."""
+    ours, theirs = one.folders(task, other), other.folders(task, one)
+    if not ours or not theirs:
+        return None
     try:
-        found: Difference = paired(one.folders(task), other.folders(task), seed=seed, draws=2000)[0]
+        found: Difference = paired(ours, theirs, seed=seed, draws=2000)[0]
     except (ConfigError, DataError):
         return None
     low, high = found.interval
