@@ -183,10 +183,9 @@ def pooled(runs: Mapping[int, Contestant]) -> Contestant:
     """One contestant out of those of several training seeds. Scores of answers are means over the seeds, with
     intervals over the questions; other scores are the first seed's."""
     first = next(iter(runs.values()))
-    if len(runs) == 1:
-        return first
     by_seed = {seed: rival.results for seed, rival in runs.items()}
-    return replace(first, results=[_mean(result, by_seed) for result in first.results], by_seed=by_seed)
+    means = first.results if len(runs) == 1 else [_mean(result, by_seed) for result in first.results]
+    return replace(first, results=means, by_seed=by_seed)
 
 
 def _mean(result: Result, by_seed: Mapping[int, Sequence[Result]]) -> Result:

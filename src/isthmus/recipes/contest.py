@@ -141,7 +141,7 @@ def _redrawn(part: Path, seed: int, out: Path) -> Path:
 
 def write_contest(plan: Comparison, rivals: Sequence[Contestant], out: Path, *, name: str) -> None:
     """All files of the comparison, of the arms that are finished."""
-    seeds = max((len(r.by_seed) for r in rivals), default=0) or 1
+    seeds = max((len(r.by_seed) for r in rivals), default=0)
     done = f"{len(rivals)} of {len(plan.arms)} arms are finished"
     summary = " ".join(
         [
@@ -173,7 +173,7 @@ def write_contest(plan: Comparison, rivals: Sequence[Contestant], out: Path, *, 
 
 def _arms(plan: Comparison, rivals: Sequence[Contestant]) -> Listing:
     """What each arm is, and with how many seeds it is finished."""
-    seeds = {rival.name: max(1, len(rival.by_seed)) for rival in rivals}
+    seeds = {rival.name: len(rival.by_seed) for rival in rivals}
     return Listing(
         heading="The arms",
         caption="What is an arm's own; everything else is shared.",
@@ -209,7 +209,7 @@ def _tested(plan: Comparison, statement: Statement, rivals: Sequence[Contestant]
                 "" if found is None else _by_seed(first, rival, task),
             )
         )
-    seeds = any(row[-1] for row in rows)
+    seeds = any(" " in row[-1] for row in rows)  # one seed's is the whole difference
     return Listing(
         heading=statement.text,
         caption=f"Task {task}, percent; differences from {first.name} in points, paired over the same questions, with "
