@@ -164,7 +164,8 @@ _TRUTHS = ("truth", "captions", "label")
 def _aligned(a: Folder, b: Folder) -> list[Row]:
     """The rows of ``b`` in the order of ``a``'s."""
     found = {r["id"]: r for r in b.rows}
-    odd = [r["id"] for r in a.rows if r["id"] not in found] + [i for i in found if i not in {r["id"] for r in a.rows}]
+    wanted = dict.fromkeys(r["id"] for r in a.rows)
+    odd = [*(i for i in wanted if i not in found), *(i for i in found if i not in wanted)]
     if odd:
         raise DataError(
             f"{a.path} and {b.path} do not hold the same items: {len(odd)} are in one only, the first is {odd[0]!r}."
