@@ -467,7 +467,7 @@ def _nothing_here(path: Path) -> str:
     if not path.exists():
         beside = [str(f) for f in path.parent.glob("*") if f.is_dir()] if path.parent.is_dir() else []
         near = nearest(str(path), beside) if beside else ""
-        hint = " A model of the hub is fetched when its revision is named (main, a tag or a commit)."
+        hint = " A model of the hub is fetched by `isthmus convert`, `show`, `chat` and `verify` with --revision main."
         after = f"; {near}" if "did you" in near else "." + hint * looks_like_id(path)
         return f"There is no model at {path}: no such file or folder{after}"
     if path.is_dir():

@@ -57,10 +57,14 @@ def test_contrastive_errors():
     ):
         with pytest.raises(DataError, match=words):
             processor.example(bad)
-    with pytest.raises(ConfigError, match="beginning-of-sequence"):
-        ContrastiveProcessor(Tokenizer(TOKENIZER.backend, eos="</s>"), IMAGE)
     with pytest.raises(ConfigError, match="at least 2"):
         ContrastiveProcessor(TOKENIZER, IMAGE, context=1)
+
+
+def test_a_tokenizer_without_a_start_gives_texts_none():
+    bare = ContrastiveProcessor(Tokenizer(TOKENIZER.backend, eos="</s>"), IMAGE).text_example("a red cube")
+    whole = ContrastiveProcessor(TOKENIZER, IMAGE).text_example("a red cube")
+    assert [TOKENIZER.bos_id, *bare.streams["text"].ids] == whole.streams["text"].ids
 
 
 def test_a_picture_is_widened_to_its_visual_tokens():

@@ -14,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    SiglipConfig,
+    SiglipModel,
 )
 
 import isthmus
@@ -178,3 +180,23 @@ def test_what_does_not_fit_is_named(tmp_path, tokenizer):
     finish(tmp_path, tokenizer, PICTURES | {"crop_size": 64})
     with pytest.raises(CheckpointError, match="pictures of 64 pixels"):
         isthmus.load(tmp_path)
+
+
+def test_a_siglip_folder_cleans_texts_and_starts_them_with_nothing(tmp_path):
+    tokenizer = Tokenizer.train(["a red cube and a blue ring"] * 3, 320)
+    sizes = {**LANGUAGE, "max_position_embeddings": 16, "pad_token_id": 2, "eos_token_id": 2}
+    theirs = redraw(SiglipModel(SiglipConfig(text_config=sizes, vision_config=VISION))).eval()
+    theirs.save_pretrained(tmp_path)
+    finish(tmp_path, tokenizer)
+    named = {"tokenizer_class": "SiglipTokenizer", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    model = isthmus.load(tmp_path)
+    ids = [*tokenizer.encode("a red cube"), tokenizer.eos_id]
+    padded = torch.tensor([ids + [tokenizer.eos_id] * (16 - len(ids))])
+    with torch.no_grad():
+        expected = theirs.text_model(input_ids=padded).pooler_output
+    expected = expected / expected.norm(dim=-1, keepdim=True)
+    model.save(tmp_path / "ours")
+    for opened in (model, isthmus.load(tmp_path / "ours")):
+        found = opened.embed_texts(["  A red, CUBE! "])
+        assert torch.allclose(found / found.norm(dim=-1, keepdim=True), expected, atol=1e-5)

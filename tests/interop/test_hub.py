@@ -129,7 +129,7 @@ def test_what_the_hub_cannot_give_is_told_in_words(hub, tmp_path, name, revision
 
 def test_no_revision_no_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="when its revision is named"):
+    with pytest.raises(CheckpointError, match="with --revision main"):
         isthmus.load("someone/tiny-llama")
     with pytest.raises(CheckpointError, match="leave revision out"):
         located(tmp_path, "main")

@@ -33,10 +33,9 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def _given(*named: str | None) -> dict[str, str]:
+def _given(**arguments: str | None) -> dict[str, str]:
     """What the user gave of the further arguments of ``isthmus.load``."""
-    names = ("vision", "language", "tokenizer", "activation", "revision")
-    return {name: value for name, value in zip(names, named, strict=True) if value is not None}
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 @app.callback()
@@ -85,7 +84,8 @@ def show(
     """Parts, exact parameter counts, what each stage trains, tokens per image, the compute rule, memory."""
     from isthmus.cli.show import run
 
-    run(what, overrides or [], json_file, _given(vision, language, tokenizer, activation, revision))
+    given = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation, revision=revision)
+    run(what, overrides or [], json_file, given)
 
 
 @app.command()
@@ -263,7 +263,7 @@ def convert(
     """Write a model in another project's form; what that cannot hold is an error that names the field."""
     from isthmus.cli.convert import run
 
-    given = _given(vision, language, tokenizer, activation, revision)
+    given = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation, revision=revision)
     run(source, destination, to, given=given, replace=replace, lossy=lossy, shard=shard_size, json_file=json_file)
 
 
@@ -281,7 +281,8 @@ def verify(
     """Contracts on any checkpoint: batch = single, cached = uncached, save = load, the picture matters, ..."""
     from isthmus.cli.verify import run
 
-    run(model, json_file, only=only or [], given=_given(vision, language, tokenizer, activation, revision))
+    given = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation, revision=revision)
+    run(model, json_file, only=only or [], given=given)
 
 
 @app.command()

@@ -7,12 +7,15 @@ or from OpenAI's ``bpe_simple_vocab_16e6.txt.gz``.
 import gzip
 import html
 import json
+import re
+import string
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import DataError
@@ -105,13 +108,29 @@ class ClipTokenizer(Tokenizer):
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of any folder: CLIP's own where its vocabulary and merges stand alone, else as transformers
-    would read it. Raises CheckpointError (or DataError for a damaged table).
+    would read it, SigLIP's with its cleaning. Raises CheckpointError (or DataError for a damaged table).
     """
     folder = Path(folder)
     alone = not (folder / "tokenizer.json").is_file() and (folder / "merges.txt").is_file()
     if alone and (folder / "vocab.json").is_file() and START in (folder / "vocab.json").read_text(encoding="utf-8"):
         return ClipTokenizer.load(folder)
-    return Tokenizer.load(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    tokenizer = Tokenizer.load(folder)
+    return _cleaning(tokenizer, config) if str(config.get("tokenizer_class")).startswith("Siglip") else tokenizer
+
+
+def _cleaning(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
+    """Lower case, no punctuation, single spaces before anything else, as SigLIP's class does outside its file. Kept
+    as normalizers, so that it stays with the tokenizer wherever it is saved."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    steps: list[Any] = [normalizers.Lowercase()] if config.get("do_lower_case", True) else []
+    steps += [normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), "")]
+    steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    steps += [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
+    names = {name.removesuffix("_token"): token for name, token in tokenizer.specials.items()}
+    return Tokenizer(backend, **names)  # type: ignore[arg-type]
 
 
 def clean(text: str) -> str:

@@ -32,18 +32,15 @@ class Processor(Protocol):
 
 
 class ContrastiveProcessor:
-    """One picture and one caption (stream ``text``): bos, ids, eos, at most ``context`` tokens.
+    """One picture and one caption (stream ``text``): bos where the tokenizer has one (CLIP's, not SigLIP's), ids, eos.
 
     An over-long caption keeps its first ``context`` tokens, the last of them overwritten by eos (CLIP).
-    Raises ConfigError when the tokenizer lacks a beginning-of-sequence token.
     """
 
     kind = "contrastive"
     contrasts = True  # a batch's samples are each other's negatives, so like lengths must not meet on purpose
 
     def __init__(self, tokenizer: Tokenizer, image: ImageTransform, *, context: int = 77) -> None:
-        if tokenizer.bos_id is None:
-            raise ConfigError("a contrastive processor needs a tokenizer with a beginning-of-sequence token")
         if context < 2:
             raise ConfigError(f"context must be at least 2 tokens (start and end of text), not {context}")
         self.tokenizer, self.image, self.context = tokenizer, image, context
@@ -74,8 +71,8 @@ class ContrastiveProcessor:
         """A caption without a picture, for embedding texts. Raises DataError when it is empty."""
         if not text.strip():
             raise DataError("empty text: the caption is empty; write one or drop the sample")
-        assert self.tokenizer.bos_id is not None  # checked when built
-        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(text), self.tokenizer.eos_id]
+        start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        ids = [*start, *self.tokenizer.encode(text), self.tokenizer.eos_id]
         if len(ids) > self.context:
             ids = [*ids[: self.context - 1], self.tokenizer.eos_id]
         return Example(id=text, source="", streams={"text": Span(ids)})

@@ -18,6 +18,7 @@ from isthmus.checkpoint import load_tensors, read_json
 from isthmus.errors import CheckpointError
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_OWN = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _DTYPES = {
     "DoubleStorage": torch.float64,
@@ -68,6 +69,8 @@ def read_state(folder: str | Path) -> dict[str, Tensor]:
             return _shards(folder, folder / name)
     for ending in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
         found = sorted(folder.glob(ending))
+        own = [f for f in found if f.name in _OWN]
+        found = own if len(own) == 1 else found  # beside the library's file others keep the same in another form
         if len(found) > 1:
             names = ", ".join(f.name for f in found[:6])
             raise CheckpointError(f"{folder} holds several files of weights and no index ({names}); name one of them.")

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import load_tensors
 from isthmus.errors import CheckpointError
-from isthmus.interop.hf_language import weight_files
+from isthmus.interop.archives import read_state
 
 _LAYER = {
     "attention.self.query.": "attn.q_proj.",
@@ -76,6 +75,5 @@ def from_bert(
 
 
 def read_bert_folder(folder: Path, *, layers: int, rows: int) -> dict[str, Tensor]:
-    """:func:`from_bert` on the safetensors of a transformers folder."""
-    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file).items()}
-    return from_bert(stored, layers=layers, rows=rows, where=str(folder))
+    """:func:`from_bert` on the weights of a transformers folder."""
+    return from_bert(read_state(folder), layers=layers, rows=rows, where=str(folder))

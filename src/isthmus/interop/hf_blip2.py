@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import load_tensors, read_json
+from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError
+from isthmus.interop.archives import read_state
 from isthmus.interop.export import must
-from isthmus.interop.hf_language import weight_files
 from isthmus.language import known_fields
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
@@ -254,7 +254,7 @@ def read_blip2_folder(folder: Path) -> tuple[Blip2Config, dict[str, Tensor]]:
     A T5 head stored beside another embedding table is taken as untied. Raises CheckpointError for strange tensors.
     """
     raw = read_json(folder / "config.json")
-    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file).items()}
+    stored = read_state(folder)
     config, state = config_from_hf(raw), from_hf(stored, str(folder))
     if "heads.itm.weight" in state:
         return _retrieval(config, state)

@@ -3,15 +3,16 @@
 Facts about that layout come from transformers 5.23. The library is not imported here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import load_tensors, read_json
+from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError, nearest
+from isthmus.interop.archives import read_state
 from isthmus.interop.entries import Entry, Shapes, from_theirs, same, shapes_of, to_theirs
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.nn.text_tower import TextConfig, TextTower
@@ -370,24 +371,9 @@ def _blocks(theirs: str, ours: str, layers: int) -> list[Entry]:
 
 
 def read_clip_folder(path: str | Path) -> tuple[ClipConfig, dict[str, Tensor]]:
-    """Configuration and our state dict from a folder with config.json and safetensors (one file, or sharded).
+    """Configuration and our state dict from a folder with config.json and weights (one file, or sharded).
 
     Raises CheckpointError when something is missing or does not fit.
     """
     config = clip_config_from_hf(read_json(Path(path) / "config.json"))
-    return config, clip_from_hf(read_weights(path), config)
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a transformers folder: ``model.safetensors``, or the shards that its index names."""
-    folder = Path(path)
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return load_tensors(folder / "model.safetensors")
-    names: Iterable[str] = sorted(set(read_json(index).get("weight_map", {}).values()))
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: {name!r} points outside the folder.")
-        weights |= load_tensors(folder / name)
-    return weights
+    return config, clip_from_hf(read_state(path), config)

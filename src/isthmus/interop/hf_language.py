@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import load_tensors, read_json
+from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError, ConfigError
+from isthmus.interop.archives import read_state
 from isthmus.language import LanguageModel, known_fields
 from isthmus.language_seq2seq import T5_LIKE, Seq2SeqLM
 
@@ -20,13 +21,13 @@ RENAMED = {"embed_out.weight": "lm_head.weight"}
 def read_language_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A saved LM of transformers as (configuration, state dict under the library class's own keys), strictly.
 
-    Reads config.json and one or several safetensors files; nothing in the folder is executed. Explained differences
+    Reads config.json and the weights, one file or shards; nothing in the folder is executed. Explained differences
     are mended: a missing base prefix, a tied head that was not stored, recomputed buffers that were. Anything else
     that is missing, left over or of another shape raises CheckpointError.
     """
     folder = Path(path)
     config = known_fields(read_json(folder / "config.json"))
-    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file).items()}
+    stored = read_state(folder)
     with torch.device("meta"):
         lm = LanguageModel.build(config).lm
     return config, match_keys(lm, stored, where=str(folder))
@@ -42,7 +43,7 @@ def read_seq2seq_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Ten
     if raw.get("model_type") not in T5_LIKE:
         raise ConfigError(f"{folder} is a {raw.get('model_type')} model; an encoder-decoder is one of {T5_LIKE}.")
     config = known_fields(raw)
-    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file).items()}
+    stored = read_state(folder)
     head, table = stored.get("lm_head.weight"), stored.get("shared.weight")
     if head is not None and table is not None and not torch.equal(head, table):
         config["tie_word_embeddings"] = False
@@ -95,25 +96,3 @@ def match_keys(lm: Any, stored: Mapping[str, Tensor], *, where: str) -> dict[str
                 f"{tuple(expected[key].shape)}."
             )
     return state
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a transformers folder. None, or pickled ones: CheckpointError."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{index}: names files outside its own folder; refused.")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    pickled = (folder / "pytorch_model.bin").is_file() or (folder / "pytorch_model.bin.index.json").is_file()
-    raise CheckpointError(
-        f"{folder}: no model.safetensors"
-        + (
-            "; its weights are pickled (pytorch_model.bin), which can run code when read. Save it as safetensors with "
-            "transformers' save_pretrained first."
-            if pickled
-            else " and no model.safetensors.index.json."
-        )
-    )

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError
+from isthmus.interop.archives import read_state
 from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
 from isthmus.interop.hf_clip import (
-    read_weights,
     vision_config_from_hf,
     vision_config_to_hf,
     vision_from_hf,
@@ -161,4 +161,4 @@ def read_llava_folder(path: str | Path) -> tuple[LlavaConfig, dict[str, Tensor],
     values = read_json(Path(path) / "config.json")
     config = llava_config_from_hf(values)
     token = values.get("image_token_index", values.get("image_token_id", 32000))
-    return config, llava_from_hf(read_weights(path), config), token
+    return config, llava_from_hf(read_state(path), config), token

@@ -38,7 +38,6 @@ def _fetched(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -65,5 +64,5 @@ def _fetched(name: str, revision: str) -> Path:
             f"The hub cannot be reached, and {name} at revision {revision} was not fetched before. Check the network "
             "and HF_HUB_OFFLINE, or name a local folder."
         ) from error
-    except HfHubHTTPError as error:
-        raise CheckpointError(f"The hub did not answer for {name} at revision {revision}: {error}") from error
+    except (OSError, ValueError) as error:  # an error of the hub or the disk, or an id that the hub does not allow
+        raise CheckpointError(f"{name} at revision {revision} could not be fetched: {error}") from error

@@ -209,7 +209,7 @@ def _tested(plan: Comparison, statement: Statement, rivals: Sequence[Contestant]
                 "" if found is None else _by_seed(first, rival, task),
             )
         )
-    seeds = any(" " in row[-1] for row in rows)  # one seed's is the whole difference
+    seeds = any(len(first.by_seed.keys() & rival.by_seed.keys()) > 1 for rival in rivals[1:])
     return Listing(
         heading=statement.text,
         caption=f"Task {task}, percent; differences from {first.name} in points, paired over the same questions, with "
@@ -223,7 +223,7 @@ def _tested(plan: Comparison, statement: Statement, rivals: Sequence[Contestant]
 def _by_seed(first: Contestant, rival: Contestant, task: str) -> str:
     """The differences of the seeds that both have."""
     shown = []
-    for seed in first.by_seed.keys() & rival.by_seed.keys():
+    for seed in sorted(first.by_seed.keys() & rival.by_seed.keys()):
         one, other = (
             next(r.scores for r in side.by_seed[seed] if r.task == task and isinstance(r.scores, VqaScores))
             for side in (first, rival)
