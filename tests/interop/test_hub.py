@@ -127,6 +127,14 @@ def test_what_the_hub_cannot_give_is_told_in_words(hub, tmp_path, name, revision
     assert "Traceback" not in done.stderr
 
 
+def test_an_id_without_a_revision_is_told_how_to_name_one(hub, tmp_path):
+    before = len(hub[1])
+    done = show(NAME, home=tmp_path, address=hub[0])
+    assert done.returncode == 2
+    assert "--revision main" in done.stderr
+    assert len(hub[1]) == before
+
+
 def test_no_revision_no_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="with --revision main"):

@@ -116,6 +116,11 @@ def test_what_cannot_be_compared_is_said(rivals, monkeypatch, capsys, tmp_path, 
     assert message in " ".join(said.split())
 
 
+def test_a_model_that_is_not_there_is_told_before_any_is_asked(rivals, tmp_path):
+    with pytest.raises(ConfigError, match=r"no model at .*nowhere"):
+        contestants([rivals["llava"], tmp_path / "nowhere"])
+
+
 def test_tasks_of_one_name_must_be_the_same(rivals):
     one, other = contestants([rivals["llava"], rivals["blip2"]])
     with pytest.raises(ConfigError, match="different tasks called 'vqa'"):

@@ -35,13 +35,15 @@ def run(
     from isthmus.evaluation.report import write_report
     from isthmus.model import load
     from isthmus.recipes.compare import ask, contestants, measure, shared_tasks
+    from isthmus.recipes.schema import shipped
     from isthmus.recipes.scoring import with_shots
     from isthmus.recipes.side_by_side import write_comparison
 
     more = [int(name) for name in models if shots is not None and name.isdigit() and not Path(name).exists()]
     models = models[: len(models) - len(more)]  # --shots 0 4 8: the numbers behind the first one
     if len(models) < 2:
-        raise ConfigError("A comparison needs at least two models; `isthmus eval MODEL` scores one.")
+        recipe = f" A comparison recipe is a .yaml file or shipped: {', '.join(shipped('comparisons'))}."
+        raise ConfigError("A comparison needs at least two models; `isthmus eval MODEL` scores one." + recipe)
     rivals = contestants(models)
     out = out if out is not None else Path("runs/compare")
     if data is not None:

@@ -13,6 +13,7 @@ from isthmus.errors import ConfigError, DataError, nearest
 
 def run(what: str, overrides: Sequence[str], json_file: Path | None, given: Mapping[str, str] | None = None) -> None:
     """Show a model's folder or file if ``what`` is one, else a recipe. ``given`` are further arguments of ``load``."""
+    from isthmus.interop.hub import looks_like_id
     from isthmus.recipes.schema import shipped
 
     console = Console(emoji=False)
@@ -26,6 +27,7 @@ def run(what: str, overrides: Sequence[str], json_file: Path | None, given: Mapp
     else:
         raise ConfigError(
             f"{what} is neither a model folder nor a shipped recipe ({nearest(what, shipped())}) nor a .yaml file."
+            + " A model of the hub is fetched with --revision main." * looks_like_id(what)
         )
     if json_file is not None:
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

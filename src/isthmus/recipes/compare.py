@@ -62,9 +62,12 @@ class Contestant:
 
 
 def contestants(folders: Sequence[str | Path]) -> list[Contestant]:
-    """One for each folder, called by the folder's name. Raises ConfigError when two have the same."""
+    """One for each folder, called by the folder's name. Raises ConfigError for one that is not there, and when two have
+    the same name."""
     found: dict[str, Contestant] = {}
     for folder in map(Path, folders):
+        if not folder.exists():
+            raise ConfigError(f"There is no model at {folder}, so nothing was asked of the others either.")
         name = folder.resolve().parent.name if folder.name == "model" else folder.resolve().name
         if name in found:
             raise ConfigError(
