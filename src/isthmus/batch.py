@@ -52,11 +52,35 @@ class Visuals:
     """Visuals of one shape. ``index`` (n,) are their positions 0..N-1 in the batch's order of visuals.
 
     Exactly one of ``pixels`` (n, F, 3, H, W; normalised) and ``features`` (n, F, P, D; from a cache) is given.
+    ``sizes`` (n, 2) are height and width of the pictures as they came, where the frames are views of one (AnyRes).
     """
 
     index: Tensor
     pixels: Tensor | None = None
     features: Tensor | None = None
+    sizes: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Visuals":
+        return Visuals(
+            index=self.index.to(device),
+            pixels=_moved(self.pixels, device),
+            features=_moved(self.features, device),
+            sizes=self.sizes,  # only counted with, never computed with
+        )
+
+    def pick(self, local: Sequence[int], index: Tensor) -> "Visuals":
+        """The named ones of the group under new numbers."""
+        chosen = list(local)
+        return Visuals(
+            index=index,
+            pixels=None if self.pixels is None else self.pixels[chosen],
+            features=None if self.features is None else self.features[chosen],
+            sizes=None if self.sizes is None else self.sizes[chosen],
+        )
+
+
+def _moved(value: Tensor | None, device: torch.device | str) -> Tensor | None:
+    return None if value is None else value.to(device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,19 +138,18 @@ class Batch:
         return torch.argsort(self.owner)
 
     def to(self, device: torch.device | str) -> "Batch":
-        def move(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(device)
-
         return replace(
             self,
             text={
-                k: Tokens(ids=t.ids.to(device), lengths=t.lengths.to(device), labels=move(t.labels), seen=move(t.seen))
+                k: Tokens(
+                    ids=t.ids.to(device),
+                    lengths=t.lengths.to(device),
+                    labels=_moved(t.labels, device),
+                    seen=_moved(t.seen, device),
+                )
                 for k, t in self.text.items()
             },
-            visuals=tuple(
-                Visuals(index=v.index.to(device), pixels=move(v.pixels), features=move(v.features))
-                for v in self.visuals
-            ),
+            visuals=tuple(group.to(device) for group in self.visuals),
             places={
                 k: Places(
                     row=p.row.to(device),
@@ -150,13 +173,7 @@ class Batch:
             local = [j for j, n in enumerate(group.index.tolist()) if n in new_visual]
             if local:
                 numbers = torch.as_tensor([new_visual[int(group.index[j])] for j in local])
-                visuals.append(
-                    Visuals(
-                        index=numbers,
-                        pixels=None if group.pixels is None else group.pixels[local],
-                        features=None if group.features is None else group.features[local],
-                    )
-                )
+                visuals.append(group.pick(local, numbers))
         places = {}
         for name, p in self.places.items():
             k = [i for i, r in enumerate(p.row.tolist()) if r in new_row]

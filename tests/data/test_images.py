@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image as PilImage
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from isthmus.data.images import (
@@ -22,9 +23,10 @@ from isthmus.data.images import (
     MadeImage,
     TarImage,
     as_image,
+    image_size,
     open_image,
 )
-from isthmus.data.record import Image
+from isthmus.data.record import Image, Video
 from isthmus.errors import ConfigError, DataError
 
 
@@ -67,6 +69,46 @@ def test_squash_equals_the_siglip_processor(size):
     image = noise(*size)
     peer = SiglipImageProcessorPil(size={"height": 32, "width": 32})
     assert torch.equal(ImageTransform.siglip(32)(image), peer(image, return_tensors="pt")["pixel_values"][0])
+
+
+CANVASES = ((32, 64), (64, 32), (64, 64), (96, 32), (32, 96))
+
+
+@pytest.mark.parametrize("size", [*SIZES, (200, 61), (61, 200), (90, 30)])
+def test_anyres_equals_the_llava_next_processor(size):
+    image = noise(*size)
+    peer = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        image_grid_pinpoints=list(map(list, CANVASES)),
+    )
+    transform = ImageTransform(size=32, mode="anyres", pinpoints=CANVASES)
+    found = peer(image, return_tensors="pt")
+    assert torch.equal(transform(image), found["pixel_values"][0])
+    assert image_size(MadeImage(image)) == tuple(found["image_sizes"][0].tolist())
+    assert ImageTransform.from_dict(transform.to_dict()) == transform
+
+
+def test_anyres_reads_no_clips_and_needs_its_canvases():
+    transform = ImageTransform(size=32, mode="anyres", pinpoints=CANVASES)
+    with pytest.raises(DataError, match="a clip is not cut into tiles"):
+        transform(Video(MadeImage(noise(4, 4))))
+    for options in ({"mode": "anyres"}, {"mode": "pad", "pinpoints": CANVASES}):
+        with pytest.raises(ConfigError, match="belong to mode anyres"):
+            ImageTransform(size=32, **options)
+    with pytest.raises(ConfigError, match="whole tiles of 33"):
+        ImageTransform(size=33, mode="anyres", pinpoints=CANVASES)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_from_the_header_is_that_of_the_opened_picture(orientation):
+    exif = PilImage.Exif()
+    exif[0x0112] = orientation
+    source = BytesImage(encoded(noise(5, 9), "JPEG", exif=exif))
+    picture = open_image(source)
+    assert image_size(source) == (picture.height, picture.width)
+    with pytest.raises(DataError, match=r"truncated or damaged|is not a picture"):
+        image_size(BytesImage(source.read()[:20]))
 
 
 @pytest.mark.parametrize(("size", "offset"), [((5, 2), (0, 1)), ((2, 5), (1, 0)), ((6, 3), (0, 1))])

@@ -206,4 +206,12 @@ def test_a_document_learns_across_its_pieces():
 
 
 def test_templates_are_the_written_ones():
-    assert set(TEMPLATES) == {"plain", "vicuna_v1", "llava_v1", "vicuna_bare", "document"}
+    assert set(TEMPLATES) == {"plain", "vicuna_v1", "llava_v1", "vicuna_bare", "mistral_instruct", "document"}
+
+
+def test_mistral_s_grammar_is_the_published_one():
+    turns = (picture(), user("what?"), assistant("a cat"), user("where?"), assistant("here"))
+    said = str(render(record(*turns), "mistral_instruct"))
+    assert said == "[INST] <image>\nwhat? [/INST] a cat </s>[INST] where? [/INST] here </s>"
+    asked = str(render(record(*turns), "mistral_instruct", prompt=True))
+    assert asked == "[INST] <image>\nwhat? [/INST] a cat </s>[INST] where? [/INST]"

@@ -75,6 +75,7 @@ WITHOUT_WRITING = ("heads.temperature", "heads.lm_")
 CASES = [
     Case("CLIP", "isthmus", "Clip", tiny_models.clip, opened),
     Case("LLaVA", "isthmus", "Llava", tiny_models.llava, opened),
+    Case("LLaVA-NeXT", "isthmus", "Llava", tiny_models.llava_next, opened),
     Case("Flamingo", "isthmus", "Flamingo", tiny_models.flamingo, opened),
     Case("BLIP-2, first stage", "isthmus", "Blip2", lambda: tiny_models.blip2(None), opened),
     Case("CLIP", "hf", "CLIPModel", tiny_models.openai_clip, opened, peer=True),
@@ -106,6 +107,7 @@ CASES = [
         opened,
         peer=True,
     ),
+    Case("LLaVA-NeXT", "hf", "LlavaNextForConditionalGeneration", tiny_models.llava_next, opened, peer=True),
     Case("BLIP-2, OPT", "hf", "Blip2ForConditionalGeneration", tiny_models.blip2, opened, peer=True),
     Case(
         "BLIP-2, T5",
@@ -143,6 +145,7 @@ CASES = [
         lambda: tiny_models.llava(projector="linear"),
         opened,
     ),
+    Case("LLaVA-NeXT", "original", "LlavaLlamaForCausalLM", tiny_models.llava_next, opened),
     Case("BLIP-2, first stage", "lavis", "blip2", lambda: tiny_models.lavis(None), lavis),
     Case("BLIP-2, OPT", "lavis", "blip2_opt", tiny_models.lavis, lavis),
     Case("BLIP-2, T5", "lavis", "blip2_t5", lambda: tiny_models.lavis({**T5, "vocab_size": tiny_models.ROWS}), lavis),

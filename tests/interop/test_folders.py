@@ -14,14 +14,20 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     SiglipConfig,
     SiglipModel,
 )
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 import isthmus
 from isthmus.data.clip_tokenizer import load_tokenizer
+from isthmus.data.collate import collate
+from isthmus.data.images import MadeImage
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
+from isthmus.language import Decoding
 from tests.fixtures import OPEN_CLIP
 
 VISION = {
@@ -152,6 +158,75 @@ def test_llava_forbids_its_image_token(tmp_path, tokenizer):
     assert isinstance(model.answer(PilImage.new("RGB", (20, 30), "red"), "what?", max_new_tokens=3), str)
     again = isthmus.load(model.save(tmp_path / "ours"))
     assert again.forbidden == (310,)
+
+
+SHAPES = [(20, 30), (100, 33), (64, 64), (31, 97)]
+PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+
+
+@torch.no_grad()
+def test_llava_next_of_the_library_gives_its_logits_and_tokens(tmp_path, tokenizer):
+    """Pictures by the folder's own processor there, by ours here; one of each shape, and two in one prompt."""
+    config = LlavaNextConfig(
+        vision_config=VISION | {"model_type": "clip_vision_model"},
+        text_config=LANGUAGE | {"model_type": "llama"},
+        image_token_index=310,
+        image_grid_pinpoints=PINPOINTS,
+    )
+    peer = redraw(LlavaNextForConditionalGeneration(config)).eval()
+    peer.save_pretrained(tmp_path)
+    finish(tmp_path, tokenizer, PICTURES | {"do_pad": True, "image_grid_pinpoints": PINPOINTS})
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ '[INST] ' + text + ' [/INST]' }}"}))
+    model = isthmus.load(tmp_path)
+    assert model.processor.template == "mistral_instruct"
+    their_eyes = LlavaNextImageProcessorPil.from_pretrained(tmp_path, size={"shortest_edge": 32})
+    for shapes in [[shape] for shape in SHAPES] + [SHAPES[:2]]:
+        noise = [torch.rand(h, w, 3, generator=torch.Generator().manual_seed(h)) * 255 for w, h in shapes]
+        pictures = [PilImage.fromarray(n.to(torch.uint8).numpy()) for n in noise]
+        parts = [*(isthmus.Image(MadeImage(p), role="user") for p in pictures), isthmus.Text("what?", role="user")]
+        example = model.processor.prompt(isthmus.Record(id="x", parts=tuple(parts)))
+        ids = list(example.streams["lm"].ids)
+        for place in example.places:
+            ids[place.start : place.start + place.length] = [310] * place.length
+        inputs = dict(their_eyes(pictures, return_tensors="pt")) | {"input_ids": torch.tensor([ids])}
+        batch = collate([example])
+        found = model.net.language.logits(model.net.embed_prompt(batch))
+        expected = peer(**inputs).logits
+        assert expected.abs().max() > 0.5
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        written = peer.generate(
+            **inputs, max_new_tokens=8, do_sample=False, suppress_tokens=[310], pad_token_id=0, eos_token_id=None
+        )
+        assert (
+            model.net.generate(batch, Decoding(max_new_tokens=8, forbidden_ids=(310,)))[0]
+            == written[0, len(ids) :].tolist()
+        )
+    told = isthmus.load(model.save(tmp_path / "ours"))
+    assert told.net.config == model.net.config
+    assert torch.equal(told.net.embed_prompt(batch), model.net.embed_prompt(batch))
+
+
+def test_llava_next_with_tiles_of_two_kinds_is_refused(tmp_path, tokenizer):
+    config = LlavaNextConfig(
+        vision_config=VISION | {"model_type": "clip_vision_model"},
+        text_config=LANGUAGE | {"model_type": "llama"},
+        image_grid_pinpoints=PINPOINTS,
+    )
+    LlavaNextForConditionalGeneration(config).save_pretrained(tmp_path)
+    finish(tmp_path, tokenizer, PICTURES | {"image_grid_pinpoints": PINPOINTS[:2]})
+    with pytest.raises(CheckpointError, match=r"cuts tiles from the canvases \[\(32, 64\), \(64, 32\)\]"):
+        isthmus.load(tmp_path)
+
+
+def test_a_chat_template_that_nobody_knows_is_told(tmp_path, tokenizer):
+    config = LlavaConfig(
+        vision_config=VISION | {"model_type": "clip_vision_model"}, text_config=LANGUAGE | {"model_type": "llama"}
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    finish(tmp_path, tokenizer)
+    (tmp_path / "chat_template.jinja").write_text("<|im_start|>{{ text }}")
+    with pytest.warns(UserWarning, match="its chat template is none that is known"):
+        isthmus.load(tmp_path)
 
 
 def test_language_model(tmp_path, tokenizer):

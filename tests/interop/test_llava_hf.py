@@ -198,7 +198,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     config = theirs.config.to_dict()
     for change, match in (
         ({"projector_hidden_act": "relu"}, "only 'gelu'"),
-        ({"model_type": "llava_next"}, "is not"),
+        ({"model_type": "llava_onevision"}, "is not"),
+        ({"model_type": "llava_next", "vision_feature_select_strategy": "full"}, "keeps a token that has no place"),
         ({"mm_vision_tower": "x"}, "original repository"),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "no class token to drop"),
     ):

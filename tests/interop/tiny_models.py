@@ -25,6 +25,7 @@ from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
 from isthmus.nn.text_tower import TextConfig
+from isthmus.nn.tiles import PINPOINTS
 from isthmus.nn.vit import VisionConfig
 from tests.models.tiny_blip2 import T5, redraw
 from tests.models.tiny_blip2 import VISION as EVA
@@ -126,16 +127,23 @@ def llava(*, template: str = "vicuna_v1", mode: Any = "square", **changes: Any) 
     torch.manual_seed(0)
     net = Llava(LlavaConfig(**{"vision": VISION, "language": LLAMA, **changes}))
     redraw(net)
+    image = replace(ImageTransform.clip(SIZE), mode=mode, pinpoints=net.config.pinpoints)
     return Model(
         net,
         SpliceProcessor(
             tokenizer(),
-            ImageTransform.clip(SIZE, mode),
+            image,
             num_tokens=net.num_tokens(SIZE, SIZE),
             template=template,
             max_length=256,
         ),
     )
+
+
+def llava_next(**changes: Any) -> Model:
+    """The published canvases in the proportions of a small tile."""
+    pinpoints = tuple((height * SIZE // 336, width * SIZE // 336) for height, width in PINPOINTS)
+    return llava(mode="anyres", pinpoints=pinpoints, **changes)
 
 
 def flamingo(**changes: Any) -> Model:
@@ -218,6 +226,7 @@ MODELS = {
     "lm opt": lambda: lm(OPT, "document"),
     "lm gpt_neox": lambda: lm(NEOX, "document"),
     "llava": llava,
+    "llava_next": llava_next,
     "flamingo": flamingo,
     "blip2 represent": lambda: blip2(None),
     "blip2 opt": blip2,

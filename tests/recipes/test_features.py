@@ -16,17 +16,23 @@ from tests.recipes import test_blip2, test_flamingo
 from tests.recipes.test_run import losses, weights
 
 PICTURES = 6
+CANVASES = [[64, 128], [128, 64], [128, 128]]
 
 
 def recipe(kind, story, cached):
     """One stage of three epochs or more over six pictures, or as many pages and clips."""
-    mine = copy.deepcopy({"flamingo": test_flamingo.TREE, "blip2": test_blip2.TREE}.get(kind) or tree(kind))
+    mine = copy.deepcopy({"flamingo": test_flamingo.TREE, "blip2": test_blip2.TREE}.get(kind) or tree(kind[:5]))
     mine["parts"] = {"vision": str(story / "clip"), "language": str(story / "lm")}
     mine["stages"] = mine["stages"][:1]
     mine["evaluate"] = []
     stage = mine["stages"][0]
     stage |= {"steps": 6, "precision": "fp32"}
     stage["data"] = [{**source, "count": PICTURES} for source in stage["data"]]
+    if kind == "llava in tiles":
+        stage |= {
+            "config": {"pinpoints": CANVASES},
+            "train": [{"pattern": "image_newline", "lr": 1e-2}, *stage["train"]],
+        }
     if cached is not None:
         stage["feature_cache"] = cached
     return parse_recipe(mine)
@@ -48,7 +54,7 @@ def encoded(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("kind", ["llava", "flamingo", "blip2"])
+@pytest.mark.parametrize("kind", ["llava", "llava in tiles", "flamingo", "blip2"])
 def test_the_losses_are_those_without_a_cache_and_each_picture_is_encoded_once(kind, story, tmp_path, encoded):
     torch.manual_seed(0)
     plain, once, again = (tmp_path / name for name in ("plain", "once", "again"))

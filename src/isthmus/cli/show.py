@@ -36,7 +36,7 @@ def run(what: str, overrides: Sequence[str], json_file: Path | None, given: Mapp
 def _model(folder: str, console: Console, given: Mapping[str, str]) -> dict[str, Any]:
     from isthmus.config import plain
     from isthmus.model import load
-    from isthmus.recipes.facts import parts_of, visual_tokens
+    from isthmus.recipes.facts import parts_of, visual_tokens, visual_tokens_text
 
     model = load(folder, **given)  # type: ignore[arg-type]
     parts, tokens = parts_of(model.net), visual_tokens(model.net)
@@ -44,7 +44,7 @@ def _model(folder: str, console: Console, given: Mapping[str, str]) -> dict[str,
     held = sum(tensor.numel() * tensor.element_size() for tensor in model.net.state_dict().values())
     console.print(f"{held / 2**20:,.1f} MiB of weights in memory", highlight=False)
     if tokens is not None:
-        console.print(f"{tokens} visual tokens per picture")
+        console.print(visual_tokens_text(model.net))
     console.print(f"It can: {', '.join(model.capabilities)}")
     return {
         "kind": model.kind,
@@ -67,6 +67,7 @@ def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, 
         stage_costs,
         stage_facts,
         visual_tokens,
+        visual_tokens_text,
     )
     from isthmus.recipes.schema import read_recipe
 
@@ -105,7 +106,7 @@ def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, 
         ],
     }
     if tokens is not None:
-        console.print(f"{tokens} visual tokens per picture")
+        console.print(visual_tokens_text(net))
     if built is not None and recipe.model == "lm":
         rule = compute_rule(built)
         console.print(

@@ -34,9 +34,13 @@ class Augment:
             raise ConfigError(f"augment: crop is the least share of the area to keep, in (0, 1], not {self.crop}")
 
     def __call__(self, example: Example, transform: ImageTransform | None, draw: int) -> Example:
-        """The example with its pictures' pixels augmented as ``draw`` decides; a clip's frames all alike."""
+        """The example with its pictures' pixels augmented as ``draw`` decides; a clip's frames all alike.
+
+        Raises ConfigError for a crop of what is cut into tiles: the sample's tokens are counted by then."""
         if transform is None or not example.visuals:
             return example
+        if self.crop < 1 and transform.mode == "anyres":
+            raise ConfigError("augment: a crop changes how many tiles a picture has; with image mode anyres only flip.")
         pixels = (
             partial(self.pixels, visual, transform, key("augment", draw, n)) for n, visual in enumerate(example.visuals)
         )

@@ -33,19 +33,20 @@ def collate(examples: Sequence[Example]) -> Batch:
                 f"sample {example.id!r} has the streams {list(example.streams)} and the batch has {names}; "
                 "one batch takes the examples of one processor"
             )
-    groups: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}  # pixels have one more axis than features
+    groups: dict[tuple[int, ...], list[_Found]] = {}  # pixels have one more axis than features
     places: dict[str, list[tuple[int, int, int, int]]] = {name: [] for name in names}
     owner: list[int] = []
     keys: list[str] = []
     for row, example in enumerate(examples):
         first = len(owner)
-        for image, make in zip(example.visuals, example.pixels, strict=True):
+        sizes = example.sizes or (None,) * len(example.visuals)
+        for image, make, size in zip(example.visuals, example.pixels, sizes, strict=True):
             value = make()
             if isinstance(value, Features):
                 value = value.values
             elif value.ndim == 3:
                 value = value[None]  # a picture is a clip of one frame
-            groups.setdefault(tuple(value.shape), []).append((len(owner), value))
+            groups.setdefault(tuple(value.shape), []).append((len(owner), value, size))
             owner.append(row)
             keys.append(image.content_key())
         for place in example.places:
@@ -61,9 +62,17 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
-def _visuals(group: Sequence[tuple[int, Tensor]]) -> Visuals:
-    index, values = torch.tensor([n for n, _ in group]), torch.stack([value for _, value in group])
-    return Visuals(index=index, pixels=values) if values.ndim == 5 else Visuals(index=index, features=values)
+_Found = tuple[int, Tensor, tuple[int, int] | None]
+"""Number of a visual in the batch, its pixels or features, its size where it counts."""
+
+
+def _visuals(group: Sequence[_Found]) -> Visuals:
+    index, values = torch.tensor([n for n, _, _ in group]), torch.stack([value for _, value, _ in group])
+    given = [size for _, _, size in group if size is not None]
+    sizes = torch.tensor(given) if given else None
+    if values.ndim == 5:
+        return Visuals(index=index, pixels=values, sizes=sizes)
+    return Visuals(index=index, features=values, sizes=sizes)
 
 
 def _pad(spans: Sequence[Span]) -> Tokens:

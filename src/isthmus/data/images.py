@@ -6,6 +6,8 @@ for resizing (antialiased bicubic), because the published weights saw its pixels
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from isthmus.data.record import Image, ImageSource, Video
 from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.nn.tiles import best_canvas, check_pinpoints, fitted
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """The only formats opened. Pillow knows 40 more, several of them with a history of holes."""
@@ -28,6 +31,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _ORIENTATION_TAG = 0x0112
+_FIRST_TURNED = 5  # of the orientations below, those from here on exchange width and height
 _ORIENTATIONS = {
     2: PilImage.Transpose.FLIP_LEFT_RIGHT,
     3: PilImage.Transpose.ROTATE_180,
@@ -179,22 +183,36 @@ def open_image(source: ImageSource, limits: ImageLimits | None = None) -> PilIma
     Raises DataError, always naming the picture, when it is missing, not of an allowed format, outside ``limits``
     or damaged. Pillow's own messages are never passed on: they may hold memory addresses.
     """
-    limits = limits or ImageLimits()
+    with _opened(source, limits or ImageLimits()) as image:
+        orientation = _orientation(image)
+        image.load()
+        return _to_rgb(image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image)
+
+
+def image_size(source: ImageSource, limits: ImageLimits | None = None) -> tuple[int, int]:
+    """Height and width of what :func:`open_image` makes, from the header alone. Raises DataError as it does."""
+    with _opened(source, limits or ImageLimits()) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) >= _FIRST_TURNED else (height, width)
+
+
+@contextmanager
+def _opened(source: ImageSource, limits: ImageLimits) -> Iterator[PilImage.Image]:
+    """The picture with nothing but its header read, found to be within ``limits``; whatever Pillow raises inside the
+    block comes out as a DataError."""
     where = source.describe()
     if isinstance(source, FileImage | TarImage):
         limits.check_bytes(source.encoded_size(), where)
     raw = source.read()
     if isinstance(raw, PilImage.Image):
         limits.check_size(*raw.size, where)
-        return _to_rgb(raw)
+        yield raw
+        return
     limits.check_bytes(len(raw), where)
     try:
         with PilImage.open(BytesIO(raw), formats=FORMATS) as image:
             limits.check_size(*image.size, where)
-            orientation = _orientation(image)
-            image.load()
-            upright = image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image
-            return _to_rgb(upright)
+            yield image
     except DataError:
         raise
     except UnidentifiedImageError:
@@ -232,8 +250,8 @@ def _to_rgb(image: PilImage.Image) -> PilImage.Image:
     return image.convert("RGB")
 
 
-Mode = Literal["square", "pad", "squash", "aspect"]
-_MODES = ("square", "pad", "squash", "aspect")
+Mode = Literal["square", "pad", "squash", "aspect", "anyres"]
+_MODES = ("square", "pad", "squash", "aspect", "anyres")
 _RESAMPLING = {
     "bicubic": PilImage.Resampling.BICUBIC,
     "bilinear": PilImage.Resampling.BILINEAR,
@@ -249,6 +267,8 @@ class ImageTransform:
     LLaVA-1.5). ``pad``: first onto a square canvas of the long side, background floor(255 * mean), offset
     floor((long - short) / 2) (stage 2 of LLaVA-1.5). ``squash``: both sides to ``size`` (SigLIP). ``aspect``: the long
     side to ``size``, the other in proportion, rounded to whole patches of ``patch`` pixels, so (3, h, w) with any h, w.
+    ``anyres``: views of ``size``, (1 + tiles, 3, size, size): the whole squashed, then the tiles of the canvas among
+    ``pinpoints`` (height, width) that suits the picture, fitted into its middle on black (LLaVA 1.6).
     ``mean`` and ``std`` are of pixels in 0..1. Raises ConfigError for values that make no sense.
     """
 
@@ -258,8 +278,12 @@ class ImageTransform:
     std: tuple[float, float, float] = CLIP_STD
     resample: str = "bicubic"
     patch: int = 1
+    pinpoints: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        if (self.mode == "anyres") != bool(self.pinpoints):
+            raise ConfigError("image transform: pinpoints, the canvases of a picture's tiles, belong to mode anyres")
+        check_pinpoints(self.pinpoints, self.size)
         if self.patch < 1 or (self.mode == "aspect" and self.size % self.patch):
             raise ConfigError(
                 f"image transform: size {self.size} must be a whole number of patches of {self.patch} pixels"
@@ -295,14 +319,32 @@ class ImageTransform:
         """Pixels (3, size, size), or (F, 3, size, size) of a clip. A PIL image is taken as it is and must be RGB; all
         else is opened by :func:`open_image` with its limits and errors."""
         if isinstance(picture, Video):
+            if self.mode == "anyres":
+                raise DataError("a clip is not cut into tiles: this model's image mode anyres reads single pictures")
             return torch.stack([self(frame) for frame in picture.source.read()])
         image = picture if isinstance(picture, PilImage.Image) else open_image(as_image(picture).source)
-        levels = np.asarray(self.fit(image))
+        if self.mode == "anyres":
+            return torch.stack([self._normalised(view) for view in self.views(image)])
+        return self._normalised(self.fit(image))
+
+    def _normalised(self, image: PilImage.Image) -> Tensor:
+        levels = np.asarray(image)
         table = _normalised_levels(self.mean, self.std)
         return torch.from_numpy(np.stack([table[c][levels[:, :, c]] for c in range(3)]))
 
+    def views(self, image: PilImage.Image) -> list[PilImage.Image]:
+        """``anyres``: the whole picture, then the tiles of its canvas, row by row."""
+        filter_, size = _RESAMPLING[self.resample], (image.height, image.width)
+        canvas = best_canvas(size, self.pinpoints)
+        height, width = fitted(size, canvas)
+        sheet = PilImage.new("RGB", (canvas[1], canvas[0]))
+        sheet.paste(image.resize((width, height), filter_), ((canvas[1] - width) // 2, (canvas[0] - height) // 2))
+        corners = [(x, y) for y in range(0, canvas[0], self.size) for x in range(0, canvas[1], self.size)]
+        whole = image.resize((self.size, self.size), filter_)
+        return [whole, *(sheet.crop((x, y, x + self.size, y + self.size)) for x, y in corners)]
+
     def fit(self, image: PilImage.Image) -> PilImage.Image:
-        """The size x size picture the model sees (``aspect``: of any shape), before normalisation."""
+        """The size x size picture the model sees (``aspect``: of any shape; not for ``anyres``), unnormalised."""
         if self.mode == "aspect":
             target = self._whole_patches(*image.size)
             return image if target == image.size else image.resize(target, _RESAMPLING[self.resample])
@@ -331,7 +373,9 @@ class ImageTransform:
         return sides[0], sides[1]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+        values = asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+        del values["pinpoints"]
+        return values | ({"pinpoints": [list(canvas) for canvas in self.pinpoints]} if self.pinpoints else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ImageTransform":
@@ -340,7 +384,8 @@ class ImageTransform:
         for key in values:
             if key not in known:
                 raise ConfigError(f"image transform: unknown key {key!r}; {nearest(key, known)}")
-        tuples = {k: tuple(values[k]) for k in ("mean", "std") if k in values}
+        tuples: dict[str, Any] = {k: tuple(values[k]) for k in ("mean", "std") if k in values}
+        tuples["pinpoints"] = tuple((int(h), int(w)) for h, w in values.get("pinpoints", ()))
         return cls(**{**values, **tuples})
 
 

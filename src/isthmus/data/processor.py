@@ -5,18 +5,20 @@ makes a training sample, ``draw`` choosing among alternative texts; ``prompt(rec
 or embeds, without labels.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 from isthmus.batch import IGNORE
-from isthmus.data.images import ImageTransform
+from isthmus.data.images import ImageTransform, image_size
 from isthmus.data.interleave import InterleaveProcessor
 from isthmus.data.record import Example, Image, Place, Record, Span
 from isthmus.data.text import TEMPLATES, Encoded, drawn, encode, render
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.nn.tiles import num_tokens
 
 
 class Processor(Protocol):
@@ -89,7 +91,8 @@ class SpliceProcessor:
     """Conversations with pictures for a decoder that takes visual tokens in its sequence (stream ``lm``).
 
     Args:
-        num_tokens: visual tokens a picture takes, from the connector for this transform's fixed size.
+        num_tokens: visual tokens a picture takes, from the connector for this transform's fixed size; of image mode
+            ``anyres`` those of one view, a square number.
         template: one of :data:`isthmus.data.text.TEMPLATES`.
         max_length: tokens after widening; what is over is cut off, never through a picture.
     """
@@ -108,6 +111,8 @@ class SpliceProcessor:
         _check(template, max_length)
         if num_tokens < 1:
             raise ConfigError(f"a picture takes at least one visual token, not {num_tokens}")
+        if image.mode == "anyres" and math.isqrt(num_tokens) ** 2 != num_tokens:
+            raise ConfigError(f"the views of image mode anyres make square maps of tokens, not {num_tokens}")
         self.tokenizer, self.image = tokenizer, image
         self.num_tokens, self.template, self.max_length = num_tokens, template, max_length
 
@@ -122,12 +127,21 @@ class SpliceProcessor:
         """Up to the place where the answer begins, without labels. Raises DataError when it is too long."""
         rendered = render(record, self.template, prompt=True)
         encoded = encode(rendered, self.tokenizer)
-        must_fit(len(encoded.ids) + self.num_tokens * len(encoded.marks), self.max_length)
+        must_fit(len(encoded.ids) + sum(self._measured(rendered.images)[0]), self.max_length)
         example = self._widen(record, encoded, rendered.images)
         return replace(example, streams={"lm": Span(example.streams["lm"].ids)})
 
+    def _measured(self, images: Sequence[Image]) -> tuple[list[int], tuple[tuple[int, int], ...]]:
+        """Tokens of each picture, and where they depend on it its size, read from its header."""
+        if self.image.mode != "anyres":
+            return [self.num_tokens] * len(images), ()
+        sizes = tuple(image_size(image.source) for image in images)
+        side = math.isqrt(self.num_tokens)
+        return [num_tokens(s, self.image.pinpoints, tile=self.image.size, side=side) for s in sizes], sizes
+
     def _widen(self, record: Record, encoded: Encoded, images: Sequence[Image]) -> Example:
-        """Put ``num_tokens`` sentinels (the pad id, never learnt) at each mark, then cut to ``max_length``."""
+        """Put each picture's number of sentinels (the pad id, never learnt) at its mark, then cut to ``max_length``."""
+        counts, sizes = self._measured(images)
         ids: list[int] = []
         labels: list[int] = []
         places: list[Place] = []
@@ -136,12 +150,13 @@ class SpliceProcessor:
             zip([0, *encoded.marks], [*encoded.marks, len(encoded.ids)], strict=True), start=-1
         ):
             if visual >= 0:
-                if len(ids) + self.num_tokens > self.max_length:
+                count = counts[visual]
+                if len(ids) + count > self.max_length:
                     end = min(end, len(ids))
                     break
-                places.append(Place(visual, "lm", len(ids), self.num_tokens))
-                ids += [self.tokenizer.pad_id] * self.num_tokens
-                labels += [IGNORE] * self.num_tokens
+                places.append(Place(visual, "lm", len(ids), count))
+                ids += [self.tokenizer.pad_id] * count
+                labels += [IGNORE] * count
             ids += encoded.ids[start:stop]
             labels += encoded.labels[start:stop]
         kept = tuple(images[: len(places)])
@@ -152,6 +167,7 @@ class SpliceProcessor:
             visuals=kept,
             pixels=pixels_of(self.image, kept),
             places=tuple(places),
+            sizes=sizes[: len(places)],
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -128,7 +128,8 @@ class Place:
 class Example:
     """A processed sample: streams of ids and labels, places of visuals, and pixels still undecoded.
 
-    ``pixels`` are callables so that planning (lengths) costs no decoding; collate calls them.
+    ``pixels`` are callables so that planning (lengths) costs no decoding; collate calls them. ``sizes``: height and
+    width of each visual as it came, where the net must know them (AnyRes), else empty.
     """
 
     id: str
@@ -137,6 +138,7 @@ class Example:
     visuals: tuple[Image, ...] = ()
     pixels: tuple[Callable[[], Any], ...] = ()
     places: tuple[Place, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def length(self) -> int:

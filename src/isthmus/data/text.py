@@ -109,13 +109,23 @@ def drawn(record: Record, draw: int) -> Record:
     return Record(record.id, tuple(parts), record.source, record.meta)
 
 
-def _conversation(system: str) -> Template:
-    """The Vicuna grammar: ``SYS USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>``, no space after ``</s>``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """How a conversation is written: ``{}`` in ``head`` is the system's text, in ``asked`` the user's; the answer
+    stands between ``before`` and ``after``. The default ``system`` is said where the record says none; without any
+    there is no head."""
 
-    def template(record: Record, prompt: bool) -> Rendered:
-        said = "".join(str(p.text) for p in record.texts if p.role == "system") or system
+    system: str = ""
+    head: str = "{} "
+    asked: str = "USER: {} ASSISTANT:"
+    before: str = " "
+    after: str = END
+
+    def __call__(self, record: Record, prompt: bool) -> Rendered:
+        said = "".join(str(p.text) for p in record.texts if p.role == "system") or self.system
         out = Rendered()
-        out.write(f"{said} " if said else "")
+        out.write(self.head.replace("{}", said) if said else "")
+        opening, closing = self.asked.split("{}")
         turns = _turns(record)
         for number, turn in enumerate(turns):
             expected = "user" if number % 2 == 0 else "assistant"
@@ -125,24 +135,21 @@ def _conversation(system: str) -> Template:
                     f"{expected}'s; turns alternate, the user begins"
                 )
             if turn.role == "user":
-                out.write("USER: ")
+                out.write(opening)
                 _write_user(out, turn)
-                out.write(" ASSISTANT:")
+                out.write(closing)
             else:
                 if not turn.text.strip():
                     raise DataError(
                         f"empty answer: turn {number + 1} of the conversation says nothing; "
                         "write an answer or drop the turn"
                     )
-                learn = turn.learn and not prompt
-                out.write(f" {turn.text}{END}", learn=learn)
+                out.write(f"{self.before}{turn.text}{self.after}", learn=turn.learn and not prompt)
         if not turns or (prompt and turns[-1].role != "user"):
             raise DataError("bad conversation: it has no question to answer; end it with a user's turn")
         if not prompt and turns[-1].role != "assistant":
             raise DataError("empty answer: the conversation ends with a question; add the answer to be learnt")
         return out
-
-    return template
 
 
 def _write_user(out: Rendered, turn: Turn) -> None:
@@ -199,12 +206,15 @@ def _document(record: Record, prompt: bool) -> Rendered:
 
 TEMPLATES: dict[str, Template] = {
     "plain": _plain,
-    "vicuna_v1": _conversation(_VICUNA),
-    "llava_v1": _conversation(_LLAVA),
-    "vicuna_bare": _conversation(""),
+    "vicuna_v1": Grammar(system=_VICUNA),
+    "llava_v1": Grammar(system=_LLAVA),
+    "vicuna_bare": Grammar(),
+    "mistral_instruct": Grammar(head="<<SYS>>\n{}\n<</SYS>>\n\n", asked="[INST] {} [/INST]", after=f" {END}"),
     "document": _document,
 }
-"""Written out: ``vicuna_bare`` is ``vicuna_v1`` without the system sentence and its space."""
+"""Written out: ``vicuna_v1`` is ``SYS USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>``, no space after ``</s>``;
+``vicuna_bare`` the same without the system sentence and its space; ``mistral_instruct`` (LLaVA 1.6 over Mistral)
+``[INST] q1 [/INST] a1 </s>[INST] q2 [/INST] a2 </s>``."""
 
 
 def _turns(record: Record) -> list[Turn]:

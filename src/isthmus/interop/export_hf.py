@@ -128,7 +128,7 @@ def _llava(model: Source, shard_bytes: int) -> Export:
     described = llava_config_to_hf(config, image_token_id=token)
     weights = llava_to_hf(state, config)
     template = chat_template(processor.template)
-    pictures = image_processor(processor.image)
+    kind = "LlavaNext" if config.pinpoints else "Llava"
     files = {
         "config.json": _config(described, weights),
         "generation_config.json": generation_config(model, forbidden=[token]),
@@ -139,11 +139,11 @@ def _llava(model: Source, shard_bytes: int) -> Export:
             end=False,
             context=net.language.context,
             side="left",
-            processor_class="LlavaProcessor",
+            processor_class=f"{kind}Processor",
         ),
-        "preprocessor_config.json": pictures,
+        "preprocessor_config.json": image_processor(processor.image),
         "processor_config.json": {
-            "processor_class": "LlavaProcessor",
+            "processor_class": f"{kind}Processor",
             "image_token": IMAGE,
             "patch_size": config.vision.patch_size,
             "vision_feature_select_strategy": described["vision_feature_select_strategy"],
@@ -151,7 +151,7 @@ def _llava(model: Source, shard_bytes: int) -> Export:
         },
         **({CHAT_TEMPLATE: template} if template else {}),
     }
-    return Export(files=files, opens="transformers.LlavaForConditionalGeneration.from_pretrained(FOLDER)")
+    return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")
 
 
 def with_image_token(net: Any, tokenizer: Tokenizer) -> tuple[dict[str, Tensor], dict[str, Any], Tokenizer, int]:

@@ -5,6 +5,7 @@ torch.save writes hold plain tensors only.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,7 @@ from isthmus.models.clip import ClipConfig
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
+from isthmus.nn.tiles import turned
 
 TOWER = "vision_tower"
 
@@ -131,7 +133,8 @@ def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
     must(kind in bases, "language.model_type", kind, who, " or ".join(bases))
     must(isinstance(config.feature_layer, int), "feature_layer", config.feature_layer, who, "one number")
     must(":" not in config.projector, "projector", config.projector, who, "linear or mlpNx_gelu")
-    must(image.mode in ("square", "pad"), "processor.image.mode", image.mode, who, "square or pad")
+    modes = ("square", "pad", "anyres")
+    must(image.mode in modes, "processor.image.mode", image.mode, who, "square, pad or anyres")
     tower = vision_config_to_hf(config.vision)
     must(tower["model_type"] == "clip_vision_model", "vision", tower["model_type"], who, "a tower of CLIP")
     state = model.net.state_dict()
@@ -153,7 +156,7 @@ def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
         f"{TOWER}/preprocessor_config.json": image_processor(ImageTransform.clip(config.vision.image_size)),
         f"{TOWER}/model.safetensors": tower_weights,
     }
-    own = ImageTransform.clip(config.vision.image_size, image.mode)
+    own = replace(ImageTransform.clip(config.vision.image_size), mode=image.mode, pinpoints=image.pinpoints)
     return Export(
         files=files,
         losses=_published_transform(image, own),
@@ -174,11 +177,12 @@ def _original_config(model: Source, config: LlavaConfig, kind: str) -> dict[str,
         "mm_projector_type": config.projector,
         "mm_vision_select_layer": config.feature_layer,
         "mm_vision_select_feature": config.feature_select,
-        "mm_patch_merge_type": "flat",
+        "mm_patch_merge_type": "spatial_unpad" if config.pinpoints else "flat",
+        **({"image_grid_pinpoints": [list(c) for c in turned(config.pinpoints)]} if config.pinpoints else {}),
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
-        "image_aspect_ratio": "pad" if model.processor.image.mode == "pad" else "square",
+        "image_aspect_ratio": model.processor.image.mode,
         "tokenizer_model_max_length": model.processor.max_length,
         "tokenizer_padding_side": "right",
     }

@@ -1,10 +1,11 @@
 """Folders that transformers wrote: a net and a processor from what is in them, by content.
 
-CLIP and SigLIP models, LLaVA in all its key layouts, BLIP-2 and InstructBLIP, any causal LM. Nothing in a
+CLIP and SigLIP models, LLaVA and LLaVA-NeXT in all key layouts, BLIP-2 and InstructBLIP, any causal LM. Nothing in a
 folder is executed.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from isthmus.checkpoint import load_into, read_json
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.clip_tokenizer import load_tokenizer
-from isthmus.data.images import ImageTransform
+from isthmus.data.images import ImageTransform, Mode
 from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.wordpiece import load_wordpiece
@@ -34,7 +35,7 @@ def load_foreign(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Processo
     kind = config.get("model_type")
     if kind in ("clip", "siglip"):
         return _clip(folder)
-    if kind == "llava":
+    if kind in ("llava", "llava_next"):
         return _llava(folder)
     if kind in ("blip-2", "instructblip"):
         return _blip2(folder)
@@ -62,11 +63,11 @@ def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     config, state, image_token = read_llava_folder(folder)
     net = Llava(config)  # not from the meta device: ties and computed buffers (rotary frequencies) would be lost
     load_into(net, state, where=folder)
-    transform = image_transform(folder, config.vision.image_size)
+    transform = image_transform(folder, config.vision.image_size, config.pinpoints)
     processor = SpliceProcessor(
         load_tokenizer(folder),
         image=transform,
-        template=_template(folder, "vicuna_v1"),
+        template=_llava_template(folder),
         max_length=net.language.context or 2048,
         num_tokens=net.num_tokens(transform.size, transform.size),
     )
@@ -119,9 +120,32 @@ def _language(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
 
 def _template(folder: Path, otherwise: str) -> str:
     """The template that the folder's chat template is the Jinja form of (we wrote it then), or ``otherwise``."""
-    file = folder / CHAT_TEMPLATE
-    found = template_named(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return found or otherwise
+    return template_named(_chat_template(folder)) or otherwise
+
+
+def _llava_template(folder: Path) -> str:
+    """The same for LLaVA's published folders, told by the words of theirs. Warns of one that is not known here."""
+    told = _chat_template(folder)
+    known = {"[INST]": "mistral_instruct", "curious human": "llava_v1", "USER:": "vicuna_v1"}
+    found = template_named(told) or next((name for mark, name in known.items() if mark in told), None)
+    if found is None and told:
+        warnings.warn(
+            f"{folder}: its chat template is none that is known here ({', '.join(known.values())}); questions are "
+            "asked in vicuna_v1, which this model may not have been trained with.",
+            stacklevel=2,
+        )
+    return found or "vicuna_v1"
+
+
+def _chat_template(folder: Path) -> str:
+    """The folder's chat template in Jinja, from a file of its own or within another; empty without one."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        found = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(found, str):
+            return found
+    return ""
 
 
 def _resample(number: Any, folder: Path) -> str:
@@ -132,10 +156,11 @@ def _resample(number: Any, folder: Path) -> str:
     raise CheckpointError(f"{folder}: its image processor resizes by Pillow's filter {number}; known: {RESAMPLE}.")
 
 
-def image_transform(folder: Path, size: int) -> ImageTransform:
+def image_transform(folder: Path, size: int, pinpoints: Sequence[tuple[int, int]] = ()) -> ImageTransform:
     """What preprocessor_config.json (or processor_config.json) says of sizes, mean and std, else CLIP's own.
 
-    Raises CheckpointError when the folder's transform makes another size than the vision encoder reads.
+    Raises CheckpointError when the folder's transform makes another size than the vision encoder reads, or cuts tiles
+    from other canvases than ``pinpoints``, the model's.
     """
     found: Mapping[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
@@ -143,8 +168,15 @@ def image_transform(folder: Path, size: int) -> ImageTransform:
             content = read_json(folder / name)
             found = content.get("image_processor", content)
             break
+    tiled: dict[str, Any] = {"mode": "anyres", "pinpoints": tuple(pinpoints)} if pinpoints else {}
     if not found:
-        return ImageTransform.clip(size)
+        return replace(ImageTransform.clip(size), **tiled)
+    theirs = tuple((int(h), int(w)) for h, w in found.get("image_grid_pinpoints") or pinpoints)
+    if theirs != tuple(pinpoints):
+        raise CheckpointError(
+            f"{folder}: its image processor cuts tiles from the canvases {list(theirs)}, its model from "
+            f"{list(pinpoints)}."
+        )
     side = found.get("crop_size") or found.get("size") or size
     if isinstance(side, Mapping):
         side = side.get("height") or side.get("shortest_edge")
@@ -154,9 +186,10 @@ def image_transform(folder: Path, size: int) -> ImageTransform:
         )
     base = ImageTransform.clip(size)
     crops = found.get("do_center_crop", "crop_size" in found)
+    mode: Mode = "pad" if found.get("do_pad") else "square" if crops else "squash"
     return ImageTransform(
         size=size,
-        mode="pad" if found.get("do_pad") else "square" if crops else "squash",
+        **(tiled or {"mode": mode}),
         mean=tuple(found.get("image_mean", base.mean)),
         std=tuple(found.get("image_std", base.std)),
         resample=_resample(found.get("resample"), folder),

@@ -14,15 +14,19 @@ from tokenizers import processors
 from isthmus.checkpoint import Content
 from isthmus.data.clip_tokenizer import ClipTokenizer
 from isthmus.data.images import ImageTransform
-from isthmus.data.record import Record, Text
-from isthmus.data.text import TEMPLATES, render
-from isthmus.data.tokenizer import Tokenizer
+from isthmus.data.text import TEMPLATES, Grammar
+from isthmus.data.tokenizer import END, Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.export import Source, must
 from isthmus.language import Decoding
 
 CHAT_TEMPLATE = "chat_template.jinja"
-_PROCESSORS = {"square": "CLIPImageProcessor", "pad": "LlavaImageProcessor", "squash": "BlipImageProcessor"}
+_PROCESSORS = {
+    "square": "CLIPImageProcessor",
+    "pad": "LlavaImageProcessor",
+    "squash": "BlipImageProcessor",
+    "anyres": "LlavaNextImageProcessor",
+}
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 """Pillow's numbers."""
 
@@ -31,7 +35,7 @@ def image_processor(transform: ImageTransform | None) -> dict[str, Any]:
     """A preprocessor_config.json. Raises CheckpointError for a mode that no processor of transformers has."""
     must(transform is not None, "processor.image", None, "transformers", "an image transform")
     assert transform is not None
-    must(transform.mode in _PROCESSORS, "processor.image.mode", transform.mode, "transformers", "square, pad or squash")
+    must(transform.mode in _PROCESSORS, "processor.image.mode", transform.mode, "transformers", ", ".join(_PROCESSORS))
     side = {"height": transform.size, "width": transform.size}
     crops = transform.mode != "squash"
     return {
@@ -41,7 +45,8 @@ def image_processor(transform: ImageTransform | None) -> dict[str, Any]:
         "size": {"shortest_edge": transform.size} if crops else side,
         "resample": RESAMPLE[transform.resample],
         **({"do_center_crop": True, "crop_size": side} if crops else {}),
-        **({"do_pad": True} if transform.mode == "pad" else {}),
+        **({"do_pad": True} if transform.mode in ("pad", "anyres") else {}),
+        **({"image_grid_pinpoints": [list(c) for c in transform.pinpoints]} if transform.pinpoints else {}),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -132,26 +137,36 @@ def chat_template(name: str) -> str | None:
             "{%- for part in message['content'] -%}{%- if part['type'] in ('image', 'image_url') -%}<image>"
             "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endfor -%}"
         )
-    opening = json.dumps(_opening(name))
+    grammar = TEMPLATES[name]
+    assert isinstance(grammar, Grammar)  # those that are no grammar are answered above
+    opening = json.dumps(grammar.head.replace("{}", grammar.system) if grammar.system else "")
+    system = _sum(*grammar.head.partition("{}"), {"{}": "own.seen"})
+    asked, closing = map(_quoted, grammar.asked.split("{}"))
+    answer = _sum(grammar.before, "{}", *grammar.after.partition(END), {"{}": "text", END: "eos_token"})
     return (
         f"{_TEXT}{{%- set own = namespace(system={opening}, seen='') -%}}"
         "{%- for message in messages if message['role'] == 'system' -%}"
         "{%- set own.seen = own.seen + said(message['content']) -%}{%- endfor -%}"
-        "{%- if own.seen -%}{%- set own.system = own.seen + ' ' -%}{%- endif -%}{{- own.system -}}"
+        f"{{%- if own.seen -%}}{{%- set own.system = {system} -%}}{{%- endif -%}}{{{{- own.system -}}}}"
         "{%- for message in messages if message['role'] != 'system' -%}{%- set text = said(message['content']) -%}"
-        "{%- if message['role'] == 'user' -%}{{- 'USER: ' -}}{%- set seen = namespace(n=0) -%}"
+        f"{{%- if message['role'] == 'user' -%}}{{{{- {asked} -}}}}{{%- set seen = namespace(n=0) -%}}"
         + _PICTURES
         + "{%- if seen.n -%}{%- set text = text | trim -%}"
         "{{- (['<image>'] * seen.n) | join('\\n') -}}{%- if text -%}{{- '\\n' -}}{%- endif -%}{%- endif -%}"
-        "{{- text -}}{%- if not loop.last or add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}"
-        "{%- else -%}{{- ' ' + text + eos_token -}}{%- endif -%}{%- endfor -%}"
+        f"{{{{- text -}}}}{{%- if not loop.last or add_generation_prompt -%}}{{{{- {closing} -}}}}{{%- endif -%}}"
+        f"{{%- else -%}}{{{{- {answer} -}}}}{{%- endif -%}}{{%- endfor -%}}"
     )
 
 
-def _opening(name: str) -> str:
-    """What a template says before the first turn."""
-    asked = Record(id="", parts=(Text("?", role="user"),))
-    return str(render(asked, name, prompt=True)).removesuffix("USER: ? ASSISTANT:")
+def _quoted(text: str) -> str:
+    """As a Jinja string."""
+    return "'" + text.replace("\n", "\\n") + "'"
+
+
+def _sum(*pieces: Any) -> str:
+    """A Jinja sum of texts; the last argument names the variables among them."""
+    *texts, variables = pieces
+    return " + ".join(variables.get(text) or _quoted(text) for text in texts if text)
 
 
 def template_named(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""LLaVA in the layout of transformers: configuration, weights and folders. The library is not imported here.
+"""LLaVA and LLaVA-NeXT in the layout of transformers: configuration, weights, folders. The library is not imported.
 
 Four layouts of keys are in circulation (files up to 4.51, 4.52 in memory, 5.x in memory, files fresh from 5.x); all
 four are read, the first, which every version reads, is written.
@@ -25,6 +25,7 @@ from isthmus.interop.hf_language import match_keys
 from isthmus.language import LanguageModel, known_fields
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors import build_connector
+from isthmus.nn.tiles import PINPOINTS
 
 _CLIP_L_336 = {
     "model_type": "clip_vision_model",
@@ -38,12 +39,18 @@ _CLIP_L_336 = {
 """What transformers means by a LLaVA configuration without ``vision_config``."""
 
 
+_NEWLINE = "image_newline"
+
+
 # Configurations.
 
 
 def llava_config_from_hf(config: Mapping[str, Any]) -> LlavaConfig:
-    """From the config.json of a ``LlavaForConditionalGeneration``. Raises CheckpointError for what has no place."""
-    if config.get("model_type") != "llava" or "mm_vision_tower" in config:
+    """From the config.json of a ``LlavaForConditionalGeneration`` or ``LlavaNextForConditionalGeneration``.
+
+    Raises CheckpointError for what has no place.
+    """
+    if config.get("model_type") not in ("llava", "llava_next") or "mm_vision_tower" in config:
         raise CheckpointError(
             f"config.json: model_type {config.get('model_type')!r} is not transformers' LLaVA"
             + ("; mm_vision_tower marks the original repository's." if "mm_vision_tower" in config else ".")
@@ -58,6 +65,14 @@ def llava_config_from_hf(config: Mapping[str, Any]) -> LlavaConfig:
             "config.json: vision_feature_select_strategy 'default' drops the first token, but this "
             "vision encoder has no class token to drop."
         )
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    if config["model_type"] == "llava_next":
+        if strategy != "default":
+            raise CheckpointError(
+                f"config.json: vision_feature_select_strategy {strategy!r} of a LLaVA-NeXT keeps a token that has no "
+                "place among its tiles; only 'default' is supported."
+            )
+        pinpoints = tuple((int(h), int(w)) for h, w in config.get("image_grid_pinpoints") or PINPOINTS)
     layer = config.get("vision_feature_layer", -2)
     tied = bool(config.get("tie_word_embeddings", False))
     text = known_fields({"model_type": "llama", **(config.get("text_config") or {})})
@@ -66,6 +81,7 @@ def llava_config_from_hf(config: Mapping[str, Any]) -> LlavaConfig:
         language={**text, "tie_word_embeddings": tied},
         feature_layer=layer if isinstance(layer, int) else tuple(layer),
         feature_select="cls_patch" if strategy == "full" and vision.class_token else "patch",
+        pinpoints=pinpoints,
     )
 
 
@@ -82,9 +98,11 @@ def llava_config_to_hf(config: LlavaConfig, *, image_token_id: int) -> dict[str,
     keep_all = config.feature_select == "cls_patch" or not config.vision.class_token
     layer = config.feature_layer
     patches = config.vision.grid**2 + (config.feature_select == "cls_patch")
+    tiled = {"image_grid_pinpoints": [list(canvas) for canvas in config.pinpoints]} if config.pinpoints else {}
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": ["LlavaNextForConditionalGeneration" if tiled else "LlavaForConditionalGeneration"],
+        "model_type": "llava_next" if tiled else "llava",
+        **tiled,
         "vision_config": vision_config_to_hf(config.vision),
         "text_config": dict(config.language),
         "image_token_index": image_token_id,
@@ -103,13 +121,17 @@ def llava_config_to_hf(config: LlavaConfig, *, image_token_id: int) -> dict[str,
 def llava_from_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str, Tensor]:
     """Our state dict from any of the four layouts; dtypes stay. Raises CheckpointError on any misfit."""
     parts: dict[str, dict[str, Tensor]] = {"vision_tower": {}, "multi_modal_projector": {}, "language_model": {}}
+    newline: dict[str, Tensor] = {}
     for name, tensor in state.items():
         bare = name if name.startswith("language_model.") else name.removeprefix("model.")
         if bare == "lm_head.weight":
             bare = "language_model.lm_head.weight"
+        if bare == _NEWLINE and config.pinpoints:
+            newline[_NEWLINE] = tensor
+            continue
         part, _, rest = bare.partition(".")
         if part not in parts:
-            hint = " It belongs to LLaVA-NeXT (AnyRes)." if bare == "image_newline" else ""
+            hint = " It belongs to LLaVA-NeXT (AnyRes)." if bare == _NEWLINE else ""
             raise CheckpointError(f"the weights do not fit LlavaForConditionalGeneration: unexpected {name}.{hint}")
         parts[part][rest] = tensor
     with torch.device("meta"):
@@ -122,7 +144,8 @@ def llava_from_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str,
         ),
         "language.lm": match_keys(language.lm, parts["language_model"], where="language_model"),
     }
-    return {f"{part}.{name}": tensor for part, tensors in ours.items() for name, tensor in tensors.items()}
+    named = {f"{part}.{name}": tensor for part, tensors in ours.items() for name, tensor in tensors.items()}
+    return named | newline
 
 
 def llava_to_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str, Tensor]:
@@ -134,6 +157,7 @@ def llava_to_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str, T
     }
     projector = to_theirs(_projector(), part_of(state, "connector."))
     theirs |= {f"multi_modal_projector.{name}": tensor for name, tensor in projector.items()}
+    theirs |= {name: tensor for name, tensor in state.items() if name == _NEWLINE}
     return theirs | {
         f"language_model.{name}": tensor
         for name, tensor in part_of(state, "language.lm.").items()

@@ -1,6 +1,6 @@
 """LLaVA in the layout of its original repository, as pure maps: full models, projector files, LoRA's side file.
 
-Facts: spec of the files of haotian-liu/LLaVA v1 to v1.5. Reading a pickled ``.bin`` is the caller's business.
+Facts: spec of the files of haotian-liu/LLaVA v1 to v1.6. Reading a pickled ``.bin`` is the caller's business.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,12 @@ from isthmus.interop.hf_llava import part_of
 from isthmus.language import LanguageModel, known_fields
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors import build_connector
+from isthmus.nn.tiles import turned
 from isthmus.nn.vit import VisionConfig
 
 _TOWER = "model.vision_tower.vision_tower."
 _PROJECTOR = "model.mm_projector."
+_NEWLINE = "model.image_newline"
 TOWERS = {"clip-vit-large-patch14-336": VisionConfig.vit_l_14_336, "clip-vit-large-patch14": VisionConfig.vit_l_14}
 
 
@@ -37,7 +39,8 @@ def is_known_tower(config: Mapping[str, Any]) -> bool:
 def llava_config_from_original(config: Mapping[str, Any], vision: VisionConfig | None = None) -> LlavaConfig:
     """From their config.json. ``vision`` is needed for a tower other than OpenAI's two ViT-L/14.
 
-    Raises CheckpointError for a tower that is not known or start and end tokens around the picture.
+    Raises CheckpointError for a tower that is not known, start and end tokens around the picture, and tiles that are
+    put together in another way than 1.6's.
     """
     if config.get("mm_use_im_start_end"):
         raise CheckpointError(
@@ -61,7 +64,24 @@ def llava_config_from_original(config: Mapping[str, Any], vision: VisionConfig |
         projector=config.get("mm_projector_type", "linear"),
         feature_layer=config.get("mm_vision_select_layer", -2),
         feature_select=config.get("mm_vision_select_feature", "patch"),
+        pinpoints=_pinpoints(config),
     )
+
+
+def _pinpoints(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """The canvases of AnyRes as (height, width); the original code writes them the other way round."""
+    aspect, merge = config.get("image_aspect_ratio"), config.get("mm_patch_merge_type", "flat")
+    if aspect not in ("anyres", "pad", "square", None):
+        raise CheckpointError(f"config.json: image_aspect_ratio {aspect!r} is not supported, only square, pad, anyres.")
+    if (aspect == "anyres") != (merge == "spatial_unpad"):
+        raise CheckpointError(
+            f"config.json: image_aspect_ratio {aspect!r} with mm_patch_merge_type {merge!r} is not supported; tiles "
+            "(anyres) are put together by spatial_unpad."
+        )
+    given = config.get("image_grid_pinpoints") if aspect == "anyres" else ()
+    if not isinstance(given, list | tuple):
+        raise CheckpointError(f"config.json: image_grid_pinpoints must be a list of canvases, not {given!r}.")
+    return turned([(int(first), int(second)) for first, second in given])
 
 
 def llava_from_original(
@@ -80,6 +100,7 @@ def llava_from_original(
             "this LLaVA file holds no vision tower (released v1.5 files do not); name the CLIP "
             "checkpoint it was trained with as its source."
         )
+    state, newline = without_newline(state, config)
     rest = {name: tensor for name, tensor in state.items() if not name.startswith((_TOWER, _PROJECTOR))}
     with torch.device("meta"):
         language = LanguageModel.build(config.language)
@@ -88,7 +109,13 @@ def llava_from_original(
         "connector": projector_from_original(part_of(state, "model."), config, only=False),
         "language.lm": match_keys(language.lm, rest, where="the language model"),
     }
-    return {f"{part}.{name}": tensor for part, tensors in ours.items() for name, tensor in tensors.items()}
+    return {f"{part}.{name}": tensor for part, tensors in ours.items() for name, tensor in tensors.items()} | newline
+
+
+def without_newline(state: Mapping[str, Tensor], config: LlavaConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The other tensors of a file, and AnyRes's newline under our name where the model has one."""
+    name = next((n for n in state if config.pinpoints and _without_wrappers(n) == "image_newline"), None)
+    return {n: t for n, t in state.items() if n != name}, {} if name is None else {"image_newline": state[name]}
 
 
 def projector_from_original(
@@ -119,6 +146,8 @@ def llava_to_original(state: Mapping[str, Tensor], config: LlavaConfig, *, visio
     if vision:
         tower = vision_to_hf(part_of(state, "vision."), config.vision, prefix="vision_model.")
         theirs |= {f"{_TOWER}{name}": tensor for name, tensor in tower.items()}
+    if config.pinpoints:
+        theirs[_NEWLINE] = state["image_newline"]
     return theirs
 
 

@@ -5,7 +5,7 @@ through :class:`Given`; an error says which argument is due, and one that nothin
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from isthmus.interop.original_llava import (
     llava_config_from_original,
     llava_from_original,
     projector_from_original,
+    without_newline,
 )
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.flamingo import Flamingo
@@ -235,18 +236,28 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
         ours = llava_from_original(state, config, vision=tower)
     net = Llava(config)
     load_into(net, ours, where=folder)
-    pads = values.get("image_aspect_ratio") == "pad"
-    image = ImageTransform.clip(config.vision.image_size, "pad" if pads else "square")
+    base = ImageTransform.clip(
+        config.vision.image_size, "pad" if values.get("image_aspect_ratio") == "pad" else "square"
+    )
+    tiled: dict[str, Any] = {"mode": "anyres", "pinpoints": config.pinpoints} if config.pinpoints else {}
+    image = replace(base, **tiled)
     found = Path(given.tokenizer or (given.language if partial else folder) or folder)
     tokenizer: Tokenizer = load_tokenizer(found)
     processor = SpliceProcessor(
         tokenizer,
         image=image,
-        template="vicuna_v1" if values.get("mm_projector_type", "linear") != "linear" else "llava_v1",
+        template=_original_template(values),
         max_length=net.language.context or 2048,
         num_tokens=net.num_tokens(image.size, image.size),
     )
     return net, processor, ()
+
+
+def _original_template(values: Mapping[str, Any]) -> str:
+    """What the released models were trained with: v1 and 1.5 over Vicuna, 1.6 over Mistral."""
+    if values.get("model_type") == "llava_mistral":
+        return "mistral_instruct"
+    return "vicuna_v1" if values.get("mm_projector_type", "linear") != "linear" else "llava_v1"
 
 
 def _base(folder: Path, given: Given) -> dict[str, Tensor]:
@@ -261,6 +272,6 @@ def _completed(
     if tower is None:
         given.need("vision", folder, "holds no vision tower")
     side = folder / (_TRAINED if (folder / _TRAINED).is_file() else _PROJECTOR)
-    connector = projector_from_original(tensors_of(read_archive(side), side), config)
-    parts = {"vision": tower, "connector": connector, "language.lm": language}
-    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    trained, newline = without_newline(tensors_of(read_archive(side), side), config)
+    parts = {"vision": tower, "connector": projector_from_original(trained, config), "language.lm": language}
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()} | newline

@@ -1,4 +1,4 @@
-"""LLaVA: Visual Instruction Tuning (Liu et al. 2023, 2304.08485) and its version 1.5 (2310.03744).
+"""LLaVA: Visual Instruction Tuning (Liu et al. 2023, 2304.08485), its version 1.5 (2310.03744), and 1.6's AnyRes.
 
     pixels (n, F, 3, H, W) ─ vision ─→ hidden state (n, F, P, Dv) ─ connector ─→ (n, R, D) ┐
                               (frozen)   feature_layer, patches only                        │ splice
@@ -10,17 +10,20 @@ Dv of the features.
 
 Version 1 projects each patch with one linear layer, version 1.5 with a two-layer MLP, from a larger picture. Visual
 tokens are ordinary positions: plain causal attention, positions 0..T-1 over the merged row, no type embedding.
+Version 1.6 (LLaVA-NeXT) reads a large picture as a view of the whole and tiles, which stand in F's place; their tokens
+are stitched to one map with a learnt newline behind each row (nn/tiles.py).
 
 Differs from the papers: any number of pictures per row and places anywhere in the text, from one code path; several
-hidden states may be joined on channels; the vision encoder may be opened by a stage. AnyRes and LoRA are not here.
+hidden states may be joined on channels; the vision encoder may be opened by a stage. LoRA is not here.
 Differs from the original code: visual places are widened before the net sees a row, so truncation happens once and
 never inside a picture; padding is known from lengths, so an unknown-word token is not masked out; blocks above the
 tapped hidden state are kept but not computed; a row without pictures adds an empty slice of one dummy visual.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -34,6 +37,7 @@ from isthmus.models.published import tiny_llama, vicuna
 from isthmus.nn.connectors import build_connector
 from isthmus.nn.looking import patch_maps, self_attention
 from isthmus.nn.splice import at_places, splice
+from isthmus.nn.tiles import PINPOINTS, arrange, check_pinpoints
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.stage import Group, Stage
 
@@ -46,7 +50,8 @@ class LlavaConfig:
 
     ``feature_layer`` counts over the L+1 hidden states of the encoder (-2: the input of the last block); several are
     joined on channels. ``feature_select`` keeps the ``patch`` features or also the class token (``cls_patch``).
-    ``projector`` names a connector; ``language`` is the configuration of a causal LM of transformers.
+    ``projector`` names a connector; ``language`` is the configuration of a causal LM of transformers. ``pinpoints``
+    are the canvases (height, width) of AnyRes; without them a picture is one view.
     """
 
     vision: VisionConfig
@@ -54,8 +59,12 @@ class LlavaConfig:
     projector: str = "mlp2x_gelu"
     feature_layer: int | tuple[int, ...] = -2
     feature_select: Literal["patch", "cls_patch"] = "patch"
+    pinpoints: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        check_pinpoints(self.pinpoints, self.vision.image_size)
+        if self.pinpoints and self.feature_select != "patch":
+            raise ConfigError("pinpoints: tiles are stitched patch by patch, so feature_select must be 'patch'.")
         depth = self.vision.layers + 1
         if not self.feature_layers:
             raise ConfigError("feature_layer names no hidden state; give a number such as -2.")
@@ -103,6 +112,15 @@ class LlavaConfig:
         return cls(vision=VisionConfig.vit_l_14_336(), language=vicuna("13b", vocab_size, version=1.5))
 
     @classmethod
+    def v1_6_7b(cls, vocab_size: int = 32000) -> "LlavaConfig":
+        """Vicuna's variant of LLaVA-NeXT."""
+        return replace(cls.v1_5_7b(vocab_size), pinpoints=PINPOINTS)
+
+    @classmethod
+    def v1_6_13b(cls, vocab_size: int = 32000) -> "LlavaConfig":
+        return replace(cls.v1_5_13b(vocab_size), pinpoints=PINPOINTS)
+
+    @classmethod
     def tiny(cls, vocab_size: int = 2048, image_size: int = 64) -> "LlavaConfig":
         """What two CPU cores train in minutes on the scenes: 16 visual tokens for a 64x64 picture."""
         return cls(
@@ -124,13 +142,15 @@ class Llava(nn.Module):
         self.vision = VisionTransformer(config.vision)
         self.connector = build_connector(config.projector, config.feature_width, language.width)
         self.language = language
+        if config.pinpoints:
+            self.image_newline = nn.Parameter(torch.randn(language.width) / math.sqrt(language.width))
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> "Llava":
         return cls(LlavaConfig.from_dict(values))
 
     def num_tokens(self, height: int, width: int, frames: int = 1) -> int:
-        """R: the places that a visual of that many pixels needs in a row."""
+        """R: the places that a visual of that many pixels needs in a row; with ``pinpoints`` that of one view."""
         rows, columns = self.vision.grid(height, width)
         if self.config.feature_select == "cls_patch":
             return self.connector.num_tokens(frames, (1, rows * columns + 1))
@@ -161,9 +181,27 @@ class Llava(nn.Module):
         """One (R, D) per visual, in the batch's order of visuals."""
         found: dict[int, Tensor] = {}
         for group in batch.visuals:
-            tokens = self.connector(self._features(group))
-            found.update(zip(group.index.tolist(), tokens.unbind(0), strict=True))
+            features = self._features(group)
+            tokens = self.connector(features)
+            rows = self._arranged(tokens, group, features.shape[1]) if self.config.pinpoints else tokens.unbind(0)
+            found.update(zip(group.index.tolist(), rows, strict=True))
         return [found[number] for number in range(len(found))]
+
+    def _arranged(self, tokens: Tensor, group: Visuals, views: int, newline: Tensor | None = None) -> list[Tensor]:
+        """(n, F·P, D) -> one (R, D) per picture, its tiles stitched by its size."""
+        if group.sizes is None:
+            raise DataError("an AnyRes model needs the size of each picture; its processor has image mode anyres.")
+        newline = self.image_newline if newline is None else newline
+        return [
+            arrange(
+                views_of_one.unflatten(0, (views, -1)),
+                (int(size[0]), int(size[1])),
+                self.config.pinpoints,
+                tile=self.config.vision.image_size,
+                newline=newline,
+            )
+            for views_of_one, size in zip(tokens, group.sizes, strict=True)
+        ]
 
     def embed_prompt(self, batch: Batch) -> Tensor:
         """(B, T, D): the ``lm`` stream embedded, with the visual tokens in their places.
@@ -207,7 +245,12 @@ class Llava(nn.Module):
             tokens = torch.eye(frames * own, device=features.device).unflatten(-1, (frames, own))
             if self.config.feature_select == "cls_patch":
                 tokens = tokens[..., 1:]
-            made_of.update(zip(group.index.tolist(), [tokens] * count, strict=True))
+            made = [tokens] * count
+            if self.config.pinpoints:
+                alike = tokens.flatten(1).expand(count, -1, -1)
+                arranged = self._arranged(alike, group, frames, alike.new_zeros(alike.shape[-1]))
+                made = [each.unflatten(-1, (frames, own)) for each in arranged]
+            made_of.update(zip(group.index.tolist(), made, strict=True))
         weights = self_attention(self.language.lm, self.embed_prompt(batch))
         places = batch.places.get(STREAM, Places.none())
         return patch_maps(
@@ -244,7 +287,8 @@ class Llava(nn.Module):
             rows, columns = self.vision.grid(size, size)
             patches = rows * columns + (self.config.feature_select == "cls_patch")
             features = parameter.new_zeros(1, 1, patches, self.config.feature_width)
-        return self.connector(features)[:0].sum()
+        nothing = self.connector(features)[:0].sum()
+        return nothing + self.image_newline[:0].sum() if self.config.pinpoints else nothing
 
     @staticmethod
     def _trains(part: nn.Module) -> bool:

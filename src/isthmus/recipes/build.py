@@ -80,9 +80,15 @@ class Built:
         return _processor(self.recipe.model, self.net, self.tokenizer, self._image(stage), stage)
 
     def _image(self, stage: StageSpec) -> ImageTransform | None:
-        if stage.image_mode is None or self.image is None:
-            return self.image
-        return replace(self.image, mode=stage.image_mode)
+        pinpoints, mode = getattr(self.net.config, "pinpoints", ()), stage.image_mode
+        if pinpoints and mode in (None, "anyres") and self.image is not None:
+            return replace(self.image, mode="anyres", pinpoints=pinpoints)
+        if pinpoints or mode == "anyres":
+            raise ConfigError(
+                f"Stage {stage.name!r}: image_mode {mode!r} and config.pinpoints {list(pinpoints)} do not go together: "
+                "pictures are cut into tiles (anyres) where the configuration, or the stage's own, has pinpoints."
+            )
+        return self.image if mode is None or self.image is None else replace(self.image, mode=mode)
 
     def model(self, stage: StageSpec | None = None) -> Model:
         """The net as a Model that answers in the form ``stage`` (the last one by default) taught it."""

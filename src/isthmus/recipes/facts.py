@@ -1,5 +1,6 @@
 """What can be said about a recipe or a model before a step is run: counts, tables, memory, the compute rule."""
 
+import math
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from isthmus.config import plain
 from isthmus.errors import ConfigError
 from isthmus.models import model_class
+from isthmus.nn.tiles import num_tokens
 from isthmus.recipes.build import Built, build, merged, preset_config
 from isthmus.recipes.run import make_loader
 from isthmus.recipes.schema import Recipe, StageSpec
@@ -155,11 +157,19 @@ def parts_of(net: Any) -> dict[str, int]:
 
 
 def visual_tokens(net: Any) -> int | None:
-    """R for a picture of the vision encoder's own size; none for a net that splices none in."""
+    """R for a picture, with AnyRes the most it can be; none for a net that splices none in."""
     if not hasattr(net, "num_tokens"):
         return None
     size = net.config.vision.image_size
-    return net.num_tokens(size, size)
+    own: int = net.num_tokens(size, size)
+    pinpoints, side = getattr(net.config, "pinpoints", ()), math.isqrt(own)
+    return max((num_tokens(canvas, (canvas,), tile=size, side=side) for canvas in pinpoints), default=own)
+
+
+def visual_tokens_text(net: Any) -> str:
+    """The same in words."""
+    at_most = "at most " if getattr(net.config, "pinpoints", ()) else ""
+    return f"{at_most}{visual_tokens(net):,} visual tokens per picture"
 
 
 def net_of(recipe: Recipe) -> tuple[Any, Built | None]:

@@ -85,7 +85,10 @@ class FeatureLoader:
     def _seen(self, batch: Batch) -> Batch:
         """The batch with its pictures grouped by shape of features: the same order for whatever was cached before."""
         found: dict[int, Tensor] = {}
+        sizes: dict[int, Tensor] = {}
         for group in batch.visuals:
+            if group.sizes is not None:
+                sizes.update(zip(group.index.tolist(), group.sizes, strict=True))
             values = group.features if group.features is not None else group.pixels
             assert values is not None
             for number, value in zip(group.index.tolist(), values, strict=True):
@@ -94,7 +97,11 @@ class FeatureLoader:
         for number in sorted(found):
             groups.setdefault(tuple(found[number].shape), []).append(number)
         visuals = (
-            Visuals(index=torch.tensor(numbers), features=torch.stack([found[n] for n in numbers]))
+            Visuals(
+                index=torch.tensor(numbers),
+                features=torch.stack([found[n] for n in numbers]),
+                sizes=torch.stack([sizes[n] for n in numbers]) if sizes else None,
+            )
             for numbers in groups.values()
         )
         return replace(batch, visuals=tuple(visuals))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from isthmus.config import strict
 from isthmus.data.augment import Augment
+from isthmus.data.images import Mode
 from isthmus.errors import ConfigError, nearest
 from isthmus.stage import Stage
 
@@ -68,7 +69,7 @@ class StageSpec(Strict):
     accumulate: int = Field(default=1, gt=0)
     bad_samples: float = Field(default=0.01, ge=0, le=1)
     template: str | None = None
-    image_mode: Literal["square", "pad", "squash", "aspect"] | None = None
+    image_mode: Mode | None = None
     max_length: int | None = Field(default=None, gt=0)
     augment: Augment | None = None
     feature_cache: FeatureCacheSpec | None = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from isthmus.checkpoint import read_json
 from isthmus.data.collate import collate
@@ -67,7 +68,10 @@ def _inputs(model: Any, example: Example, token: int | None) -> dict[str, Any]:
         "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
     }
     if example.pixels:
-        found["pixel_values"] = torch.stack([make() for make in example.pixels])
+        pixels = [make() for make in example.pixels]
+        found["pixel_values"] = pad_sequence(pixels, batch_first=True) if example.sizes else torch.stack(pixels)
+    if example.sizes:
+        found["image_sizes"] = torch.tensor(example.sizes)
     if "qformer" in example.streams:
         beside = torch.tensor([example.streams["qformer"].ids])
         found |= {"qformer_input_ids": beside, "qformer_attention_mask": torch.ones_like(beside)}

@@ -35,8 +35,8 @@ def sees(model: Any) -> bool:
 
 
 def picture(number: int) -> Image:
-    """A coloured noise, another one for every number; the same in every call. 0 is blank (mid-grey)."""
-    size = (56, 44)
+    """A coloured noise, another one (and of another shape) for every number; the same in every call. 0 is blank."""
+    size = ((56, 44), (56, 44), (40, 92), (132, 36))[number % 4]
     if number == 0:
         return Image(MadeImage(PilImage.new("RGB", size, (124, 116, 104)), "blank"))
     noise = torch.rand(size[1] // 4, size[0] // 4, 3, generator=torch.Generator().manual_seed(number))
