@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from isthmus.data.record import Image, Text, Video
-from isthmus.data.scenes import HELD_OUT, RESERVED_WORDS
+from isthmus.data.scenes import COLOURS, HELD_OUT, RESERVED_WORDS, SHAPES
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError
 
@@ -67,7 +67,8 @@ def test_permuted_lessons_keep_pictures_and_truth():
 def test_learnt_is_what_an_example_has_explained():
     for form in ("lessons", "lesson_texts"):
         record = source(form, shots=8)[3]
-        answers = [p for p in record.texts if p.role == "assistant" or str(p.text).endswith("\n")]
+        answers = record.texts[1::2]
+        assert form == "lessons" or {str(p.text)[1:] for p in record.texts[::2]} <= {*COLOURS, *SHAPES}
         seen = set()
         for p in answers[:-1]:
             assert p.learn == (p.text in seen)
@@ -76,6 +77,16 @@ def test_learnt_is_what_an_example_has_explained():
     text = source("lesson_texts", shots=4)[0]
     assert not text.images
     assert all(isinstance(p, Text) for p in text.parts)
+
+
+def test_an_echo_says_its_words_three_times_and_learns_what_was_said_before():
+    for i in range(40):
+        first, again = source("echoes")[i].parts
+        once = str(first.text).split()
+        assert 6 <= len(once) == len(set(once)) <= 16
+        assert str(again.text).split() == once * 2
+        assert (first.learn, again.learn) == (False, True)
+    assert source("echoes")[0].parts != source("echoes")[1].parts
 
 
 def test_training_lessons_hold_no_reserved_pair_or_word():

@@ -12,7 +12,7 @@ from isthmus.data.scenes.dice import Dice
 from isthmus.data.scenes.scene import COLOURS, HELD_OUT, SHAPES, SIZES
 from isthmus.data.scenes.words import number
 
-_SYLLABLES = tuple(c + v for c, v in product("bdfgklmnprstvz", "aiou"))
+_SYLLABLES = tuple(c + v for c, v in product("bdfgklm", "aiou"))
 _WORDS = tuple(f"{a}-{b}" for a, b in product(_SYLLABLES, _SYLLABLES))
 RESERVED_WORDS = frozenset(w for i, w in enumerate(_WORDS) if i * 7919 % 5 == 0)
 """Made-up words for evaluation only."""
@@ -38,6 +38,15 @@ def few_shot(dice: Dice, *, reserved: bool = False, shots: int = 6) -> FewShot:
     order = [*dice.shuffled([v for _ in range(shots) for v in values][:shots]), dice.choice(values)]
     meaning = dict(zip(values, words, strict=True))
     return FewShot(attribute, tuple((_thing(dice, attribute, v, reserved), meaning[v]) for v in order))
+
+
+def echo(dice: Dice) -> tuple[str, ...]:
+    """Six to sixteen different short words, syllables and those of scenes, in an order that means nothing.
+
+    Said again and again they teach a small model to look up what followed a word before, which lessons then build on:
+    without them it hardly ever finds out (docs/papers/flamingo.md).
+    """
+    return tuple(dice.different((*_SYLLABLES, *COLOURS, *SHAPES, *SIZES), 6 + dice.below(11)))
 
 
 def _thing(dice: Dice, attribute: str, value: str, any_pair: bool) -> str:

@@ -81,7 +81,7 @@ def make_lesson(
     """
     attribute = dice.choice(attributes)
     values = dice.shuffled(ATTRIBUTES[attribute])[:VALUES_PER_LESSON]
-    words = dice.shuffled(dice.different(TRAINING_WORDS if split == "train" else _EVALUATION_WORDS, len(values)))
+    words = _told_apart(dice, TRAINING_WORDS if split == "train" else _EVALUATION_WORDS, len(values))
     meaning = dict(zip(values, words, strict=True))
     pool = [v for _ in range(shots // len(values) + 1) for v in values][: max(shots, 1)]
     order = dice.shuffled(pool)[:shots]
@@ -91,6 +91,14 @@ def make_lesson(
     if permuted:
         told = [*dice.shuffled(told[:-1]), told[-1]]
     return Lesson(attribute, things, tuple(told))
+
+
+def _told_apart(dice: Dice, words: Sequence[str], count: int) -> list[str]:
+    """Words of a lesson, each with a first syllable of its own: who has said it has chosen."""
+    while True:
+        chosen = dice.shuffled(dice.different(words, count))
+        if len({word.partition("-")[0] for word in chosen}) == count:
+            return chosen
 
 
 def lesson_parts(lesson: Lesson, *, name: str, side: int, seed: int, split: Split, number: int) -> list[Part]:
@@ -104,10 +112,13 @@ def lesson_parts(lesson: Lesson, *, name: str, side: int, seed: int, split: Spli
 
 
 def lesson_text(lesson: Lesson) -> list[Part]:
-    """The same in words alone, for a language model without eyes: the solid's name stands for the picture."""
+    """The same in words alone, for a language model without eyes: the value stands for the picture.
+
+    It stands right before its word, where cross-attention will put what the picture shows: `` red ba-da blue gi-ko``.
+    """
     parts: list[Part] = []
     for solid, word, learn in _known(lesson):
-        parts += [Text(f"{solid.full_name}. Question: {_WORD} Answer:"), Text(f" {word}\n", learn=learn)]
+        parts += [Text(f" {getattr(solid, lesson.attribute)}"), Text(f" {word}", learn=learn)]
     return parts
 
 

@@ -15,7 +15,8 @@ readings       text only: one question about the description that stands for the
 fewshot        text only: made-up words whose meaning is only in the examples
 pages          several pictures, each with a caption behind it, as one running document
 lessons        shots with pictures, then a picture to name: made-up words whose meaning is only in the shots
-lesson_texts   text only: the same, the solid's name standing for the picture
+lesson_texts   text only: the same, the value (red, cube) standing for the picture
+echoes         text only: words in an order that means nothing, said three times; learnt from the second time on
 clips          a short video and a sentence about what happens in it (running text, learnt)
 clip_questions a short video, a question about what happens, a short answer
 =============  ====================================================================================================
@@ -28,7 +29,7 @@ from isthmus.data.record import Image, Part, Record, Role, Text, Video
 from isthmus.data.scenes.dice import Dice
 from isthmus.data.scenes.draw import ScenePicture
 from isthmus.data.scenes.facts import facts
-from isthmus.data.scenes.few_shot import few_shot
+from isthmus.data.scenes.few_shot import echo, few_shot
 from isthmus.data.scenes.interleaved import (
     ATTRIBUTES,
     Clip,
@@ -60,6 +61,7 @@ Form = Literal[
     "pages",
     "lessons",
     "lesson_texts",
+    "echoes",
     "clips",
     "clip_questions",
 ]
@@ -242,6 +244,10 @@ class SceneSource:
         lesson = self._lesson(dice)
         kind = f"lesson_{lesson.attribute}"
         return self._record(number, lesson_text(lesson), kind=kind, answers=(lesson.words[-1],))
+
+    def _echoes(self, number: int, dice: Dice) -> Record:
+        words = " ".join(echo(dice))
+        return self._record(number, [Text(words), Text(f" {words} {words}", learn=True)])
 
     def _lesson(self, dice: Dice) -> Lesson:
         shots = 4 + dice.below(5) if self.shots is None else self.shots
