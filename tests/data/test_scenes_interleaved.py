@@ -79,13 +79,18 @@ def test_learnt_is_what_an_example_has_explained():
     assert all(isinstance(p, Text) for p in text.parts)
 
 
-def test_an_echo_says_its_words_three_times_and_learns_what_was_said_before():
+def test_an_echo_learns_what_followed_a_word_before():
     for i in range(40):
-        first, again = source("echoes")[i].parts
-        once = str(first.text).split()
-        assert 6 <= len(once) == len(set(once)) <= 16
-        assert str(again.text).split() == once * 2
-        assert (first.learn, again.learn) == (False, True)
+        whole, *stretches = source("echoes")[i].parts
+        words = str(whole.text).split()
+        assert 6 <= len(words) == len(set(words)) <= 12
+        assert not whole.learn
+        assert len(stretches) == 12
+        for first, rest in zip(stretches[::2], stretches[1::2], strict=True):
+            at = words.index(str(first.text).strip())
+            told = str(rest.text).split()
+            assert told == words[at + 1 : at + 1 + len(told)] != []
+            assert (first.learn, rest.learn) == (False, True)
     assert source("echoes")[0].parts != source("echoes")[1].parts
 
 

@@ -40,13 +40,16 @@ def few_shot(dice: Dice, *, reserved: bool = False, shots: int = 6) -> FewShot:
     return FewShot(attribute, tuple((_thing(dice, attribute, v, reserved), meaning[v]) for v in order))
 
 
-def echo(dice: Dice) -> tuple[str, ...]:
-    """Six to sixteen different short words, syllables and those of scenes, in an order that means nothing.
+def echo(dice: Dice) -> tuple[list[str], list[list[str]]]:
+    """Six to twelve different short words, syllables and those of scenes, in an order that means nothing; and six
+    stretches of the same, from anywhere among them.
 
-    Said again and again they teach a small model to look up what followed a word before, which lessons then build on:
-    without them it hardly ever finds out (docs/papers/flamingo.md).
+    They teach a small model to look up what followed a word before, which lessons then build on: without them it hardly
+    ever finds out (docs/papers/flamingo.md). From anywhere, as a whole said again is found by counting too.
     """
-    return tuple(dice.different((*_SYLLABLES, *COLOURS, *SHAPES, *SIZES), 6 + dice.below(11)))
+    words = dice.different((*_SYLLABLES, *COLOURS, *SHAPES, *SIZES), 6 + dice.below(7))
+    starts = [dice.below(len(words) - 3) for _ in range(6)]
+    return words, [words[start : start + 3 + dice.below(3)] for start in starts]
 
 
 def _thing(dice: Dice, attribute: str, value: str, any_pair: bool) -> str:

@@ -16,7 +16,7 @@ fewshot        text only: made-up words whose meaning is only in the examples
 pages          several pictures, each with a caption behind it, as one running document
 lessons        shots with pictures, then a picture to name: made-up words whose meaning is only in the shots
 lesson_texts   text only: the same, the value (red, cube) standing for the picture
-echoes         text only: words in an order that means nothing, said three times; learnt from the second time on
+echoes         text only: words in an order that means nothing, then stretches of the same (learnt but for their start)
 clips          a short video and a sentence about what happens in it (running text, learnt)
 clip_questions a short video, a question about what happens, a short answer
 =============  ====================================================================================================
@@ -246,8 +246,11 @@ class SceneSource:
         return self._record(number, lesson_text(lesson), kind=kind, answers=(lesson.words[-1],))
 
     def _echoes(self, number: int, dice: Dice) -> Record:
-        words = " ".join(echo(dice))
-        return self._record(number, [Text(words), Text(f" {words} {words}", learn=True)])
+        words, stretches = echo(dice)
+        parts = [Text(f" {' '.join(words)}")]
+        for first, *rest in stretches:
+            parts += [Text(f" {first}"), Text(f" {' '.join(rest)}", learn=True)]
+        return self._record(number, [*parts])
 
     def _lesson(self, dice: Dice) -> Lesson:
         shots = 4 + dice.below(5) if self.shots is None else self.shots
