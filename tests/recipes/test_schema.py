@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from isthmus.errors import ConfigError
+from isthmus.recipes.build import make_tokenizer
 from isthmus.recipes.schema import parse_recipe, read_recipe, shipped
 
 STAGE = {
@@ -86,3 +87,13 @@ def test_bad_yaml_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_recipe_parses(name):
     assert read_recipe(name, to_show=True).stages
+
+
+def test_the_tokenizers_of_shipped_recipes_can_be_trained():
+    """Their texts fit their template, a few of each source at least."""
+    specs = {name: read_recipe(name, to_show=True).tokenizer for name in shipped()}
+    embedded = {n: s for n, s in specs.items() if s and s.data and all(d["kind"] == "scenes" for d in s.data)}
+    assert len(embedded) >= 4
+    for spec in embedded.values():
+        few = [{**source, "count": 60} for source in spec.data]
+        make_tokenizer(spec.model_copy(update={"samples": 20, "data": few, "vocab_size": 400}))
