@@ -8,6 +8,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class IsthmusWarning(UserWarning):
+    """What works, but perhaps not as meant."""
+
+
 class IsthmusError(Exception):
     """Base of all errors that a user can cause and mend."""
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from PIL import Image as PilImage
 
-from isthmus.cli import main
+from isthmus.cli import _warn, main
+from isthmus.errors import IsthmusWarning
 from isthmus.model import load
 from tests.miniature import tree
 
@@ -25,6 +26,15 @@ def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
         code = int(stop.code or 0)
     said = capsys.readouterr()
     return code, said.out, said.err
+
+
+def test_our_own_warnings_are_told_in_a_paragraph(capsys):
+    """Without its place in the code; warnings of other libraries are shown as ever."""
+    told = []
+    _warn(lambda *all: told.append(all), IsthmusWarning("beware"), IsthmusWarning, "folders.py", 7)
+    assert capsys.readouterr().err == "isthmus: warning: beware\n"
+    _warn(lambda *all: told.append(all), UserWarning("theirs"), UserWarning, "other.py", 7)
+    assert [str(message) for message, *_ in told] == ["theirs"]
 
 
 def test_help_and_import_load_nothing_heavy():

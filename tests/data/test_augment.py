@@ -3,9 +3,10 @@ import torch
 from PIL import Image as PilImage
 
 from isthmus.data.augment import Augment
-from isthmus.data.images import ImageTransform
+from isthmus.data.images import ImageTransform, as_image
 from isthmus.data.loader import Loader
 from isthmus.data.processor import ContrastiveProcessor
+from isthmus.data.record import Example
 from isthmus.data.scenes import SceneSource
 from isthmus.errors import ConfigError
 from isthmus.recipes.schema import read_recipe
@@ -34,6 +35,14 @@ def test_a_crop_keeps_aspect_and_at_least_its_share_of_the_area(ramp):
     assert 0.49 <= min(shares) < 0.55
     assert 0.95 < max(shares) <= 1
     assert len({Augment(crop=0.5).picture(ramp, d).getpixel((0, 0)) for d in range(200)}) > 100
+
+
+def test_what_is_cut_into_tiles_is_not_cropped():
+    example = Example(id="x", source="", streams={}, visuals=(as_image(PilImage.new("RGB", (9, 5))),))
+    tiles = ImageTransform(size=8, mode="anyres", pinpoints=((8, 16), (16, 8)))
+    with pytest.raises(ConfigError, match="only flip"):
+        Augment(crop=0.5)(example, tiles, 0)
+    assert len(Augment(flip=True)(example, tiles, 0).pixels[0]()) == 3
 
 
 def test_a_flip_mirrors_about_half(ramp):

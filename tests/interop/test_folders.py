@@ -26,7 +26,7 @@ from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.collate import collate
 from isthmus.data.images import MadeImage
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.errors import CheckpointError
+from isthmus.errors import CheckpointError, IsthmusWarning
 from isthmus.language import Decoding
 from tests.fixtures import OPEN_CLIP
 
@@ -225,7 +225,7 @@ def test_a_chat_template_that_nobody_knows_is_told(tmp_path, tokenizer):
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     finish(tmp_path, tokenizer)
     (tmp_path / "chat_template.jinja").write_text("<|im_start|>{{ text }}")
-    with pytest.warns(UserWarning, match="its chat template is none that is known"):
+    with pytest.warns(IsthmusWarning, match="its chat template is none that is known"):
         isthmus.load(tmp_path)
 
 

@@ -154,13 +154,20 @@ def test_openai_and_open_clip(name: str) -> None:
 LLAVAS = {
     "1.5-7b": (OurLlava.v1_5_7b, (4096, 11008, 32, 32)),
     "1.5-13b": (OurLlava.v1_5_13b, (5120, 13824, 40, 40)),
+    "1.6-7b": (OurLlava.v1_6_7b, (4096, 11008, 32, 32)),
+    "1.6-13b": (OurLlava.v1_6_13b, (5120, 13824, 40, 40)),
 }
 
 
 @pytest.mark.parametrize("name", LLAVAS)
 def test_llava(name: str) -> None:
+    """1.6 over Vicuna; its canvases are the library's default."""
     preset, (width, hidden, layers, heads) = LLAVAS[name]
-    config = LlavaConfig(
+    tiled = bool(preset().pinpoints)
+    kind, model = (
+        (LlavaNextConfig, LlavaNextForConditionalGeneration) if tiled else (LlavaConfig, LlavaForConditionalGeneration)
+    )
+    config = kind(
         text_config={
             "model_type": "llama",
             **tower(width, layers, heads, hidden),
@@ -171,34 +178,13 @@ def test_llava(name: str) -> None:
         vision_config={"model_type": "clip_vision_model", **tower(1024, 24, 16), "patch_size": 14, "image_size": 336},
         tie_word_embeddings=False,
     )
-    theirs = on_meta(LlavaForConditionalGeneration, config)
-    want = shapes(on_meta(Llava, preset(32064)))
-    assert shapes(llava_from_hf(theirs, llava_config_from_hf(config.to_dict()))) == want
-    assert shapes(llava_from_hf(theirs, preset(32064))) == want
-
-
-@pytest.mark.parametrize("name", ["1.6-7b", "1.6-13b"])
-def test_llava_next(name: str) -> None:
-    """Vicuna's two variants; the canvases are the library's default."""
-    preset = {"1.6-7b": OurLlava.v1_6_7b, "1.6-13b": OurLlava.v1_6_13b}[name]
-    _, (width, hidden, layers, heads) = LLAVAS[name.replace("1.6", "1.5")]
-    config = LlavaNextConfig(
-        text_config={
-            "model_type": "llama",
-            **tower(width, layers, heads, hidden),
-            "vocab_size": 32064,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-        },
-        vision_config={"model_type": "clip_vision_model", **tower(1024, 24, 16), "patch_size": 14, "image_size": 336},
-    )
-    theirs = on_meta(LlavaNextForConditionalGeneration, config)
-    want = shapes(on_meta(Llava, preset(32064)))
+    theirs = on_meta(model, config)
     ours = llava_config_from_hf(config.to_dict())
-    assert ours.pinpoints == preset(32064).pinpoints
+    want = shapes(on_meta(Llava, preset(32064)))
     assert shapes(llava_from_hf(theirs, ours)) == want
     assert shapes(llava_from_hf(theirs, preset(32064))) == want
-    assert want["image_newline"] == (width,)
+    assert ours.pinpoints == preset().pinpoints
+    assert (want.get("image_newline") == (width,)) == tiled == name.startswith("1.6")
 
 
 # BLIP-2 (2301.12597), InstructBLIP (2305.06500). EVA's ViT-g/14 is 39 layers of 1408; transformers has no ViT-L row.

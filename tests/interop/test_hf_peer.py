@@ -20,7 +20,10 @@ from isthmus.data.record import Record, Text
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CapabilityError, CheckpointError, ConfigError
 from isthmus.evaluation import VqaTask, evaluate
+from isthmus.interop.convert import write_model
 from isthmus.interop.hf_peer import load_peer
+from isthmus.testing import probe
+from tests.interop import tiny_models
 from tests.interop.test_folders import LANGUAGE, PICTURES, VISION, finish, redraw
 
 
@@ -72,6 +75,19 @@ def test_llava_answers_like_ours(llava):
     assert len(set(found)) > 1, "the pictures are looked at"
     blind = [Record(r.id, r.texts) for r in records()]
     assert len(set(peer.answer_records(blind, max_new_tokens=6))) == 1
+
+
+def test_llava_next_answers_like_ours(tmp_path):
+    """Pictures of three shapes, so unlike numbers of tiles and tokens; two in the last question."""
+    model = tiny_models.llava_next()
+    write_model(model, tmp_path / "hf", "hf")
+    peer = load_peer(tmp_path / "hf")
+    asked = [Record(f"q{n}", (probe.picture(n), Text("what?", role="user"))) for n in (1, 2, 3)]
+    asked.append(Record("both", (probe.picture(2), probe.picture(3), Text("what?", role="user"))))
+    spare = model.processor.tokenizer.vocab_size  # the image token's row: nobody says it
+    found = peer.answer_records(asked, max_new_tokens=6)
+    assert found == model.answer_records(asked, max_new_tokens=6, forbidden_ids=(spare,))
+    assert len(set(found)) > 1
 
 
 def test_likelihoods_order_candidates_like_ours(llava):

@@ -11,9 +11,10 @@ from isthmus.interop.original_llava import (
     llava_from_original,
     llava_to_original,
     projector_from_original,
+    without_newline,
 )
 from isthmus.models.llava import Llava, LlavaConfig
-from tests.models.tiny_llava import tiny
+from tests.models.tiny_llava import SIZE, tiny
 
 CONFIG = {
     "model_type": "llava_llama",
@@ -94,6 +95,16 @@ def test_projector_files(projector: str, prefix: str) -> None:
         projector_from_original({**file, "model.embed_tokens.weight": torch.zeros(1)}, net.config)
     with pytest.raises(CheckpointError, match="missing"):
         projector_from_original(dict(list(file.items())[1:]), net.config)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "base_model.model.model."])
+def test_the_newline_of_anyres_is_found_beside_a_projector_and_only_where_there_is_one(prefix: str) -> None:
+    config = tiny(pinpoints=((SIZE, 2 * SIZE),)).config
+    side = {f"{prefix}image_newline": torch.ones(3), f"{prefix}mm_projector.0.bias": torch.zeros(3)}
+    rest, newline = without_newline(side, config)
+    assert list(rest) == [f"{prefix}mm_projector.0.bias"]
+    assert torch.equal(newline["image_newline"], torch.ones(3))
+    assert without_newline(side, tiny().config) == (side, {})
 
 
 def test_what_does_not_fit_is_refused() -> None:

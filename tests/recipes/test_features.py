@@ -133,3 +133,15 @@ def test_what_changes_at_every_step_is_refused(story, tmp_path):
     clip["stages"][0]["feature_cache"] = {"gb": 3}
     with pytest.raises(ConfigError, match="gib"):
         parse_recipe(clip)
+
+
+def test_tiles_and_an_image_mode_that_makes_none_are_refused(story, tmp_path):
+    with pytest.raises(ConfigError, match="do not go together"):
+        train(replaced(recipe("llava in tiles", story, None), "square"), tmp_path / "square", progress=False)
+    with pytest.raises(ConfigError, match="do not go together"):
+        train(replaced(recipe("llava", story, None), "anyres"), tmp_path / "anyres", progress=False)
+
+
+def replaced(recipe, mode):
+    stages = [stage.model_copy(update={"image_mode": mode}) for stage in recipe.stages]
+    return recipe.model_copy(update={"stages": stages})

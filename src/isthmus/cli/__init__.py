@@ -3,10 +3,14 @@
 import errno
 import os
 import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from isthmus.allocator import keep_freed_memory
 from isthmus.cli.app import app
-from isthmus.errors import IsthmusError
+from isthmus.errors import IsthmusError, IsthmusWarning
 
 # Speak to no hub unless the user has said otherwise: every default is offline.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +23,12 @@ EXIT_USER, EXIT_INTERRUPTED = 2, 130
 def main() -> None:
     """Run the program; an error a user can mend is one paragraph and exit code 2, never a traceback."""
     keep_freed_memory()
+    with warnings.catch_warnings():
+        warnings.showwarning = partial(_warn, warnings.showwarning)
+        _run()
+
+
+def _run() -> None:
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:
@@ -33,6 +43,14 @@ def main() -> None:
     except OSError as error:
         _say(_of_the_system(error))
         sys.exit(EXIT_USER)
+
+
+def _warn(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Our own warnings as a paragraph, without their place in the code; those of others as they are."""
+    if issubclass(category, IsthmusWarning):
+        _say(f"warning: {message}")
+    else:
+        otherwise(message, category, *place)
 
 
 def _of_the_system(error: OSError) -> str:

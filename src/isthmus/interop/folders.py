@@ -17,7 +17,7 @@ from isthmus.data.images import ImageTransform, Mode
 from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.wordpiece import load_wordpiece
-from isthmus.errors import CheckpointError
+from isthmus.errors import CheckpointError, IsthmusWarning
 from isthmus.interop.hf_blip2 import read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
 from isthmus.interop.hf_files import CHAT_TEMPLATE, RESAMPLE, template_named
@@ -132,6 +132,7 @@ def _llava_template(folder: Path) -> str:
         warnings.warn(
             f"{folder}: its chat template is none that is known here ({', '.join(known.values())}); questions are "
             "asked in vicuna_v1, which this model may not have been trained with.",
+            IsthmusWarning,
             stacklevel=2,
         )
     return found or "vicuna_v1"

@@ -116,11 +116,15 @@ class Peer:
         self.kind = f"hf {kind}"
 
     def pixels(self, pictures: Sequence[Any]) -> Tensor:
-        """(N, 3, H, W) by the folder's own image processor. Raises CapabilityError when it has none."""
+        """(N, 3, H, W) by the folder's own image processor, with tiles (N, F, 3, H, W)."""
+        return self.seen(pictures)["pixel_values"]
+
+    def seen(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
+        """All that the folder's own image processor makes of them. Raises CapabilityError when it has none."""
         if self.images is None:
             raise CapabilityError(f"This {self.kind} model has no image processor: it reads only text.")
         opened = [open_image(as_image(p).source) for p in pictures]
-        return self.images(images=opened, return_tensors="pt")["pixel_values"]
+        return dict(self.images(images=opened, return_tensors="pt"))
 
     def provenance(self, records: Iterable[Record], decoding: Mapping[str, Any]) -> dict[str, Any]:
         described = None if self.images is None else self.images.to_dict()
@@ -204,7 +208,7 @@ class AnsweringPeer(Peer):
         text = self._prompt(record)
         if not record.images:
             return dict(self.tokenizer(text, return_tensors="pt"))
-        pixels = self.pixels(record.images)
+        seen = self.seen(record.images)
         token = self.model.config.image_token_id
         pieces = [
             self.tokenizer(p, add_special_tokens=n == 0)["input_ids"] for n, p in enumerate(text.split("<image>"))
@@ -215,20 +219,18 @@ class AnsweringPeer(Peer):
                 f"{len(record.images)} pictures."
             )
         ids = list(pieces[0])
-        for piece in pieces[1:]:
-            ids += [token] * self._tokens_of(pixels) + piece
+        for count, piece in zip(self._tokens_of(seen), pieces[1:], strict=True):
+            ids += [token] * count + piece
         return {
             "input_ids": torch.tensor([ids]),
             "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-            "pixel_values": pixels,
+            **seen,
         }
 
-    def _tokens_of(self, pixels: Tensor) -> int:
-        """Visual tokens per picture: what the model itself makes of them."""
-        features = self.model.get_image_features(pixel_values=pixels[:1])
-        found = getattr(features, "pooler_output", features)
-        first = found[0] if isinstance(found, list | tuple) or found.ndim == 3 else found
-        return first.shape[0]
+    def _tokens_of(self, seen: Mapping[str, Tensor]) -> list[int]:
+        """Visual tokens of each picture: what the model itself makes of them."""
+        features = self.model.get_image_features(**seen)
+        return [len(tokens) for tokens in getattr(features, "pooler_output", features)]
 
     def _prompt(self, record: Record) -> str:
         own = self._own_template()

@@ -44,8 +44,8 @@ def echo(dice: Dice) -> tuple[list[str], list[list[str]]]:
     """Six to twelve different short words, syllables and those of scenes, in an order that means nothing; and six
     stretches of the same, from anywhere among them.
 
-    They teach a small model to look up what followed a word before, which lessons then build on: without them it hardly
-    ever finds out (docs/papers/flamingo.md). From anywhere, as a whole said again is found by counting too.
+    They teach a small model to look up what followed a word before, which lessons then build on: without them none of
+    ours found out (docs/results.md). From anywhere, as a whole said again can be told by counting too.
     """
     words = dice.different((*_SYLLABLES, *COLOURS, *SHAPES, *SIZES), 6 + dice.below(7))
     starts = [dice.below(len(words) - 3) for _ in range(6)]
