@@ -2,19 +2,24 @@
 
 Run in the peers' environment:  .venv-peers/bin/python tools/write_open_clip_fixtures.py
 
-Tiny random models (weights, inputs, embeddings, logits), position tables resized by open_clip, and token ids of a
-corpus. The tokenizer's table is reduced to the merges that this corpus uses, in their order and with their ids: the
-reduced table splits the corpus exactly as the whole one, since at every step the best pair is among them.
+Tiny random models (weights, inputs, embeddings, logits), a SigLIP with its folder's tokenizer and texts, position
+tables resized by open_clip, and token ids of a corpus. The tokenizer's table is reduced to the merges that this corpus
+uses, in their order and with their ids: the reduced table splits the corpus exactly as the whole one, since at every
+step the best pair is among them.
 """
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import timm
+import tokenizers
 import torch
 from open_clip.model import CLIP, CustomTextCLIP, resize_pos_embed
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from transformers import PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "open_clip"
 
@@ -33,6 +38,36 @@ MODELS = {
         },
     ),
 }
+
+TRUNK = "vit_fixture_patch8_siglip_32"
+SIGLIP = {
+    "embed_dim": 32,
+    "init_logit_bias": -10,
+    "custom_text": True,
+    "vision_cfg": {
+        "image_size": 32,
+        "timm_model_name": TRUNK,
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": "none",
+    },
+    "text_cfg": {
+        "context_length": 12,
+        "vocab_size": 200,
+        "hf_tokenizer_name": "siglip",
+        "tokenizer_kwargs": {"clean": "canonicalize"},
+        "width": 32,
+        "heads": 2,
+        "layers": 2,
+        "mlp_ratio": 3.7362,
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+        "norm_kwargs": {"eps": 1e-6},
+        "act_kwargs": {"approximate": "tanh"},
+    },
+}
+TEXTS = ["a photo of a cat", "A Photo, of a CAT!", "two_dogs; one frisbee", "supercalifragilistic " * 4, "x"]
 
 CORPUS = [
     "",
@@ -84,6 +119,45 @@ def write_model(name: str) -> None:
     tensors |= {"pixels": pixels, "ids": ids, "image_embeds": images, "text_embeds": texts, "logits": logits}
     save_file({key: value.contiguous() for key, value in tensors.items()}, FOLDER / f"{name}.safetensors")
     write_json(FOLDER / f"{name}.json", config)
+
+
+def vit_fixture_patch8_siglip_32(pretrained: bool = False, **kwargs: object) -> VisionTransformer:
+    """A trunk as timm builds its SigLIP towers, tiny; like the published ones it has the exact GELU."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 3.7362}
+    kwargs = {k: v for k, v in kwargs.items() if not k.startswith(("pretrained", "cache"))}
+    return VisionTransformer(**{**sizes, "class_token": False, "global_pool": "map", **kwargs})
+
+
+def write_siglip() -> None:
+    """A folder as on the hub (configuration, weights, tokenizer), and what it gives for pictures and texts."""
+    folder = FOLDER / "siglip"
+    folder.mkdir(exist_ok=True)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["<pad>", "</s>", "<unk>"])
+    backend.train_from_iterator([t.lower() for t in CORPUS if t.isascii()], trainer)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>", unk_token="<unk>")
+    wrapped.save_pretrained(folder)
+    timm.models.register_model(vit_fixture_patch8_siglip_32)
+    torch.manual_seed(7)
+    model = CustomTextCLIP(**{k: v for k, v in SIGLIP.items() if k != "custom_text"}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    ids = HFTokenizer(str(folder), context_length=12, clean="canonicalize")(TEXTS)
+    pixels = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        images, texts = model.encode_image(pixels), model.encode_text(ids)
+        logits, _ = model.get_logits(pixels, ids)
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    write_json(folder / "open_clip_config.json", {"model_cfg": SIGLIP, "preprocess_cfg": preprocess})
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    outputs = {"pixels": pixels, "ids": ids, "image_embeds": images, "text_embeds": texts, "logits": logits}
+    save_file({key: value.contiguous() for key, value in outputs.items()}, FOLDER / "siglip_outputs.safetensors")
+    write_json(FOLDER / "siglip_texts.json", TEXTS)
 
 
 def write_positions() -> None:
@@ -138,5 +212,6 @@ if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in MODELS:
         write_model(name)
+    write_siglip()
     write_positions()
     write_tokenizer()

@@ -117,14 +117,19 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     tokenizer = Tokenizer.load(folder)
-    return _cleaning(tokenizer, config) if str(config.get("tokenizer_class")).startswith("Siglip") else tokenizer
+    siglip = str(config.get("tokenizer_class")).startswith("Siglip")
+    return canonical(tokenizer, lower=config.get("do_lower_case", True)) if siglip else tokenizer
 
 
-def _cleaning(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
-    """Lower case, no punctuation, single spaces before anything else, as SigLIP's class does outside its file. Kept
-    as normalizers, so that it stays with the tokenizer wherever it is saved."""
+def canonical(tokenizer: Tokenizer, *, lower: bool = True, underscore: str = "") -> Tokenizer:
+    """The tokenizer with SigLIP's cleaning in front, which its published files leave to code: lower case, no
+    punctuation, single spaces. Kept as normalizers, so that it stays with the tokenizer wherever it is saved.
+
+    ``underscore`` is what becomes of ``_``: it goes in transformers, and is a space in open_clip.
+    """
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    steps: list[Any] = [normalizers.Lowercase()] if config.get("do_lower_case", True) else []
+    steps: list[Any] = [normalizers.Lowercase()] if lower else []
+    steps += [normalizers.Replace("_", underscore)] if underscore else []
     steps += [normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), "")]
     steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     steps += [] if backend.normalizer is None else [backend.normalizer]

@@ -43,8 +43,9 @@ class Style:
 STYLES = {
     "paper": Style(question="Question: ", answer=" Answer:", caption="Output:", space=" ", between=""),
     "open_flamingo": Style(question="Question:", answer=" Short answer:", caption="Output:", space="", between="\n"),
+    "bare": Style(question="", answer="", caption="", space=" ", between=""),
 }
-"""2204.14198, appendix B.2, and the evaluation code of open_flamingo 2.0.1."""
+"""2204.14198, appendix B.2; the evaluation code of open_flamingo 2.0.1; and ours, nothing but what was said."""
 
 
 class InterleaveProcessor:
@@ -58,7 +59,7 @@ class InterleaveProcessor:
         max_length: tokens. A longer document is read through a window at a place drawn at random; a longer
             conversation loses its end.
         max_images: most visuals of a document; a window ends before the next one.
-        template: ``paper`` or ``open_flamingo``, one of STYLES.
+        template: ``paper``, ``open_flamingo`` or ``bare``, one of STYLES.
         p_next: how often a document's text is paired with the picture behind it instead of the one before (training).
         space: how often a caption pair gets a space before its text (training; ½ in the paper).
         blind: whether a document's text before its first picture is learnt (not so in OpenFlamingo).

@@ -15,17 +15,18 @@ Shapes = Mapping[str, torch.Size]
 class Entry:
     """Their tensor ``theirs`` holds our tensor, or ours stacked along the first axis in the order given.
 
-    ``transposed``: they store the matrix as (in, out). ``as_vector``: they store our scalar as shape (1,).
+    ``transposed``: they store the matrix as (in, out). ``boxed``: they store ours with a first axis of one, a scalar as
+    shape (1,).
     """
 
     theirs: str
     ours: tuple[str, ...]
     transposed: bool = False
-    as_vector: bool = False
+    boxed: bool = False
 
     def decode(self, value: Tensor) -> Iterable[tuple[str, Tensor]]:
-        if self.as_vector:
-            value = value.reshape(())
+        if self.boxed:
+            value = value[0]
         if self.transposed:
             value = value.T
         if len(self.ours) == 1:
@@ -38,13 +39,13 @@ class Entry:
         value = torch.cat(values) if len(values) > 1 else values[0]
         if self.transposed:
             value = value.T
-        return value.reshape(1) if self.as_vector else value.contiguous()
+        return value[None].contiguous() if self.boxed else value.contiguous()
 
     def shape(self, shapes: Shapes) -> tuple[int, ...]:
         """Their shape, from ours."""
         first = tuple(shapes[self.ours[0]])
-        if self.as_vector:
-            return (1,)
+        if self.boxed:
+            return (1, *first)
         if self.transposed:
             return first[::-1]
         if len(self.ours) > 1:

@@ -22,11 +22,14 @@ from isthmus.interop.open_clip import clip_to_open_clip
 from isthmus.interop.open_flamingo import LAYERS, trained_to_open_flamingo
 from isthmus.interop.openai import clip_to_openai
 from isthmus.interop.original_llava import TOWERS, llava_to_original
+from isthmus.interop.timm_siglip import trunk_name
 from isthmus.models.clip import ClipConfig
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
+from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.tiles import turned
+from isthmus.nn.vit import VisionConfig
 
 TOWER = "vision_tower"
 
@@ -56,40 +59,28 @@ def openai_export(model: Source, *, shard_bytes: int) -> Export:
 
 
 def open_clip_export(model: Source, *, shard_bytes: int) -> Export:
-    """The folder that open_clip pushes to the hub and opens by ``local-dir:FOLDER``."""
+    """The folder that open_clip pushes to the hub and opens by ``local-dir:FOLDER``; SigLIP's towers go by timm's name.
+
+    A SigLIP's cleaning of texts is written into its tokenizer's file, so none is asked for beside it.
+    """
     config, image, who = model.net.config, model.processor.image, "open_clip"
-    _cosine_clip(config, who)
+    must(config.similarity == "cosine", "similarity", config.similarity, who, "cosine")
     vision, text = config.vision, config.text
-    must(vision.activation == text.activation, "text.activation", text.activation, who, "the vision tower's")
-    must(vision.activation in ("gelu", "quick_gelu"), "vision.activation", vision.activation, who, "gelu or quick_gelu")
+    siglip = not vision.class_token
+    if not siglip:
+        must(vision.activation == text.activation, "text.activation", text.activation, who, "the vision tower's")
+        fits = vision.activation in ("gelu", "quick_gelu")
+        must(fits, "vision.activation", vision.activation, who, "gelu or quick_gelu")
+    must(siglip != text.causal, "text.pool", text.pool, who, "'last' for SigLIP's image tower, another for CLIP's")
     must(image.mode in ("square", "squash"), "processor.image.mode", image.mode, who, "square or squash")
     described = {
         "embed_dim": config.embed_dim,
         "quick_gelu": vision.activation == "quick_gelu",
         "init_logit_scale": config.init_scale,
         **({} if config.init_bias is None else {"init_logit_bias": config.init_bias}),
-        "vision_cfg": {
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "width": vision.width,
-            "layers": vision.layers,
-            "head_width": vision.width // vision.heads,
-            "mlp_ratio": vision.mlp_width / vision.width,
-            **({} if vision.pre_norm else {"no_ln_pre": True}),
-            **({} if vision.eps == 1e-5 else {"norm_kwargs": {"eps": vision.eps}}),
-        },
-        "text_cfg": {
-            "context_length": text.context,
-            "vocab_size": text.vocab_size,
-            "width": text.width,
-            "layers": text.layers,
-            "heads": text.heads,
-            "mlp_ratio": text.mlp_width / text.width,
-            "pad_id": text.pad_id,
-            **({"pool_type": "eos", "eos_id": text.eot_id} if text.pool == "eot" else {}),
-            **({"proj_bias": True} if config.text_projection_bias else {}),
-            **({} if text.eps == 1e-5 else {"norm_kwargs": {"eps": text.eps}}),
-        },
+        **({"custom_text": True} if siglip else {}),
+        "vision_cfg": _open_clip_timm(vision) if siglip else _open_clip_vision(vision),
+        "text_cfg": _open_clip_text(text, proj_bias=config.text_projection_bias),
     }
     preprocess = {
         "mean": list(image.mean),
@@ -105,11 +96,61 @@ def open_clip_export(model: Source, *, shard_bytes: int) -> Export:
     return Export(files=files, opens="open_clip.create_model_and_transforms('local-dir:FOLDER')")
 
 
+def _open_clip_vision(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "width": vision.width,
+        "layers": vision.layers,
+        "head_width": vision.width // vision.heads,
+        "mlp_ratio": vision.mlp_width / vision.width,
+        **({} if vision.pre_norm else {"no_ln_pre": True}),
+        **_norm(vision.eps),
+    }
+
+
+def _open_clip_timm(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "image_size": vision.image_size,
+        "timm_model_name": trunk_name(vision),
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": "none",
+    }
+
+
+def _open_clip_text(text: TextConfig, *, proj_bias: bool) -> dict[str, Any]:
+    must(
+        text.activation != "relu" and (text.causal or text.activation in ("gelu", "gelu_tanh")),
+        "text.activation",
+        text.activation,
+        "open_clip",
+        "gelu or gelu_tanh",
+    )
+    pools = {"eot": {"pool_type": "eos", "eos_id": text.eot_id}, "last": {"pool_type": "last", "no_causal_mask": True}}
+    return {
+        "context_length": text.context,
+        "vocab_size": text.vocab_size,
+        "width": text.width,
+        "layers": text.layers,
+        "heads": text.heads,
+        "mlp_ratio": text.mlp_width / text.width,
+        "pad_id": text.pad_id,
+        **pools.get(text.pool, {}),
+        **({} if text.causal else {"hf_tokenizer_name": "."}),
+        **({"act_kwargs": {"approximate": "tanh"}} if text.activation == "gelu_tanh" else {}),
+        **({"proj_bias": True} if proj_bias else {}),
+        **_norm(text.eps),
+    }
+
+
+def _norm(eps: float) -> dict[str, Any]:
+    return {} if eps == 1e-5 else {"norm_kwargs": {"eps": eps}}
+
+
 def _cosine_clip(config: ClipConfig, who: str) -> None:
     must(config.similarity == "cosine", "similarity", config.similarity, who, "cosine")
-    must(
-        config.vision.class_token, "vision.class_token", config.vision.class_token, who, "true (SigLIP is timm's there)"
-    )
+    must(config.vision.class_token, "vision.class_token", config.vision.class_token, who, "true (CLIP's tower)")
 
 
 def _clip_tokenizer(tokenizer: Any, config: ClipConfig) -> dict[str, Content]:

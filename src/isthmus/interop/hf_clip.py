@@ -309,10 +309,10 @@ def _single(layout: Any, prefix: str, state: Mapping[str, Tensor], config: Any, 
 
 def _clip(config: ClipConfig) -> list[Entry]:
     siglip = _kind(config) == "siglip"
-    rows = [Entry("logit_scale", ("heads.logit_scale",), as_vector=siglip)]
+    rows = [Entry("logit_scale", ("heads.logit_scale",), boxed=siglip)]
     rows += _vision(config.vision, "vision_model.", "vision.") + _text(config.text, "text_model.", "text.")
     if siglip:
-        rows.append(Entry("logit_bias", ("heads.logit_bias",), as_vector=True))
+        rows.append(Entry("logit_bias", ("heads.logit_bias",), boxed=True))
         return rows + same("text_model.head", "heads.text_projection")
     return [
         *rows,

@@ -88,8 +88,7 @@ def entries(config: ClipConfig, *, text: str = "") -> list[Entry]:
         or vision.patch_bias
     ):
         raise CheckpointError("this layout holds CLIP's towers only (class token, projections, causal text).")
-    rows = [
-        Entry("logit_scale", ("heads.logit_scale",)),
+    return [
         Entry("visual.class_embedding", ("vision.class_token",)),
         Entry("visual.positional_embedding", ("vision.positions",)),
         Entry("visual.conv1.weight", ("vision.patch_embed.weight",)),
@@ -97,6 +96,14 @@ def entries(config: ClipConfig, *, text: str = "") -> list[Entry]:
         *_blocks("visual.transformer.resblocks", "vision.blocks", vision.layers),
         *same("visual.ln_post", "vision.ln_post"),
         Entry("visual.proj", ("heads.vision_projection.weight",), transposed=True),
+        *text_entries(config, text),
+    ]
+
+
+def text_entries(config: ClipConfig, text: str) -> list[Entry]:
+    """The layout of all but the image tower: text tower, its projection, temperature and bias of the logits."""
+    rows = [
+        Entry("logit_scale", ("heads.logit_scale",)),
         *same(f"{text}token_embedding", "text.tokens", "weight"),
         Entry(f"{text}positional_embedding", ("text.positions",)),
         *_blocks(f"{text}transformer.resblocks", "text.blocks", config.text.layers),

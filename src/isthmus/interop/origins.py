@@ -13,7 +13,7 @@ from torch import Tensor
 
 from isthmus.checkpoint import load_into, read_json
 from isthmus.config import plain
-from isthmus.data.clip_tokenizer import ClipTokenizer, load_tokenizer
+from isthmus.data.clip_tokenizer import ClipTokenizer, canonical, load_tokenizer
 from isthmus.data.images import ImageTransform, Mode
 from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
 from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor
@@ -23,7 +23,7 @@ from isthmus.interop.archives import read_archive, read_state, tensors_of
 from isthmus.interop.folders import image_transform
 from isthmus.interop.hf_clip import vision_config_from_hf, vision_from_hf
 from isthmus.interop.lora import merged_state
-from isthmus.interop.open_clip import clip_config_from_open_clip, clip_from_open_clip
+from isthmus.interop.open_clip import CANONICAL, clip_config_from_open_clip, clip_from_open_clip
 from isthmus.interop.open_flamingo import config_from_open_flamingo, trained_from_open_flamingo
 from isthmus.interop.openai import SCALARS, clip_config_from_openai, clip_from_openai
 from isthmus.interop.original_llava import (
@@ -108,7 +108,13 @@ def open_clip_config(folder: Path) -> dict[str, Any] | None:
 def open_clip_folder(folder: Path, values: Mapping[str, Any], given: Given) -> Opened:
     """A folder that open_clip pushes to the hub: configuration, weights, tokenizer."""
     given.only("tokenizer", where=folder)
-    config = clip_config_from_open_clip(values["model_cfg"])
+    described = values["model_cfg"]
+    config = clip_config_from_open_clip(described)
+    tokenizer = _clip_tokenizer(folder, config, given)
+    if not config.text.causal:  # padding is read like any token, and which one it is stands with the tokenizer alone
+        config = replace(config, text=replace(config.text, pad_id=tokenizer.pad_id, eot_id=tokenizer.eos_id))
+        if described["text_cfg"].get("tokenizer_kwargs") == CANONICAL:
+            tokenizer = canonical(tokenizer, underscore=" ")
     net = Clip(config)
     load_into(net, clip_from_open_clip(read_state(folder), config), where=folder)
     picture = values.get("preprocess_cfg", {})
@@ -120,7 +126,7 @@ def open_clip_folder(folder: Path, values: Mapping[str, Any], given: Given) -> O
         std=tuple(picture.get("std", base.std)),
         resample=picture.get("interpolation", "bicubic"),
     )
-    return net, _contrastive(folder, config, image, given), ()
+    return net, ContrastiveProcessor(tokenizer, image=image, context=config.text.context), ()
 
 
 def _resizing(name: str, folder: Path) -> Mode:
@@ -142,10 +148,11 @@ def _openai(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     net = Clip(config)
     load_into(net, clip_from_openai(weights, config), where=path)
     image = ImageTransform.clip(config.vision.image_size)
-    return net, _contrastive(path, config, image, given), ()
+    tokenizer = _clip_tokenizer(path, config, given)
+    return net, ContrastiveProcessor(tokenizer, image=image, context=config.text.context), ()
 
 
-def _contrastive(where: Path, config: ClipConfig, image: ImageTransform, given: Given) -> ContrastiveProcessor:
+def _clip_tokenizer(where: Path, config: ClipConfig, given: Given) -> Tokenizer:
     folder = where if where.is_dir() else where.parent
     named = given.tokenizer
     if named is None and not any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt")):
@@ -157,7 +164,7 @@ def _contrastive(where: Path, config: ClipConfig, image: ImageTransform, given: 
             f"{found} has {tokenizer.vocab_size:,} tokens and {where} rows for {config.text.vocab_size:,}: another "
             "model's tokenizer."
         )
-    return ContrastiveProcessor(tokenizer, image=image, context=config.text.context)
+    return tokenizer
 
 
 def _open_flamingo(path: Path, state: dict[str, Tensor], given: Given) -> Opened:

@@ -21,7 +21,8 @@ VALUES_PER_LESSON = 4
 CONTROLS = ("", "permuted", "shuffled", "frame-N")
 """Of lessons: ``permuted`` shuffles the examples' words. Of clips: ``shuffled`` frames, or only frame number N."""
 
-_WORD = "which word?"
+_ENDS = ("", ".", ",", ";", "\n")
+"""What ends an example in text. One form alone makes a tiny LM count its tokens, and a new one throws it off."""
 _EVALUATION_WORDS = tuple(sorted(RESERVED_WORDS))
 _DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 _TRAVEL = 0.4
@@ -60,11 +61,15 @@ class SceneClip:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """``things`` are one solid each, ``words`` what they are called; the last is asked for."""
+    """``things`` are one solid each, ``words`` what they are called; the last is asked for.
+
+    In text alone ``end`` stands behind each example.
+    """
 
     attribute: str
     things: tuple[Solid, ...]
     words: tuple[str, ...]
+    end: str
 
 
 def make_lesson(
@@ -90,7 +95,7 @@ def make_lesson(
     told = [meaning[value] for value in order]
     if permuted:
         told = [*dice.shuffled(told[:-1]), told[-1]]
-    return Lesson(attribute, things, tuple(told))
+    return Lesson(attribute, things, tuple(told), dice.choice(_ENDS))
 
 
 def _told_apart(dice: Dice, words: Sequence[str], count: int) -> list[str]:
@@ -101,24 +106,33 @@ def _told_apart(dice: Dice, words: Sequence[str], count: int) -> list[str]:
             return chosen
 
 
-def lesson_parts(lesson: Lesson, *, name: str, side: int, seed: int, split: Split, number: int) -> list[Part]:
-    """Shots and query as turns. Learnt in training is every word that an earlier example has explained."""
+def lesson_parts(
+    lesson: Lesson, *, name: str, side: int, seed: int, split: Split, number: int, told: int = 0
+) -> list[Part]:
+    """Shots and query as turns: a picture with nothing asked, and its word. The first ``told`` shots are in words.
+
+    Learnt is every word beside a picture that an earlier shot has explained, and the query's.
+    """
     parts: list[Part] = []
     for place, (solid, word, learn) in enumerate(_known(lesson)):
+        if place < told:
+            parts.append(Text(f" {getattr(solid, lesson.attribute)} {word}{lesson.end}", role="system"))
+            continue
         scene = Scene(seed, split, number, (solid,))
         parts.append(Image(MadeScene(scene, f"{name}/{place}", side), key=f"{name}/{side}/{place}"))
-        parts += [Text(_WORD, role="user"), Text(word, role="assistant", learn=learn or split != "train")]
+        parts.append(Text(word, role="assistant", learn=learn))
     return parts
 
 
 def lesson_text(lesson: Lesson) -> list[Part]:
     """The same in words alone, for a language model without eyes: the value stands for the picture.
 
-    It stands right before its word, where cross-attention will put what the picture shows: `` red ba-da blue gi-ko``.
+    It stands right before its word, where cross-attention will put what the picture shows: `` red ba-da; blue gi-ko``.
     """
     parts: list[Part] = []
-    for solid, word, learn in _known(lesson):
-        parts += [Text(f" {getattr(solid, lesson.attribute)}"), Text(f" {word}", learn=learn)]
+    for place, (solid, word, learn) in enumerate(_known(lesson)):
+        end = lesson.end if place else ""
+        parts += [Text(f"{end} {getattr(solid, lesson.attribute)}"), Text(f" {word}", learn=learn)]
     return parts
 
 

@@ -75,8 +75,8 @@ _MOST_REDRAWS = 10_000
 class SceneSource:
     """``count`` records of one form, a pure function of (form, split, seed, side, index); drawing waits for ``read()``.
 
-    ``shots`` are a lesson's examples (none given: 4 to 8), ``frames`` a clip's; ``control`` spoils them on purpose, see
-    :data:`isthmus.data.scenes.interleaved.CONTROLS`.
+    ``shots`` are a lesson's examples (none given: 4 to 8), the first ``told`` of them in words; ``frames`` a clip's;
+    ``control`` spoils them on purpose, see :data:`isthmus.data.scenes.interleaved.CONTROLS`.
 
     ``turns`` is the number of question-answer turns in conversations and symbols, ``kinds`` the kinds of question asked
     in any form, or the attributes (colour, shape) that lessons are about (none given: all). ``distinct`` skips scenes
@@ -95,6 +95,7 @@ class SceneSource:
         turns: int = 6,
         distinct: bool = False,
         shots: int | None = None,
+        told: int = 0,
         frames: int = 4,
         control: str = "",
         kinds: Sequence[str] | None = None,
@@ -114,7 +115,7 @@ class SceneSource:
             raise ConfigError(f"scenes need at least one record and one turn, not count={count}, turns={turns}")
         self.form, self.seed, self.size, self.turns, self.kinds = form, seed, size, turns, kinds
         self.split: Split = split
-        self.shots, self.frames, self.control = shots, frames, control
+        self.shots, self.told, self.frames, self.control = shots, told, frames, control
         self.name = f"scenes-{form}-{split}"
         self._make: Callable[[int, Dice], Record] = getattr(self, f"_{form}")
         self._numbers = _distinct(seed, split, count) if distinct else range(count)
@@ -237,7 +238,9 @@ class SceneSource:
     def _lessons(self, number: int, dice: Dice) -> Record:
         name = f"{self.form}/{self.split}/{self.seed}/{number}"
         lesson = self._lesson(dice)
-        parts = lesson_parts(lesson, name=name, side=self.size, seed=self.seed, split=self.split, number=number)
+        parts = lesson_parts(
+            lesson, name=name, side=self.size, seed=self.seed, split=self.split, number=number, told=self.told
+        )
         return self._record(number, parts, kind=f"lesson_{lesson.attribute}", answers=(lesson.words[-1],))
 
     def _lesson_texts(self, number: int, dice: Dice) -> Record:
