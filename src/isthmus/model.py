@@ -27,7 +27,7 @@ from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.collate import collate
 from isthmus.data.images import AnyImage, as_image
 from isthmus.data.messages import Message, parts_of
-from isthmus.data.processor import ContrastiveProcessor, Processor, processor_from_dict
+from isthmus.data.processor import ContrastiveProcessor, ImagesProcessor, Processor, processor_from_dict
 from isthmus.data.record import Example, Image, Part, Record, Text, without_answer
 from isthmus.data.text import TEMPLATES, render
 from isthmus.data.tokenizer import Tokenizer
@@ -355,8 +355,7 @@ class Model:
             "config.json": config,
             "processor.json": self.processor.to_dict(),
             "model.safetensors": checkpoint.state_tensors(self.net),
-            **self.processor.tokenizer.files(),
-            **_further_tokenizers(self.processor),
+            **_tokenizer_files(self.processor),
             **(extra or {}),
         }
         checkpoint.write_folder(folder, files, replace=replace)
@@ -376,7 +375,7 @@ def load(
 ) -> Model:
     """Open a model: a run folder, a model folder of ours, or a checkpoint of another code base.
 
-    Those of transformers (CLIP, SigLIP, LLaVA, BLIP-2, InstructBLIP, causal LMs), open_clip, OpenAI's CLIP,
+    Those of transformers (CLIP, SigLIP and their towers, LLaVA, BLIP-2, InstructBLIP, causal LMs), open_clip, OpenAI,
     OpenFlamingo and the original LLaVA are told by their content, never by name. Loading is strict, runs no code and
     verifies the manifest of our own folders. ``dtype`` casts the weights; what must not be cast (BLIP-2's Q-Former)
     stays in float32.
@@ -416,8 +415,8 @@ def _own(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> 
     cls = model_class(kind)
     net = cls.from_config(config["config"])
     checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"]), where=folder)
-    tokenizer = load_tokenizer(folder)
     described = checkpoint.read_json(files["processor.json"])
+    tokenizer = None if described.get("kind") == ImagesProcessor.kind else load_tokenizer(folder)
     others = {f.parent.name: Tokenizer.load(f.parent) for n, f in files.items() if n.endswith("/tokenizer.json")}
     return Model(
         _cast(net, dtype),
@@ -451,10 +450,11 @@ def _cast(net: Any, dtype: torch.dtype | None) -> Any:
     return net.cast(dtype) if hasattr(net, "cast") else net.to(dtype)
 
 
-def _further_tokenizers(processor: Processor) -> dict[str, str]:
-    """Files of the tokenizers that a processor has besides its own, each in a folder of its name."""
+def _tokenizer_files(processor: Processor) -> dict[str, str]:
+    """The tokenizer's files, where the processor reads text; those of further ones each in a folder of its name."""
+    own = {} if isinstance(processor, ImagesProcessor) else processor.tokenizer.files()
     others: Mapping[str, Tokenizer] = getattr(processor, "others", {})
-    return {f"{name}/{file}": text for name, tok in others.items() for file, text in tok.files().items()}
+    return own | {f"{name}/{file}": text for name, tok in others.items() for file, text in tok.files().items()}
 
 
 def _listed(image: AnyImage | Sequence[AnyImage] | None) -> Sequence[AnyImage]:

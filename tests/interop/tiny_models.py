@@ -9,7 +9,13 @@ import torch
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.images import ImageTransform
 from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
-from isthmus.data.processor import ContrastiveProcessor, SpliceProcessor, TextProcessor
+from isthmus.data.processor import (
+    ContrastiveProcessor,
+    ImagesProcessor,
+    SpliceProcessor,
+    TextProcessor,
+    TextsProcessor,
+)
 from isthmus.data.record import Record, Text
 from isthmus.data.text import render
 from isthmus.data.tokenizer import Tokenizer
@@ -21,6 +27,7 @@ from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.models.llava import Llava, LlavaConfig
 from isthmus.models.lm import BareLM, LmConfig
+from isthmus.models.towers import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
 from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
@@ -114,6 +121,32 @@ def siglip() -> Model:
     )
     redraw(net)
     return Model(net, ContrastiveProcessor(tokenizer(), ImageTransform.siglip(SIZE), context=40))
+
+
+def image_encoder(whole: Model | None = None, *, projected: bool = True) -> Model:
+    """The image tower of a CLIP (or of ``whole``), with its projection or without."""
+    whole = whole or openai_clip()
+    space = whole.net.config.embed_dim if projected and whole.net.config.vision_projection else None
+    net = ImageEncoder(ImageEncoderConfig(vision=whole.net.config.vision, embed_dim=space))
+    net.vision.load_state_dict(whole.net.vision.state_dict())
+    if space is not None:
+        net.projection.load_state_dict(whole.net.heads.vision_projection.state_dict())
+    return Model(net, ImagesProcessor(whole.processor.image))
+
+
+def text_encoder(whole: Model | None = None, *, projected: bool = True) -> Model:
+    """The text tower, likewise."""
+    whole = whole or openai_clip()
+    config = TextEncoderConfig(
+        text=whole.net.config.text,
+        embed_dim=whole.net.config.embed_dim if projected else None,
+        projection_bias=projected and whole.net.config.text_projection_bias,
+    )
+    net = TextEncoder(config)
+    net.text.load_state_dict(whole.net.text.state_dict())
+    if projected:
+        net.projection.load_state_dict(whole.net.heads.text_projection.state_dict())
+    return Model(net, TextsProcessor(whole.processor.tokenizer, context=whole.net.config.text.context))
 
 
 def lm(language: dict[str, Any] = LLAMA, template: str = "vicuna_v1") -> Model:
@@ -222,6 +255,8 @@ def lavis(language: dict[str, Any] | None = OPT, *, norm_eps: float = 1e-5) -> M
 MODELS = {
     "clip": clip,
     "siglip": siglip,
+    "image encoder": image_encoder,
+    "text encoder": text_encoder,
     "lm": lm,
     "lm opt": lambda: lm(OPT, "document"),
     "lm gpt_neox": lambda: lm(NEOX, "document"),

@@ -27,8 +27,11 @@ def test_sound_models_hold_every_contract(name: str) -> None:
     assert not [row for row in rows if row.verdict == "FAIL"]
     absent = {row.name for row in rows if row.verdict == "n/a"}
     expected = {"packed = padded"}
-    expected |= {"picture matters"} if name.startswith("lm") else set()
-    expected |= {"cached = uncached"} if name in ("clip", "siglip", "blip2 represent") else set()
+    expected |= {"picture matters"} if name.startswith(("lm", "text")) else set()
+    vectors = ("clip", "siglip", "blip2 represent", "image encoder", "text encoder")
+    expected |= {"cached = uncached"} if name in vectors else set()
+    expected |= {"frozen parts untouched"} if name.endswith("encoder") else set()
+    expected |= {"left = right padding"} if name == "image encoder" else set()
     expected |= {"export = transformers"} if name == "flamingo" else set()
     assert absent == expected
     assert all(row.difference is not None for row in rows if row.verdict == "pass")

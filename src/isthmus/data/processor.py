@@ -17,7 +17,7 @@ from isthmus.data.interleave import InterleaveProcessor
 from isthmus.data.record import Example, Image, Place, Record, Span
 from isthmus.data.text import TEMPLATES, Encoded, drawn, encode, render
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.errors import CapabilityError, ConfigError, DataError, nearest
 from isthmus.nn.tiles import num_tokens
 
 
@@ -43,9 +43,7 @@ class ContrastiveProcessor:
     contrasts = True  # a batch's samples are each other's negatives, so like lengths must not meet on purpose
 
     def __init__(self, tokenizer: Tokenizer, image: ImageTransform, *, context: int = 77) -> None:
-        if context < 2:
-            raise ConfigError(f"context must be at least 2 tokens (start and end of text), not {context}")
-        self.tokenizer, self.image, self.context = tokenizer, image, context
+        self.tokenizer, self.image, self.context = tokenizer, image, _context(context)
 
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError unless the record holds one picture and a caption (a running text or an answer)."""
@@ -71,13 +69,7 @@ class ContrastiveProcessor:
 
     def text_example(self, text: str) -> Example:
         """A caption without a picture, for embedding texts. Raises DataError when it is empty."""
-        if not text.strip():
-            raise DataError("empty text: the caption is empty; write one or drop the sample")
-        start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        ids = [*start, *self.tokenizer.encode(text), self.tokenizer.eos_id]
-        if len(ids) > self.context:
-            ids = [*ids[: self.context - 1], self.tokenizer.eos_id]
-        return Example(id=text, source="", streams={"text": Span(ids)})
+        return _caption(text, self.tokenizer, self.context)
 
     def prompt(self, record: Record) -> Example:
         """The pair itself, first alternative: embedding has nothing to leave out."""
@@ -85,6 +77,71 @@ class ContrastiveProcessor:
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "context": self.context, "image": self.image.to_dict()}
+
+
+class TextsProcessor:
+    """Texts alone for a text tower (stream ``text``), as :class:`ContrastiveProcessor` reads a caption."""
+
+    kind = "texts"
+    image = None
+
+    def __init__(self, tokenizer: Tokenizer, *, context: int = 77) -> None:
+        self.tokenizer, self.context = tokenizer, _context(context)
+
+    def example(self, record: Record, draw: int = 0) -> Example:
+        """Raises DataError unless the record holds one text and no picture."""
+        texts = drawn(record, draw).texts
+        if record.images or len(texts) != 1:
+            raise DataError(
+                f"bad text: a text tower reads one text and no picture; this sample has {len(texts)} and "
+                f"{len(record.images)}"
+            )
+        return replace(self.text_example(str(texts[0].text)), id=record.id, source=record.source)
+
+    def text_example(self, text: str) -> Example:
+        """Raises DataError when the text is empty."""
+        return _caption(text, self.tokenizer, self.context)
+
+    def prompt(self, record: Record) -> Example:
+        """The text itself: embedding has nothing to leave out."""
+        return self.example(record, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "context": self.context}
+
+
+class ImagesProcessor:
+    """Pictures alone for a vision tower, which has no text stream."""
+
+    kind = "images"
+
+    def __init__(self, image: ImageTransform) -> None:
+        self.image = image
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        raise CapabilityError("an image encoder reads no text, so it has no tokenizer")
+
+    def example(self, record: Record, draw: int = 0) -> Example:
+        """Raises DataError unless the record holds one picture."""
+        if len(record.images) != 1:
+            raise DataError(
+                f"bad picture: an image encoder reads one picture a sample and this has {len(record.images)}"
+            )
+        return Example(
+            id=record.id,
+            source=record.source,
+            streams={},
+            visuals=record.images,
+            pixels=pixels_of(self.image, record.images),
+        )
+
+    def prompt(self, record: Record) -> Example:
+        """The picture itself."""
+        return self.example(record, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "image": self.image.to_dict()}
 
 
 class SpliceProcessor:
@@ -218,6 +275,8 @@ class TextProcessor:
 
 PROCESSORS: dict[str, Callable[..., Processor]] = {
     ContrastiveProcessor.kind: ContrastiveProcessor,
+    TextsProcessor.kind: TextsProcessor,
+    ImagesProcessor.kind: ImagesProcessor,
     SpliceProcessor.kind: SpliceProcessor,
     TextProcessor.kind: TextProcessor,
     InterleaveProcessor.kind: InterleaveProcessor,
@@ -225,9 +284,10 @@ PROCESSORS: dict[str, Callable[..., Processor]] = {
 
 
 def processor_from_dict(
-    values: dict[str, Any], tokenizer: Tokenizer, others: Mapping[str, Tokenizer] | None = None
+    values: dict[str, Any], tokenizer: Tokenizer | None, others: Mapping[str, Tokenizer] | None = None
 ) -> Processor:
-    """The processor that ``to_dict`` described; ``others`` are its further tokenizers by option name.
+    """The processor that ``to_dict`` described; ``others`` are its further tokenizers by option name. One of pictures
+    alone has no tokenizer.
 
     Raises ConfigError for an unknown kind or option.
     """
@@ -241,9 +301,25 @@ def processor_from_dict(
     if "image" in options:
         options["image"] = ImageTransform.from_dict(options["image"])
     try:
-        return known[kind](tokenizer, **options)
+        return known[kind](**options) if tokenizer is None else known[kind](tokenizer, **options)
     except TypeError:
         raise ConfigError(f"processor of kind {kind!r}: missing or unknown option among {sorted(options)}") from None
+
+
+def _context(context: int) -> int:
+    if context < 2:
+        raise ConfigError(f"context must be at least 2 tokens (start and end of text), not {context}")
+    return context
+
+
+def _caption(text: str, tokenizer: Tokenizer, context: int) -> Example:
+    if not text.strip():
+        raise DataError("empty text: the caption is empty; write one or drop the sample")
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = [*start, *tokenizer.encode(text), tokenizer.eos_id]
+    if len(ids) > context:
+        ids = [*ids[: context - 1], tokenizer.eos_id]
+    return Example(id=text, source="", streams={"text": Span(ids)})
 
 
 def pixels_of(transform: ImageTransform, images: Sequence[Image]) -> tuple[Callable[[], Any], ...]:

@@ -12,12 +12,22 @@ from isthmus.interop.export import Export, Source
 
 _TASKS = {
     "clip": "zero-shot-image-classification",
+    "image_encoder": "image-feature-extraction",
+    "text_encoder": "feature-extraction",
     "lm": "text-generation",
     "llava": "image-text-to-text",
     "flamingo": "image-text-to-text",
     "blip2": "image-to-text",
 }
-_NAMES = {"clip": "CLIP", "lm": "Language model", "llava": "LLaVA", "flamingo": "Flamingo", "blip2": "BLIP-2"}
+_NAMES = {
+    "clip": "CLIP",
+    "image_encoder": "Image encoder",
+    "text_encoder": "Text encoder",
+    "lm": "Language model",
+    "llava": "LLaVA",
+    "flamingo": "Flamingo",
+    "blip2": "BLIP-2",
+}
 
 
 def card(model: Source, export: Export, to: str, origin: Path | None) -> str:

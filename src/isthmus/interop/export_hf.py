@@ -6,7 +6,7 @@ chat template and the decoding of our processor.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,19 +29,29 @@ from isthmus.interop.hf_files import (
 )
 from isthmus.interop.hf_language import RENAMED
 from isthmus.interop.hf_llava import llava_config_to_hf, llava_to_hf
+from isthmus.interop.hf_towers import image_encoder_to_hf, text_encoder_to_hf
 from isthmus.language import vocabulary_tables
 from isthmus.language_seq2seq import Seq2SeqLM
 from isthmus.models.clip import ClipConfig
+from isthmus.models.towers import TextEncoderConfig
 
 WHO = "transformers"
 IMAGE = "<image>"
+_Reads = TypeVar("_Reads", ClipConfig, TextEncoderConfig)
 _LEGACY_EOT = 2
 """transformers' CLIP takes this end-of-text id for a sign to read at the largest id instead."""
 
 
 def hf_export(model: Source, *, shard_bytes: int) -> Export:
     """The folder's files. Raises CheckpointError, naming the field, for a model that transformers has no class for."""
-    writers: dict[str, Callable[[Source, int], Export]] = {"clip": _clip, "lm": _lm, "llava": _llava, "blip2": _blip2}
+    writers: dict[str, Callable[[Source, int], Export]] = {
+        "clip": _clip,
+        "image_encoder": _image_encoder,
+        "text_encoder": _text_encoder,
+        "lm": _lm,
+        "llava": _llava,
+        "blip2": _blip2,
+    }
     if model.kind not in writers:
         raise CheckpointError(
             f"{WHO} has no class for this model: kind is {model.kind!r}, and there are classes for "
@@ -76,9 +86,34 @@ def _clip(model: Source, shard_bytes: int) -> Export:
     return Export(files=files, opens=f"transformers.{kind}.from_pretrained(FOLDER)")
 
 
+def _image_encoder(model: Source, shard_bytes: int) -> Export:
+    described, weights = image_encoder_to_hf(model.net.state_dict(), model.net.config)
+    files = {
+        "config.json": _config(described, weights),
+        **shards(weights, shard_bytes),
+        "preprocessor_config.json": image_processor(model.processor.image),
+    }
+    return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")
+
+
+def _text_encoder(model: Source, shard_bytes: int) -> Export:
+    config, state, tokenizer = model.net.config, model.net.state_dict(), model.processor.tokenizer
+    if config.text.causal and config.text.pool == "eot" and config.text.eot_id == _LEGACY_EOT:
+        state, config, tokenizer = last_eot(state, config, tokenizer)
+    described, weights = text_encoder_to_hf(state, config)
+    described["bos_token_id"] = tokenizer.bos_id
+    pad = tokenizer.backend.id_to_token(tokenizer.pad_id if config.text.causal else config.text.pad_id)
+    files = {
+        "config.json": _config(described, weights),
+        **shards(weights, shard_bytes),
+        **tokenizer_files(tokenizer, begin=True, end=True, context=config.text.context, pad_token=str(pad)),
+    }
+    return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")
+
+
 def last_eot(
-    state: Mapping[str, Tensor], config: ClipConfig, tokenizer: Tokenizer
-) -> tuple[dict[str, Tensor], ClipConfig, Tokenizer]:
+    state: Mapping[str, Tensor], config: _Reads, tokenizer: Tokenizer
+) -> tuple[dict[str, Tensor], _Reads, Tokenizer]:
     """The same model with its end-of-text under the tokenizer's largest id, where every reader finds it."""
     old, new = config.text.eot_id, tokenizer.vocab_size - 1
     table = state["text.tokens.weight"].clone()

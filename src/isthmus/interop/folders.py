@@ -1,7 +1,7 @@
 """Folders that transformers wrote: a net and a processor from what is in them, by content.
 
-CLIP and SigLIP models, LLaVA and LLaVA-NeXT in all key layouts, BLIP-2 and InstructBLIP, any causal LM. Nothing in a
-folder is executed.
+CLIP and SigLIP, whole or one tower, LLaVA and LLaVA-NeXT in all key layouts, BLIP-2 and InstructBLIP, any causal LM.
+Nothing in a folder is executed.
 """
 
 import warnings
@@ -14,7 +14,14 @@ from isthmus.checkpoint import load_into, read_json
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.images import ImageTransform, Mode
-from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor, TextProcessor
+from isthmus.data.processor import (
+    ContrastiveProcessor,
+    ImagesProcessor,
+    Processor,
+    SpliceProcessor,
+    TextProcessor,
+    TextsProcessor,
+)
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.wordpiece import load_wordpiece
 from isthmus.errors import CheckpointError, IsthmusWarning
@@ -23,11 +30,13 @@ from isthmus.interop.hf_clip import read_clip_folder
 from isthmus.interop.hf_files import CHAT_TEMPLATE, RESAMPLE, template_named
 from isthmus.interop.hf_language import read_language_folder
 from isthmus.interop.hf_llava import read_llava_folder
+from isthmus.interop.hf_towers import read_image_encoder_folder, read_text_encoder_folder
 from isthmus.language_seq2seq import Seq2SeqLM
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip
 from isthmus.models.llava import Llava
 from isthmus.models.lm import BareLM, LmConfig
+from isthmus.models.towers import ImageEncoder, TextEncoder
 
 
 def load_foreign(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Processor, tuple[int, ...]]:
@@ -39,11 +48,10 @@ def load_foreign(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Processo
         return _llava(folder)
     if kind in ("blip-2", "instructblip"):
         return _blip2(folder)
-    if kind is not None and str(kind).endswith(("_vision_model", "_text_model")):
-        raise CheckpointError(
-            f"{folder} is one tower of a CLIP alone ({kind}); it is no model to ask. Open the whole model that it "
-            "belongs to."
-        )
+    if kind in ("clip_vision_model", "siglip_vision_model"):
+        return _image_encoder(folder)
+    if kind in ("clip_text_model", "siglip_text_model"):
+        return _text_encoder(folder)
     if kind is None:
         raise CheckpointError(f"{folder}/config.json names neither a format of ours nor a model_type of transformers.")
     return _language(folder)
@@ -57,6 +65,20 @@ def _clip(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
         load_tokenizer(folder), image=image_transform(folder, config.vision.image_size), context=config.text.context
     )
     return net, processor, ()
+
+
+def _image_encoder(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+    config, state = read_image_encoder_folder(folder)
+    net = ImageEncoder(config)
+    load_into(net, state, where=folder)
+    return net, ImagesProcessor(image_transform(folder, config.vision.image_size)), ()
+
+
+def _text_encoder(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+    config, state = read_text_encoder_folder(folder)
+    net = TextEncoder(config)
+    load_into(net, state, where=folder)
+    return net, TextsProcessor(load_tokenizer(folder), context=config.text.context), ()
 
 
 def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:

@@ -11,6 +11,8 @@ MODELS = {
     "lm": "isthmus.models.lm:BareLM",
     "llava": "isthmus.models.llava:Llava",
     "flamingo": "isthmus.models.flamingo:Flamingo",
+    "image_encoder": "isthmus.models.towers:ImageEncoder",
+    "text_encoder": "isthmus.models.towers:TextEncoder",
 }
 """Kind -> where its class is."""
 

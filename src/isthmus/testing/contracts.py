@@ -123,6 +123,8 @@ def batched(model: Any) -> _Outcome:
 
 def padded(model: Any) -> _Outcome:
     """Rows of several lengths together: right padding in one pass, and left padding in generation."""
+    if not probe.reads(model):
+        return _absent("the model reads no text")
     asked = probe.prompts(model, probe.WORDS, (1, 2, 3))
     whole = [_complete(model, example) for example in asked]
     alone = [probe.outputs(model, collate([example]))[0] for example in whole]
@@ -171,6 +173,8 @@ def saved(model: Any) -> _Outcome:
 def frozen(model: Any) -> _Outcome:
     """One training step of a part: the others stay to the bit, and the part moves."""
     net = model.net
+    if not hasattr(net, "loss"):
+        return _absent("the model has no objective to train by")
     flags = [(p, p.requires_grad) for p in net.parameters()]
     pattern = _part_to_train(net)
     table = apply_stage(net, (Group(pattern, 1e-3),))

@@ -15,7 +15,7 @@ from isthmus.data.record import Example
 from isthmus.interop.hf_peer import open_class
 from isthmus.testing import probe
 
-CLASSES = ("clip", "lm", "llava", "blip2")
+CLASSES = ("clip", "image_encoder", "text_encoder", "lm", "llava", "blip2")
 """Kinds of models that transformers has a class for."""
 
 
@@ -105,24 +105,40 @@ def _written(model: Any, peer: Any, example: Example, token: int | None) -> list
 def _vectors(model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
     """The embeddings as :func:`probe.outputs` puts them in a row."""
     del token
-    (stream,) = example.streams.values()
-    ids = torch.tensor([_renumbered(model, peer, stream.ids)])
-    pixels = torch.stack([make() for make in example.pixels])
-    context: int = peer.config.text_config.max_position_embeddings
-    if peer.config.model_type == "siglip":  # read at its last place, so always padded to the whole context
-        ids = torch.nn.functional.pad(ids, (0, context - ids.shape[1]), value=model.net.config.text.pad_id)
+    ids, pixels = _text_ids(model, peer.config.text_config, example), torch.stack([make() for make in example.pixels])
     images = peer.get_image_features(pixel_values=pixels)
     texts = peer.get_text_features(input_ids=ids)
     rows = [getattr(part, "pooler_output", part) for part in (images, texts)]
     return torch.cat([row.flatten(1) for row in rows], dim=1)[0].float()
 
 
-def _renumbered(model: Any, peer: Any, ids: list[int]) -> list[int]:
-    """Ids as the folder has them, where writing it moved end-of-text to another id."""
-    eot, theirs = model.net.config.text.eot_id, peer.config.text_config.eos_token_id
-    if model.net.config.text.pool != "eot" or eot == theirs:
-        return ids
-    return [{eot: theirs, theirs: eot}.get(i, i) for i in ids]
+def _image_vector(model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
+    del model, token
+    return _vector(peer(pixel_values=torch.stack([make() for make in example.pixels])))
+
+
+def _text_vector(model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
+    del token
+    return _vector(peer(input_ids=_text_ids(model, peer.config, example)))
+
+
+def _vector(found: Any) -> Tensor:
+    """What the class projects, or where it has no projection what it pools."""
+    names = ("image_embeds", "text_embeds", "pooler_output")
+    return next(found[name] for name in names if name in found)[0].float()
+
+
+def _text_ids(model: Any, theirs: Any, example: Example) -> Tensor:
+    """(1, T) as the folder has them, where writing it moved end-of-text to another id; a tower that is read at its last
+    place always gets its whole context."""
+    (stream,) = example.streams.values()
+    ids, text = list(stream.ids), model.net.config.text
+    if text.pool == "last":
+        return torch.tensor([ids + [text.pad_id] * (theirs.max_position_embeddings - len(ids))])
+    if text.pool == "eot":
+        swap = {text.eot_id: theirs.eos_token_id, theirs.eos_token_id: text.eot_id}
+        ids = [swap.get(i, i) for i in ids]
+    return torch.tensor([ids])
 
 
 def _retrieval(model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
@@ -145,6 +161,8 @@ def _blip2(model: Any, peer: Any, example: Example, token: int | None) -> Tensor
 
 _OUTPUTS: dict[str, Callable[[Any, Any, Example, int | None], Tensor]] = {
     "clip": _vectors,
+    "image_encoder": _image_vector,
+    "text_encoder": _text_vector,
     "lm": _logits,
     "llava": _logits,
     "blip2": _blip2,

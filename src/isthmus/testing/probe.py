@@ -16,6 +16,7 @@ from isthmus.batch import Batch
 from isthmus.data.attention import with_answer
 from isthmus.data.collate import collate
 from isthmus.data.images import MadeImage
+from isthmus.data.processor import ImagesProcessor
 from isthmus.data.record import Example, Image, Part, Record, Span, Text
 from isthmus.language import Decoding
 from isthmus.language_seq2seq import Seq2SeqLM
@@ -26,12 +27,16 @@ WORDS = ("red", "a large blue cube", "two rings and a small green ball beside")
 
 
 def embeds(model: Any) -> bool:
-    """Whether its outputs are vectors of pictures and texts, not logits of tokens."""
-    return "embed_images" in model.capabilities
+    """Whether its outputs are vectors of pictures or texts, not logits of tokens."""
+    return "embed_images" in model.capabilities or "generate" not in model.capabilities
 
 
 def sees(model: Any) -> bool:
     return getattr(model.processor, "image", None) is not None
+
+
+def reads(model: Any) -> bool:
+    return not isinstance(model.processor, ImagesProcessor)
 
 
 def picture(number: int) -> Image:
@@ -50,7 +55,7 @@ def records(model: Any, texts: Sequence[str], pictures: Sequence[int]) -> list[R
     for number, (text, shown) in enumerate(zip(texts, pictures, strict=True)):
         parts: list[Part] = [picture(shown)] if sees(model) else []
         if embeds(model):
-            parts.append(Text(text, learn=True))
+            parts += [Text(text, learn=True)] if reads(model) else []
         elif getattr(model.processor, "template", None) == "document":
             parts += [Text(f"{text} is", learn=False), Text(f" {text}", learn=True)]
         else:
@@ -84,8 +89,9 @@ def answered(model: Any, prompt: Example, answer: Sequence[int]) -> Example:
 
 def turned(example: Example, by: int) -> Example:
     """Text without pictures whose tokens behind the first go round: other text of the same length."""
-    first, *rest = example.streams["lm"].ids
-    return replace(example, streams={"lm": Span([first, *rest[by:], *rest[:by]])})
+    ((name, span),) = example.streams.items()
+    first, *rest, last = span.ids
+    return replace(example, streams={name: Span([first, *rest[by:], *rest[:by], last])})
 
 
 @torch.inference_mode()
@@ -108,11 +114,16 @@ def outputs(model: Any, batch: Batch) -> list[Tensor]:
 
 
 def _embeddings(net: Any, batch: Batch) -> list[Tensor]:
+    if not batch.visuals:
+        return list(net.embed_texts(*batch.text.values()).float())
     order = batch.visual_of_rows("a pair")
     pixels = torch.cat([group.pixels[:, 0] for group in batch.visuals if group.pixels is not None])
     pixels = pixels[torch.argsort(torch.cat([group.index for group in batch.visuals]))][order.to(pixels.device)]
+    images = net.embed_images(pixels)
+    if not batch.text:
+        return list(images.flatten(1).float())
     (text,) = batch.text.values()
-    images, texts = net.embed_images(pixels), net.embed_texts(text)
+    texts = net.embed_texts(text)
     parts = [images.flatten(1), texts]
     if hasattr(net, "match_logits"):
         parts = [F.normalize(images, dim=-1).flatten(1), F.normalize(texts, dim=-1)]

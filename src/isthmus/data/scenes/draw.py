@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from isthmus.data.scenes.dice import Dice
 from isthmus.data.scenes.scene import RADIUS, Scene, make_scene
@@ -199,15 +199,18 @@ class ScenePicture:
     index: int
     attempt: int = 0
     side: int = 64
+    pale: float = 0.0
 
     @property
     def key(self) -> str:
-        """``scene/64/train/0/17``; a redrawn scene adds its attempt."""
+        """``scene/64/train/0/17``; a redrawn scene adds its attempt, a pale one how far it is from its colours to grey."""
         again = f".{self.attempt}" if self.attempt else ""
-        return f"scene/{self.side}/{self.split}/{self.seed}/{self.index}{again}"
+        return f"scene/{self.side}/{self.split}/{self.seed}/{self.index}{again}{f'/{self.pale:.3f}' if self.pale else ''}"
 
     def describe(self) -> str:
         return self.key
 
     def read(self) -> Image.Image:
-        return draw(make_scene(self.seed, self.split, self.index, self.attempt), self.side)  # pyright: ignore[reportArgumentType]
+        scene = make_scene(self.seed, self.split, self.index, self.attempt)  # pyright: ignore[reportArgumentType]
+        picture = draw(scene, self.side)
+        return ImageEnhance.Color(picture).enhance(1 - self.pale) if self.pale else picture

@@ -1,0 +1,85 @@
+"""Single towers in transformers' layout: ``CLIPVisionModel``, ``CLIPTextModel``, both ``…WithProjection``,
+``SiglipVisionModel`` and ``SiglipTextModel``, whose head is its projection.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from isthmus.checkpoint import read_json
+from isthmus.interop.archives import read_state
+from isthmus.interop.export import must
+from isthmus.interop.hf_clip import (
+    text_config_from_hf,
+    text_config_to_hf,
+    text_from_hf,
+    text_to_hf,
+    vision_config_from_hf,
+    vision_config_to_hf,
+    vision_from_hf,
+    vision_to_hf,
+)
+from isthmus.models.towers import ImageEncoderConfig, TextEncoderConfig
+
+_SIGLIP_HEADS = ("head.", "text_model.head.")
+_WHO = "transformers"
+
+
+def read_image_encoder_folder(folder: Path) -> tuple[ImageEncoderConfig, dict[str, Tensor]]:
+    """Configuration and our state dict. Raises CheckpointError on any misfit."""
+    state = read_state(folder)
+    vision = vision_config_from_hf(read_json(folder / "config.json"))
+    projection = state.pop("visual_projection.weight", None)
+    found = {f"vision.{name}": tensor for name, tensor in vision_from_hf(state, vision).items()}
+    if projection is None:
+        return ImageEncoderConfig(vision=vision), found
+    return ImageEncoderConfig(vision=vision, embed_dim=len(projection)), {**found, "projection.weight": projection}
+
+
+def read_text_encoder_folder(folder: Path) -> tuple[TextEncoderConfig, dict[str, Tensor]]:
+    """The same of a text tower."""
+    state = read_state(folder)
+    text = text_config_from_hf(read_json(folder / "config.json"))
+    names = ("text_projection.", *(() if text.causal else _SIGLIP_HEADS))
+    head = {n.rpartition(".")[2]: state.pop(n) for n in list(state) if n.startswith(names)}
+    found = {f"text.{name}": tensor for name, tensor in text_from_hf(state, text).items()}
+    if not head:
+        return TextEncoderConfig(text=text), found
+    config = TextEncoderConfig(text=text, embed_dim=len(head["weight"]), projection_bias="bias" in head)
+    return config, found | {f"projection.{leaf}": tensor for leaf, tensor in head.items()}
+
+
+def image_encoder_to_hf(
+    state: Mapping[str, Tensor], config: ImageEncoderConfig
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A config.json and their state dict, in the layout that every version reads. Raises CheckpointError, naming the
+    field, for a tower they have no class for."""
+    described = vision_config_to_hf(config.vision)
+    clip = described["model_type"] == "clip_vision_model"
+    must(clip or config.embed_dim is None, "embed_dim", config.embed_dim, _WHO, "none for SigLIP's image tower")
+    name = f"{'CLIP' if clip else 'Siglip'}VisionModel{'' if config.embed_dim is None else 'WithProjection'}"
+    weights = vision_to_hf(_of("vision.", state), config.vision, prefix="vision_model.")
+    if config.embed_dim is not None:
+        weights["visual_projection.weight"] = state["projection.weight"]
+        described["projection_dim"] = config.embed_dim
+    return {"architectures": [name], **described}, weights
+
+
+def text_encoder_to_hf(
+    state: Mapping[str, Tensor], config: TextEncoderConfig
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same of a text tower."""
+    clip, described = config.text.causal, text_config_to_hf(config.text)
+    must(config.projection_bias != clip, "projection_bias", config.projection_bias, _WHO, f"{not clip} for this tower")
+    name = f"{'CLIP' if clip else 'Siglip'}TextModel{'WithProjection' if clip and config.embed_dim else ''}"
+    weights = text_to_hf(_of("text.", state), config.text, prefix="text_model.")
+    head = "text_projection." if clip else "text_model.head."
+    weights |= {f"{head}{leaf}": tensor for leaf, tensor in _of("projection.", state).items()}
+    described["projection_dim" if clip else "projection_size"] = config.embed_dim or config.text.width
+    return {"architectures": [name], **described}, weights
+
+
+def _of(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

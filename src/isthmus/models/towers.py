@@ -1,0 +1,125 @@
+"""One tower of a CLIP or SigLIP alone (2103.00020, 2303.15343), as transformers publishes them.
+
+    pixels (n, 3, H, W) → vision → (n, Dv) ─ projection ─→ (n, E)
+    ids    (B, T)       → text   → (B, Dt) ─ projection ─→ (B, E)
+
+Legend: n pictures, B texts, T tokens, Dv and Dt widths of the towers, E width of the space both were trained for.
+
+A file without a projection gives the vectors before it. SigLIP's image tower has none and needs none: what its head
+pools lies in the common space.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from isthmus.batch import Tokens
+from isthmus.config import plain, strict
+from isthmus.errors import ConfigError
+from isthmus.nn.losses import Similarity
+from isthmus.nn.text_tower import TextConfig, TextTower
+from isthmus.nn.vit import Interpolation, VisionConfig, VisionTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig:
+    """The tower and, where it has one, the width of its projection."""
+
+    vision: VisionConfig
+    embed_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.vision.pool == "none":
+            raise ConfigError(
+                "an image encoder by itself gives one vector per picture: take pool 'class' or 'attention'."
+            )
+
+    @property
+    def similarity(self) -> Similarity:
+        """How embeddings are compared: by the cosine."""
+        return "cosine"
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ImageEncoderConfig":
+        """Strict: an unknown key or a wrong type raises ConfigError."""
+        return strict(cls, values, "image_encoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """The tower and, where it has one, the width of its projection; ``projection_bias`` is SigLIP's."""
+
+    text: TextConfig
+    embed_dim: int | None = None
+    projection_bias: bool = False
+
+    @property
+    def similarity(self) -> Similarity:
+        """How embeddings are compared: by the cosine."""
+        return "cosine"
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TextEncoderConfig":
+        """Strict: an unknown key or a wrong type raises ConfigError."""
+        return strict(cls, values, "text_encoder")
+
+
+class ImageEncoder(nn.Module):
+    """A vision tower alone."""
+
+    KIND = "image_encoder"
+    CONFIG = ImageEncoderConfig
+
+    def __init__(self, config: ImageEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTransformer(config.vision)
+        self.projection = _projection(config.vision.width, config.embed_dim, bias=False)
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> "ImageEncoder":
+        return cls(ImageEncoderConfig.from_dict(values))
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """Embeddings only where the tower reaches the space that texts share."""
+        joint = self.config.embed_dim is not None or self.config.vision.pool == "attention"
+        return ("embed_images", "vision_features") if joint else ("vision_features",)
+
+    def embed_images(self, pixels: Tensor, *, interpolate: Interpolation | None = None) -> Tensor:
+        """(n, E), not normalised, from normalised ``pixels`` (n, 3, H, W)."""
+        return self.projection(self.vision(pixels, interpolate=interpolate).pooled)
+
+
+class TextEncoder(nn.Module):
+    """A text tower alone."""
+
+    KIND = "text_encoder"
+    CONFIG = TextEncoderConfig
+    capabilities = ("embed_texts",)
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text = TextTower(config.text)
+        self.projection = _projection(config.text.width, config.embed_dim, bias=config.projection_bias)
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> "TextEncoder":
+        return cls(TextEncoderConfig.from_dict(values))
+
+    def embed_texts(self, tokens: Tokens) -> Tensor:
+        """(B, E), not normalised. Raises DataError for a row without end-of-text or longer than the context."""
+        return self.projection(self.text(tokens.ids, tokens.lengths))
+
+
+def _projection(width: int, space: int | None, *, bias: bool) -> nn.Module:
+    return nn.Identity() if space is None else nn.Linear(width, space, bias=bias)
