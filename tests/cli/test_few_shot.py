@@ -40,7 +40,12 @@ def test_bad_numbers_are_explained(shots, more, words):
 def test_score_over_shots_is_drawn(tmp_path):
     rows = [{"id": str(i), "kind": "k", "truth": ["a"], "answer": "a" if i % 2 else "b"} for i in range(8)]
     results = [Result(f"vqa-{n}-shots", "vqa", vqa.score(rows[n // 4 :]), rows, tmp_path) for n in (0, 4)]
-    page = evaluate._shots_report(tmp_path, results, [0, 4]).read_text(encoding="utf-8")
+    assert evaluate._over_shots(tmp_path, results[:1]) is None
+    spoilt = [Result("vqa-4-shots-permuted", "vqa", vqa.score(rows), rows, tmp_path)]
+    place = evaluate._over_shots(tmp_path, results + spoilt)
+    assert place is not None
+    page = place.read_text(encoding="utf-8")
+    assert "permuted" in page
     assert "score over shots" in page
     assert "vqa-4-shots" in page
     assert "<svg" in page

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -329,3 +330,17 @@ def test_guessing_from_the_question_text_gains_little():
         assert sum(right) / len(right) < limit[kind], kind
     for kind in ("yesno", "comparison"):
         assert abs(sum(a == "yes" for _, a in test[kind]) / 3000 - 0.5) < 0.04
+
+
+def test_outlines_are_paled_anywhere_between_their_colours_and_grey():
+    """What tells shapes apart must not need colours, and no solid gets a colour that its caption would not tell."""
+    records = [SceneSource("outlines")[i] for i in range(200)]
+    pale = sorted(r.images[0].source.pale for r in records)
+    assert pale[0] < 0.05
+    assert pale[-1] > 0.95
+    assert len({r.images[0].content_key() for r in records}) == 200
+    picture = records[0].images[0].source
+    grey, full = (np.asarray(replace(picture, pale=p).read(), dtype=int) for p in (1.0, 0.0))
+    assert (grey.max(-1) == grey.min(-1)).all()
+    assert np.abs(full - np.asarray(draw(make_scene(0, "train", 0)), dtype=int)).max() == 0
+    assert not {"red", "blue"} & set(" ".join(map(str, records[0].texts[0].text)).split())

@@ -67,8 +67,8 @@ def test_permuted_lessons_keep_pictures_and_truth():
 def test_learnt_is_what_an_example_has_explained():
     for form in ("lessons", "lesson_texts"):
         record = source(form, shots=8)[3]
-        answers = record.texts[1::2]
-        assert form == "lessons" or {str(p.text)[1:] for p in record.texts[::2]} <= {*COLOURS, *SHAPES}
+        answers = record.texts if form == "lessons" else record.texts[1::2]
+        assert form == "lessons" or {str(p.text).split()[-1] for p in record.texts[::2]} <= {*COLOURS, *SHAPES}
         seen = set()
         for p in answers[:-1]:
             assert p.learn == (p.text in seen)
@@ -77,6 +77,35 @@ def test_learnt_is_what_an_example_has_explained():
     text = source("lesson_texts", shots=4)[0]
     assert not text.images
     assert all(isinstance(p, Text) for p in text.parts)
+
+
+def test_examples_in_words_stand_before_those_with_pictures():
+    """And explain them: the pictures' words are then learnt from the first on."""
+    plain, partly = (source("lessons", shots=12, told=told, kinds=["colour"]) for told in (0, 8))
+    for i in range(20):
+        record = partly[i]
+        told, shown = record.texts[:8], record.parts[8:]
+        assert all(p.role == "system" and not p.learn for p in told)
+        assert [isinstance(p, Image) for p in shown] == [True, False] * 5
+        assert record.images == plain[i].images[8:]
+        explained = {str(p.text).split()[0]: str(p.text).split()[1].rstrip(".,;") for p in told}
+        assert {s.colour: w for s, w in zip(solids(record), words(record), strict=True)}.items() >= {
+            (s.colour, explained[s.colour]) for s in solids(record) if s.colour in explained
+        }
+        assert [p.learn for p in record.texts[8:-1]] == [
+            w in explained.values() or w in words(record)[:n] for n, w in enumerate(words(record)[:-1])
+        ]
+
+
+def test_the_examples_of_a_text_end_alike_in_one_of_several_ways():
+    """A tiny LM that has met one form alone counts tokens, and breaks with the first new one among them."""
+    ends = set()
+    for i in range(60):
+        values = [str(p.text) for p in source("lesson_texts", shots=4)[i].texts[::2]]
+        (end,) = {v[: v.index(" ")] for v in values[1:]}
+        assert values[0].startswith(" ")
+        ends.add(end)
+    assert ends == {"", ".", ",", ";", "\n"}
 
 
 def test_an_echo_learns_what_followed_a_word_before():

@@ -1,6 +1,7 @@
 """``isthmus eval``: score a model on its recipe's tasks or on data of the user's."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ def run(
         if result.left_out:
             console.print(f"{result.left_out} bad samples were left out: {result.folder / 'quarantine.jsonl'}")
     console.print(f"Raw outputs, manifest and scores: [bold]{place}[/]")
-    if counts:
-        console.print(f"Score over shots: [bold]{_shots_report(place, results, counts)}[/]")
+    if (curve := _over_shots(place, results)) is not None:
+        console.print(f"Score over shots: [bold]{curve}[/]")
     if json_file is not None:
         facts = {r.task: r.scores.to_dict() for r in results}
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -80,19 +81,28 @@ def counted(shots: str | None, more: Sequence[int]) -> list[int]:
     return [int(word) for word in words]
 
 
-def _shots_report(place: Path, results: Sequence[Any], counts: Sequence[int]) -> Path:
-    """``shots.html`` in ``place``: each task's score, and what is reached without looking, over the number of shots."""
+def _over_shots(place: Path, results: Sequence[Any]) -> Path | None:
+    """``shots.html`` in ``place``: each task's score over the number of shots, what is reached without looking, and the
+    same task spoilt on purpose (``lessons-8-shots-permuted``). None unless a task was asked with several numbers."""
     from isthmus.evaluation.report import Chart, Report, write_report
 
-    charts = []
-    scores = {r.task: r.scores for r in results if r.task.endswith("-shots")}
-    for base in dict.fromkeys(name.rsplit("-", 2)[0] for name in scores):
-        own = [(count, scores[f"{base}-{count}-shots"].overall) for count in counts]
-        series = {
-            "correct": [(float(count), score.accuracy) for count, score in own],
-            "best without looking": [(float(n), s.best_without_looking) for n, s in own if s.best_without_looking],
-        }
-        charts.append(Chart(title=f"{base}: score over shots", series=series, x_label="shots", y_label="score"))
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for result in results:
+        named = re.fullmatch(r"(.+)-(\d+)-shots(?:-(.+))?", result.task)
+        if named is None:
+            continue
+        series, shots, score = curves.setdefault(named[1], {}), float(named[2]), result.scores.overall
+        series.setdefault(named[3] or "correct", []).append((shots, score.accuracy))
+        if score.best_without_looking:
+            series.setdefault("best without looking", []).append((shots, score.best_without_looking))
+    charts = [
+        Chart(title=f"{base}: score over shots", series=series, x_label="shots", y_label="score")
+        for base, series in curves.items()
+        if len(series.get("correct", ())) > 1
+    ]
+    if not charts:
+        return None
+    scores = {result.task: result.scores for result in results if "-shots" in result.task}
     return write_report(place / "shots.html", Report(title="Score over shots", scores=scores, charts=charts))
 
 

@@ -192,7 +192,7 @@ def _noise(dice: Dice, side: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class ScenePicture:
-    """An ImageSource that draws its scene only when read."""
+    """An ImageSource that draws its scene only when read; ``pale`` is the way from its colours (0) to grey (1)."""
 
     seed: int
     split: str
@@ -203,9 +203,10 @@ class ScenePicture:
 
     @property
     def key(self) -> str:
-        """``scene/64/train/0/17``; a redrawn scene adds its attempt, a pale one how far it is from its colours to grey."""
+        """``scene/64/train/0/17``; a redrawn scene adds its attempt, a pale one its ``pale``."""
         again = f".{self.attempt}" if self.attempt else ""
-        return f"scene/{self.side}/{self.split}/{self.seed}/{self.index}{again}{f'/{self.pale:.3f}' if self.pale else ''}"
+        pale = f"/{self.pale:.3f}" if self.pale else ""
+        return f"scene/{self.side}/{self.split}/{self.seed}/{self.index}{again}{pale}"
 
     def describe(self) -> str:
         return self.key
