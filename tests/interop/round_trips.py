@@ -9,9 +9,7 @@ import torch
 
 import isthmus
 from isthmus.data.collate import collate
-from isthmus.interop.archives import read_archive
 from isthmus.interop.convert import write_model
-from isthmus.interop.lavis import from_lavis
 from isthmus.model import Model
 from isthmus.testing import probe
 from isthmus.testing.peer import compare
@@ -63,12 +61,10 @@ def flamingo(folder: Path, model: Model) -> Any:
 
 
 def lavis(folder: Path, model: Model) -> Any:
-    """By the map: the files carry no sizes, so that they are opened with a configuration."""
-    kind = (model.net.config.language or {"model_type": "opt"})["model_type"]
-    net = type(model.net)(model.net.config)
-    state = read_archive(folder / "model.pth")["model"]
-    net.load_state_dict(from_lavis(state, net.state_dict(), kind))
-    return net.eval()
+    """The file tells its own sizes; those of the language model come with a folder of it."""
+    if model.net.language is None:
+        return isthmus.load(folder / "model.pth").net
+    return isthmus.load(folder / "model.pth", language=tiny_models.save_language(model, folder / "language")).net
 
 
 WITHOUT_WRITING = ("heads.temperature", "heads.lm_")

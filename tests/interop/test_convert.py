@@ -110,7 +110,9 @@ def test_large_weights_are_written_in_shards(tmp_path: Path) -> None:
 
 
 def test_pickled_files_hold_plain_tensors_only(tmp_path: Path) -> None:
-    write_model(tiny_models.lavis(), tmp_path / "lavis", "lavis")
+    model = tiny_models.lavis()
+    held = sum(t.numel() * t.element_size() for t in model.net.state_dict().values())
+    write_model(model, tmp_path / "lavis", "lavis")
     write_model(tiny_models.openai_clip(), tmp_path / "openai", "openai")
     write_model(tiny_models.flamingo(), tmp_path / "flamingo", "open_flamingo")
     for file in ("lavis/model.pth", "openai/model.pt", "flamingo/checkpoint.pt"):
@@ -124,7 +126,7 @@ def test_pickled_files_hold_plain_tensors_only(tmp_path: Path) -> None:
             "torch LongStorage",
             "collections OrderedDict",
         }
-    assert (tmp_path / "lavis" / "model.pth").stat().st_size < 5 * 10**5  # no storage behind a view comes along
+    assert (tmp_path / "lavis" / "model.pth").stat().st_size < 1.2 * held  # no storage behind a view comes along
 
 
 def test_a_clip_with_end_of_text_2_keeps_its_numbers(tmp_path: Path) -> None:

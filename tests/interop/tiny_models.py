@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -244,12 +245,22 @@ def blip2(language: dict[str, Any] | None = OPT, *, instruct: bool = False, **ch
     )
 
 
-def lavis(language: dict[str, Any] | None = OPT, *, norm_eps: float = 1e-5) -> Model:
-    """With the eps of LAVIS, and keys without a bias."""
-    model = blip2(language, norm_eps=norm_eps)
+def lavis(language: dict[str, Any] | None = OPT, *, norm_eps: float = 1e-5, instruct: bool = False) -> Model:
+    """With the eps of LAVIS, its heads (64 and 88 wide), and keys without a bias."""
+    vision = replace(EVA, image_size=SIZE, patch_size=8, width=88, heads=1, activation="gelu", eps=1e-6)
+    qformer = replace(blip2(language).net.config.qformer, vision_width=88, width=64, heads=1, dropout=0.1)
+    model = blip2(language, norm_eps=norm_eps, instruct=instruct, vision=vision, qformer=qformer)
     for block in model.net.vision.blocks:
         block.attn.k_proj.bias.data.zero_()
     return model
+
+
+def save_language(model: Model, folder: Path) -> Path:
+    """The model's LM as transformers saves it, with its tokenizer."""
+    model.net.language.lm.save_pretrained(folder)
+    for name, text in model.processor.tokenizer.files().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
 
 
 MODELS = {

@@ -104,23 +104,31 @@ def _blip2(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     net = Blip2(config)
     load_into(net, state, where=folder)
     transform = replace(image_transform(folder, config.vision.image_size), mode="squash")
-    seq2seq = isinstance(net.language, Seq2SeqLM)
-    processor = PromptProcessor(
-        Tokenizer.load(folder),
-        image=transform,
-        num_tokens=net.num_tokens(transform.size, transform.size),
-        prompt="" if config.instruct else "a photo of",
-        question="{}" if config.instruct else "Question: {} Short answer:" if seq2seq else "Question: {} Answer:",
-        end="eos" if config.instruct or seq2seq else "newline",
-        max_text=256 if config.instruct else 64,
-        start_id=net.language.start_id if isinstance(net.language, Seq2SeqLM) else None,
-        qformer=load_wordpiece(folder / "qformer_tokenizer") if config.instruct else None,
-        clean=not config.instruct,
-    )
+    qformer = load_wordpiece(folder / "qformer_tokenizer") if config.instruct else None
+    processor = published_prompts(net, Tokenizer.load(folder), transform, qformer)
     return (
         net,
         processor,
         tuple(i for i in (read_json(folder / "config.json").get("image_token_index"),) if i is not None),
+    )
+
+
+def published_prompts(
+    net: Blip2, tokenizer: Tokenizer, image: ImageTransform, qformer: Tokenizer | None
+) -> PromptProcessor:
+    """Captions and questions as the published models of phase ``generate`` were asked."""
+    instruct, seq2seq = net.config.instruct, isinstance(net.language, Seq2SeqLM)
+    return PromptProcessor(
+        tokenizer,
+        image=image,
+        num_tokens=net.num_tokens(image.size, image.size),
+        prompt="" if instruct else "a photo of",
+        question="{}" if instruct else "Question: {} Short answer:" if seq2seq else "Question: {} Answer:",
+        end="eos" if instruct or seq2seq else "newline",
+        max_text=256 if instruct else 64,
+        start_id=net.language.start_id if isinstance(net.language, Seq2SeqLM) else None,
+        qformer=qformer,
+        clean=not instruct,
     )
 
 

@@ -1,7 +1,7 @@
 """LAVIS, the original code of BLIP-2: its names as ours, both ways, as pure maps over state dicts.
 
-Files hold ``{"model": state_dict}``; those of the second stage leave the frozen LM out, and often the encoder. Only
-the EVA encoder is mapped; the CLIP ViT-L of LAVIS has other names. Keys have no bias there: ours is zero.
+Files hold ``{"model": state_dict}``; those of the second stage leave the frozen LM out, and often the encoder. The EVA
+encoder's keys have no bias there: ours is zero. CLIP's ViT-L as encoder has OpenAI's names (``open_lavis``).
 """
 
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ _NAMES = {
     "heads.temperature": "temp",
     "heads.lm_bias": "Qformer.cls.predictions.bias",
 }
-_LM = {"opt": ("opt_proj.", "opt_model."), "t5": ("t5_proj.", "t5_model."), "llama": ("llm_proj.", "llm_model.")}
+LM = {"opt": ("opt_proj.", "opt_model."), "t5": ("t5_proj.", "t5_model."), "llama": ("llm_proj.", "llm_model.")}
 _DERIVED = ("Qformer.bert.embeddings.position_ids", "Qformer.cls.predictions.decoder.")
 
 
@@ -60,7 +60,7 @@ def lavis_name(name: str, language: str = "opt") -> str:
     """LAVIS's name of one of our tensors, the encoder's q, k and v apart. ``language``: opt, t5 or llama."""
     if name in _NAMES:
         return _NAMES[name]
-    projection, model = _LM[language]
+    projection, model = LM[language]
     tables = [("connector.projection.", projection), ("language.lm.", model), *_PREFIXES.items()]
     for ours, theirs in tables:
         if name.startswith(ours):

@@ -93,7 +93,7 @@ def entries(config: ClipConfig, *, text: str = "") -> list[Entry]:
         Entry("visual.positional_embedding", ("vision.positions",)),
         Entry("visual.conv1.weight", ("vision.patch_embed.weight",)),
         *(same("visual.ln_pre", "vision.ln_pre") if vision.pre_norm else []),
-        *_blocks("visual.transformer.resblocks", "vision.blocks", vision.layers),
+        *blocks("visual.transformer.resblocks", "vision.blocks", vision.layers),
         *same("visual.ln_post", "vision.ln_post"),
         Entry("visual.proj", ("heads.vision_projection.weight",), transposed=True),
         *text_entries(config, text),
@@ -106,7 +106,7 @@ def text_entries(config: ClipConfig, text: str) -> list[Entry]:
         Entry("logit_scale", ("heads.logit_scale",)),
         *same(f"{text}token_embedding", "text.tokens", "weight"),
         Entry(f"{text}positional_embedding", ("text.positions",)),
-        *_blocks(f"{text}transformer.resblocks", "text.blocks", config.text.layers),
+        *blocks(f"{text}transformer.resblocks", "text.blocks", config.text.layers),
         *same(f"{text}ln_final", "text.ln_final"),
     ]
     if config.init_bias is not None:
@@ -122,7 +122,8 @@ def clip_shapes(config: ClipConfig) -> Mapping[str, torch.Size]:
         return shapes_of(Clip(config))
 
 
-def _blocks(theirs: str, ours: str, layers: int) -> list[Entry]:
+def blocks(theirs: str, ours: str, layers: int) -> list[Entry]:
+    """A tower's blocks: q, k and v in one matrix."""
     rows: list[Entry] = []
     for i in range(layers):
         a, b = f"{theirs}.{i}", f"{ours}.{i}"

@@ -25,6 +25,7 @@ from isthmus.interop.hf_clip import vision_config_from_hf, vision_from_hf
 from isthmus.interop.lora import merged_state
 from isthmus.interop.open_clip import CANONICAL, clip_config_from_open_clip, clip_from_open_clip
 from isthmus.interop.open_flamingo import config_from_open_flamingo, trained_from_open_flamingo
+from isthmus.interop.open_lavis import open_lavis
 from isthmus.interop.openai import SCALARS, clip_config_from_openai, clip_from_openai
 from isthmus.interop.original_llava import (
     is_known_tower,
@@ -72,7 +73,7 @@ class Given:
 
 
 def open_file(path: Path, given: Given) -> Opened:
-    """A single file: CLIP of OpenAI or open_clip, or what an OpenFlamingo run trained.
+    """A single file: CLIP of OpenAI or open_clip, a BLIP-2 of LAVIS, or what an OpenFlamingo run trained.
 
     Raises CheckpointError: another kind of file, or something that must be given.
     """
@@ -87,10 +88,7 @@ def open_file(path: Path, given: Given) -> Opened:
     if any(name.startswith("perceiver.") for name in state):
         return _open_flamingo(path, tensors_of(state, path), given)
     if any(name.startswith("Qformer.") for name in state):
-        raise CheckpointError(
-            f"{path} is a BLIP-2 of LAVIS. Its names are known (isthmus.interop.lavis), its sizes stand in LAVIS's own "
-            "configuration files: open the same model in transformers' form, which carries them."
-        )
+        return open_lavis(path, tensors_of(state, path), given)
     near = ", ".join(list(state)[:3])
     raise CheckpointError(f"{path} holds weights of no known layout (it begins with {near}).")
 
