@@ -140,6 +140,15 @@ CASES = [
         peer=True,
     ),
     Case("LLaVA-NeXT", "hf", "LlavaNextForConditionalGeneration", tiny_models.llava_next, opened, peer=True),
+    Case("Flamingo as IDEFICS", "hf", "IdeficsForVisionText2Text", tiny_models.idefics, opened, peer=True),
+    Case(
+        "Flamingo as IDEFICS, a gate per channel",
+        "hf",
+        "IdeficsForVisionText2Text",
+        lambda: tiny_models.idefics(gate="vector"),
+        opened,
+        peer=True,
+    ),
     Case("BLIP-2, OPT", "hf", "Blip2ForConditionalGeneration", tiny_models.blip2, opened, peer=True),
     Case(
         "BLIP-2, T5",

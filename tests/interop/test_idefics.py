@@ -1,15 +1,24 @@
 """The IDEFICS preset equal to transformers' IdeficsForVisionText2Text: a second oracle for the gated blocks."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from transformers import IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor
 
+import isthmus
 from isthmus.batch import Batch, Tokens, Visuals
-from isthmus.interop.entries import Entry, from_theirs, same, shapes_of
+from isthmus.data.record import Record, Text
+from isthmus.errors import CheckpointError
+from isthmus.interop.convert import write_model
+from isthmus.interop.hf_idefics import idefics_config_from_hf, idefics_config_to_hf, idefics_from_hf, idefics_to_hf
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
 from isthmus.nn.vit import VisionConfig
+from isthmus.testing import probe
+from tests.interop import tiny_models
 from tests.models.tiny_flamingo import redraw
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
@@ -71,60 +80,12 @@ def pair(interval: int, *, qk_norm: bool, gate: str) -> tuple[IdeficsForVisionTe
             every=interval,
         )
     ).eval()
-    _copy(theirs, ours, qk_norm)
+    _copy(theirs, ours)
     return theirs, ours
 
 
-def _copy(theirs: IdeficsForVisionText2Text, ours: Flamingo, qk_norm: bool) -> None:
-    state = theirs.state_dict()
-    found: dict[str, torch.Tensor] = {}
-    entries = [Entry("latents", ("connector.latents",)), *same("layer_norm", "connector.norm")]
-    for i in range(2):
-        a, b, o = f"blocks.{i}.0", f"blocks.{i}.1", f"connector.layers.{i}"
-        entries += [
-            *same(f"{a}.context_layer_norm", f"{o}.media_norm"),
-            *same(f"{a}.latents_layer_norm", f"{o}.latent_norm"),
-        ]
-        for x, y in (("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("output_proj", "out_proj")):
-            entries += same(f"{a}.{x}", f"{o}.attn.{y}", "weight")
-        if qk_norm:
-            entries += [*same(f"{a}.q_layer_norm", f"{o}.attn.q_norm"), *same(f"{a}.k_layer_norm", f"{o}.attn.k_norm")]
-        entries += [
-            *same(f"{b}.ln", f"{o}.mlp_norm"),
-            *same(f"{b}.fc", f"{o}.mlp.fc1", "weight"),
-            *same(f"{b}.c_proj", f"{o}.mlp.fc2", "weight"),
-        ]
-    prefix = "model.perceiver_resampler."
-    resampler = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    found |= from_theirs(entries, resampler, shapes_of(ours), "the resampler")
-    entries = []
-    for i in range(len(ours.xattn)):
-        o = f"xattn.{i}"
-        entries += [
-            *same(f"{i}.input_layernorm", f"{o}.attn_norm", "weight"),
-            *same(f"{i}.post_attention_layernorm", f"{o}.mlp_norm", "weight"),
-        ]
-        for x, y in (("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("o_proj", "out_proj")):
-            entries += same(f"{i}.cross_attn.{x}", f"{o}.attn.{y}", "weight")
-        if qk_norm:
-            entries += [
-                *same(f"{i}.cross_attn.q_layer_norm", f"{o}.attn.q_norm", "weight"),
-                *same(f"{i}.cross_attn.k_layer_norm", f"{o}.attn.k_norm", "weight"),
-            ]
-        for x in ("gate", "up", "down"):
-            entries += same(f"{i}.mlp.{x}_proj", f"{o}.mlp.{x}", "weight")
-        entries += [Entry(f"{i}.alpha_cross_attn", (f"{o}.attn_gate",)), Entry(f"{i}.alpha_dense", (f"{o}.mlp_gate",))]
-    prefix = "model.gated_cross_attn_layers."
-    blocks = {
-        k.removeprefix(prefix): v.flatten() if "alpha" in k else v for k, v in state.items() if k.startswith(prefix)
-    }
-    found |= from_theirs(entries, blocks, shapes_of(ours), "the gated blocks")
-    found["language.new_rows.input"] = state["model.embed_tokens.additional_embedding.weight"]
-    found["language.new_rows.output"] = state["lm_head.additional_fc.weight"]
-    for name in ours.language.lm.state_dict():
-        found[f"language.lm.{name}"] = state[name]
-    missing = ours.load_state_dict(found, strict=False).missing_keys
-    assert all(name.startswith("vision.") for name in missing)
+def _copy(theirs: IdeficsForVisionText2Text, ours: Flamingo) -> None:
+    ours.load_state_dict(idefics_from_hf(theirs.state_dict(), ours.config))
 
 
 @pytest.mark.parametrize(
@@ -158,3 +119,69 @@ def test_logits_equal(interval: int, qk_norm: bool, gate: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     with ours.language.blind():
         assert (ours.language.logits(ours.embed_prompt(batch)) - found).abs().max() > 0.1
+
+
+def test_a_saved_folder_reads_prompts_and_pictures_as_the_librarys_processor(tmp_path):
+    """Ids with a fake token on both sides of a picture, shared by two in a row; pixels; what each token sees."""
+    model = tiny_models.idefics()
+    write_model(model, tmp_path / "out", "hf")
+    peer = IdeficsProcessor.from_pretrained(tmp_path / "out")
+    pictures = [probe.picture(n) for n in (1, 2, 3)]
+    record = Record("a", (*pictures[:2], Text(" two rings"), pictures[2], Text(" a red cube", learn=True)))
+    record = replace(record, parts=tuple(replace(p, role="text") for p in record.parts))
+    shown = [p.source.read() for p in pictures]
+    theirs = peer(text=[[*shown[:2], "two rings", shown[2], "a red cube"]], add_eos_token=True, return_tensors="pt")
+    example = isthmus.load(tmp_path / "out").processor.example(record)
+    assert list(example.streams["lm"].ids) == theirs["input_ids"][0].tolist()
+    ours = torch.stack([make() for make in example.pixels])
+    torch.testing.assert_close(ours, theirs["pixel_values"][0], atol=1e-5, rtol=0)
+    seen = torch.tensor(example.streams["lm"].seen)
+    mask = theirs["image_attention_mask"][0]
+    assert torch.equal(torch.where(mask.any(-1), mask.int().argmax(-1) + 1, 0), seen)
+
+
+def test_what_is_no_flamingo_is_refused(tmp_path):
+    model = tiny_models.idefics()
+    write_model(model, tmp_path / "out", "hf")
+    file = tmp_path / "out" / "config.json"
+    values = json.loads(file.read_text())
+    for field, value in (("use_resampler", False), ("additional_vocab_size", 3)):
+        file.write_text(json.dumps({**values, field: value}))
+        with pytest.raises(CheckpointError, match=field):
+            isthmus.load(tmp_path / "out")
+    file.write_text(json.dumps({**values, "cross_layer_interval": 2}))
+    with pytest.raises(CheckpointError, match=r"unexpected: model\.gated_cross_attn_layers\.1"):
+        isthmus.load(tmp_path / "out")
+
+
+def test_the_published_sizes(tmp_path):
+    """Blocks of IDEFICS 9B and 80B count 1,434,519,568 and 13,925,422,120 numbers (spec of the checkpoints)."""
+    nine = {
+        "vision_config": {
+            "embed_dim": 1280,
+            "image_size": 224,
+            "patch_size": 14,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "intermediate_size": 5120,
+        },
+        "perceiver_config": {"qk_layer_norms_perceiver": True},
+        "use_resampler": True,
+        "additional_vocab_size": 2,
+        "qk_layer_norms": True,
+        "cross_layer_interval": 4,
+    }
+    eighty = {
+        **nine,
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    }
+    for raw, blocks in ((nine, 1_434_519_568), (eighty, 13_925_422_120)):
+        config = idefics_config_from_hf(raw)
+        with torch.device("meta"):
+            ours, theirs = Flamingo(config), IdeficsForVisionText2Text(IdeficsConfig(**idefics_config_to_hf(config)))
+        assert sum(p.numel() for p in ours.xattn.parameters()) == blocks
+        written = idefics_to_hf(ours.state_dict(), config)
+        assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in theirs.state_dict().items()}

@@ -22,6 +22,7 @@ from isthmus.data.text import render
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.wordpiece import train_wordpiece
 from isthmus.interop.hf_files import swapped
+from isthmus.interop.hf_idefics import TOKENS as IDEFICS_TOKENS
 from isthmus.model import Model
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip, ClipConfig
@@ -203,6 +204,31 @@ def flamingo(**changes: Any) -> Model:
     return Model(net, InterleaveProcessor(told, ImageTransform.clip(SIZE), max_length=120))
 
 
+def idefics(*, gate: Any = "scalar") -> Model:
+    """A Flamingo in the proportions of transformers' IDEFICS."""
+    told = tokenizer().with_tokens(*IDEFICS_TOKENS)
+    end, image = (told.id_of(token) for token in IDEFICS_TOKENS)
+    language = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"} | {"vocab_size": end}
+    torch.manual_seed(0)
+    net = Flamingo(
+        FlamingoConfig(
+            vision=replace(VISION, width=32, heads=4, mlp_width=48, activation="gelu"),
+            language={**language, "rms_norm_eps": 1e-6},
+            end_id=end,
+            image_id=image,
+            resampler=ResamplerConfig(layers=2, latents=5, heads=2, head_width=8, activation="relu", qk_norm=True),
+            xattn=GatedConfig.idefics(32, 4, 48, gate=gate),
+            class_token=True,
+        )
+    )
+    redraw(net)
+    for block in net.xattn:
+        block.attn_gate.data.add_(0.7)  # type: ignore[union-attr]
+        block.mlp_gate.data.add_(0.5)  # type: ignore[union-attr]
+    image_transform = ImageTransform.clip(SIZE, "squash")
+    return Model(net, InterleaveProcessor(told, image_transform, max_length=256, tokens=IDEFICS_TOKENS, around=True))
+
+
 def blip2(language: dict[str, Any] | None = OPT, *, instruct: bool = False, **changes: Any) -> Model:
     """With a language model, or without one the first stage."""
     told = words()
@@ -274,6 +300,7 @@ MODELS = {
     "llava": llava,
     "llava_next": llava_next,
     "flamingo": flamingo,
+    "idefics": idefics,
     "blip2 represent": lambda: blip2(None),
     "blip2 opt": blip2,
     "blip2 t5": lambda: blip2({**T5, "vocab_size": ROWS}),

@@ -26,7 +26,7 @@ from isthmus.nn.gated import media_index
 IMAGE_TOKEN = "<image>"
 END_TOKEN = "<|endofchunk|>"
 NEW_TOKENS = (END_TOKEN, IMAGE_TOKEN)
-"""In the order in which OpenFlamingo adds them to a vocabulary."""
+"""In the order in which OpenFlamingo adds them to a vocabulary; another vocabulary may name them otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,8 @@ class InterleaveProcessor:
         p_next: how often a document's text is paired with the picture behind it instead of the one before (training).
         space: how often a caption pair gets a space before its text (training; ½ in the paper).
         blind: whether a document's text before its first picture is learnt (not so in OpenFlamingo).
+        tokens: the names of the token that ends a chunk and of a picture's.
+        around: whether the former stands on both sides of each picture (IDEFICS), and so not behind the last text.
     """
 
     kind = "interleave"
@@ -78,6 +80,8 @@ class InterleaveProcessor:
         p_next: float = 0.0,
         space: float = 0.0,
         blind: bool = True,
+        tokens: Sequence[str] = NEW_TOKENS,
+        around: bool = False,
     ) -> None:
         if template not in STYLES:
             raise ConfigError(f"unknown template {template!r}; {nearest(template, STYLES)}")
@@ -89,7 +93,8 @@ class InterleaveProcessor:
         self.tokenizer, self.image, self.template = tokenizer, image, template
         self.max_length, self.max_images = max_length, max_images
         self.p_next, self.space, self.blind = p_next, space, blind
-        self.end_id, self.image_id = (tokenizer.id_of(token) for token in NEW_TOKENS)
+        self.tokens, self.around = tuple(tokens), around
+        self.end_id, self.image_id = (tokenizer.id_of(token) for token in self.tokens)
 
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError when the record does not fit, or nothing of it would be learnt."""
@@ -224,6 +229,8 @@ class InterleaveProcessor:
             "p_next": self.p_next,
             "space": self.space,
             "blind": self.blind,
+            "tokens": list(self.tokens),
+            "around": self.around,
             "image": self.image.to_dict(),
         }
 
@@ -257,14 +264,19 @@ class _Line:
             chunk.spans.append((start, len(chunk.text)))
 
     def place(self, image: Image) -> None:
-        self.pieces.append(image)
+        end = (self.processor.end_id, False)
+        around = self.processor.around
+        if around and self.pieces[-1:] not in ([end], [(self.processor.end_id, True)]):
+            self.pieces.append(end)
+        self.pieces += [image, end] if around else [image]
 
     def token(self, token: int, learn: bool) -> None:
         self.pieces.append((token, learn))
 
     def close(self, learn: bool) -> None:
         """``<|endofchunk|></s>``."""
-        self.token(self.processor.end_id, learn)
+        if not self.processor.around:
+            self.token(self.processor.end_id, learn)
         self.write(END, learn)
 
     def encode(self) -> tuple[list[int], list[int], list[Image], list[int]]:

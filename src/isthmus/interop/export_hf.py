@@ -27,6 +27,8 @@ from isthmus.interop.hf_files import (
     swapped,
     tokenizer_files,
 )
+from isthmus.interop.hf_idefics import TOKENS as IDEFICS_TOKENS
+from isthmus.interop.hf_idefics import idefics_config_to_hf, idefics_to_hf
 from isthmus.interop.hf_language import RENAMED
 from isthmus.interop.hf_llava import llava_config_to_hf, llava_to_hf
 from isthmus.interop.hf_towers import image_encoder_to_hf, text_encoder_to_hf
@@ -51,11 +53,12 @@ def hf_export(model: Source, *, shard_bytes: int) -> Export:
         "lm": _lm,
         "llava": _llava,
         "blip2": _blip2,
+        "flamingo": _idefics,
     }
     if model.kind not in writers:
         raise CheckpointError(
             f"{WHO} has no class for this model: kind is {model.kind!r}, and there are classes for "
-            f"{', '.join(writers)}. A Flamingo can be written as `open_flamingo`."
+            f"{', '.join(writers)}."
         )
     return writers[model.kind](model, shard_bytes)
 
@@ -206,6 +209,38 @@ def with_image_token(net: Any, tokenizer: Tokenizer) -> tuple[dict[str, Tensor],
             state[f"language.{name}"] = torch.cat([table, mean])
         language["vocab_size"] = rows + 1
     return state, language, tokenizer, token
+
+
+def _idefics(model: Source, shard_bytes: int) -> Export:
+    """A Flamingo in the proportions of IDEFICS; any other can be written as `open_flamingo`."""
+    config, processor = model.net.config, model.processor
+    described = idefics_config_to_hf(config)
+    for name, value, fixed in (("tokens", processor.tokens, IDEFICS_TOKENS), ("around", processor.around, True)):
+        must(value == fixed, f"processor.{name}", value, WHO, repr(fixed))
+    weights = idefics_to_hf(state_tensors(model.net), config)
+    described |= {"bos_token_id": processor.tokenizer.bos_id, "eos_token_id": processor.tokenizer.eos_id}
+    files = {
+        "config.json": _config(described | {"pad_token_id": processor.tokenizer.pad_id}, weights),
+        "generation_config.json": generation_config(model),
+        **shards(weights, shard_bytes),
+        **tokenizer_files(
+            processor.tokenizer,
+            begin=True,
+            end=False,
+            context=processor.max_length,
+            side="left",
+            processor_class="IdeficsProcessor",
+        ),
+        "preprocessor_config.json": {
+            "image_processor_type": "IdeficsImageProcessor",
+            "processor_class": "IdeficsProcessor",
+            "image_size": processor.image.size,
+            "image_mean": list(processor.image.mean),
+            "image_std": list(processor.image.std),
+            "image_num_channels": 3,
+        },
+    }
+    return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")
 
 
 def _blip2(model: Source, shard_bytes: int) -> Export:

@@ -1,7 +1,7 @@
 """Folders that transformers wrote: a net and a processor from what is in them, by content.
 
-CLIP and SigLIP, whole or one tower, LLaVA and LLaVA-NeXT in all key layouts, BLIP-2 and InstructBLIP, any causal LM.
-Nothing in a folder is executed.
+CLIP and SigLIP, whole or one tower, LLaVA and LLaVA-NeXT in all key layouts, BLIP-2 and InstructBLIP, IDEFICS, any
+causal LM. Nothing in a folder is executed.
 """
 
 import warnings
@@ -14,6 +14,7 @@ from isthmus.checkpoint import load_into, read_json
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.images import ImageTransform, Mode
+from isthmus.data.interleave import InterleaveProcessor
 from isthmus.data.processor import (
     ContrastiveProcessor,
     ImagesProcessor,
@@ -28,12 +29,15 @@ from isthmus.errors import CheckpointError, IsthmusWarning
 from isthmus.interop.hf_blip2 import read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
 from isthmus.interop.hf_files import CHAT_TEMPLATE, RESAMPLE, template_named
+from isthmus.interop.hf_idefics import TOKENS as IDEFICS_TOKENS
+from isthmus.interop.hf_idefics import read_idefics_folder
 from isthmus.interop.hf_language import read_language_folder
 from isthmus.interop.hf_llava import read_llava_folder
 from isthmus.interop.hf_towers import read_image_encoder_folder, read_text_encoder_folder
 from isthmus.language_seq2seq import Seq2SeqLM
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip
+from isthmus.models.flamingo import Flamingo
 from isthmus.models.llava import Llava
 from isthmus.models.lm import BareLM, LmConfig
 from isthmus.models.towers import ImageEncoder, TextEncoder
@@ -48,6 +52,8 @@ def load_foreign(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Processo
         return _llava(folder)
     if kind in ("blip-2", "instructblip"):
         return _blip2(folder)
+    if kind == "idefics":
+        return _idefics(folder)
     if kind in ("clip_vision_model", "siglip_vision_model"):
         return _image_encoder(folder)
     if kind in ("clip_text_model", "siglip_text_model"):
@@ -94,6 +100,21 @@ def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
         num_tokens=net.num_tokens(transform.size, transform.size),
     )
     return net, processor, (image_token,)
+
+
+def _idefics(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+    config, state = read_idefics_folder(folder)
+    net = Flamingo(config)  # not from the meta device, as LLaVA's
+    load_into(net, state, where=folder)
+    tokenizer = load_tokenizer(folder)
+    ids = tuple(tokenizer.id_of(token) for token in IDEFICS_TOKENS)
+    if ids != (config.end_id, config.image_id):
+        raise CheckpointError(
+            f"{folder}: its tokenizer has {IDEFICS_TOKENS} at {ids}, its model behind the vocabulary."
+        )
+    image = replace(image_transform(folder, config.vision.image_size), mode="squash")
+    length = net.language.context or 2048
+    return net, InterleaveProcessor(tokenizer, image, max_length=length, tokens=IDEFICS_TOKENS, around=True), ()
 
 
 def _blip2(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:

@@ -45,7 +45,8 @@ class FlamingoConfig:
 
     A gated block stands before LM layer i when ``i % every == offset``: offset 0 is the paper's, ``every - 1``
     OpenFlamingo's. ``end_id`` and ``image_id`` are the ids of ``<|endofchunk|>`` and ``<image>``. ``media`` is what a
-    token sees: the ``previous`` image, or ``all`` up to it (the paper's ablation).
+    token sees: the ``previous`` image, or ``all`` up to it (the paper's ablation). With ``class_token`` the resampler
+    reads the encoder's class token beside the patches (IDEFICS).
     """
 
     vision: VisionConfig
@@ -57,6 +58,7 @@ class FlamingoConfig:
     every: int = 1
     offset: int = 0
     media: Literal["previous", "all"] = "previous"
+    class_token: bool = False
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 <= self.offset < self.every:
@@ -64,6 +66,8 @@ class FlamingoConfig:
                 f"gated blocks before every {self.every}th layer with offset {self.offset}: give every >= 1 and an "
                 "offset from 0 to every - 1."
             )
+        if self.class_token and not self.vision.class_token:
+            raise ConfigError("class_token: this vision encoder has none.")
 
     def to_dict(self) -> dict[str, Any]:
         return plain(self)
@@ -193,7 +197,8 @@ class Flamingo(nn.Module):
         return tuple(name for name, _ in self.named_parameters() if name.startswith(dead))
 
     def visual_features(self, pixels: Tensor) -> Tensor:
-        """(n, F, 3, H, W) normalised pixels -> (n, F, P, d): patches of the last layer, before the final LayerNorm.
+        """(n, F, 3, H, W) normalised pixels -> (n, F, P, d): patches of the last layer, before the final LayerNorm;
+        the class token before them where the configuration keeps it.
 
         Pictures of other sizes than the encoder's get its position table interpolated. Without gradient unless a stage
         has opened a parameter of the encoder.
@@ -201,7 +206,8 @@ class Flamingo(nn.Module):
         trains = any(p.requires_grad for p in self.vision.parameters())
         with nullcontext() if trains else torch.no_grad():
             (last,) = self.vision(pixels.flatten(0, 1), layers=(-1,), interpolate="hf", pooled=False).layers
-        return last[:, int(self.config.vision.class_token) :].unflatten(0, pixels.shape[:2])
+        unread = self.config.vision.class_token and not self.config.class_token
+        return last[:, int(unread) :].unflatten(0, pixels.shape[:2])
 
     def pooled_features(self, pixels: Tensor) -> Tensor:
         """(n, 3, H, W) -> (n, d): one vector per picture, by which similar examples are found (RICES)."""
@@ -286,7 +292,8 @@ class Flamingo(nn.Module):
         """
         patches: dict[int, Tensor] = {}
         for group in batch.visuals:
-            weights = self.connector.patch_weights(self._features(group))
+            weights = self.connector.patch_weights(self._features(group))[..., int(self.config.class_token) :]
+            weights = weights / weights.sum((-2, -1), keepdim=True).clamp(min=1e-12)
             patches.update(zip(group.index.tolist(), weights.unbind(0), strict=True))
         look = self.look(batch)
         look.recorded = []

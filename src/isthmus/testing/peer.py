@@ -15,7 +15,7 @@ from isthmus.data.record import Example
 from isthmus.interop.hf_peer import open_class
 from isthmus.testing import probe
 
-CLASSES = ("clip", "image_encoder", "text_encoder", "lm", "llava", "blip2")
+CLASSES = ("clip", "image_encoder", "text_encoder", "lm", "llava", "blip2", "flamingo")
 """Kinds of models that transformers has a class for."""
 
 
@@ -60,14 +60,18 @@ def _inputs(model: Any, example: Example, token: int | None) -> dict[str, Any]:
     """Their inputs: ids with the image token in a picture's places, and pixels."""
     name = "encoder" if "encoder" in example.streams else "lm"
     ids = list(example.streams[name].ids)
-    for place in example.places:
+    for place in example.places if model.kind != "flamingo" else ():  # there a tag stands for its picture already
         assert token is not None
         ids[place.start : place.start + place.length] = [token] * place.length
     found: dict[str, Any] = {
         "input_ids": torch.tensor([ids]),
         "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
     }
-    if example.pixels:
+    if model.kind == "flamingo":  # which picture a token sees, one column per picture
+        seen = torch.tensor([example.streams[name].seen])
+        found["image_attention_mask"] = torch.stack([seen == n + 1 for n in range(len(example.pixels))], -1).long()
+        found["pixel_values"] = torch.stack([make() for make in example.pixels])[None]
+    elif example.pixels:
         pixels = [make() for make in example.pixels]
         found["pixel_values"] = pad_sequence(pixels, batch_first=True) if example.sizes else torch.stack(pixels)
     if example.sizes:
@@ -76,6 +80,11 @@ def _inputs(model: Any, example: Example, token: int | None) -> dict[str, Any]:
         beside = torch.tensor([example.streams["qformer"].ids])
         found |= {"qformer_input_ids": beside, "qformer_attention_mask": torch.ones_like(beside)}
     return found
+
+
+def _tag(model: Any) -> int | None:
+    """The id of a picture's tag, which a Flamingo never says."""
+    return model.net.config.image_id if model.kind == "flamingo" else None
 
 
 def _logits(model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
@@ -91,7 +100,7 @@ def _written(model: Any, peer: Any, example: Example, token: int | None) -> list
     found = peer.generate(
         **inputs,
         max_new_tokens=decoding.max_new_tokens,
-        suppress_tokens=[*decoding.forbidden_ids, *([] if token is None else [token])],
+        suppress_tokens=[*decoding.forbidden_ids, *(t for t in (token, _tag(model)) if t is not None)],
         eos_token_id=None,
         pad_token_id=0,
         do_sample=False,
@@ -165,5 +174,6 @@ _OUTPUTS: dict[str, Callable[[Any, Any, Example, int | None], Tensor]] = {
     "text_encoder": _text_vector,
     "lm": _logits,
     "llava": _logits,
+    "flamingo": _logits,
     "blip2": _blip2,
 }

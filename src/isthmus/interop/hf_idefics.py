@@ -1,0 +1,199 @@
+"""transformers' IDEFICS, a Flamingo over Llama (2306.16527): ``IdeficsForVisionText2Text`` folders, both ways.
+
+Where it differs from OpenFlamingo is configuration here: RMSNorm and SwiGLU in the blocks, the encoder's class token
+among the features, and ``<fake_token_around_image>`` on both sides of each picture, which thereby ends the text before.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.checkpoint import read_json
+from isthmus.errors import CheckpointError
+from isthmus.interop.archives import read_state
+from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
+from isthmus.interop.export import must
+from isthmus.interop.hf_clip import vision_config_from_hf, vision_config_to_hf, vision_from_hf, vision_to_hf
+from isthmus.models.flamingo import Flamingo, FlamingoConfig
+from isthmus.nn.connectors.resampler import ResamplerConfig
+from isthmus.nn.gated import GatedConfig
+
+TOKENS = ("<fake_token_around_image>", "<image>")
+_VISION, _RESAMPLER, _BLOCKS = "model.vision_model.", "model.perceiver_resampler.", "model.gated_cross_attn_layers."
+_ROWS = {
+    "model.embed_tokens.additional_embedding.weight": "language.new_rows.input",
+    "lm_head.additional_fc.weight": "language.new_rows.output",
+}
+_DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
+_WHO = "IdeficsForVisionText2Text"
+_ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj"}
+
+
+def idefics_config_from_hf(raw: Mapping[str, Any]) -> FlamingoConfig:
+    """From a config.json. Raises CheckpointError for a variant that is no Flamingo."""
+    must(raw.get("use_resampler", False), "use_resampler", raw.get("use_resampler"), "a Flamingo here", "true")
+    extra = raw.get("additional_vocab_size", 0)
+    must(extra == 2, "additional_vocab_size", extra, "a Flamingo here", f"2, the rows of {' and '.join(TOKENS)}")
+    vision = {**raw["vision_config"], "model_type": "clip_vision_model"}
+    vision = {"hidden_size": vision.get("embed_dim", 768), "hidden_act": "gelu", **vision}
+    perceiver = raw.get("perceiver_config") or {}
+    rows = raw.get("vocab_size", 32000)
+    language = {
+        "model_type": "llama",
+        "vocab_size": rows,
+        "hidden_size": raw.get("hidden_size", 4096),
+        "intermediate_size": raw.get("intermediate_size", 11008),
+        "num_hidden_layers": raw.get("num_hidden_layers", 32),
+        "num_attention_heads": raw.get("num_attention_heads", 32),
+        "max_position_embeddings": raw.get("max_position_embeddings", 2048),
+        "hidden_act": raw.get("hidden_act", "silu"),
+        "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+    }
+    return FlamingoConfig(
+        vision=vision_config_from_hf(vision),
+        language=language,
+        end_id=rows,
+        image_id=rows + 1,
+        resampler=ResamplerConfig(
+            layers=perceiver.get("resampler_depth", 6),
+            latents=perceiver.get("resampler_n_latents", 64),
+            heads=perceiver.get("resampler_n_heads", 16),
+            head_width=perceiver.get("resampler_head_dim", 96),
+            activation="relu",
+            qk_norm=perceiver.get("qk_layer_norms_perceiver", False),
+        ),
+        xattn=GatedConfig.idefics(
+            language["hidden_size"],
+            language["num_attention_heads"],
+            language["intermediate_size"],
+            eps=language["rms_norm_eps"],
+            qk_norm=raw.get("qk_layer_norms", False),
+            gate="vector" if raw.get("alpha_type", "float") == "vector" else "scalar",
+        ),
+        every=raw.get("cross_layer_interval", 1),
+        class_token=True,
+    )
+
+
+def idefics_config_to_hf(config: FlamingoConfig) -> dict[str, Any]:
+    """A config.json. Raises CheckpointError, naming the field, for a Flamingo that is not of this kind."""
+    language, resampler = config.language, config.resampler
+    sizes = (language.get("hidden_size"), language.get("num_attention_heads"), language.get("intermediate_size"))
+    must(language["model_type"] == "llama", "language.model_type", language["model_type"], _WHO, "llama")
+    heads = language.get("num_key_value_heads", sizes[1])
+    must(heads == sizes[1], "language.num_key_value_heads", heads, _WHO, f"num_attention_heads = {sizes[1]}")
+    for name, value, fixed in (("offset", config.offset, 0), ("media", config.media, "previous")):
+        must(value == fixed, name, value, _WHO, repr(fixed))
+    must(config.class_token, "class_token", config.class_token, _WHO, "true")
+    new = (config.end_id, config.image_id)
+    must(new == (language["vocab_size"], language["vocab_size"] + 1), "end_id", config.end_id, _WHO, "vocab_size")
+    eps = language.get("rms_norm_eps", 1e-6)
+    own = GatedConfig.idefics(*sizes, eps=eps, qk_norm=config.xattn.qk_norm, gate=config.xattn.gate)  # type: ignore[arg-type]
+    must(config.xattn == own, "xattn", config.xattn, _WHO, repr(own))
+    for name, value, fixed in (
+        ("activation", resampler.activation, "relu"),
+        ("final_norm", resampler.final_norm, True),
+        ("frames", resampler.frames, 0),
+    ):
+        must(value == fixed, f"resampler.{name}", value, _WHO, repr(fixed))
+    vision = vision_config_to_hf(config.vision)
+    must(vision.pop("model_type") == "clip_vision_model", "vision", "SigLIP's", _WHO, "CLIP's")
+    return {
+        "architectures": [_WHO],
+        "model_type": "idefics",
+        **{name: language[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")},
+        "num_attention_heads": sizes[1],
+        "max_position_embeddings": language.get("max_position_embeddings", 2048),
+        "hidden_act": language.get("hidden_act", "silu"),
+        "rms_norm_eps": eps,
+        "tie_word_embeddings": language.get("tie_word_embeddings", False),
+        "additional_vocab_size": 2,
+        "cross_layer_interval": config.every,
+        "qk_layer_norms": config.xattn.qk_norm,
+        "alpha_type": "vector" if config.xattn.gate == "vector" else "float",
+        "use_resampler": True,
+        "vision_config": {**vision, "embed_dim": vision.pop("hidden_size")},
+        "perceiver_config": {
+            "use_resampler": True,
+            "resampler_depth": resampler.layers,
+            "resampler_n_latents": resampler.latents,
+            "resampler_n_heads": resampler.heads,
+            "resampler_head_dim": resampler.head_width,
+            "qk_layer_norms_perceiver": resampler.qk_norm,
+        },
+    }
+
+
+def idefics_from_hf(state: Mapping[str, Tensor], config: FlamingoConfig) -> dict[str, Tensor]:
+    """Our state dict from theirs. Raises CheckpointError on any misfit."""
+    with torch.device("meta"):
+        shapes = shapes_of(Flamingo(config))
+    vision = {n.removeprefix("model."): t for n, t in state.items() if n.startswith(_VISION)}
+    rest = {n: t.flatten() if ".alpha_" in n else t for n, t in state.items() if not n.startswith(_VISION)}
+    ours = {f"vision.{n}": t for n, t in vision_from_hf(vision, config.vision).items()}
+    return ours | from_theirs(_entries(config, shapes), rest, shapes, _WHO, tolerated=_DERIVED)
+
+
+def idefics_to_hf(state: Mapping[str, Tensor], config: FlamingoConfig) -> dict[str, Tensor]:
+    """Their state dict."""
+    vision = {n.removeprefix("vision."): t for n, t in state.items() if n.startswith("vision.")}
+    rest = {n: t for n, t in state.items() if not n.startswith("vision.")}
+    theirs = to_theirs(_entries(config, {n: t.shape for n, t in rest.items()}), rest)
+    if config.xattn.gate == "vector":
+        theirs = {n: t[None, None] if ".alpha_" in n else t for n, t in theirs.items()}
+    return vision_to_hf(vision, config.vision, prefix=_VISION) | theirs
+
+
+def read_idefics_folder(folder: Path) -> tuple[FlamingoConfig, dict[str, Tensor]]:
+    """Configuration and our state dict."""
+    config = idefics_config_from_hf(read_json(folder / "config.json"))
+    try:
+        return config, idefics_from_hf(read_state(folder), config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def _entries(config: FlamingoConfig, shapes: Mapping[str, Any]) -> list[Entry]:
+    rows = [Entry(theirs, (ours,)) for theirs, ours in _ROWS.items()]
+    prefix = "language.lm."
+    rows += [Entry(n.removeprefix(prefix), (n,)) for n in shapes if n.startswith(prefix)]
+    rows += _resampler(config.resampler)
+    for i in range(len({n.split(".")[1] for n in shapes if n.startswith("xattn.")})):
+        rows += _block(config.xattn, f"{_BLOCKS}{i}", f"xattn.{i}")
+    return rows
+
+
+def _resampler(config: ResamplerConfig) -> list[Entry]:
+    rows = [Entry(f"{_RESAMPLER}latents", ("connector.latents",)), *same(f"{_RESAMPLER}layer_norm", "connector.norm")]
+    for i in range(config.layers):
+        a, b, ours = f"{_RESAMPLER}blocks.{i}.0", f"{_RESAMPLER}blocks.{i}.1", f"connector.layers.{i}"
+        rows += same(f"{a}.context_layer_norm", f"{ours}.media_norm")
+        rows += same(f"{a}.latents_layer_norm", f"{ours}.latent_norm")
+        for theirs, own in {**_ATTENTION, "output_proj": "out_proj"}.items():
+            rows += same(f"{a}.{theirs}", f"{ours}.attn.{own}", "weight")
+        if config.qk_norm:
+            rows += same(f"{a}.q_layer_norm", f"{ours}.attn.q_norm") + same(f"{a}.k_layer_norm", f"{ours}.attn.k_norm")
+        rows += same(f"{b}.ln", f"{ours}.mlp_norm")
+        rows += same(f"{b}.fc", f"{ours}.mlp.fc1", "weight") + same(f"{b}.c_proj", f"{ours}.mlp.fc2", "weight")
+    return rows
+
+
+def _block(config: GatedConfig, theirs: str, ours: str) -> list[Entry]:
+    rows = [
+        Entry(f"{theirs}.alpha_cross_attn", (f"{ours}.attn_gate",)),
+        Entry(f"{theirs}.alpha_dense", (f"{ours}.mlp_gate",)),
+        *same(f"{theirs}.input_layernorm", f"{ours}.attn_norm", "weight"),
+        *same(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", "weight"),
+    ]
+    for part, own in {**_ATTENTION, "o_proj": "out_proj"}.items():
+        rows += same(f"{theirs}.cross_attn.{part}", f"{ours}.attn.{own}", "weight")
+    if config.qk_norm:
+        for part in "qk":
+            rows += same(f"{theirs}.cross_attn.{part}_layer_norm", f"{ours}.attn.{part}_norm", "weight")
+    for part in ("gate", "up", "down"):
+        rows += same(f"{theirs}.mlp.{part}_proj", f"{ours}.mlp.{part}", "weight")
+    return rows
