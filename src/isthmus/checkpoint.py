@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from isthmus import load_report
 from isthmus.errors import CheckpointError, nearest
 
 MANIFEST = "manifest.json"
@@ -312,9 +313,11 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     check_header(path)
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except Exception as error:
         raise CheckpointError(f"{path} is no readable safetensors file ({error}). {_REPAIR}") from error
+    load_report.stored(tensors.values())
+    return tensors
 
 
 def check_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -412,6 +415,7 @@ def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) 
             target.data = source.detach()
         else:
             target.data.copy_(source)
+    load_report.took(plan)
 
 
 def tensor_sha256(tensor: Tensor) -> str:

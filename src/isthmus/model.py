@@ -35,6 +35,7 @@ from isthmus.data.video import as_visual
 from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError, nearest
 from isthmus.interop.hub import located, looks_like_id
 from isthmus.language import Decoding, unfilled
+from isthmus.load_report import LoadReport, accounting
 from isthmus.models import MODELS, model_class
 from isthmus.nn.losses import similarity
 
@@ -65,6 +66,7 @@ class Model:
         self.forbidden = tuple(forbidden)
         self.prompts = dict(prompts or {})
         self.kind: str = net.KIND
+        self.report: LoadReport | None = None  # of a model that was opened
 
     @property
     def capabilities(self) -> tuple[str, ...]:
@@ -394,18 +396,22 @@ def load(
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     config = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    if config is None or "format" not in config:
-        with unfilled():
-            net, processor, forbidden = _foreign(folder, config, given)
-        return Model(_cast(net, dtype), processor, forbidden=forbidden).to(device)
     useless = [name for name, value in given.items() if value is not None]
-    if useless:
+    if config is not None and "format" in config and useless:
         raise CheckpointError(f"{folder} is a whole model of ours and needs no {useless[0]}: leave it out.")
-    with unfilled():
-        return _own(folder, config, dtype).to(device)
+    with unfilled(), accounting() as account:
+        if config is None or "format" not in config:
+            net, processor, forbidden = _foreign(folder, config, given)
+            model = Model(net, processor, forbidden=forbidden)
+        else:
+            model = _own(folder, config)
+        model.report = account.report()
+    if dtype is not None:
+        (model.net.cast if hasattr(model.net, "cast") else model.net.to)(dtype)
+    return model.to(device)
 
 
-def _own(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> Model:
+def _own(folder: Path, config: Mapping[str, Any]) -> Model:
     if config["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']!r}; this version reads {FORMAT!r}.")
     files = checkpoint.read_folder(folder)
@@ -419,7 +425,7 @@ def _own(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> 
     tokenizer = None if described.get("kind") == ImagesProcessor.kind else load_tokenizer(folder)
     others = {f.parent.name: Tokenizer.load(f.parent) for n, f in files.items() if n.endswith("/tokenizer.json")}
     return Model(
-        _cast(net, dtype),
+        net,
         processor_from_dict(described, tokenizer, others),
         prompts=config.get("prompts"),
         forbidden=config.get("forbidden", ()),
@@ -442,12 +448,6 @@ def _foreign(path: Path, config: Mapping[str, Any] | None, given: Mapping[str, A
         raise CheckpointError(_nothing_here(path))
     named.only(where=path)
     return folders.load_foreign(path, config)
-
-
-def _cast(net: Any, dtype: torch.dtype | None) -> Any:
-    if dtype is None:
-        return net
-    return net.cast(dtype) if hasattr(net, "cast") else net.to(dtype)
 
 
 def _tokenizer_files(processor: Processor) -> dict[str, str]:

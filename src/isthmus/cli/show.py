@@ -45,11 +45,14 @@ def _model(folder: str, console: Console, given: Mapping[str, str]) -> dict[str,
     console.print(f"{held / 2**20:,.1f} MiB of weights in memory", highlight=False)
     if tokens is not None:
         console.print(visual_tokens_text(model.net))
+    if model.report is not None:
+        console.print(f"Tensors: {model.report}", highlight=False)
     console.print(f"It can: {', '.join(model.capabilities)}")
     return {
         "kind": model.kind,
         "parts": parts,
         "weight_bytes": held,
+        "report": None if model.report is None else model.report.to_dict(),
         "visual_tokens": tokens,
         "capabilities": list(model.capabilities),
         "processor": model.processor.to_dict(),

@@ -7,13 +7,14 @@ TorchScript archive (OpenAI's CLIP files) is read by an unpickler of its own, it
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from isthmus import load_report
 from isthmus.checkpoint import load_tensors, read_json
 from isthmus.errors import CheckpointError
 
@@ -139,7 +140,17 @@ def _pickled(path: Path, *, mapped: bool) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read by torch ({type(error).__name__}); it may be damaged.") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
+    load_report.stored(_tensors_in(content))
     return {str(name): value for name, value in content.items()}
+
+
+def _tensors_in(content: Any) -> Iterator[Tensor]:
+    """The tensors of a state dict, or of a training checkpoint that holds one among other things."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _tensors_in(value)
 
 
 # TorchScript.
@@ -207,6 +218,7 @@ def _torchscript(path: Path) -> dict[str, Any]:
         ) from error
     found: dict[str, Any] = {}
     _collect(module, "", found)
+    load_report.stored(found.values())
     return found
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from isthmus import load_report
 from isthmus.errors import CheckpointError
 
 Shapes = Mapping[str, torch.Size]
@@ -85,6 +86,7 @@ def from_theirs(
     ]
     if problems:
         raise CheckpointError(f"the weights do not fit {what}. " + ". ".join(problems) + ".")
+    load_report.ignored(sorted(set(state) - known), "made anew by everybody who reads it")
     return {name: value for entry in entries for name, value in entry.decode(state[entry.theirs])}
 
 

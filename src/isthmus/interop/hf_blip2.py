@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isthmus import load_report
 from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
@@ -65,6 +66,7 @@ def from_hf(state: Mapping[str, Tensor], where: str = "the checkpoint") -> dict[
     for name, tensor in state.items():
         name = name.removeprefix("model.")
         if name.endswith("position_ids"):
+            load_report.ignored([name], "made anew by everybody who reads it")
             continue
         joint = re.fullmatch(r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv\.(weight|bias)", name)
         if joint:
@@ -244,6 +246,7 @@ def _retrieval(config: Blip2Config, state: dict[str, Tensor]) -> tuple[Blip2Conf
     config = replace(config, phase="represent", language=None, objectives=("itc", "itm"))
     with torch.device("meta"):
         absent = {n: t for n, t in Blip2(config).state_dict().items() if n == "heads.temperature" or ".lm_" in n}
+    load_report.absent(absent, "transformers' retrieval class has none: the model is not trained on, nor does it write")
     filled = {name: torch.zeros(tensor.shape) for name, tensor in absent.items()}
     return config, {**state, **filled, "heads.temperature": torch.tensor(0.07)}
 

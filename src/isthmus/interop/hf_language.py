@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isthmus import load_report
 from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.interop.archives import read_state
@@ -76,7 +77,9 @@ def match_keys(lm: Any, stored: Mapping[str, Tensor], *, where: str) -> dict[str
         key = name if name in expected else prefix + name
         if key in expected:
             state[key] = tensor
-        elif not any(re.search(pattern, name) for pattern in derived):
+        elif any(re.search(pattern, name) for pattern in derived):
+            load_report.ignored([name], "made anew by everybody who reads it")
+        else:
             left_over.append(name)
     by_parameter = {id(expected[key]): tensor for key, tensor in state.items()}
     for key, parameter in expected.items():

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from isthmus import load_report
 from isthmus.errors import CheckpointError
 
 NORM_EPS = 1e-5
@@ -103,6 +104,7 @@ def from_lavis(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], lang
     tensor that belongs nowhere, and for one that is missing of a part that is there.
     """
     left = {name: tensor for name, tensor in state.items() if not name.startswith(_DERIVED)}
+    load_report.ignored(set(state) - set(left), "made anew, or the word table once more")
     found: dict[str, Tensor] = {}
     missing: list[str] = []
     for name, target in expected.items():
@@ -116,6 +118,8 @@ def from_lavis(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], lang
         if tensor is None:
             missing.append(name)
         else:
+            if head.startswith("vision.blocks.") and (part, kind) == ("k_proj", "bias"):
+                load_report.absent([name], "LAVIS's keys have no bias; it is zero")
             found[name] = tensor.reshape(target.shape) if tensor.numel() == target.numel() else tensor
     used = {t for name in found for t in _sources(name, language)}
     strange = sorted(set(left) - used)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from isthmus import load_report
 from isthmus.checkpoint import load_into, read_json
 from isthmus.config import plain
 from isthmus.data.blip2 import PairProcessor
@@ -118,10 +119,9 @@ def _language(folder: str | Path, given: "Given") -> tuple[dict[str, Any], dict[
     """Configuration, weights under our names and tokenizer of the frozen LM."""
     folder = Path(folder)
     raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if raw.get("model_type") in T5_LIKE:
-        config, state = read_seq2seq_folder(folder)
-    elif "model_type" in raw:
-        config, state = read_language_folder(folder)
+    if "model_type" in raw:
+        with load_report.accounting():
+            config, state = (read_seq2seq_folder if raw["model_type"] in T5_LIKE else read_language_folder)(folder)
     else:
         model = given.open(folder)
         config, state = plain(model.net.config)["language"], model.net.language.lm.state_dict()
@@ -140,7 +140,8 @@ def _encoder(path: Path, state: dict[str, Tensor], given: "Given") -> tuple[_Enc
         return _clip(own), {n: t for n, t in state.items() if not n.startswith(_VISION)}
     source = Path(given.need("vision", path, "holds no vision encoder"))
     if source.is_file():
-        raw = read_archive(source)
+        with load_report.accounting():
+            raw = read_archive(source)
         weights = tensors_of(raw.get("module", raw.get("model", raw)), source)
         return _eva_file(source, weights), state
     from isthmus.interop.origins import read_encoder  # it builds on this module
@@ -174,6 +175,7 @@ def _eva_file(source: Path, weights: Mapping[str, Tensor]) -> _Encoder:
         raise CheckpointError(f"{source} is no EVA vision encoder; give a folder that holds the encoder, or that file.")
     last = f"blocks.{_depth(weights, 'blocks.') - 1}."
     kept = {f"{_VISION}{n}": t for n, t in weights.items() if not n.startswith((last, *_EVA_ONLY))}
+    load_report.ignored((n for n in weights if n.startswith((last, *_EVA_ONLY))), "BLIP-2 reads before the last block")
     config = _eva(kept)
     with torch.device("meta"):
         expected = {f"vision.{n}": t for n, t in VisionTransformer(config).state_dict().items()}
@@ -213,6 +215,7 @@ def _without_last(config: VisionConfig, state: Mapping[str, Tensor]) -> tuple[Vi
     last = f"blocks.{config.layers - 1}."
     whole = config.post_norm != "none"
     kept = {n: t for n, t in state.items() if not (whole and n.startswith((last, "ln_post.", "pool.")))}
+    load_report.ignored(set(state) - set(kept), "BLIP-2 reads before the last block")
     cut = replace(config, layers=config.layers - 1, post_norm="none", pool="none") if whole else config
     return cut, {f"vision.{name}": tensor for name, tensor in kept.items()}
 

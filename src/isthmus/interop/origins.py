@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from isthmus import load_report
 from isthmus.checkpoint import load_into, read_json
 from isthmus.config import plain
 from isthmus.data.clip_tokenizer import ClipTokenizer, canonical, load_tokenizer
@@ -142,6 +143,7 @@ def _openai(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     if activation is None:
         activation = given.need("activation", path, "does not tell its activation, quick_gelu or gelu")
     weights = {name: value for name, value in state.items() if name not in SCALARS}
+    load_report.ignored(set(state) - set(weights), "sizes, which the weights tell too")
     config = clip_config_from_openai(weights, activation=activation)
     net = Clip(config)
     load_into(net, clip_from_openai(weights, config), where=path)
@@ -183,7 +185,10 @@ def _open_flamingo(path: Path, state: dict[str, Tensor], given: Given) -> Opened
     if net.language.new_rows.output is not None:
         # Their runs train the input table only, so files know no such rows; a new row is the mean, as there.
         mean = head.detach().float().mean(0).to(head.dtype)
-        tensors.setdefault("language.new_rows.output", mean.repeat(len(NEW_TOKENS), 1))
+        if "language.new_rows.output" not in tensors:
+            why = "their runs train the input rows only; this is the mean row"
+            load_report.absent(["language.new_rows.output"], why)
+            tensors["language.new_rows.output"] = mean.repeat(len(NEW_TOKENS), 1)
     load_into(net, tensors, where=path)
     processor = InterleaveProcessor(
         tokenizer, encoder.image, template="open_flamingo", max_length=net.language.context or 2048
@@ -206,7 +211,8 @@ def read_encoder(path: str | Path, given: Given) -> Encoder:
     values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if str(values.get("model_type")).endswith("_vision_model"):
         config = vision_config_from_hf(values)
-        state = vision_from_hf(read_state(folder), config)
+        with load_report.accounting():
+            state = vision_from_hf(read_state(folder), config)
         return Encoder(config, state, image_transform(folder, config.image_size))
     whole = given.open(folder)
     return Encoder(whole.net.config.vision, whole.net.vision.state_dict(), whole.processor.image)

@@ -103,6 +103,8 @@ def tensors(model: Any) -> _Outcome:
     bad = [n for n, t in held.items() if t.is_meta or (t.is_floating_point() and not bool(t.isfinite().all()))]
     numbers = sum(p.numel() for p in model.net.parameters())
     told = f"{len(held)} tensors, {numbers:,} numbers"
+    if model.report is not None:
+        told += f"; {str(model.report).splitlines()[0]}"
     if strange:
         told = f"not of the configuration: {', '.join(strange[:3])} ({len(strange)})"
     elif bad:

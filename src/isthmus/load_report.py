@@ -1,0 +1,115 @@
+"""What became of a checkpoint's tensors: the account that is kept while a model is opened.
+
+Readers tell which tensors files hold, the last step which of them the net took. A tensor of the net that *is* one of a
+file's, in the same memory, was matched, whatever its name; one that was split, joined, transposed or merged on the way
+was converted. What is in no file, and what is in a file and not used, must be told with a reason by whoever decides it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """Tensors of the net: ``matched`` and ``converted`` from the files, ``from_parts`` of models named beside them,
+    ``absent`` from all of these (name -> why). ``ignored`` are the files' own (name -> why)."""
+
+    matched: int
+    converted: int
+    from_parts: int
+    absent: Mapping[str, str] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        counts = [f"{self.matched} as stored", f"{self.converted} converted"]
+        counts += [f"{self.from_parts} of the models named"] if self.from_parts else []
+        lines = [f"{', '.join(counts)}, {len(self.absent)} absent, {len(self.ignored)} unused"]
+        for label, named in (("absent", self.absent), ("unused", self.ignored)):
+            for why in dict.fromkeys(named.values()):
+                names = [name for name, reason in named.items() if reason == why]
+                more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+                lines.append(f"  {label}: {', '.join(names[:2])}{more} ({why})")
+        return "\n".join(lines)
+
+
+Place = tuple[int, int]
+"""Address and count of numbers: a joint matrix and its first part begin at the same address."""
+
+
+def _place(tensor: Tensor) -> Place:
+    return tensor.data_ptr(), tensor.numel()
+
+
+@dataclass
+class Account:
+    """What has been told so far. ``own`` and ``parts`` are tensors of files by place, of the checkpoint itself and of
+    what was opened beside it; they are kept, so that no other tensor gets the place meanwhile. ``taken`` are the places
+    of what the net was given, ``held`` are its own tensors."""
+
+    own: dict[Place, Tensor] = field(default_factory=dict)
+    parts: dict[Place, Tensor] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    taken: list[Place] = field(default_factory=list)
+    held: dict[Place, Tensor] = field(default_factory=dict)
+
+    def report(self) -> LoadReport:
+        matched = sum(place in self.own for place in self.taken)
+        named = sum(place in self.parts and place not in self.own for place in self.taken)
+        return LoadReport(
+            matched=matched,
+            converted=len(self.taken) - matched - named - len(self.absent),
+            from_parts=named,
+            absent=dict(self.absent),
+            ignored=dict(self.ignored),
+        )
+
+
+_current: ContextVar[Account | None] = ContextVar("account", default=None)
+
+
+@contextmanager
+def accounting() -> Iterator[Account]:
+    """Keep an account of what is opened inside. One within another is that of a part, and told to the outer as such."""
+    outer, account = _current.get(), Account()
+    token = _current.set(account)
+    try:
+        yield account
+    finally:
+        _current.reset(token)
+        if outer is not None:
+            outer.parts |= account.own | account.held
+
+
+def stored(tensors: Iterable[Tensor]) -> None:
+    """These came out of a file."""
+    if (account := _current.get()) is not None:
+        account.own |= {_place(tensor): tensor for tensor in tensors}
+
+
+def took(plan: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Pairs of a tensor of the net, each once, and what it was made from."""
+    if (account := _current.get()) is not None:
+        for target, source in plan:
+            account.taken.append(_place(source))
+            account.held[_place(target)] = target
+
+
+def absent(names: Iterable[str], why: str) -> None:
+    """Tensors of the net that no file holds, and that are right without."""
+    if (account := _current.get()) is not None:
+        account.absent |= dict.fromkeys(names, why)
+
+
+def ignored(names: Iterable[str], why: str) -> None:
+    """Tensors of a file that the net has no use for."""
+    if (account := _current.get()) is not None:
+        account.ignored |= dict.fromkeys(names, why)
