@@ -78,6 +78,23 @@ def test_a_tower_that_no_name_stands_for_is_not_exported(tmp_path, monkeypatch):
         write_model(model, tmp_path / "out", "open_clip")
 
 
+def test_weights_alone_do_not_tell_the_tower():
+    with pytest.raises(CheckpointError, match=r"image tower is timm's.*open_clip_config\.json beside"):
+        isthmus.load(FOLDER / "open_clip_model.safetensors")
+
+
+def test_a_trainers_checkpoint_in_the_folder_opens_too(tmp_path):
+    """Under ``state_dict``, each name behind ``module.``, as open_clip's trainer saves it."""
+    shutil.copytree(FOLDER, tmp_path / "a")
+    weights = load_file(FOLDER / "open_clip_model.safetensors")
+    (tmp_path / "a" / "open_clip_model.safetensors").unlink()
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module.{n}": t for n, t in weights.items()}}, tmp_path / "a" / "epoch_3.pt"
+    )
+    model = isthmus.load(tmp_path / "a")
+    assert torch.equal(model.embed_texts(TEXTS), isthmus.load(FOLDER).embed_texts(TEXTS))
+
+
 def test_a_missing_weight_and_an_unknown_tower_are_named(tmp_path):
     shutil.copytree(FOLDER, tmp_path / "a")
     weights = load_file(FOLDER / "open_clip_model.safetensors")

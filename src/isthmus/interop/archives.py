@@ -76,8 +76,16 @@ def read_state(folder: str | Path) -> dict[str, Tensor]:
             names = ", ".join(f.name for f in found[:6])
             raise CheckpointError(f"{folder} holds several files of weights and no index ({names}); name one of them.")
         if found:
-            return tensors_of(read_archive(found[0]), found[0])
+            return tensors_of(unwrapped(read_archive(found[0])), found[0])
     raise CheckpointError(f"{folder} holds no weights: no safetensors, .bin, .pt or .pth file.")
+
+
+def unwrapped(content: dict[str, Any]) -> dict[str, Any]:
+    """The state dict in a training checkpoint, which keeps it beside optimizer and epoch; another one as it is."""
+    for name in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content.get(name), Mapping):
+            return dict(content[name])
+    return content
 
 
 def tensors_of(content: Mapping[str, Any], where: str | Path) -> dict[str, Tensor]:

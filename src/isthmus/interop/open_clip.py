@@ -141,7 +141,7 @@ def clip_from_open_clip(state: Mapping[str, Any], config: ClipConfig) -> dict[st
     """Our state dict from ``CLIP``'s, ``CustomTextCLIP``'s (told apart by where the text projection stands) or a
     trainer checkpoint that holds either. Raises CheckpointError unless all fits.
     """
-    state = _unwrap(state)
+    state = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
     bare = "text_projection" in state or "text_projection.weight" in state
     what = f"open_clip's {'CLIP' if bare else 'CustomTextCLIP'}"
     return from_theirs(_layout(config, custom_text=not bare), state, clip_shapes(config), what)
@@ -158,12 +158,6 @@ def _layout(config: ClipConfig, *, custom_text: bool) -> list[Entry]:
     if not config.vision.class_token:
         return [*trunk_entries(config.vision), *text_entries(config, "text.")]
     return entries(config, text="text." if custom_text else "")
-
-
-def _unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A trainer checkpoint's weights, without the prefix that a wrapper for several devices left."""
-    weights = state.get("state_dict", state)
-    return {name.removeprefix("module."): value for name, value in weights.items()}
 
 
 def _eps(tower: Mapping[str, Any]) -> float:

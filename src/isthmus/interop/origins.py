@@ -20,7 +20,7 @@ from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
 from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
-from isthmus.interop.archives import read_archive, read_state, tensors_of
+from isthmus.interop.archives import read_archive, read_state, tensors_of, unwrapped
 from isthmus.interop.folders import image_transform
 from isthmus.interop.hf_clip import vision_config_from_hf, vision_from_hf
 from isthmus.interop.lora import merged_state
@@ -78,11 +78,7 @@ def open_file(path: Path, given: Given) -> Opened:
 
     Raises CheckpointError: another kind of file, or something that must be given.
     """
-    content = read_archive(path)
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content.get(wrapper), Mapping):
-            content = dict(content[wrapper])
-            break
+    content = unwrapped(read_archive(path))
     state = {name.removeprefix("module."): value for name, value in content.items()}
     if "visual.conv1.weight" in state:
         return _openai(path, tensors_of(state, path), given)
@@ -90,6 +86,11 @@ def open_file(path: Path, given: Given) -> Opened:
         return _open_flamingo(path, tensors_of(state, path), given)
     if any(name.startswith("Qformer.") for name in state):
         return open_lavis(path, tensors_of(state, path), given)
+    if any(name.startswith("visual.trunk.") for name in state):
+        raise CheckpointError(
+            f"{path} is a model of open_clip whose image tower is timm's, and its weights do not tell which: put "
+            "open_clip_config.json beside them (as on the hub) and open the folder."
+        )
     near = ", ".join(list(state)[:3])
     raise CheckpointError(f"{path} holds weights of no known layout (it begins with {near}).")
 
