@@ -177,6 +177,17 @@ def test_question_lists_one_by_one_or_in_pieces(tmp_path):
     assert len(shards(tmp_path, max_turns=2)) == 3
 
 
+def test_questions_that_match_an_expression_are_kept(tmp_path):
+    sure = shards(tmp_path, turns="single", matching="^sure")
+    assert [sure[n].id for n in range(len(sure) - 1)] == ["s-000/k1#0"]
+    assert said(sure[0]) == [("user", "<image>"), ("user", "sure?"), ("assistant", "true")]
+    whole = shards(tmp_path, matching="^sure")
+    assert len(whole) == 2  # the sample without questions keeps its place here, too
+    assert said(whole[0]) == said(sure[0])
+    with pytest.raises(ConfigError, match="no question matches 'nobody'"):
+        shards(tmp_path, matching="nobody", limit=1)
+
+
 def test_captions_classes_and_side_files(tmp_path):
     write_tar(
         tmp_path / "a.tar",
@@ -369,6 +380,7 @@ def test_unknown_words_name_the_nearest(tmp_path):
         ({"kind": "jsonl", "file": "a.jsonl", "fields": {"captoin": "x"}}, "did you mean 'caption'"),
         ({"kind": "jsonl", "file": "a.jsonl", "turns": "some"}, "unknown value 'some'; known: all, single"),
         ({"kind": "jsonl", "file": "a.jsonl", "max_turns": 0}, "max_turns"),
+        ({"kind": "jsonl", "file": "a.jsonl", "matching": "(a"}, "no regular expression"),
         ({"kind": "jsonl", "file": "a.jsonl", "limit": 0}, "limit must be"),
         ({"kind": "jsonl", "file": "a.jsonl", "templates": ["a cat"]}, "has no {}"),
         ({"kind": "jsonl", "file": "a.jsonl", "image_folder": ".", "images": "a.tar"}, "not both"),

@@ -6,6 +6,7 @@ A row is a dict of plain values with its pictures. The first of these fields it 
 ``fields`` maps these names to the file's own, ``{questions: qa}``.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -55,6 +56,7 @@ class Form:
         fields: our field name -> the file's (for ``caption`` also several).
         turns: of a list of questions make one conversation (``all``) or one record each (``single``).
         max_turns: longest conversation; a longer list makes several.
+        matching: of a list of questions keep those in which this regular expression finds something.
         suffix: put on a line of its own behind each question.
         instruction: asked before a caption or label, which then becomes an answer.
         classes: class names by label number.
@@ -65,6 +67,7 @@ class Form:
     fields: Mapping[str, Any] = field(default_factory=dict)
     turns: Literal["all", "single"] = "all"
     max_turns: int | None = None
+    matching: str = ""
     suffix: str = ""
     instruction: str = ""
     classes: Sequence[str] = ()
@@ -79,6 +82,10 @@ class Form:
             raise ConfigError(f"source: turns must be 'all' or 'single', not {self.turns!r}")
         if self.max_turns is not None and self.max_turns < 1:
             raise ConfigError(f"source: max_turns must be at least 1, not {self.max_turns}")
+        try:
+            re.compile(self.matching)
+        except re.error as error:
+            raise ConfigError(f"source: matching {self.matching!r} is no regular expression: {error}") from None
         for template in self.templates:
             if "{}" not in template:
                 raise ConfigError(f"source: the template {template!r} has no {{}} for the class name")
@@ -94,12 +101,23 @@ class Form:
             return row.values.get(theirs)
         return [row.values.get(t) for t in theirs]
 
+    @property
+    def counts(self) -> bool:
+        """Whether rows make other numbers of records than one each."""
+        return self.step is not None or bool(self.matching)
+
     def count(self, row: Row) -> int:
-        """Number of records the row makes."""
-        if self.step is None:
-            return 1
+        """Number of records the row makes; one that will be found bad counts."""
         questions = self.value(row, "questions")
-        return -(-len(questions) // self.step) if isinstance(questions, list) else 1
+        if not isinstance(questions, list) or not questions:
+            return 1
+        kept = len(self._kept(questions))
+        return min(kept, 1) if self.step is None else -(-kept // self.step)
+
+    def _kept(self, questions: Sequence[Any]) -> list[Any]:
+        if not self.matching:
+            return list(questions)
+        return [pair for pair in questions if re.search(self.matching, str(_pair(pair)[0]))]
 
     def record(self, row: Row, number: int, source: str) -> Record:
         """The ``number``-th record of the row. Raises DataError when the row does not fit."""
@@ -135,6 +153,7 @@ class Form:
         pairs = self.value(row, "questions")
         if not isinstance(pairs, list) or not pairs:
             raise DataError("empty answer: the list of questions is empty; drop the sample")
+        pairs = self._kept(pairs)
         if self.step is not None:
             pairs = pairs[number * self.step : (number + 1) * self.step]
         return self._turns(row, [_pair(p) for p in pairs], meta)
@@ -182,7 +201,9 @@ class RowSource:
             raise ConfigError(f"source {name!r}: limit must be at least 1, not {limit}")
         self.name, self.rows, self.form = name, rows, form
         count = len(rows) if limit is None else min(limit, len(rows))
-        self._places = list(self._count(count)) if form.step is not None else range(count)
+        self._places = list(self._count(count)) if form.counts else range(count)
+        if not self._places:
+            raise ConfigError(f"source {name!r}: no question matches {form.matching!r}")
 
     def _count(self, rows: int) -> Iterator[tuple[int, int]]:
         for index in range(rows):
@@ -190,7 +211,7 @@ class RowSource:
                 count = self.form.count(self.rows[index])
             except DataError:
                 count = 1  # met, and counted as bad, when it is visited
-            yield from ((index, number) for number in range(max(count, 1)))
+            yield from ((index, number) for number in range(count))
 
     def __len__(self) -> int:
         return len(self._places)
