@@ -29,7 +29,8 @@ def out(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_whole_story(out, capsys):
-    demo.run_demo(out, seed=3, serve=False)
+    """Two trainings at a time in processes of their own, then once more in this one, which finds all done."""
+    demo.run_demo(out, seed=3, serve=False, jobs=2)
     said = capsys.readouterr().out
     assert f"isthmus chat {out / 'llava'}" in " ".join(said.split())
     facts = json.loads((out / "results.json").read_text())
@@ -43,6 +44,6 @@ def test_the_whole_story(out, capsys):
     weights = {f: f.read_bytes() for f in out.glob("*/model/model.safetensors")}
     outputs = {f: f.stat().st_mtime_ns for f in out.glob("*/eval/*/outputs.jsonl")}
     assert len(weights) == 5
-    demo.run_demo(out, seed=3, serve=False)
+    demo.run_demo(out, seed=3, serve=False, jobs=1)
     assert all(f.read_bytes() == data for f, data in weights.items())
     assert all(f.stat().st_mtime_ns == when for f, when in outputs.items())

@@ -23,6 +23,10 @@ EXIT_USER, EXIT_INTERRUPTED = 2, 130
 def main() -> None:
     """Run the program; an error a user can mend is one paragraph and exit code 2, never a traceback."""
     keep_freed_memory()
+    if os.environ.get("ISTHMUS_PARENT"):
+        from isthmus.recipes.jobs import end_with_parent
+
+        end_with_parent()
     with warnings.catch_warnings():
         warnings.showwarning = partial(_warn, warnings.showwarning)
         _run()

@@ -50,11 +50,14 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the runs, results.json and report.html.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Open the browser page at the end.")] = True,
+    jobs: Annotated[
+        int | None, typer.Option(help="Trainings at a time, which share the cores (default: one per core, at most 3).")
+    ] = None,
 ) -> None:
-    """The whole story on the embedded scenes: train CLIP, a language model and LLaVA, score them, show them."""
+    """The whole story on the embedded scenes: train all five models, score them, show them."""
     from isthmus.recipes.demo import run_demo
 
-    run_demo(out, seed=seed, serve=serve)
+    run_demo(out, seed=seed, serve=serve, jobs=jobs)
 
 
 @app.command()

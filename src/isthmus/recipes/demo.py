@@ -1,9 +1,10 @@
 """The whole story in one command: CLIP, a language model, Flamingo, BLIP-2, LLaVA; then scores, a report, a chat.
 
 Each model is an ordinary recipe run in a folder of its own, so an interrupted demo goes on where it stopped, and
-``isthmus train clip-tiny`` does exactly what the demo does.
+``isthmus train clip-tiny`` does exactly what the demo does. On several cores trainings run side by side.
 """
 
+import os
 import sys
 import webbrowser
 from pathlib import Path
@@ -14,11 +15,13 @@ from rich.progress import Progress, TimeRemainingColumn
 
 from isthmus.data.images import open_image
 from isthmus.data.sources import open_source
+from isthmus.errors import ConfigError
 from isthmus.evaluation.report import write_report
 from isthmus.evaluation.run import Result
 from isthmus.model import Model
 from isthmus.recipes.compare import Contestant, measure
 from isthmus.recipes.curves import png
+from isthmus.recipes.jobs import Job, run_jobs
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import Recipe, read_recipe
 from isthmus.recipes.scoring import model_hash, score_model
@@ -31,6 +34,8 @@ STORY = {
     "blip2": "blip2-tiny",
     "llava": "llava-tiny",
 }
+_MOST_JOBS = 3
+"""As many of the models can be trained at the same time."""
 _TITLE = "isthmus: from pictures and words to answers"
 _SUMMARY = (
     "Small pictures of coloured solids, drawn from a seed. CLIP learns to match pictures with captions, a language "
@@ -41,9 +46,19 @@ _SUMMARY = (
 )
 
 
-def run_demo(out: Path, *, seed: int = 0, serve: bool = True) -> None:
-    """Train, score and show everything; ``serve`` opens the report in a browser when a person is watching."""
+def run_demo(out: Path, *, seed: int = 0, serve: bool = True, jobs: int | None = None) -> None:
+    """Train, score and show everything; ``serve`` opens the report in a browser when a person is watching.
+
+    ``jobs`` trainings at a time share the cores (left out: one per core, at most three; 1 trains in this process).
+    """
     console = Console()
+    cores = usable_cores()
+    jobs = min(cores, _MOST_JOBS) if jobs is None else jobs
+    if jobs < 1:
+        raise ConfigError(f"--jobs must be at least 1, not {jobs}.")
+    if jobs > 1:
+        console.rule(f"[bold]training[/] ({jobs} at a time, {max(1, cores // jobs)} threads each)")
+        run_jobs(_jobs(out, seed), at_once=jobs, threads=max(1, cores // jobs))
     rivals: list[Contestant] = []
     for name, recipe_name in STORY.items():
         console.rule(f"[bold]{name}[/] ({recipe_name})")
@@ -58,6 +73,23 @@ def run_demo(out: Path, *, seed: int = 0, serve: bool = True) -> None:
     _tell(console, out, rivals)
     if serve and sys.stdout.isatty():
         webbrowser.open((out / "report.html").resolve().as_uri())
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _jobs(out: Path, seed: int) -> list[Job]:
+    """What `isthmus train` is told for each model: the demo's own recipes, with their parts from its folder."""
+    jobs = []
+    for name, shipped in STORY.items():
+        recipe = demo_recipe(shipped, out, seed)
+        words = ["train", shipped, f"seed={seed}", *(f"parts.{part}={place}" for part, place in recipe.parts.items())]
+        needs = [Path(place).name for place in recipe.parts.values()]
+        place = out / name
+        jobs.append(Job(name=name, words=[*words, "--out", str(place)], folder=place, recipe=recipe, needs=needs))
+    return jobs
 
 
 def demo_recipe(name: str, out: Path, seed: int) -> Recipe:

@@ -3,8 +3,8 @@
     open_source({"kind": "webdataset", "shards": "easy_vqa/train-*.tar", "fields": {"questions": "qa"}}, data_root=...)
 
 Options that most kinds share: ``name``, ``limit`` (first rows only) and those of :class:`rows.Form`: ``fields``,
-``turns``, ``max_turns``, ``matching``, ``suffix``, ``instruction``, ``classes`` (a file of names or a list), ``templates`` and
-``captions`` (a side file: ``{file, key, fields}``).
+``turns``, ``max_turns``, ``matching``, ``suffix``, ``instruction``, ``classes`` (a file of names or a list),
+``templates`` and ``captions`` (a side file: ``{file, key, fields}``).
 """
 
 import csv

@@ -1,0 +1,174 @@
+"""Trainings side by side on one machine: each in a process of its own, as soon as what it needs is there.
+
+A tiny model leaves a second core idle, so two trainings at once finish almost twice as early. Each job is the program's
+own ``isthmus train`` with its share of the threads; what it prints lands in ``train.log`` in its folder.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from isthmus.checkpoint import MANIFEST
+from isthmus.errors import IsthmusError
+from isthmus.recipes.schema import Recipe
+
+PARENT = "ISTHMUS_PARENT"
+"""Environment variable: a process id with which a job ends (Linux), so that none is left over."""
+
+LOG = "train.log"
+_WAIT = 0.3
+
+
+class JobError(IsthmusError):
+    """A training that ran beside others failed. What it said is in the message."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """``words`` are the arguments of ``isthmus``; ``needs`` the names of jobs that must be finished before."""
+
+    name: str
+    words: Sequence[str]
+    folder: Path
+    recipe: Recipe
+    needs: Sequence[str] = ()
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "model" / MANIFEST).is_file()
+
+    @property
+    def steps(self) -> int:
+        return sum(spec.stage.steps or 0 for spec in self.recipe.stages)
+
+    def done(self) -> int:
+        """Steps so far, by the folder."""
+        if self.finished:
+            return self.steps
+        stages = self.folder / "stages"
+        return sum(_steps_done(stages / spec.name, spec.stage.steps or 0) for spec in self.recipe.stages)
+
+
+def run_jobs(jobs: Sequence[Job], *, at_once: int, threads: int) -> None:
+    """Run all that are not finished, at most ``at_once`` at a time, ``threads`` each, with a bar for each.
+
+    Raises JobError as soon as one fails; the others are told to stop, save and end first, as they are by Ctrl-C.
+    """
+    waiting = [job for job in jobs if not job.finished]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    with _stopping(running), _bars(waiting) as bars:
+        while waiting or running:
+            for job in [j for j in waiting if _ready(j, jobs)][: at_once - len(running)]:
+                waiting.remove(job)
+                running[job.name] = _start(job, threads)
+            time.sleep(_WAIT)
+            for name, process in list(running.items()):
+                job = next(j for j in jobs if j.name == name)
+                bars.show(job)
+                if process.poll() is not None:
+                    del running[name]
+                    if process.returncode:
+                        raise JobError(f"{name}: {_last_words(job)}\nAll it said is in {job.folder / LOG}.")
+
+
+def end_with_parent() -> None:
+    """In a job: end (as by SIGTERM, saving first) when the process that started it is gone, however it ended."""
+    parent = os.environ.pop(PARENT, "")
+    if not parent or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):  # it was gone before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _ready(job: Job, jobs: Sequence[Job]) -> bool:
+    return all(other.finished for other in jobs if other.name in job.needs)
+
+
+def _start(job: Job, threads: int) -> "subprocess.Popen[bytes]":
+    job.folder.mkdir(parents=True, exist_ok=True)
+    share = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    with (job.folder / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", "from isthmus.cli import main; main()", *job.words],
+            env={**os.environ, **share, PARENT: str(os.getpid()), "COLUMNS": "100"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches it through us, once
+        )
+
+
+@contextmanager
+def _stopping(running: Mapping[str, "subprocess.Popen[bytes]"]) -> Iterator[None]:
+    """However this is left, no job is: each may save before it ends. SIGTERM is taken like Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+class _Bars:
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.tasks: dict[str, TaskID] = {}
+
+    def show(self, job: Job) -> None:
+        if job.name not in self.tasks:
+            self.tasks[job.name] = self.progress.add_task(job.name, total=job.steps, completed=job.done())
+        self.progress.update(self.tasks[job.name], completed=job.done())
+
+
+@contextmanager
+def _bars(jobs: Sequence[Job]) -> Iterator[_Bars]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(emoji=False)) as progress:
+        bars = _Bars(progress)
+        for job in jobs:
+            if not job.needs:
+                bars.show(job)
+        yield bars
+
+
+def _steps_done(stage: Path, steps: int) -> int:
+    if (stage / "trained").is_dir():
+        return steps
+    try:
+        with (stage / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return min(int(json.loads(line)["step"]), steps)
+        except (ValueError, KeyError, TypeError):  # a line that is being written, or tells something else
+            continue
+    return 0
+
+
+def _last_words(job: Job) -> str:
+    """The last paragraph of its log: the program's own message."""
+    told = (job.folder / LOG).read_text(encoding="utf-8", errors="replace").rstrip()
+    return told.rpartition("isthmus: ")[2] if "isthmus: " in told else "\n".join(told.splitlines()[-5:])

@@ -1,0 +1,96 @@
+"""Trainings side by side: order, stopping, what a failed one said; each by the program's own command."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from isthmus.model import load
+from isthmus.recipes.jobs import LOG, Job, JobError, run_jobs
+from isthmus.recipes.run import train
+from isthmus.recipes.schema import read_recipe
+from tests.miniature import tree
+
+
+def job(tmp_path, name, *, steps=3, needs=(), **changes):
+    values = tree(name)
+    values["parts"] = {part: str(tmp_path / "runs" / part) for part in needs}
+    for stage in values["stages"]:
+        stage |= {"steps": steps, **changes}
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    folder = tmp_path / "runs" / name
+    words = ["train", str(file), "--out", str(folder)]
+    return Job(name=name, words=words, folder=folder, recipe=read_recipe(file), needs=needs)
+
+
+def test_what_is_trained_beside_others_is_what_is_trained_alone(tmp_path):
+    jobs = [job(tmp_path, "clip"), job(tmp_path, "lm")]
+    run_jobs(jobs, at_once=2, threads=1)
+    assert all(j.finished and j.done() == j.steps == 3 for j in jobs)
+    train(jobs[0].recipe.model_copy(update={"threads": None}), tmp_path / "alone")
+    ours, alone = (load(f).net.state_dict() for f in (jobs[0].folder, tmp_path / "alone"))
+    assert all((ours[n] - alone[n]).abs().max() < 1e-4 for n in ours)  # of another number of threads
+    before = (jobs[0].folder / LOG).stat().st_mtime_ns
+    run_jobs(jobs, at_once=2, threads=1)
+    assert (jobs[0].folder / LOG).stat().st_mtime_ns == before
+
+
+def test_a_failure_stops_the_others_and_says_why(tmp_path):
+    slow = job(tmp_path, "lm", steps=100_000)
+    broken = job(tmp_path, "clip", data=[{"kind": "csv", "file": str(tmp_path / "none.csv")}])
+    with pytest.raises(JobError, match=r"^clip: .*none\.csv") as caught:
+        run_jobs([slow, broken], at_once=2, threads=1)
+    assert str(broken.folder / LOG) in str(caught.value)
+    assert not slow.finished
+    assert "Stopped by SIGTERM" in (slow.folder / LOG).read_text() or slow.done() == 0
+    assert (
+        b"isthmus.cli"
+        not in subprocess.run(["ps", "-o", "args", "--ppid", str(os.getpid())], capture_output=True).stdout
+    )
+
+
+def test_a_job_waits_for_what_it_needs(tmp_path):
+    clip, lm = job(tmp_path, "clip"), job(tmp_path, "lm", needs=())
+    llava = job(tmp_path, "llava")
+    needs = {"vision": str(clip.folder), "language": str(lm.folder)}
+    values = yaml.safe_load((tmp_path / "llava.yaml").read_text()) | {"parts": needs}
+    (tmp_path / "llava.yaml").write_text(yaml.safe_dump(values))
+    llava = Job(
+        name="llava",
+        words=llava.words,
+        folder=llava.folder,
+        recipe=read_recipe(tmp_path / "llava.yaml"),
+        needs=("clip", "lm"),
+    )
+    run_jobs([llava, clip, lm], at_once=3, threads=1)
+    assert llava.finished
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a job ends with its parent on Linux only")
+def test_no_job_outlives_a_parent_that_was_killed(tmp_path):
+    slow = job(tmp_path, "lm", steps=100_000)
+    code = (
+        "import sys; from pathlib import Path; from isthmus.recipes.jobs import Job, run_jobs; "
+        "from isthmus.recipes.schema import read_recipe; f = Path(sys.argv[1]); "
+        "j = Job(name='lm', words=sys.argv[2:], folder=f, recipe=read_recipe(sys.argv[3])); "
+        "run_jobs([j], at_once=1, threads=1)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(slow.folder), *slow.words], stdout=subprocess.DEVNULL)
+    try:
+        _until(lambda: slow.done() > 0)
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    _until(lambda: "Stopped by SIGTERM" in (slow.folder / LOG).read_text())
+
+
+def _until(happened, seconds=60):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.1)
