@@ -225,19 +225,22 @@ BLIP2S = {
 }
 
 
-@pytest.mark.parametrize("name", BLIP2S)
-def test_blip2_and_instructblip(name: str) -> None:
-    preset, text = BLIP2S[name]
-    instruct = name.startswith("instruct")
+def blip2_of_transformers(name: str, words: int) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The library's configuration and tensors of a published size, ``words`` rows in the Q-Former's word table."""
     build, kind = (
         (InstructBlipForConditionalGeneration, InstructBlipConfig)
-        if instruct
+        if name.startswith("instruct")
         else (Blip2ForConditionalGeneration, Blip2Config)
     )
-    qformer = {**tower(768, 12, 12), "cross_attention_frequency": 2, "encoder_hidden_size": 1408}
-    qformer["vocab_size"] = 30523 if instruct else 30522
-    config = kind(vision_config=_G, qformer_config=qformer, text_config=text, num_query_tokens=32)
-    theirs = on_meta(build, config)
+    qformer = {**tower(768, 12, 12), "cross_attention_frequency": 2, "encoder_hidden_size": 1408, "vocab_size": words}
+    config = kind(vision_config=_G, qformer_config=qformer, text_config=BLIP2S[name][1], num_query_tokens=32)
+    return config, on_meta(build, config)
+
+
+@pytest.mark.parametrize("name", BLIP2S)
+def test_blip2_and_instructblip(name: str) -> None:
+    preset, _ = BLIP2S[name]
+    config, theirs = blip2_of_transformers(name, 30523 if name.startswith("instruct") else 30522)
     want = on_meta(Blip2, preset())
     read = blip2_from_hf(theirs)
     assert shapes(read) == shapes(want)

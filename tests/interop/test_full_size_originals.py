@@ -8,16 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    InstructBlipConfig,
-    InstructBlipForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, LlamaConfig, LlamaForCausalLM
 
 from isthmus.interop.lavis import from_lavis, to_lavis
 from isthmus.interop.open_flamingo import trained_from_open_flamingo
@@ -27,7 +18,7 @@ from isthmus.models.blip2 import Blip2
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.models.llava import Llava, LlavaConfig
 from isthmus.nn.vit import VisionConfig
-from tests.interop.test_full_size import _G, BLIP2S, on_meta, shapes, tower
+from tests.interop.test_full_size import BLIP2S, blip2_of_transformers, on_meta, shapes, tower
 
 State = dict[str, torch.Tensor]
 
@@ -129,14 +120,7 @@ def lavis_names(theirs: State, kind: str) -> State:
 @pytest.mark.parametrize("name", BLIP2S)
 def test_lavis(name: str) -> None:
     preset, text = BLIP2S[name]
-    instruct = name.startswith("instruct")
-    build, kind = (
-        (InstructBlipForConditionalGeneration, InstructBlipConfig)
-        if instruct
-        else (Blip2ForConditionalGeneration, Blip2Config)
-    )
-    qformer = {**tower(768, 12, 12), "cross_attention_frequency": 2, "encoder_hidden_size": 1408, "vocab_size": 30523}
-    theirs = on_meta(build, kind(vision_config=_G, qformer_config=qformer, text_config=text, num_query_tokens=32))
+    _, theirs = blip2_of_transformers(name, 30523)
     state, want = lavis_names(theirs, text["model_type"]), on_meta(Blip2, preset())
     assert shapes(from_lavis(state, want, text["model_type"])) == shapes(want)
     assert shapes(to_lavis(_without_key_bias(want), text["model_type"])) == shapes(state)

@@ -153,19 +153,14 @@ def _encoder(path: Path, state: dict[str, Tensor], given: "Given") -> tuple[_Enc
 def _eva(state: Mapping[str, Tensor]) -> VisionConfig:
     _, places, width = state[f"{_VISION}pos_embed"].shape
     patch = state[f"{_VISION}patch_embed.proj.weight"].shape[-1]
-    return VisionConfig(
+    return replace(
+        VisionConfig.eva_g_14(),
         image_size=math.isqrt(places - 1) * patch,
         patch_size=patch,
         width=width,
         layers=_depth(state, f"{_VISION}blocks."),
         heads=max(1, width // _EVA_HEAD),
         mlp_width=len(state[f"{_VISION}blocks.0.mlp.fc1.weight"]),
-        activation="gelu",
-        eps=1e-6,
-        pre_norm=False,
-        patch_bias=True,
-        post_norm="none",
-        pool="none",
     )
 
 
