@@ -51,7 +51,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Open the browser page at the end.")] = True,
     jobs: Annotated[
-        int | None, typer.Option(help="Trainings at a time, which share the cores (default: one per core, at most 3).")
+        int | None, typer.Option(help="Trainings at a time, which share the cores (default: 3; 1 on one core).")
     ] = None,
 ) -> None:
     """The whole story on the embedded scenes: train all five models, score them, show them."""

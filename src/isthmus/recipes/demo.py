@@ -34,8 +34,8 @@ STORY = {
     "blip2": "blip2-tiny",
     "llava": "llava-tiny",
 }
-_MOST_JOBS = 3
-"""As many of the models can be trained at the same time."""
+_AT_ONCE = 3
+"""As many of the models can be trained at the same time. Three that share two cores leave none idle at the end."""
 _TITLE = "isthmus: from pictures and words to answers"
 _SUMMARY = (
     "Small pictures of coloured solids, drawn from a seed. CLIP learns to match pictures with captions, a language "
@@ -49,11 +49,11 @@ _SUMMARY = (
 def run_demo(out: Path, *, seed: int = 0, serve: bool = True, jobs: int | None = None) -> None:
     """Train, score and show everything; ``serve`` opens the report in a browser when a person is watching.
 
-    ``jobs`` trainings at a time share the cores (left out: one per core, at most three; 1 trains in this process).
+    ``jobs`` trainings at a time share the cores (left out: three, or on a single core one); 1 trains in this process.
     """
     console = Console()
     cores = usable_cores()
-    jobs = min(cores, _MOST_JOBS) if jobs is None else jobs
+    jobs = (_AT_ONCE if cores > 1 else 1) if jobs is None else jobs
     if jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, not {jobs}.")
     if jobs > 1:
