@@ -170,3 +170,11 @@ def test_controls_of_clips():
         source("clip_questions", control="frame-7")[0]
     with pytest.raises(ConfigError, match="at least two frames"):
         source("clips", frames=1)[0]
+
+
+def test_clips_can_keep_to_one_kind_of_event():
+    moved = source("clip_questions", kinds=["moved"])
+    assert {moved[i].meta["kind"] for i in range(9)} == {"moved"}
+    assert {source("clip_questions")[i].meta["kind"] for i in range(9)} == {"moved", "appeared", "vanished"}
+    with pytest.raises(ConfigError, match="no kind 'colour'"):
+        source("clips", kinds=["colour"])

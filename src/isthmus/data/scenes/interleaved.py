@@ -17,6 +17,7 @@ from isthmus.data.scenes.scene import COLOURS, HELD_OUT, RADIUS, SHAPES, SIZES, 
 from isthmus.errors import ConfigError
 
 ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES}
+CLIP_KINDS = ("moved", "appeared", "vanished")
 VALUES_PER_LESSON = 4
 CONTROLS = ("", "permuted", "shuffled", "frame-N")
 """Of lessons: ``permuted`` shuffles the examples' words. Of clips: ``shuffled`` frames, or only frame number N."""
@@ -157,14 +158,23 @@ class Clip:
     kind: str
 
 
-def make_clip(dice: Dice, *, split: Split, seed: int, number: int, frames: int, control: str = "") -> Clip:
-    """A solid moves one of four ways, or a second solid comes or goes halfway; which of the three goes by ``number``.
+def make_clip(
+    dice: Dice,
+    *,
+    split: Split,
+    seed: int,
+    number: int,
+    frames: int,
+    kinds: Sequence[str] = CLIP_KINDS,
+    control: str = "",
+) -> Clip:
+    """A solid moves one of four ways, or a second solid comes or goes halfway; which of ``kinds`` goes by ``number``.
 
     Raises ConfigError for a clip of fewer than two frames or a control that clips do not have.
     """
     if frames < 2:
         raise ConfigError(f"a clip needs at least two frames, not {frames}")
-    kind = ("moved", "appeared", "vanished")[number % 3]
+    kind = kinds[number % len(kinds)]
     solids, told, answer = _move(dice, split, frames) if kind == "moved" else _come_or_go(dice, split, frames, kind)
     scenes = [Scene(seed, split, number, s) for s in solids]
     question = {"moved": "which way did it move?", "appeared": "what appeared?", "vanished": "what vanished?"}[kind]

@@ -32,6 +32,7 @@ from isthmus.data.scenes.facts import facts
 from isthmus.data.scenes.few_shot import echo, few_shot
 from isthmus.data.scenes.interleaved import (
     ATTRIBUTES,
+    CLIP_KINDS,
     Clip,
     Lesson,
     clip_part,
@@ -79,9 +80,9 @@ class SceneSource:
     ``control`` spoils them on purpose, see :data:`isthmus.data.scenes.interleaved.CONTROLS`.
 
     ``turns`` is the number of question-answer turns in conversations and symbols, ``kinds`` the kinds of question asked
-    in any form, or the attributes (colour, shape) that lessons are about (none given: all). ``distinct`` skips scenes
-    that no caption could tell from an earlier one (for retrieval tests). Raises ConfigError for an unknown form, split
-    or kind.
+    in any form, the attributes (colour, shape) that lessons are about, or what happens in clips (none given: all).
+    ``distinct`` skips scenes that no caption could tell from an earlier one (for retrieval tests). Raises ConfigError
+    for an unknown form, split or kind.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class SceneSource:
             raise ConfigError(f"scenes have no form {form!r}; {nearest(form, FORMS)}")
         if split not in SPLITS:
             raise ConfigError(f"scenes have no split {split!r}; {nearest(split, SPLITS)}")
-        known = tuple(sorted(ATTRIBUTES)) if form in ("lessons", "lesson_texts") else KINDS
+        known = _known_kinds(form)
         kinds = known if kinds is None else tuple(kinds)
         for kind in kinds:
             if kind not in known:
@@ -270,10 +271,22 @@ class SceneSource:
 
     def _clip(self, number: int, dice: Dice, role: Role) -> tuple[Clip, Video]:
         clip = make_clip(
-            dice, split=self.split, seed=self.seed, number=number, frames=self.frames, control=self.control
+            dice,
+            split=self.split,
+            seed=self.seed,
+            number=number,
+            frames=self.frames,
+            kinds=self.kinds,
+            control=self.control,
         )
         name = f"clip/{self.split}/{self.seed}/{number}/{self.frames}"
         return clip, clip_part(clip, name=name, side=self.size, control=self.control, role=role)
+
+
+def _known_kinds(form: Form) -> tuple[str, ...]:
+    if form in ("lessons", "lesson_texts"):
+        return tuple(sorted(ATTRIBUTES))
+    return CLIP_KINDS if form in ("clips", "clip_questions") else KINDS
 
 
 def _distinct(seed: int, split: Split, count: int) -> list[int]:
