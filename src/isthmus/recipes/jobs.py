@@ -88,9 +88,15 @@ def end_with_parent() -> None:
         return
     import ctypes
 
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(parent):  # it was gone before
-        os.kill(os.getpid(), signal.SIGTERM)
+    def look(*_: object) -> None:
+        if os.getppid() != int(parent):
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # Linux signals the end of each of the parent's threads, and a second SIGTERM would end us without saving.
+    signal.signal(signal.SIGUSR1, look)
+    ctypes.CDLL(None).prctl(1, signal.SIGUSR1)  # PR_SET_PDEATHSIG
+    look()
 
 
 def _ready(job: Job, jobs: Sequence[Job]) -> bool:
