@@ -33,6 +33,7 @@ def test_the_whole_story(out, capsys):
     demo.run_demo(out, seed=3, serve=False, jobs=2)
     said = capsys.readouterr().out
     assert f"isthmus chat {out / 'llava'}" in " ".join(said.split())
+    assert said.index("lm is trained") < said.index("blip2 begins") < said.index("blip2 is trained")
     facts = json.loads((out / "results.json").read_text())
     assert facts["seed"] == 3
     assert {"accuracy", "blind", "shuffled", "prior", "gain"} <= facts["models"]["llava"].keys()

@@ -71,6 +71,13 @@ def test_a_job_waits_for_what_it_needs(tmp_path):
     assert llava.finished
 
 
+def test_a_need_that_nobody_meets_is_named(tmp_path):
+    lonely = job(tmp_path, "lm", needs=())
+    lonely = Job(name="lm", words=lonely.words, folder=lonely.folder, recipe=lonely.recipe, needs=("tokens",))
+    with pytest.raises(JobError, match="lm waits for tokens"):
+        run_jobs([lonely], at_once=2, threads=1)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a job ends with its parent on Linux only")
 def test_no_job_outlives_a_parent_that_was_killed(tmp_path):
     slow = job(tmp_path, "lm", steps=100_000)

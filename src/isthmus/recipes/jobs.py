@@ -70,7 +70,10 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, threads: int) -> None:
         while waiting or running:
             for job in [j for j in waiting if _ready(j, jobs)][: at_once - len(running)]:
                 waiting.remove(job)
+                bars.tell(f"{job.name} begins; what it says goes to {job.folder / LOG}")
                 running[job.name] = _start(job, threads)
+            if not running:
+                raise JobError(f"{waiting[0].name} waits for {', '.join(waiting[0].needs)}, and nobody makes that.")
             time.sleep(_WAIT)
             for name, process in list(running.items()):
                 job = next(j for j in jobs if j.name == name)
@@ -79,6 +82,7 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, threads: int) -> None:
                     del running[name]
                     if process.returncode:
                         raise JobError(f"{name}: {_last_words(job)}\nAll it said is in {job.folder / LOG}.")
+                    bars.tell(f"{name} is trained: {job.folder}")
 
 
 def end_with_parent() -> None:
@@ -139,6 +143,10 @@ class _Bars:
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.tasks: dict[str, TaskID] = {}
+
+    def tell(self, what: str) -> None:
+        """A line above the bars, or all there is where nobody watches."""
+        self.progress.console.print(what, highlight=False, soft_wrap=True)
 
     def show(self, job: Job) -> None:
         if job.name not in self.tasks:
