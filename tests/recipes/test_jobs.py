@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -71,11 +72,11 @@ def test_a_job_waits_for_what_it_needs(tmp_path):
     assert llava.finished
 
 
-def test_a_need_that_nobody_meets_is_named(tmp_path):
-    lonely = job(tmp_path, "lm", needs=())
-    lonely = Job(name="lm", words=lonely.words, folder=lonely.folder, recipe=lonely.recipe, needs=("tokens",))
-    with pytest.raises(JobError, match="lm waits for tokens"):
-        run_jobs([lonely], at_once=2, threads=1)
+def test_jobs_that_wait_for_each_other_are_named(tmp_path):
+    one, other = job(tmp_path, "clip"), job(tmp_path, "lm")
+    circle = [replace(one, needs=("lm",)), replace(other, needs=("clip",))]
+    with pytest.raises(JobError, match="clip waits for lm"):
+        run_jobs(circle, at_once=2, threads=1)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a job ends with its parent on Linux only")
