@@ -83,7 +83,9 @@ class Model:
 
     def _need(self, capability: str) -> None:
         if capability not in self.capabilities:
-            raise CapabilityError(f"A {self.kind} model cannot {capability}; it can: {', '.join(self.capabilities)}.")
+            article = "An" if self.kind[0] in "aeio" else "A"
+            can = ", ".join(self.capabilities)
+            raise CapabilityError(f"{article} {self.kind} model cannot {capability}; it can: {can}.")
 
     # Text out: captions, answers, conversations
 

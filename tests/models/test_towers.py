@@ -87,7 +87,7 @@ def test_what_a_tower_cannot_do_is_named():
         (text, lambda m: m.vision_features([])),
         (text, lambda m: m.answer(None, "what?")),
     ):
-        with pytest.raises(CapabilityError, match=f"A {model.kind} model cannot"):
+        with pytest.raises(CapabilityError, match=f"An? {model.kind} model cannot"):
             ask(model)
     with pytest.raises(CapabilityError, match="no tokenizer"):
         _ = image.processor.tokenizer
