@@ -23,7 +23,6 @@ from tests.data.helpers import assistant, byte_level, picture, user
 TOKENIZER = byte_level()
 PROCESSOR = SpliceProcessor(TOKENIZER, ImageTransform.clip(8), num_tokens=4, template="vicuna_bare", max_length=256)
 TEXT = TextProcessor(TOKENIZER, max_length=256)
-TEXT_TURNS = TextProcessor(TOKENIZER, template="vicuna_bare", max_length=256)
 
 
 class Listed:
@@ -134,21 +133,6 @@ def test_token_budget_holds_and_lengths_are_grouped():
     assert real / padded > 0.95
     alone = Loader(texts(3), TEXT, batch_tokens=2, prefetch=0)
     assert [len(b) for step in one_epoch(alone) for b in step] == [1, 1, 1]
-
-
-def test_answers_of_other_lengths_meet_in_a_batch():
-    """Sorted by exact length a batch would hold one answer only, and tell it; far longer samples still stand apart."""
-    short = [Record(f"s{i}", (user("which way?"), assistant("yes " * (1 + i % 3))), "s") for i in range(600)]
-    far = [Record(f"l{i}", (user("which way? " * 12), assistant("yes")), "l") for i in range(200)]
-    loader = Loader(Listed(short + far), TEXT_TURNS, batch_size=20, prefetch=0)
-    answers = {f"s{i}": 1 + i % 3 for i in range(600)}
-    mixed = apart = 0
-    for (batch,) in one_epoch(loader):
-        kinds = Counter(answers.get(name) for name in batch.ids)
-        apart += len(kinds) == 1 and None in kinds
-        mixed += None not in kinds and max(kinds.values()) <= 14
-    assert mixed >= 25  # of 30
-    assert apart >= 8  # of 10
 
 
 def test_planning_decodes_no_picture():

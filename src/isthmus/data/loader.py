@@ -25,9 +25,6 @@ from isthmus.errors import ConfigError, DataError
 _WINDOW_BATCHES = 32
 _WINDOW_ROWS = 2048
 """Rows sorted by length together when batches are cut by tokens; batches of rows take 32 batches at a time."""
-_BLUR = 12
-"""Batches of rows go by lengths that are off by up to so many tokens, drawn for each. By exact lengths all answers of
-two tokens would meet in one batch and those of one token in another, and training would swing between the two."""
 
 T = TypeVar("T")
 
@@ -134,12 +131,11 @@ class Loader:
 
     def _cut(self, rows: list[tuple[int, Visit]]) -> list[list[tuple[int, Visit]]]:
         """Full batches, longest rows first, then the rest that does not fill one (maybe empty)."""
+        rows = sorted(rows, key=lambda row: -row[0])  # stable: equal lengths stay in the epoch's order
         if self.batch_size is not None:
-            rows = sorted(rows, key=lambda row: -(row[0] + key(self.seed, "blur", *row[1]) % (_BLUR + 1)))
             end = len(rows) // self.batch_size * self.batch_size
             return [*_chunks(rows[:end], self.batch_size), rows[end:]]
         assert self.batch_tokens is not None  # checked when built
-        rows = sorted(rows, key=lambda row: -row[0])  # stable: equal lengths stay in the epoch's order
         batches: list[list[tuple[int, Visit]]] = [[]]
         longest = 0
         for row in rows:
