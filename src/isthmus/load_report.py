@@ -40,6 +40,9 @@ class LoadReport:
         return "\n".join(lines)
 
 
+DERIVED = "made anew by everybody who reads it"
+"""Why a tensor that follows from the configuration, such as position ids, is not used."""
+
 Place = tuple[int, int]
 """Address and count of numbers: a joint matrix and its first part begin at the same address."""
 

@@ -71,7 +71,8 @@ class Model:
     @property
     def capabilities(self) -> tuple[str, ...]:
         """What this model can do; a net whose abilities depend on its configuration tells them itself."""
-        return getattr(self.net, "capabilities", None) or _CAPABILITIES[self.kind]
+        own = getattr(self.net, "capabilities", None)
+        return _CAPABILITIES[self.kind] if own is None else own
 
     @property
     def device(self) -> torch.device:
@@ -83,9 +84,8 @@ class Model:
 
     def _need(self, capability: str) -> None:
         if capability not in self.capabilities:
-            article = "An" if self.kind[0] in "aeio" else "A"
-            can = ", ".join(self.capabilities)
-            raise CapabilityError(f"{article} {self.kind} model cannot {capability}; it can: {can}.")
+            can = ", ".join(self.capabilities) or "serve as a part of other models"
+            raise CapabilityError(f"This {self.kind} model cannot {capability}; it can: {can}.")
 
     # Text out: captions, answers, conversations
 
@@ -437,8 +437,9 @@ def _own(folder: Path, config: Mapping[str, Any]) -> Model:
 def _foreign(path: Path, config: Mapping[str, Any] | None, given: Mapping[str, Any]) -> tuple[Any, Processor, Any]:
     """Another code base's file or folder."""
     from isthmus.interop import folders, origins
+    from isthmus.interop.given import Given
 
-    named = origins.Given(open=load, **given)
+    named = Given(open=load, **given)
     if path.is_file():
         return origins.open_file(path, named)
     if config is not None and "mm_vision_tower" in config:

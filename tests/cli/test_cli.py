@@ -148,7 +148,7 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(monkeypatch, capsys, tmp_pat
         (["chat", "STORY/llava", "--image", "cut.png", "what?"], "cut.png is truncated or damaged"),
         (["chat", "STORY/llava", "--image", "text.png", "what?"], "text.png is not a picture of the formats JPEG, PNG"),
         (["chat", "STORY/lm", "--image", "cut.png", "what?"], "A lm model reads only text; leave --image out"),
-        (["chat", "STORY/clip"], "A clip model cannot chat; it can: embed_images"),
+        (["chat", "STORY/clip"], "This clip model cannot chat; it can: embed_images"),
         (["chat", "STORY/llava", "--max-new-tokens", "0", "what?"], "max_new_tokens is 0"),
         (["show", "STORY/llava", "seed=1"], "key=value changes recipes only"),
         (["eval", "STORY/clip", "--task", "vqa"], "names no vqa task of its own"),
@@ -157,7 +157,7 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(monkeypatch, capsys, tmp_pat
         (["eval", "STORY/clip", "--data", "d.yaml", "--set", "count=["], "is not valid YAML"),
         (["eval", "STORY/clip", "--data", "d.yaml", "--task", "retreival"], "did you mean 'retrieval'?"),
         (["eval", "STORY/clip", "--data", "d.yaml", "--set", "task.prefx=a"], "has no option 'prefx'"),
-        (["eval", "STORY/llava", "--data", "d.yaml", "--task", "retrieval"], "A llava model cannot embed_images"),
+        (["eval", "STORY/llava", "--data", "d.yaml", "--task", "retrieval"], "This llava model cannot embed_images"),
         (["eval", "STORY"], "is not a model folder: it has no config.json"),
     ],
 )

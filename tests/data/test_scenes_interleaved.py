@@ -97,6 +97,14 @@ def test_examples_in_words_stand_before_those_with_pictures():
         ]
 
 
+@pytest.mark.parametrize(
+    "options", [{"shots": 4, "told": 5}, {"told": 5}, {"shots": 4, "told": -1}, {"form": "lesson_texts", "told": 2}]
+)
+def test_more_examples_in_words_than_there_are_is_refused(options):
+    with pytest.raises(ConfigError, match=r"told=-?\d is for lessons, and at most their 4 shots"):
+        source(options.pop("form", "lessons"), **options)
+
+
 def test_the_examples_of_a_text_end_alike_in_one_of_several_ways():
     """A tiny LM that has met one form alone counts tokens, and breaks with the first new one among them."""
     ends = set()

@@ -186,6 +186,9 @@ def test_questions_that_match_an_expression_are_kept(tmp_path):
     assert said(whole[0]) == said(sure[0])
     with pytest.raises(ConfigError, match="no question matches 'nobody'"):
         shards(tmp_path, matching="nobody", limit=1)
+    write(tmp_path / "a.jsonl", '{"text": "x"}')
+    with pytest.raises(DataError, match="matching chooses among the questions of a list, and the sample has 'text'"):
+        open_source({"kind": "jsonl", "file": "a.jsonl", "matching": "x"}, data_root=tmp_path)[0]
 
 
 def test_captions_classes_and_side_files(tmp_path):

@@ -7,8 +7,9 @@ from safetensors.torch import save_file
 
 import isthmus
 from isthmus.data.record import Record, Text
-from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError
-from isthmus.models.towers import ImageEncoderConfig
+from isthmus.errors import CapabilityError, CheckpointError, DataError
+from isthmus.model import Model
+from isthmus.models.towers import ImageEncoder, ImageEncoderConfig
 from isthmus.nn.vit import VisionConfig
 from isthmus.testing import probe
 from tests.interop import tiny_models
@@ -87,7 +88,7 @@ def test_what_a_tower_cannot_do_is_named():
         (text, lambda m: m.vision_features([])),
         (text, lambda m: m.answer(None, "what?")),
     ):
-        with pytest.raises(CapabilityError, match=f"An? {model.kind} model cannot"):
+        with pytest.raises(CapabilityError, match=f"This {model.kind} model cannot"):
             ask(model)
     with pytest.raises(CapabilityError, match="no tokenizer"):
         _ = image.processor.tokenizer
@@ -96,8 +97,9 @@ def test_what_a_tower_cannot_do_is_named():
     with pytest.raises(DataError, match="one text and no picture"):
         text.processor.example(Record("a", ()))
     sizes = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "heads": 2, "mlp_width": 32}
-    with pytest.raises(ConfigError, match="one vector per picture"):
-        ImageEncoderConfig(vision=VisionConfig.siglip(**sizes, pool="none"))
+    part = ImageEncoder(ImageEncoderConfig(vision=VisionConfig.siglip(**sizes, pool="none")))
+    with pytest.raises(CapabilityError, match="it can: serve as a part of other models"):
+        Model(part, image.processor).vision_features([])
 
 
 def test_a_tower_with_a_tensor_too_many_is_refused(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 from isthmus.allocator import keep_freed_memory
 from isthmus.cli.app import app
 from isthmus.errors import IsthmusError, IsthmusWarning
+from isthmus.lifeline import end_with_parent
 
 # Speak to no hub unless the user has said otherwise: every default is offline.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,10 +24,7 @@ EXIT_USER, EXIT_INTERRUPTED = 2, 130
 def main() -> None:
     """Run the program; an error a user can mend is one paragraph and exit code 2, never a traceback."""
     keep_freed_memory()
-    if os.environ.get("ISTHMUS_PARENT"):
-        from isthmus.recipes.jobs import end_with_parent
-
-        end_with_parent()
+    end_with_parent()
     with warnings.catch_warnings():
         warnings.showwarning = partial(_warn, warnings.showwarning)
         _run()

@@ -264,11 +264,12 @@ class _Line:
             chunk.spans.append((start, len(chunk.text)))
 
     def place(self, image: Image) -> None:
-        end = (self.processor.end_id, False)
-        around = self.processor.around
-        if around and self.pieces[-1:] not in ([end], [(self.processor.end_id, True)]):
-            self.pieces.append(end)
-        self.pieces += [image, end] if around else [image]
+        if not self.processor.around:
+            self.pieces.append(image)
+            return
+        end = self.processor.end_id
+        ended = bool(self.pieces) and isinstance(last := self.pieces[-1], tuple) and last[0] == end
+        self.pieces += [*([] if ended else [(end, False)]), image, (end, False)]
 
     def token(self, token: int, learn: bool) -> None:
         self.pieces.append((token, learn))

@@ -86,7 +86,7 @@ def from_theirs(
     ]
     if problems:
         raise CheckpointError(f"the weights do not fit {what}. " + ". ".join(problems) + ".")
-    load_report.ignored(sorted(set(state) - known), "made anew by everybody who reads it")
+    load_report.ignored(sorted(set(state) - known), load_report.DERIVED)
     return {name: value for entry in entries for name, value in entry.decode(state[entry.theirs])}
 
 

@@ -66,7 +66,7 @@ def from_hf(state: Mapping[str, Tensor], where: str = "the checkpoint") -> dict[
     for name, tensor in state.items():
         name = name.removeprefix("model.")
         if name.endswith("position_ids"):
-            load_report.ignored([name], "made anew by everybody who reads it")
+            load_report.ignored([name], load_report.DERIVED)
             continue
         joint = re.fullmatch(r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv\.(weight|bias)", name)
         if joint:

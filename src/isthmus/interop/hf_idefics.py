@@ -17,6 +17,7 @@ from isthmus.interop.archives import read_state
 from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
 from isthmus.interop.export import must
 from isthmus.interop.hf_clip import vision_config_from_hf, vision_config_to_hf, vision_from_hf, vision_to_hf
+from isthmus.interop.hf_llava import part_of
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
@@ -29,7 +30,6 @@ _ROWS = {
 }
 _DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 _WHO = "IdeficsForVisionText2Text"
-_ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj"}
 
 
 def idefics_config_from_hf(raw: Mapping[str, Any]) -> FlamingoConfig:
@@ -140,7 +140,7 @@ def idefics_from_hf(state: Mapping[str, Tensor], config: FlamingoConfig) -> dict
 
 def idefics_to_hf(state: Mapping[str, Tensor], config: FlamingoConfig) -> dict[str, Tensor]:
     """Their state dict."""
-    vision = {n.removeprefix("vision."): t for n, t in state.items() if n.startswith("vision.")}
+    vision = part_of(state, "vision.")
     rest = {n: t for n, t in state.items() if not n.startswith("vision.")}
     theirs = to_theirs(_entries(config, {n: t.shape for n, t in rest.items()}), rest)
     if config.xattn.gate == "vector":
@@ -173,8 +173,7 @@ def _resampler(config: ResamplerConfig) -> list[Entry]:
         a, b, ours = f"{_RESAMPLER}blocks.{i}.0", f"{_RESAMPLER}blocks.{i}.1", f"connector.layers.{i}"
         rows += same(f"{a}.context_layer_norm", f"{ours}.media_norm")
         rows += same(f"{a}.latents_layer_norm", f"{ours}.latent_norm")
-        for theirs, own in {**_ATTENTION, "output_proj": "out_proj"}.items():
-            rows += same(f"{a}.{theirs}", f"{ours}.attn.{own}", "weight")
+        rows += _projections(f"{a}.", f"{ours}.attn", "output_proj")
         if config.qk_norm:
             rows += same(f"{a}.q_layer_norm", f"{ours}.attn.q_norm") + same(f"{a}.k_layer_norm", f"{ours}.attn.k_norm")
         rows += same(f"{b}.ln", f"{ours}.mlp_norm")
@@ -189,11 +188,16 @@ def _block(config: GatedConfig, theirs: str, ours: str) -> list[Entry]:
         *same(f"{theirs}.input_layernorm", f"{ours}.attn_norm", "weight"),
         *same(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", "weight"),
     ]
-    for part, own in {**_ATTENTION, "o_proj": "out_proj"}.items():
-        rows += same(f"{theirs}.cross_attn.{part}", f"{ours}.attn.{own}", "weight")
+    rows += _projections(f"{theirs}.cross_attn.", f"{ours}.attn", "o_proj")
     if config.qk_norm:
         for part in "qk":
             rows += same(f"{theirs}.cross_attn.{part}_layer_norm", f"{ours}.attn.{part}_norm", "weight")
     for part in ("gate", "up", "down"):
         rows += same(f"{theirs}.mlp.{part}_proj", f"{ours}.mlp.{part}", "weight")
     return rows
+
+
+def _projections(theirs: str, ours: str, last: str) -> list[Entry]:
+    """Queries, keys and values have one name; that of what comes out is ``last`` there."""
+    names = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", last: "out_proj"}
+    return [row for name, own in names.items() for row in same(f"{theirs}{name}", f"{ours}.{own}", "weight")]

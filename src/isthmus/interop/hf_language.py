@@ -78,7 +78,7 @@ def match_keys(lm: Any, stored: Mapping[str, Tensor], *, where: str) -> dict[str
         if key in expected:
             state[key] = tensor
         elif any(re.search(pattern, name) for pattern in derived):
-            load_report.ignored([name], "made anew by everybody who reads it")
+            load_report.ignored([name], load_report.DERIVED)
         else:
             left_over.append(name)
     by_parameter = {id(expected[key]): tensor for key, tensor in state.items()}

@@ -21,6 +21,7 @@ from isthmus.interop.hf_clip import (
     vision_from_hf,
     vision_to_hf,
 )
+from isthmus.interop.hf_llava import part_of
 from isthmus.models.towers import ImageEncoderConfig, TextEncoderConfig
 
 _SIGLIP_HEADS = ("head.", "text_model.head.")
@@ -60,7 +61,7 @@ def image_encoder_to_hf(
     clip = described["model_type"] == "clip_vision_model"
     must(clip or config.embed_dim is None, "embed_dim", config.embed_dim, _WHO, "none for SigLIP's image tower")
     name = f"{'CLIP' if clip else 'Siglip'}VisionModel{'' if config.embed_dim is None else 'WithProjection'}"
-    weights = vision_to_hf(_of("vision.", state), config.vision, prefix="vision_model.")
+    weights = vision_to_hf(part_of(state, "vision."), config.vision, prefix="vision_model.")
     if config.embed_dim is not None:
         weights["visual_projection.weight"] = state["projection.weight"]
         described["projection_dim"] = config.embed_dim
@@ -74,12 +75,8 @@ def text_encoder_to_hf(
     clip, described = config.text.causal, text_config_to_hf(config.text)
     must(config.projection_bias != clip, "projection_bias", config.projection_bias, _WHO, f"{not clip} for this tower")
     name = f"{'CLIP' if clip else 'Siglip'}TextModel{'WithProjection' if clip and config.embed_dim else ''}"
-    weights = text_to_hf(_of("text.", state), config.text, prefix="text_model.")
+    weights = text_to_hf(part_of(state, "text."), config.text, prefix="text_model.")
     head = "text_projection." if clip else "text_model.head."
-    weights |= {f"{head}{leaf}": tensor for leaf, tensor in _of("projection.", state).items()}
+    weights |= {f"{head}{leaf}": tensor for leaf, tensor in part_of(state, "projection.").items()}
     described["projection_dim" if clip else "projection_size"] = config.embed_dim or config.text.width
     return {"architectures": [name], **described}, weights
-
-
-def _of(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

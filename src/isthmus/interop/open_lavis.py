@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +24,14 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_archive, tensors_of
 from isthmus.interop.entries import Entry, same
 from isthmus.interop.folders import published_prompts
-from isthmus.interop.hf_language import read_language_folder, read_seq2seq_folder
+from isthmus.interop.given import Given, Opened
+from isthmus.interop.hf_language import read_seq2seq_folder
 from isthmus.interop.lavis import LM, from_lavis
 from isthmus.interop.openai import blocks
 from isthmus.language_seq2seq import T5_LIKE
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.vit import VisionConfig, VisionTransformer
-
-if TYPE_CHECKING:
-    from isthmus.interop.origins import Given, Opened
 
 _VISION, _LAYER = "visual_encoder.", "Qformer.bert.encoder.layer."
 _HEAD, _EVA_HEAD = 64, 88
@@ -49,7 +47,7 @@ class _Encoder:
     state: Mapping[str, Tensor]
 
 
-def open_lavis(path: Path, state: dict[str, Tensor], given: "Given") -> "Opened":
+def open_lavis(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     """Net, processor and forbidden ids. Raises CheckpointError: a tensor that is missing or left over, or a part that
     must be given: ``vision``, ``language``, or BERT's ``tokenizer``."""
     kind = next((kind for kind, (projection, _) in LM.items() if f"{projection}weight" in state), None)
@@ -81,7 +79,7 @@ def open_lavis(path: Path, state: dict[str, Tensor], given: "Given") -> "Opened"
     return net, published_prompts(net, language[2], image, words), ()
 
 
-def _beside(path: Path, name: str, given: "Given") -> Path:
+def _beside(path: Path, name: str, given: Given) -> Path:
     """Where BERT's tokenizer is: as given, else beside the file."""
     folder = path.parent / name
     if given.tokenizer is None and not any((folder / file).is_file() for file in ("vocab.txt", "tokenizer.json")):
@@ -115,23 +113,25 @@ def _qformer(state: Mapping[str, Tensor], vision_width: int) -> QFormerConfig:
     )
 
 
-def _language(folder: str | Path, given: "Given") -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer]:
-    """Configuration, weights under our names and tokenizer of the frozen LM."""
-    folder = Path(folder)
+def _language(path: str | Path, given: Given) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer]:
+    """Configuration, weights under our names and tokenizer of the frozen LM; a T5 by itself is no model here."""
+    folder = Path(path)
     raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if "model_type" in raw:
+    if raw.get("model_type") in T5_LIKE:
         with load_report.accounting():
-            config, state = (read_seq2seq_folder if raw["model_type"] in T5_LIKE else read_language_folder)(folder)
+            config, state = read_seq2seq_folder(folder)
+        tokenizer = Tokenizer.load(folder)
     else:
         model = given.open(folder)
         config, state = plain(model.net.config)["language"], model.net.language.lm.state_dict()
-    return config, {f"language.lm.{name}": tensor for name, tensor in state.items()}, Tokenizer.load(folder)
+        tokenizer = model.processor.tokenizer
+    return config, {f"language.lm.{name}": tensor for name, tensor in state.items()}, tokenizer
 
 
 # The encoder.
 
 
-def _encoder(path: Path, state: dict[str, Tensor], given: "Given") -> tuple[_Encoder, dict[str, Tensor]]:
+def _encoder(path: Path, state: dict[str, Tensor], given: Given) -> tuple[_Encoder, dict[str, Tensor]]:
     """The file's own encoder, or the one given; and the file without what is read here."""
     if f"{_VISION}pos_embed" in state:
         return _Encoder(_eva(state), {}), state
@@ -144,9 +144,7 @@ def _encoder(path: Path, state: dict[str, Tensor], given: "Given") -> tuple[_Enc
             raw = read_archive(source)
         weights = tensors_of(raw.get("module", raw.get("model", raw)), source)
         return _eva_file(source, weights), state
-    from isthmus.interop.origins import read_encoder  # it builds on this module
-
-    found = read_encoder(source, given)
+    found = given.encoder(source)
     return _Encoder(*_without_last(found.config, found.state)), state
 
 

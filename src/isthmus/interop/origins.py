@@ -4,8 +4,8 @@ What such a checkpoint leaves out (a tokenizer, the frozen LM of OpenFlamingo, t
 through :class:`Given`; an error says which argument is due, and one that nothing needs is an error too.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from isthmus.config import plain
 from isthmus.data.clip_tokenizer import ClipTokenizer, canonical, load_tokenizer
 from isthmus.data.images import ImageTransform, Mode
 from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
-from isthmus.data.processor import ContrastiveProcessor, Processor, SpliceProcessor
+from isthmus.data.processor import ContrastiveProcessor, SpliceProcessor
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_archive, read_state, tensors_of, unwrapped
-from isthmus.interop.folders import image_transform
-from isthmus.interop.hf_clip import vision_config_from_hf, vision_from_hf
+from isthmus.interop.given import Given, Opened
 from isthmus.interop.lora import merged_state
 from isthmus.interop.open_clip import CANONICAL, clip_config_from_open_clip, clip_from_open_clip
 from isthmus.interop.open_flamingo import config_from_open_flamingo, trained_from_open_flamingo
@@ -38,39 +37,8 @@ from isthmus.interop.original_llava import (
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.flamingo import Flamingo
 from isthmus.models.llava import Llava
-from isthmus.nn.vit import VisionConfig
-
-Opened = tuple[Any, Processor, tuple[int, ...]]
-"""Net, processor, ids that must never be generated."""
 
 _PROJECTOR, _TRAINED = "mm_projector.bin", "non_lora_trainables.bin"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
-    """What the user names beside a checkpoint, and ``open``, which loads a model folder of any kind.
-
-    ``vision`` and ``language`` are models; ``tokenizer`` a folder or OpenAI's merge table; ``activation`` that of a
-    CLIP whose weights do not tell it (``quick_gelu`` for weights trained by OpenAI's code, mostly ``gelu`` else).
-    """
-
-    open: Callable[[str | Path], Any]
-    vision: str | Path | None = None
-    language: str | Path | None = None
-    tokenizer: str | Path | None = None
-    activation: str | None = None
-
-    def need(self, name: str, where: Path, why: str) -> Any:
-        value = getattr(self, name)
-        if value is None:
-            raise CheckpointError(f"{where} {why}: give {name}=… (on the command line --{name}).")
-        return value
-
-    def only(self, *used: str, where: Path) -> None:
-        """Raises CheckpointError for an argument that this checkpoint has no use for."""
-        for field in fields(self):
-            if field.name not in ("open", *used) and getattr(self, field.name) is not None:
-                raise CheckpointError(f"{where} needs no {field.name}: leave it out.")
 
 
 def open_file(path: Path, given: Given) -> Opened:
@@ -170,7 +138,7 @@ def _clip_tokenizer(where: Path, config: ClipConfig, given: Given) -> Tokenizer:
 
 def _open_flamingo(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     given.only("vision", "language", "tokenizer", where=path)
-    encoder = read_encoder(given.need("vision", path, "holds no vision encoder"), given)
+    encoder = given.encoder(given.need("vision", path, "holds no vision encoder"))
     language = given.open(given.need("language", path, "holds no language model"))
     own = load_tokenizer(given.tokenizer) if given.tokenizer is not None else language.processor.tokenizer
     tokenizer = own.with_tokens(*NEW_TOKENS)
@@ -197,28 +165,6 @@ def _open_flamingo(path: Path, state: dict[str, Tensor], given: Given) -> Opened
     return net, processor, ()
 
 
-@dataclass(frozen=True, slots=True)
-class Encoder:
-    """A vision encoder by itself: configuration, our state dict, image transform."""
-
-    config: VisionConfig
-    state: Mapping[str, Tensor]
-    image: ImageTransform
-
-
-def read_encoder(path: str | Path, given: Given) -> Encoder:
-    """The vision encoder of a folder: one tower alone in transformers' form, or that of any model that has one."""
-    folder = Path(path)
-    values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if str(values.get("model_type")).endswith("_vision_model"):
-        config = vision_config_from_hf(values)
-        with load_report.accounting():
-            state = vision_from_hf(read_state(folder), config)
-        return Encoder(config, state, image_transform(folder, config.image_size))
-    whole = given.open(folder)
-    return Encoder(whole.net.config.vision, whole.net.vision.state_dict(), whole.processor.image)
-
-
 def _inside(folder: Path, name: Any) -> bool:
     """Whether a model's configuration names a folder that lies within its own."""
     return isinstance(name, str) and Path(name).name == name and (folder / name / "config.json").is_file()
@@ -233,10 +179,10 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
     partial = (folder / _PROJECTOR).is_file() or (folder / _TRAINED).is_file()
     state, tower = (_base(folder, given) if partial else read_state(folder)), None
     if given.vision is not None:
-        encoder = read_encoder(given.vision, given)
+        encoder = given.encoder(given.vision)
         config, tower = llava_config_from_original(values, encoder.config), encoder.state
     elif _inside(folder, values["mm_vision_tower"]):
-        encoder = read_encoder(folder / values["mm_vision_tower"], given)
+        encoder = given.encoder(folder / values["mm_vision_tower"])
         config, tower = llava_config_from_original(values, encoder.config), encoder.state
     elif is_known_tower(values):
         config = llava_config_from_original(values)

@@ -11,30 +11,22 @@ pools lies in the common space.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from isthmus.batch import Tokens
 from isthmus.config import plain, strict
-from isthmus.errors import ConfigError
 from isthmus.nn.losses import Similarity
 from isthmus.nn.text_tower import TextConfig, TextTower
 from isthmus.nn.vit import Interpolation, VisionConfig, VisionTransformer
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEncoderConfig:
-    """The tower and, where it has one, the width of its projection."""
+class _TowerConfig:
+    """``embed_dim`` is the width of the projection, where there is one."""
 
-    vision: VisionConfig
     embed_dim: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.vision.pool == "none":
-            raise ConfigError(
-                "an image encoder by itself gives one vector per picture: take pool 'class' or 'attention'."
-            )
 
     @property
     def similarity(self) -> Similarity:
@@ -45,31 +37,24 @@ class ImageEncoderConfig:
         return plain(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ImageEncoderConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Strict: an unknown key or a wrong type raises ConfigError."""
-        return strict(cls, values, "image_encoder")
+        return strict(cls, values, cls.__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextEncoderConfig:
-    """The tower and, where it has one, the width of its projection; ``projection_bias`` is SigLIP's."""
+class ImageEncoderConfig(_TowerConfig):
+    """A vision tower and its projection."""
+
+    vision: VisionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig(_TowerConfig):
+    """A text tower and its projection; ``projection_bias`` is SigLIP's."""
 
     text: TextConfig
-    embed_dim: int | None = None
     projection_bias: bool = False
-
-    @property
-    def similarity(self) -> Similarity:
-        """How embeddings are compared: by the cosine."""
-        return "cosine"
-
-    def to_dict(self) -> dict[str, Any]:
-        return plain(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TextEncoderConfig":
-        """Strict: an unknown key or a wrong type raises ConfigError."""
-        return strict(cls, values, "text_encoder")
 
 
 class ImageEncoder(nn.Module):
@@ -90,7 +75,10 @@ class ImageEncoder(nn.Module):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """Embeddings only where the tower reaches the space that texts share."""
+        """Embeddings only where the tower reaches the space that texts share; nothing at all where it pools nothing and
+        serves as a part of other models only."""
+        if self.config.vision.pool == "none":
+            return ()
         joint = self.config.embed_dim is not None or self.config.vision.pool == "attention"
         return ("embed_images", "vision_features") if joint else ("vision_features",)
 

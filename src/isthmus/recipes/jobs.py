@@ -20,10 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from isthmus.checkpoint import MANIFEST
 from isthmus.errors import IsthmusError
+from isthmus.lifeline import PARENT
 from isthmus.recipes.schema import Recipe
-
-PARENT = "ISTHMUS_PARENT"
-"""Environment variable: a process id with which a job ends (Linux), so that none is left over."""
 
 LOG = "train.log"
 _WAIT = 0.3
@@ -83,24 +81,6 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, threads: int) -> None:
                     if process.returncode:
                         raise JobError(f"{name}: {_last_words(job)}\nAll it said is in {job.folder / LOG}.")
                     bars.tell(f"{name} is trained: {job.folder}")
-
-
-def end_with_parent() -> None:
-    """In a job: end (as by SIGTERM, saving first) when the process that started it is gone, however it ended."""
-    parent = os.environ.pop(PARENT, "")
-    if not parent or not sys.platform.startswith("linux"):
-        return
-    import ctypes
-
-    def look(*_: object) -> None:
-        if os.getppid() != int(parent):
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    # Linux signals the end of each of the parent's threads, and a second SIGTERM would end us without saving.
-    signal.signal(signal.SIGUSR1, look)
-    ctypes.CDLL(None).prctl(1, signal.SIGUSR1)  # PR_SET_PDEATHSIG
-    look()
 
 
 def _ready(job: Job, jobs: Sequence[Job]) -> bool:

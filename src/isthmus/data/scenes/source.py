@@ -70,6 +70,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 _REQUESTS = ("describe the picture.", "what do you see?", "tell me everything about this picture.")
 _EXPLAIN = "explain."
 _FOLLOW_UPS = 0.3
+_FEWEST_SHOTS = 4
 _MOST_REDRAWS = 10_000
 
 
@@ -114,6 +115,9 @@ class SceneSource:
             raise ConfigError(f"scenes: kinds is empty; name some of {', '.join(known)}")
         if count < 1 or turns < 1:
             raise ConfigError(f"scenes need at least one record and one turn, not count={count}, turns={turns}")
+        fewest = _FEWEST_SHOTS if shots is None else shots
+        if told and (form != "lessons" or not 0 < told <= fewest):
+            raise ConfigError(f"scenes: told={told} is for lessons, and at most their {fewest} shots are in words")
         self.form, self.seed, self.size, self.turns, self.kinds = form, seed, size, turns, kinds
         self.split: Split = split
         self.shots, self.told, self.frames, self.control = shots, told, frames, control
@@ -257,7 +261,7 @@ class SceneSource:
         return self._record(number, [*parts])
 
     def _lesson(self, dice: Dice) -> Lesson:
-        shots = 4 + dice.below(5) if self.shots is None else self.shots
+        shots = _FEWEST_SHOTS + dice.below(5) if self.shots is None else self.shots
         permuted = self.control == "permuted"
         return make_lesson(dice, split=self.split, shots=shots, attributes=self.kinds, permuted=permuted)
 

@@ -129,6 +129,8 @@ class Form:
                 f"no text: of the fields {', '.join(FIELDS)} the sample has none (it has "
                 f"{', '.join(map(str, row.values)) or 'nothing'}); name yours under 'fields'"
             )
+        if self.matching and form != "questions":
+            raise DataError(f"matching chooses among the questions of a list, and the sample has {form!r}; take it out")
         meta: dict[str, Any] = {}
         kind = self.value(row, "kind")
         if kind is not None:

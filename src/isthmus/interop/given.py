@@ -1,0 +1,57 @@
+"""What a user names beside a checkpoint that leaves something out, and what opening one comes to."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from isthmus.data.images import ImageTransform
+from isthmus.data.processor import Processor
+from isthmus.errors import CheckpointError
+from isthmus.nn.vit import VisionConfig
+
+Opened = tuple[Any, Processor, tuple[int, ...]]
+"""Net, processor, ids that must never be generated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What the user names beside a checkpoint, and ``open``, which loads a model folder of any kind.
+
+    ``vision`` and ``language`` are models; ``tokenizer`` a folder or OpenAI's merge table; ``activation`` that of a
+    CLIP whose weights do not tell it (``quick_gelu`` for weights trained by OpenAI's code, mostly ``gelu`` else).
+    """
+
+    open: Callable[[str | Path], Any]
+    vision: str | Path | None = None
+    language: str | Path | None = None
+    tokenizer: str | Path | None = None
+    activation: str | None = None
+
+    def need(self, name: str, where: Path, why: str) -> Any:
+        value = getattr(self, name)
+        if value is None:
+            raise CheckpointError(f"{where} {why}: give {name}=… (on the command line --{name}).")
+        return value
+
+    def only(self, *used: str, where: Path) -> None:
+        """Raises CheckpointError for an argument that this checkpoint has no use for."""
+        for field in fields(self):
+            if field.name not in ("open", *used) and getattr(self, field.name) is not None:
+                raise CheckpointError(f"{where} needs no {field.name}: leave it out.")
+
+    def encoder(self, path: str | Path) -> "Encoder":
+        """The vision encoder of a model that has one, or that is one."""
+        whole = self.open(path)
+        return Encoder(whole.net.config.vision, whole.net.vision.state_dict(), whole.processor.image)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A vision encoder by itself: configuration, our state dict, image transform."""
+
+    config: VisionConfig
+    state: Mapping[str, Tensor]
+    image: ImageTransform
