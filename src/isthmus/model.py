@@ -82,7 +82,8 @@ class Model:
         self.net.to(device)
         return self
 
-    def _need(self, capability: str) -> None:
+    def need(self, capability: str) -> None:
+        """Raises CapabilityError, naming what the model can do, unless it can do this."""
         if capability not in self.capabilities:
             can = ", ".join(self.capabilities) or "serve as a part of other models"
             raise CapabilityError(f"This {self.kind} model cannot {capability}; it can: {can}.")
@@ -91,7 +92,7 @@ class Model:
 
     def caption(self, image: AnyImage, **decoding: Any) -> str:
         """A caption of one picture or clip, asked for in the words the model was trained with."""
-        self._need("caption")
+        self.need("caption")
         parts: list[Part] = [replace(as_visual(image), role="user" if "caption" in self.prompts else "text")]
         if "caption" in self.prompts:
             parts.append(Text(self.prompts["caption"], role="user"))
@@ -102,13 +103,13 @@ class Model:
 
         A path to a folder of frames or to a video file is a clip.
         """
-        self._need("answer")
+        self.need("answer")
         parts = (*(as_visual(i) for i in _listed(image)), Text(question, role="user"))
         return self.generate([Record(id="answer", parts=parts)], **decoding)[0]
 
     def chat(self, messages: Sequence[Message], **decoding: Any) -> str:
         """The assistant's next turn of a conversation in the messages form (roles system, user, assistant)."""
-        self._need("chat")
+        self.need("chat")
         if not messages or messages[-1].get("role") != "user":
             raise DataError(
                 "a conversation must end with a question of the user's; the last message is "
@@ -125,7 +126,7 @@ class Model:
         """
         if return_attention:
             return self.attend(records, batch_size=batch_size, **decoding)
-        self._need("generate")
+        self.need("generate")
         found = self._continue([self.processor.prompt(record) for record in records], batch_size, decoding)
         return [self.processor.tokenizer.decode(ids).strip() for ids in found]
 
@@ -144,7 +145,7 @@ class Model:
 
     def attend(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[Attention]:
         """One text per record, with a map per new token, layer and picture of where the model looked for it."""
-        self._need("attend")
+        self.need("attend")
         prompts = [self.processor.prompt(record) for record in records]
         answers = self._continue(prompts, batch_size, decoding)
         with self._inference():
@@ -173,7 +174,7 @@ class Model:
             raise ConfigError(
                 "Gaps between the two best tokens are those of plain greedy decoding; leave the rest out."
             )
-        self._need("answer")
+        self.need("answer")
         prompts = [self.processor.prompt(without_answer(record)) for record in records]
         answers = self._continue(prompts, batch_size, decoding)
         found = []
@@ -189,7 +190,7 @@ class Model:
 
     def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
         """Answers to question records: what evaluation asks of a model. A trailing assistant turn is cut off."""
-        self._need("answer")
+        self.need("answer")
         return self.generate([without_answer(r) for r in records], **decoding)
 
     def provenance(self, records: Iterable[Record], decoding: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +205,7 @@ class Model:
 
     def score(self, parts: Sequence[Part | AnyImage | str], candidates: Sequence[str]) -> list[float]:
         """Log-likelihood (natural log, summed over tokens) of each candidate as the answer to ``parts``."""
-        self._need("score")
+        self.need("score")
         prompt = tuple(
             p
             if isinstance(p, Text | Image)
@@ -254,18 +255,18 @@ class Model:
     def embed_images(self, images: Sequence[AnyImage], *, batch_size: int = 128) -> Tensor:
         """(N, D) vectors in the joint space, of unit length when the model compares by the cosine. BLIP-2 gives one
         vector per query, (N, Q, D): a picture is as similar to a text as the best of them."""
-        self._need("embed_images")
+        self.need("embed_images")
         return self._over_images(images, lambda pixels: self._compared(self.net.embed_images(pixels)), batch_size)
 
     def vision_features(self, images: Sequence[AnyImage], *, batch_size: int = 128) -> Tensor:
         """(N, D) pooled features of the encoder alone: for a linear probe, and for finding similar examples."""
-        self._need("vision_features")
+        self.need("vision_features")
         pool = getattr(self.net, "pooled_features", None) or (lambda pixels: self.net.vision(pixels).pooled)
         return self._over_images(images, pool, batch_size)
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """(M, D) vectors in the joint space, of unit length when the model compares by the cosine."""
-        self._need("embed_texts")
+        self.need("embed_texts")
         rows = []
         with self._inference():
             for start in range(0, len(texts), batch_size):
@@ -281,7 +282,7 @@ class Model:
 
     def match(self, image: AnyImage, text: str) -> float:
         """Probability that the text belongs to the picture, by looking at both together (BLIP-2's ITM head)."""
-        self._need("match")
+        self.need("match")
         return float(self._matched([image], [text], torch.zeros(1, 2, dtype=torch.long), 1).softmax(-1)[0, 1])
 
     def match_logits(
@@ -289,7 +290,7 @@ class Model:
     ) -> Tensor:
         """(n,) logit of "they belong together" for ``pairs`` (n, 2) of numbers of pictures and texts: what retrieval
         reranks by. Every picture is encoded once."""
-        self._need("match")
+        self.need("match")
         return self._matched(images, texts, pairs, batch_size)[:, 1]
 
     def _matched(self, images: Sequence[AnyImage], texts: Sequence[str], pairs: Tensor, batch_size: int) -> Tensor:
@@ -303,7 +304,7 @@ class Model:
 
     def similarity(self, images: Sequence[AnyImage], texts: Sequence[str]) -> Tensor:
         """(N, M) similarity of every picture with every text, of the kind the model was trained with (cosine)."""
-        self._need("similarity")
+        self.need("similarity")
         return similarity(self.embed_images(images), self.embed_texts(texts), self.net.config.similarity)
 
     def _compared(self, vectors: Tensor) -> Tensor:
@@ -314,7 +315,7 @@ class Model:
         self, image: AnyImage, labels: Sequence[str], *, templates: Sequence[str] = ("a photo of a {}.",)
     ) -> dict[str, float]:
         """Zero-shot probabilities over ``labels``, likeliest first (prompt ensemble: mean of unit vectors)."""
-        self._need("classify")
+        self.need("classify")
         classes = torch.stack([self.embed_texts([t.format(label) for t in templates]).mean(0) for label in labels])
         with self._inference():
             logits = self.net.logits(self.embed_images([image]).to(self.device), classes.to(self.device))[0]

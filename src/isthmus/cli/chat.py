@@ -31,8 +31,7 @@ def run(
     if question is not None and not question.strip():
         raise DataError("The question is empty; leave it out to start a conversation.")
     model = load(model_folder, revision=revision)
-    if "chat" not in model.capabilities:
-        raise CapabilityError(f"A {model.kind} model cannot chat; it can: {', '.join(model.capabilities)}.")
+    model.need("chat")
     if images and model.processor.image is None:
         raise CapabilityError(f"A {model.kind} model reads only text; leave --image out or take a model that sees.")
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature}
