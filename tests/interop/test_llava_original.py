@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from isthmus.errors import CheckpointError
-from isthmus.interop.hf_llava import llava_from_hf, llava_to_hf, part_of
+from isthmus.interop.entries import part_of
+from isthmus.interop.hf_llava import llava_from_hf, llava_to_hf
 from isthmus.interop.original_llava import (
     is_original_llava,
     llava_config_from_original,

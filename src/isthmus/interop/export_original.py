@@ -12,11 +12,11 @@ from torch import Tensor
 
 from isthmus.checkpoint import Content
 from isthmus.data.images import ImageTransform
+from isthmus.interop.entries import part_of
 from isthmus.interop.export import Export, Source, common_dtype, must, pickled, shards
 from isthmus.interop.export_hf import language_files, language_tensors, last_eot
 from isthmus.interop.hf_clip import vision_config_to_hf, vision_to_hf
 from isthmus.interop.hf_files import image_processor, tokenizer_files
-from isthmus.interop.hf_llava import part_of
 from isthmus.interop.lavis import NORM_EPS, to_lavis
 from isthmus.interop.open_clip import clip_to_open_clip
 from isthmus.interop.open_flamingo import LAYERS, trained_to_open_flamingo

@@ -14,10 +14,9 @@ from torch import Tensor
 from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
-from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
+from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of, to_theirs
 from isthmus.interop.export import must
 from isthmus.interop.hf_clip import vision_config_from_hf, vision_config_to_hf, vision_from_hf, vision_to_hf
-from isthmus.interop.hf_llava import part_of
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig

@@ -14,7 +14,7 @@ from torch import Tensor
 from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
-from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
+from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of, to_theirs
 from isthmus.interop.hf_clip import (
     vision_config_from_hf,
     vision_config_to_hf,
@@ -163,11 +163,6 @@ def llava_to_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str, T
         for name, tensor in part_of(state, "language.lm.").items()
         if not (tied and name == "lm_head.weight")
     }
-
-
-def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors below ``prefix``, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _projector() -> list[Entry]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from isthmus.checkpoint import read_json
 from isthmus.interop.archives import read_state
+from isthmus.interop.entries import part_of
 from isthmus.interop.export import must
 from isthmus.interop.hf_clip import (
     text_config_from_hf,
@@ -21,7 +22,6 @@ from isthmus.interop.hf_clip import (
     vision_from_hf,
     vision_to_hf,
 )
-from isthmus.interop.hf_llava import part_of
 from isthmus.models.towers import ImageEncoderConfig, TextEncoderConfig
 
 _SIGLIP_HEADS = ("head.", "text_model.head.")

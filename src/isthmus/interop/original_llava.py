@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import CheckpointError
-from isthmus.interop.entries import Entry, from_theirs, same, shapes_of
+from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of
 from isthmus.interop.hf_clip import vision_from_hf, vision_to_hf
 from isthmus.interop.hf_language import match_keys
-from isthmus.interop.hf_llava import part_of
 from isthmus.language import LanguageModel, known_fields
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors import build_connector
