@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
@@ -32,14 +34,20 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.initialization import no_init_weights
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from isthmus.batch import IGNORE, Tokens
 from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.nn.attention import full_precision
 
 LOGITS_AT_ONCE = 2**25
 """Most logits (positions x vocabulary) that a loss holds at a time: 128 MiB in fp32, 1,048 positions of 32,000."""
+
+SDPA = "isthmus_sdpa"
+"""The library's SDPA with its half precision on a CPU computed in float32, as :func:`isthmus.nn.attention.attend`."""
 
 LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"})
 """Older spellings of the rotary settings that the library still translates."""
@@ -148,7 +156,8 @@ class LanguageModel(LibraryLM):
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__(lm)
         self._plain_head: bool | None = None
-        self._attention = lm.config._attn_implementation
+        if lm.config._attn_implementation == "sdpa":
+            lm.set_attn_implementation(SDPA)
 
     @classmethod
     def build(cls, config: Mapping[str, Any]) -> "LanguageModel":
@@ -177,7 +186,6 @@ class LanguageModel(LibraryLM):
     def hidden(self, embeds: Tensor) -> Tensor:
         """(B, T, D) -> the last hidden states (B, T, D'), ready for the head."""
         self._check_context(embeds.shape[1])
-        self._choose_attention(embeds.device)
         return self.lm.base_model(inputs_embeds=embeds, use_cache=False, return_dict=True).last_hidden_state
 
     def logits(self, embeds: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -286,19 +294,23 @@ class LanguageModel(LibraryLM):
             hook.remove()
         return torch.equal(seen["input"], hidden) and torch.equal(logits, seen["output"].to(logits.dtype))
 
-    def _choose_attention(self, device: torch.device) -> None:
-        """Plain products instead of SDPA for half precision on a CPU, where they are faster (nn/attention.py)."""
-        slow = device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        chosen = "eager" if slow and self._attention == "sdpa" else self._attention
-        if self.lm.config._attn_implementation != chosen:
-            self.lm.set_attn_implementation(chosen)
-
     def _check_context(self, tokens: int, what: str | None = None) -> None:
         if self.context is not None and tokens > self.context:
             raise ConfigError(
                 f"{what or f'a row of {tokens} tokens'} passes the LM's context of {self.context} "
                 "positions. Shorten the rows (the processor's max_length) or max_new_tokens."
             )
+
+
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any) -> Any:
+    with full_precision(query) as cast:
+        mask = cast(mask) if mask is not None and mask.is_floating_point() else mask
+        y, weights = sdpa_attention_forward(module, cast(query), cast(key), cast(value), mask, **rest)
+    return y.to(query.dtype), weights
+
+
+AttentionInterface.register(SDPA, _attend)
+AttentionMaskInterface.register(SDPA, sdpa_mask)
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from isthmus.data.scenes import (
     make_scene,
 )
 from isthmus.data.scenes.dice import Dice
-from isthmus.data.scenes.scene import RADIUS
+from isthmus.data.scenes.draw import PAINT, strange_paint
+from isthmus.data.scenes.scene import HELD_OUT, RADIUS
 from isthmus.data.scenes.words import captions, describe, symbols
 from isthmus.errors import ConfigError, DataError
 
@@ -332,15 +333,18 @@ def test_guessing_from_the_question_text_gains_little():
         assert abs(sum(a == "yes" for _, a in test[kind]) / 3000 - 0.5) < 0.04
 
 
-def test_outlines_are_paled_anywhere_between_their_colours_and_grey():
-    """What tells shapes apart must not need colours, and no solid gets a colour that its caption would not tell."""
+def test_outlines_stand_in_paints_without_a_name_and_never_in_one_their_shape_does_not_have_in_training():
+    """What tells shapes apart must not need colours, and no held-out pair may be met on the way."""
     records = [SceneSource("outlines")[i] for i in range(200)]
-    pale = sorted(r.images[0].source.pale for r in records)
-    assert pale[0] < 0.05
-    assert pale[-1] > 0.95
     assert len({r.images[0].content_key() for r in records}) == 200
     picture = records[0].images[0].source
-    grey, full = (np.asarray(replace(picture, pale=p).read(), dtype=int) for p in (1.0, 0.0))
-    assert (grey.max(-1) == grey.min(-1)).all()
-    assert np.abs(full - np.asarray(draw(make_scene(0, "train", 0)), dtype=int)).max() == 0
+    assert picture.repainted
+    plain, painted = (np.asarray(replace(picture, repainted=r).read(), dtype=int) for r in (False, True))
+    assert np.array_equal(plain, np.asarray(draw(make_scene(0, "train", 0)), dtype=int))
+    changed = np.abs(plain - painted).max(-1) > 0
+    assert 0.02 < changed.mean() < 0.3  # the solids alone, not the ground
+    dice = Dice("paints")
+    for shape, colour in HELD_OUT:
+        for _ in range(300):
+            assert np.linalg.norm(np.subtract(strange_paint(dice, shape), PAINT[colour])) >= 0.3
     assert not {"red", "blue"} & set(" ".join(map(str, records[0].texts[0].text)).split())

@@ -3,7 +3,8 @@
 Legend: B batch, T query tokens, S key tokens, D width, H heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ class Attention(nn.Module):
     """softmax(q kᵀ / √head_width) v over H heads (Vaswani et al. 2017, sec. 3.2).
 
     ``context_width`` is the width of the key and value tokens in cross-attention; ``head_width`` defaults to
-    ``width / heads``. The kernel is PyTorch's SDPA, except where it is slow (see :func:`attend`).
+    ``width / heads``. The kernel is PyTorch's SDPA (see :func:`attend`).
     """
 
     def __init__(
@@ -118,17 +119,21 @@ def attend(
 
     ``dropout`` is the share of attention weights set to zero (the rest is scaled up).
 
-    SDPA, but for half precision on a CPU: there the backward pass of its kernel makes it 2 to 8 times as slow as the
-    plain products (torch 2.13, AVX-512 bf16; benchmarks/attention.py), which are then used. The CPU's softmax
-    accumulates in float32 by itself.
+    The kernel is PyTorch's SDPA. On a CPU it computes half precision in float32: the half-precision kernel's backward
+    pass is several times as slow (torch 2.13, AVX-512 bf16; benchmarks/attention.py).
     """
-    if q.device.type != "cpu" or q.dtype == torch.float32 or q.dtype == torch.float64:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is None:
-        return F.dropout(scores.softmax(-1), dropout) @ v
-    # The lowest finite number, not infinity: a query that may look nowhere would else have a gradient of NaN.
-    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
-    return F.dropout(weights.masked_fill(~mask.any(-1, keepdim=True), 0.0), dropout) @ v
+    with full_precision(q) as cast:
+        y = F.scaled_dot_product_attention(
+            cast(q), cast(k), cast(v), attn_mask=mask, is_causal=causal, dropout_p=dropout
+        )
+    return y.to(q.dtype)
+
+
+@contextmanager
+def full_precision(q: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Inside, attention on ``q`` may run in float32 where that is the faster way; yields how to cast its tensors."""
+    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
+        yield lambda x: x
+        return
+    with torch.autocast("cpu", enabled=False):
+        yield Tensor.float

@@ -5,7 +5,6 @@ Legend: B batch, T tokens, D width, H heads.
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,7 +14,8 @@ from isthmus.nn.attention import Attention
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x·σ(1.702 x), the activation of OpenAI's CLIP weights."""
-    return x * torch.sigmoid(1.702 * x)
+    # One kernel less than the formula, forwards and backwards.
+    return F.silu(1.702 * x) * (1 / 1.702)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

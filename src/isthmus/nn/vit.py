@@ -147,6 +147,19 @@ class VisionOutput:
     layers: tuple[Tensor, ...] = ()
 
 
+class PatchEmbedding(nn.Conv2d):
+    """The convolution over patches that do not overlap, as the one matrix product it is: quicker on a CPU."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, P, D); what is left over at the right and lower edges is unseen."""
+        side = self.kernel_size[0]
+        rows, columns = pixels.shape[-2] // side, pixels.shape[-1] // side
+        cut = pixels[..., : rows * side, : columns * side].unflatten(-1, (columns, side)).unflatten(2, (rows, side))
+        # (n, 3, rows, side, columns, side) -> (n, rows · columns, 3 · side · side), as the weight's numbers lie.
+        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
 class AttentionPool(nn.Module):
     """SigLIP's pooling head: y = MHA(probe, tokens, tokens), then y + MLP(LN(y))."""
 
@@ -170,7 +183,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=config.patch_bias)
+        self.patch_embed = PatchEmbedding(3, width, config.patch_size, config.patch_size, bias=config.patch_bias)
         self.class_token = nn.Parameter(torch.empty(width)) if config.class_token else None
         self.positions = nn.Parameter(torch.empty(config.tokens, width))
         self.ln_pre = nn.LayerNorm(width, eps=config.eps) if config.pre_norm else nn.Identity()
@@ -237,7 +250,7 @@ class VisionTransformer(nn.Module):
     def _embed(self, pixels: Tensor, interpolate: Interpolation | None) -> Tensor:
         """(n, 3, H, W) -> hidden state 0."""
         table = self._positions(pixels.shape[-2], pixels.shape[-1], interpolate)
-        x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))
         if self.class_token is not None:
             x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         return self.ln_pre(x + table)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from isthmus.data.scenes.dice import Dice
-from isthmus.data.scenes.scene import RADIUS, Scene, make_scene
+from isthmus.data.scenes.scene import HELD_OUT, RADIUS, Scene, make_scene
 from isthmus.errors import ConfigError
 
 PAINT = {
@@ -26,12 +26,15 @@ PAINT = {
     "purple": (0.58, 0.15, 0.72),
     "black": (0.10, 0.10, 0.11),
 }
+_STRANGE = 0.3
+"""How far, in RGB of 0..1, a paint without a name stays from those its shape never has in training."""
 _NOISE = 10.0
 _OVERSAMPLING = 4
 _MIN_SIDE, _MAX_SIDE = 32, 1024
 _TILT = np.deg2rad(32.0)
 _LIGHT = np.array([-0.45, 0.75, 0.55]) / np.linalg.norm([-0.45, 0.75, 0.55])
 
+Paint = tuple[float, float, float]
 Distance = Callable[[np.ndarray], np.ndarray]
 
 
@@ -131,11 +134,11 @@ def _sprite(shape: str, pixels: int) -> _Sprite:
 
 
 @lru_cache(maxsize=1024)
-def _painted(shape: str, colour: str, pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """The sprite in its colour: premultiplied RGB (n, n, 3) in 0..255 and what it lets through (n, n, 1)."""
+def _painted(shape: str, paint: Paint, pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sprite in its paint: premultiplied RGB (n, n, 3) in 0..255 and what it lets through (n, n, 1)."""
     sprite = _sprite(shape, pixels)
-    paint = np.array(PAINT[colour], dtype=np.float32)
-    rgb = np.minimum(sprite.light[..., None] * paint + sprite.shine[..., None], sprite.cover[..., None]) * 255
+    colour = np.array(paint, dtype=np.float32)
+    rgb = np.minimum(sprite.light[..., None] * colour + sprite.shine[..., None], sprite.cover[..., None]) * 255
     return rgb, 1 - sprite.cover[..., None]
 
 
@@ -153,8 +156,12 @@ def _ramps(side: int) -> tuple[np.ndarray, np.ndarray]:
     return ticks[None, :, None], ticks[:, None, None]
 
 
-def draw(scene: Scene, side: int = 64) -> Image.Image:
-    """The scene as an RGB picture, ``side`` x ``side`` pixels; the same scene and side always give the same pixels."""
+def draw(scene: Scene, side: int = 64, *, repainted: bool = False) -> Image.Image:
+    """The scene as an RGB picture, ``side`` x ``side`` pixels; equal arguments always give equal pixels.
+
+    ``repainted`` gives each solid a paint of its own between the named ones, none near a colour that its shape never
+    has in training: what the solids are is then all that a caption can tell.
+    """
     if not _MIN_SIDE <= side <= _MAX_SIDE:
         raise ConfigError(f"scenes can be drawn {_MIN_SIDE} to {_MAX_SIDE} pixels wide, not {side}")
     dice = Dice("draw", scene.seed, scene.split, scene.index, *(int(s.x * 1e9) for s in scene.solids))
@@ -167,12 +174,23 @@ def draw(scene: Scene, side: int = 64) -> Image.Image:
     for _, pixels, box in boxes:
         box *= _shadow(pixels)
     brightness = dice.between(0.88, 1.06)
+    paints = Dice("paint", scene.seed, scene.split, scene.index)
     for solid, pixels, box in boxes:
-        rgb, through = _painted(solid.shape, solid.colour, pixels)
+        paint = strange_paint(paints, solid.shape) if repainted else PAINT[solid.colour]
+        rgb, through = _painted(solid.shape, paint, pixels)
         box *= through
         box += rgb * brightness
     canvas += _noise(dice, side)
     return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+
+
+def strange_paint(dice: Dice, shape: str) -> Paint:
+    """Any paint but those near a colour that this shape never has in training."""
+    never = np.array([PAINT[colour] for held, colour in HELD_OUT if held == shape])
+    while True:
+        paint = dice.unit(), dice.unit(), dice.unit()
+        if np.linalg.norm(never - paint, axis=1).min() >= _STRANGE:
+            return paint
 
 
 def _ground(dice: Dice, side: int) -> np.ndarray:
@@ -192,26 +210,25 @@ def _noise(dice: Dice, side: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class ScenePicture:
-    """An ImageSource that draws its scene only when read; ``pale`` is the way from its colours (0) to grey (1)."""
+    """An ImageSource that draws its scene only when read."""
 
     seed: int
     split: str
     index: int
     attempt: int = 0
     side: int = 64
-    pale: float = 0.0
+    repainted: bool = False
 
     @property
     def key(self) -> str:
-        """``scene/64/train/0/17``; a redrawn scene adds its attempt, a pale one its ``pale``."""
+        """``scene/64/train/0/17``; a redrawn scene adds its attempt."""
         again = f".{self.attempt}" if self.attempt else ""
-        pale = f"/{self.pale:.3f}" if self.pale else ""
-        return f"scene/{self.side}/{self.split}/{self.seed}/{self.index}{again}{pale}"
+        paint = "/repainted" if self.repainted else ""
+        return f"scene/{self.side}/{self.split}/{self.seed}/{self.index}{again}{paint}"
 
     def describe(self) -> str:
         return self.key
 
     def read(self) -> Image.Image:
         scene = make_scene(self.seed, self.split, self.index, self.attempt)  # pyright: ignore[reportArgumentType]
-        picture = draw(scene, self.side)
-        return ImageEnhance.Color(picture).enhance(1 - self.pale) if self.pale else picture
+        return draw(scene, self.side, repainted=self.repainted)

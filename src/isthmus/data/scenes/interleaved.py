@@ -196,7 +196,8 @@ def _move(dice: Dice, split: Split, frames: int) -> tuple[list[tuple[Solid, ...]
     y = dice.between(low, high - abs(dy)) + (abs(dy) if dy < 0 else 0)
     steps = [i / (frames - 1) for i in range(frames)]
     path = [(replace(solid, x=x + dx * t, y=y + dy * t),) for t in steps]
-    return path, f"a {solid.full_name} moves {way}", way
+    there, here = (replace(s, row=int(3 * s.y), column=int(3 * s.x)).place for (s,) in (path[0], path[-1]))
+    return path, f"a {solid.full_name} moves {way} from the {there} to the {here}", way
 
 
 def _come_or_go(dice: Dice, split: Split, frames: int, kind: str) -> tuple[list[tuple[Solid, ...]], str, str]:

@@ -2,7 +2,7 @@
 
 =============  ====================================================================================================
 captions       picture, then a caption with alternatives (running text, learnt)
-outlines       picture, paled anywhere between its colours and grey, then a caption that tells shapes and no colours
+outlines       picture, its solids in paints without a name, then a caption that tells shapes and no colours
 questions      picture, one question, a short answer; the kinds take turns, so a count of 6 n gives n of each kind
 conversations  picture, then several turns of mixed kinds, with follow-ups that need the turn before
 facts          picture, then true statements about it (running text, learnt)
@@ -141,8 +141,8 @@ class SceneSource:
     def _record(self, number: int, parts: list[Part], **meta: object) -> Record:
         return Record(f"{self.form}/{self.split}/{self.seed}/{number}", tuple(parts), self.name, meta)
 
-    def _picture(self, number: int, role: Role = "user", attempt: int = 0, pale: float = 0.0) -> Image:
-        picture = ScenePicture(self.seed, self.split, number, attempt, self.size, pale)
+    def _picture(self, number: int, role: Role = "user", attempt: int = 0, repainted: bool = False) -> Image:
+        picture = ScenePicture(self.seed, self.split, number, attempt, self.size, repainted)
         return Image(picture, role=role, key=picture.key)
 
     def _captions(self, number: int, dice: Dice) -> Record:
@@ -150,9 +150,9 @@ class SceneSource:
         text = Text(captions(scene), role="text", learn=True)
         return self._record(number, [self._picture(number, role="text"), text])
 
-    def _outlines(self, number: int, dice: Dice) -> Record:
+    def _outlines(self, number: int, _: Dice) -> Record:
         text = Text(outlines(make_scene(self.seed, self.split, number)), role="text", learn=True)
-        return self._record(number, [self._picture(number, role="text", pale=dice.between(0, 1)), text])
+        return self._record(number, [self._picture(number, role="text", repainted=True), text])
 
     def _questions(self, number: int, _: Dice) -> Record:
         attempt, question = self._redraw(number)
