@@ -97,7 +97,8 @@ class Look:
 class InterleavedLanguageModel(LanguageModel):
     """A causal LM with gated blocks before chosen layers, and rows of its own for the tokens ``new_ids``.
 
-    ``new_ids`` are the ids of ``<|endofchunk|>`` (ends an answer) and ``<image>`` (never generated). They lie right
+    ``new_ids`` are the ids of ``<|endofchunk|>`` (ends an answer), ``<image>`` (never generated) and, if there is a
+    third, of a token that ends a turn. They lie right
     behind the LM's table, or within its unused last rows when the table is padded. Raises ConfigError otherwise, for
     an LM whose decoder layers cannot be told, and for one without an output head.
     """
@@ -249,10 +250,10 @@ class InterleavedLanguageModel(LanguageModel):
     def generate(self, embeds: Tensor, lengths: Tensor, decoding: Decoding) -> list[list[int]]:
         """As :meth:`LanguageModel.generate`; ``<|endofchunk|>`` ends an answer and ``<image>`` is never generated."""
         if self.new_ids:
-            end, image = self.new_ids
+            end, image, *turn = self.new_ids
             decoding = replace(
                 decoding,
-                stop_ids=tuple(dict.fromkeys((*decoding.stop_ids, end))),
+                stop_ids=tuple(dict.fromkeys((*decoding.stop_ids, end, *turn))),
                 forbidden_ids=tuple(dict.fromkeys((*decoding.forbidden_ids, image))),
             )
         if self._look is not None:

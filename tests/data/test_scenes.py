@@ -24,7 +24,7 @@ from isthmus.data.scenes import (
 )
 from isthmus.data.scenes.dice import Dice
 from isthmus.data.scenes.draw import PAINT, strange_paint
-from isthmus.data.scenes.scene import HELD_OUT, RADIUS
+from isthmus.data.scenes.scene import RADIUS
 from isthmus.data.scenes.words import captions, describe, symbols
 from isthmus.errors import ConfigError, DataError
 

@@ -142,6 +142,14 @@ CASES = [
     Case("LLaVA-NeXT", "hf", "LlavaNextForConditionalGeneration", tiny_models.llava_next, opened, peer=True),
     Case("Flamingo as IDEFICS", "hf", "IdeficsForVisionText2Text", tiny_models.idefics, opened, peer=True),
     Case(
+        "Flamingo as IDEFICS-instruct",
+        "hf",
+        "IdeficsForVisionText2Text",
+        lambda: tiny_models.idefics(instruct=True),
+        opened,
+        peer=True,
+    ),
+    Case(
         "Flamingo as IDEFICS, a gate per channel",
         "hf",
         "IdeficsForVisionText2Text",

@@ -140,12 +140,45 @@ def test_a_saved_folder_reads_prompts_and_pictures_as_the_librarys_processor(tmp
     assert torch.equal(torch.where(mask.any(-1), mask.int().argmax(-1) + 1, 0), seen)
 
 
+def test_an_instruct_models_conversation_reads_as_the_librarys_and_its_turns_end(tmp_path):
+    """IDEFICS-instruct: a third token ends every turn, the user's too, and stops an answer."""
+    write_model(tiny_models.idefics(instruct=True), tmp_path / "out", "hf")
+    peer = IdeficsProcessor.from_pretrained(tmp_path / "out")
+    model = isthmus.load(tmp_path / "out")
+    picture, other = probe.picture(1), probe.picture(2)
+    record = Record(
+        "a",
+        (
+            replace(picture, role="user"),
+            Text("what is it?", role="user"),
+            Text("a red cube", role="assistant", learn=True),
+            replace(other, role="user"),
+            Text("and this?", role="user"),
+            Text("a ring", role="assistant", learn=True),
+        ),
+    )
+    end = "<end_of_utterance>"
+    said = ["User:", picture.source.read(), f"what is it?{end}", f"\nAssistant: a red cube{end}", "\nUser:"]
+    said += [other.source.read(), f"and this?{end}", "\nAssistant:"]
+    theirs = peer(text=[said], add_end_of_utterance_token=False, return_tensors="pt")["input_ids"][0].tolist()
+    assert list(model.processor.prompt(record).streams["lm"].ids) == theirs
+    span = model.processor.example(record).streams["lm"]
+    turn = model.net.config.turn_id
+    assert [i for i, label in zip(span.ids, span.labels or (), strict=True) if label == turn] == [turn, turn]
+
+    def always(_: torch.nn.Module, __: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor([turn]), 100.0)
+
+    model.net.language.lm.get_output_embeddings().register_forward_hook(always)
+    assert model.answer_records([record], max_new_tokens=5) == [""]
+
+
 def test_what_is_no_flamingo_is_refused(tmp_path):
     model = tiny_models.idefics()
     write_model(model, tmp_path / "out", "hf")
     file = tmp_path / "out" / "config.json"
     values = json.loads(file.read_text())
-    for field, value in (("use_resampler", False), ("additional_vocab_size", 3)):
+    for field, value in (("use_resampler", False), ("additional_vocab_size", 4)):
         file.write_text(json.dumps({**values, field: value}))
         with pytest.raises(CheckpointError, match=field):
             isthmus.load(tmp_path / "out")

@@ -204,10 +204,11 @@ def flamingo(**changes: Any) -> Model:
     return Model(net, InterleaveProcessor(told, ImageTransform.clip(SIZE), max_length=120))
 
 
-def idefics(*, gate: Any = "scalar") -> Model:
+def idefics(*, gate: Any = "scalar", instruct: bool = False) -> Model:
     """A Flamingo in the proportions of transformers' IDEFICS."""
-    told = tokenizer().with_tokens(*IDEFICS_TOKENS)
-    end, image = (told.id_of(token) for token in IDEFICS_TOKENS)
+    tokens = IDEFICS_TOKENS if instruct else IDEFICS_TOKENS[:2]
+    told = tokenizer().with_tokens(*tokens)
+    end, image, *turn = (told.id_of(token) for token in tokens)
     language = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"} | {"vocab_size": end}
     torch.manual_seed(0)
     net = Flamingo(
@@ -216,6 +217,7 @@ def idefics(*, gate: Any = "scalar") -> Model:
             language={**language, "rms_norm_eps": 1e-6},
             end_id=end,
             image_id=image,
+            turn_id=turn[0] if turn else None,
             resampler=ResamplerConfig(layers=2, latents=5, heads=2, head_width=8, activation="relu", qk_norm=True),
             xattn=GatedConfig.idefics(32, 4, 48, gate=gate),
             class_token=True,
@@ -225,8 +227,11 @@ def idefics(*, gate: Any = "scalar") -> Model:
     for block in net.xattn:
         block.attn_gate.data.add_(0.7)  # type: ignore[union-attr]
         block.mlp_gate.data.add_(0.5)  # type: ignore[union-attr]
-    image_transform = ImageTransform.clip(SIZE, "squash")
-    return Model(net, InterleaveProcessor(told, image_transform, max_length=256, tokens=IDEFICS_TOKENS, around=True))
+    image_transform, template = ImageTransform.clip(SIZE, "squash"), "idefics" if instruct else "paper"
+    processor = InterleaveProcessor(
+        told, image_transform, max_length=256, template=template, tokens=tokens, around=True
+    )
+    return Model(net, processor)
 
 
 def blip2(language: dict[str, Any] | None = OPT, *, instruct: bool = False, **changes: Any) -> Model:

@@ -31,21 +31,26 @@ NEW_TOKENS = (END_TOKEN, IMAGE_TOKEN)
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """The words around questions, answers and captions; ``between`` stands behind each finished shot."""
+    """The words around questions, answers and captions.
+
+    ``between`` stands behind each finished shot, ``user`` before the pictures of a question.
+    """
 
     question: str
     answer: str
     caption: str
     space: str
     between: str
+    user: str = ""
 
 
 STYLES = {
     "paper": Style(question="Question: ", answer=" Answer:", caption="Output:", space=" ", between=""),
     "open_flamingo": Style(question="Question:", answer=" Short answer:", caption="Output:", space="", between="\n"),
+    "idefics": Style(question="", answer="\nAssistant:", caption="\nAssistant:", space=" ", between="\n", user="User:"),
     "bare": Style(question="", answer="", caption="", space=" ", between=""),
 }
-"""2204.14198, appendix B.2; the evaluation code of open_flamingo 2.0.1; and ours, nothing but what was said."""
+"""2204.14198, appendix B.2; open_flamingo 2.0.1's evaluation; IDEFICS-instruct's; ours, nothing but what was said."""
 
 
 class InterleaveProcessor:
@@ -59,11 +64,12 @@ class InterleaveProcessor:
         max_length: tokens. A longer document is read through a window at a place drawn at random; a longer
             conversation loses its end.
         max_images: most visuals of a document; a window ends before the next one.
-        template: ``paper``, ``open_flamingo`` or ``bare``, one of STYLES.
+        template: ``paper``, ``open_flamingo``, ``idefics`` or ``bare``, one of STYLES.
         p_next: how often a document's text is paired with the picture behind it instead of the one before (training).
         space: how often a caption pair gets a space before its text (training; ½ in the paper).
         blind: whether a document's text before its first picture is learnt (not so in OpenFlamingo).
-        tokens: the names of the token that ends a chunk and of a picture's.
+        tokens: the names of the token that ends a chunk, of a picture's, and of one that ends every turn if there is
+            such a one (IDEFICS-instruct); without it the first ends an answer.
         around: whether the former stands on both sides of each picture (IDEFICS), and so not behind the last text.
     """
 
@@ -94,7 +100,8 @@ class InterleaveProcessor:
         self.max_length, self.max_images = max_length, max_images
         self.p_next, self.space, self.blind = p_next, space, blind
         self.tokens, self.around = tuple(tokens), around
-        self.end_id, self.image_id = (tokenizer.id_of(token) for token in self.tokens)
+        self.end_id, self.image_id, *turn = (tokenizer.id_of(token) for token in self.tokens)
+        self.turn_id = turn[0] if turn else None
 
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError when the record does not fit, or nothing of it would be learnt."""
@@ -162,19 +169,22 @@ class InterleaveProcessor:
             elif role == "user":
                 line.write(style.between if number and turns[number - 1][0] == "assistant" else "", False)
                 first = next((i for i, p in enumerate(parts) if isinstance(p, Text)), len(parts))
+                line.write(f"{style.user} " if style.user and not first else style.user, False)
                 for part in parts[:first]:
                     line.place(part)  # type: ignore[arg-type]
-                line.write(style.question if text.strip() else style.caption, False)
+                line.write(style.question if text.strip() else "", False)
                 for part in parts[first:]:
                     line.write(str(part.text), False) if isinstance(part, Text) else line.place(part)
-                line.write(style.answer if text.strip() else "", False)
+                if self.turn_id is not None:
+                    line.token(self.turn_id, False)
+                line.write(style.answer if text.strip() else style.caption, False)
             else:
                 if not text.strip():
                     raise DataError("empty answer: a turn of the assistant says nothing; write an answer or drop it")
                 if any(isinstance(p, Image) for p in parts):
                     raise DataError("bad conversation: a picture stands in the assistant's turn; only users show them")
                 line.write(f"{style.space}{text}", learn)
-                line.token(self.end_id, learn)
+                line.token(self.end_id if self.turn_id is None else self.turn_id, learn)
         last = turns[-1][0] if turns else "nobody"
         if last != ("user" if prompt else "assistant"):
             raise DataError(

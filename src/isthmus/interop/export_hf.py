@@ -215,7 +215,8 @@ def _idefics(model: Source, shard_bytes: int) -> Export:
     """A Flamingo in the proportions of IDEFICS; any other can be written as `open_flamingo`."""
     config, processor = model.net.config, model.processor
     described = idefics_config_to_hf(config)
-    for name, value, fixed in (("tokens", processor.tokens, IDEFICS_TOKENS), ("around", processor.around, True)):
+    tokens = IDEFICS_TOKENS[: len(config.new_ids)]
+    for name, value, fixed in (("tokens", processor.tokens, tokens), ("around", processor.around, True)):
         must(value == fixed, f"processor.{name}", value, WHO, repr(fixed))
     weights = idefics_to_hf(state_tensors(model.net), config)
     described |= {"bos_token_id": processor.tokenizer.bos_id, "eos_token_id": processor.tokenizer.eos_id}

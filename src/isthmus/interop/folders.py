@@ -107,14 +107,20 @@ def _idefics(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     net = Flamingo(config)  # not from the meta device, as LLaVA's
     load_into(net, state, where=folder)
     tokenizer = load_tokenizer(folder)
-    ids = tuple(tokenizer.id_of(token) for token in IDEFICS_TOKENS)
-    if ids != (config.end_id, config.image_id):
-        raise CheckpointError(
-            f"{folder}: its tokenizer has {IDEFICS_TOKENS} at {ids}, its model behind the vocabulary."
-        )
+    tokens = IDEFICS_TOKENS[: len(config.new_ids)]
+    ids = tuple(tokenizer.id_of(token) for token in tokens)
+    if ids != config.new_ids:
+        raise CheckpointError(f"{folder}: its tokenizer has {tokens} at {ids}, its model behind the vocabulary.")
     image = replace(image_transform(folder, config.vision.image_size), mode="squash")
-    length = net.language.context or 2048
-    return net, InterleaveProcessor(tokenizer, image, max_length=length, tokens=IDEFICS_TOKENS, around=True), ()
+    processor = InterleaveProcessor(
+        tokenizer,
+        image,
+        max_length=net.language.context or 2048,
+        template="paper" if config.turn_id is None else "idefics",
+        tokens=tokens,
+        around=True,
+    )
+    return net, processor, ()
 
 
 def _blip2(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 Where it differs from OpenFlamingo is configuration here: RMSNorm and SwiGLU in the blocks, the encoder's class token
 among the features, and ``<fake_token_around_image>`` on both sides of each picture, which thereby ends the text before.
+The instruct models have a third new token, which ends every turn.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,9 @@ from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
 
-TOKENS = ("<fake_token_around_image>", "<image>")
+TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
+"""The instruct models' three; the others have the first two."""
+
 _VISION, _RESAMPLER, _BLOCKS = "model.vision_model.", "model.perceiver_resampler.", "model.gated_cross_attn_layers."
 _ROWS = {
     "model.embed_tokens.additional_embedding.weight": "language.new_rows.input",
@@ -35,7 +38,7 @@ def idefics_config_from_hf(raw: Mapping[str, Any]) -> FlamingoConfig:
     """From a config.json. Raises CheckpointError for a variant that is no Flamingo."""
     must(raw.get("use_resampler", False), "use_resampler", raw.get("use_resampler"), "a Flamingo here", "true")
     extra = raw.get("additional_vocab_size", 0)
-    must(extra == 2, "additional_vocab_size", extra, "a Flamingo here", f"2, the rows of {' and '.join(TOKENS)}")
+    must(extra in (2, 3), "additional_vocab_size", extra, "a Flamingo here", f"2 or 3, the rows of {', '.join(TOKENS)}")
     vision = {**raw["vision_config"], "model_type": "clip_vision_model"}
     vision = {"hidden_size": vision.get("embed_dim", 768), "hidden_act": "gelu", **vision}
     perceiver = raw.get("perceiver_config") or {}
@@ -57,6 +60,7 @@ def idefics_config_from_hf(raw: Mapping[str, Any]) -> FlamingoConfig:
         language=language,
         end_id=rows,
         image_id=rows + 1,
+        turn_id=rows + 2 if extra == 3 else None,
         resampler=ResamplerConfig(
             layers=perceiver.get("resampler_depth", 6),
             latents=perceiver.get("resampler_n_latents", 64),
@@ -88,8 +92,8 @@ def idefics_config_to_hf(config: FlamingoConfig) -> dict[str, Any]:
     for name, value, fixed in (("offset", config.offset, 0), ("media", config.media, "previous")):
         must(value == fixed, name, value, _WHO, repr(fixed))
     must(config.class_token, "class_token", config.class_token, _WHO, "true")
-    new = (config.end_id, config.image_id)
-    must(new == (language["vocab_size"], language["vocab_size"] + 1), "end_id", config.end_id, _WHO, "vocab_size")
+    new, first = config.new_ids, language["vocab_size"]
+    must(new == tuple(range(first, first + len(new))), "end_id", config.end_id, _WHO, "vocab_size, the others behind")
     eps = language.get("rms_norm_eps", 1e-6)
     own = GatedConfig.idefics(*sizes, eps=eps, qk_norm=config.xattn.qk_norm, gate=config.xattn.gate)  # type: ignore[arg-type]
     must(config.xattn == own, "xattn", config.xattn, _WHO, repr(own))
@@ -110,7 +114,7 @@ def idefics_config_to_hf(config: FlamingoConfig) -> dict[str, Any]:
         "hidden_act": language.get("hidden_act", "silu"),
         "rms_norm_eps": eps,
         "tie_word_embeddings": language.get("tie_word_embeddings", False),
-        "additional_vocab_size": 2,
+        "additional_vocab_size": len(new),
         "cross_layer_interval": config.every,
         "qk_layer_norms": config.xattn.qk_norm,
         "alpha_type": "vector" if config.xattn.gate == "vector" else "float",

@@ -46,7 +46,8 @@ class FlamingoConfig:
     A gated block stands before LM layer i when ``i % every == offset``: offset 0 is the paper's, ``every - 1``
     OpenFlamingo's. ``end_id`` and ``image_id`` are the ids of ``<|endofchunk|>`` and ``<image>``. ``media`` is what a
     token sees: the ``previous`` image, or ``all`` up to it (the paper's ablation). With ``class_token`` the resampler
-    reads the encoder's class token beside the patches (IDEFICS).
+    reads the encoder's class token beside the patches (IDEFICS). ``turn_id`` is the id of a third new token, which ends
+    every turn (IDEFICS-instruct).
     """
 
     vision: VisionConfig
@@ -59,6 +60,7 @@ class FlamingoConfig:
     offset: int = 0
     media: Literal["previous", "all"] = "previous"
     class_token: bool = False
+    turn_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 <= self.offset < self.every:
@@ -68,6 +70,11 @@ class FlamingoConfig:
             )
         if self.class_token and not self.vision.class_token:
             raise ConfigError("class_token: this vision encoder has none.")
+
+    @property
+    def new_ids(self) -> tuple[int, ...]:
+        """The ids with rows of their own beside the language model's table."""
+        return (self.end_id, self.image_id, *(() if self.turn_id is None else (self.turn_id,)))
 
     def to_dict(self) -> dict[str, Any]:
         return plain(self)
@@ -169,7 +176,7 @@ class Flamingo(nn.Module):
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__()
         self.config = config
-        language = InterleavedLanguageModel.build(config.language, (config.end_id, config.image_id))
+        language = InterleavedLanguageModel.build(config.language, config.new_ids)
         places = [i for i in range(len(language.decoder_layers())) if i % config.every == config.offset]
         if not places:
             raise ConfigError(
