@@ -1,5 +1,7 @@
 """The language adapter over tiny random LMs of seven families."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -109,6 +111,23 @@ def test_loss_and_its_gradient_equal_the_library_on_one_row(name: str) -> None:
     for n, p in lm.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(ours[n], p.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_stays_in_float32_under_autocast_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, tokens = build("llama"), stream([13, 7])
+    exact, _ = lm.loss(lm.embed(tokens.ids), tokens)
+    seen: set[torch.dtype] = set()
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        seen.add(q.dtype)
+        return kernel(q, *rest, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = lm.loss(lm.embed(tokens.ids), tokens)
+    assert seen == {torch.float32}
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0)
 
 
 @every_family

@@ -167,6 +167,16 @@ def test_clips_show_what_their_questions_ask():
     assert source("clips")[1].texts[0].text.startswith(("a small", "a large"))
 
 
+def test_the_sentence_about_a_move_says_whence_and_whither():
+    told = source("clips", kinds=["moved"])
+    rows, columns = ("top", "middle", "bottom"), ("left", "centre", "right")
+    for i in range(60):
+        (start,), (end,) = (told[i].images[0].source.frames[n].solids for n in (0, -1))
+        places = [f"{rows[int(3 * s.y)]} {columns[int(3 * s.x)]}" for s in (start, end)]
+        assert str(told[i].texts[0].text).endswith(f"from the {places[0]} to the {places[1]}")
+        assert places[0] != places[1]
+
+
 def test_controls_of_clips():
     plain = source("clip_questions")[0].images[0]
     shuffled = source("clip_questions", control="shuffled")[0].images[0]

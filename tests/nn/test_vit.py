@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, 
 from isthmus.config import plain, strict
 from isthmus.errors import ConfigError
 from isthmus.interop.hf_clip import vision_config_from_hf, vision_from_hf
-from isthmus.nn.vit import VisionConfig, VisionTransformer, resize_positions
+from isthmus.nn.vit import PatchEmbedding, VisionConfig, VisionTransformer, resize_positions
 from tests.fixtures import OPEN_CLIP
 
 SIZES = {
@@ -65,6 +65,16 @@ def test_resized_tables_equal_open_clip():
         plain_bicubic = resize_positions(tensors["table"], (8, 8), (side, side), how="hf", class_token=True)
         assert (plain_bicubic - resized).abs().max() > 0.1
         assert torch.equal(plain_bicubic[0], tensors["table"][0])
+
+
+@pytest.mark.parametrize("size", [(16, 16), (19, 13)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_patch_embedding_is_the_convolution(size, bias):
+    torch.manual_seed(0)
+    patches = PatchEmbedding(3, 7, 4, 4, bias=bias).double()
+    pixels = torch.randn(2, 3, *size, dtype=torch.float64)
+    expected = torch.nn.Conv2d.forward(patches, pixels).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(patches(pixels), expected, atol=1e-12, rtol=0)
 
 
 def test_same_grid_keeps_the_table():
