@@ -5,23 +5,27 @@ file's, in the same memory, was matched, whatever its name; one that was split, 
 was converted. What is in no file, and what is in a file and not used, must be told with a reason by whoever decides it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
     """Tensors of the net: ``matched`` and ``converted`` from the files, ``from_parts`` of models named beside them,
-    ``absent`` from all of these (name -> why). ``ignored`` are the files' own (name -> why)."""
+    ``absent`` from all of these (name -> why). ``ignored`` are the files' own (name -> why). ``dtype`` is what most of
+    the checkpoint's own numbers are stored in, ``float32`` or ``bfloat16``."""
 
     matched: int
     converted: int
     from_parts: int
+    dtype: str = "float32"
     absent: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
 
@@ -71,9 +75,17 @@ class Account:
             matched=matched,
             converted=len(self.taken) - matched - named - len(self.absent),
             from_parts=named,
+            dtype=self._dtype(),
             absent=dict(self.absent),
             ignored=dict(self.ignored),
         )
+
+    def _dtype(self) -> str:
+        counts: Counter[torch.dtype] = Counter()
+        for tensor in self.own.values():
+            if tensor.is_floating_point():
+                counts[tensor.dtype] += tensor.numel()
+        return str(counts.most_common(1)[0][0]).removeprefix("torch.") if counts else "float32"
 
 
 _current: ContextVar[Account | None] = ContextVar("account", default=None)

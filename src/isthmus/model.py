@@ -32,12 +32,13 @@ from isthmus.data.record import Example, Image, Part, Record, Text, without_answ
 from isthmus.data.text import TEMPLATES, render
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.video import as_visual
-from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError, nearest
-from isthmus.interop.hub import located, looks_like_id
+from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError
+from isthmus.interop.hub import located
 from isthmus.language import Decoding, unfilled
 from isthmus.load_report import LoadReport, accounting
 from isthmus.models import MODELS, model_class
 from isthmus.nn.losses import similarity
+from isthmus.nn.precision import cast_weights
 
 FORMAT = "isthmus-1"
 _CAPABILITIES = {
@@ -80,6 +81,14 @@ class Model:
 
     def to(self, device: str | torch.device) -> "Model":
         self.net.to(device)
+        return self
+
+    def cast(self, dtype: torch.dtype) -> "Model":
+        """The weights to ``dtype``; what must not be cast (BLIP-2's Q-Former, rotary frequencies) stays in float32."""
+        if hasattr(self.net, "cast"):
+            self.net.cast(dtype)
+        else:
+            cast_weights(self.net, dtype)
         return self
 
     def need(self, capability: str) -> None:
@@ -377,24 +386,26 @@ def load(
     language: str | Path | None = None,
     tokenizer: str | Path | None = None,
     activation: str | None = None,
+    head_width: int | None = None,
 ) -> Model:
     """Open a model: a run folder, a model folder of ours, or a checkpoint of another code base.
 
     Those of transformers (CLIP, SigLIP and their towers, LLaVA, BLIP-2, InstructBLIP, causal LMs), open_clip, OpenAI,
     OpenFlamingo and the original LLaVA are told by their content, never by name. Loading is strict, runs no code and
-    verifies the manifest of our own folders. ``dtype`` casts the weights; what must not be cast (BLIP-2's Q-Former)
-    stays in float32.
+    verifies the manifest of our own folders. ``dtype`` casts the weights (:meth:`Model.cast`).
 
     Args:
         revision: branch, tag or commit of a hub id ``owner/name``, which is then fetched; nothing else is.
         vision, language: models that a checkpoint was trained with and does not hold.
         tokenizer: a tokenizer's folder, or OpenAI's merge table, where a checkpoint comes without.
         activation: of a CLIP whose weights do not tell it, ``quick_gelu`` or ``gelu``.
+        head_width: of a CLIP whose weights do not tell it and whose size is none that was published.
 
     Raises CheckpointError: nothing there, damaged, unknown format, a weight missing or left over, or one of the
     arguments missing or of no use.
     """
-    given = {"vision": vision, "language": language, "tokenizer": tokenizer, "activation": activation}
+    given: dict[str, Any] = {"vision": vision, "language": language, "tokenizer": tokenizer}
+    given |= {"activation": activation, "head_width": head_width}
     folder = located(path, revision)
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
@@ -404,14 +415,15 @@ def load(
         raise CheckpointError(f"{folder} is a whole model of ours and needs no {useless[0]}: leave it out.")
     with unfilled(), accounting() as account:
         if config is None or "format" not in config:
-            net, processor, forbidden = _foreign(folder, config, given)
+            from isthmus.interop.foreign import open_foreign
+            from isthmus.interop.given import Given
+
+            net, processor, forbidden = open_foreign(folder, config, Given(open=load, **given))
             model = Model(net, processor, forbidden=forbidden)
         else:
             model = _own(folder, config)
         model.report = account.report()
-    if dtype is not None:
-        (model.net.cast if hasattr(model.net, "cast") else model.net.to)(dtype)
-    return model.to(device)
+    return (model if dtype is None else model.cast(dtype)).to(device)
 
 
 def _own(folder: Path, config: Mapping[str, Any]) -> Model:
@@ -435,25 +447,6 @@ def _own(folder: Path, config: Mapping[str, Any]) -> Model:
     )
 
 
-def _foreign(path: Path, config: Mapping[str, Any] | None, given: Mapping[str, Any]) -> tuple[Any, Processor, Any]:
-    """Another code base's file or folder."""
-    from isthmus.interop import folders, origins
-    from isthmus.interop.given import Given
-
-    named = Given(open=load, **given)
-    if path.is_file():
-        return origins.open_file(path, named)
-    if config is not None and "mm_vision_tower" in config:
-        return origins.open_original_llava(path, config, named)
-    of_open_clip = origins.open_clip_config(path) if path.is_dir() else None
-    if of_open_clip is not None:
-        return origins.open_clip_folder(path, of_open_clip, named)
-    if config is None:
-        raise CheckpointError(_nothing_here(path))
-    named.only(where=path)
-    return folders.load_foreign(path, config)
-
-
 def _tokenizer_files(processor: Processor) -> dict[str, str]:
     """The tokenizer's files, where the processor reads text; those of further ones each in a folder of its name."""
     own = {} if isinstance(processor, ImagesProcessor) else processor.tokenizer.files()
@@ -465,21 +458,3 @@ def _listed(image: AnyImage | Sequence[AnyImage] | None) -> Sequence[AnyImage]:
     if image is None:
         return ()
     return tuple(image) if isinstance(image, list | tuple) else (cast(AnyImage, image),)
-
-
-def _nothing_here(path: Path) -> str:
-    if not path.exists():
-        beside = [str(f) for f in path.parent.glob("*") if f.is_dir()] if path.parent.is_dir() else []
-        near = nearest(str(path), beside) if beside else ""
-        hint = " A model of the hub is fetched by `isthmus convert`, `show`, `chat` and `verify` with --revision main."
-        after = f"; {near}" if "did you" in near else "." + hint * looks_like_id(path)
-        return f"There is no model at {path}: no such file or folder{after}"
-    if path.is_dir():
-        if (path / "run.json").is_file():
-            return (
-                f"The run in {path} is not finished, so it has no model yet: run `isthmus train` with the same "
-                "recipe and --out again and it goes on where it stopped."
-            )
-        found = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "nothing"
-        return f"{path} is not a model folder: it has no config.json (found: {found})."
-    return f"{path} is neither a folder nor a file."

@@ -18,6 +18,7 @@ from isthmus.data.images import ImageTransform
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.interop.convert import FORMATS, write_model
 from isthmus.interop.hf_llava import llava_config_to_hf, llava_to_hf
+from isthmus.model import Model
 from isthmus.models.llava import Llava
 from isthmus.models.llava import LlavaConfig as OurConfig
 from isthmus.testing.peer import compare
@@ -187,7 +188,14 @@ def test_the_card_tells_stages_data_and_scores(story: Path, tmp_path: Path) -> N
     assert "transformers.LlavaForConditionalGeneration" in card
 
 
+def other_heads() -> Model:
+    model = tiny_models.lavis()
+    model.net.config = replace(model.net.config, qformer=replace(model.net.config.qformer, heads=2))
+    return model
+
+
 REFUSED = {
+    "qformer.heads": (other_heads, "lavis"),
     "similarity": (lambda: tiny_models.clip(similarity="dot"), "hf"),
     "language.num_key_value_heads": (tiny_models.flamingo, "hf"),
     "projector": (lambda: tiny_models.llava(projector="linear"), "hf"),

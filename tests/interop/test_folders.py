@@ -27,6 +27,7 @@ from isthmus.data.collate import collate
 from isthmus.data.images import MadeImage
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError, IsthmusWarning
+from isthmus.interop.folders import image_transform
 from isthmus.language import Decoding
 from tests.fixtures import OPEN_CLIP
 
@@ -275,3 +276,28 @@ def test_a_siglip_folder_cleans_texts_and_starts_them_with_nothing(tmp_path):
     for opened in (model, isthmus.load(tmp_path / "ours")):
         found = opened.embed_texts(["  A red, CUBE! "])
         assert torch.allclose(found / found.norm(dim=-1, keepdim=True), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"do_resize": False}, "do_resize False"),
+        ({"do_rescale": False}, "do_rescale False"),
+        ({"rescale_factor": 1 / 127.5}, "scales by"),
+        ({"size": {"shortest_edge": 40}}, "resizes to 40 pixels before it cuts out 28"),
+    ],
+)
+def test_steps_of_an_image_processor_that_are_not_ours_are_refused(tmp_path, changes, named):
+    """Pixels would differ, and nothing would say so."""
+    ours = {"do_center_crop": True, "crop_size": 28, "size": {"shortest_edge": 28}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(ours))
+    assert image_transform(tmp_path, 28).mode == "square"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**ours, **changes}))
+    with pytest.raises(CheckpointError, match=named):
+        image_transform(tmp_path, 28)
+
+
+def test_pictures_that_are_not_normalised_stay_so(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 28, "do_normalize": False}))
+    transform = image_transform(tmp_path, 28)
+    assert (transform.mean, transform.std) == ((0.0,) * 3, (1.0,) * 3)

@@ -12,7 +12,13 @@ from isthmus.batch import Batch, Tokens, Visuals
 from isthmus.data.record import Record, Text
 from isthmus.errors import CheckpointError
 from isthmus.interop.convert import write_model
-from isthmus.interop.hf_idefics import idefics_config_from_hf, idefics_config_to_hf, idefics_from_hf, idefics_to_hf
+from isthmus.interop.hf_idefics import (
+    idefics_config_from_hf,
+    idefics_config_to_hf,
+    idefics_from_hf,
+    idefics_to_hf,
+    read_idefics_folder,
+)
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
@@ -171,6 +177,53 @@ def test_an_instruct_models_conversation_reads_as_the_librarys_and_its_turns_end
 
     model.net.language.lm.get_output_embeddings().register_forward_hook(always)
     assert model.answer_records([record], max_new_tokens=5) == [""]
+
+
+@pytest.mark.parametrize(("extra", "tied"), [(2, True), (3, True), (2, False)])
+@torch.no_grad()
+def test_folders_with_fields_left_out_and_tied_tables(tmp_path, extra, tied):
+    """What a config.json leaves out is the library's default, not CLIP's; tied tables are written once."""
+    vision = {"embed_dim": 32, "image_size": 28, "num_hidden_layers": 2, "intermediate_size": 48}
+    config = IdeficsConfig(
+        vocab_size=V,
+        additional_vocab_size=extra,
+        **SIZES,
+        use_resampler=True,
+        tie_word_embeddings=tied,
+        vision_config=vision,
+        perceiver_config={"resampler_n_latents": LATENTS, "resampler_depth": 1, "resampler_n_heads": 2},
+    )
+    torch.manual_seed(0)
+    theirs = IdeficsForVisionText2Text(config).eval()
+    redraw(theirs)
+    theirs.tie_weights()
+    theirs.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["vision_config"] = vision  # 16 heads and patches of 14 pixels are the library's
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config, state = read_idefics_folder(tmp_path)
+    assert (config.vision.heads, config.vision.patch_size) == (16, 14)
+    ours = Flamingo(config).eval()
+    ours.load_state_dict(state)
+    ids = torch.tensor([[3, V + 1, 5, 6, V + 2 if extra == 3 else V]])
+    pixels = torch.randn(1, 1, 3, 28, 28)
+    look = (ids == V + 1).cumsum(1)[..., None]
+    expected = theirs(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=pixels,
+        image_attention_mask=look,
+        use_cache=False,
+    ).logits
+    batch = Batch(
+        ids=("a",),
+        sources=("",),
+        text={"lm": Tokens(ids=ids, lengths=torch.tensor([5]))},
+        visuals=(Visuals(index=torch.arange(1), pixels=pixels),),
+        owner=torch.tensor([0]),
+        keys=("a",),
+    )
+    torch.testing.assert_close(ours.logits(batch), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_no_flamingo_is_refused(tmp_path):

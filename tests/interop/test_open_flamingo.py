@@ -110,15 +110,15 @@ def test_logits_equal_with_ragged_tags_and_open_gates(family: str) -> None:
 def test_resampler_and_block_equal_separately(family: str) -> None:
     """In float64 to 1e-12; in float32 to what both sides round."""
     net, tensors, _, _ = build(family)
-    for dtype, exact, atol in ((torch.float32, "", 3e-6), (torch.float64, "64", 1e-12)):
+    for dtype, exact, atol, rtol in ((torch.float32, "", 3e-6, 2e-6), (torch.float64, "64", 1e-12, 0)):
         net = net.to(dtype)
         with torch.no_grad():
             resampled = net.connector(tensors["features"].to(dtype).flatten(0, 1)).unflatten(0, (2, 3))
-            torch.testing.assert_close(resampled, tensors[f"resampled{exact}"], atol=atol, rtol=0)
+            torch.testing.assert_close(resampled, tensors[f"resampled{exact}"], atol=atol, rtol=rtol)
             block, media = net.xattn[0], tensors["resampled"].to(dtype)[:, :2]
             mask = look_mask(media_index(tensors["tags"].bool()), 2, media.shape[2])
             found = block(tensors["hidden"].to(dtype), *block.keys_values(media), mask)  # type: ignore[operator]
-        torch.testing.assert_close(found, tensors[f"blocked{exact}"], atol=atol, rtol=0)
+        torch.testing.assert_close(found, tensors[f"blocked{exact}"], atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.hf_clip import clip_config_to_hf, clip_to_hf
 from isthmus.interop.open_flamingo import trained_to_open_flamingo
-from isthmus.interop.openai import clip_to_openai
+from isthmus.interop.openai import SCALARS, clip_config_from_openai, clip_to_openai
 from isthmus.interop.original_llava import llava_to_original
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
@@ -122,12 +122,46 @@ def test_weights_that_do_not_tell_their_activation_ask_for_it(clip, tmp_path):
     vocabulary = words(tmp_path / "words")
     with pytest.raises(CheckpointError, match=r"activation=…"):
         isthmus.load(tmp_path / "x.safetensors", tokenizer=vocabulary)
-    model = isthmus.load(tmp_path / "x.safetensors", tokenizer=vocabulary, activation="gelu")
+    with pytest.raises(CheckpointError, match=r"how many attention heads.* widths 64 .*head_width=…"):
+        isthmus.load(tmp_path / "x.safetensors", tokenizer=vocabulary, activation="gelu")
+    told: dict = {"activation": "gelu", "head_width": 32}
+    model = isthmus.load(tmp_path / "x.safetensors", tokenizer=vocabulary, **told)
     assert model.net.config.text.activation == "gelu"
+    assert model.net.config.vision.heads == model.net.config.text.heads == 2
     with pytest.raises(CheckpointError, match=r"without a tokenizer.*tokenizer=…"):
-        isthmus.load(tmp_path / "x.safetensors", activation="gelu")
+        isthmus.load(tmp_path / "x.safetensors", **told)
     with pytest.raises(CheckpointError, match="needs no language"):
-        isthmus.load(tmp_path / "x.safetensors", activation="gelu", tokenizer=vocabulary, language="x")
+        isthmus.load(tmp_path / "x.safetensors", tokenizer=vocabulary, language="x", **told)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(768, 12), (1024, 16), (1280, 16), (1408, 16), (1664, 16)])
+def test_published_image_towers_have_their_heads_not_a_guess(width, heads):
+    """ViT-B to bigG: from H on open_clip's heads are 80, 88 and 104 wide."""
+    config = ClipConfig(
+        vision=VisionConfig(
+            image_size=28, patch_size=14, width=width, layers=1, heads=heads, mlp_width=64, activation="gelu"
+        ),
+        text=TextConfig(
+            context=8, vocab_size=20, width=512, layers=1, heads=8, mlp_width=64, activation="gelu", eot_id=19
+        ),
+        embed_dim=16,
+    )
+    with torch.device("meta"):
+        state = clip_to_openai(Clip(config).state_dict(), config)
+    found = clip_config_from_openai({k: v for k, v in state.items() if k not in SCALARS}, activation="gelu")
+    assert (found.vision.heads, found.text.heads) == (heads, 8)
+
+
+def test_a_trainers_checkpoint_of_a_clip_with_a_named_text_tower_opens(clip, tmp_path):
+    """open_clip's CustomTextCLIP in training: ``module.text.…``."""
+    state = clip_to_openai(clip.state_dict(), clip.config)
+    image = ("visual.", "logit_scale")
+    named = {f"module.{k if k.startswith(image) else 'text.' + k}": v for k, v in state.items() if k not in SCALARS}
+    torch.save({"epoch": 3, "state_dict": named}, tmp_path / "epoch_3.pt")
+    model = isthmus.load(
+        tmp_path / "epoch_3.pt", tokenizer=words(tmp_path / "words"), activation="quick_gelu", head_width=32
+    )
+    same(model.net, clip)
 
 
 @pytest.mark.parametrize("name", ["clip_quick_gelu", "clip_gelu", "custom_text_clip"])
@@ -145,6 +179,28 @@ def test_open_clip_folders_equal_open_clip(tmp_path, name):
         found = model.net.embed_images(tensors["pixels"])
     torch.testing.assert_close(found, tensors["image_embeds"], atol=1e-5, rtol=0)
     assert model.processor.image.mean == (0.5, 0.5, 0.5)
+
+
+def test_a_folder_with_transformers_form_beside_open_clips_opens(tmp_path, clip):
+    """As many are published on the hub: both configurations, both files of weights."""
+    tensors = load_file(OPEN_CLIP / "clip_gelu.safetensors")
+    folder = words(tmp_path / "both")
+    write_folder(
+        tmp_path / "theirs",
+        {
+            "config.json": clip_config_to_hf(clip.config),
+            "model.safetensors": clip_to_hf(clip.state_dict(), clip.config),
+        },
+    )
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((tmp_path / "theirs" / name).read_bytes())
+    described = {"model_cfg": json.loads((OPEN_CLIP / "clip_gelu.json").read_text()), "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(described))
+    weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    with torch.no_grad():
+        found = isthmus.load(folder).net.embed_images(tensors["pixels"])
+    torch.testing.assert_close(found, tensors["image_embeds"], atol=1e-5, rtol=0)
 
 
 # LLaVA as its own repository writes it.

@@ -1,7 +1,7 @@
 """The commands and their options; each hands over to a module of its own."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ Vision = Annotated[str | None, typer.Option(help="The vision encoder's model, wh
 Language = Annotated[str | None, typer.Option(help="The language model, where a checkpoint holds none.")]
 Vocabulary = Annotated[str | None, typer.Option(help="A tokenizer's folder, where a checkpoint comes without.")]
 Activation = Annotated[str | None, typer.Option(help="quick_gelu or gelu, where a CLIP's weights do not tell.")]
+HeadWidth = Annotated[int | None, typer.Option(help="Width of a CLIP's attention heads, where nothing tells it.")]
 Revision = Annotated[str | None, typer.Option(help="Of a hub id owner/name: main, a tag or a commit; it is fetched.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value changes, e.g. stages.align.steps=100.")]
 
@@ -33,7 +34,7 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def _given(**arguments: str | None) -> dict[str, str]:
+def _given(**arguments: Any) -> dict[str, Any]:
     """What the user gave of the further arguments of ``isthmus.load``."""
     return {name: value for name, value in arguments.items() if value is not None}
 
@@ -48,7 +49,7 @@ def root(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the runs, results.json and report.html.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data, weights and order.")] = 0,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Open the browser page at the end.")] = True,
     jobs: Annotated[
         int | None, typer.Option(help="Trainings at a time, which share the cores (default: 3; 1 on one core).")
@@ -81,13 +82,15 @@ def show(
     language: Language = None,
     tokenizer: Vocabulary = None,
     activation: Activation = None,
+    head_width: HeadWidth = None,
     revision: Revision = None,
     json_file: Json = None,
 ) -> None:
     """Parts, exact parameter counts, what each stage trains, tokens per image, the compute rule, memory."""
     from isthmus.cli.show import run
 
-    given = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation, revision=revision)
+    given = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation)
+    given |= _given(head_width=head_width, revision=revision)
     run(what, overrides or [], json_file, given)
 
 
@@ -119,7 +122,7 @@ def evaluate(
     select: Annotated[str, typer.Option(help="How shots are chosen: random or rices.")] = "random",
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of raw outputs and scores.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of shuffles and intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of shuffles and intervals.")] = 0,
     rescore: Annotated[Path | None, typer.Option(help="Score this folder's outputs again, without a model.")] = None,
     against: Annotated[Path | None, typer.Option(help="With --rescore: the folder to compare it with, paired.")] = None,
     json_file: Json = None,
@@ -128,7 +131,17 @@ def evaluate(
     from isthmus.cli.evaluate import run, run_rescore
 
     if rescore is not None or against is not None or model is None:
-        run_rescore(rescore, against, model=model, options=option or [], seed=seed, json_file=json_file)
+        asking = {
+            "--task": task,
+            "--data": data,
+            "--train": train,
+            "--shots": shots,
+            "--select": select != "random",
+            "--limit": limit,
+            "--out": out,
+        }
+        given = [name for name, value in asking.items() if value]
+        run_rescore(rescore, against, model=model, options=option or [], given=given, seed=seed, json_file=json_file)
         return
     run(
         model,
@@ -158,11 +171,11 @@ def compare(
     option: Annotated[list[str] | None, typer.Option("--set", help="key=value of the source; task.key=value.")] = None,
     train: Annotated[str | None, typer.Option(help="Training data: the prior's answers, the shots.")] = None,
     shots: Annotated[str | None, typer.Option(help="Examples before each question, from --train: '0 4 8'.")] = None,
-    select: Annotated[str, typer.Option(help="How shots are chosen: random or rices.")] = "random",
+    select: Annotated[str | None, typer.Option(help="How shots are chosen: random (default) or rices.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Of a recipe, run only this arm (repeat for several).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report, scores and raw outputs.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of shuffles and intervals.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of shuffles and intervals (default: 0).")] = None,
     json_file: Json = None,
 ) -> None:
     """Models side by side on the same questions: scores, differences with intervals, costs, one report."""
@@ -175,9 +188,11 @@ def compare(
             "--set": option,
             "--train": train,
             "--shots": shots,
+            "--select": select,
             "--limit": limit,
+            "--seed": seed,
         }
-        given = [name for name, value in options.items() if value]
+        given = [name for name, value in options.items() if value not in (None, [])]
         work.run_recipe(models[0], models[1:], arms=arm or [], out=out, given=given, json_file=json_file)
         return
     work.no_arms(arm)
@@ -206,7 +221,7 @@ def score(
     metric: Annotated[list[str] | None, typer.Option(help="Also METEOR or SPICE (Java, extra `eval`).")] = None,
     subset: Annotated[bool, typer.Option(help="Score only the items that have a prediction.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also keep a score folder, for --rescore and --against.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the intervals.")] = 0,
     json_file: Json = None,
 ) -> None:
     """Official metrics on official files, without a model."""
@@ -256,18 +271,31 @@ def convert(
     replace: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
     lossy: Annotated[bool, typer.Option(help="Leave out what the format has no place for.")] = False,
     shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 5GB.")] = "5GB",
+    dtype: Annotated[str, typer.Option(help="stored (as the weights were), float32, bfloat16 or float16.")] = "stored",
     vision: Vision = None,
     language: Language = None,
     tokenizer: Vocabulary = None,
     activation: Activation = None,
+    head_width: HeadWidth = None,
     revision: Revision = None,
     json_file: Json = None,
 ) -> None:
     """Write a model in another project's form; what that cannot hold is an error that names the field."""
     from isthmus.cli.convert import run
 
-    given = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation, revision=revision)
-    run(source, destination, to, given=given, replace=replace, lossy=lossy, shard=shard_size, json_file=json_file)
+    given = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation)
+    given |= _given(head_width=head_width, revision=revision)
+    run(
+        source,
+        destination,
+        to,
+        given=given,
+        replace=replace,
+        lossy=lossy,
+        shard=shard_size,
+        dtype=dtype,
+        json_file=json_file,
+    )
 
 
 @app.command()
@@ -278,13 +306,15 @@ def verify(
     language: Language = None,
     tokenizer: Vocabulary = None,
     activation: Activation = None,
+    head_width: HeadWidth = None,
     revision: Revision = None,
     json_file: Json = None,
 ) -> None:
     """Contracts on any checkpoint: batch = single, cached = uncached, save = load, the picture matters, ..."""
     from isthmus.cli.verify import run
 
-    given = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation, revision=revision)
+    given = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation)
+    given |= _given(head_width=head_width, revision=revision)
     run(model, json_file, only=only or [], given=given)
 
 
@@ -302,7 +332,7 @@ def data_scenes(
     format: Annotated[str, typer.Option(help="llava, webdataset or coco.")] = "llava",
     count: Annotated[int, typer.Option(help="Number of pictures.")] = 1000,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "train",
-    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
     size: Annotated[int, typer.Option(help="Side of a picture in pixels.")] = 64,
 ) -> None:
     """Write the generated scenes in a format other tools read."""
@@ -322,7 +352,7 @@ def data_capfilt(
     wrong: Annotated[float, typer.Option(help="Mislabel this share first, to measure what filtering does.")] = 0.0,
     limit: Annotated[int | None, typer.Option(help="Only the first N pictures.")] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="key=value of the source; task.key=value.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the captions drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the captions drawn.")] = 0,
     json_file: Json = None,
 ) -> None:
     """Better captions for a web data set (BLIP-2's CapFilt): write k, rank them by a CLIP, keep the best."""

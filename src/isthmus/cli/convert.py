@@ -4,11 +4,13 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from isthmus.errors import ConfigError
+from isthmus.errors import ConfigError, nearest
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -17,18 +19,29 @@ def run(
     destination: Path,
     to: str,
     *,
-    given: Mapping[str, str],
+    given: Mapping[str, Any],
     replace: bool,
     lossy: bool,
     shard: str,
+    dtype: str,
     json_file: Path | None,
 ) -> None:
-    """Open, write, and say what was written. ``given`` are further arguments of ``load``."""
+    """Open, write, and say what was written. ``given`` are further arguments of ``load``.
+
+    Weights are written in the precision that they were stored in, which is widened to float32 and back without loss.
+    """
+    import torch
+
     from isthmus.interop.convert import write_model
     from isthmus.model import load
 
     size = byte_count(shard)
-    model = load(source, **given)  # type: ignore[arg-type]
+    if dtype not in ("stored", *_DTYPES):
+        raise ConfigError(f"--dtype {dtype!r}: {nearest(dtype, ('stored', *_DTYPES))}")
+    model = load(source, **given)
+    wanted = dtype if dtype != "stored" else model.report.dtype if model.report else "float32"
+    if wanted in _DTYPES:
+        model.cast(getattr(torch, wanted))
     done = write_model(model, destination, to, replace=replace, lossy=lossy, shard_bytes=size, origin=Path(source))
     console = Console()
     total = sum(done.files.values())

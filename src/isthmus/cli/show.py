@@ -11,7 +11,7 @@ from rich.table import Table
 from isthmus.errors import ConfigError, DataError, nearest
 
 
-def run(what: str, overrides: Sequence[str], json_file: Path | None, given: Mapping[str, str] | None = None) -> None:
+def run(what: str, overrides: Sequence[str], json_file: Path | None, given: Mapping[str, Any] | None = None) -> None:
     """Show a model's folder or file if ``what`` is one, else a recipe. ``given`` are further arguments of ``load``."""
     from isthmus.interop.hub import looks_like_id
     from isthmus.recipes.schema import shipped
@@ -33,12 +33,12 @@ def run(what: str, overrides: Sequence[str], json_file: Path | None, given: Mapp
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _model(folder: str, console: Console, given: Mapping[str, str]) -> dict[str, Any]:
+def _model(folder: str, console: Console, given: Mapping[str, Any]) -> dict[str, Any]:
     from isthmus.config import plain
     from isthmus.model import load
     from isthmus.recipes.facts import parts_of, visual_tokens, visual_tokens_text
 
-    model = load(folder, **given)  # type: ignore[arg-type]
+    model = load(folder, **given)
     parts, tokens = parts_of(model.net), visual_tokens(model.net)
     console.print(_parts(f"{folder}: {model.kind}", parts))
     held = sum(tensor.numel() * tensor.element_size() for tensor in model.net.state_dict().values())

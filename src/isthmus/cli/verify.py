@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.table import Table
 _STYLES = {"pass": "[green]pass[/]", "FAIL": "[bold red]FAIL[/]", "n/a": "[dim]n/a[/]"}
 
 
-def run(source: str, json_file: Path | None, *, only: list[str], given: Mapping[str, str]) -> None:
+def run(source: str, json_file: Path | None, *, only: list[str], given: Mapping[str, Any]) -> None:
     """Print a row per contract; exit code 1 when one fails. ``given`` are further arguments of ``load``."""
     from isthmus.model import load
     from isthmus.testing.contracts import verify

@@ -17,6 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
+from isthmus.checkpoint import read_json
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import DataError
 
@@ -115,7 +116,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if alone and (folder / "vocab.json").is_file() and START in (folder / "vocab.json").read_text(encoding="utf-8"):
         return ClipTokenizer.load(folder)
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     tokenizer = Tokenizer.load(folder)
     siglip = str(config.get("tokenizer_class")).startswith("Siglip")
     return canonical(tokenizer, lower=config.get("do_lower_case", True)) if siglip else tokenizer

@@ -104,6 +104,11 @@ def shapes_of(net: nn.Module) -> Shapes:
     return {name: value.shape for name, value in net.state_dict().items()}
 
 
+def depth(names: Iterable[str], prefix: str) -> int:
+    """How many numbered blocks there are behind the prefix."""
+    return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
+
+
 def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors below ``prefix``, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

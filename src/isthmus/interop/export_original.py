@@ -17,7 +17,7 @@ from isthmus.interop.export import Export, Source, common_dtype, must, pickled, 
 from isthmus.interop.export_hf import language_files, language_tensors, last_eot
 from isthmus.interop.hf_clip import vision_config_to_hf, vision_to_hf
 from isthmus.interop.hf_files import image_processor, tokenizer_files
-from isthmus.interop.lavis import NORM_EPS, to_lavis
+from isthmus.interop.lavis import EVA_HEAD, HEAD, NORM_EPS, to_lavis
 from isthmus.interop.open_clip import clip_to_open_clip
 from isthmus.interop.open_flamingo import LAYERS, trained_to_open_flamingo
 from isthmus.interop.openai import clip_to_openai
@@ -244,6 +244,10 @@ def lavis_export(model: Source, *, shard_bytes: int) -> Export:
         ("vision.eps", vision.eps, 1e-6),
         ("qformer.activation", config.qformer.activation, "gelu"),
         ("qformer.eps", config.qformer.eps, 1e-12),
+        ("vision.heads", vision.heads, vision.width / EVA_HEAD),
+        ("qformer.heads", config.qformer.heads, config.qformer.width / HEAD),
+        ("qformer.cross_every", config.qformer.cross_every, 2),
+        ("feature_layer", config.feature_layer, -1),
     ):
         must(value == allowed, field, value, who, repr(allowed))
     kind = "opt" if config.language is None or config.phase == "represent" else config.language["model_type"]
@@ -272,6 +276,8 @@ def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
     must(kind in LAYERS, "language.model_type", kind, who, ", ".join(LAYERS))
     must(config.media == "previous", "media", config.media, who, "'previous'")
     must(config.offset == config.every - 1, "offset", config.offset, who, f"every - 1 = {config.every - 1}")
+    must(not config.class_token, "class_token", config.class_token, who, "false")
+    must(config.turn_id is None, "turn_id", config.turn_id, who, "none")
     own, theirs = ResamplerConfig.open_flamingo(), GatedConfig.open_flamingo()
     for name, part, fixed in (("resampler", config.resampler, own), ("xattn", config.xattn, theirs)):
         for field in _fields(fixed):

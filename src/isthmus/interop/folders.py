@@ -214,6 +214,25 @@ def _resample(number: Any, folder: Path) -> str:
     raise CheckpointError(f"{folder}: its image processor resizes by Pillow's filter {number}; known: {RESAMPLE}.")
 
 
+def _side(told: Any) -> Any:
+    return told.get("height") or told.get("shortest_edge") if isinstance(told, Mapping) else told
+
+
+def _as_here(folder: Path, found: Mapping[str, Any], size: int, *, crops: bool) -> None:
+    """Raises CheckpointError for steps of an image processor that are others than ours: pixels would differ."""
+    for name, fixed in (("do_resize", True), ("do_rescale", True)):
+        if found.get(name, fixed) != fixed:
+            raise CheckpointError(f"{folder}: its image processor has {name} {found[name]}, which is not done here.")
+    factor = found.get("rescale_factor", 1 / 255)
+    if abs(factor * 255 - 1) > 1e-3:
+        raise CheckpointError(f"{folder}: its image processor scales by {factor}, here it is 1/255.")
+    edge = _side(found.get("size") or size)
+    if crops and edge != size:
+        raise CheckpointError(
+            f"{folder}: its image processor resizes to {edge} pixels before it cuts out {size}; here it is one size."
+        )
+
+
 def image_transform(folder: Path, size: int, pinpoints: Sequence[tuple[int, int]] = ()) -> ImageTransform:
     """What preprocessor_config.json (or processor_config.json) says of sizes, mean and std, else CLIP's own.
 
@@ -235,15 +254,16 @@ def image_transform(folder: Path, size: int, pinpoints: Sequence[tuple[int, int]
             f"{folder}: its image processor cuts tiles from the canvases {list(theirs)}, its model from "
             f"{list(pinpoints)}."
         )
-    side = found.get("crop_size") or found.get("size") or size
-    if isinstance(side, Mapping):
-        side = side.get("height") or side.get("shortest_edge")
+    side = _side(found.get("crop_size") or found.get("size") or size)
     if side != size:
         raise CheckpointError(
             f"{folder}: its image processor makes pictures of {side} pixels, its vision encoder reads {size}."
         )
-    base = ImageTransform.clip(size)
     crops = found.get("do_center_crop", "crop_size" in found)
+    _as_here(folder, found, size, crops=crops)
+    base = ImageTransform.clip(size)
+    if not found.get("do_normalize", True):
+        found = {**found, "image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
     mode: Mode = "pad" if found.get("do_pad") else "square" if crops else "squash"
     return ImageTransform(
         size=size,

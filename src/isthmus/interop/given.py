@@ -21,7 +21,8 @@ class Given:
     """What the user names beside a checkpoint, and ``open``, which loads a model folder of any kind.
 
     ``vision`` and ``language`` are models; ``tokenizer`` a folder or OpenAI's merge table; ``activation`` that of a
-    CLIP whose weights do not tell it (``quick_gelu`` for weights trained by OpenAI's code, mostly ``gelu`` else).
+    CLIP whose weights do not tell it (``quick_gelu`` for weights trained by OpenAI's code, mostly ``gelu`` else);
+    ``head_width`` that of its attention heads, where its size is none that was published.
     """
 
     open: Callable[[str | Path], Any]
@@ -29,6 +30,7 @@ class Given:
     language: str | Path | None = None
     tokenizer: str | Path | None = None
     activation: str | None = None
+    head_width: int | None = None
 
     def need(self, name: str, where: Path, why: str) -> Any:
         value = getattr(self, name)

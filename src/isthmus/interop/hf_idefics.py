@@ -30,6 +30,18 @@ _ROWS = {
     "model.embed_tokens.additional_embedding.weight": "language.new_rows.input",
     "lm_head.additional_fc.weight": "language.new_rows.output",
 }
+_VISION_DEFAULTS = {
+    "embed_dim": 768,
+    "image_size": 224,
+    "intermediate_size": 5120,
+    "patch_size": 14,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+}
+"""IdeficsVisionConfig's, where a folder leaves a field out; CLIP's are others."""
+
 _DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 _WHO = "IdeficsForVisionText2Text"
 
@@ -39,8 +51,8 @@ def idefics_config_from_hf(raw: Mapping[str, Any]) -> FlamingoConfig:
     must(raw.get("use_resampler", False), "use_resampler", raw.get("use_resampler"), "a Flamingo here", "true")
     extra = raw.get("additional_vocab_size", 0)
     must(extra in (2, 3), "additional_vocab_size", extra, "a Flamingo here", f"2 or 3, the rows of {', '.join(TOKENS)}")
-    vision = {**raw["vision_config"], "model_type": "clip_vision_model"}
-    vision = {"hidden_size": vision.get("embed_dim", 768), "hidden_act": "gelu", **vision}
+    vision = {**_VISION_DEFAULTS, **raw.get("vision_config", {}), "model_type": "clip_vision_model"}
+    vision["hidden_size"] = vision.pop("embed_dim")
     perceiver = raw.get("perceiver_config") or {}
     rows = raw.get("vocab_size", 32000)
     language = {
@@ -137,6 +149,9 @@ def idefics_from_hf(state: Mapping[str, Tensor], config: FlamingoConfig) -> dict
         shapes = shapes_of(Flamingo(config))
     vision = {n.removeprefix("model."): t for n, t in state.items() if n.startswith(_VISION)}
     rest = {n: t.flatten() if ".alpha_" in n else t for n, t in state.items() if not n.startswith(_VISION)}
+    if config.language.get("tie_word_embeddings"):  # the library writes what is tied once
+        rest.setdefault("lm_head.weight", rest["model.embed_tokens.weight"])
+        rest.pop("lm_head.additional_fc.weight", None)
     ours = {f"vision.{n}": t for n, t in vision_from_hf(vision, config.vision).items()}
     return ours | from_theirs(_entries(config, shapes), rest, shapes, _WHO, tolerated=_DERIVED)
 
@@ -161,7 +176,7 @@ def read_idefics_folder(folder: Path) -> tuple[FlamingoConfig, dict[str, Tensor]
 
 
 def _entries(config: FlamingoConfig, shapes: Mapping[str, Any]) -> list[Entry]:
-    rows = [Entry(theirs, (ours,)) for theirs, ours in _ROWS.items()]
+    rows = [Entry(theirs, (ours,)) for theirs, ours in _ROWS.items() if ours in shapes]
     prefix = "language.lm."
     rows += [Entry(n.removeprefix(prefix), (n,)) for n in shapes if n.startswith(prefix)]
     rows += _resampler(config.resampler)

@@ -12,6 +12,9 @@ from torch import Tensor
 from isthmus import load_report
 from isthmus.errors import CheckpointError
 
+HEAD, EVA_HEAD = 64, 88
+"""Widths of an attention head: of the Q-Former and CLIP's tower, and of EVA's."""
+
 NORM_EPS = 1e-5
 """``ln_vision``'s eps in LAVIS; transformers' conversion has 1e-6 (``Blip2Config.norm_eps``)."""
 

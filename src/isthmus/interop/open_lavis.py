@@ -5,7 +5,7 @@ Q-Former and in CLIP, 88 in EVA's ViT-g.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.wordpiece import load_wordpiece
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_archive, tensors_of
-from isthmus.interop.entries import Entry, same
+from isthmus.interop.entries import Entry, depth, same
 from isthmus.interop.folders import published_prompts
 from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_language import read_seq2seq_folder
-from isthmus.interop.lavis import LM, from_lavis
+from isthmus.interop.lavis import EVA_HEAD, HEAD, LM, from_lavis
 from isthmus.interop.openai import blocks
 from isthmus.language_seq2seq import T5_LIKE
 from isthmus.models.blip2 import Blip2, Blip2Config
@@ -34,7 +34,6 @@ from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 
 _VISION, _LAYER = "visual_encoder.", "Qformer.bert.encoder.layer."
-_HEAD, _EVA_HEAD = 64, 88
 _EVA_ONLY = ("norm.", "fc_norm.", "head.")
 """Behind EVA's last block, which BLIP-2 does without."""
 
@@ -94,7 +93,7 @@ def _qformer(state: Mapping[str, Tensor], vision_width: int) -> QFormerConfig:
         mlp_width = len(state[f"{_LAYER}0.intermediate_query.dense.weight"])
     except KeyError as error:
         raise CheckpointError(f"this is no BLIP-2 of LAVIS: it lacks {error}.") from None
-    layers = _depth(state, _LAYER)
+    layers = depth(state, _LAYER)
     crossing = [i for i in range(layers) if f"{_LAYER}{i}.crossattention.self.key.weight" in state]
     words = state.get("Qformer.bert.embeddings.word_embeddings.weight")
     places = state.get("Qformer.bert.embeddings.position_embeddings.weight")
@@ -103,7 +102,7 @@ def _qformer(state: Mapping[str, Tensor], vision_width: int) -> QFormerConfig:
         vision_width=vision_width,
         width=width,
         layers=layers,
-        heads=max(1, width // _HEAD),
+        heads=max(1, width // HEAD),
         mlp_width=mlp_width,
         queries=queries,
         cross_every=crossing[1] - crossing[0] if len(crossing) > 1 else layers,
@@ -156,8 +155,8 @@ def _eva(state: Mapping[str, Tensor]) -> VisionConfig:
         image_size=math.isqrt(places - 1) * patch,
         patch_size=patch,
         width=width,
-        layers=_depth(state, f"{_VISION}blocks."),
-        heads=max(1, width // _EVA_HEAD),
+        layers=depth(state, f"{_VISION}blocks."),
+        heads=max(1, width // EVA_HEAD),
         mlp_width=len(state[f"{_VISION}blocks.0.mlp.fc1.weight"]),
     )
 
@@ -166,7 +165,7 @@ def _eva_file(source: Path, weights: Mapping[str, Tensor]) -> _Encoder:
     """EVA-CLIP's own file (``eva_vit_g.pth``), all 40 blocks of it; BLIP-2 reads before the last."""
     if "pos_embed" not in weights or "blocks.0.attn.qkv.weight" not in weights:
         raise CheckpointError(f"{source} is no EVA vision encoder; give a folder that holds the encoder, or that file.")
-    last = f"blocks.{_depth(weights, 'blocks.') - 1}."
+    last = f"blocks.{depth(weights, 'blocks.') - 1}."
     kept = {f"{_VISION}{n}": t for n, t in weights.items() if not n.startswith((last, *_EVA_ONLY))}
     load_report.ignored((n for n in weights if n.startswith((last, *_EVA_ONLY))), "BLIP-2 reads before the last block")
     config = _eva(kept)
@@ -182,8 +181,8 @@ def _clip(own: Mapping[str, Tensor]) -> _Encoder:
         image_size=math.isqrt(len(own["positional_embedding"]) - 1) * patch,
         patch_size=patch,
         width=width,
-        layers=_depth(own, "transformer.resblocks."),
-        heads=max(1, width // _HEAD),
+        layers=depth(own, "transformer.resblocks."),
+        heads=max(1, width // HEAD),
         mlp_width=len(own["transformer.resblocks.0.mlp.c_fc.weight"]),
         post_norm="none",
         pool="none",
@@ -211,8 +210,3 @@ def _without_last(config: VisionConfig, state: Mapping[str, Tensor]) -> tuple[Vi
     load_report.ignored(set(state) - set(kept), "BLIP-2 reads before the last block")
     cut = replace(config, layers=config.layers - 1, post_norm="none", pool="none") if whole else config
     return cut, {f"vision.{name}": tensor for name, tensor in kept.items()}
-
-
-def _depth(names: Iterable[str], prefix: str) -> int:
-    """How many numbered blocks there are behind the prefix."""
-    return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})

@@ -1,18 +1,18 @@
 """CLIP in OpenAI's layout (openai/CLIP), which open_clip's ``CLIP`` class shares.
 
-Their state dict tells every size but not the activation: OpenAI's own weights need ``quick_gelu``, most weights
-trained elsewhere ``gelu``, and the wrong one loads cleanly and degrades quietly. It is therefore always asked for.
+Their state dict tells every size but two things. The activation: OpenAI's own weights need ``quick_gelu``, most weights
+trained elsewhere ``gelu``, and the wrong one loads cleanly and degrades quietly, so it is always asked for. The number
+of attention heads: OpenAI's are 64 wide; of others it is known for the widths of open_clip's own configurations only.
 """
 
 import math
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from isthmus.errors import CheckpointError
-from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
+from isthmus.interop.entries import Entry, depth, from_theirs, same, shapes_of, to_theirs
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.vit import VisionConfig
@@ -20,11 +20,18 @@ from isthmus.nn.vit import VisionConfig
 SCALARS = ("input_resolution", "context_length", "vocab_size")
 """Sizes that OpenAI's archives carry among the weights."""
 
+HEAD_WIDTH = 64
+_HEAD_WIDTHS = {**dict.fromkeys((384, 512, 640, 768, 896, 1024), HEAD_WIDTH), 1280: 80, 1408: 88, 1664: 104, 1792: 112}
+"""An image tower's width -> the width of its heads, in the configurations that come with open_clip; S to e."""
 
-def clip_config_from_openai(state: Mapping[str, Tensor], *, activation: str, head_width: int = 64) -> ClipConfig:
-    """The configuration that the shapes of an OpenAI state dict imply; every published tower has heads of 64.
 
-    Raises CheckpointError when the keys are not those of CLIP with a vision transformer.
+def clip_config_from_openai(
+    state: Mapping[str, Tensor], *, activation: str, head_width: int | None = None
+) -> ClipConfig:
+    """The configuration that the shapes of an OpenAI state dict imply; without ``head_width`` a published one.
+
+    Raises CheckpointError when the keys are not those of CLIP with a vision transformer, or for widths whose number of
+    heads nobody has published.
     """
     try:
         width, _, patch, _ = state["visual.conv1.weight"].shape
@@ -35,12 +42,18 @@ def clip_config_from_openai(state: Mapping[str, Tensor], *, activation: str, hea
         text_hidden = len(state["transformer.resblocks.0.mlp.c_fc.weight"])
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"this is not CLIP with a vision transformer in OpenAI's layout: {error}.") from error
+    if head_width is None and (width not in _HEAD_WIDTHS or text_width % HEAD_WIDTH):
+        raise CheckpointError(
+            f"the weights do not tell how many attention heads the towers have, and the widths {width} (pictures) and "
+            f"{text_width} (texts) are of no published model: give head_width=… (on the command line --head-width), or "
+            "put open_clip_config.json beside them and open the folder."
+        )
     vision = VisionConfig(
         image_size=math.isqrt(rows - 1) * patch,
         patch_size=patch,
         width=width,
-        heads=width // head_width,
-        layers=_depth(state, "visual.transformer.resblocks."),
+        heads=width // (head_width or _HEAD_WIDTHS[width]),
+        layers=depth(state, "visual.transformer.resblocks."),
         mlp_width=hidden,
         activation=activation,
     )
@@ -48,8 +61,8 @@ def clip_config_from_openai(state: Mapping[str, Tensor], *, activation: str, hea
         context=context,
         vocab_size=vocab_size,
         width=text_width,
-        heads=text_width // head_width,
-        layers=_depth(state, "transformer.resblocks."),
+        heads=text_width // (head_width or HEAD_WIDTH),
+        layers=depth(state, "transformer.resblocks."),
         mlp_width=text_hidden,
         activation=activation,
         pool="argmax",
@@ -134,8 +147,3 @@ def blocks(theirs: str, ours: str, layers: int) -> list[Entry]:
         rows += same(f"{a}.ln_1", f"{b}.ln_1") + same(f"{a}.ln_2", f"{b}.ln_2")
         rows += same(f"{a}.mlp.c_fc", f"{b}.mlp.fc1") + same(f"{a}.mlp.c_proj", f"{b}.mlp.fc2")
     return rows
-
-
-def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return 1 + max(int(found[1]) for name in state if (found := pattern.match(name)))

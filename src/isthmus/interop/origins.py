@@ -26,7 +26,7 @@ from isthmus.interop.lora import merged_state
 from isthmus.interop.open_clip import CANONICAL, clip_config_from_open_clip, clip_from_open_clip
 from isthmus.interop.open_flamingo import config_from_open_flamingo, trained_from_open_flamingo
 from isthmus.interop.open_lavis import open_lavis
-from isthmus.interop.openai import SCALARS, clip_config_from_openai, clip_from_openai
+from isthmus.interop.openai import HEAD_WIDTH, SCALARS, clip_config_from_openai, clip_from_openai
 from isthmus.interop.original_llava import (
     is_known_tower,
     llava_config_from_original,
@@ -38,6 +38,7 @@ from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.flamingo import Flamingo
 from isthmus.models.llava import Llava
 
+_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _PROJECTOR, _TRAINED = "mm_projector.bin", "non_lora_trainables.bin"
 
 
@@ -49,6 +50,8 @@ def open_file(path: Path, given: Given) -> Opened:
     content = unwrapped(read_archive(path))
     state = {name.removeprefix("module."): value for name, value in content.items()}
     if "visual.conv1.weight" in state:
+        if "text.token_embedding.weight" in state:  # CustomTextCLIP: the same with its text tower under a name
+            state = {name.removeprefix("text."): value for name, value in state.items()}
         return _openai(path, tensors_of(state, path), given)
     if any(name.startswith("perceiver.") for name in state):
         return _open_flamingo(path, tensors_of(state, path), given)
@@ -84,7 +87,7 @@ def open_clip_folder(folder: Path, values: Mapping[str, Any], given: Given) -> O
         if described["text_cfg"].get("tokenizer_kwargs") == CANONICAL:
             tokenizer = canonical(tokenizer, underscore=" ")
     net = Clip(config)
-    load_into(net, clip_from_open_clip(read_state(folder), config), where=folder)
+    load_into(net, clip_from_open_clip(_open_clip_state(folder), config), where=folder)
     picture = values.get("preprocess_cfg", {})
     base = ImageTransform.clip(config.vision.image_size)
     image = ImageTransform(
@@ -97,6 +100,14 @@ def open_clip_folder(folder: Path, values: Mapping[str, Any], given: Given) -> O
     return net, ContrastiveProcessor(tokenizer, image=image, context=config.text.context), ()
 
 
+def _open_clip_state(folder: Path) -> dict[str, Tensor]:
+    """The weights under open_clip's own file names where there are such: transformers' may lie beside them."""
+    for name in _OPEN_CLIP_FILES:
+        if (folder / name).is_file():
+            return tensors_of(unwrapped(read_archive(folder / name)), folder / name)
+    return read_state(folder)
+
+
 def _resizing(name: str, folder: Path) -> Mode:
     modes: dict[str, Mode] = {"shortest": "square", "squash": "squash"}
     if name not in modes:
@@ -106,14 +117,18 @@ def _resizing(name: str, folder: Path) -> Mode:
 
 def _openai(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     """OpenAI's own archives carry three sizes among the weights, and their code knows one activation."""
-    given.only("tokenizer", "activation", where=path)
+    given.only("tokenizer", "activation", "head_width", where=path)
     own = any(name in state for name in SCALARS)
     activation = given.activation or ("quick_gelu" if own else None)
     if activation is None:
         activation = given.need("activation", path, "does not tell its activation, quick_gelu or gelu")
     weights = {name: value for name, value in state.items() if name not in SCALARS}
     load_report.ignored(set(state) - set(weights), "sizes, which the weights tell too")
-    config = clip_config_from_openai(weights, activation=activation)
+    width = given.head_width or (HEAD_WIDTH if own else None)
+    try:
+        config = clip_config_from_openai(weights, activation=activation, head_width=width)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     net = Clip(config)
     load_into(net, clip_from_openai(weights, config), where=path)
     image = ImageTransform.clip(config.vision.image_size)

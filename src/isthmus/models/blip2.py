@@ -42,7 +42,7 @@ from isthmus.nn.connectors.qformer import Past, QFormerConfig, QFormerConnector
 from isthmus.nn.looking import patch_maps, self_attention
 from isthmus.nn.losses import Similarity, gather
 from isthmus.nn.matching import gather_tokens, hard_negatives, query_contrast
-from isthmus.nn.precision import KeptFloat32
+from isthmus.nn.precision import KeptFloat32, cast_weights
 from isthmus.nn.splice import at_places, splice
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.stage import Group, Stage
@@ -218,9 +218,9 @@ class Blip2(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> "Blip2":
         """Encoder and LM to ``dtype`` (a T5 in bf16 where fp16 was asked for); connector and heads stay float32."""
-        self.vision.to(dtype)
+        cast_weights(self.vision, dtype)
         if self.language is not None and self.config.language is not None:
-            self.language.to(safe_dtype(self.config.language, dtype))
+            cast_weights(self.language, safe_dtype(self.config.language, dtype))
         return self
 
     def num_tokens(self, height: int, width: int, frames: int = 1) -> int:

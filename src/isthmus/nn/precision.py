@@ -23,3 +23,17 @@ class KeptFloat32(nn.Module):
             return tensor.to(probe.device) if probe.dtype in HALF else fn(tensor)
 
         return super()._apply(guarded, recurse)
+
+
+def cast_weights(net: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters and stored buffers to ``dtype``. What is computed from the configuration keeps its precision: rotary
+    frequencies rounded to bf16 would turn the position 1,000 by several radians too far."""
+    computed = [
+        (module, name, buffer)
+        for module in net.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    ]
+    net.to(dtype)
+    for module, name, buffer in computed:
+        module._buffers[name] = buffer

@@ -119,6 +119,8 @@ def _embeddings(net: Any, batch: Batch) -> list[Tensor]:
     order = batch.visual_of_rows("a pair")
     pixels = torch.cat([group.pixels[:, 0] for group in batch.visuals if group.pixels is not None])
     pixels = pixels[torch.argsort(torch.cat([group.index for group in batch.visuals]))][order.to(pixels.device)]
+    if not getattr(net, "capabilities", ("embed_images",)):  # a tower that pools nothing
+        return list(net.vision(pixels, layers=(-1,), pooled=False).layers[0].flatten(1).float())
     images = net.embed_images(pixels)
     if not batch.text:
         return list(images.flatten(1).float())
