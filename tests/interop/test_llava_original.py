@@ -133,7 +133,6 @@ def test_configurations() -> None:
     del first["mm_projector_type"]
     assert llava_config_from_original(first).projector == LlavaConfig.v1_7b().projector
     for change, match in (
-        ({"mm_use_im_start_end": True}, "start_end"),
         ({"model_type": "llava_mpt"}, "llava_mpt"),
         ({"mm_vision_tower": "some/eva"}, "not known here"),
     ):

@@ -11,8 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import isthmus
 from isthmus.checkpoint import write_folder
+from isthmus.data.clip_tokenizer import load_tokenizer
+from isthmus.data.record import Image, Record, Text
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
+from isthmus.interop.convert import write_model
 from isthmus.interop.hf_clip import clip_config_to_hf, clip_to_hf
 from isthmus.interop.open_flamingo import trained_to_open_flamingo
 from isthmus.interop.openai import SCALARS, clip_config_from_openai, clip_to_openai
@@ -252,6 +255,31 @@ def test_a_full_original_llava(llava, picture, tmp_path, with_tower):
     same(model.net, llava)
     assert model.processor.image.mode == "pad"
     assert isinstance(model.answer(picture, "what is it?", max_new_tokens=3), str)
+
+
+def test_the_first_models_tokens_around_a_picture(llava, picture, tmp_path):
+    """``mm_use_im_start_end`` of v0 and the first v1: trained tokens before and behind each picture."""
+    folder = words(tmp_path / "llava", 62)
+    load_tokenizer(folder).with_tokens("<im_start>", "<im_end>").save(folder)
+    (folder / "config.json").write_text(json.dumps({**_config(), "mm_use_im_start_end": True}))
+    torch.save(llava_to_original(llava.state_dict(), llava.config, vision=True), folder / "pytorch_model.bin")
+    model = isthmus.load(folder, vision=tmp_path / "tower")
+    record = Record("a", (Image(picture, role="user"), Text("what is it?", role="user")))
+    example = model.processor.prompt(record)
+    (place,), ids = example.places, example.streams["lm"].ids
+    told = model.processor.tokenizer
+    assert [ids[place.start - 1], ids[place.start + place.length]] == [
+        told.id_of("<im_start>"),
+        told.id_of("<im_end>"),
+    ]
+    write_model(model, tmp_path / "again", "original")
+    again = isthmus.load(tmp_path / "again")
+    assert again.processor.prompt(record).streams["lm"].ids == ids
+    assert model.answer(picture, "what is it?", max_new_tokens=3) == again.answer(
+        picture, "what is it?", max_new_tokens=3
+    )
+    with pytest.raises(CheckpointError, match=r"processor\.around"):
+        write_model(model, tmp_path / "hf", "hf")
 
 
 def test_a_projector_alone_is_put_between_the_parts_named(llava, tmp_path):

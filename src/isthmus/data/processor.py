@@ -152,6 +152,7 @@ class SpliceProcessor:
             ``anyres`` those of one view, a square number.
         template: one of :data:`isthmus.data.text.TEMPLATES`.
         max_length: tokens after widening; what is over is cut off, never through a picture.
+        around: names of the tokens before and behind each picture, for models trained with such.
     """
 
     kind = "splice"
@@ -164,14 +165,19 @@ class SpliceProcessor:
         num_tokens: int,
         template: str = "vicuna_v1",
         max_length: int = 2048,
+        around: Sequence[str] = (),
     ) -> None:
         _check(template, max_length)
+        if len(around) not in (0, 2):
+            raise ConfigError(f"around is a token before each picture and one behind it, not {list(around)}")
         if num_tokens < 1:
             raise ConfigError(f"a picture takes at least one visual token, not {num_tokens}")
         if image.mode == "anyres" and math.isqrt(num_tokens) ** 2 != num_tokens:
             raise ConfigError(f"the views of image mode anyres make square maps of tokens, not {num_tokens}")
         self.tokenizer, self.image = tokenizer, image
         self.num_tokens, self.template, self.max_length = num_tokens, template, max_length
+        self.around = tuple(around)
+        self._before, self._behind = [tokenizer.id_of(t) for t in around[:1]], [tokenizer.id_of(t) for t in around[1:]]
 
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError when the record does not fit the template or nothing of it would be learnt."""
@@ -184,7 +190,8 @@ class SpliceProcessor:
         """Up to the place where the answer begins, without labels. Raises DataError when it is too long."""
         rendered = render(record, self.template, prompt=True)
         encoded = encode(rendered, self.tokenizer)
-        must_fit(len(encoded.ids) + sum(self._measured(rendered.images)[0]), self.max_length)
+        seen = sum(self._measured(rendered.images)[0]) + len(self.around) * len(rendered.images)
+        must_fit(len(encoded.ids) + seen, self.max_length)
         example = self._widen(record, encoded, rendered.images)
         return replace(example, streams={"lm": Span(example.streams["lm"].ids)})
 
@@ -208,12 +215,12 @@ class SpliceProcessor:
         ):
             if visual >= 0:
                 count = counts[visual]
-                if len(ids) + count > self.max_length:
+                if len(ids) + count + len(self.around) > self.max_length:
                     end = min(end, len(ids))
                     break
-                places.append(Place(visual, "lm", len(ids), count))
-                ids += [self.tokenizer.pad_id] * count
-                labels += [IGNORE] * count
+                places.append(Place(visual, "lm", len(ids) + len(self._before), count))
+                ids += [*self._before, *[self.tokenizer.pad_id] * count, *self._behind]
+                labels += [IGNORE] * (count + len(self.around))
             ids += encoded.ids[start:stop]
             labels += encoded.labels[start:stop]
         kept = tuple(images[: len(places)])
@@ -233,6 +240,7 @@ class SpliceProcessor:
             "template": self.template,
             "max_length": self.max_length,
             "num_tokens": self.num_tokens,
+            **({"around": list(self.around)} if self.around else {}),
             "image": self.image.to_dict(),
         }
 

@@ -161,6 +161,7 @@ def _llava(model: Source, shard_bytes: int) -> Export:
         lm.base_model_prefix == "model", "language.model_type", kind, f"{WHO}' LLaVA", "an LM with its body in `model`"
     )
     must(net.language.plain_head(), "language.model_type", kind, f"{WHO}' LLaVA", "an LM with a plain output head")
+    must(not processor.around, "processor.around", processor.around, f"{WHO}' LLaVA", "nothing")
     state, language, tokenizer, token = with_image_token(net, processor.tokenizer)
     config = replace(net.config, language=language)
     described = llava_config_to_hf(config, image_token_id=token)

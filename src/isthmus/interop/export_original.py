@@ -21,7 +21,7 @@ from isthmus.interop.lavis import EVA_HEAD, HEAD, NORM_EPS, to_lavis
 from isthmus.interop.open_clip import clip_to_open_clip
 from isthmus.interop.open_flamingo import LAYERS, trained_to_open_flamingo
 from isthmus.interop.openai import clip_to_openai
-from isthmus.interop.original_llava import TOWERS, llava_to_original
+from isthmus.interop.original_llava import AROUND, TOWERS, llava_to_original
 from isthmus.interop.timm_siglip import trunk_name
 from isthmus.models.clip import ClipConfig
 from isthmus.models.llava import LlavaConfig
@@ -176,6 +176,8 @@ def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
     must(":" not in config.projector, "projector", config.projector, who, "linear or mlpNx_gelu")
     modes = ("square", "pad", "anyres")
     must(image.mode in modes, "processor.image.mode", image.mode, who, "square, pad or anyres")
+    around = model.processor.around
+    must(around in ((), AROUND), "processor.around", around, who, f"nothing or {AROUND}")
     tower = vision_config_to_hf(config.vision)
     must(tower["model_type"] == "clip_vision_model", "vision", tower["model_type"], who, "a tower of CLIP")
     state = model.net.state_dict()
@@ -220,7 +222,7 @@ def _original_config(model: Source, config: LlavaConfig, kind: str) -> dict[str,
         "mm_vision_select_feature": config.feature_select,
         "mm_patch_merge_type": "spatial_unpad" if config.pinpoints else "flat",
         **({"image_grid_pinpoints": [list(c) for c in turned(config.pinpoints)]} if config.pinpoints else {}),
-        "mm_use_im_start_end": False,
+        "mm_use_im_start_end": bool(model.processor.around),
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
         "image_aspect_ratio": model.processor.image.mode,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isthmus import load_report
 from isthmus.errors import CheckpointError
 from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
 from isthmus.models.flamingo import FlamingoConfig
@@ -77,6 +78,9 @@ def trained_from_open_flamingo(checkpoint: Mapping[str, Any], net: Any) -> dict[
     """
     state: Mapping[str, Tensor] = checkpoint.get("model_state_dict", checkpoint)
     state = {name.removeprefix("module."): value for name, value in state.items()}
+    frozen = [name for name in state if name.endswith(".embed_positions.weight")]
+    load_report.ignored(frozen, "OPT's positions, which stay as its language model has them")
+    state = {name: value for name, value in state.items() if name not in frozen}
     tables = {name: state.pop(name) for name in list(state) if _is_table(name)}
     found = from_theirs(_entries(net), state, shapes_of(net), "this Flamingo")
     rows = net.language.new_rows

@@ -22,6 +22,9 @@ from isthmus.nn.vit import VisionConfig
 _TOWER = "model.vision_tower.vision_tower."
 _PROJECTOR = "model.mm_projector."
 _NEWLINE = "model.image_newline"
+AROUND = ("<im_start>", "<im_end>")
+"""The trained tokens around a picture in v0 and the first v1 (``mm_use_im_start_end``)."""
+
 TOWERS = {"clip-vit-large-patch14-336": VisionConfig.vit_l_14_336, "clip-vit-large-patch14": VisionConfig.vit_l_14}
 
 
@@ -38,13 +41,8 @@ def is_known_tower(config: Mapping[str, Any]) -> bool:
 def llava_config_from_original(config: Mapping[str, Any], vision: VisionConfig | None = None) -> LlavaConfig:
     """From their config.json. ``vision`` is needed for a tower other than OpenAI's two ViT-L/14.
 
-    Raises CheckpointError for a tower that is not known, start and end tokens around the picture, and tiles that are
-    put together in another way than 1.6's.
+    Raises CheckpointError for a tower that is not known, and tiles that are put together in another way than 1.6's.
     """
-    if config.get("mm_use_im_start_end"):
-        raise CheckpointError(
-            "config.json: mm_use_im_start_end puts trained tokens around the picture, which is not supported."
-        )
     tower = str(config.get("mm_vision_tower", "")).rstrip("/").rpartition("/")[2]
     if vision is None and tower not in TOWERS:
         raise CheckpointError(

@@ -28,6 +28,7 @@ from isthmus.interop.open_flamingo import config_from_open_flamingo, trained_fro
 from isthmus.interop.open_lavis import open_lavis
 from isthmus.interop.openai import HEAD_WIDTH, SCALARS, clip_config_from_openai, clip_from_openai
 from isthmus.interop.original_llava import (
+    AROUND,
     is_known_tower,
     llava_config_from_original,
     llava_from_original,
@@ -222,6 +223,7 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
         template=_original_template(values),
         max_length=net.language.context or 2048,
         num_tokens=net.num_tokens(image.size, image.size),
+        around=AROUND if values.get("mm_use_im_start_end") else (),
     )
     return net, processor, ()
 
