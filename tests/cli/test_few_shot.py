@@ -54,3 +54,20 @@ def test_score_over_shots_is_drawn(tmp_path):
 def test_a_video_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match="no video file or folder of frames"):
         chat.run("x", "what?", [], videos=[tmp_path / "none"], max_new_tokens=1, temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--shots", "4", "--task", "caption", "--data", "d.yaml"], "caption takes none"),
+        (["--set", "task.rule=vqa"], "--set and --train go with --data"),
+        (["--train", "d.yaml"], "--set and --train go with --data"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(monkeypatch, tmp_path, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.yaml").write_text("{kind: scenes, form: captions, count: 4}")
+    monkeypatch.setattr(evaluate, "_load", lambda model, folder: None)
+    result = CliRunner().invoke(app, ["eval", "runs/x", *words])
+    assert isinstance(result.exception, ConfigError)
+    assert said in str(result.exception)

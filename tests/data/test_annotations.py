@@ -223,6 +223,78 @@ def test_gqa_kinds(write, tmp_path):
         opened(tmp_path, kind="gqa", file="list.json")
 
 
+QUESTION = {"question": "What is it?", "answer": "dog", "imageId": "n1"}
+POPE = {"question_id": 3, "image": "a.jpg", "text": "Is there a dog?", "label": "no"}
+NLVR = {"sentence": "There is a box.", "label": "true", "identifier": "7-0"}
+PICTURE = {"filename": "1.jpg", "imgid": 1, "split": "test", "sentences": [{"raw": "A dog."}]}
+
+
+def without(item, name):
+    return {key: value for key, value in item.items() if key != name}
+
+
+def of_vqa(question=None, annotation=None):
+    asked, told = QUESTIONS["questions"][0] | (question or {}), ANNOTATIONS["annotations"][1] | (annotation or {})
+    drop = [{k: v for k, v in item.items() if v != "-"} for item in (asked, told)]
+    return VQA, {"q.json": {"questions": drop[:1]}, "a.json": {"annotations": drop[1:]}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "files", "words"),
+    [
+        (*of_vqa(question={"image_id": "-"}), "question 70 has no 'image_id'"),
+        (*of_vqa(question={"image_id": "abc"}), "question 70: 'image_id' should be a number and is 'abc'"),
+        (*of_vqa(question={"question": "-"}), "question 70 has no 'question'"),
+        (*of_vqa(annotation={"answers": "-"}), "question 70 has no 'answers'"),
+        (*of_vqa(annotation={"answers": None}), "question 70: 'answers' should not be 'None'"),
+        (*of_vqa(annotation={"answers": ["cat"]}), "question 70 has no 'answer'"),
+        (*of_vqa(annotation={"answers": [{"answer": None}]}), "question 70: 'answer' should not be 'None'"),
+        (
+            {"kind": "gqa", "file": "g.json"},
+            {"g.json": {"5": without(QUESTION, "imageId")}},
+            "question 5 has no 'imageId'",
+        ),
+        (
+            {"kind": "gqa", "file": "g.json"},
+            {"g.json": {"5": without(QUESTION, "question"), "6": QUESTION}},
+            "question 5 has no 'question'",
+        ),
+        ({"kind": "pope", "file": "p.jsonl"}, {"p.jsonl": [without(POPE, "image")]}, "question 3 has no 'image'"),
+        (
+            {"kind": "nlvr", "file": "d.jsonl"},
+            {"d.jsonl": [without(NLVR, "sentence")]},
+            "example 7-0 has no 'sentence'",
+        ),
+        (
+            {"kind": "karpathy", "file": "k.json"},
+            {"k.json": {"images": [PICTURE | {"sentences": [{"tokens": ["a"]}]}]}},
+            "picture 1 has no 'raw'",
+        ),
+        (
+            {"kind": "karpathy", "file": "k.json"},
+            {"k.json": {"images": [without(PICTURE, "filename")]}},
+            "picture 1 has no 'filename'",
+        ),
+        (
+            SCIENCE,
+            {"problems.json": {"1": without(PROBLEM, "choices")}, "splits.json": {"test": ["1"]}},
+            "problem 1 has no 'choices'",
+        ),
+    ],
+)
+def test_a_bad_sample_is_named_with_its_field(write, tmp_path, spec, files, words):
+    for name, content in files.items():
+        write(name, content)
+    with pytest.raises(DataError, match=f"^(missing|bad) field: {words}"):
+        opened(tmp_path, **spec)[0]
+
+
+def test_a_number_and_its_text_are_one_id(write, tmp_path):
+    write("q.json", QUESTIONS)
+    write("a.json", {"annotations": [a | {"question_id": str(a["question_id"])} for a in ANNOTATIONS["annotations"]]})
+    assert opened(tmp_path, **VQA)[1].id == "vqa/70"
+
+
 @pytest.mark.data
 def test_samples_of_the_real_files(real_data):
     formats = real_data / "formats"

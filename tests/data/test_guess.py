@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from isthmus.data.sources import open_source
 from isthmus.data.sources.guess import guess
 from isthmus.errors import DataError
 
@@ -40,3 +41,21 @@ def test_what_is_not_known_says_what_to_do(tmp_path, name, content):
         guess(tmp_path / name)
     with pytest.raises(DataError, match="no data at"):
         guess(tmp_path / "missing.json")
+
+
+def test_json_lines_that_end_in_json(tmp_path):
+    """As POPE's files do; a line that is wrong is named when the source is opened."""
+    row = '{"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "no"}\n'
+    path = tmp_path / "coco_pope_random.json"
+    path.write_text("\ufeff" + row + row.replace("1", "2"), encoding="utf-8")
+    assert len(open_source(guess(path))) == 2
+    path.write_text(row + '{"question_id": 2,\n')
+    assert guess(path)["kind"] == "pope"
+    with pytest.raises(DataError, match=r"coco_pope_random\.json, line 2: not valid JSON"):
+        open_source(guess(path))
+
+
+def test_deep_nesting_is_said_in_words(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="Describe it in a YAML file"):
+        guess(tmp_path / "deep.json")

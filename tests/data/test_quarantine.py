@@ -39,3 +39,11 @@ def test_stops_above_the_threshold_but_not_before_enough_was_seen(tmp_path):
         fine.add(str(n), "s", "x")
     fine.seen(100)
     assert fine.samples == 100
+
+
+def test_ends_of_lines_within_a_text_are_none(tmp_path):
+    Quarantine(tmp_path / "q.jsonl").add("a\u2028b", "s", "bad text: \x85 and \x0b")
+    again = Quarantine(tmp_path / "q.jsonl")
+    again.add("a\u2028b", "s", "bad text: \x85 and \x0b")
+    assert len(again) == 1
+    assert (tmp_path / "q.jsonl").read_text(encoding="utf-8").count("\n") == 1

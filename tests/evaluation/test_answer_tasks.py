@@ -172,3 +172,22 @@ def test_an_interrupted_conversation_goes_on_with_whole_records(tmp_path):
     assert evaluate(Remembers(), task, tmp_path / "cut", chunk=4).rows == whole.rows
     with pytest.raises(ConfigError, match="own or true"):
         ConversationTask(name="t", records=records, history="none")
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (BinaryTask(name="t", records=[question(0, "no"), question(1, "blue")]), "'q1' has the truth 'blue'"),
+        (VqaTask(name="t", records=[question(0, "A", choices="AB"), question(1, "A")], rule="choice"), "'q1' has no"),
+    ],
+)
+def test_what_the_rule_cannot_score_is_met_before_the_model_is_asked(tmp_path, task, words):
+    model = Reader()
+    with pytest.raises(DataError, match=words):
+        evaluate(model, task, tmp_path)
+    assert not model.asked
+
+
+def test_a_conversation_has_no_choices():
+    with pytest.raises(ConfigError, match="no choices; take another rule"):
+        ConversationTask(name="t", records=[talk(0, "cat", "")], rule="choice")

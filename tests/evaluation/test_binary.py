@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isthmus.errors import DataError
 from isthmus.evaluation import binary
 from isthmus.evaluation.binary import YES_NO, parse, parse_as_pope
 
@@ -83,3 +84,18 @@ def test_a_group_is_right_when_all_its_answers_are():
 def test_an_answer_that_cannot_be_read_is_wrong_both_ways():
     assert YES_NO.points("perhaps", row("", "yes")) == YES_NO.points("perhaps", row("", "no")) == 0.0
     assert YES_NO.says("perhaps", row("", "yes")) is None
+
+
+def test_a_truth_that_is_neither_is_an_error_and_not_a_point():
+    rows = [row("yes", "yes") | {"id": "q0"}, row("red", "blue") | {"id": "q1"}]
+    with pytest.raises(DataError, match="'q1' has the truth 'blue', which says neither yes nor no"):
+        binary.score(rows)
+    with pytest.raises(DataError, match="'q1'"):
+        binary.table(rows)
+
+
+def test_the_published_parser_knows_no_true_and_false():
+    """It would read "false" as a yes, so NLVR is scored by ours alone."""
+    facts = binary.score([row("false", "false"), row("true", "true")]).to_dict()
+    assert facts["accuracy"] == 1.0
+    assert "official" not in facts

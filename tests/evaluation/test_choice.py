@@ -4,7 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isthmus.errors import DataError
+from isthmus.evaluation import AnswerPrior, VqaTask, evaluate
 from isthmus.evaluation.choice import CHOICE, LETTERS, best, parse
+from tests.evaluation.fakes import Reader, question
 
 CHOICES = ["a cat", "a dog", "an owl"]
 
@@ -67,3 +70,15 @@ def test_the_published_outputs_of_scienceqa(real_data):
     assert len(read) == 200
     assert all((letter is not None) == bool(content["outputs"][i]) for i, letter in read.items())
     assert any(content["results"][i] == 1 for i, letter in read.items() if letter is None)
+
+
+def test_the_prior_of_a_choice_task_gets_points(tmp_path):
+    train = [question(i, said, ask="Which?") for i, said in enumerate(["B", "B", "A"])]
+    records = [question(i, w, ask="Which?", choices=CHOICES, answers=["B"]) for i, w in enumerate(["B", "C"])]
+    task = VqaTask(name="c", records=records, rule="choice", controls=(), prior=AnswerPrior.fit(train))
+    assert evaluate(Reader(), task, tmp_path).scores.overall.prior == 1.0
+
+
+def test_a_sample_without_choices_is_named():
+    with pytest.raises(DataError, match="Sample 'q3' has no `choices`"):
+        CHOICE.points("A", {"id": "q3", "truth": ["A"]})

@@ -172,3 +172,18 @@ def test_files_of_the_fixtures(real_data, tmp_path):
     corpus = score_files(captions / "references.json", captions / "candidates.json", "caption").facts["corpus"]
     expected = json.loads((captions / "expected.json").read_text())["corpus"]
     assert all(value == pytest.approx(expected[name], abs=1e-4) for name, value in corpus.items())
+
+
+def test_half_a_surrogate_pair_is_kept(write, tmp_path):
+    """As JSON writes it: UTF-8 has no place for it."""
+    files = write("r.json", CAPTIONS), write("p.json", [{**GIVEN[0], "caption": "a \ud83d sofa"}, GIVEN[1]])
+    write_folder(tmp_path / "f", score_files(*files, "caption"), *files)
+    assert [r["answer"] for r in read_folder(tmp_path / "f").rows] == [GIVEN[1]["caption"], "a \ud83d sofa"]
+
+
+def test_deep_nesting_is_said_in_words(write):
+    deep = write("deep.json", "[" * 100_000)
+    with pytest.raises(DataError, match="nested too deeply"):
+        score_files(deep, write("p.json", ANSWERS), "vqa")
+    with pytest.raises(DataError, match="nested too deeply"):
+        score_files(write("r.json", VQA), deep, "vqa")

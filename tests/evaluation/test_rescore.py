@@ -14,7 +14,7 @@ from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.rescore import compare, read_folder, rescore
 from isthmus.evaluation.scorers import SCORERS
 from tests.evaluation.fakes import Reader, Space, Word, animals, question
-from tests.evaluation.test_answer_tasks import Remembers, Weigher, talk
+from tests.evaluation.test_answer_tasks import Remembers, Says, Weigher, talk
 from tests.evaluation.test_rerank import Judge
 from tests.evaluation.test_rerank import records as pictures_of_words
 from tests.evaluation.test_run import pictured
@@ -146,3 +146,29 @@ def test_only_like_is_paired_with_like(tmp_path):
     ]:
         with pytest.raises(error, match=words):
             compare(tmp_path / "a", tmp_path / name)
+
+
+def test_two_folders_by_another_rule(tmp_path):
+    records = [question(i, "cat", answers=["cat"] * 10) for i in range(4)]
+    for name, said, rule in (("a", "Cat", "exact"), ("b", "dog", "vqa")):
+        model = Says(cat=said)
+        evaluate(model, VqaTask(name="t", records=records, controls=(), rule=rule), tmp_path / name)
+    (exact,) = compare(tmp_path / "a", tmp_path / "b", rule="exact")
+    assert (exact.first, exact.second) == (1.0, 0.0)
+    (official,) = compare(tmp_path / "a", tmp_path / "b", rule="vqa")
+    assert official.first == 0.0, "ten equal answers are not normalised by the official rule"
+    with pytest.raises(ConfigError, match="no scoring rule 'vqqa'"):
+        compare(tmp_path / "a", tmp_path / "b", rule="vqqa")
+
+
+@pytest.mark.parametrize("rule", [5, ["a"], True])
+def test_a_rule_that_is_no_name_is_refused(tmp_path, rule):
+    evaluate(Reader(), VqaTask(name="t", records=animals()), tmp_path)
+    with pytest.raises(ConfigError, match="There is no scoring rule"):
+        rescore(tmp_path, rule=rule)
+
+
+def test_a_rule_that_does_not_fit_the_rows_names_one(tmp_path):
+    evaluate(Reader(), VqaTask(name="t", records=animals()), tmp_path)
+    with pytest.raises(DataError, match="'q0' has no `choices`"):
+        rescore(tmp_path, rule="choice")

@@ -7,6 +7,7 @@ from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import AnswerPrior, LinearProbeTask, RetrievalTask, VqaTask, ZeroShotTask, evaluate
 from isthmus.evaluation.rescore import rescore
 from tests.evaluation.fakes import Reader, Space, Word, animals, question
+from tests.evaluation.test_answer_tasks import Says
 
 
 def vqa(**changes) -> VqaTask:
@@ -220,3 +221,14 @@ def test_outputs_without_a_manifest_are_refused(tmp_path):
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(ConfigError, match="without a manifest"):
         evaluate(Reader(), vqa(), tmp_path)
+
+
+def test_odd_characters_come_back_as_they_were(tmp_path):
+    """Ends of lines that are none in JSON, and half of a surrogate pair, which UTF-8 does not take."""
+    odd = "a\u2028b\x85c\x0bd\ud83d"
+    records = [question(i, "cat", ask=f"What {odd}?", answers=[odd]) for i in range(3)]
+    evaluate(Says(cat=odd), vqa(records=records, controls=()), tmp_path)
+    again = rescore(tmp_path)
+    assert [(r["answer"], r["question"]) for r in again.rows] == [(odd, f"What {odd}?")] * 3
+    assert again.scores.overall.accuracy == 1.0
+    assert evaluate(object(), vqa(records=records, controls=()), tmp_path).rows == again.rows

@@ -148,3 +148,9 @@ def test_pooled_runs_are_means_over_runs_with_a_question_drawn_whole():
         pooled([one, other[:3]])
     with pytest.raises(DataError, match="empty"):
         pooled([[], []])
+
+
+def test_the_prior_is_spelt_as_most_training_answers_are():
+    """Letters are no letters in lower case, and the official VQA rule may take answers as they are."""
+    records = [question(i, said, ask="Which?") for i, said in enumerate(["B", "B", "b", "A", "A."])]
+    assert AnswerPrior.fit(records).answer("Which?", "what") == "B"

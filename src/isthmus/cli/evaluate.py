@@ -28,9 +28,12 @@ def run(
     json_file: Path | None,
 ) -> None:
     """Print a table per task; outputs, manifest and scores go into ``out``."""
-    from isthmus.recipes.scoring import model_hash, own_tasks, score_model, with_shots
+    from isthmus.recipes.scoring import SHOWABLE, model_hash, own_tasks, score_model, with_shots
     from isthmus.recipes.tables import score_table
 
+    counts = counted(shots, more_shots)
+    if data is None and (options or train):
+        raise ConfigError("--set and --train go with --data; without it the recipe's own tasks are asked as they are.")
     folder = Path(model.removeprefix(_PEER))
     loaded = _load(model, folder)
     if data is None and model.startswith(_PEER):
@@ -41,7 +44,9 @@ def run(
             raise ConfigError(f"{folder} names no {task or ''} task of its own: give --task and --data.")
     else:
         specs = [spec_of(task or ("retrieval" if loaded.kind == "clip" else "vqa"), data, train, options)]
-    counts = counted(shots, more_shots)
+    if counts and not any(spec.task in SHOWABLE for spec in specs):
+        names = ", ".join(spec.task for spec in specs)
+        raise ConfigError(f"--shots go before questions ({', '.join(SHOWABLE)}); {names} takes none.")
     specs = with_shots(specs, counts, select)
     name = f"hf-{Path(data).stem}" if data and model.startswith(_PEER) else Path(data).stem if data else "own"
     place = out if out is not None else folder / "eval" / name
@@ -126,10 +131,11 @@ def run_rescore(
     *,
     model: str | None,
     options: Sequence[str],
+    given: Sequence[str],
     seed: int,
     json_file: Path | None,
 ) -> None:
-    """Score a folder again, or two of them in pairs; no model is loaded."""
+    """Score a folder again, or two of them in pairs; no model is loaded. ``given``: other options that the user set."""
     from isthmus.evaluation.rescore import compare, rescore
     from isthmus.recipes.tables import difference_table, score_table
 
@@ -137,10 +143,14 @@ def run_rescore(
         raise ConfigError(
             "isthmus eval needs either a MODEL to ask, or --rescore FOLDER (with --against FOLDER to compare two)."
         )
-    _, own = split_options(options)
-    unknown = set(own) - {"rule"}
+    if given:
+        raise ConfigError(
+            f"{given[0]} is for asking a model; with --rescore the folder's outputs are scored as they are."
+        )
+    source, own = split_options(options)
+    unknown = [*source, *(f"task.{name}" for name in own if name != "rule")]
     if unknown:
-        raise ConfigError(f"Only task.rule can be set when outputs are scored again, not task.{min(unknown)}.")
+        raise ConfigError(f"Only task.rule can be set when outputs are scored again, not {unknown[0]}.")
     console = Console(emoji=False)
     if against is None:
         result = rescore(folder, rule=own.get("rule"))
@@ -148,7 +158,7 @@ def run_rescore(
         console.print(score_table(result.task, facts))
         facts = {result.task: facts}
     else:
-        differences = compare(folder, against, seed=seed)
+        differences = compare(folder, against, rule=own.get("rule"), seed=seed)
         console.print(difference_table(str(folder), str(against), differences))
         facts = {d.name: d.to_dict() for d in differences}
     if json_file is not None:

@@ -27,7 +27,8 @@ def run(
     console = Console(emoji=False)
     console.print(_table(scores.facts))
     if json_file is not None:
-        json_file.write_text(json.dumps(scores.facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        facts = json.dumps(scores.facts, indent=2, ensure_ascii=False) + "\n"
+        json_file.write_text(facts, encoding="utf-8", errors="backslashreplace")
     if out is not None:
         write_folder(out, scores, references, predictions, seed=seed)
         console.print(f"Raw outputs, manifest and scores: [bold]{out}[/]")

@@ -23,7 +23,7 @@ class Quarantine:
         self._line_break = ""
         if self.path is not None and self.path.is_file():
             written = self.path.read_text(encoding="utf-8")
-            for line in written.splitlines():
+            for line in written.split("\n"):  # not splitlines: a text may hold other ends of lines
                 self._recall(line)
             self._line_break = "" if written.endswith("\n") or not written else "\n"
 

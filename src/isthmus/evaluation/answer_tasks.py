@@ -118,7 +118,8 @@ class ConversationTask(Questions):
 
     def __post_init__(self) -> None:
         Questions.__post_init__(self)
-        rules.rule(self.rule)
+        if rules.rule(self.rule) is choice.CHOICE:
+            raise ConfigError(f"Task {self.name!r}: the turns of a conversation have no choices; take another rule.")
         if self.history not in ("own", "true"):
             raise ConfigError(f"Task {self.name!r}: history is own or true, not {self.history!r}.")
 

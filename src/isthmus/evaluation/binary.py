@@ -2,7 +2,7 @@
 
 An answer that says neither is unparsable: a class of its own, wrong, and counted. The published POPE parser instead
 takes every answer without a "no" for a yes; that reading stands beside ours under ``official``, so that numbers can
-be held against published ones and the difference is seen.
+be held against published ones and the difference is seen. It knows no true and false: NLVR has no ``official``.
 """
 
 import re
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.errors import DataError
 from isthmus.evaluation import vqa
 from isthmus.evaluation.bootstrap import Array, Interval, intervals
 from isthmus.evaluation.vqa import Facts, Rule
@@ -38,16 +39,23 @@ def parse_as_pope(answer: str) -> str:
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def _truth(row: Facts) -> str | None:
-    return parse(str(row["truth"][0]))
+def _truth(row: Facts) -> str:
+    truth = parse(str(row["truth"][0]))
+    if truth is None:
+        raise DataError(
+            f"Sample {row.get('id')!r} has the truth {row['truth'][0]!r}, which says neither yes nor no (nor true nor "
+            "false); answers to it take another task or rule."
+        )
+    return truth
 
 
 YES_NO = Rule(
     name="yes-no",
     version=1,
-    points=lambda answer, row: float(parse(answer) is not None and parse(answer) == _truth(row)),
+    points=lambda answer, row: float(_truth(row) == parse(answer)),
     says=lambda answer, row: parse(answer),
 )
+"""Raises DataError for a truth that is neither."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +103,9 @@ def rates(sums: Array) -> Array:
 @dataclass(frozen=True, slots=True)
 class BinaryScores:
     """Accuracy with its controls (:class:`VqaScores`), and the rates of yes, overall and per kind (POPE: per
-    sampling). ``official`` are the rates under the published parser; ``f1_over_kinds`` is the mean F1 of the kinds;
-    ``majority`` the accuracy of saying the commoner truth always; ``consistency`` the share of groups (NLVR: the box
-    orders of one example) of which every answer is right.
+    sampling). ``official`` are the rates under the published parser, where all truths are yes or no;
+    ``f1_over_kinds`` is the mean F1 of the kinds; ``majority`` the accuracy of saying the commoner truth always;
+    ``consistency`` the share of groups (NLVR: the box orders of one example) of which every answer is right.
     """
 
     answers: vqa.VqaScores
@@ -112,19 +120,21 @@ class BinaryScores:
         for kind, rates_of in self.kinds.items():
             facts["kinds"][kind] |= rates_of.to_dict()
         mean = sum(k.f1 for k in self.kinds.values()) / len(self.kinds)
-        official = {k: b.to_dict() for k, b in self.official.items()}
-        facts |= self.overall.to_dict() | {"f1_over_kinds": mean, "majority": self.majority, "official": official}
+        facts |= self.overall.to_dict() | {"f1_over_kinds": mean, "majority": self.majority}
+        if self.official:
+            facts["official"] = {k: b.to_dict() for k, b in self.official.items()}
         return facts if self.consistency is None else facts | {"consistency": self.consistency}
 
 
 def score(rows: Sequence[Facts], *, seed: int = 0) -> BinaryScores:
-    """From output rows, as :func:`vqa.score`. Raises DataError when there are none."""
+    """From output rows, as :func:`vqa.score`. Raises DataError: there are none, or a truth is neither yes nor no."""
     answers = vqa.score(rows, rule=YES_NO, seed=seed)
     kinds: defaultdict[str, list[Facts]] = defaultdict(list)
     for row in rows:
         kinds[row["kind"]].append(row)
     named = {k: kinds[k] for k in sorted(kinds)}
-    official = {"all": rows, **named}
+    in_words = all(str(row["truth"][0]).strip().rstrip(".").casefold() in ("yes", "no") for row in rows)
+    official = {"all": rows, **named} if in_words else {}
     return BinaryScores(
         answers,
         _binary(rows, seed),

@@ -8,6 +8,7 @@ these is unparsable: wrong and counted, never guessed.
 import re
 from collections.abc import Sequence
 
+from isthmus.errors import DataError
 from isthmus.evaluation.vqa import Facts, Rule, normalise
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -33,12 +34,19 @@ def parse(answer: str, choices: Sequence[str]) -> str | None:
     return LETTERS[same[0]] if len(same) == 1 else None
 
 
+def _choices(row: Facts) -> Sequence[str]:
+    if not row.get("choices"):
+        raise DataError(f"Sample {row.get('id')!r} has no `choices`; without them it takes another rule than `choice`.")
+    return row["choices"]
+
+
 def _points(answer: str, row: Facts) -> float:
-    said = parse(answer, row["choices"])
-    return float(said is not None and said == parse(str(row["truth"][0]), row["choices"]))
+    said = parse(answer, _choices(row))
+    return float(said is not None and said == parse(str(row["truth"][0]), _choices(row)))
 
 
-CHOICE = Rule(name="choice", version=1, points=_points, says=lambda answer, row: parse(answer, row["choices"]))
+CHOICE = Rule(name="choice", version=1, points=_points, says=lambda answer, row: parse(answer, _choices(row)))
+"""Raises DataError for a row without choices."""
 
 
 def best(scores: Sequence[float]) -> int | None:

@@ -3,12 +3,12 @@
 Ids are compared as text, so that ``17`` and ``"17"`` are the same question, and one of them too many.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isthmus.data.sources.files import read_json, read_rows
+from isthmus.data.sources.files import once, read_json, read_rows
 from isthmus.errors import DataError
 
 
@@ -24,7 +24,7 @@ class Question:
 def caption_references(path: Path) -> dict[str, list[str]]:
     """Image id -> captions, of a COCO captions file. Raises DataError: other content, or an annotation id twice."""
     annotations = _annotations(path, "a COCO captions file", "image_id", "caption")
-    _once((a["id"] for a in annotations if "id" in a), path, "annotation id")
+    once((a["id"] for a in annotations if "id" in a), path, "annotation id")
     found: dict[str, list[str]] = {}
     for a in annotations:
         found.setdefault(str(a["image_id"]), []).append(_text(a["caption"], path, "caption", a["image_id"]))
@@ -34,7 +34,7 @@ def caption_references(path: Path) -> dict[str, list[str]]:
 def vqa_references(path: Path) -> dict[str, Question]:
     """Question id -> human answers, of a VQA annotation file. Raises DataError: other content, or an id twice."""
     annotations = _annotations(path, "a VQA annotation file", "question_id", "answers")
-    _once((a["question_id"] for a in annotations), path, "question id")
+    once((a["question_id"] for a in annotations), path, "question id")
     found: dict[str, Question] = {}
     for a in annotations:
         given = a["answers"]
@@ -59,7 +59,7 @@ def predictions(path: Path, key: str, value: str) -> dict[str, str]:
                 f"{path}, entry {number}: a prediction needs `{key}` and `{value}`; it has "
                 f"{', '.join(map(str, row)) or 'nothing'}."
             )
-    _once((row[key] for row in rows), path, key)
+    once((row[key] for row in rows), path, key)
     return {str(row[key]): _text(row[value], path, value, row[key]) for row in rows}
 
 
@@ -95,14 +95,6 @@ def _annotations(path: Path, what: str, *needed: str) -> list[dict[str, Any]]:
             if field not in annotation:
                 raise DataError(f"{path} is not {what}: annotation {number} has no `{field}`.")
     return found
-
-
-def _once(ids: Iterable[Any], path: Path, what: str) -> None:
-    seen: set[str] = set()
-    for i in map(str, ids):
-        if i in seen:
-            raise DataError(f"{path}: the {what} {i} is there twice; nothing is counted twice, so remove one.")
-        seen.add(i)
 
 
 def _text(value: Any, path: Path, what: str, name: Any) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,17 @@ def read_folder(path: str | Path) -> Folder:
         raise DataError(f"{manifest_file} is damaged ({error!r}); evaluate anew.") from None
     rows: list[Row] = []
     seen: set[str] = set()
-    for number, line in enumerate(outputs.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            name = str(row["id"])
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{outputs}, line {number} is damaged; delete that line and evaluate again.") from None
-        if name in seen:
-            raise DataError(f"{outputs}, line {number}: the id {name!r} is there twice; nothing is counted twice.")
-        seen.add(name)
-        rows.append(row)
+    with outputs.open(encoding="utf-8", newline="\n") as file:  # an answer may hold other ends of lines
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                name = str(row["id"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise DataError(f"{outputs}, line {number} is damaged; delete that line and evaluate again.") from None
+            if name in seen:
+                raise DataError(f"{outputs}, line {number}: the id {name!r} is there twice; nothing is counted twice.")
+            seen.add(name)
+            rows.append(row)
     if len(rows) != items:
         raise DataError(
             f"{path} is not finished: {len(rows)} of {items} items have an output. The `isthmus eval` that began it "
@@ -70,13 +71,10 @@ def rescore(path: str | Path, *, rule: str | None = None) -> Result:
     With another ``rule`` than the folder's own the scores go into ``scores.<rule>.json``, beside the first ones.
     Raises DataError (the folder), ConfigError (an unknown rule, or a kind of task that has none).
     """
-    folder = read_folder(path)
-    manifest, target = dict(folder.manifest), "scores.json"
-    if rule is not None and rule != manifest.get("rule"):
-        if "rule" not in manifest or folder.kind not in ("vqa", "conversation"):
-            raise ConfigError(f"Scores of kind {folder.kind!r} are made by one rule only; leave task.rule out.")
-        manifest["rule"] = rules.rule(rule).name
-        target = f"scores.{rule}.json"
+    own = read_folder(path)
+    folder = _by_rule(own, rule)
+    manifest = folder.manifest
+    target = "scores.json" if folder is own else f"scores.{rule}.json"
     scores = scorer(folder.kind).score(folder.rows, manifest)
     name = str(manifest.get("task", folder.path.name))
     left_out = int(manifest.get("left_out", 0))
@@ -85,6 +83,15 @@ def rescore(path: str | Path, *, rule: str | None = None) -> Result:
         facts["scorer"] = scorer_of(folder.kind, manifest)
     write_json(folder.path / target, facts)
     return Result(name, folder.kind, scores, folder.rows, folder.path, left_out)
+
+
+def _by_rule(folder: Folder, rule: str | None) -> Folder:
+    """The folder as if it had been scored by ``rule``; itself where that is its own rule, or none is given."""
+    if rule is None or rule == folder.manifest.get("rule"):
+        return folder
+    if "rule" not in folder.manifest or folder.kind not in ("vqa", "conversation"):
+        raise ConfigError(f"Scores of kind {folder.kind!r} are made by one rule only; leave task.rule out.")
+    return replace(folder, manifest={**folder.manifest, "rule": rules.rule(rule).name})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,17 +119,19 @@ def compare(
     first: str | Path | Sequence[str | Path],
     second: str | Path | Sequence[str | Path],
     *,
+    rule: str | None = None,
     seed: int = 0,
     draws: int = 10_000,
 ) -> list[Difference]:
     """Paired bootstrap of two score folders over the same items: items are drawn whole, with both outcomes. A side may
-    be several folders, one per training seed: then an item's outcome is the mean over them.
+    be several folders, one per training seed: then an item's outcome is the mean over them. ``rule``: score all of
+    them by this one, whatever they were scored by.
 
     The p-value is twice the smaller share of resamples in which the difference is not above (not below) zero, with
     one added to each count, so that it is never 0. Raises DataError when the folders do not hold the same items with
     the same truths, ConfigError for different kinds, rules, or a score that cannot be paired.
     """
-    one, other = (_folders(first), _folders(second))
+    one, other = ([_by_rule(f, rule) for f in _folders(side)] for side in (first, second))
     a = one[0]
     for b in (*one, *other):
         if (a.kind, a.manifest.get("rule")) != (b.kind, b.manifest.get("rule")):

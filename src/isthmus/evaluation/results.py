@@ -99,10 +99,10 @@ def write_json(path: str | Path, facts: Mapping[str, Any]) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """UTF-8 text, written aside and renamed."""
+    """UTF-8 text, written aside and renamed; half a surrogate pair is written as JSON does, ``\\ud83d``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")  # several processes may write to one comparison
-    aside.write_text(text, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(aside, path)
     return path

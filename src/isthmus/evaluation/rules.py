@@ -33,6 +33,6 @@ RULES: dict[str, Rule] = {
 
 def rule(name: str) -> Rule:
     """Raises ConfigError for an unknown name, with the nearest."""
-    if name not in RULES:
-        raise ConfigError(f"There is no scoring rule {name!r}; {nearest(name, RULES)}")
+    if not isinstance(name, str) or name not in RULES:
+        raise ConfigError(f"There is no scoring rule {name!r}; {nearest(str(name), RULES)}")
     return RULES[name]

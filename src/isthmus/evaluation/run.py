@@ -66,7 +66,7 @@ def evaluate(
         if not isinstance(model, task.needs):
             methods = sorted(n for n in vars(task.needs) if not n.startswith("_"))
             raise CapabilityError(f"Task {task.name!r} needs a model that can {', '.join(methods)}; this one cannot.")
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # half a pair is as JSON writes it
             for made in task.rows(model, rows.keys(), chunk=chunk):
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
                 file.flush()
@@ -112,7 +112,7 @@ def _provenance(task: Task, model: Any) -> dict[str, Any]:
     if prompts:
         sha256 = hashlib.sha256()
         for text in prompts:
-            sha256.update(text.encode() + b"\0")
+            sha256.update(text.encode(errors="backslashreplace") + b"\0")
         facts["prompt"] = {"first": prompts[0], "sha256": sha256.hexdigest()}
     return facts
 
@@ -155,7 +155,7 @@ def _read(path: Path, task: Task) -> dict[str, Row]:
         try:
             row = json.loads(line)
             name = row["id"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is damaged; delete that line and run again.") from error
         if name not in known or name in rows:
             raise DataError(

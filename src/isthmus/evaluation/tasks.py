@@ -169,6 +169,8 @@ class VqaTask(Questions):
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         other = whose_pictures(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
+        for i in todo:  # what the rule cannot score is met before the model is asked
+            self._row(self.records[i], {"answer": ""})
         for start in range(0, len(todo), chunk):
             places = todo[start : start + chunk]
             records = [self.records[i] for i in places]

@@ -64,7 +64,9 @@ EXACT = Rule(name="exact", version=1, points=lambda answer, row: float(is_right(
 class AnswerPrior:
     """The most frequent training answer per question text, else of the question's kind, else of all.
 
-    Equally frequent answers: the alphabetically first. With no training answers at all it answers nothing.
+    Answers that differ only in what :func:`normalise` takes away are counted as one and said in their commonest
+    spelling, for there are rules to which that matters. Equally frequent ones: the alphabetically first. With no
+    training answers at all it answers nothing.
     """
 
     def __init__(self, by_question: Mapping[str, str], by_kind: Mapping[str, str], overall: str) -> None:
@@ -75,16 +77,22 @@ class AnswerPrior:
         """Counts every turn of every record."""
         questions: defaultdict[str, Counter[str]] = defaultdict(Counter)
         kinds: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        spellings: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for record in records:
             for turn in turns(record):
                 answer = normalise(turn.answers[0])
+                spellings[answer][turn.answers[0]] += 1
                 questions[_question_key(turn.question)][answer] += 1
                 kinds[kind_of(record)][answer] += 1
         overall = sum(kinds.values(), Counter())
+
+        def said(counts: Counter[str]) -> str:
+            return _most_frequent(spellings[_most_frequent(counts)])
+
         return cls(
-            {q: _most_frequent(c) for q, c in questions.items()},
-            {k: _most_frequent(c) for k, c in kinds.items()},
-            _most_frequent(overall) if overall else "",
+            {q: said(c) for q, c in questions.items()},
+            {k: said(c) for k, c in kinds.items()},
+            said(overall) if overall else "",
         )
 
     def answer(self, question: str, kind: str) -> str:

@@ -45,6 +45,8 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quaran
 
     Raises ConfigError for an unknown task or option, DataError when too much is bad.
     """
+    if spec.task not in TASKS:
+        raise ConfigError(f"There is no task {spec.task!r}; {nearest(spec.task, TASKS)}")
     records: Any = open_source(spec.data)
     if limit is not None:
         records = First(records, limit)
@@ -54,8 +56,6 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quaran
     options = dict(spec.options)
     try:
         return TASKS[spec.task](spec, records, train, seed, options)
-    except KeyError:
-        raise ConfigError(f"There is no task {spec.task!r}; {nearest(spec.task, TASKS)}") from None
     except TypeError as error:
         unknown = [name for name in options if repr(name) in str(error)]
         if not unknown:

@@ -23,6 +23,7 @@ from isthmus.data.sources.files import (
     Names,
     Root,
     named_images,
+    once,
     read_json,
     read_lines,
     read_rows,
@@ -107,13 +108,20 @@ def _coco(root: Root, form: Form, *, file: str, image_folder: str | None = None,
     path = root.path(file)
     content = read_json(path)
     try:
-        captions: dict[Any, list[str]] = {}
+        once((image["id"] for image in content["images"]), path, "image id")
+        once((a["id"] for a in content["annotations"] if "id" in a), path, "annotation id")
+        captions: dict[str, list[str]] = {str(image["id"]): [] for image in content["images"]}
         for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+            if str(annotation["image_id"]) not in captions:
+                raise DataError(
+                    f"{path}: a caption is for the image {annotation['image_id']}, which is not among `images`; add "
+                    "the image or remove the annotation"
+                )
+            captions[str(annotation["image_id"])].append(annotation["caption"])
         rows = [
-            (path.stem, {"id": str(image["id"]), "image": image["file_name"], "caption": captions[image["id"]]})
+            (path.stem, {"id": str(image["id"]), "image": image["file_name"], "caption": captions[str(image["id"])]})
             for image in content["images"]
-            if image["id"] in captions
+            if captions[str(image["id"])]
         ]
     except (KeyError, TypeError):
         raise DataError(

@@ -9,7 +9,7 @@ belong together) is checked when the source is opened; a single bad sample is me
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from isthmus.data.sources.files import NamedImages, Names, Root, named_images, read_json, read_rows
+from isthmus.data.sources.files import NamedImages, Names, Root, named_images, once, read_json, read_rows
 from isthmus.data.sources.rows import Form, Row, Rows
 from isthmus.errors import ConfigError, DataError, nearest
 
@@ -57,31 +57,35 @@ def vqav2(
     _choice("by", by, ("answer_type", "question_type"))
     asked, told = read_json(root.path(questions)), read_json(root.path(annotations))
     items, answers = _listed(asked, "questions", questions), _listed(told, "annotations", annotations)
-    found = {q["question_id"]: q for q in _once(items, "question_id", questions)}
+    found = {str(q["question_id"]): q for q in _once(items, "question_id", questions)}
     for a in _once(answers, "question_id", annotations):
-        if a["question_id"] not in found:
+        if str(a["question_id"]) not in found:
             raise DataError(
                 f"{annotations}: question {a['question_id']} is not in {questions}; are the two of one split?"
             )
     if len(answers) < len(found):
-        lost = sorted(map(str, set(found) - {a["question_id"] for a in answers}))
+        lost = sorted(set(found) - {str(a["question_id"]) for a in answers})
         raise DataError(f"{annotations}: {len(lost)} questions of {questions} have no answers, the first is {lost[0]}.")
     split = str(asked.get("data_subtype", ""))
 
     pictures = named_images(root, image_folder, images, beside=root.path(questions))
 
     def make(annotation: Mapping[str, Any]) -> Row:
-        question = found[annotation["question_id"]]
-        ten = [a["answer"] for a in annotation["answers"]]
+        number = str(annotation["question_id"])
+        question, sample = found[number], f"question {number}"
+        given = _field(sample, annotation, "answers", list)
+        ten = [str(_field(sample, a, "answer", str | int | float)) for a in given]
         if not ten:
-            raise DataError("empty answer: the question has no answers; drop it")
+            raise DataError(f"empty answer: {sample} has no answers; drop it")
         values = {
-            "question": question["question"],
+            "question": _field(sample, question, "question"),
             "answer": annotation.get("multiple_choice_answer") or max(ten, key=ten.count),
             "kind": annotation.get(by),
         }
-        name = image_name.format(id=int(question["image_id"]), split=split)
-        number = str(question["question_id"])
+        image = _field(sample, question, "image_id", str | int)
+        if not str(image).isdecimal():
+            raise DataError(f"bad field: {sample}: 'image_id' should be a number and is {image!r}")
+        name = image_name.format(id=int(image), split=split)
         return Row(f"vqa/{number}", values, (pictures.find(name),), key=number, meta={"answers": tuple(ten)})
 
     return LazyRows(answers, make, pictures, told=found.values())
@@ -101,21 +105,22 @@ def gqa(
     type; the answer is the short one."""
     _choice("by", by, ("structural", "semantic", "detailed"))
     content = read_json(root.path(file))
-    if not isinstance(content, dict) or not all(isinstance(q, dict) and "question" in q for q in content.values()):
+    found = list(content.items()) if isinstance(content, dict) else []
+    if not any(isinstance(q, dict) and "question" in q for _, q in found):
         raise DataError(f"{file} is not a GQA file: it needs an object of questions by their ids")
 
     pictures = named_images(root, image_folder, images, beside=root.path(file))
 
-    def make(item: tuple[str, Mapping[str, Any]]) -> Row:
+    def make(item: tuple[str, Any]) -> Row:
         name, q = item
-        values = {
-            "question": q["question"],
-            "answer": q.get("answer"),
-            "kind": (q.get("types") or {}).get(by),
-        }
-        return Row(f"gqa/{name}", values, (pictures.find(image_name.format(id=q["imageId"])),), key=name)
+        sample = f"question {name}"
+        asked = _field(sample, q, "question")
+        types = _field(sample, q, "types", dict) if q.get("types") else {}
+        values = {"question": asked, "answer": q.get("answer"), "kind": types.get(by)}
+        image = image_name.format(id=_field(sample, q, "imageId", str | int))
+        return Row(f"gqa/{name}", values, (pictures.find(image),), key=name)
 
-    return LazyRows(list(content.items()), make, pictures)
+    return LazyRows(found, make, pictures)
 
 
 FORMATS = ("CQM-A", "QCM-LEA", "QCM-A", "QCM-ALE")
@@ -148,19 +153,27 @@ def scienceqa(
     _choice("only", only, ("all", "image", "text"))
     _choice("by", by, ("subject", "grade", "modality"))
     content, numbers = read_json(root.path(problems)), read_json(root.path(splits))
+    if not isinstance(content, dict) or not all(isinstance(p, dict) for p in content.values()):
+        raise DataError(f"{problems} is not a ScienceQA file: it needs an object of problems by their numbers")
+    if not isinstance(numbers, dict) or not all(isinstance(n, list) for n in numbers.values()):
+        raise DataError(f"{splits} is not a ScienceQA file: it needs an object of lists of numbers by split")
     if split not in numbers:
         raise ConfigError(f"{splits} has no split {split!r}; {nearest(split, numbers)}")
-    unknown = [n for n in numbers[split] if n not in content]
+    unknown = [n for n in numbers[split] if str(n) not in content]
     if unknown:
         raise DataError(
             f"{problems}: {len(unknown)} problems of split {split!r} are missing, the first is {unknown[0]}."
         )
-    chosen = [n for n in numbers[split] if only == "all" or bool(content[n].get("image")) == (only == "image")]
+    chosen = [
+        n for n in map(str, numbers[split]) if only == "all" or bool(content[n].get("image")) == (only == "image")
+    ]
 
     pictures = named_images(root, image_folder, images, beside=root.path(problems))
 
     def make(number: str) -> Row:
         problem = content[number]
+        for name, form in (("question", str), ("choices", list), ("answer", object)):
+            _field(f"problem {number}", problem, name, form)
         question, answer, letter = scienceqa_texts(problem, format)
         image = problem.get("image")
         name = image_name.format(split=problem.get("split", split), id=number, image=image)
@@ -227,11 +240,13 @@ def pope(root: Root, form: Form, *, file: Names, image_folder: str | None = None
 
     def make(item: tuple[str, Mapping[str, Any]]) -> Row:
         stem, row = item
+        number = str(row["question_id"])
+        sample = f"question {number}"
         if row.get("label") not in ("yes", "no"):
-            raise DataError(f"bad label: POPE knows yes and no, not {row.get('label')!r}")
-        values = {"question": row.get("text"), "answer": row["label"], "kind": stem.rsplit("_", 1)[-1]}
+            raise DataError(f"bad label: {sample}: POPE knows yes and no, not {row.get('label')!r}")
+        values = {"question": _field(sample, row, "text"), "answer": row["label"], "kind": stem.rsplit("_", 1)[-1]}
         return Row(
-            f"{stem}/{row['question_id']}", values, (pictures.find(str(row["image"])),), key=str(row["question_id"])
+            f"{stem}/{number}", values, (pictures.find(str(_field(sample, row, "image", str | int))),), key=number
         )
 
     return LazyRows(items, make, pictures)
@@ -263,9 +278,12 @@ def karpathy(
     pictures = named_images(root, image_folder, images, beside=root.path(file))
 
     def make(item: Mapping[str, Any]) -> Row:
-        name = "/".join(p for p in (item.get("filepath"), item["filename"]) if p)
-        values = {"caption": [s["raw"] for s in item.get("sentences", ())]}
-        return Row(f"karpathy/{item['filename']}", values, (pictures.find(image_name.format(name=name)),), key=name)
+        sample = f"picture {item.get('imgid', item.get('filename'))}"
+        file_name = _field(sample, item, "filename")
+        folder = _field(sample, item, "filepath") if item.get("filepath") else ""
+        name = "/".join(p for p in (folder, file_name) if p)
+        values = {"caption": [_field(sample, s, "raw") for s in _field(sample, item, "sentences", list)]}
+        return Row(f"karpathy/{file_name}", values, (pictures.find(image_name.format(name=name)),), key=name)
 
     return LazyRows(chosen, make, pictures)
 
@@ -288,13 +306,14 @@ def nlvr(
 
     def make(item: tuple[Mapping[str, Any], int]) -> Row:
         row, k = item
+        sample = f"example {row['identifier']}"
         label = str(row.get("label")).lower()
         if label not in ("true", "false"):
-            raise DataError(f"bad label: NLVR knows true and false, not {row.get('label')!r}")
+            raise DataError(f"bad label: {sample}: NLVR knows true and false, not {row.get('label')!r}")
         stem = f"{split}-{row['identifier']}-{k}"
         folder = f"{row['directory']}/" if "directory" in row else ""
         picture = pictures.find_first((f"{folder}{stem}.png", f"{stem}.png"))
-        values = {"question": row["sentence"], "answer": label}
+        values = {"question": _field(sample, row, "sentence"), "answer": label}
         return Row(f"nlvr/{stem}", values, (picture,), key=stem, meta={"group": str(row["identifier"])})
 
     return LazyRows([(row, k) for row in rows for k in range(permutations)], make, pictures)
@@ -320,15 +339,23 @@ def _listed(content: Any, key: str, file: str) -> list[Any]:
 
 def _once(items: Iterable[Mapping[str, Any]], key: str, file: str) -> list[Any]:
     """The items, each id once. Raises DataError for a missing id or one that comes twice."""
-    seen: set[str] = set()
     found = list(items)
     for number, item in enumerate(found):
         if key not in item:
             raise DataError(f"{file}: entry {number} has no {key!r}; is it a file of this format?")
-        if str(item[key]) in seen:
-            raise DataError(f"{file}: the {key} {item[key]} is there twice; remove one")
-        seen.add(str(item[key]))
+    once((item[key] for item in found), file, key)
     return found
+
+
+def _field(sample: str, item: Any, name: str, form: Any = str) -> Any:
+    """A field of one sample. Raises DataError, which names both, where it is missing or has another form."""
+    if not isinstance(item, Mapping) or name not in item:
+        raise DataError(f"missing field: {sample} has no {name!r}")
+    if not isinstance(item[name], form):
+        raise DataError(
+            f"bad field: {sample}: {name!r} should not be {str(item[name])[:60]!r} ({type(item[name]).__name__})"
+        )
+    return item[name]
 
 
 def _choice(option: str, value: str, allowed: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ import glob
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -71,6 +71,8 @@ def read_json(path: Path) -> Any:
         raise DataError(f"no such file: {path}; check the path and the DATA= folder") from None
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    except RecursionError:
+        raise DataError(f"{path} is nested too deeply to be data; is it a file of this format?") from None
     except ValueError as error:
         line = getattr(error, "lineno", 1)
         raise DataError(f"{path} is not valid JSON: it goes wrong at line {line}; is it truncated?") from None
@@ -99,9 +101,18 @@ def _read_lines(path: Path, file: Any) -> list[Any]:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise DataError(f"{path}, line {number}: not valid JSON; is the file truncated?") from None
     return rows
+
+
+def once(ids: Iterable[Any], path: Path | str, what: str) -> None:
+    """Raises DataError for an id that comes twice; ``17`` and ``"17"`` are one."""
+    seen: set[str] = set()
+    for i in map(str, ids):
+        if i in seen:
+            raise DataError(f"{path}: the {what} {i} is there twice; nothing is counted twice, so remove one.")
+        seen.add(i)
 
 
 def read_lines(path: Path) -> list[str]:

@@ -12,6 +12,14 @@ _HELP = (
     "`fields: {question: q, answer: a}`."
 )
 
+_BY_SIGHT = {
+    "obelics": {"texts"},
+    "mmc4": {"text_list"},
+    "llava": {"conversations"},
+    "pope": {"question_id", "image", "text", "label"},
+}
+"""The fields of the first entry that tell a layout."""
+
 
 def guess(path: Path) -> dict[str, Any]:
     """The description that ``open_source`` takes. Raises DataError when nothing fits."""
@@ -32,20 +40,25 @@ def guess(path: Path) -> dict[str, Any]:
 
 
 def _json_kind(path: Path) -> str:
-    """llava, coco, obelics, mmc4 or jsonl. A JSON-lines file is judged by its first line."""
+    """llava, coco, obelics, mmc4, pope or jsonl. JSON lines, whatever the file's ending, are judged by the first."""
     try:
-        if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
-                content: Any = [json.loads(line) for line in islice(file, 1)]
-        else:
-            content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        content = _first_line(path) if path.suffix == ".jsonl" else _whole(path)
+    except (ValueError, RecursionError):
         raise DataError(f"{path} is neither JSON nor JSON lines. {_HELP}") from None
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
         return "coco"
     if isinstance(content, list) and content and isinstance(content[0], dict):
-        for kind, field in (("obelics", "texts"), ("mmc4", "text_list"), ("llava", "conversations")):
-            if field in content[0]:
-                return kind
-        return "jsonl"
+        return next((kind for kind, fields in _BY_SIGHT.items() if fields <= content[0].keys()), "jsonl")
     raise DataError(f"{path} is not a layout that is known by sight. {_HELP}")
+
+
+def _first_line(path: Path) -> list[Any]:
+    with path.open(encoding="utf-8-sig") as file:
+        return [json.loads(line) for line in islice(file, 1)]
+
+
+def _whole(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        return _first_line(path)  # POPE's files are JSON lines and end in .json

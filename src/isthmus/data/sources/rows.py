@@ -24,6 +24,7 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +176,11 @@ class Form:
         if form == "label":
             texts = self._class_texts(self.value(row, "label"), meta)
         else:
-            texts = (*flat(self.value(row, "caption")), *(self.captions or {}).get(row.key, ()))
+            texts = flat(self.value(row, "caption"))  # two people may have written the same: both count
+            texts += tuple(dict.fromkeys(c for c in (self.captions or {}).get(row.key, ()) if c not in texts))
         if not texts:
             raise DataError("empty text: the caption is empty; write one or drop the sample")
-        text = texts[0] if len(texts) == 1 else tuple(dict.fromkeys(texts))
+        text = texts[0] if len(texts) == 1 else texts
         if not self.instruction:
             return [*_pictures(row, "text"), Text(text, learn=True)]
         if "class" in meta:
@@ -326,9 +328,12 @@ def _pair(item: Any) -> tuple[Any, Any]:
 
 
 def _string(value: Any, what: str) -> str:
-    """A text, number or truth value as text. Raises DataError for anything else."""
+    """A text, number or truth value as text. Raises DataError for anything else, and for half a surrogate pair, which
+    no tokenizer takes."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, str) and _HALF_PAIR.search(value):
+        raise DataError(f"bad text: the {what} holds half a surrogate pair, as of an emoji cut in two: {value[:80]!a}")
     if isinstance(value, str | int | float):
         return str(value)
     if value is None and what == "answer":

@@ -88,7 +88,7 @@ def _text(member: TarImage) -> str:
 def _json(member: TarImage) -> dict[str, Any]:
     try:
         values = json.loads(_text(member))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"bad text: {member.describe()} is not valid JSON; write it again") from None
     if not isinstance(values, dict):
         raise DataError(f"bad text: {member.describe()} should hold a JSON object; write it again")
