@@ -12,14 +12,15 @@ from isthmus.data.attention import with_answer
 from isthmus.data.collate import collate
 from isthmus.data.record import without_answer
 from isthmus.data.scenes import SceneSource
-from isthmus.errors import ConfigError
+from isthmus.errors import ConfigError, DataError
+from isthmus.evaluation.rescore import rescore
 from isthmus.evaluation.run import Result
 from isthmus.language import Decoding
 from isthmus.model import load
-from isthmus.recipes.compare import Contestant, contestants, shared_tasks
+from isthmus.recipes.compare import Contestant, contestants, pooled, shared_tasks
 from isthmus.recipes.cost import Operations, trained_parameters
 from isthmus.recipes.scoring import recipe_of
-from isthmus.recipes.side_by_side import difference
+from isthmus.recipes.side_by_side import difference, difference_rows
 from tests.cli.test_cli import run
 
 
@@ -80,8 +81,10 @@ def test_a_second_call_asks_nothing_again(compared, rivals, monkeypatch, capsys)
     assert (compared / "scores" / "llava" / "vqa" / "outputs.jsonl").stat().st_mtime_ns == before
 
 
-def test_shots_give_a_curve_per_model(rivals, monkeypatch, capsys, tmp_path):
-    found = ["compare", rivals["flamingo"], rivals["llava"], "--shots", "0", "1", "--limit", 6, "--out", tmp_path]
+@pytest.mark.parametrize("before", [False, True])
+def test_shots_give_a_curve_per_model(rivals, monkeypatch, capsys, tmp_path, before):
+    models, shots = [rivals["flamingo"], rivals["llava"]], ["--shots", "0", "1"]
+    found = ["compare", *([*shots, *models] if before else [*models, *shots]), "--limit", 6, "--out", tmp_path]
     code, _, said = run(monkeypatch, capsys, *found)
     assert code == 0, said
     assert "vqa: score over shots" in (tmp_path / "report.html").read_text()
@@ -97,7 +100,43 @@ def test_captions_and_other_measures_stand_in_the_tables(rivals, monkeypatch, ca
     rows = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
     assert {"CIDEr", "Bleu_4"} <= {r["kind"] for r in rows}
     assert [bool(r["gain"]) for r in rows if r["kind"] in ("CIDEr", "Bleu_4")].count(True) == 2
-    assert "Other scores" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Other scores" in page
+    assert "<td>llava − flamingo</td><td>caption</td><td>CIDEr</td>" in page
+    pairs = list(csv.DictReader((tmp_path / "differences.csv").read_text().splitlines()))
+    assert pairs[0]["measure"] == "CIDEr"
+    score = {r["model"]: float(r["score"]) for r in rows if r["kind"] == "CIDEr"}
+    assert float(pairs[0]["difference"]) == pytest.approx(score["llava"] - score["flamingo"])
+
+
+def yes_or_no(folder, count):
+    """A source of pictures of noise, with questions whose truths are yes and no in turns."""
+    rows = []
+    for number in range(count):
+        PilImage.effect_noise((64, 64), 40 + number).convert("RGB").save(folder / f"{number}.png")
+        said = [("human", "<image>\nis it noise?"), ("gpt", "no" if number % 2 else "yes")]
+        turns = [{"from": who, "value": text} for who, text in said]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(rows))
+    return {"kind": "llava", "file": str(folder / "data.json"), "image_folder": str(folder)}
+
+
+@pytest.mark.parametrize("task", ["pope", "conversation"])
+def test_every_task_about_pictures_shows_answers_and_where_they_looked(rivals, monkeypatch, capsys, tmp_path, task):
+    talks = {"kind": "scenes", "form": "conversations", "split": "test", "count": 3}
+    (tmp_path / "asked.yaml").write_text(json.dumps(yes_or_no(tmp_path, 3) if task == "pope" else talks))
+    asked = ["--task", task, "--data", tmp_path / "asked.yaml", "--set", "task.decoding={max_new_tokens: 2}"]
+    picked = [rivals["flamingo"], rivals["llava"]]
+    code, _, said = run(monkeypatch, capsys, "compare", *picked, *asked, "--out", tmp_path)
+    assert code == 0, said
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<article") == 3
+    assert page.count('class="look"') + page.count("<i>no answer</i>") == 6
+    assert page.count('class="look"') > 0
+    assert all(cost["latency"] for cost in json.loads((tmp_path / "costs.json").read_text()).values())
+    first = next(iter(json.loads((tmp_path / "scores/llava/looks.json").read_text())["found"]))
+    outputs = (tmp_path / "scores/llava" / task / "outputs.jsonl").read_text()
+    assert first == json.loads(outputs.splitlines()[0])["id"]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +177,7 @@ def test_only_seeds_that_both_have_are_compared(tmp_path):
     assert both.folders("vqa", one) == [tmp_path / "both/1"]
     assert one.folders("vqa", both) == [tmp_path / "one/1"]
     assert both.folders("vqa", none) == []
-    assert difference(both, none, "vqa", 0) is None
+    assert difference(both, none, "vqa", 0) == []
     single = Contestant(name="single", folder=tmp_path, results=runs_of(tmp_path / "single"))
     assert single.folders("vqa", both) == [tmp_path / "single"]
     assert len(both.folders("vqa", single)) == 2
@@ -146,6 +185,102 @@ def test_only_seeds_that_both_have_are_compared(tmp_path):
 
 def runs_of(folder):
     return [Result("vqa", "vqa", None, [], folder)]
+
+
+def asked(folder, kind, rows, **manifest):
+    """A finished score folder, scored."""
+    folder.mkdir(parents=True)
+    facts = {"task": kind, "kind": kind, "items": len(rows), "seed": 0, **manifest}
+    (folder / "manifest.json").write_text(json.dumps(facts))
+    (folder / "outputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rescore(folder)
+
+
+def question(name, answer, truth, **rest):
+    row = {"id": name, "kind": "any", "question": "?", "truth": [truth], "answer": answer, "blind": "no"}
+    return row | {"shuffled": None, "prior": None} | rest
+
+
+OUTPUTS = {
+    "binary": [
+        [question("a", "yes", "yes"), question("b", "yes", "no"), question("c", "", "no")],
+        [question("a", "no", "yes"), question("b", "no", "no"), question("c", "no", "no")],
+    ],
+    "conversation": [
+        [question("a/1", "x", "x", turn=1, alone="x"), question("a/2", "y", "x", turn=2, alone="y")],
+        [question("a/1", "y", "x", turn=1, alone="y"), question("a/2", "x", "x", turn=2, alone="y")],
+    ],
+    "caption": [
+        [question("a", "a red ball on a box", "a red ball on a box"), question("b", "", "two blue cats sit")],
+        [question("a", "a ball", "a red ball on a box"), question("b", "two blue cats sit", "two blue cats sit")],
+    ],
+    "retrieval": [
+        [{"id": str(i), "captions": [f"{i}", f"also {i}"], "rank": r, "caption_ranks": [r, 0]} for i, r in enumerate(x)]
+        for x in ([0, 1, 0, 5], [0, 0, 0, 7])
+    ],
+    "zero_shot": [[{"id": str(i), "truth": "x", "rank": r} for i, r in enumerate(x)] for x in ([0, 1, 7], [0, 0, 7])],
+    "matching": [
+        [{"id": str(i), "label": i % 2, "score": s, "shuffled": 0.5} for i, s in enumerate(x)]
+        for x in ([0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1])
+    ],
+}
+
+
+def seeds_of(folder, kind):
+    settings = {"classes": ["x", "y"]} if kind == "zero_shot" else {}
+    runs = enumerate(OUTPUTS[kind])
+    return {n: [asked(folder / str(n) / kind, kind, rows, **settings)] for n, rows in runs}
+
+
+def flat(facts):
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            yield from ((f"{key} {name}", v) for name, v in flat(value))
+        else:
+            yield key, value
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_scores_of_every_kind_are_means_over_seeds(tmp_path, kind):
+    runs = seeds_of(tmp_path, kind)
+    rivals = {n: Contestant(name="x", folder=tmp_path, results=found) for n, found in runs.items()}
+    (mean,) = pooled(rivals).results
+    one, other = (dict(flat(found[0].scores.to_dict())) for found in runs.values())
+    moved = 0
+    for name, value in flat(mean.scores.to_dict()):
+        if name.split()[-1] in ("empty", "unparsable"):
+            assert value == one[name] + other[name]
+        elif isinstance(value, float) and "gain" not in name and "without_looking" not in name:
+            assert value == pytest.approx((one[name] + other[name]) / 2), name
+            moved += one[name] != other[name]
+        elif isinstance(value, list) and not name.endswith("gain_interval"):
+            assert value[0] <= value[1]
+    assert moved > 0
+
+
+def test_seeds_that_were_asked_something_else_are_not_pooled(tmp_path):
+    runs = [asked(tmp_path / str(n) / "caption", "caption", OUTPUTS["caption"][n][n:]) for n in (0, 1)]
+    rivals = {n: Contestant(name="x", folder=tmp_path, results=[found]) for n, found in enumerate(runs)}
+    with pytest.raises(DataError, match="not of the same caption items"):
+        pooled(rivals)
+
+
+def test_pairs_are_compared_in_whatever_has_a_score_per_item(tmp_path):
+    for kind, measures in {
+        "binary": ["accuracy", "f1"],
+        "caption": ["CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L"],
+        "retrieval": ["image to text R@1", "text to image R@1"],
+        "zero_shot": ["top_1", "top_5"],
+        "matching": [],
+    }.items():
+        one, other = (
+            Contestant(name=str(n), folder=tmp_path, results=found) for n, found in seeds_of(tmp_path, kind).items()
+        )
+        rows = difference_rows([one, other], 0)
+        assert [r["measure"] for r in rows] == measures
+        assert all(r["task"] == kind and r["low"] <= r["difference"] <= r["high"] for r in rows)
+        if kind == "retrieval":
+            assert rows[0]["difference"] == pytest.approx(1 / 4)
 
 
 def test_a_broken_picture_costs_its_question_and_is_told(rivals, monkeypatch, capsys, tmp_path):

@@ -16,6 +16,7 @@ from isthmus.recipes.comparison import parse_comparison
 from isthmus.recipes.contest import finished, recipe_of_arm, run_contest
 from isthmus.recipes.run import make_loader
 from tests.cli.test_cli import run
+from tests.recipes.test_compare import yes_or_no
 from tests.recipes.test_comparison import CAPTIONS, OPEN
 
 KEYS = {"precision": "fp32", "log_every": 1, "save_every": 1}
@@ -186,7 +187,8 @@ def test_a_connector_of_ones_own_takes_part_by_the_command(story, tmp_path, monk
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(CONNECTOR)
-    own = tree(story, seeds=[0], statements=[])
+    own = tree(story, seeds=[0], statements=[{"text": "Patches pay", "arms": ["mean", "llava"], "by_size": True}])
+    own["evaluate"][0] |= {"name": "dev", "task": "nlvr", "data": yes_or_no(tmp_path, 8), "train": None}
     own["arms"] = [
         own["arms"][0] | {"shots": []},
         {"name": "mean", "like": "llava", "config": {"projector": "mine:Mean"}},
@@ -197,12 +199,20 @@ def test_a_connector_of_ones_own_takes_part_by_the_command(story, tmp_path, monk
     facts = json.loads((tmp_path / "all.json").read_text())
     assert {n: facts["costs"][n]["visual_tokens"] for n in ("llava", "mean")} == {"llava": 16, "mean": 1}
     assert "runs/own/report.html" in said
+    page = (tmp_path / "runs/own/report.html").read_text()  # of a task that is not called vqa as of one that is
+    assert page.count("<article") == 8
+    assert page.count('class="look"') > 0
+    tested = page[page.index("<h2>Patches pay") :]
+    assert "<td>mean</td>" in tested[: tested.index("</table>")]
+    assert "Patches pay</" in page[page.index("<h2>Curves") :]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("compare-tiny", "--limit", 3), "--limit is for models"),
+        (("compare-tiny", "--seed", 0), "--seed is for models"),
+        (("compare-tiny", "--select", "random"), "--select is for models"),
         (("compare-tiny", "--arm", "llava"), "no arm 'llava'; did you mean 'llava-"),
         (("compare-tiny", "armz=1"), "unknown key 'armz'"),
         (("a", "b", "--arm", "x"), "--arm chooses among the arms"),

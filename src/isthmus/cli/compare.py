@@ -25,10 +25,10 @@ def run(
     options: Sequence[str],
     train: str | None,
     shots: str | None,
-    select: str,
+    select: str | None,
     limit: int | None,
     out: Path | None,
-    seed: int,
+    seed: int | None,
     json_file: Path | None,
 ) -> None:
     """Score and measure one model after the other; print the tables and write everything below ``out``."""
@@ -39,8 +39,8 @@ def run(
     from isthmus.recipes.scoring import with_shots
     from isthmus.recipes.side_by_side import write_comparison
 
-    more = [int(name) for name in models if shots is not None and name.isdigit() and not Path(name).exists()]
-    models = models[: len(models) - len(more)]  # --shots 0 4 8: the numbers behind the first one
+    numbers = [name for name in models if shots is not None and name.isdigit() and not Path(name).exists()]
+    models = [name for name in models if name not in numbers]  # --shots 0 4 8: those behind the first one
     if len(models) < 2:
         recipe = f" A comparison recipe is a .yaml file or shipped: {', '.join(shipped('comparisons'))}."
         raise ConfigError("A comparison needs at least two models; `isthmus eval MODEL` scores one." + recipe)
@@ -52,7 +52,8 @@ def run(
         specs = [s for s in shared_tasks(rivals) if task in (None, s.task, s.name)]
         if not specs:
             raise ConfigError(f"None of these models names a task {task!r} of its own: give --data.")
-    specs = with_shots(specs, counted(shots, more), select)
+    specs = with_shots(specs, counted(shots, [int(n) for n in numbers]), select or "random")
+    seed = seed or 0
     console = Console()
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
         shown: dict[tuple[str, str], Any] = {}

@@ -11,6 +11,7 @@ runs come before any second one, and everything on the list above is written ane
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,6 @@ from isthmus.evaluation.report import Chart, Listing, write_report
 from isthmus.evaluation.report.tables import percent
 from isthmus.evaluation.rescore import rescore
 from isthmus.evaluation.results import write_json
-from isthmus.evaluation.vqa import VqaScores
 from isthmus.model import Model, load
 from isthmus.models import model_class
 from isthmus.recipes.compare import Contestant, ask, measure, pooled, recall
@@ -31,7 +31,7 @@ from isthmus.recipes.cost import step_flops
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import EvalSpec, Recipe
 from isthmus.recipes.scoring import model_hash, with_shots
-from isthmus.recipes.side_by_side import difference, write_comparison
+from isthmus.recipes.side_by_side import difference, whole, write_comparison
 
 Told = Callable[[str, str, int, int], None]
 """Called with (arm and seed, task, items done, items in all)."""
@@ -156,7 +156,7 @@ def write_contest(plan: Comparison, rivals: Sequence[Contestant], out: Path, *, 
         own = [by_name[arm] for arm in statement.arms if arm in by_name]
         if len(own) > 1:
             listings.append(_tested(plan, statement, own))
-            plots += _by_size(statement, own)
+            plots += _by_size(plan, statement, own)
     listings.append(_arms(plan, rivals))
     report = write_comparison(
         out,
@@ -191,17 +191,16 @@ def _tested(plan: Comparison, statement: Statement, rivals: Sequence[Contestant]
     task = plan.evaluate[0].name
     first, rows = rivals[0], []
     for rival in rivals:
-        score = next(r.scores for r in rival.results if r.task == task)
-        if not isinstance(score, VqaScores):
+        score = whole(rival, task)
+        if score is None:
             continue
-        found = None if rival is first else difference(first, rival, task, 0)
-        low, high = score.overall.interval
+        found = None if rival is first else next(iter(difference(first, rival, task, 0)), None)
         rows.append(
             (
                 rival.name,
                 f"{rival.cost.trained:,}" if rival.cost is not None and rival.cost.trained is not None else "–",
-                f"{percent(score.overall.accuracy)} ({percent(low)} to {percent(high)})",
-                percent(score.overall.gain, signed=True),
+                f"{percent(score['score'])} ({percent(score['low'])} to {percent(score['high'])})",
+                percent(score.get("gain"), signed=True),
                 "" if found is None else percent(found["difference"], signed=True),
                 ""
                 if found is None
@@ -224,23 +223,21 @@ def _by_seed(first: Contestant, rival: Contestant, task: str) -> str:
     """The differences of the seeds that both have."""
     shown = []
     for seed in sorted(first.by_seed.keys() & rival.by_seed.keys()):
-        one, other = (
-            next(r.scores for r in side.by_seed[seed] if r.task == task and isinstance(r.scores, VqaScores))
-            for side in (first, rival)
-        )
-        shown.append(percent(other.overall.accuracy - one.overall.accuracy, signed=True))
+        one, other = (whole(replace(side, results=list(side.by_seed[seed])), task) for side in (first, rival))
+        if one is not None and other is not None:
+            shown.append(percent(other["score"] - one["score"], signed=True))
     return " ".join(shown)
 
 
-def _by_size(statement: Statement, rivals: Sequence[Contestant]) -> list[Chart]:
+def _by_size(plan: Comparison, statement: Statement, rivals: Sequence[Contestant]) -> list[Chart]:
     """Score over trained parameters, a line per kind of model; none where no kind has two sizes."""
     if not statement.by_size:
         return []
     lines: dict[str, list[tuple[float, float]]] = {}
     for rival in rivals:
-        score = next((r.scores for r in rival.results if isinstance(r.scores, VqaScores)), None)
+        score = whole(rival, plan.evaluate[0].name)
         if rival.recipe is not None and rival.cost is not None and rival.cost.trained and score is not None:
-            point = (float(rival.cost.trained), 100 * score.overall.accuracy)
+            point = (float(rival.cost.trained), 100 * score["score"])
             lines.setdefault(rival.recipe.model, []).append(point)
     series = {kind: sorted(points) for kind, points in lines.items()}
     return [Chart(title=statement.text, series=series, x_label="parameters trained", y_label="score, percent")]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 from isthmus.checkpoint import read_json
 from isthmus.data.images import open_image
-from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.report import Answer, Chart, Listing, Note, Report, SamplePicture, TrainedPart
 from isthmus.evaluation.report.tables import percent
@@ -18,15 +18,17 @@ from isthmus.evaluation.rescore import Difference
 from isthmus.evaluation.rescore import compare as paired
 from isthmus.evaluation.results import Results, write_json, write_text
 from isthmus.evaluation.retrieval import RetrievalScores
-from isthmus.evaluation.sound import first_sound
 from isthmus.evaluation.vqa import Score, VqaScores
-from isthmus.recipes.compare import SAMPLES, Contestant
+from isthmus.recipes.compare import Contestant, answers_of, pictured
 from isthmus.recipes.cost import Cost
 from isthmus.recipes.curves import loss_curves, png, seconds
+from isthmus.recipes.schema import EvalSpec
 
 UNEQUAL = "Each model has the budget of its own recipe: they are not equal."
 MANY = 6
 """With more models than this the page shows the statements alone; every pair is in ``differences.csv``."""
+MAIN = ("accuracy", "CIDEr", "image to text R@1", "text to image R@1", "top_1")
+"""Measures whose differences the page shows; ``differences.csv`` has the others too."""
 Row = dict[str, Any]
 
 
@@ -91,7 +93,7 @@ def score_rows(rivals: Sequence[Contestant]) -> list[Row]:
     for rival in rivals:
         for result in rival.results:
             place = {"model": rival.name, "task": result.task}
-            answers = _vqa(result.scores)
+            answers = answers_of(result.scores)
             if answers is not None:
                 kinds = [("all", answers.overall), *answers.kinds.items()]
                 rows += [place | _row(kind, s) for kind, s in kinds]
@@ -102,9 +104,10 @@ def score_rows(rivals: Sequence[Contestant]) -> list[Row]:
     return rows
 
 
-def _vqa(scores: Any) -> VqaScores | None:
-    """The answers' scores: what they are, or what stands among other scores (yes or no, conversations)."""
-    return scores if isinstance(scores, VqaScores) else getattr(scores, "answers", None)
+def whole(rival: Contestant, task: str) -> Row | None:
+    """The row of a task's main score: of all answers, CIDEr, from pictures to texts; none where it was not asked."""
+    rows = [row for row in score_rows([rival]) if row["task"] == task]
+    return next((row for row in rows if row["kind"] == "CIDEr"), rows[0] if rows else None)
 
 
 def _row(kind: str, score: Score) -> Row:
@@ -154,7 +157,7 @@ def _measures(facts: Mapping[str, Any]) -> list[Row]:
 
 
 _COLUMNS = ("model", "task", "kind", "n", "score", "low", "high", "blind", "shuffled", "prior", "gain")
-_PAIR_COLUMNS = ("first", "second", "task", "difference", "low", "high", "p")
+_PAIR_COLUMNS = ("first", "second", "task", "measure", "difference", "low", "high", "p")
 
 
 def _csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -193,42 +196,45 @@ def difference_rows(rivals: Sequence[Contestant], seed: int) -> list[Row]:
     for one, other in combinations(rivals, 2):
         theirs = {r.task for r in other.results}
         for result in one.results:
-            if result.task not in theirs or _vqa(result.scores) is None:
-                continue
-            found = difference(one, other, result.task, seed)
-            if found is not None:
-                rows.append({"first": one.name, "second": other.name, "task": result.task} | found)
+            place = {"first": one.name, "second": other.name, "task": result.task}
+            if result.task in theirs:
+                rows += [place | found for found in difference(one, other, result.task, seed)]
     return rows
 
 
-def difference(one: Contestant, other: Contestant, task: str, seed: int) -> Row | None:
-    """Difference, interval and p over the seeds that both have; none where they did not answer the same items."""
+def difference(one: Contestant, other: Contestant, task: str, seed: int) -> list[Row]:
+    """Difference, interval and p of each measure, the main ones first, over the seeds that both have; none where they
+    did not answer the same items, or where the score is no mean over items (an AUC)."""
     ours, theirs = one.folders(task, other), other.folders(task, one)
     if not ours or not theirs:
-        return None
+        return []
     try:
-        found: Difference = paired(ours, theirs, seed=seed, draws=2000)[0]
+        found: list[Difference] = paired(ours, theirs, seed=seed, draws=2000)
     except (ConfigError, DataError):
-        return None
-    low, high = found.interval
-    return {"difference": found.difference, "low": low, "high": high, "p": found.p}
+        return []
+    return [
+        {"measure": d.name, "difference": d.difference, "low": d.interval[0], "high": d.interval[1], "p": d.p}
+        for d in sorted(found, key=lambda d: d.name not in MAIN)
+    ]
 
 
 def differences(rows: Sequence[Row]) -> Listing:
     return Listing(
         heading="Who is better",
-        caption="Differences of accuracy on the same questions, in points, with paired 95 % bootstrap intervals.",
-        head=("difference", "task", "points", "95 %"),
+        caption="Differences on the same items, in points, with paired 95 % bootstrap intervals.",
+        head=("difference", "task", "measure", "points", "95 %"),
         rows=[
             (
                 f"{row['second']} − {row['first']}",
                 row["task"],
+                row["measure"],
                 percent(row["difference"], signed=True),
                 _spread(row, signed=True),
             )
             for row in rows
+            if row["measure"] in MAIN
         ],
-        numeric=2,
+        numeric=3,
     )
 
 
@@ -325,7 +331,7 @@ def _answers(rivals: Sequence[Contestant]) -> dict[str, VqaScores]:
         r.label(x.task): scores
         for r in rivals
         for x in r.results
-        if _shots_of(x.task) is None and (scores := _vqa(x.scores)) is not None
+        if _shots_of(x.task) is None and (scores := answers_of(x.scores)) is not None
     }
 
 
@@ -346,7 +352,7 @@ def _shots(rivals: Sequence[Contestant]) -> list[Chart]:
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for rival in rivals:
         for result in rival.results:
-            place, scores = _shots_of(result.task), _vqa(result.scores)
+            place, scores = _shots_of(result.task), answers_of(result.scores)
             if place is not None and scores is not None:
                 point = (float(place[1]), 100 * scores.overall.accuracy)
                 lines.setdefault(place[0], {}).setdefault(rival.name, []).append(point)
@@ -362,26 +368,41 @@ def _shots(rivals: Sequence[Contestant]) -> list[Chart]:
 
 
 def samples(rivals: Sequence[Contestant]) -> list[SamplePicture]:
-    """The first questions about pictures, with what every model that was asked the same says and where it looked."""
-    asked = [(r, x, {row["id"]: row for row in x.rows}) for r in rivals for x in r.results if x.task == "vqa"]
-    if not asked:
-        return []
-    rival, first, _ = asked[0]
-    source = open_source(next(s for s in rival.specs if s.name == first.task).data)
-    shown = {row["id"]: row for row in first.rows}
+    """The first questions of the first task about pictures, with what every model that was asked them says and where it
+    looked."""
+    specs: dict[str, EvalSpec] = {}
+    for rival in rivals:
+        for spec in rival.specs:
+            if spec.stage is None:
+                specs.setdefault(spec.name, spec)
+    found = (_answered(rivals, spec) for spec in specs.values())
+    return next((pictures for pictures in found if pictures), [])
+
+
+def _answered(rivals: Sequence[Contestant], spec: EvalSpec) -> list[SamplePicture]:
+    asked = [
+        (r, {row["id"]: row for row in x.rows})
+        for r in rivals
+        for x in r.results
+        if x.task == spec.name and answers_of(x.scores) is not None
+    ]
     found = []
-    for record in first_sound(source, SAMPLES):
-        row = shown.get(record.id)
-        if not record.images or row is None:
+    for record in pictured(spec) if asked else ():
+        said = [(r, rows[record.id]) for r, rows in asked if record.id in rows]
+        if not said:  # behind --limit
             continue
-        said = [(r, rows[row["id"]]) for r, _, rows in asked if row["id"] in rows]
+        row = said[0][1]
         found.append(
             SamplePicture(
                 png=png(open_image(record.images[0].source)),
                 question=row["question"],
-                truth=row["truth"][0],
+                truth=Counter(row["truth"]).most_common(1)[0][0],
                 answers={
-                    r.name: Answer(text=own["answer"], right=bool(own["correct"]), look=r.looks.get(row["id"]))
+                    r.name: Answer(
+                        text=own["answer"],
+                        right=own["correct"] >= 0.5,  # half the points, where several people gave the truth
+                        look=r.looks.get(record.id) if r.looked == spec.name else None,
+                    )
                     for r, own in said
                 },
                 kind=row["kind"],
