@@ -135,16 +135,6 @@ def test_token_budget_holds_and_lengths_are_grouped():
     assert [len(b) for step in one_epoch(alone) for b in step] == [1, 1, 1]
 
 
-def test_answers_of_all_lengths_meet_in_a_batch():
-    """Sorted by exact length each batch would teach one length of answer, "left" for ever apart from "down"."""
-    asked = [Record(f"r{i}", (user("where is the red cube?"), assistant("no " * (1 + i % 3)))) for i in range(96)]
-    plan = list(Loader(Listed(asked), PROCESSOR, batch_size=12, prefetch=0).plan(0))
-    assert all({visit.index % 3 for visit in batch} == {0, 1, 2} for batch in plan)
-    longer = [Record(f"s{i}", (user("no " * (9 * (i % 4))), assistant("yes"))) for i in range(64)]
-    plan = list(Loader(Listed(longer), PROCESSOR, batch_size=16, prefetch=0).plan(0))
-    assert all(len({visit.index % 4 for visit in batch}) == 1 for batch in plan)
-
-
 def test_planning_decodes_no_picture():
     class Forbidden:
         def describe(self):

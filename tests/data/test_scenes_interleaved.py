@@ -173,7 +173,7 @@ def test_the_sentence_about_a_move_says_whence_and_whither():
     for i in range(60):
         (start,), (end,) = (told[i].images[0].source.frames[n].solids for n in (0, -1))
         places = [f"{rows[int(3 * s.y)]} {columns[int(3 * s.x)]}" for s in (start, end)]
-        assert str(told[i].texts[0].text).endswith(f"at the {places[0]}, then at the {places[1]}")
+        assert str(told[i].texts[0].text).endswith(f"from the {places[0]} to the {places[1]}")
         assert places[0] != places[1]
 
 

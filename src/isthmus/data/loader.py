@@ -147,7 +147,7 @@ class Loader:
         return batches
 
     def _measure(self, visit: Visit) -> tuple[int, bool]:
-        """(planned tokens, has pictures?) of a visit; (0, False) for one that cannot be read, which counts when met.
+        """(tokens, has pictures?) of a visit; (0, False) for a sample that cannot be read, which counts when met.
 
         Kept after the first time, unless the sample's text is drawn anew at every visit.
         """
@@ -159,7 +159,7 @@ class Loader:
             example = self._example(record, visit)
         except DataError:
             return self._lengths.setdefault(place, (0, False))
-        measured = (example.planned_length, bool(example.visuals))
+        measured = (example.length, bool(example.visuals))
         if all(isinstance(part.text, str) for part in record.texts):
             self._lengths[place] = measured
         return measured

@@ -10,9 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from isthmus.batch import IGNORE
-
-_EIGHT = 8
 Role = Literal["text", "system", "user", "assistant"]
 """``text`` is running text without speakers (captions, documents); the rest are the turns of a conversation."""
 
@@ -116,16 +113,6 @@ class Span:
     labels: list[int] | None = None
     seen: list[int] | None = None
 
-    @property
-    def planned_length(self) -> int:
-        """The length that batches are planned with: of answers, a few learnt among many, it tells whole eights only.
-
-        Sorted by exact length, "left" and "right" of one token would never stand in a batch with "down" of three, and
-        each batch would teach the answers of its length.
-        """
-        learnt = sum(label != IGNORE for label in self.labels or ())
-        return len(self.ids) + (-learnt % _EIGHT if 2 * learnt < len(self.ids) else 0)
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -155,13 +142,8 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Length of the longest stream in tokens."""
+        """Length of the longest stream in tokens: what batches are planned with."""
         return max((len(s.ids) for s in self.streams.values()), default=0)
-
-    @property
-    def planned_length(self) -> int:
-        """The longest stream's, see :class:`Span`."""
-        return max((s.planned_length for s in self.streams.values()), default=0)
 
 
 def without_answer(record: Record) -> Record:

@@ -197,7 +197,7 @@ def _move(dice: Dice, split: Split, frames: int) -> tuple[list[tuple[Solid, ...]
     steps = [i / (frames - 1) for i in range(frames)]
     path = [(replace(solid, x=x + dx * t, y=y + dy * t),) for t in steps]
     there, here = (replace(s, row=int(3 * s.y), column=int(3 * s.x)).place for (s,) in (path[0], path[-1]))
-    return path, f"a {solid.full_name} at the {there}, then at the {here}", way
+    return path, f"a {solid.full_name} moves {way} from the {there} to the {here}", way
 
 
 def _come_or_go(dice: Dice, split: Split, frames: int, kind: str) -> tuple[list[tuple[Solid, ...]], str, str]:
