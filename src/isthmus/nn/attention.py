@@ -119,8 +119,9 @@ def attend(
 
     ``dropout`` is the share of attention weights set to zero (the rest is scaled up).
 
-    The kernel is PyTorch's SDPA. On a CPU it computes half precision in float32: the half-precision kernel's backward
-    pass is several times as slow (torch 2.13, AVX-512 bf16; benchmarks/attention.py).
+    The kernel is PyTorch's SDPA. On a CPU it computes half precision in float32: the half-precision kernel takes 1.2 to
+    3.3 times as long. Plain products are up to twice as quick by themselves, but never in whole training steps (torch
+    2.13, AMX bf16; benchmarks/attention.py, docs/results.md).
     """
     with full_precision(q) as cast:
         y = F.scaled_dot_product_attention(
