@@ -98,9 +98,9 @@ class InterleavedLanguageModel(LanguageModel):
     """A causal LM with gated blocks before chosen layers, and rows of its own for the tokens ``new_ids``.
 
     ``new_ids`` are the ids of ``<|endofchunk|>`` (ends an answer), ``<image>`` (never generated) and, if there is a
-    third, of a token that ends a turn. They lie right
-    behind the LM's table, or within its unused last rows when the table is padded. Raises ConfigError otherwise, for
-    an LM whose decoder layers cannot be told, and for one without an output head.
+    third, of a token that ends a turn. They lie right behind the LM's table, or within its unused last rows when the
+    table is padded. Raises ConfigError otherwise, for an LM whose decoder layers cannot be told, and for one without an
+    output head.
     """
 
     def __init__(self, lm: Any, new_ids: Sequence[int] = ()) -> None:

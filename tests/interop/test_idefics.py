@@ -90,6 +90,15 @@ def pair(interval: int, *, qk_norm: bool, gate: str) -> tuple[IdeficsForVisionTe
     return theirs, ours
 
 
+def their_logits(
+    theirs: IdeficsForVisionText2Text, ids: torch.Tensor, look: torch.Tensor, **pictures: torch.Tensor
+) -> torch.Tensor:
+    """``look`` (B, L, N): which pictures each token sees."""
+    return theirs(
+        input_ids=ids, attention_mask=torch.ones_like(ids), image_attention_mask=look, use_cache=False, **pictures
+    ).logits
+
+
 def _copy(theirs: IdeficsForVisionText2Text, ours: Flamingo) -> None:
     ours.load_state_dict(idefics_from_hf(theirs.state_dict(), ours.config))
 
@@ -106,13 +115,7 @@ def test_logits_equal(interval: int, qk_norm: bool, gate: str) -> None:
     features = torch.randn(2, 2, 16, 24)
     tags = (ids == image).cumsum(1)
     look = torch.nn.functional.one_hot(tags, 3)[..., 1:]  # (B, L, N): the last image before each token, or none
-    expected = theirs(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        image_encoder_embeddings=features,
-        image_attention_mask=look,
-        use_cache=False,
-    ).logits
+    expected = their_logits(theirs, ids, look, image_encoder_embeddings=features)
     batch = Batch(
         ids=("a", "b"),
         sources=("", ""),
@@ -208,13 +211,7 @@ def test_folders_with_fields_left_out_and_tied_tables(tmp_path, extra, tied):
     ids = torch.tensor([[3, V + 1, 5, 6, V + 2 if extra == 3 else V]])
     pixels = torch.randn(1, 1, 3, 28, 28)
     look = (ids == V + 1).cumsum(1)[..., None]
-    expected = theirs(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=pixels,
-        image_attention_mask=look,
-        use_cache=False,
-    ).logits
+    expected = their_logits(theirs, ids, look, pixel_values=pixels)
     batch = Batch(
         ids=("a",),
         sources=("",),
