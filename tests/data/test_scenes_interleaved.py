@@ -169,12 +169,42 @@ def test_clips_show_what_their_questions_ask():
 
 def test_the_sentence_about_a_move_says_whence_and_whither():
     told = source("clips", kinds=["moved"])
-    rows, columns = ("top", "middle", "bottom"), ("left", "centre", "right")
     for i in range(60):
         (start,), (end,) = (told[i].images[0].source.frames[n].solids for n in (0, -1))
-        places = [f"{rows[int(3 * s.y)]} {columns[int(3 * s.x)]}" for s in (start, end)]
-        assert str(told[i].texts[0].text).endswith(f"from the {places[0]} to the {places[1]}")
-        assert places[0] != places[1]
+        for solid in (start, end):
+            assert (int(3 * solid.y), int(3 * solid.x)) == (solid.row, solid.column)
+        assert str(told[i].texts[0].text).endswith(f"from the {start.place} to the {end.place}")
+        assert start.place != end.place
+
+
+def test_a_cell_tells_nothing_of_the_way_along_it():
+    moved, starts = source("clip_questions", kinds=["moved"], count=600), Counter()
+    for i in range(600):
+        path = [frame.solids[0] for frame in moved[i].images[0].source.frames]
+        axis = "column" if path[0].row == path[-1].row else "row"
+        ends = sorted((getattr(path[0], axis), getattr(path[-1], axis)))
+        starts[axis, *ends, getattr(path[0], axis) == ends[0]] += 1
+    assert len(starts) == 12
+    assert all(25 <= count <= 80 for count in starts.values())
+
+
+def test_a_clip_in_words_holds_what_its_question_asks():
+    texts = source("symbol_clips", count=200)
+    asked = [record for record in texts if record.meta.get("answers")]
+    assert 100 < len(asked) < 170
+    for record in asked:
+        told, question = str(record.texts[0].text).split("\n")
+        first, last = told.removeprefix("first ").split(", then ")
+        (answer,) = record.meta["answers"]
+        assert record.texts[1].text == answer
+        assert record.texts[1].learn
+        if record.meta["kind"] == "moved":
+            assert question == "which way did it move?"
+            assert first != last
+        else:
+            more, less = (last, first) if record.meta["kind"] == "appeared" else (first, last)
+            assert answer in more
+            assert answer not in less
 
 
 def test_controls_of_clips():

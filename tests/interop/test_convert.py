@@ -215,6 +215,7 @@ REFUSED = {
     "feature_layer": (lambda: tiny_models.llava(feature_layer=(1, -2)), "original"),
     "offset": (lambda: tiny_models.flamingo(offset=0), "open_flamingo"),
     "media": (lambda: tiny_models.flamingo(media="all"), "open_flamingo"),
+    "feature_layer -2": (lambda: tiny_models.flamingo(feature_layer=-2), "open_flamingo"),
     "norm_eps": (lambda: tiny_models.lavis(norm_eps=1e-6), "lavis"),
     "heads.temperature": (lambda: tiny_models.blip2(None), "hf"),
 }
@@ -223,7 +224,7 @@ REFUSED = {
 @pytest.mark.parametrize("field", REFUSED)
 def test_what_a_format_cannot_hold_is_refused_by_the_fields_name(field: str, tmp_path: Path) -> None:
     make, to = REFUSED[field]
-    with pytest.raises(CheckpointError, match=rf"{field}\b"):
+    with pytest.raises(CheckpointError, match=rf"{field.split()[0]}\b"):
         write_model(make(), tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
 

@@ -189,6 +189,17 @@ def test_features_are_the_last_layers_patches_before_the_norm():
     assert set(net.unreachable()) == {"vision.ln_post.weight", "vision.ln_post.bias"}
 
 
+def test_another_hidden_state_can_be_read():
+    net, pixels = tiny(feature_layer=-2), torch.stack([picture("a"), picture("b")])
+    found = net.visual_features(pixels)[:, 0]
+    (state,) = net.vision(pixels[:, 0], layers=(1,), pooled=False).layers
+    torch.testing.assert_close(found, state[:, 1:])
+    dead = {name for name, _ in net.named_parameters() if name.startswith(("vision.blocks.1.", "vision.ln_post."))}
+    assert set(net.unreachable()) == dead
+    with pytest.raises(ConfigError, match="feature_layer 3 does not exist among 3 hidden states"):
+        tiny(feature_layer=3)
+
+
 def test_scoring_endings_behind_one_beginning_equals_scoring_whole_rows():
     net, start = tiny(), [1, "a", 5, 6, "b", 7]
     endings = [[8, 9, END], [20], [8, 30, 31, 32]]

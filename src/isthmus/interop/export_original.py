@@ -279,6 +279,8 @@ def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
     must(config.media == "previous", "media", config.media, who, "'previous'")
     must(config.offset == config.every - 1, "offset", config.offset, who, f"every - 1 = {config.every - 1}")
     must(not config.class_token, "class_token", config.class_token, who, "false")
+    last = config.feature_layer % (config.vision.layers + 1) == config.vision.layers
+    must(last, "feature_layer", config.feature_layer, who, "-1")
     must(config.turn_id is None, "turn_id", config.turn_id, who, "none")
     own, theirs = ResamplerConfig.open_flamingo(), GatedConfig.open_flamingo()
     for name, part, fixed in (("resampler", config.resampler, own), ("xattn", config.xattn, theirs)):

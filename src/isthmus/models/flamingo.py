@@ -1,7 +1,7 @@
 """Flamingo: a Visual Language Model for Few-Shot Learning (Alayrac et al. 2022, 2204.14198).
 
     pixels (n, F, 3, H, W) ─ vision ─→ (n, F, P, d) ─ connector: resampler ─→ (n, R, d) ─→ media (B, N, R, d)
-                             (frozen)   last layer, patches only                                │ keys, values
+                             (frozen)   feature_layer, patches                                │ keys, values
     ids (B, T) with one <image> per visual ─ embed ─→ (B, T, D) ─→ [xattn] ─ layer ─→ … ─→ [xattn] ─ layer ─→ head
                                              (frozen, but the new tokens' rows)  gated; the layers are frozen
 
@@ -47,7 +47,8 @@ class FlamingoConfig:
     OpenFlamingo's. ``end_id`` and ``image_id`` are the ids of ``<|endofchunk|>`` and ``<image>``. ``media`` is what a
     token sees: the ``previous`` image, or ``all`` up to it (the paper's ablation). With ``class_token`` the resampler
     reads the encoder's class token beside the patches (IDEFICS). ``turn_id`` is the id of a third new token, which ends
-    every turn (IDEFICS-instruct).
+    every turn (IDEFICS-instruct). ``feature_layer`` counts over the encoder's L+1 hidden states: -1, the last before
+    the final norm, is the paper's; a class token's encoder teaches its last patches least (LLaVA reads -2).
     """
 
     vision: VisionConfig
@@ -59,6 +60,7 @@ class FlamingoConfig:
     every: int = 1
     offset: int = 0
     media: Literal["previous", "all"] = "previous"
+    feature_layer: int = -1
     class_token: bool = False
     turn_id: int | None = None
 
@@ -70,6 +72,9 @@ class FlamingoConfig:
             )
         if self.class_token and not self.vision.class_token:
             raise ConfigError("class_token: this vision encoder has none.")
+        depth = self.vision.layers + 1
+        if not -depth <= self.feature_layer < depth:
+            raise ConfigError(f"feature_layer {self.feature_layer} does not exist among {depth} hidden states.")
 
     @property
     def new_ids(self) -> tuple[int, ...]:
@@ -199,22 +204,25 @@ class Flamingo(nn.Module):
         return self.connector.num_tokens(frames, self.vision.grid(height, width))
 
     def unreachable(self) -> tuple[str, ...]:
-        """Parameters that the objective cannot reach: what the encoder does behind its last block."""
-        dead = ("vision.ln_post.", "vision.pool.")
-        return tuple(name for name, _ in self.named_parameters() if name.startswith(dead))
+        """Parameters that the objective cannot reach: the encoder above the tapped hidden state."""
+        depth = self.config.vision.layers
+        dead = [f"vision.blocks.{n}." for n in range(self.config.feature_layer % (depth + 1), depth)]
+        dead += ["vision.ln_post.", "vision.pool."]
+        return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(dead)))
 
     def visual_features(self, pixels: Tensor) -> Tensor:
-        """(n, F, 3, H, W) normalised pixels -> (n, F, P, d): patches of the last layer, before the final LayerNorm;
-        the class token before them where the configuration keeps it.
+        """(n, F, 3, H, W) normalised pixels -> (n, F, P, d): patches of the hidden state tapped, never behind the final
+        LayerNorm; the class token before them where the configuration keeps it.
 
         Pictures of other sizes than the encoder's get its position table interpolated. Without gradient unless a stage
         has opened a parameter of the encoder.
         """
         trains = any(p.requires_grad for p in self.vision.parameters())
         with nullcontext() if trains else torch.no_grad():
-            (last,) = self.vision(pixels.flatten(0, 1), layers=(-1,), interpolate="hf", pooled=False).layers
+            layers = (self.config.feature_layer,)
+            (tapped,) = self.vision(pixels.flatten(0, 1), layers=layers, interpolate="hf", pooled=False).layers
         unread = self.config.vision.class_token and not self.config.class_token
-        return last[:, int(unread) :].unflatten(0, pixels.shape[:2])
+        return tapped[:, int(unread) :].unflatten(0, pixels.shape[:2])
 
     def pooled_features(self, pixels: Tensor) -> Tensor:
         """(n, 3, H, W) -> (n, d): one vector per picture, by which similar examples are found (RICES)."""

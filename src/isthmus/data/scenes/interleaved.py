@@ -13,7 +13,8 @@ from isthmus.data.record import Image, Part, Text, Video
 from isthmus.data.scenes.dice import Dice
 from isthmus.data.scenes.draw import draw
 from isthmus.data.scenes.few_shot import RESERVED_WORDS, TRAINING_WORDS
-from isthmus.data.scenes.scene import COLOURS, HELD_OUT, RADIUS, SHAPES, SIZES, Scene, Solid, Split
+from isthmus.data.scenes.scene import COLOURS, HELD_OUT, SHAPES, SIZES, Scene, Solid, Split
+from isthmus.data.scenes.words import symbols
 from isthmus.errors import ConfigError
 
 ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES}
@@ -25,9 +26,7 @@ CONTROLS = ("", "permuted", "shuffled", "frame-N")
 _ENDS = ("", ".", ",", ";", "\n")
 """What ends an example in text. One form alone makes a tiny LM count its tokens, and a new one throws it off."""
 _EVALUATION_WORDS = tuple(sorted(RESERVED_WORDS))
-_DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-_TRAVEL = 0.4
-_MARGIN = 0.02
+_DIRECTIONS = {"left": ("column", False), "right": ("column", True), "up": ("row", False), "down": ("row", True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,23 +180,34 @@ def make_clip(
     return Clip(_controlled(scenes, control, dice), told, question, answer, kind)
 
 
+def clip_text(clip: Clip, dice: Dice) -> str:
+    """The clip in words, for a language model without eyes: what stands where in the first frame and in the last.
+
+    ``first large red cube top left, then large red cube top right``
+    """
+    return f"first {symbols(clip.frames[0], dice)}, then {symbols(clip.frames[-1], dice)}"
+
+
 def clip_part(clip: Clip, *, name: str, side: int, control: str, role: str = "user") -> Video:
     """The clip as a record's part."""
     return Video(SceneClip(clip.frames, name, side), role=role, key=f"{name}/{side}/{control}")  # type: ignore[arg-type]
 
 
 def _move(dice: Dice, split: Split, frames: int) -> tuple[list[tuple[Solid, ...]], str, str]:
+    """From the middle of a cell to that of another in its row or column: a cell says as much about one way along it as
+    about the other."""
     solid = lone_solid(dice, split)
     way = dice.choice(sorted(_DIRECTIONS))
-    dx, dy = (d * _TRAVEL for d in _DIRECTIONS[way])
-    # The stretch that is travelled lies anywhere in the picture, the same for both ways along it.
-    low, high = RADIUS[solid.size] + _MARGIN, 1 - RADIUS[solid.size] - _MARGIN
-    x = dice.between(low, high - abs(dx)) + (abs(dx) if dx < 0 else 0)
-    y = dice.between(low, high - abs(dy)) + (abs(dy) if dy < 0 else 0)
-    steps = [i / (frames - 1) for i in range(frames)]
-    path = [(replace(solid, x=x + dx * t, y=y + dy * t),) for t in steps]
-    there, here = (replace(s, row=int(3 * s.y), column=int(3 * s.x)).place for (s,) in (path[0], path[-1]))
-    return path, f"a {solid.full_name} moves {way} from the {there} to the {here}", way
+    near, far = dice.choice(((0, 1), (1, 2), (0, 2)))
+    axis, forward = _DIRECTIONS[way]
+    ends = [replace(solid, **{axis: cell}) for cell in ((near, far) if forward else (far, near))]
+    there, here = (replace(s, x=(s.column + 0.5) / 3, y=(s.row + 0.5) / 3) for s in ends)
+    path = [there]
+    for frame in range(1, frames):
+        t = frame / (frames - 1)
+        path.append(replace(here, x=there.x + (here.x - there.x) * t, y=there.y + (here.y - there.y) * t))
+    told = f"a {solid.full_name} moves {way} from the {there.place} to the {here.place}"
+    return [(s,) for s in path], told, way
 
 
 def _come_or_go(dice: Dice, split: Split, frames: int, kind: str) -> tuple[list[tuple[Solid, ...]], str, str]:

@@ -19,6 +19,7 @@ lesson_texts   text only: the same, the value (red, cube) standing for the pictu
 echoes         text only: words in an order that means nothing, then stretches of the same (learnt but for their start)
 clips          a short video and a sentence about what happens in it (running text, learnt)
 clip_questions a short video, a question about what happens, a short answer
+symbol_clips   text only: where things stand first and last, then such a question or (every third time) the sentence
 =============  ====================================================================================================
 """
 
@@ -36,6 +37,7 @@ from isthmus.data.scenes.interleaved import (
     Clip,
     Lesson,
     clip_part,
+    clip_text,
     lesson_parts,
     lesson_text,
     make_clip,
@@ -65,6 +67,7 @@ Form = Literal[
     "echoes",
     "clips",
     "clip_questions",
+    "symbol_clips",
 ]
 FORMS: tuple[Form, ...] = get_args(Form)
 _REQUESTS = ("describe the picture.", "what do you see?", "tell me everything about this picture.")
@@ -273,6 +276,14 @@ class SceneSource:
         clip, part = self._clip(number, dice, "user")
         return self._record(number, [part, *_turn(clip.question, clip.answer)], kind=clip.kind, answers=(clip.answer,))
 
+    def _symbol_clips(self, number: int, dice: Dice) -> Record:
+        clip, _ = self._clip(number, dice, "user")
+        description = f"{clip_text(clip, dice)}\n"
+        if dice.chance(1 / 3):
+            return self._record(number, [Text(description), Text(clip.told, learn=True)], kind=clip.kind)
+        parts = _turn(f"{description}{clip.question}", clip.answer)
+        return self._record(number, [*parts], kind=clip.kind, answers=(clip.answer,))
+
     def _clip(self, number: int, dice: Dice, role: Role) -> tuple[Clip, Video]:
         clip = make_clip(
             dice,
@@ -290,7 +301,7 @@ class SceneSource:
 def _known_kinds(form: Form) -> tuple[str, ...]:
     if form in ("lessons", "lesson_texts"):
         return tuple(sorted(ATTRIBUTES))
-    return CLIP_KINDS if form in ("clips", "clip_questions") else KINDS
+    return CLIP_KINDS if form in ("clips", "clip_questions", "symbol_clips") else KINDS
 
 
 def _distinct(seed: int, split: Split, count: int) -> list[int]:
