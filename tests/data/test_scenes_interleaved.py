@@ -148,7 +148,7 @@ def test_lessons_can_keep_to_one_attribute():
 def test_clips_show_what_their_questions_ask():
     clips = source("clip_questions", frames=4)
     kinds = Counter(clips[i].meta["kind"] for i in range(60))
-    assert kinds == {"moved": 20, "appeared": 20, "vanished": 20}
+    assert kinds == {"moved": 15, "appeared": 15, "vanished": 15, "sequence": 15}
     for i in range(60):
         (clip,) = clips[i].images
         assert isinstance(clip, Video)
@@ -158,6 +158,10 @@ def test_clips_show_what_their_questions_ask():
             dx, dy = last[0].x - first[0].x, last[0].y - first[0].y
             way = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
             assert answer == way
+        elif clips[i].meta["kind"] == "sequence":
+            came = [f.solids[0].name for f in frames]
+            assert len(set(came)) == 4
+            assert answer == came[0 if "first" in clips[i].texts[0].text else -1]
         else:
             more, less = (last, first) if clips[i].meta["kind"] == "appeared" else (first, last)
             assert [s.name for s in more if s not in less] == [answer]
@@ -201,6 +205,8 @@ def test_a_clip_in_words_holds_what_its_question_asks():
         if record.meta["kind"] == "moved":
             assert question == "which way did it move?"
             assert first != last
+        elif record.meta["kind"] == "sequence":
+            assert answer in (first if question == "what came first?" else last)
         else:
             more, less = (last, first) if record.meta["kind"] == "appeared" else (first, last)
             assert answer in more
@@ -223,6 +229,6 @@ def test_controls_of_clips():
 def test_clips_can_keep_to_one_kind_of_event():
     moved = source("clip_questions", kinds=["moved"])
     assert {moved[i].meta["kind"] for i in range(9)} == {"moved"}
-    assert {source("clip_questions")[i].meta["kind"] for i in range(9)} == {"moved", "appeared", "vanished"}
+    assert {source("clip_questions")[i].meta["kind"] for i in range(9)} == {"moved", "appeared", "vanished", "sequence"}
     with pytest.raises(ConfigError, match="no kind 'colour'"):
         source("clips", kinds=["colour"])

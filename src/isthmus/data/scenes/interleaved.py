@@ -1,7 +1,8 @@
 """Scenes for Flamingo: pages of several pictures, lessons whose rule is only in the examples, and short clips.
 
 A lesson makes up a word for each of a few values of one attribute and shows examples; nothing but these can tell what
-the words mean. A clip shows one solid that moves, or a second one that comes or goes: one frame alone does not tell.
+the words mean. A clip shows one solid that moves, a second one that comes or goes, or one after the other: one frame
+alone does not tell.
 """
 
 from collections.abc import Sequence
@@ -14,11 +15,11 @@ from isthmus.data.scenes.dice import Dice
 from isthmus.data.scenes.draw import draw
 from isthmus.data.scenes.few_shot import RESERVED_WORDS, TRAINING_WORDS
 from isthmus.data.scenes.scene import COLOURS, HELD_OUT, SHAPES, SIZES, Scene, Solid, Split
-from isthmus.data.scenes.words import symbols
+from isthmus.data.scenes.words import listed, symbols
 from isthmus.errors import ConfigError
 
 ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES}
-CLIP_KINDS = ("moved", "appeared", "vanished")
+CLIP_KINDS = ("moved", "appeared", "vanished", "sequence")
 VALUES_PER_LESSON = 4
 CONTROLS = ("", "permuted", "shuffled", "frame-N")
 """Of lessons: ``permuted`` shuffles the examples' words. Of clips: ``shuffled`` frames, or only frame number N."""
@@ -167,21 +168,27 @@ def make_clip(
     kinds: Sequence[str] = CLIP_KINDS,
     control: str = "",
 ) -> Clip:
-    """A solid moves one of four ways, or a second solid comes or goes halfway; which of ``kinds`` goes by ``number``.
+    """A solid moves one of four ways, a second one comes or goes halfway, or each frame shows another; which of
+    ``kinds`` it is goes by ``number``.
 
     Raises ConfigError for a clip of fewer than two frames or a control that clips do not have.
     """
     if frames < 2:
         raise ConfigError(f"a clip needs at least two frames, not {frames}")
     kind = kinds[number % len(kinds)]
-    solids, told, answer = _move(dice, split, frames) if kind == "moved" else _come_or_go(dice, split, frames, kind)
+    if kind == "moved":
+        event = _move(dice, split, frames)
+    elif kind == "sequence":
+        event = _in_turn(dice, split, frames)
+    else:
+        event = _come_or_go(dice, split, frames, kind)
+    solids, told, question, answer = event
     scenes = [Scene(seed, split, number, s) for s in solids]
-    question = {"moved": "which way did it move?", "appeared": "what appeared?", "vanished": "what vanished?"}[kind]
     return Clip(_controlled(scenes, control, dice), told, question, answer, kind)
 
 
 def clip_text(clip: Clip, dice: Dice) -> str:
-    """The clip in words, for a language model without eyes: what stands where in the first frame and in the last.
+    """The clip in words, for a language model without eyes: what stands where in its first frame and in its last.
 
     ``first large red cube top left, then large red cube top right``
     """
@@ -193,7 +200,11 @@ def clip_part(clip: Clip, *, name: str, side: int, control: str, role: str = "us
     return Video(SceneClip(clip.frames, name, side), role=role, key=f"{name}/{side}/{control}")  # type: ignore[arg-type]
 
 
-def _move(dice: Dice, split: Split, frames: int) -> tuple[list[tuple[Solid, ...]], str, str]:
+_Event = tuple[list[tuple[Solid, ...]], str, str, str]
+"""The solids of each frame, a sentence, a question and its answer."""
+
+
+def _move(dice: Dice, split: Split, frames: int) -> _Event:
     """From the middle of a cell to that of another in its row or column: a cell says as much about one way along it as
     about the other."""
     solid = lone_solid(dice, split)
@@ -207,10 +218,10 @@ def _move(dice: Dice, split: Split, frames: int) -> tuple[list[tuple[Solid, ...]
         t = frame / (frames - 1)
         path.append(replace(here, x=there.x + (here.x - there.x) * t, y=there.y + (here.y - there.y) * t))
     told = f"a {solid.full_name} moves {way} from the {there.place} to the {here.place}"
-    return [(s,) for s in path], told, way
+    return [(s,) for s in path], told, "which way did it move?", way
 
 
-def _come_or_go(dice: Dice, split: Split, frames: int, kind: str) -> tuple[list[tuple[Solid, ...]], str, str]:
+def _come_or_go(dice: Dice, split: Split, frames: int, kind: str) -> _Event:
     first = lone_solid(dice, split)
     other = lone_solid(dice, split)
     while other.name == first.name or (other.row, other.column) == (first.row, first.column):
@@ -219,7 +230,18 @@ def _come_or_go(dice: Dice, split: Split, frames: int, kind: str) -> tuple[list[
     both, alone = (first, other), (first,)
     shown = [(both if (i >= turn) == (kind == "appeared") else alone) for i in range(frames)]
     verb = "appears beside" if kind == "appeared" else "vanishes beside"
-    return shown, f"a {other.full_name} {verb} a {first.full_name}", other.name
+    return shown, f"a {other.full_name} {verb} a {first.full_name}", f"what {kind}?", other.name
+
+
+def _in_turn(dice: Dice, split: Split, frames: int) -> _Event:
+    shown: list[Solid] = []
+    while len(shown) < frames:
+        solid = lone_solid(dice, split)
+        if solid.name not in {s.name for s in shown}:
+            shown.append(solid)
+    which = dice.choice(("first", "last"))
+    told = listed([f"a {s.full_name} at the {s.place}" for s in shown])
+    return [(s,) for s in shown], told, f"what came {which}?", shown[0 if which == "first" else -1].name
 
 
 def _controlled(scenes: Sequence[Scene], control: str, dice: Dice) -> tuple[Scene, ...]:
