@@ -300,3 +300,9 @@ def test_errors_name_what_is_wrong() -> None:
         Decoding(num_beams=2, temperature=1.0)
     with pytest.raises(ConfigError, match=r"\[99\]"):
         lm.generate(torch.zeros(1, 3, 32), torch.tensor([3]), Decoding(max_new_tokens=5, stop_ids=(99,)))
+
+
+def test_decoding_from_options_names_the_nearest_field() -> None:
+    assert Decoding.of({"num_beams": 3}) == Decoding(num_beams=3)
+    with pytest.raises(ConfigError, match="no field 'beams'; did you mean 'num_beams'"):
+        Decoding.of({"beams": 3})

@@ -1,13 +1,22 @@
 """Model: the words a user knows, on a miniature CLIP, LM and LLaVA."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image as PilImage
 
 import isthmus
+from isthmus.data.blip2 import PromptProcessor
+from isthmus.data.images import ImageTransform
+from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
 from isthmus.data.record import Image, Record, Text
 from isthmus.data.sources import open_source
-from isthmus.errors import CapabilityError, CheckpointError, DataError
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError
+from tests.models.tiny_blip2 import OPT, QUERIES, SIZE
+from tests.models.tiny_blip2 import tiny as tiny_blip2
+from tests.models.tiny_flamingo import tiny as tiny_flamingo
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +132,8 @@ def test_special_tokens_are_never_answered(llava, picture):
         ([{"role": "robot", "content": "x"}, {"role": "user", "content": "x"}], "role 'robot'"),
         ([{"role": "user", "content": 3}], "a text or a list"),
         ([{"role": "user", "content": [{"type": "sound"}]}], "must be text, or an image"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "message 0: .* 'image' lacks its field 'image'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "lacks its field 'text'"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "the assistant's"),
         ([], "missing"),
     ],
@@ -146,3 +157,114 @@ def test_image_parts_pass_through(llava, picture):
     part = isthmus.data.images.as_image(picture)
     assert isinstance(part, Image)
     assert llava.answer(part, "what?", max_new_tokens=3) == llava.answer(picture, "what?", max_new_tokens=3)
+
+
+def test_a_candidate_or_prompt_that_does_not_fit_is_named_not_cut(llava, lm, picture):
+    for model, parts in ((llava, [picture, "what is it?"]), (lm, ["what is it?"])):
+        limit = model.processor.max_length
+        with pytest.raises(DataError, match=rf"candidate 1 \('red cube.* the model reads {limit} in all; shorten"):
+            model.score(parts, ["red", "red cube " * limit])
+        with pytest.raises(DataError, match=r"prompt too long: .* no room for candidate 0 \('red'\)"):
+            model.score([*parts, "what is it? " * limit], ["red"])
+
+
+def test_scoring_needs_candidates_and_takes_a_bare_one(llava, picture):
+    with pytest.raises(ConfigError, match="no candidates"):
+        llava.score([picture, "what?"], [])
+    assert llava.score("what?", "red") == llava.score(["what?"], ["red"])
+
+
+def test_a_mistyped_path_is_not_scored_as_words(llava, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture.save("there.png")
+    picture.save("what is it?.png")
+    assert llava.score(["there.png", "what?"], ["red"]) == llava.score([tmp_path / "there.png", "what?"], ["red"])
+    with pytest.raises(DataError, match=r"no such file: sc/nosuch\.png"):
+        llava.score(["sc/nosuch.png", "what?"], ["red"])
+    with pytest.raises(DataError, match="no such file"):
+        llava.score(["nosuch.MP4", "what?"], ["red"])
+    said = Text("what is it?.png", role="user")
+    assert llava.score(["what is it?.png"], ["red"]) == llava.score([said], ["red"])
+
+
+def test_an_unknown_decoding_option_names_the_nearest(llava, picture):
+    record = Record("r", (Text("what?", role="user"),))
+    for ask in (llava.answer_records, llava.gaps, llava.attend):
+        with pytest.raises(ConfigError, match="no field 'beams'; did you mean 'num_beams'"):
+            ask([record], beams=5)
+    with pytest.raises(ConfigError, match="did you mean 'max_new_tokens'"):
+        llava.answer(picture, "what?", max_tokens=5)
+
+
+def test_generation_says_that_it_takes_records(llava):
+    record = Record("r", (Text("what?", role="user"),))
+    for ask in (llava.generate, llava.attend, llava.gaps, llava.answer_records):
+        for wrong in (record, ["hello"], "hello", [[record]]):
+            with pytest.raises(ConfigError, match="takes a list of Records"):
+                ask(wrong)
+
+
+def test_embedding_takes_a_bare_thing_as_one_and_refuses_none(clip, picture):
+    assert torch.equal(clip.embed_texts("a red cube"), clip.embed_texts(["a red cube"]))
+    assert torch.equal(clip.embed_images(picture), clip.embed_images([picture]))
+    assert clip.similarity(picture, "a red cube").shape == (1, 1)
+    for ask, what in (
+        (lambda: clip.similarity([], ["a"]), "images"),
+        (lambda: clip.similarity([picture], []), "texts"),
+        (lambda: clip.embed_texts([]), "texts"),
+        (lambda: clip.vision_features([]), "images"),
+        (lambda: clip.classify(picture, []), "labels"),
+    ):
+        with pytest.raises(ConfigError, match=f"no {what}: give a list"):
+            ask()
+
+
+def test_provenance_tells_template_prompts_and_decoding(clip, llava, picture):
+    record = Record("r", (isthmus.data.images.as_image(picture), Text("what?", role="user")))
+    facts = llava.provenance([record], {"max_new_tokens": 3})
+    assert facts["template"] == facts["processor"]["template"] == llava.processor.template
+    assert facts["prompts"][0].endswith("<image>\nwhat? ASSISTANT:")
+    assert (facts["decoding"]["max_new_tokens"], facts["decoding"]["num_beams"]) == (3, 1)
+    assert facts["image"] == llava.processor.image.to_dict()
+    assert set(clip.provenance([], {})) == {"image", "processor"}
+
+
+def small_blip2(**options):
+    """A model of phase generate with an encoder, a Q-Former and an LM of a few thousand weights."""
+    tokenizer = Tokenizer.train(["a small red cube and a big ring", "Question: Answer:"] * 5, 300)
+    language = {**OPT, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 128}
+    image = ImageTransform.clip(SIZE)
+    options = {"question": "Question: {} Answer:", "prompt": "a photo of", "max_text": 48, **options}
+    return isthmus.Model(
+        tiny_blip2("generate", language), PromptProcessor(tokenizer, image, num_tokens=QUERIES, **options)
+    )
+
+
+def test_blip2_scores_whatever_it_answers(picture):
+    model = small_blip2()
+    for seen in (None, picture, [picture, picture]):
+        assert isinstance(model.answer(seen, "what?", max_new_tokens=2), str)
+        parts = [] if seen is None else seen if isinstance(seen, list) else [seen]
+        scores = model.score([*parts, "what?"], ["red", "a cube"])
+        assert len(set(scores)) == 2
+        assert scores == pytest.approx([model.score([*parts, "what?"], [c])[0] for c in ("red", "a cube")], abs=1e-4)
+    with pytest.raises(DataError, match=r"candidate 0 .* the model reads 48 in all"):
+        model.score([picture, picture, "what?"], ["red cube " * 30])
+    with pytest.raises(DataError, match="candidate 0 is too long: the model reads 50 words of a caption"):
+        model.score([picture], ["cube " * 60])
+
+
+def test_provenance_of_blip2_and_flamingo_holds_their_own_words(picture):
+    record = Record("r", (isthmus.data.images.as_image(picture), Text("what?", role="user"), Text("x", "assistant")))
+    blip2 = small_blip2(clean=False)
+    facts = json.loads(json.dumps(blip2.provenance([record], {"num_beams": 2})))
+    assert (facts["processor"]["question"], facts["processor"]["prompt"]) == ("Question: {} Answer:", "a photo of")
+    assert facts["prompts"] == ["<image><s>Question: what? Answer:"]
+    assert facts["decoding"]["num_beams"] == 2
+    tokenizer = Tokenizer.train(["what is it?"] * 5, 300).with_tokens(*NEW_TOKENS)
+    processor = InterleaveProcessor(tokenizer, ImageTransform.clip(SIZE), max_length=8)
+    facts = json.loads(json.dumps(isthmus.Model(tiny_flamingo(), processor).provenance([record], {})))
+    assert facts["template"] == "paper"
+    assert facts["style"]["question"] == "Question: "
+    assert facts["prompts"] == ["<s><image>Question: what? Answer:"]  # whole, though longer than the model reads
+    assert facts["decoding"]["max_new_tokens"] == 128

@@ -78,6 +78,15 @@ class Decoding:
     forbidden_ids: tuple[int, ...] = ()
     seed: int | tuple[int, ...] = 0
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Decoding":
+        """From options by name, as users write them. Raises ConfigError naming the nearest field for an unknown one."""
+        fields = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in fields:
+                raise ConfigError(f"decoding has no field {name!r}; {nearest(name, fields)}")
+        return cls(**options)
+
     def __post_init__(self) -> None:
         limits = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),

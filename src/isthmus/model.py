@@ -7,7 +7,6 @@
 names it, so the same class serves CLIP, a bare language model and LLaVA.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -15,18 +14,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image as PilImage
 from torch import Tensor
 
 import isthmus
 from isthmus import checkpoint
 from isthmus.batch import Tokens
 from isthmus.config import plain
-from isthmus.data.attention import Attention, shared_beginning, with_answer
+from isthmus.data.attention import Attention, scored, shared_beginning, whole, with_answer, words
 from isthmus.data.blip2 import PairProcessor
 from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.collate import collate
 from isthmus.data.images import AnyImage, as_image
-from isthmus.data.messages import Message, parts_of
+from isthmus.data.interleave import STYLES
+from isthmus.data.messages import Message, part_of, parts_of
 from isthmus.data.processor import ContrastiveProcessor, ImagesProcessor, Processor, processor_from_dict
 from isthmus.data.record import Example, Image, Part, Record, Text, without_answer
 from isthmus.data.text import TEMPLATES, render
@@ -136,12 +137,13 @@ class Model:
         if return_attention:
             return self.attend(records, batch_size=batch_size, **decoding)
         self.need("generate")
+        _must_be_records(records, "generate")
         found = self._continue([self.processor.prompt(record) for record in records], batch_size, decoding)
         return [self.processor.tokenizer.decode(ids).strip() for ids in found]
 
     def _continue(self, examples: Sequence[Example], batch_size: int, decoding: Mapping[str, Any]) -> list[list[int]]:
         """The new tokens of each example, the longest first to the net."""
-        settings = self.ended(Decoding(**decoding))
+        settings = self.ended(Decoding.of(decoding))
         answers: list[list[int]] = [[]] * len(examples)
         order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
         with self._inference():
@@ -155,6 +157,7 @@ class Model:
     def attend(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[Attention]:
         """One text per record, with a map per new token, layer and picture of where the model looked for it."""
         self.need("attend")
+        _must_be_records(records, "attend")
         prompts = [self.processor.prompt(record) for record in records]
         answers = self._continue(prompts, batch_size, decoding)
         with self._inference():
@@ -178,7 +181,8 @@ class Model:
     def gaps(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[float]:
         """For each record the smallest distance (in logits) of the two best tokens at any step of its answer: where it
         is tiny, a sum taken in another order may answer otherwise. Greedy decoding only (ConfigError)."""
-        settings = self.ended(Decoding(**decoding))
+        _must_be_records(records, "gaps")
+        settings = self.ended(Decoding.of(decoding))
         if settings.num_beams > 1 or settings.temperature > 0 or settings.repetition_penalty != 1:
             raise ConfigError(
                 "Gaps between the two best tokens are those of plain greedy decoding; leave the rest out."
@@ -200,29 +204,37 @@ class Model:
     def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
         """Answers to question records: what evaluation asks of a model. A trailing assistant turn is cut off."""
         self.need("answer")
+        _must_be_records(records, "answer_records")
         return self.generate([without_answer(r) for r in records], **decoding)
 
     def provenance(self, records: Iterable[Record], decoding: Mapping[str, Any]) -> dict[str, Any]:
-        """What a score's manifest keeps of the model beside its weights: template, image transform, decoding in full
+        """What a score's manifest keeps of the model beside its weights: image transform, the processor's settings
+        (BLIP-2's words for questions and captions among them), and of a model that writes template, decoding in full
         and the prompts of ``records`` as the model reads them."""
-        transform, template = getattr(self.processor, "image", None), getattr(self.processor, "template", None)
-        facts: dict[str, Any] = {"image": None if transform is None else transform.to_dict()}
-        if template not in TEMPLATES:
+        settings, template = self.processor.to_dict(), getattr(self.processor, "template", None)
+        facts: dict[str, Any] = {"image": settings.pop("image", None), "processor": settings}
+        if "generate" not in self.capabilities:
             return facts
-        prompts = [str(render(record, template, prompt=True)) for record in records]
-        return facts | {"template": template, "prompts": prompts, "decoding": asdict(Decoding(**decoding))}
+        if template in TEMPLATES:
+            prompts = [str(render(record, template, prompt=True)) for record in records]
+        else:
+            uncut = whole(self.processor)  # a prompt that is too long is the answer's trouble, not the manifest's
+            prompts = [words(uncut.prompt(record), self.processor.tokenizer) for record in records]
+        if template is not None:
+            facts["template"] = template
+        if template in STYLES:
+            facts["style"] = asdict(STYLES[template])
+        return facts | {"prompts": prompts, "decoding": asdict(Decoding.of(decoding))}
 
     def score(self, parts: Sequence[Part | AnyImage | str], candidates: Sequence[str]) -> list[float]:
-        """Log-likelihood (natural log, summed over tokens) of each candidate as the answer to ``parts``."""
+        """Log-likelihood (natural log, summed over tokens) of each candidate as the answer to ``parts``.
+
+        A str with white space is what the user says; one without may also be the path of a picture or clip. Raises
+        DataError for a candidate that does not fit behind the prompt.
+        """
         self.need("score")
-        prompt = tuple(
-            p
-            if isinstance(p, Text | Image)
-            else Text(p, role="user")
-            if isinstance(p, str) and not os.path.exists(p)
-            else as_visual(p)
-            for p in parts
-        )
+        candidates = _listed_texts(candidates, "candidates")
+        prompt = tuple(part_of(p) for p in ([parts] if isinstance(parts, str) else parts))
         texts = [p for p in prompt if isinstance(p, Text)]
         running = bool(texts) and all(t.role == "text" for t in texts)  # no turns: the candidate runs on
         records = [
@@ -232,7 +244,7 @@ class Model:
             )
             for i, c in enumerate(candidates)
         ]
-        examples = [self.processor.example(r, draw=0) for r in records]
+        examples = [scored(self.processor, r, c) for r, c in zip(records, candidates, strict=True)]
         beginning = shared_beginning(examples) if hasattr(self.net, "score_endings") else None
         with self._inference():
             if beginning is not None:
@@ -276,12 +288,13 @@ class Model:
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """(M, D) vectors in the joint space, of unit length when the model compares by the cosine."""
         self.need("embed_texts")
+        texts = _listed_texts(texts, "texts")
         rows = []
         with self._inference():
             for start in range(0, len(texts), batch_size):
                 tokens = self._text_tokens(list(texts[start : start + batch_size]))
                 rows.append(self._compared(self.net.embed_texts(tokens)))
-        return torch.cat(rows) if rows else torch.zeros(0, self.net.config.embed_dim)
+        return torch.cat(rows)
 
     def _text_tokens(self, texts: Sequence[str]) -> Tokens:
         """Texts alone as the processor's one text stream."""
@@ -314,6 +327,7 @@ class Model:
     def similarity(self, images: Sequence[AnyImage], texts: Sequence[str]) -> Tensor:
         """(N, M) similarity of every picture with every text, of the kind the model was trained with (cosine)."""
         self.need("similarity")
+        texts = _listed_texts(texts, "texts")
         return similarity(self.embed_images(images), self.embed_texts(texts), self.net.config.similarity)
 
     def _compared(self, vectors: Tensor) -> Tensor:
@@ -325,6 +339,7 @@ class Model:
     ) -> dict[str, float]:
         """Zero-shot probabilities over ``labels``, likeliest first (prompt ensemble: mean of unit vectors)."""
         self.need("classify")
+        labels = _listed_texts(labels, "labels")
         classes = torch.stack([self.embed_texts([t.format(label) for t in templates]).mean(0) for label in labels])
         with self._inference():
             logits = self.net.logits(self.embed_images([image]).to(self.device), classes.to(self.device))[0]
@@ -335,6 +350,9 @@ class Model:
         transform = self.processor.image
         if transform is None:
             raise CapabilityError("This model has no image transform, so it cannot read pictures.")
+        images = [images] if isinstance(images, str | Path | PilImage.Image | Image) else images
+        if len(images) == 0:
+            raise ConfigError("no images: give a list of at least one.")
         rows = []
         with self._inference():
             for start in range(0, len(images), batch_size):
@@ -345,7 +363,7 @@ class Model:
                 for pixels in chunk:  # of unlike shapes, or clips, which count as the mean of their frames
                     frames = pixels if pixels.ndim == 4 else pixels[None]
                     rows.append(function(frames.to(self.device)).float().mean(0, keepdim=True).cpu())
-        return torch.cat(rows) if rows else torch.zeros(0)
+        return torch.cat(rows)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -458,3 +476,15 @@ def _listed(image: AnyImage | Sequence[AnyImage] | None) -> Sequence[AnyImage]:
     if image is None:
         return ()
     return tuple(image) if isinstance(image, list | tuple) else (cast(AnyImage, image),)
+
+
+def _listed_texts(texts: str | Sequence[str], what: str) -> Sequence[str]:
+    """The texts, a bare one as a list of it rather than of its letters. Raises ConfigError when there are none."""
+    if len(texts) == 0:
+        raise ConfigError(f"no {what}: give a list of at least one.")
+    return [texts] if isinstance(texts, str) else texts
+
+
+def _must_be_records(records: Any, method: str) -> None:
+    if isinstance(records, Record | str) or not all(isinstance(record, Record) for record in records):
+        raise ConfigError(f"{method} takes a list of Records; for one picture and one question there is answer().")

@@ -1,6 +1,7 @@
 """``isthmus eval --shots`` and ``isthmus chat --video``: how the words on the command line are read."""
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from isthmus.cli import chat, evaluate
@@ -54,6 +55,29 @@ def test_score_over_shots_is_drawn(tmp_path):
 def test_a_video_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match="no video file or folder of frames"):
         chat.run("x", "what?", [], videos=[tmp_path / "none"], max_new_tokens=1, temperature=0)
+
+
+def test_a_conversation_shows_pictures_in_later_turns_and_survives_a_turn_too_long(tmp_path, capsys, monkeypatch):
+    typed = iter(
+        ["what?", f"/image {tmp_path / 'b.png'}", f"/image {tmp_path / 'none.png'}", "and this?", "long", "so?", ""]
+    )
+    (tmp_path / "b.png").write_bytes(b"")
+    monkeypatch.setattr(chat, "_ask", lambda _: next(typed))
+    heard = []
+
+    def say(messages):
+        heard.append(messages)
+        if messages[-1]["content"][-1]["text"] == "long":
+            raise DataError("prompt too long: it takes 500 tokens")
+        return "" if len(messages) == 3 else "red"
+
+    chat._talk(Console(), say, [{"type": "image", "image": tmp_path / "a.png"}])
+    said = capsys.readouterr().out
+    assert "There is nothing at" in said
+    assert "500 tokens" in said
+    shown = [[part["image"].name for part in m["content"] if part["type"] == "image"] for m in heard[-1][::2]]
+    assert shown == [["a.png"], ["b.png"], []]
+    assert [m["content"] for m in heard[-1][1::2]] == ["red", chat.NO_ANSWER]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image as PilImage
 
 from isthmus.batch import IGNORE
+from isthmus.data.attention import scored
 from isthmus.data.blip2 import PairProcessor, PromptProcessor, clean_caption, clean_question
 from isthmus.data.collate import collate
 from isthmus.data.images import ImageTransform, as_image
@@ -190,3 +191,26 @@ def test_processors_survive_json_and_name_mistakes() -> None:
         PairProcessor(LM, IMAGE)
     with pytest.raises(ConfigError, match="at least 3"):
         prompts(max_text=2)
+
+
+def test_scoring_takes_the_pictures_a_prompt_takes_and_training_one() -> None:
+    asked = question("what?", "two")
+    for images in ((), (picture(), picture())):
+        record = Record("r", (*images, *asked.texts))
+        assert (
+            prompts().scored(record).streams["lm"].ids[len(images) * R :]
+            == (prompts().example(asked).streams["lm"].ids[R:])
+        )
+        with pytest.raises(DataError, match=f"this has {len(images)}"):
+            prompts().example(record)
+
+
+@pytest.mark.parametrize("start_id", [None, 0])
+def test_a_scored_sample_is_whole_or_refused(start_id: int | None) -> None:
+    fits = prompts(start_id=start_id, max_text=len(LM.encode("Question: what? Answer: two")) + 2)
+    record = question("what?", "two")
+    assert scored(fits, record, "two").streams == fits.example(record).streams
+    with pytest.raises(DataError, match=r"candidate 1 .'two and so on.* is too long"):
+        scored(fits, Record("candidate 1", question("what?", "two " + "and so on " * 30).parts), "two and so on")
+    with pytest.raises(DataError, match=r"prompt too long: .* no room for candidate 1"):
+        scored(fits, Record("candidate 1", question("what? " * 40, "two").parts), "two")

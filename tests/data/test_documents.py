@@ -86,6 +86,59 @@ def test_pages_in_shards_bring_their_pictures(folder):
     assert record.images[0].source.read() == png()
 
 
+def in_shard(folder, kind, page, members, **options):
+    """The only record of a shard with the page ``k`` and these members behind its key."""
+    members = [(f"k.{name}", png((0, n, 0))) for n, name in enumerate(members)]
+    shard = write_tar(folder / "s.tar", [("k.json", json.dumps(page).encode()), *members])
+    return open_source({"kind": kind, "shards": str(shard), **options})[0]
+
+
+def test_members_are_found_by_name_in_any_order(folder):
+    def pictures(*args, **options):
+        return [name.removeprefix("s.tar :: k.") for name in told(in_shard(folder, *args, **options)) if "::" in name]
+
+    assert pictures("mmc4", MMC4, ["y.png", "x.png"]) == ["x.png", "y.png"]
+    assert pictures("mmc4", MMC4, ["x.png", "y.png"], min_sim=0.24) == ["y.png"]
+    assert pictures("mmc4", MMC4, ["y.png"], min_sim=0.24) == ["y.png"]  # one that is not shown need not be there
+    assert pictures("obelics", OBELICS, ["y.png", "x.png"]) == ["x.png", "y.png"]
+    for names in (["a/X.png", "a/y.png"], ["x", "y"], ["k.x.png", "k.y.png"], ["x.png", "y"]):
+        page = {**OBELICS, "images": [None, names[0], None, names[1]]}
+        assert pictures("obelics", page, ["y.png", "x.png"]) == ["x.png", "y.png"]
+    with pytest.raises(DataError, match=r"holds no picture 'x\.png'"):
+        in_shard(folder, "obelics", OBELICS, ["y.png", "z.png"])
+    twins = {**OBELICS, "images": [None, "a/x.png", None, "b/x.png"]}
+    with pytest.raises(DataError, match=r"'a/x\.png' and 'b/x\.png' both mean 'k\.x\.png'"):
+        in_shard(folder, "obelics", twins, ["x.png", "y.png"])
+    with pytest.raises(DataError, match=r"holds no picture 'x'"):
+        in_shard(folder, "obelics", {**OBELICS, "images": [None, "x", None, "y"]}, ["x.png", "x.jpg", "y.png"])
+
+
+def test_members_without_the_pages_names_are_told_by_number(folder):
+    urls = [f"https://example.org/{name}.jpg" for name in "abcdefghijkl"]
+    members = [f"{n}.png" for n in sorted(range(12), key=str)]
+    assert members[2] == "10.png"
+    record = in_shard(folder, "obelics", {"texts": [None] * 12 + ["t"], "images": [*urls, None]}, members)
+    assert told(record)[:-1] == [f"s.tar :: k.{n}.png" for n in range(12)]
+    infos = [
+        {"image_name": None, "matched_text_index": place, "matched_sim": sim}
+        for place, sim in ((2, 0.3), (0, 0.1), (1, 0.3))
+    ]
+    page = {**MMC4, "image_info": infos}
+    record = in_shard(folder, "mmc4", page, ["0.png", "1.png", "2.png"], min_sim=0.24)
+    assert told(record) == ["one.", "s.tar :: k.2.png", "two.", "s.tar :: k.0.png", "three."]
+    with pytest.raises(DataError, match="3 pictures and its sample in the tar 2"):
+        in_shard(folder, "mmc4", page, ["0.png", "2.png"], min_sim=0.24)
+
+
+def test_neighbouring_texts_are_kept_apart(folder):
+    page = {"texts": ["a", "b\n", "c", None, "d", " e", "", None, "f"], "images": [None] * 9}
+    page["images"][3], page["images"][7] = "x.png", "y.png"
+    file = write(folder, "p.jsonl", page)
+    assert told(open_source({"kind": "obelics", "file": file})[0]) == ["a b\nc", "x.png", "d e", "y.png", "f"]
+    few = open_source({"kind": "obelics", "file": file, "max_images": 1})[0]
+    assert told(few) == ["a b\nc", "x.png", "d e f"]
+
+
 @pytest.mark.parametrize(
     ("kind", "row", "words"),
     [

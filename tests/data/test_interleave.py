@@ -153,6 +153,41 @@ def test_a_long_page_is_read_through_windows():
     assert len(starts) > 10
 
 
+@pytest.mark.parametrize("blind", [True, False])
+def test_a_window_of_a_page_with_a_picture_holds_one(blind):
+    """And behind it, where only that is learnt, a token to learn; all places that do so are drawn."""
+    text = Text("the red cube yes no " * 20, learn=True)
+    page = record(text, picture(role="text"), picture(role="text"), text)
+    windows = processor(max_length=40, max_images=1, blind=blind)
+    places = set()
+    for draw in range(400):
+        example = windows.example(page, draw)
+        ids = example.streams["lm"].ids
+        assert len(example.visuals) == len(example.places) == ids.count(TAG) == 1
+        assert blind or learnt(example)
+        assert ids == windows.example(page, draw).streams["lm"].ids
+        places.add(example.places[0].start)
+    # Cut before the second, the first has nothing behind it: text before it must stand at the window's second token.
+    assert places == ({0, *range(2, 40)} if blind else {0})
+
+
+def test_windows_at_a_pages_ends_hold_its_picture():
+    text = Text("the red cube yes no " * 20, learn=True)
+    for parts in ((picture(role="text"), text), (text, picture(role="text"), Text("a", learn=True))):
+        for draw in range(20):
+            (place,) = processor(max_length=40).example(record(*parts), draw).places
+            assert 0 <= place.start < 40
+    with pytest.raises(DataError, match="nothing learnt"):
+        processor(max_length=40, blind=False).example(record(text, picture(role="text"), Text("a" * 50)))
+
+
+def test_windows_of_text_alone_are_drawn_from_all_places():
+    page = record(Text(" ".join(f"{n} yes no" for n in range(60)), learn=True))
+    found = {tuple(processor(max_length=40).example(page, draw).streams["lm"].ids) for draw in range(60)}
+    assert len(found) > 10
+    assert all(TAG not in ids for ids in found)
+
+
 def test_a_conversation_learns_answers_and_keeps_its_beginning():
     talk = record(picture(), user("what?"), assistant("a cat"), user("how many?"), assistant("yes no " * 30))
     example = processor(max_length=64).example(talk)

@@ -1,5 +1,7 @@
 """Clips from folders, files and memory; what is sampled of them, and what is wrong with bad ones."""
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
@@ -9,19 +11,21 @@ from isthmus.data.images import ImageTransform
 from isthmus.data.messages import parts_of
 from isthmus.data.record import Image, Video
 from isthmus.data.sources import open_source
-from isthmus.data.video import FileFrames, FolderFrames, MadeFrames, as_video, as_visual, thinned
+from isthmus.data.video import FileFrames, FolderFrames, MadeFrames, as_video, as_visual, natural, thinned
 from isthmus.errors import DataError
 
 
-def write_video(path, seconds: int, fps: int = 5) -> None:
-    """A video whose brightness tells its second: 20 a second."""
+def write_video(path, seconds: int, fps: int = 5, late=lambda n: 0) -> None:
+    """A video whose brightness tells its second: 20 a second. Its frame ``n`` is shown ``late(n)`` frames late."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=fps)
         stream.width = stream.height = 32
         stream.pix_fmt = "yuv420p"
         for n in range(seconds * fps):
             level = np.full((32, 32, 3), 20 * (n // fps), dtype=np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(level, format="rgb24")):
+            frame = av.VideoFrame.from_ndarray(level, format="rgb24")
+            frame.pts, frame.time_base = n + late(n), Fraction(1, fps)
+            for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
@@ -37,6 +41,23 @@ def test_a_file_is_sampled_at_one_frame_a_second(tmp_path):
     assert levels(FileFrames(tmp_path / "v.mp4", fps=0.5).read()) == [0, 2, 4]
     assert levels(FileFrames(tmp_path / "v.mp4", most=3).read()) == [0, 2, 5]
     assert len(FileFrames(tmp_path / "v.mp4", fps=2, most=99).read()) == 12
+
+
+def test_times_count_from_the_first_frame_and_go_on_behind_a_gap(tmp_path):
+    write_video(tmp_path / "late.mkv", seconds=4, late=lambda n: 50)
+    with av.open(str(tmp_path / "late.mkv")) as container:
+        assert next(container.decode(video=0)).time == pytest.approx(10)
+    assert levels(FileFrames(tmp_path / "late.mkv", most=99).read()) == [0, 1, 2, 3]
+    write_video(tmp_path / "gap.mkv", seconds=4, late=lambda n: 50 * (n >= 10))
+    assert levels(FileFrames(tmp_path / "gap.mkv", most=99).read()) == [0, 1, 2, 3]
+
+
+def test_numbers_in_names_of_frames_are_ordered_by_value(tmp_path):
+    for n in range(12):
+        PilImage.new("RGB", (8, 8), (20 * n,) * 3).save(tmp_path / f"frame{n}.png")
+    assert levels(FolderFrames(tmp_path, most=12).read()) == list(range(12))
+    names = ["2.png", "a10", "a2b1", "10.png", "a2", "02.png", "b"]
+    assert sorted(names, key=natural) == ["02.png", "2.png", "10.png", "a2", "a2b1", "a10", "b"]
 
 
 def test_a_folder_gives_its_pictures_in_order(tmp_path):

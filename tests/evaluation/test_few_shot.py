@@ -137,6 +137,8 @@ def test_bad_options_are_explained():
         ({"select": "nearest"}, "known: random, rices"),
         ({"shots": -1}, "0 or more"),
         ({"ensemble": 2}, "task.candidates"),
+        ({"candidates": ["red", True]}, "must be texts, not .True.; quote them"),
+        ({"candidates": "red"}, "must be texts, not 'red'"),
     ):
         with pytest.raises(ConfigError, match=words):
             task(**options)

@@ -473,3 +473,12 @@ def test_no_map_with_an_encoder_decoder() -> None:
     assert "attend" not in net.capabilities
     with pytest.raises(CapabilityError, match="causal"):
         net.attention(prompts([[5, 6]], stream="encoder"))
+
+
+def test_the_first_stage_refuses_clips() -> None:
+    net, batch = tiny("represent"), pairs()
+    (group,) = batch.visuals
+    assert group.pixels is not None
+    clips = replace(batch, visuals=(replace(group, pixels=group.pixels.repeat(1, 3, 1, 1, 1)),))
+    with pytest.raises(DataError, match="first stage reads single pictures and this is a clip of 3 frames"):
+        net.loss(clips)

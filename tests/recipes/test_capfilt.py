@@ -10,6 +10,7 @@ from isthmus.cli.app import app
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, DataError
 from isthmus.recipes.capfilt import Mislabelled, capfilt
+from tests.data.helpers import png
 
 SCENES = {"kind": "scenes", "form": "captions", "count": 60}
 
@@ -92,7 +93,32 @@ def test_mistakes_leave_nothing_behind(tmp_path) -> None:
         capfilt(open_source(SCENES), model, model, tmp_path / "out", k=0)
     with pytest.raises(DataError, match="has 0 pictures"):
         capfilt(open_source({**SCENES, "form": "fewshot"}), model, model, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["full"]
+    assert {p.name for p in tmp_path.iterdir()} == {"full", "out.quarantine.jsonl"}
+
+
+def test_a_bad_sample_is_left_out_and_named(tmp_path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for n in range(4):
+        (tmp_path / "pictures" / f"{n}.png").write_bytes(png((255, 60 * n, 0)) if n != 2 else b"junk")
+    rows = [{"image": f"{n}.png", "caption": "" if n == 3 else f"picture {n}"} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    class Says:
+        def generate(self, records, **_):
+            return ["a thing"] * len(records)
+
+        def similarity(self, images, texts):
+            return torch.tensor([[float(len(t)) for t in texts]])
+
+    source = open_source(
+        {"kind": "jsonl", "file": str(tmp_path / "rows.jsonl"), "image_folder": str(tmp_path / "pictures")}
+    )
+    report = capfilt(source, Says(), Says(), tmp_path / "out", k=1)
+    assert (report.pictures, report.bad) == (2, 2)
+    reasons = (tmp_path / "out.quarantine.jsonl").read_text()
+    assert "2.png" in reasons
+    assert "no caption" in reasons or "empty" in reasons
+    assert sorted(p.name for p in (tmp_path / "out" / "images").iterdir()) == ["00000000.png", "00000001.png"]
 
 
 def test_the_command(story, tmp_path) -> None:

@@ -5,6 +5,7 @@ import json
 import torch
 
 from isthmus.data.record import Example, Place, Span
+from isthmus.data.wordpiece import train_wordpiece
 from isthmus.recipes import check as check_module
 from isthmus.recipes.check import check, show
 from isthmus.recipes.schema import parse_recipe
@@ -17,7 +18,7 @@ def test_a_sample_is_shown_in_runs_of_learnt_read_and_picture_tokens():
     tokenizer = byte_level()
     ids, labels = [1, 0, 0, 0, 0, 70, 71, 72, 2], [-100] * 6 + [71, 72, 2]
     places = (Place(0, "lm", 1, 2), Place(1, "lm", 3, 2))
-    shown = show(Example("x", "s", {"lm": Span(ids, labels), "text": Span([5, 6])}, places=places), tokenizer)
+    shown = show(Example("x", "s", {"lm": Span(ids, labels), "text": Span([5, 6])}, places=places), tokenizer, {})
     assert [(p.kind, len(p.tokens)) for p in shown.streams["lm"]] == [
         ("read", 1),
         ("picture", 2),
@@ -27,6 +28,13 @@ def test_a_sample_is_shown_in_runs_of_learnt_read_and_picture_tokens():
     ]
     assert [t for p in shown.streams["lm"] for t in p.tokens] == tokenizer.tokens(ids)
     assert [(p.kind, p.tokens) for p in shown.streams["text"]] == [("read", tuple(tokenizer.tokens([5, 6])))]
+
+
+def test_a_stream_with_a_tokenizer_of_its_own_is_shown_in_its_words():
+    own = train_wordpiece(["a red cube"] * 4, 64)
+    ids = own.encode("a red cube")
+    shown = show(Example("x", "s", {"qformer": Span(ids)}, places=()), byte_level(), {"qformer": own})
+    assert [t for p in shown.streams["qformer"] for t in p.tokens] == own.tokens(ids)
 
 
 def test_a_sound_recipe_is_tried_stage_by_stage_and_left_as_it_was(story, monkeypatch):

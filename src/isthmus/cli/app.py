@@ -350,7 +350,7 @@ def data_capfilt(
     k: Annotated[int, typer.Option(help="Synthetic captions per picture.")] = 10,
     keep: Annotated[int, typer.Option(help="Captions kept per picture.")] = 2,
     wrong: Annotated[float, typer.Option(help="Mislabel this share first, to measure what filtering does.")] = 0.0,
-    limit: Annotated[int | None, typer.Option(help="Only the first N pictures.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N pictures.")] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="key=value of the source; task.key=value.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the captions drawn.")] = 0,
     json_file: Json = None,

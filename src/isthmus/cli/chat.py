@@ -1,12 +1,14 @@
 """``isthmus chat``: one answer about pictures, or a conversation at the prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from isthmus.errors import CapabilityError, DataError
+
+NO_ANSWER = "(no answer)"
 
 
 def run(
@@ -41,13 +43,31 @@ def run(
     if question is not None:
         console.print(model.chat([_turn(pictures, question)], **decoding), markup=False, highlight=False)
         return
-    console.print("[dim]An empty line ends the conversation.[/]")
+    _talk(console, lambda messages: model.chat(messages, **decoding), pictures)
+
+
+def _talk(console: Console, say: Callable[[list[dict[str, Any]]], str], shown: list[dict[str, Any]]) -> None:
+    """Turn by turn until an empty line; ``shown`` goes with the next turn. What cannot be answered is taken back."""
+    console.print("[dim]/image FILE or /video CLIP shows one more; an empty line ends the conversation.[/]")
     messages: list[dict[str, Any]] = []
     while text := _ask(console):
-        messages.append(_turn(pictures if not messages else [], text))
-        reply = model.chat(messages, **decoding)
-        messages.append({"role": "assistant", "content": reply})
-        console.print(reply, markup=False, highlight=False)
+        command, _, path = text.partition(" ")
+        if command in ("/image", "/video"):
+            if Path(path.strip()).exists() and path.strip():
+                shown = [*shown, {"type": command[1:], command[1:]: Path(path.strip())}]
+            else:
+                console.print(f"There is nothing at {path.strip()!r}.", markup=False)
+            continue
+        turn = _turn(shown, text)
+        try:
+            reply = say([*messages, turn])
+        except DataError as error:
+            console.print(f"{error}\nThat turn is taken back; an empty line ends the conversation.", markup=False)
+            continue
+        # A later prompt cannot hold a turn that says nothing.
+        messages += [turn, {"role": "assistant", "content": reply or NO_ANSWER}]
+        console.print(reply or NO_ANSWER, markup=False, highlight=False)
+        shown = []
 
 
 def _turn(pictures: list[dict[str, Any]], text: str) -> dict[str, Any]:

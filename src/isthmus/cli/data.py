@@ -52,22 +52,28 @@ def capfilt(
         source = First(source, limit)
     if wrong:
         source = Mislabelled(source, wrong, seed)
+    writes, judges = load(captioner), load(clip)
+    writes.need("generate")
+    judges.need("similarity")
     with Progress(transient=True) as bar:
         task = bar.add_task("capfilt", total=len(source))
         report = run(
             source,
-            load(captioner),
-            load(clip),
+            writes,
+            judges,
             out,
             k=k,
             keep=keep,
             seed=seed,
+            bad_samples=decoding.pop("bad_samples", 0.01),
             decoding=decoding,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     console = Console(emoji=False)
     console.print(f"{report.pictures} pictures, {report.captions} captions kept in [bold]{out}[/];", end=" ")
     console.print(f"{report.web_kept:.1%} keep their web caption.")
+    if report.bad:
+        console.print(f"[yellow]{report.bad} bad samples were left out, see {out}.quarantine.jsonl.[/]")
     if report.correct_before is not None and report.correct_after is not None:
         console.print(f"Correct captions: {report.correct_before:.1%} before, {report.correct_after:.1%} after.")
     if report.right_web_kept is not None and report.wrong_web_kept is not None:

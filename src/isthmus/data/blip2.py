@@ -142,6 +142,16 @@ class PromptProcessor:
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError without exactly one picture, with an empty text, or when nothing would be learnt."""
         _one_picture(record)
+        return self._learnt(record, draw)
+
+    def scored(self, record: Record, draw: int = 0) -> Example:
+        """An example with as many pictures as a prompt may have. Raises DataError for a caption that cleaning cuts."""
+        captions = [] if any(p.role == "user" for p in record.texts) else [str(p.text) for p in record.texts if p.learn]
+        if self.clean and any(len(_PUNCTUATION.sub(" ", text).split()) > MOST_WORDS for text in captions):
+            raise DataError(f"{record.id} is too long: the model reads {MOST_WORDS} words of a caption; shorten it")
+        return self._learnt(record, draw)
+
+    def _learnt(self, record: Record, draw: int) -> Example:
         said, asked = self._said(drawn(record, draw))
         if not said.learns:
             raise DataError("nothing learnt: no part of the sample is marked to be learnt; mark the answer")

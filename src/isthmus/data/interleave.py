@@ -61,8 +61,8 @@ class InterleaveProcessor:
     picture and says nothing, ``<image>Output: caption<|endofchunk|>``.
 
     Args:
-        max_length: tokens. A longer document is read through a window at a place drawn at random; a longer
-            conversation loses its end.
+        max_length: tokens. A longer document is read through a window at a place drawn at random, which
+            holds a picture if the document does; a longer conversation loses its end.
         max_images: most visuals of a document; a window ends before the next one.
         template: ``paper``, ``open_flamingo``, ``idefics`` or ``bare``, one of STYLES.
         p_next: how often a document's text is paired with the picture behind it instead of the one before (training).
@@ -199,8 +199,7 @@ class InterleaveProcessor:
         self, ids: list[int], labels: list[int], visuals: Sequence[Image], places: list[int], draw: int
     ) -> tuple[list[int], list[int], list[Image], list[int]]:
         """At most max_length tokens from a place drawn at random, cut before the picture that is one too many."""
-        spare = len(ids) - self.max_length
-        start = key("window", draw) % (spare + 1) if spare > 0 else 0
+        start = self._start(labels, places, draw)
         end = start + self.max_length
         inside = [n for n, place in enumerate(places) if start <= place < end]
         if len(inside) > self.max_images:
@@ -208,6 +207,30 @@ class InterleaveProcessor:
             inside = inside[: self.max_images]
         kept = [places[n] - start for n in inside]
         return ids[start:end], labels[start:end], [visuals[n] for n in inside], kept
+
+    def _start(self, labels: list[int], places: list[int], draw: int) -> int:
+        """Where the window begins: drawn among the places that let it hold a picture, if the document does.
+
+        It also holds something to be learnt: anywhere, or behind its first picture where ``blind`` is off.
+        """
+        spare = len(labels) - self.max_length
+        if spare <= 0:
+            return 0
+        after = [len(labels)] * len(labels)  # the next place to be learnt behind each
+        for i in range(len(labels) - 2, -1, -1):
+            after[i] = after[i + 1] if labels[i + 1] == IGNORE else i + 1
+        starts: list[int] = []
+        first = 0
+        for start in range(spare + 1 if places else 0):
+            first += places[first] < start
+            if first == len(places):
+                break
+            cut = places[first + self.max_images] if first + self.max_images < len(places) else len(labels)
+            learnt = after[start if self.blind else places[first]]
+            if max(places[first], learnt) < min(start + self.max_length, cut):
+                starts.append(start)
+        number = key("window", draw)
+        return starts[number % len(starts)] if starts else number % (spare + 1)
 
     def _example(
         self,

@@ -5,6 +5,7 @@ A folder of pictures is a clip whose frames are taken as sampled already; a vide
 thinned evenly, first and last kept.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ MOST_FRAMES = 8
 
 @dataclass(frozen=True, slots=True)
 class FolderFrames:
-    """A folder of pictures in the order of their names."""
+    """A folder of pictures in the natural order of their names: frame2 before frame10."""
 
     path: Path
     most: int = MOST_FRAMES
@@ -33,9 +34,10 @@ class FolderFrames:
 
     def read(self) -> list[PilImage.Image]:
         try:
-            files = sorted(p for p in self.path.iterdir() if p.suffix.lower() in PICTURES)
+            found = [p for p in self.path.iterdir() if p.suffix.lower() in PICTURES]
         except OSError:
             raise DataError(f"missing video: there is no readable folder {self.path}; check the path") from None
+        files = sorted(found, key=lambda p: natural(p.name))
         return _checked([open_image(FileImage(p)) for p in thinned(files, self.most)], self.describe())
 
 
@@ -63,12 +65,14 @@ class FileFrames:
         frames: list[PilImage.Image] = []
         try:
             with av.open(str(self.path)) as container:
-                due = 0.0
+                due, first = 0.0, None
                 for frame in container.decode(video=0):
                     time = float(frame.time or 0.0)
-                    if time + 1e-6 >= due:
+                    first = time if first is None else first  # a cut piece of a stream does not begin at 0
+                    passed = time - first + 1e-6
+                    if passed >= due:
                         frames.append(frame.to_image().convert("RGB"))
-                        due += 1 / self.fps
+                        due = (int(passed * self.fps) + 1) / self.fps  # the next after a gap, not one for each missed
         except Exception as error:  # FFmpeg's errors are of many classes; a damaged file is one sample's trouble
             raise DataError(
                 f"broken video: {self.path} cannot be decoded ({type(error).__name__}); write the file again or drop "
@@ -115,6 +119,12 @@ def as_visual(thing: AnyImage | Video) -> Image:
     if isinstance(thing, str | Path) and (Path(thing).is_dir() or Path(thing).suffix.lower() in VIDEOS):
         return as_video(thing)
     return as_image(thing)
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """Sorts names with the numbers in them by value: 1, 2, 10."""
+    pieces = re.split(r"(\d+)", name)  # text and digits take turns, so like is compared with like
+    return [int(piece) if n % 2 else piece for n, piece in enumerate(pieces)], name
 
 
 def thinned(items: list[Any], most: int) -> list[Any]:

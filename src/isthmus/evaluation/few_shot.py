@@ -142,6 +142,12 @@ class FewShotTask(VqaTask):
             raise ConfigError(f"shots must be 0 or more and ensemble 1 or more, not {self.shots} and {self.ensemble}.")
         if self.ensemble > 1 and not self.candidates:
             raise ConfigError("ensemble averages likelihoods of given candidates; give task.candidates too.")
+        odd = [c for c in self.candidates if not isinstance(c, str) or not c.strip()]
+        if isinstance(self.candidates, str) or odd:
+            # YAML reads a bare yes or no as true or false.
+            raise ConfigError(
+                f"task.candidates must be texts, not {odd or self.candidates!r}; quote them: ['yes', 'no']."
+            )
         object.__setattr__(self, "_pool", Support(self.support, seed=self.seed))
 
     def describe(self) -> dict[str, Any]:

@@ -258,10 +258,7 @@ class Blip2(nn.Module):
         if group.features is None:
             raise DataError("a group of visuals has neither pixels nor cached features.")
         if self._sees_gradient():
-            raise DataError(
-                "the stage trains the vision encoder, but the batch brings cached features; turn the feature cache "
-                "off or freeze vision.*."
-            )
+            raise DataError("the stage trains the vision encoder; turn the feature cache off or freeze vision.*.")
         if group.features.shape[-1] != self.config.vision.width:
             raise DataError(
                 f"cached features are {group.features.shape[-1]} wide, the Q-Former reads {self.config.vision.width}; "
@@ -286,10 +283,12 @@ class Blip2(nn.Module):
         return self._represent(vision, batch.text[TEXT], keys, batch.ids)
 
     def _seen_in_rows(self, batch: Batch, what: str) -> tuple[Tensor, list[str]]:
-        """Normed vision tokens (B, P, Dv) in order of rows, and the content key of each row's picture."""
+        """Normed vision tokens (B, P, Dv) in order of rows, and the content key of each row's picture; no clips."""
         order = batch.visual_of_rows(what)
-        features = torch.cat([self._features(group) for group in batch.visuals])[:, 0]
-        features = features[torch.argsort(torch.cat([group.index for group in batch.visuals]))]
+        groups = [self._features(group) for group in batch.visuals]
+        if (frames := max(group.shape[1] for group in groups)) > 1:
+            raise DataError(f"{what} reads single pictures and this is a clip of {frames} frames; choose one of them.")
+        features = torch.cat(groups)[torch.argsort(torch.cat([group.index for group in batch.visuals])), 0]
         vision = self.connector.vision_tokens(features[order.to(features.device)])
         return vision, [batch.keys[n] for n in order.tolist()]
 

@@ -19,7 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from isthmus.data.images import open_image
 from isthmus.data.mix import Source, key
+from isthmus.data.quarantine import Quarantine
 from isthmus.data.record import Image, Record, Text
 from isthmus.errors import ConfigError, DataError
 
@@ -42,7 +44,8 @@ class Judge(Protocol):
 class CapfiltReport:
     """What came out. ``correct_before`` and ``correct_after`` are shares of captions that are among the true ones of
     their picture, where these are known; ``web_kept`` is the share of pictures that keep their web caption, and
-    ``right_web_kept`` and ``wrong_web_kept`` are that of those whose web caption was right, and wrong."""
+    ``right_web_kept`` and ``wrong_web_kept`` are that of those whose web caption was right, and wrong. ``bad`` samples
+    were left out."""
 
     pictures: int
     captions: int
@@ -51,6 +54,7 @@ class CapfiltReport:
     correct_after: float | None = None
     right_web_kept: float | None = None
     wrong_web_kept: float | None = None
+    bad: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,13 +97,17 @@ def capfilt(
     keep: int = 2,
     seed: int = 0,
     decoding: dict[str, Any] | None = None,
+    bad_samples: float = 0.01,
     progress: Callable[[int, int], None] | None = None,
 ) -> CapfiltReport:
     """Write the data set ``out``: per picture the best ``keep`` among its web caption and ``k`` synthetic ones.
 
     ``decoding`` is how captions are drawn (default: temperature 1, nucleus of 0.9, at most 40 tokens). The folder
-    appears only when it is whole. Raises ConfigError for counts that make no sense, DataError when ``out`` exists or a
-    record has not exactly one picture and a caption.
+    appears only when it is whole. A record that cannot be read, or has not exactly one picture and a caption, is left
+    out, counted and listed in ``OUT.quarantine.jsonl``.
+
+    Raises ConfigError for counts that make no sense, DataError when ``out`` exists or more than the share
+    ``bad_samples`` is bad.
     """
     if k < 1 or keep < 1:
         raise ConfigError(f"capfilt makes and keeps at least one caption a picture, not k={k} and keep={keep}.")
@@ -109,28 +117,46 @@ def capfilt(
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     settings = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 40} | (decoding or {})
-    tally = _Tally()
+    tally, bad = _Tally(), Quarantine(out.parent / f"{out.name}.quarantine.jsonl", threshold=bad_samples)
     try:
         aside.chmod(0o755)
         (aside / "images").mkdir()
         with (aside / "captions.jsonl").open("w", encoding="utf-8") as file:
             for start in range(0, len(source), CHUNK):
-                records = [source[i] for i in range(start, min(start + CHUNK, len(source)))]
-                made = synthetic(captioner, records, k=k, seed=seed, decoding=settings)
-                for number, (record, texts) in enumerate(zip(records, made, strict=True), start=start):
+                places = range(start, min(start + CHUNK, len(source)))
+                sound = {i: record for i in places if (record := _sound(source, i, bad)) is not None}
+                made = synthetic(captioner, list(sound.values()), k=k, seed=seed, decoding=settings)
+                for (number, record), texts in zip(sound.items(), made, strict=True):
                     line = _line(record, texts, judge, keep)
                     line["image"] = _write_picture(record, aside / "images", number)
                     tally.add(record, line)
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 if progress is not None:
-                    progress(start + len(records), len(source))
-        report = tally.report()
+                    progress(places.stop, len(source))
+        if not tally.pictures:
+            raise DataError(f"no sample has a readable picture and a caption, for example: {bad.example()}")
+        report = tally.report(len(bad))
         (aside / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         os.replace(aside, out)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return report
+
+
+def _sound(source: Source, index: int, bad: Quarantine) -> Record | None:
+    """The record of this number, or nothing when it is bad and has been noted."""
+    name = str(index)
+    try:
+        record = source[index]
+        name = record.id
+        _captions(record)
+        open_image(_picture(record).source)
+    except DataError as error:
+        bad.add(name, source.name, str(error))
+        record = None
+    bad.seen(1)
+    return record
 
 
 def synthetic(
@@ -178,7 +204,7 @@ class _Tally:
             self.wrong_kept += kept and not right
             self.right_after += sum(_plain(t) in truth for t in line["caption"])
 
-    def report(self) -> CapfiltReport:
+    def report(self, bad: int) -> CapfiltReport:
         known = self.known > 0
         return CapfiltReport(
             pictures=self.pictures,
@@ -188,6 +214,7 @@ class _Tally:
             correct_after=self.right_after / self.judged if known else None,
             right_web_kept=self.right_kept / self.right_before if self.right_before else None,
             wrong_web_kept=self.wrong_kept / wrong if (wrong := self.known - self.right_before) else None,
+            bad=bad,
         )
 
 

@@ -153,7 +153,7 @@ def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, step
     for number in range(len(loader.sources)):
         found, examples = _look(built, spec, loader, number)
         sources.append(found)
-        shown += [show(example, built.tokenizer) for example in examples[:samples]]
+        shown += [show(example, built.tokenizer, built.others) for example in examples[:samples]]
     problems = [
         f"Stage {spec.name}, source {s.name}: {sum(s.bad.values())} of {s.looked} samples looked at are bad "
         f"(allowed: {spec.bad_samples:.1%}), for example: {s.example}."
@@ -204,8 +204,11 @@ def _look(built: Built, spec: StageSpec, loader: Any, number: int) -> tuple[Sour
     return SourceLook(source.name, len(source), len(places), lengths, learnt, dict(bad), worst), examples
 
 
-def show(example: Example, tokenizer: Tokenizer) -> Shown:
-    """The sample as runs of tokens: what is learnt, what is only read, where its pictures stand."""
+def show(example: Example, tokenizer: Tokenizer, others: Mapping[str, Tokenizer]) -> Shown:
+    """The sample as runs of tokens: what is learnt, what is only read, where its pictures stand.
+
+    ``others`` are the tokenizers of streams that have one of their own (BLIP-2's ``qformer``).
+    """
     streams = {}
     for name, span in example.streams.items():
         kinds = ["read" if label == IGNORE else "learnt" for label in span.labels or [IGNORE] * len(span.ids)]
@@ -214,7 +217,7 @@ def show(example: Example, tokenizer: Tokenizer) -> Shown:
             if place.stream == name:
                 kinds[place.start : place.start + place.length] = ["picture"] * place.length
                 starts.add(place.start)
-        streams[name] = tuple(_pieces(kinds, tokenizer.tokens(span.ids), starts))
+        streams[name] = tuple(_pieces(kinds, others.get(name, tokenizer).tokens(span.ids), starts))
     return Shown(example.id, example.source, streams)
 
 

@@ -3,6 +3,9 @@
 OBELICS (2306.16527): parallel lists ``texts`` and ``images``; at each place exactly one of the two is there. MMC4
 (2304.06939): ``text_list`` of sentences and ``image_info`` with the sentence each picture belongs to, before which it
 is put. A picture is a file name, a member of the sample in a tar, or ``image_base64``.
+
+In a tar the picture ``0.png`` of the page ``k.json`` is ``k.0.png``. Where no name of a page is a member's, the members
+in natural order are the page's pictures in the order of its list.
 """
 
 import base64
@@ -14,6 +17,7 @@ from isthmus.data.images import BytesImage
 from isthmus.data.record import Image, ImageSource, Part, Record, Text
 from isthmus.data.sources.files import NamedImages
 from isthmus.data.sources.rows import Row, Rows
+from isthmus.data.video import natural
 from isthmus.errors import ConfigError, DataError
 
 
@@ -45,7 +49,7 @@ class DocumentSource:
             raise ConfigError(f"source {name!r}: min_images {min_images} and max_images {max_images} leave no page")
         self.name, self.pages, self.images = name, pages, images
         self.min_sim, self.max_images = min_sim, max_images
-        self._layout: Callable[[Row], list[str | Picture]] = self._obelics if layout == "obelics" else self._mmc4
+        self._layout: Callable[[Row], Layout] = self._obelics if layout == "obelics" else self._mmc4
         kept = [i for i in range(len(pages)) if self._count(i) >= min_images]
         self._kept = kept if limit is None else kept[:limit]
         if not self._kept:
@@ -63,29 +67,32 @@ class DocumentSource:
 
     def __getitem__(self, index: int) -> Record:
         row = self.pages[self._kept[index]]
-        own = iter(row.images)
+        pieces, listed = self._layout(row)
+        own = _members(listed, row.images) if self.images is None else {}
         parts: list[Part] = []
         shown = 0
-        for piece in self._layout(row):
+        for piece in pieces:
             if isinstance(piece, str):
-                parts.append(Text(piece, learn=True))
+                if parts and isinstance(last := parts[-1], Text):
+                    parts[-1] = Text(_joined(str(last.text), piece), learn=True)
+                else:
+                    parts.append(Text(piece, learn=True))
                 continue
-            source = self._picture(piece, own)
             shown += 1
             if self.max_images is None or shown <= self.max_images:
-                parts.append(Image(source, role="text"))
+                parts.append(Image(self._picture(piece, own), role="text"))
         url = row.values.get("url")
         return Record(row.id, tuple(parts), self.name, {"url": url} if isinstance(url, str) else {})
 
     def _count(self, index: int) -> int:
         """Pictures of a page; a page that cannot be read counts as full, and is met and counted when visited."""
         try:
-            found = sum(not isinstance(piece, str) for piece in self._layout(self.pages[index]))
+            found = sum(not isinstance(piece, str) for piece in self._layout(self.pages[index])[0])
         except DataError:
             return 1 << 30
         return found
 
-    def _obelics(self, row: Row) -> list["str | Picture"]:
+    def _obelics(self, row: Row) -> "Layout":
         texts, images = (_list(row.values, name) for name in ("texts", "images"))
         if len(texts) != len(images):
             raise DataError(f"bad page: {len(texts)} texts and {len(images)} images; the two lists must be parallel")
@@ -94,19 +101,21 @@ class DocumentSource:
             if (text is None) == (image is None):
                 raise DataError(f"bad page: place {place} must hold either a text or an image")
             pieces.append(str(text) if text is not None else Picture(image, None))
-        return pieces
+        return pieces, [piece for piece in pieces if isinstance(piece, Picture)]
 
-    def _mmc4(self, row: Row) -> list["str | Picture"]:
+    def _mmc4(self, row: Row) -> "Layout":
         sentences, infos = (_list(row.values, name) for name in ("text_list", "image_info"))
         before: dict[int, list[Picture]] = {}
+        listed: list[Picture] = []
         for info in infos:
             if not isinstance(info, Mapping) or not isinstance(info.get("matched_text_index"), int):
                 raise DataError("bad page: each image_info needs image_name and matched_text_index")
             place, sim = info["matched_text_index"], info.get("matched_sim")
             if not 0 <= place < len(sentences):
                 raise DataError(f"bad page: an image belongs to sentence {place} of {len(sentences)}")
+            listed.append(Picture(info.get("image_name"), info.get("image_base64")))
             if sim is None or sim >= self.min_sim:
-                before.setdefault(place, []).append(Picture(info.get("image_name"), info.get("image_base64")))
+                before.setdefault(place, []).append(listed[-1])
         pieces: list[str | Picture] = []
         for place, sentence in enumerate(sentences):
             pieces += before.get(place, [])
@@ -114,19 +123,20 @@ class DocumentSource:
                 pieces[-1] = f"{pieces[-1]} {sentence}"
             else:
                 pieces.append(str(sentence))
-        return pieces
+        return pieces, listed
 
-    def _picture(self, piece: "Picture", own: Any) -> ImageSource:
+    def _picture(self, piece: "Picture", own: "Mapping[Picture, ImageSource]") -> ImageSource:
         if piece.encoded is not None:
             try:
                 return BytesImage(base64.b64decode(piece.encoded, validate=True), str(piece.name or "image"))
             except (binascii.Error, ValueError, TypeError):
                 raise DataError(f"broken image: image_base64 of {piece.name!r} is no base64; write it again") from None
         if self.images is None:
-            found = next(own, None)
-            if found is None:
-                raise DataError("missing image: the page names more pictures than its sample in the tar holds")
-            return found
+            if piece not in own:
+                raise DataError(
+                    f"missing image: the page's sample in the tar holds no picture {piece.name!r}; check its names"
+                )
+            return own[piece]
         if not isinstance(piece.name, str):
             raise DataError(f"bad page: an image is called {piece.name!r}; it should be a file name")
         return self.images.find(piece.name)
@@ -137,6 +147,10 @@ class Picture:
 
     def __init__(self, name: Any, encoded: Any) -> None:
         self.name, self.encoded = name, encoded
+
+
+Layout = tuple[list[str | Picture], list[Picture]]
+"""Text and pictures in reading order, and all pictures in the page's own order, also those left out of the former."""
 
 
 class JsonPages:
@@ -154,6 +168,55 @@ class JsonPages:
     def __getitem__(self, index: int) -> Row:
         stem, values = self.rows[index]
         return Row(f"{stem}/{index}", values)
+
+
+def _members(listed: Sequence[Picture], images: Sequence[Any]) -> dict[Picture, Any]:
+    """The picture of a tar's sample that each of the page's is: by name, else by number.
+
+    Where names are known, one that is no member's is left out. Raises DataError when two names are one member's, or
+    when there are too few members to be told by number.
+    """
+    members = sorted(images, key=lambda member: natural(member.name))
+    wanted = [picture for picture in listed if picture.encoded is None]
+    found = {p: m for p in wanted if isinstance(p.name, str) and (m := _called(p.name, members)) is not None}
+    if found:
+        names: dict[str, str] = {}
+        for picture, member in found.items():
+            if names.setdefault(member.name, picture.name) != picture.name:
+                raise DataError(
+                    f"bad page: its pictures {names[member.name]!r} and {picture.name!r} both mean {member.name!r} in "
+                    "the tar; name each member after one"
+                )
+        return found
+    if len(members) < len(wanted):
+        raise DataError(
+            f"missing image: the page has {len(wanted)} pictures and its sample in the tar {len(members)}, none of "
+            "them under a name of the page's; name them so"
+        )
+    return dict(zip(wanted, members, strict=False))
+
+
+def _called(name: str, members: Sequence[Any]) -> Any:
+    """The one member with this name behind its key, or as its whole name, with or without the ending; else none."""
+    for one in dict.fromkeys((name.lower(), name.lower().rsplit("/", 1)[-1])):
+        for bare in (False, True):
+            hits = [m for m in members if one in _names(m.name.lower(), bare)]
+            if len(hits) == 1:
+                return hits[0]
+    return None
+
+
+def _names(member: str, bare: bool) -> set[str]:
+    """What a page may call the member ``a/k.0.png``: a/k.0.png, k.0.png or 0.png; ``bare`` leaves out the ending."""
+    file = member.rsplit("/", 1)[-1]
+    names = {member, file, file.partition(".")[2]}
+    return {name.rpartition(".")[0] for name in names} - {""} if bare else names
+
+
+def _joined(before: str, after: str) -> str:
+    """Two texts with a space between them, unless one brings it."""
+    glued = before and after and not before[-1].isspace() and not after[0].isspace()
+    return f"{before} {after}" if glued else before + after
 
 
 def _list(values: Mapping[str, Any], name: str) -> list[Any]:
