@@ -177,14 +177,16 @@ def test_scoring_needs_candidates_and_takes_a_bare_one(llava, picture):
 def test_a_mistyped_path_is_not_scored_as_words(llava, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture.save("there.png")
-    picture.save("what is it?.png")
+    picture.save("my photo.png")
+    (tmp_path / "what is it?").mkdir()
     assert llava.score(["there.png", "what?"], ["red"]) == llava.score([tmp_path / "there.png", "what?"], ["red"])
     with pytest.raises(DataError, match=r"no such file: sc/nosuch\.png"):
         llava.score(["sc/nosuch.png", "what?"], ["red"])
     with pytest.raises(DataError, match="no such file"):
         llava.score(["nosuch.MP4", "what?"], ["red"])
-    said = Text("what is it?.png", role="user")
-    assert llava.score(["what is it?.png"], ["red"]) == llava.score([said], ["red"])
+    assert llava.score(["my photo.png", "what?"], ["red"]) == llava.score([picture, "what?"], ["red"])
+    said = Text("what is it?", role="user")
+    assert llava.score(["what is it?"], ["red"]) == llava.score([said], ["red"])
 
 
 def test_an_unknown_decoding_option_names_the_nearest(llava, picture):

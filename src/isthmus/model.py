@@ -229,7 +229,7 @@ class Model:
     def score(self, parts: Sequence[Part | AnyImage | str], candidates: Sequence[str]) -> list[float]:
         """Log-likelihood (natural log, summed over tokens) of each candidate as the answer to ``parts``.
 
-        A str with white space is what the user says; one without may also be the path of a picture or clip. Raises
+        A str is the path of a picture or clip where there is one of that name, else what the user says. Raises
         DataError for a candidate that does not fit behind the prompt.
         """
         self.need("score")

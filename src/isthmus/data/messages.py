@@ -46,13 +46,16 @@ def parts_of(messages: Sequence[Message]) -> list[Part]:
 def part_of(thing: Part | AnyImage | str) -> Part:
     """A part as it is, a picture or clip, or what the user says.
 
-    A str names a file or folder where one exists, but with white space in it is always text: a sentence may not change
-    its meaning with the folder it is said in. Raises DataError for one that ends like a picture or video and is none.
+    A str is a path where something is there and it is one word or ends like a picture or video; else it is text.
+    Raises DataError for one word that ends so and is none.
     """
     if isinstance(thing, Text | Image):
         return thing
-    if not isinstance(thing, str) or (len(thing.split()) == 1 and os.path.exists(thing)):
+    if not isinstance(thing, str):
         return as_visual(thing)
-    if len(thing.split()) == 1 and Path(thing).suffix.lower() in PICTURES | VIDEOS:
+    word, named = len(thing.split()) == 1, Path(thing).suffix.lower() in PICTURES | VIDEOS
+    if (word or named) and os.path.exists(thing):
+        return as_visual(thing)
+    if word and named:
         raise DataError(f"no such file: {thing}; check the path, or give Text({thing!r}, role='user') to say it")
     return Text(thing, role="user")
