@@ -13,7 +13,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-data_app = typer.Typer(help="Write, check and look at data.", no_args_is_help=True)
+data_app = typer.Typer(help="Write scenes as files; better captions for a data set.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the facts to this file as JSON.")]
