@@ -56,6 +56,7 @@ def test_classify_gives_probabilities_likeliest_first(clip, picture):
     assert set(found) == {"cube", "sphere", "ring"}
     assert sum(found.values()) == pytest.approx(1.0)
     assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert clip.classify(picture, ["cube"], templates=["a {x} {}"]) == {"cube": pytest.approx(1.0)}
 
 
 def test_answers_do_not_depend_on_the_batch(llava):

@@ -340,7 +340,9 @@ class Model:
         """Zero-shot probabilities over ``labels``, likeliest first (prompt ensemble: mean of unit vectors)."""
         self.need("classify")
         labels = _listed_texts(labels, "labels")
-        classes = torch.stack([self.embed_texts([t.format(label) for t in templates]).mean(0) for label in labels])
+        classes = torch.stack(
+            [self.embed_texts([t.replace("{}", label) for t in templates]).mean(0) for label in labels]
+        )
         with self._inference():
             logits = self.net.logits(self.embed_images([image]).to(self.device), classes.to(self.device))[0]
         ranked = sorted(zip(labels, logits.softmax(-1).tolist(), strict=True), key=lambda pair: -pair[1])

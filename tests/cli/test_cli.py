@@ -161,6 +161,7 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(monkeypatch, capsys, tmp_pat
         (["eval", "STORY/clip", "--data", "nothing.json"], "There is no data at nothing.json"),
         (["eval", "STORY/clip", "--data", "broken.yaml"], "broken.yaml is not valid YAML: line 2"),
         (["eval", "STORY/clip", "--data", "d.yaml", "--set", "count=["], "is not valid YAML"),
+        (["eval", "STORY/clip", "--data", "d.yaml", "--set", "file={DATA}/x"], "quotes of its own: '\"{DATA}/x\"'"),
         (["eval", "STORY/clip", "--data", "d.yaml", "--task", "retreival"], "did you mean 'retrieval'?"),
         (["eval", "STORY/clip", "--data", "d.yaml", "--set", "task.prefx=a"], "has no option 'prefx'"),
         (["eval", "STORY/llava", "--data", "d.yaml", "--task", "retrieval"], "This llava model cannot embed_images"),

@@ -12,7 +12,7 @@ from isthmus.data.scenes import SceneSource
 from isthmus.errors import DataError
 from isthmus.evaluation import VqaTask, evaluate
 from isthmus.evaluation.rescore import rescore
-from isthmus.evaluation.sound import Sound, first_sound
+from isthmus.evaluation.sound import Sound, all_answered, answered, first_sound
 
 
 @pytest.fixture
@@ -66,6 +66,28 @@ def test_too_many_or_none_left_is_an_error(records):
     with pytest.raises(DataError, match=r"more than the allowed 1\.0%"):
         Sound([*records[:1] * 98, *records[1:3]], Quarantine())
     Sound([*records[:1] * 98, *records[1:3]], Quarantine(threshold=0.02))
+
+
+def test_a_question_without_an_answer_is_left_out_where_one_is_due():
+    def record(name, *texts, **meta):
+        return Record(id=name, parts=tuple(Text(t, role=r) for r, t in texts), meta=meta)
+
+    asked, said, silent = ("user", "what?"), ("assistant", "noise"), ("assistant", " ")
+    records = [
+        record("whole", asked, said),
+        record("silent", asked, silent),
+        record("none", asked),
+        record("given", asked, silent, answers=["noise"]),
+        record("earlier", asked, silent, asked, said),
+    ]
+    for demand, kept in [(None, 5), (answered, 3), (all_answered, 2)]:
+        quarantine = Quarantine()
+        assert len(Sound(records, quarantine, demand=demand)) == kept
+        assert (quarantine.failures, set(quarantine.reasons())) == (5 - kept, {"empty answer"} if kept < 5 else set())
+
+
+def test_pictures_are_left_closed_where_only_words_are_read(records):
+    assert len(Sound(records, Quarantine(), pictures=False)) == 4
 
 
 def test_the_first_that_can_be_read_without_looking_at_the_rest(records, tmp_path):

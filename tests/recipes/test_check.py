@@ -97,3 +97,21 @@ def test_bad_data_and_a_pattern_without_gradient_are_problems_with_exit_code_2(m
     assert "the same bits" in out
     assert "train: 10 samples" in out  # ":train:" is a name here and no emoji
     assert not list(tmp_path.glob("runs*"))
+
+
+def test_bad_evaluation_data_is_a_problem_that_names_the_evaluation_unless_it_may_be_left_out(tmp_path):
+    rows = [{"id": i, "image": f"{i}.png", "caption": f"a thing {i}"} for i in range(100)]
+    for row in rows[2:]:
+        (tmp_path / row["image"]).write_bytes(png((row["id"], 0, 0)))
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    mine = tree("clip")
+    data = {"kind": "jsonl", "file": str(tmp_path / "test.json"), "image_folder": str(tmp_path)}
+    mine["evaluate"] = [
+        {"name": name, "task": "retrieval", "data": data, "bad_samples": share}
+        for name, share in [("strict", 0.01), ("lax", 0.02)]
+    ]
+    checked = check(parse_recipe(mine))
+    assert checked.evaluations == {"lax": 98}
+    (problem,) = checked.problems
+    assert problem.startswith("Evaluation strict: 2 of 100 samples are bad")
+    assert str(tmp_path / "0.png") in problem

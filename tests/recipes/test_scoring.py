@@ -1,13 +1,17 @@
 """From an evaluation as a recipe names it to tasks: shots, what a model must be able to do, what is left out."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image as PilImage
 
+from isthmus.data.quarantine import Quarantine
+from isthmus.data.sources import open_source
 from isthmus.errors import DataError
 from isthmus.evaluation.protocols import Answers, Embeds, Reranks, Sees, Weighs
 from isthmus.model import load
+from isthmus.recipes import scoring
 from isthmus.recipes.schema import EvalSpec
 from isthmus.recipes.scoring import TASKS, make_task, needs, score_model, with_shots
 
@@ -63,3 +67,56 @@ def test_a_broken_picture_is_left_out_of_an_evaluation_and_counted(story, tmp_pa
     (tmp_path / "many.json").write_text(json.dumps([r | {"id": f"{n} {r['id']}"} for n in range(40) for r in rows]))
     with pytest.raises(DataError, match="40 of 120 samples are bad"):
         score_model(model, [many], tmp_path / "many", model_hash="x")
+
+
+def questions(tmp_path, name, answers):
+    """A source of one question a row about a picture of its own."""
+    rows = []
+    for number, answer in enumerate(answers):
+        PilImage.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": answer}]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (tmp_path / name).write_text(json.dumps(rows))
+    return {"kind": "llava", "file": str(tmp_path / name), "image_folder": str(tmp_path)}
+
+
+def test_an_empty_answer_is_left_out_of_questions_and_of_their_prior(story, tmp_path):
+    data = questions(tmp_path, "data.json", ["noise", "", "noise"])
+    train = questions(tmp_path, "train.json", ["", "snow"]) | {"image_folder": str(tmp_path / "bare")}
+    (tmp_path / "bare").mkdir()  # a prior needs no pictures
+    spec = EvalSpec(name="vqa", task="vqa", data=data, train=train, options={"decoding": {"max_new_tokens": 2}})
+    (result,) = score_model(load(story / "llava"), [spec], tmp_path / "out", model_hash="x")
+    assert (result.left_out, [r["id"] for r in result.rows]) == (1, ["data/0", "data/2"])
+    assert {r["prior"] for r in result.rows} == {"snow"}
+    for file, left in [("quarantine.jsonl", "data/1"), ("quarantine-train.jsonl", "train/0")]:
+        (line,) = (tmp_path / "out" / "vqa" / file).read_text().splitlines()
+        assert json.loads(line)["id"] == left
+
+
+def test_a_broken_training_picture_is_left_out_of_a_probe_and_too_many_stop_it(tmp_path):
+    data = questions(tmp_path, "data.json", ["noise"] * 4)
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    scenes = {"kind": "scenes", "form": "questions", "count": 4}
+    spec = EvalSpec(name="probe", task="linear-probe", data=scenes, train=data)
+    assert len(make_task(spec, quarantine=Quarantine()).train) == 3
+    with pytest.raises(DataError, match="1 of 4 samples are bad"):
+        make_task(spec, quarantine=Quarantine(after=4))
+
+
+def test_zero_shot_classes_are_those_the_model_picks_itself(story, tmp_path, monkeypatch):
+    model = load(story / "clip")
+    model.net.config = replace(model.net.config, similarity="euclidean")
+    embed = model.net.embed_texts  # words of unlike length, so that cosines pick other classes
+    model.net.embed_texts = lambda tokens: embed(tokens) * tokens.lengths[:, None].remainder(5).add(1)
+    names, templates = ["a cube", "some spheres", "one green thing", "a picture"], ["a {}.", "{} here"]
+    source = open_source({"kind": "scenes", "form": "captions", "count": 6})
+    records = [replace(source[i], meta={"class": names[0]}) for i in range(6)]
+    monkeypatch.setattr(scoring, "open_source", lambda data: records)
+    picked = {}
+    for name, options in [("own", {}), ("cosine", {"similarity": "cosine"})]:
+        options |= {"classes": names, "templates": templates}
+        spec = EvalSpec(name=name, task="zero-shot", data={}, options=options)
+        (result,) = score_model(model, [spec], tmp_path, model_hash="x")
+        picked[name] = [row["answers"][0] for row in result.rows]
+    assert picked["own"] == [next(iter(model.classify(r.images[0], names, templates=templates))) for r in records]
+    assert picked["cosine"] != picked["own"]

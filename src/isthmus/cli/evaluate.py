@@ -189,7 +189,11 @@ def source_of(data: str) -> dict[str, Any]:
 
         tree = read_yaml(path)
         if not isinstance(tree, dict):
-            raise ConfigError(f"{path} should describe a source by keys, such as `source: llava`.")
+            raise ConfigError(f"{path} should describe a source by keys, such as `kind: llava`.")
+        if "data" in tree and "kind" not in tree:
+            raise ConfigError(
+                f"{path} holds a recipe's list `data:`; give one source's keys alone, such as `kind: llava`."
+            )
         return tree
     from isthmus.data.sources.guess import guess
 
@@ -200,12 +204,12 @@ def split_options(options: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any
     """``key=value`` of the source, and ``task.key=value`` of the task."""
     source: dict[str, Any] = {}
     task: dict[str, Any] = {}
-    from isthmus.recipes.schema import yaml_value
+    from isthmus.recipes.schema import option_value
 
     for option in options:
         key, sep, value = option.partition("=")
         if not sep:
             raise ConfigError(f"--set {option!r} is not key=value.")
         target, name = (task, key.removeprefix("task.")) if key.startswith("task.") else (source, key)
-        target[name] = yaml_value(value, f"--set {option!r}")
+        target[name] = option_value(value, f"--set {option!r}")
     return source, task

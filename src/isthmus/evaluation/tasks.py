@@ -300,30 +300,36 @@ class _Classified:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotTask(_Classified):
-    """Classification by names alone. ``classes`` defaults to all that occur, alphabetically."""
+    """Classification by names alone. ``classes`` defaults to all that occur, alphabetically; ``similarity``: cosine,
+    dot or euclidean, as the model was trained."""
 
     kind: ClassVar[str] = "zero_shot"
     needs: ClassVar[type] = Embeds
 
     classes: Sequence[str] = ()
     templates: Sequence[str] = zero_shot.PLAIN
+    similarity: Similarity = "cosine"
+
+    def __post_init__(self) -> None:
+        _known(self.similarity, get_args(Similarity), "similarity")
 
     @cached_property
     def _names(self) -> list[str]:
         return list(self.classes) or sorted(set(self._labels(self.records)))
 
     def describe(self) -> dict[str, Any]:
-        return {"classes": self._names, "templates": list(self.templates), "data": fingerprint(self.records)}
+        told = {"classes": self._names, "templates": list(self.templates), "data": fingerprint(self.records)}
+        return told if self.similarity == "cosine" else {**told, "similarity": self.similarity}
 
     def rows(self, model: Embeds, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         truths = self._places(self.records, self._names)
-        vectors = zero_shot.class_vectors(model, self._names, self.templates)
+        vectors = zero_shot.class_vectors(model, self._names, self.templates, kind=self.similarity)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for start in range(0, len(todo), chunk):
             places = todo[start : start + chunk]
             pictures = [_picture(self.records[i], self.name) for i in places]
             images = embed(model.embed_images, pictures, what="pictures")
-            order, rank = zero_shot.classify(images, vectors, truths[places])
+            order, rank = zero_shot.classify(images, vectors, truths[places], kind=self.similarity)
             yield [
                 {
                     "id": self.ids[i],

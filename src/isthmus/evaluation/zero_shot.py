@@ -1,8 +1,9 @@
 """Zero-shot classification by prompt ensembles.
 
 For class c and templates t: u_ct = unit(text(t(c))), w_c = unit(mean over t of u_ct), and the prediction is the class
-with the highest cosine between w_c and the picture (Radford et al. 2021, section 3.1.4). Embeddings are averaged,
-never probabilities. Shapes: N pictures, C classes, D width.
+with the highest cosine between w_c and the picture (Radford et al. 2021, section 3.1.4). A model trained with dot
+products or distances is ranked by these, and its vectors keep their lengths: w_c = mean over t of text(t(c)).
+Embeddings are averaged, never probabilities. Shapes: N pictures, C classes, D width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.bootstrap import Interval, intervals
 from isthmus.evaluation.embedding import around, embed, unit
 from isthmus.evaluation.protocols import Embeds
+from isthmus.nn.losses import Similarity, similarity
 
 PLAIN = ("a photo of a {}.",)
 SEVEN = (
@@ -53,16 +55,20 @@ def templates(name_or_file: str | Path) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def class_vectors(model: Embeds, classes: Sequence[str], prompts: Sequence[str] = PLAIN) -> Tensor:
-    """(C, D) unit vectors w_c of the classes."""
+def class_vectors(
+    model: Embeds, classes: Sequence[str], prompts: Sequence[str] = PLAIN, *, kind: Similarity = "cosine"
+) -> Tensor:
+    """(C, D) vectors w_c of the classes: of length one for ``cosine``, as long as they come for the other kinds."""
     texts = [t.replace("{}", c) for c in classes for t in prompts]
-    vectors = unit(embed(model.embed_texts, texts, what="prompts"))
-    return unit(vectors.view(len(classes), len(prompts), -1).mean(dim=1))
+    vectors = embed(model.embed_texts, texts, what="prompts")
+    if kind != "cosine":
+        return vectors.view(len(classes), len(prompts), -1).mean(dim=1)
+    return unit(unit(vectors).view(len(classes), len(prompts), -1).mean(dim=1))
 
 
-def classify(images: Tensor, classes: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`by_score` of the cosines of (N, D) pictures with (C, D) class vectors."""
-    return by_score(unit(images) @ classes.T, truth)
+def classify(images: Tensor, classes: Tensor, truth: Tensor, *, kind: Similarity = "cosine") -> tuple[Tensor, Tensor]:
+    """:func:`by_score` of the similarities of (N, D) pictures with (C, D) class vectors."""
+    return by_score(similarity(images, classes, kind), truth)
 
 
 def by_score(values: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from isthmus import checkpoint
 from isthmus.batch import IGNORE
 from isthmus.data.collate import load_pixels
 from isthmus.data.mix import key
+from isthmus.data.quarantine import Quarantine
 from isthmus.data.record import Example
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import DataError, StageError
@@ -32,7 +33,7 @@ from isthmus.recipes.build import Built, build
 from isthmus.recipes.facts import steps_of
 from isthmus.recipes.features import demand_frozen
 from isthmus.recipes.run import make_loader
-from isthmus.recipes.schema import Recipe, StageSpec
+from isthmus.recipes.schema import EvalSpec, Recipe, StageSpec
 from isthmus.recipes.scoring import make_task
 from isthmus.stage import StageTable, apply_stage
 from isthmus.training import train as train_stage
@@ -141,10 +142,20 @@ def check(
             if tell is not None:
                 tell(stages[-1])
         problems = _saves(built, Path(folder) / "model")
-    evaluations = {spec.name: len(make_task(spec, seed=recipe.seed).ids) for spec in recipe.evaluate}
+    evaluations = {}
+    for spec in recipe.evaluate:
+        try:
+            evaluations[spec.name] = _items(spec, recipe.seed)
+        except DataError as error:
+            problems.append(f"Evaluation {spec.name}: {error}")
     return Checked(
         tuple(stages), evaluations, (*(p for stage in stages for p in stage.problems), *problems), _peak_memory()
     )
+
+
+def _items(spec: EvalSpec, seed: int) -> int:
+    """How many items an evaluation has, without the bad samples that it may leave out."""
+    return len(make_task(spec, seed=seed, quarantine=Quarantine(threshold=spec.bad_samples)).ids)
 
 
 def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, steps: int) -> StageCheck:

@@ -232,7 +232,7 @@ def read_tree(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool 
         if re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
             variables[key] = value
         else:
-            _set(tree, key, yaml_value(value, f"Override {override!r}"), where=str(name))
+            _set(tree, key, option_value(value, f"Override {override!r}"), where=str(name))
     for key in variables.keys() - _mentioned(tree):
         raise ConfigError(f"Recipe {name} does not use {{{key}}}; {nearest(key, _mentioned(tree))}")
     if not to_show:
@@ -258,6 +258,14 @@ def yaml_value(text: str, what: str) -> Any:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         fault = f"line {mark.line + 1}, column {mark.column + 1}: {problem}." if mark else " ".join(str(error).split())
         raise ConfigError(f"{what} is not valid YAML: {fault}") from None
+
+
+def option_value(text: str, what: str) -> Any:
+    """The value behind ``key=`` on the command line, which is YAML too: so a text with its marks wants quotes."""
+    try:
+        return yaml_value(text, what)
+    except ConfigError as error:
+        raise ConfigError(f"{error} A text with such marks wants quotes of its own: '\"{text}\"'.") from None
 
 
 def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -16,7 +16,7 @@ from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
 from isthmus.evaluation.protocols import Answers
 from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.run import Result, evaluate
-from isthmus.evaluation.sound import Sound
+from isthmus.evaluation.sound import Demand, Sound, all_answered, answered
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
 from isthmus.model import Model, load
@@ -43,6 +43,9 @@ class First:
 def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quarantine: Quarantine | None = None) -> Task:
     """The task that ``spec`` names, on its data; with a ``quarantine`` on what can be read of it.
 
+    Training data has a quarantine of its own with the same threshold (``quarantine-train.jsonl`` beside the other's
+    file); its pictures are opened only where the task looks at them.
+
     Raises ConfigError for an unknown task or option, DataError when too much is bad.
     """
     if spec.task not in TASKS:
@@ -51,8 +54,13 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quaran
     if limit is not None:
         records = First(records, limit)
     if quarantine is not None:
-        records = Sound(records, quarantine)
+        records = Sound(records, quarantine, demand=_demand(spec))
     train: Any = open_source(spec.train) if spec.train is not None else None
+    if train is not None and quarantine is not None and spec.task not in UNTRAINED:
+        path = quarantine.path and quarantine.path.with_name("quarantine-train.jsonl")
+        looks = spec.task == "linear-probe" or "shots" in spec.options
+        own = Quarantine(path, threshold=quarantine.threshold, after=quarantine.after)
+        train = Sound(train, own, demand=_demand(spec), pictures=looks)
     options = dict(spec.options)
     try:
         return TASKS[spec.task](spec, records, train, seed, options)
@@ -61,6 +69,17 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quaran
         if not unknown:
             raise
         raise ConfigError(f"Task {spec.name!r} ({spec.task}) has no option {unknown[0]!r}.") from None
+
+
+UNTRAINED = ("matching", "matching-head", "retrieval", "zero-shot")
+"""Tasks that take nothing from training data."""
+
+
+def _demand(spec: EvalSpec) -> Demand | None:
+    """What the task needs of a record beside its pictures."""
+    if spec.task == "conversation":
+        return all_answered
+    return answered if spec.task in (*SHOWABLE, "choice-likelihood", "pope", "nlvr") else None
 
 
 def _answers(kind: Callable[..., Task], **defaults: Any) -> Callable[..., Task]:
@@ -168,7 +187,7 @@ def score_model(
         if spec.stage is not None:
             model, model_hash = _of_stage(run or folder.parent, spec.stage, final, final_hash)
         report = (lambda done, total, name=name: progress(name, done, total)) if progress else None
-        if spec.task == "retrieval" and model.kind == "clip":
+        if spec.task in ("retrieval", "zero-shot") and model.kind == "clip":
             spec = spec.model_copy(update={"options": {"similarity": model.net.config.similarity, **spec.options}})
         if spec.task == "caption" and "caption" in model.prompts:
             spec = spec.model_copy(update={"options": {"prompt": model.prompts["caption"], **spec.options}})

@@ -7,7 +7,6 @@ Options that most kinds share: ``name``, ``limit`` (first rows only) and those o
 ``templates`` and ``captions`` (a side file: ``{file, key, fields}``).
 """
 
-import csv
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from isthmus.data.sources.files import (
     read_json,
     read_lines,
     read_rows,
+    read_table,
     safe_name,
 )
 from isthmus.data.sources.objects import pope_objects
@@ -93,13 +93,11 @@ def _csv(
     rows: list[tuple[str, dict[str, Any]]] = []
     for path in paths:
         separator = delimiter or ("\t" if path.suffix in (".tsv", ".tab") else ",")
-        with open(path, newline="", encoding="utf-8-sig") as table:
-            reader = csv.DictReader(table, delimiter=separator)
-            columns = list(reader.fieldnames or ())
-            for theirs in (t for value in form.fields.values() for t in ([value] if isinstance(value, str) else value)):
-                if theirs not in columns:
-                    raise ConfigError(f"{path} has no column {theirs!r}; {nearest(theirs, columns)}")
-            rows += [(path.stem, row) for row in reader]
+        columns, found = read_table(path, separator)
+        for theirs in (t for value in form.fields.values() for t in ([value] if isinstance(value, str) else value)):
+            if theirs not in columns:
+                raise ConfigError(f"{path} has no column {theirs!r}; {nearest(theirs, columns)}")
+        rows += [(path.stem, row) for row in found]
     return _NamedRows(rows, form, named_images(root, image_folder, images, beside=paths[0]))
 
 
@@ -154,7 +152,7 @@ def _folder(root: Root, form: Form, *, folder: str) -> Rows:
 
 def _webdataset(root: Root, form: Form, *, shards: Names) -> Rows:
     """Tar shards, with brace ranges and globs."""
-    return WebDatasetRows(root.files(shards))
+    return WebDatasetRows(root.files(shards), form)
 
 
 SOURCES: dict[str, Callable[..., Rows]] = {

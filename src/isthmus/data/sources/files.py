@@ -1,5 +1,6 @@
 """Finding and reading the files of a source: brace ranges, globs, JSON and JSON lines, pictures by name."""
 
+import csv
 import glob
 import itertools
 import json
@@ -32,17 +33,22 @@ class Root:
     def files(self, patterns: str | Sequence[str]) -> list[Path]:
         """Files named by one pattern or several, with ``{000..012}``, ``{a,b}``, ``*`` and ``?``, each once.
 
+        A pattern that is itself the name of a file, as ``set [1].json``, means that file.
+
         Raises DataError for a pattern that names no file, or a file that is not there.
         """
         found: dict[Path, None] = {}
         for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
-            for name in _braces(str(self.path(pattern))):
-                if glob.has_magic(name):
-                    paths = [Path(p) for p in sorted(glob.glob(name, recursive=True))]
-                else:
-                    paths = [Path(name)] if Path(name).is_file() else []
+            whole = str(Path(pattern).expanduser())
+            for name in [whole] if self.path(whole).is_file() else _braces(whole):
+                if self.path(name).is_file():
+                    paths = [self.path(name)]
+                else:  # below the folder, whose own name is no pattern
+                    magic = glob.has_magic(name)
+                    found_here = glob.glob(name, root_dir=self.folder, recursive=True) if magic else []
+                    paths = [self.folder / p for p in sorted(found_here)]
                 if not paths:
-                    raise DataError(f"no such file: {name}; check the path and the DATA= folder")
+                    raise DataError(f"no such file: {self.path(name)}; check the path and the DATA= folder")
                 found.update(dict.fromkeys(paths))
         return list(found)
 
@@ -106,6 +112,30 @@ def _read_lines(path: Path, file: Any) -> list[Any]:
     return rows
 
 
+def read_table(path: Path, delimiter: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows of a table with a header line. Raises DataError naming the line, ConfigError for a delimiter
+    that is not one character."""
+    if len(delimiter) != 1 or delimiter in '\r\n"':
+        raise ConfigError(
+            f'source: the delimiter must be one character, not {delimiter!r} (in YAML a tab is "\\t", in double quotes)'
+        )
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as table:
+            reader = csv.DictReader(table, delimiter=delimiter)
+            try:
+                columns = list(reader.fieldnames or ())
+                return columns, list(reader)
+            except csv.Error as error:
+                line = reader.line_num + 1  # it counts the lines before
+                raise DataError(
+                    f"{path}, line {line}: not a valid table: {error}; is a quotation mark left open?"
+                ) from None
+    except OSError:
+        raise DataError(f"no such file: {path}; check the path and the DATA= folder") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+
+
 def once(ids: Iterable[Any], path: Path | str, what: str) -> None:
     """Raises DataError for an id that comes twice; ``17`` and ``"17"`` are one."""
     seen: set[str] = set()
@@ -116,17 +146,24 @@ def once(ids: Iterable[Any], path: Path | str, what: str) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Non-empty lines of a text file, stripped: class names. Raises DataError when it is missing."""
+    """Non-empty lines of a text file, stripped: class names. Raises DataError when it is missing or not UTF-8."""
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except OSError:
         raise DataError(f"no such file: {path}; check the path and the DATA= folder") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
 
 
 def safe_name(name: str) -> bool:
     """Does the name stay inside its folder? Absolute names and ``..`` do not."""
     path = PurePosixPath(name.replace("\\", "/"))
     return bool(name) and not path.is_absolute() and ".." not in path.parts and not re.match(r"[A-Za-z]:", name)
+
+
+def _plain(name: str) -> str:
+    """A name without a leading ``./``, as ``tar -cf x.tar .`` writes it."""
+    return PurePosixPath(name).as_posix()
 
 
 class NamedImages:
@@ -140,12 +177,12 @@ class NamedImages:
             members: dict[str, TarImage] = {}
             for shard in shards:
                 for member in index_tar(shard):
-                    if member.name in members:
+                    name = _plain(member.name)
+                    if name in members:
                         raise DataError(
-                            f"{shard}: it holds {member.name!r} and so does "
-                            f"{members[member.name].path}; names must differ"
+                            f"{shard}: it holds {member.name!r} and so does {members[name].path}; names must differ"
                         )
-                    members[member.name] = member
+                    members[name] = member
             self.members = members
 
     def listing(self) -> Iterator[tuple[str, int, int]]:
@@ -158,14 +195,14 @@ class NamedImages:
             raise DataError(f"bad image name: {name!r} leaves the image folder; use names relative to it")
         if self.members is None:
             return FileImage(self.folder / name)
-        if name not in self.members:
+        if _plain(name) not in self.members:
             raise DataError(f"missing image: no shard holds {name!r}; check the names in the file and in the tars")
-        return self.members[name]
+        return self.members[_plain(name)]
 
     def find_first(self, names: Sequence[str]) -> ImageSource:
         """The first of several names that is there; where none is, what :meth:`find` says of the first."""
         for name in names:
-            there = (self.folder / name).is_file() if self.members is None else name in self.members
+            there = (self.folder / name).is_file() if self.members is None else _plain(name) in self.members
             if safe_name(name) and there:
                 return self.find(name)
         return self.find(names[0])

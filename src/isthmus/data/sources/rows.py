@@ -24,6 +24,7 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+_DIGITS = re.compile(r"[0-9]{1,9}")
 _HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 
 
@@ -190,11 +191,20 @@ class Form:
     def _class_texts(self, label: Any, meta: dict[str, Any]) -> tuple[str, ...]:
         name = str(label)
         if self.classes:
-            if not isinstance(label, int) or not 0 <= label < len(self.classes):
-                raise DataError(f"bad label: {label!r} is not one of the {len(self.classes)} class numbers")
-            name = self.classes[label]
+            label = number = self._class_number(label)
+            name = self.classes[number]
         meta |= {"class": name, "label": label}
-        return tuple(t.format(name) for t in self.templates) or (name,)
+        return tuple(t.replace("{}", name) for t in self.templates) or (name,)
+
+    def _class_number(self, label: Any) -> int:
+        """A number, also as a table writes it, in digits; digits that are themselves a class name are that name."""
+        number = label
+        if isinstance(label, str) and _DIGITS.fullmatch(label.strip()):
+            text = label.strip()
+            number = list(self.classes).index(text) if text in self.classes else int(text)
+        if not isinstance(number, int) or not 0 <= number < len(self.classes):
+            raise DataError(f"bad label: {label!r} is not one of the {len(self.classes)} class numbers")
+        return number
 
 
 class RowSource:

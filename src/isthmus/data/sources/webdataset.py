@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.data.images import TarImage
-from isthmus.data.sources.rows import Row
+from isthmus.data.sources.rows import Form, Row
 from isthmus.data.sources.tar import index_tar
 from isthmus.errors import DataError
 
 IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
+
+_SEVERAL = ("conversations", "messages", "questions", "question", "text")
+"""The texts that may have several pictures; a caption or label has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +28,12 @@ class WebDatasetRows:
     """Samples of tar shards: pictures by their ending, ``.txt`` as caption, ``.cls`` as label, ``.json`` as fields.
 
     Raises DataError before any sample is read: a damaged shard (see :func:`index_tar`) or a key that comes twice in
-    one shard. The same key in two shards is two samples.
+    one shard. The same key in two shards is two samples. With a ``form``, a sample of captions or a label (or with
+    two ``.json``) whose pictures are several is bad when it is read: its key may have been cut at a dot of the name.
     """
 
-    def __init__(self, shards: Sequence[Path]) -> None:
+    def __init__(self, shards: Sequence[Path], form: Form | None = None) -> None:
+        self.form = form
         self.samples: list[_Sample] = []
         for shard in shards:
             self.samples += _group(shard)
@@ -51,7 +56,19 @@ class WebDatasetRows:
             elif kind == "cls":
                 values["label"] = _number(member)
         images = tuple(m for e, m in sample.members.items() if e.rsplit(".", 1)[-1] in IMAGE_ENDINGS)
-        return Row(f"{sample.shard}/{sample.key}", values, images, key=sample.key.rsplit("/", 1)[-1])
+        row = Row(f"{sample.shard}/{sample.key}", values, images, key=sample.key.rsplit("/", 1)[-1])
+        if self.form is not None and len(images) > 1 and not _expected(self.form, row, sample):
+            raise DataError(
+                f"several pictures: {images[0].name!r} and {images[1].name!r} are one sample, {sample.key!r}, since a "
+                "key ends at the first dot of the name; write the names without further dots, or keep one picture"
+            )
+        return row
+
+
+def _expected(form: Form, row: Row, sample: _Sample) -> bool:
+    """Whether a sample may have several pictures: its text is of such a form, and in one file."""
+    files = [ending for ending in sample.members if ending.rsplit(".", 1)[-1] == "json"]
+    return len(files) < 2 and any(form.value(row, name) is not None for name in _SEVERAL)
 
 
 def _group(shard: Path) -> list[_Sample]:

@@ -1,0 +1,107 @@
+"""Sources whose files are of an odd encoding, shape or name, and still read, or refused in clear words."""
+
+import json
+
+import pytest
+
+from isthmus.data.images import open_image
+from isthmus.data.sources import open_source
+from isthmus.data.sources.files import Root
+from isthmus.errors import ConfigError, DataError
+from tests.data.helpers import png, write_tar
+
+RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
+
+
+def table(tmp_path, content, **options):
+    (tmp_path / "pairs.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "red.png").write_bytes(RED)
+    return open_source({"kind": "csv", "file": "pairs.csv", **options}, data_root=tmp_path)
+
+
+@pytest.mark.parametrize("content", ["image,caption\nred.png,é\n".encode("latin-1"), b"image,caption\xe9\nred.png,a\n"])
+def test_a_table_that_is_not_utf8(tmp_path, content):
+    with pytest.raises(DataError, match=r"pairs\.csv is not UTF-8 text"):
+        table(tmp_path, content)
+
+
+def test_class_names_that_are_not_utf8(tmp_path):
+    (tmp_path / "names.txt").write_bytes("café\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"names\.txt is not UTF-8 text"):
+        table(tmp_path, "image,label\nred.png,0\n", classes="names.txt")
+
+
+def test_a_field_too_long_names_the_line(tmp_path):
+    with pytest.raises(DataError, match=r"pairs\.csv, line 3: not a valid table: field larger"):
+        table(tmp_path, "image,caption\nred.png,a\nred.png," + "x" * 131_073 + "\n")
+
+
+@pytest.mark.parametrize("delimiter", ["||", "\\t", "\n", '"'])
+def test_a_delimiter_is_one_character(tmp_path, delimiter):
+    with pytest.raises(ConfigError, match="delimiter must be one character"):
+        table(tmp_path, "image||caption\nred.png||a\n", delimiter=delimiter)
+
+
+def test_templates_keep_their_other_braces(tmp_path):
+    source = table(tmp_path, "image,label\nred.png,cat\n", templates=["a {x} {}", "{0} {} {"])
+    assert source[0].texts[0].text == ("a {x} cat", "{0} cat {")
+
+
+@pytest.mark.parametrize(
+    ("label", "classes", "name", "number"),
+    [("0", ["cat", "dog"], "cat", 0), (" 1", ["cat", "dog"], "dog", 1), ("0", ["1", "0"], "0", 1)],
+)
+def test_class_numbers_in_a_table(tmp_path, label, classes, name, number):
+    record = table(tmp_path, f"image,label\nred.png,{label}\n", classes=classes)[0]
+    assert (record.meta["class"], record.meta["label"]) == (name, number)
+
+
+@pytest.mark.parametrize("label", ["2", "-1", "x", "9" * 5000])
+def test_class_numbers_in_a_table_that_are_none(tmp_path, label):
+    source = table(tmp_path, f"image,label\nred.png,{label}\n", classes=["cat", "dog"])
+    with pytest.raises(DataError, match=r"bad label: .* is not one of the 2 class numbers"):
+        source[0]
+
+
+@pytest.mark.parametrize("member", ["a/red.png", "./a/red.png"])
+@pytest.mark.parametrize("name", ["a/red.png", "./a/red.png"])
+def test_members_of_a_tar_of_the_folder_itself(tmp_path, member, name):
+    write_tar(tmp_path / "pictures.tar", [(member, RED)])
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": name, "caption": "c"}]))
+    source = open_source({"kind": "jsonl", "file": "rows.json", "images": "pictures.tar"}, data_root=tmp_path)
+    assert open_image(source[0].images[0].source).getpixel((1, 1)) == (255, 0, 0)
+
+
+def test_names_with_brackets(tmp_path):
+    folder = tmp_path / "set [old]"
+    folder.mkdir()
+    for name in ("a [1].json", "b{1,2}.json", "s1.tar", "s2.tar"):
+        (folder / name).touch()
+    root = Root(folder)
+    assert root.files("a [1].json") == [folder / "a [1].json"]
+    assert root.files("b{1,2}.json") == [folder / "b{1,2}.json"]
+    assert root.files("*.tar") == root.files("s{1..2}.tar") == root.files("s[12].tar")
+    assert root.files("*.tar") == [folder / "s1.tar", folder / "s2.tar"]
+    assert Root(tmp_path).files(str(folder / "a [1].json")) == [folder / "a [1].json"]
+    with pytest.raises(DataError, match="no such file"):
+        root.files("c [1].json")
+
+
+@pytest.mark.parametrize(
+    ("ending", "text"), [("txt", b"a"), ("cls", b"1"), ("json", b'{"question": "q", "answer": "a"}')]
+)
+def test_keys_cut_at_a_dot_do_not_merge_samples(tmp_path, ending, text):
+    write_tar(
+        tmp_path / "s.tar",
+        [("v1.0_a.png", RED), (f"v1.0_a.{ending}", text), ("v1.0_b.png", BLUE), (f"v1.0_b.{ending}", text)],
+    )
+    source = open_source({"kind": "webdataset", "shards": "s.tar"}, data_root=tmp_path)
+    with pytest.raises(DataError, match=r"'v1.0_a.png' and 'v1.0_b.png' are one sample, 'v1', .* first dot"):
+        source[0]
+
+
+def test_a_question_may_have_several_pictures(tmp_path):
+    sample = json.dumps({"question": "which is red?", "answer": "the left"}).encode()
+    write_tar(tmp_path / "s.tar", [("k.left.png", RED), ("k.right.png", BLUE), ("k.json", sample)])
+    source = open_source({"kind": "webdataset", "shards": "s.tar"}, data_root=tmp_path)
+    assert len(source[0].images) == 2
