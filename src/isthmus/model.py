@@ -21,7 +21,7 @@ import isthmus
 from isthmus import checkpoint
 from isthmus.batch import Tokens
 from isthmus.config import plain
-from isthmus.data.attention import Attention, scored, shared_beginning, whole, with_answer, words
+from isthmus.data.attention import Attention, with_answer
 from isthmus.data.blip2 import PairProcessor
 from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.collate import collate
@@ -29,6 +29,7 @@ from isthmus.data.images import AnyImage, as_image
 from isthmus.data.interleave import STYLES
 from isthmus.data.messages import Message, part_of, parts_of
 from isthmus.data.processor import ContrastiveProcessor, ImagesProcessor, Processor, processor_from_dict
+from isthmus.data.reading import scored, shared_beginning, whole, words
 from isthmus.data.record import Example, Image, Part, Record, Text, without_answer
 from isthmus.data.text import TEMPLATES, render
 from isthmus.data.tokenizer import Tokenizer

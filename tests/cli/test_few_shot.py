@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from isthmus.cli import chat, evaluate
 from isthmus.cli.app import app
+from isthmus.data.messages import NO_ANSWER
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import vqa
 from isthmus.evaluation.run import Result
@@ -77,7 +78,7 @@ def test_a_conversation_shows_pictures_in_later_turns_and_survives_a_turn_too_lo
     assert "500 tokens" in said
     shown = [[part["image"].name for part in m["content"] if part["type"] == "image"] for m in heard[-1][::2]]
     assert shown == [["a.png"], ["b.png"], []]
-    assert [m["content"] for m in heard[-1][1::2]] == ["red", chat.NO_ANSWER]
+    assert [m["content"] for m in heard[-1][1::2]] == ["red", NO_ANSWER]
 
 
 @pytest.mark.parametrize(

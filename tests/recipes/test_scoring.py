@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image as PilImage
 
 from isthmus.data.quarantine import Quarantine
@@ -120,3 +121,19 @@ def test_zero_shot_classes_are_those_the_model_picks_itself(story, tmp_path, mon
         picked[name] = [row["answers"][0] for row in result.rows]
     assert picked["own"] == [next(iter(model.classify(r.images[0], names, templates=templates))) for r in records]
     assert picked["cosine"] != picked["own"]
+
+
+def test_matching_ranks_by_the_similarity_that_was_trained(story, tmp_path):
+    model = load(story / "clip")
+    model.net.config = replace(model.net.config, similarity="dot")
+    data = {"kind": "scenes", "form": "captions", "count": 4}
+    spec = EvalSpec(name="fits", task="matching", data=data)
+    (result,) = score_model(model, [spec], tmp_path, model_hash="x")
+    source = open_source(data)
+    own = [row for row in result.rows if row["label"]]
+    for row, record in zip(own, (source[i] for i in range(4)), strict=True):
+        expected = float(model.similarity([record.images[0]], [row["caption"]]))
+        assert row["score"] == pytest.approx(expected, rel=1e-4)
+        unit = torch.nn.functional.normalize
+        cosine = (unit(model.embed_images([record.images[0]])) * unit(model.embed_texts([row["caption"]]))).sum()
+        assert row["score"] != pytest.approx(float(cosine), rel=1e-2)

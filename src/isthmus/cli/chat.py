@@ -8,8 +8,6 @@ from rich.console import Console
 
 from isthmus.errors import CapabilityError, DataError
 
-NO_ANSWER = "(no answer)"
-
 
 def run(
     model_folder: str,
@@ -48,6 +46,8 @@ def run(
 
 def _talk(console: Console, say: Callable[[list[dict[str, Any]]], str], shown: list[dict[str, Any]]) -> None:
     """Turn by turn until an empty line; ``shown`` goes with the next turn. What cannot be answered is taken back."""
+    from isthmus.data.messages import NO_ANSWER
+
     console.print("[dim]/image FILE or /video CLIP shows one more; an empty line ends the conversation.[/]")
     messages: list[dict[str, Any]] = []
     while text := _ask(console):
@@ -64,9 +64,9 @@ def _talk(console: Console, say: Callable[[list[dict[str, Any]]], str], shown: l
         except DataError as error:
             console.print(f"{error}\nThat turn is taken back; an empty line ends the conversation.", markup=False)
             continue
-        # A later prompt cannot hold a turn that says nothing.
-        messages += [turn, {"role": "assistant", "content": reply or NO_ANSWER}]
-        console.print(reply or NO_ANSWER, markup=False, highlight=False)
+        said = reply or NO_ANSWER
+        messages += [turn, {"role": "assistant", "content": said}]
+        console.print(said, markup=False, highlight=False)
         shown = []
 
 

@@ -10,6 +10,9 @@ from isthmus.data.record import Image, Part, Text
 from isthmus.data.video import PICTURES, VIDEOS, as_video, as_visual
 from isthmus.errors import DataError
 
+NO_ANSWER = "(no answer)"
+"""What an empty answer of the model's becomes in its own history: templates cannot write an empty turn."""
+
 Message = Mapping[str, Any]
 """``{"role": "user", "content": "text"}``, or content as a list of ``{"type": "text"|"image"|"video", ...}`` parts."""
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from isthmus.data.messages import NO_ANSWER
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import binary, choice, rules, vqa
 from isthmus.evaluation.asking import ask_all, whose_pictures
@@ -194,16 +195,12 @@ class ConversationTask(Questions):
         return score_conversation(rows, rule=rules.rule(self.rule), seed=self.seed)
 
 
-_SILENT = "(no answer)"
-"""What an empty answer of the model's becomes in its own history: templates cannot write an empty turn."""
-
-
 def _up_to(record: Any, n: int, said: Sequence[str] | None) -> Any:
     """The record before its n-th answer, with the earlier answers replaced by ``said`` where given."""
     found = turns(record)
     parts = list(record.parts[: found[n].at])
     for turn, answer in zip(found[:n], said or (), strict=False):
-        parts[turn.at] = replace(parts[turn.at], text=answer.strip() or _SILENT)
+        parts[turn.at] = replace(parts[turn.at], text=answer.strip() or NO_ANSWER)
     return replace(record, parts=tuple(parts))
 
 

@@ -8,7 +8,7 @@ threshold is chosen. Pairs that do not belong together are either in the data (`
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,10 @@ from isthmus.evaluation.asking import strangers
 from isthmus.evaluation.binary import parse
 from isthmus.evaluation.bootstrap import Array, Interval
 from isthmus.evaluation.caption_task import captions_of
-from isthmus.evaluation.embedding import embed, unit
+from isthmus.evaluation.embedding import embed
 from isthmus.evaluation.protocols import Embeds, Matches, Records
-from isthmus.evaluation.tasks import Row, fingerprint, listed, unique
+from isthmus.evaluation.tasks import Row, fingerprint, known, listed, unique
+from isthmus.nn.losses import Similarity, similarity
 
 DRAWS = 1000
 
@@ -81,7 +82,10 @@ def score(rows: Sequence[Row], *, seed: int = 0) -> MatchingScores:
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingTask:
-    """A pair's score is the cosine of the model's embeddings. ``pairs``: made here, or ``given`` by the records."""
+    """A pair's score is the similarity of the model's embeddings: cosine, dot or euclidean, as it was trained.
+
+    ``pairs``: made here, or ``given`` by the records.
+    """
 
     kind: ClassVar[str] = "matching"
     needs: ClassVar[type] = Embeds
@@ -91,8 +95,10 @@ class MatchingTask:
     records: Records
     pairs: Literal["made", "given"] = "made"
     seed: int = 0
+    similarity: Similarity = "cosine"
 
     def __post_init__(self) -> None:
+        known(self.similarity, get_args(Similarity), "similarity")
         if self.pairs not in ("made", "given"):
             raise ConfigError(f"Task {self.name!r}: pairs is made or given, not {self.pairs!r}.")
 
@@ -127,7 +133,8 @@ class MatchingTask:
         return unique([name for name, *_ in self._listed], self.name)
 
     def describe(self) -> dict[str, Any]:
-        return {"by": self.by, "pairs": self.pairs, "data": fingerprint(self.records)}
+        told = {"by": self.by, "pairs": self.pairs, "data": fingerprint(self.records)}
+        return told if self.similarity == "cosine" else {**told, "similarity": self.similarity}
 
     def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         keys = [r.images[0].content_key() for r in listed(self.records)]
@@ -147,7 +154,7 @@ class MatchingTask:
         pictures = [self.records[i].images[0] for i in places]
         images = embed(model.embed_images, pictures, what="pictures")
         captions = embed(model.embed_texts, texts, what="captions")
-        return (unit(images) * unit(captions)).sum(dim=-1).tolist()
+        return similarity(images, captions, self.similarity).diagonal().tolist()
 
     def score(self, rows: Sequence[Row]) -> MatchingScores:
         return score(rows, seed=self.seed)

@@ -83,7 +83,7 @@ def unique(ids: Sequence[str], task: str) -> list[str]:
     return list(ids)
 
 
-def _known(name: str, choices: Sequence[str], what: str) -> None:
+def known(name: str, choices: Sequence[str], what: str) -> None:
     if name not in choices:
         raise ConfigError(f"Unknown {what} {name!r}; {nearest(name, choices)}")
 
@@ -216,7 +216,7 @@ class RetrievalTask:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _known(self.similarity, get_args(Similarity), "similarity")
+        known(self.similarity, get_args(Similarity), "similarity")
 
     @cached_property
     def _pairs(self) -> dict[str, tuple[str, Picture, list[str]]]:
@@ -311,7 +311,7 @@ class ZeroShotTask(_Classified):
     similarity: Similarity = "cosine"
 
     def __post_init__(self) -> None:
-        _known(self.similarity, get_args(Similarity), "similarity")
+        known(self.similarity, get_args(Similarity), "similarity")
 
     @cached_property
     def _names(self) -> list[str]:

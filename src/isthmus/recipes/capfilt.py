@@ -19,11 +19,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from isthmus.data.images import open_image
 from isthmus.data.mix import Source, key
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.record import Image, Record, Text
 from isthmus.errors import ConfigError, DataError
+from isthmus.evaluation.sound import Sound
 
 CHUNK = 64
 
@@ -115,26 +115,25 @@ def capfilt(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not an empty folder; give another name or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
+    bad = Quarantine(out.parent / f"{out.name}.quarantine.jsonl", threshold=bad_samples)
+    sound = Sound(source, bad, demand=lambda record: (_picture(record), _captions(record)))
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     settings = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 40} | (decoding or {})
-    tally, bad = _Tally(), Quarantine(out.parent / f"{out.name}.quarantine.jsonl", threshold=bad_samples)
+    tally = _Tally()
     try:
         aside.chmod(0o755)
         (aside / "images").mkdir()
         with (aside / "captions.jsonl").open("w", encoding="utf-8") as file:
-            for start in range(0, len(source), CHUNK):
-                places = range(start, min(start + CHUNK, len(source)))
-                sound = {i: record for i in places if (record := _sound(source, i, bad)) is not None}
-                made = synthetic(captioner, list(sound.values()), k=k, seed=seed, decoding=settings)
-                for (number, record), texts in zip(sound.items(), made, strict=True):
+            for start in range(0, len(sound), CHUNK):
+                records = [sound[i] for i in range(start, min(start + CHUNK, len(sound)))]
+                made = synthetic(captioner, records, k=k, seed=seed, decoding=settings)
+                for number, (record, texts) in enumerate(zip(records, made, strict=True), start=start):
                     line = _line(record, texts, judge, keep)
                     line["image"] = _write_picture(record, aside / "images", number)
                     tally.add(record, line)
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 if progress is not None:
-                    progress(places.stop, len(source))
-        if not tally.pictures:
-            raise DataError(f"no sample has a readable picture and a caption, for example: {bad.example()}")
+                    progress(start + len(records), len(sound))
         report = tally.report(len(bad))
         (aside / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         os.replace(aside, out)
@@ -142,21 +141,6 @@ def capfilt(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return report
-
-
-def _sound(source: Source, index: int, bad: Quarantine) -> Record | None:
-    """The record of this number, or nothing when it is bad and has been noted."""
-    name = str(index)
-    try:
-        record = source[index]
-        name = record.id
-        _captions(record)
-        open_image(_picture(record).source)
-    except DataError as error:
-        bad.add(name, source.name, str(error))
-        record = None
-    bad.seen(1)
-    return record
 
 
 def synthetic(

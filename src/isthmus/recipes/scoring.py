@@ -71,6 +71,9 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quaran
         raise ConfigError(f"Task {spec.name!r} ({spec.task}) has no option {unknown[0]!r}.") from None
 
 
+_BY_SIMILARITY = ("retrieval", "zero-shot", "matching")
+"""Tasks that rank by the similarity a CLIP was trained with."""
+
 UNTRAINED = ("matching", "matching-head", "retrieval", "zero-shot")
 """Tasks that take nothing from training data."""
 
@@ -187,7 +190,7 @@ def score_model(
         if spec.stage is not None:
             model, model_hash = _of_stage(run or folder.parent, spec.stage, final, final_hash)
         report = (lambda done, total, name=name: progress(name, done, total)) if progress else None
-        if spec.task in ("retrieval", "zero-shot") and model.kind == "clip":
+        if spec.task in _BY_SIMILARITY and model.kind == "clip":
             spec = spec.model_copy(update={"options": {"similarity": model.net.config.similarity, **spec.options}})
         if spec.task == "caption" and "caption" in model.prompts:
             spec = spec.model_copy(update={"options": {"prompt": model.prompts["caption"], **spec.options}})

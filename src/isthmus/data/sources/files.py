@@ -6,9 +6,10 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 from isthmus.data.images import FileImage, TarImage
 from isthmus.data.record import ImageSource
@@ -69,14 +70,24 @@ def _braces(pattern: str) -> Iterator[str]:
     return ("".join(choice) for choice in itertools.product(*options))
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file. Raises DataError when it is missing or not JSON, with the line where it stops being."""
+@contextmanager
+def _text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """The file open to be read. Raises DataError, also within, when it is missing or not UTF-8."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        with open(path, newline=newline, encoding="utf-8-sig") as file:
+            yield file
     except OSError:
         raise DataError(f"no such file: {path}; check the path and the DATA= folder") from None
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises DataError when it is missing or not JSON, with the line where it stops being."""
+    with _text(path) as file:
+        content = file.read()
+    try:
+        return json.loads(content)
     except RecursionError:
         raise DataError(f"{path} is nested too deeply to be data; is it a file of this format?") from None
     except ValueError as error:
@@ -86,14 +97,9 @@ def read_json(path: Path) -> Any:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON list or of JSON lines, whichever the file is. Raises DataError naming the line."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            first = next((line.lstrip()[:1] for line in file if line.strip()), "")
-            rows = None if first == "[" else _read_lines(path, file)
-    except OSError:
-        raise DataError(f"no such file: {path}; check the path and the DATA= folder") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    with _text(path) as file:
+        first = next((line.lstrip()[:1] for line in file if line.strip()), "")
+        rows = None if first == "[" else _read_lines(path, file)
     rows = read_json(path) if rows is None else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path} must hold a list of JSON objects, or one object a line")
@@ -119,21 +125,16 @@ def read_table(path: Path, delimiter: str) -> tuple[list[str], list[dict[str, An
         raise ConfigError(
             f'source: the delimiter must be one character, not {delimiter!r} (in YAML a tab is "\\t", in double quotes)'
         )
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as table:
-            reader = csv.DictReader(table, delimiter=delimiter)
-            try:
-                columns = list(reader.fieldnames or ())
-                return columns, list(reader)
-            except csv.Error as error:
-                line = reader.line_num + 1  # it counts the lines before
-                raise DataError(
-                    f"{path}, line {line}: not a valid table: {error}; is a quotation mark left open?"
-                ) from None
-    except OSError:
-        raise DataError(f"no such file: {path}; check the path and the DATA= folder") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    with _text(path, newline="") as table:
+        reader = csv.DictReader(table, delimiter=delimiter)
+        try:
+            columns = list(reader.fieldnames or ())
+            return columns, list(reader)
+        except csv.Error as error:
+            line = reader.line_num + 1  # it counts the lines before
+            raise DataError(
+                f"{path}, line {line}: not a valid table: {error}; is a quotation mark left open?"
+            ) from None
 
 
 def once(ids: Iterable[Any], path: Path | str, what: str) -> None:
@@ -147,12 +148,8 @@ def once(ids: Iterable[Any], path: Path | str, what: str) -> None:
 
 def read_lines(path: Path) -> list[str]:
     """Non-empty lines of a text file, stripped: class names. Raises DataError when it is missing or not UTF-8."""
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except OSError:
-        raise DataError(f"no such file: {path}; check the path and the DATA= folder") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    with _text(path) as file:
+        return [line.strip() for line in file.read().splitlines() if line.strip()]
 
 
 def safe_name(name: str) -> bool:

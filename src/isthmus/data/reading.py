@@ -1,0 +1,87 @@
+"""What a model reads: a prompt in words, a candidate behind it in full, and the beginning that candidates share."""
+
+import sys
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.batch import IGNORE
+from isthmus.data.record import Example, Record, Span
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import DataError
+
+_LIMITS = ("max_length", "max_images", "max_text")
+
+
+def shared_beginning(examples: Sequence[Example]) -> tuple[Example, list[Tensor], list[Tensor]] | None:
+    """What all the examples begin with as one example without labels, then each one's ids and labels behind it.
+
+    Nothing learnt is in the beginning, and all visuals are; none when there is no such beginning.
+    """
+    spans = [example.streams["lm"] for example in examples]
+    first = spans[0]
+    end = min(next((i for i, w in enumerate(s.labels or ()) if w != IGNORE), len(s.ids)) for s in spans)
+    end = next((i for i in range(end) if any(s.ids[i] != first.ids[i] for s in spans)), end)
+    visuals = [[v.content_key() for v in example.visuals] for example in examples]
+    behind = any(place.start >= end for example in examples for place in example.places)
+    if end < 1 or behind or any(keys != visuals[0] for keys in visuals):
+        return None
+    seen = None if first.seen is None else first.seen[:end]
+    beginning = replace(examples[0], streams={"lm": Span(first.ids[:end], None, seen)})
+    return (
+        beginning,
+        [torch.tensor(s.ids[end:]) for s in spans],
+        [torch.tensor((s.labels or [])[end:]) for s in spans],
+    )
+
+
+def whole(processor: Any) -> Any:
+    """The processor without the limits at which it cuts training samples or refuses prompts."""
+    found = copy(processor)
+    for limit in _LIMITS:
+        if hasattr(found, limit):
+            setattr(found, limit, sys.maxsize)
+    return found
+
+
+def scored(processor: Any, record: Record, candidate: str) -> Example:
+    """A record that ends with a candidate answer, for its score: whole, and with the pictures that a prompt may have.
+
+    Raises DataError, naming the candidate, when it does not fit: cut off, it would score as another text.
+    """
+    uncut = whole(processor)
+    example: Example = getattr(uncut, "scored", uncut.example)(record, 0)
+    text_only = hasattr(processor, "max_text")  # BLIP-2's limit leaves the visual places out
+    limit = processor.max_text if text_only else processor.max_length
+    for name, span in example.streams.items():
+        places = sum(p.length for p in example.places if p.stream == name) if text_only else 0
+        tokens = len(span.ids) - places
+        if name == "qformer" or tokens <= limit:  # the Q-Former's question has a limit of its own
+            continue
+        prompt = next((i for i, w in enumerate(span.labels or ()) if w != IGNORE), len(span.ids)) - places
+        shown = f"{record.id} ({candidate if len(candidate) <= 40 else candidate[:40] + '…'!r})"
+        if prompt >= limit:
+            raise DataError(
+                f"prompt too long: it takes {prompt} tokens and the model reads {limit}, which leaves no room for "
+                f"{shown}; shorten the prompt"
+            )
+        raise DataError(
+            f"{shown} is too long: behind the prompt's {prompt} tokens it takes {tokens - prompt} and the model reads "
+            f"{limit} in all; shorten it"
+        )
+    return example
+
+
+def words(prompt: Example, tokenizer: Tokenizer) -> str:
+    """A prompt as the model reads it, special tokens and all, with ``<image>`` where a visual stands."""
+    name, span = next(iter(prompt.streams.items()))
+    said, start = "", 0
+    for place in prompt.places:
+        if place.stream == name:
+            said += tokenizer.decode(span.ids[start : place.start], skip_special=False) + "<image>"
+            start = place.start + place.length
+    return said + tokenizer.decode(span.ids[start:], skip_special=False)
