@@ -37,6 +37,15 @@ def test_our_own_warnings_are_told_in_a_paragraph(capsys):
     assert [str(message) for message, *_ in told] == ["theirs"]
 
 
+def test_an_interruption_is_told(monkeypatch, capsys):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("isthmus.recipes.demo.run_demo", pressed)
+    code, _, said = run(monkeypatch, capsys, "demo", "--no-serve")
+    assert (code, said) == (130, "isthmus: Interrupted. The same command goes on where this one stopped.\n")
+
+
 def test_help_and_import_load_nothing_heavy():
     for command in (
         "import isthmus",

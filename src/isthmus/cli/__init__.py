@@ -33,9 +33,10 @@ def main() -> None:
 def _run() -> None:
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        _say("Interrupted. The same command goes on where this one stopped.")
-        sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as end:
+        if end.code == EXIT_INTERRUPTED:  # what Typer makes of Ctrl-C, without a word
+            _say("Interrupted. The same command goes on where this one stopped.")
+        raise
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_USER)
