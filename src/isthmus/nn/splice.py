@@ -67,7 +67,8 @@ def _check(rows: list[list[int]], counts: list[int], shape: tuple[int, ...], nam
         if length != counts[visual]:
             raise DataError(
                 f"{where}: the text keeps {length} places for visual {visual}, but the connector made "
-                f"{counts[visual]} tokens of it. Processor and model were made for different sizes."
+                f"{counts[visual]} tokens of it. Either it is a clip, and a model that splices reads pictures only, "
+                "or processor and model were made for different sizes."
             )
         if not (0 <= row < shape[0] and start >= 0 and start + length <= shape[1]):
             raise DataError(
