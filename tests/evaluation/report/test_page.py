@@ -186,6 +186,14 @@ def test_times_are_readable(seconds, shown):
     assert shown in Reader(render(Report(title="t", seconds={"a": seconds}))).text
 
 
+@pytest.mark.parametrize(
+    ("empty", "unparsable", "told"), [(0, 0, "1,000"), (7, 7, "1,000; 7 empty"), (7, 1200, "1,000; 1,200 unparsable")]
+)
+def test_answers_that_cannot_be_read_are_told_beside_their_number(empty, unparsable, told):
+    score = Score(n=1000, accuracy=0.5, interval=(0.4, 0.6), empty=empty, unparsable=unparsable)
+    assert f'<span class="n">{told}</span>' in render(Report(title="t", scores={"m": score}))
+
+
 def test_an_empty_report_has_a_title_and_no_empty_sections():
     html = render(Report(title="only a title"))
     assert "only a title" in html

@@ -33,7 +33,9 @@ def score_table(groups: Sequence[Group], caption: str, first: str) -> str:
 
 
 def _score_row(label: str, score: Score) -> str:
-    empty = f"; {score.empty} empty" if score.empty else ""
+    unread = f"; {score.empty} empty" if score.empty else ""
+    if score.unparsable > score.empty:  # what is empty is among them
+        unread = f"; {score.unparsable:,} unparsable"
     dagger = "" if score.enough else "<sup>†</sup>"
     controls = "".join(
         f'<td class="num control{" best" if value is not None and value == score.best_without_looking else ""}">'
@@ -44,7 +46,7 @@ def _score_row(label: str, score: Score) -> str:
     way = "up" if low > 0 else "down" if high < 0 else "flat"
     gain = percent(score.gain, signed=True) + _spread(score.gain_interval, signed=True)
     return (
-        f'<tr><th scope="row">{escape(label)}{dagger} <span class="n">{score.n:,}{empty}</span></th>'
+        f'<tr><th scope="row">{escape(label)}{dagger} <span class="n">{score.n:,}{unread}</span></th>'
         f'<td class="bar">{bar(score)}</td>'
         f'<td class="num">{percent(score.accuracy)}{_spread(score.interval)}</td>{controls}'
         f'<td class="num gain {way}">{gain}</td>'
