@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from isthmus.errors import ConfigError, StageError
-from isthmus.stage import Group, Stage, apply_stage, canonical, named_parameters, set_modes
+from isthmus.stage import Group, Stage, StagedNet, apply_stage, canonical, named_parameters, set_modes
 
 
 class Net(nn.Module):
@@ -141,6 +141,20 @@ def test_frozen_modules_stay_in_eval_mode():
         assert not modes["language"]
         net.train()
         set_modes(net)
+
+
+def test_train_mode_of_the_librarys_own_nets_leaves_frozen_parts_alone():
+    class Own(StagedNet, Net):
+        pass
+
+    net = Own()
+    assert all(m.training for m in net.train().modules())  # all is open yet
+    apply_stage(net, (Group("vision.blocks.1.*", lr=1.0),))
+    modes = {name: m.training for name, m in net.eval().train().named_modules()}
+    assert modes["vision.blocks.1.drop"]
+    assert not modes["vision.blocks.0.drop"]
+    assert not modes["language"]
+    assert not any(m.training for m in net.eval().modules())
 
 
 def test_wrapper_prefixes_are_not_part_of_a_name():

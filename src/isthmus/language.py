@@ -42,6 +42,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from isthmus.batch import IGNORE, Tokens
 from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.nn.attention import full_precision
+from isthmus.nn.beam import Step, beam_search
 
 LOGITS_AT_ONCE = 2**25
 """Most logits (positions x vocabulary) that a loss holds at a time: 128 MiB in fp32, 1,048 positions of 32,000."""
@@ -438,6 +439,30 @@ def logits_processors(decoding: Decoding, rows: int, *, started: int = 0) -> Log
         steps.append(TopPLogitsWarper(top_p=decoding.top_p))
     steps.append(_Draw(seeds))
     return steps
+
+
+def write(step: Step, start: Tensor, decoding: Decoding) -> list[list[int]]:
+    """What ``decoding`` writes by a next-token function that the library does not know, behind one token per row,
+    ``start`` (B,): the new tokens only, without the stop token. ``step`` hands out logits; see :func:`beam_search`."""
+    change = logits_processors(decoding, rows=len(start))
+
+    def scores(ids: Tensor) -> Tensor:
+        # The library's order: beams are scored by log-probabilities, so there the rules meet those.
+        logits, new = step(ids).float(), ids[:, 1:]
+        if decoding.num_beams > 1:
+            return change(new, logits.log_softmax(-1))  # type: ignore[arg-type]
+        return change(new, logits).log_softmax(-1)  # type: ignore[arg-type]
+
+    return beam_search(
+        scores,
+        start,
+        beams=decoding.num_beams,
+        max_new=decoding.max_new_tokens,
+        min_new=decoding.min_new_tokens,
+        stop_ids=decoding.stop_ids,
+        forbidden_ids=decoding.forbidden_ids,
+        length_penalty=decoding.length_penalty,
+    )
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:

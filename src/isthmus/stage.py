@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from rich.table import Table
 from torch import nn
@@ -231,8 +231,20 @@ def apply_stage(net: nn.Module, groups: Sequence[Group]) -> StageTable:
     )
 
 
+class StagedNet(nn.Module):
+    """A net that is frozen and opened by parts: ``train()`` reaches what is open alone (:func:`set_modes`), so that no
+    dropout of a frozen encoder or language model starts anew."""
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode:
+            set_modes(self)
+        return self
+
+
 def set_modes(net: nn.Module) -> None:
-    """Train mode where something below is open, eval mode elsewhere; call it again after any ``net.train()``.
+    """Train mode where something below is open, eval mode elsewhere. A net that is no :class:`StagedNet` needs it again
+    after any ``net.train()``.
 
     A module without parameters of its own (dropout) follows the module that holds it, so dropout inside a frozen
     block stays off.

@@ -1,9 +1,12 @@
 """BLIP-2 and InstructBLIP against transformers' classes, all weights redrawn (trap 16)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image as PilImage
+from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel
 
 from isthmus.batch import Batch
 from isthmus.checkpoint import load_into
@@ -12,22 +15,26 @@ from isthmus.data.record import Record, Text
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.hf_blip2 import from_hf, read_blip2_folder
+from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.language import Decoding
 from isthmus.language_seq2seq import Seq2SeqLM
 from isthmus.model import load
-from isthmus.models.blip2 import Blip2
+from isthmus.models.blip2 import Blip2, Blip2Config
+from isthmus.nn.vit import VisionConfig, VisionTransformer
 from tests.models.tiny_blip2 import (
     CLS,
     LLAMA,
     OPT,
     QUERIES,
     SEP,
+    SIZE,
     T5,
     TEXTS,
     V,
     generation_peer,
     pairs,
     prompts,
+    redraw,
     retrieval_peer,
     tokens,
 )
@@ -71,6 +78,49 @@ def test_the_encoder_equals_the_peers_before_its_norm() -> None:
     raw = net.visual_features(pixels(batch)[:, None])[:, 0]
     torch.testing.assert_close(peer.vision_model.post_layernorm(raw), theirs, atol=1e-5, rtol=0)
     assert raw.shape[1] == 17  # the class token is kept
+
+
+def shrunk(preset: VisionConfig, layers: int) -> VisionConfig:
+    """A published encoder's variant in a test's sizes."""
+    return replace(preset, image_size=SIZE, patch_size=4, width=24, heads=4, mlp_width=36, layers=layers)
+
+
+PEER_SIZES = {
+    "image_size": SIZE,
+    "patch_size": 4,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "intermediate_size": 36,
+}
+
+
+@torch.no_grad()
+def test_the_preset_of_vit_g_is_the_peers_encoder_before_its_norm() -> None:
+    peer = redraw(Blip2VisionModel(Blip2VisionConfig(**PEER_SIZES, num_hidden_layers=3)))
+    ours = VisionTransformer(shrunk(Blip2Config.vit_g_opt_2_7b().vision, 3))
+    state = from_hf({f"vision_model.{name}": tensor for name, tensor in peer.state_dict().items()})
+    ours.load_state_dict({n.removeprefix("vision."): t for n, t in state.items() if n.startswith("vision.")})
+    seen = pixels(pairs())
+    found = ours(seen, layers=(-1,), pooled=False).layers[0]
+    theirs = peer(seen)
+    torch.testing.assert_close(peer.post_layernorm(found), theirs.last_hidden_state, atol=1e-5, rtol=0)
+    hidden = peer(seen, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(found, hidden, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_preset_of_vit_l_is_clips_encoder_before_its_last_block() -> None:
+    preset = Blip2Config.vit_l_opt_2_7b().vision
+    assert (preset.layers, preset.activation, preset.pre_norm, preset.post_norm) == (23, "quick_gelu", True, "none")
+    peer = redraw(CLIPVisionModel(CLIPVisionConfig(**PEER_SIZES, num_hidden_layers=4)))
+    whole = shrunk(VisionConfig.vit_l_14(), 4)
+    ours = VisionTransformer(shrunk(preset, 3))
+    left_out = ours.load_state_dict(vision_from_hf(peer.state_dict(), whole), strict=False)
+    assert not left_out.missing_keys
+    assert all(name.startswith(("blocks.3.", "ln_post.")) for name in left_out.unexpected_keys)
+    seen = pixels(pairs())
+    theirs = peer(seen, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(ours(seen, layers=(-1,), pooled=False).layers[0], theirs, atol=1e-5, rtol=1e-5)
 
 
 def theirs_and_ours(kind: dict, batch: Batch, decoder: list[list[int]] | None, instruct: bool):

@@ -216,6 +216,9 @@ REFUSED = {
     "offset": (lambda: tiny_models.flamingo(offset=0), "open_flamingo"),
     "media": (lambda: tiny_models.flamingo(media="all"), "open_flamingo"),
     "feature_layer -2": (lambda: tiny_models.flamingo(feature_layer=-2), "open_flamingo"),
+    "patch_positions": (lambda: tiny_models.flamingo(patch_positions=True), "open_flamingo"),
+    "patch_positions of BLIP-2": (lambda: tiny_models.lavis(patch_positions=True), "lavis"),
+    "patch_positions in transformers": (lambda: tiny_models.blip2(None, patch_positions=True), "hf"),
     "norm_eps": (lambda: tiny_models.lavis(norm_eps=1e-6), "lavis"),
     "heads.temperature": (lambda: tiny_models.blip2(None), "hf"),
 }

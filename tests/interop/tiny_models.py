@@ -276,11 +276,13 @@ def blip2(language: dict[str, Any] | None = OPT, *, instruct: bool = False, **ch
     )
 
 
-def lavis(language: dict[str, Any] | None = OPT, *, norm_eps: float = 1e-5, instruct: bool = False) -> Model:
+def lavis(
+    language: dict[str, Any] | None = OPT, *, norm_eps: float = 1e-5, instruct: bool = False, **changes: Any
+) -> Model:
     """With the eps of LAVIS, its heads (64 and 88 wide), and keys without a bias."""
     vision = replace(EVA, image_size=SIZE, patch_size=8, width=88, heads=1, activation="gelu", eps=1e-6)
     qformer = replace(blip2(language).net.config.qformer, vision_width=88, width=64, heads=1, dropout=0.1)
-    model = blip2(language, norm_eps=norm_eps, instruct=instruct, vision=vision, qformer=qformer)
+    model = blip2(language, norm_eps=norm_eps, instruct=instruct, vision=vision, qformer=qformer, **changes)
     for block in model.net.vision.blocks:
         block.attn.k_proj.bias.data.zero_()
     return model

@@ -15,8 +15,9 @@ from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.language import Decoding
 from isthmus.models.blip2 import STAGES, Blip2, Blip2Config, layer_decay
+from isthmus.nn.patch_positions import add_patch_positions
 from isthmus.nn.vit import VisionConfig, VisionTransformer
-from isthmus.stage import Group, apply_stage, set_modes
+from isthmus.stage import Group, apply_stage
 from tests.models import blip2_ranks
 from tests.models.tiny_blip2 import (
     CLS,
@@ -282,6 +283,14 @@ def test_objectives_can_be_left_out_and_the_rest_is_listed_as_unused() -> None:
         tiny(objectives=("itx",))
 
 
+def test_where_patches_stand_is_told_when_asked_for() -> None:
+    plain, told = tiny(), tiny(patch_positions=True)
+    told.load_state_dict(plain.state_dict())
+    pixels = torch.randn(2, 1, 3, VISION.image_size, VISION.image_size, generator=torch.Generator().manual_seed(0))
+    state, grid = plain.visual_features(pixels)[:, 0], (VISION.grid, VISION.grid)
+    torch.testing.assert_close(told.visual_features(pixels)[:, 0], add_patch_positions(state, grid))
+
+
 @pytest.mark.parametrize("instruct", [False, True])
 def test_unreachable_is_what_no_gradient_reaches(instruct: bool) -> None:
     question = [[CLS, 7, SEP], [CLS, 8, 9, SEP]] if instruct else None
@@ -314,8 +323,33 @@ def test_a_caption_without_a_language_model() -> None:
         for place, token in enumerate(text):
             logits = net.writing_logits(past, tokens([[CLS, *text[:place]]]))
             assert int(logits[0, -1].argmax()) == token
-    with pytest.raises(ConfigError, match="beam search alone"):
-        net.generate(start, Decoding(max_new_tokens=4, temperature=1.0))
+    with pytest.raises(ConfigError, match="passes the Q-Former's"):
+        net.generate(start, Decoding(max_new_tokens=4000))
+
+
+@torch.no_grad()
+def test_captions_without_a_language_model_are_drawn_too() -> None:
+    """CapFilt wants several unlike captions of a picture from any captioner."""
+    net, batch = tiny(), pairs()
+    start = replace(batch, text={"qformer": tokens([[WORDS - 1]] * 4)})
+    draws = Decoding(max_new_tokens=5, temperature=1.0, top_p=0.9, seed=(1, 2, 3, 4))
+    found = net.generate(start, draws)
+    assert found == net.generate(start, draws) != net.generate(start, replace(draws, seed=(5, 6, 7, 8)))
+    for row in range(4):
+        assert net.generate(start.select([row]), replace(draws, seed=row + 1)) == [found[row]]
+    cold = net.generate(start, replace(draws, temperature=1e-4))
+    assert cold == net.generate(start, Decoding(max_new_tokens=5))
+    # The first token comes as often as its probability says.
+    pixels = batch.visuals[0].pixels
+    assert pixels is not None
+    logits = net.writing_logits(net.connector.look(net.normed(pixels[0])).past, tokens([[CLS]]))[0, -1]
+    best = int(logits.argmax())
+    first = Decoding(max_new_tokens=1, temperature=1.0)
+    drawn = [net.generate(start.select([0]), replace(first, seed=n))[0][0] for n in range(400)]
+    assert drawn.count(best) / 400 == pytest.approx(float(logits.softmax(-1)[best]), abs=0.1)
+    twice = Decoding(max_new_tokens=12, no_repeat_ngram=1)
+    assert all(len(set(text)) == len(text) for text in net.generate(start, twice))
+    assert any(len(set(text)) < len(text) for text in net.generate(start, replace(twice, no_repeat_ngram=0)))
 
 
 # Phase generate
@@ -386,7 +420,6 @@ def test_one_step_moves_the_connector_with_its_norm_and_nothing_else(phase: str)
     key = 0 if phase == "represent" else 1
     apply_stage(net, STAGES["vit_g"][key]["stage"].train)
     net.train()
-    set_modes(net)
     before = copy.deepcopy(net.state_dict())
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
     batch = pairs() if phase == "represent" else prompts(ROWS, learn_from=1)

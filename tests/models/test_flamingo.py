@@ -12,6 +12,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.language import Decoding
 from isthmus.models.flamingo import STAGES, Flamingo, FlamingoConfig
+from isthmus.nn.patch_positions import add_patch_positions
 from isthmus.stage import apply_stage
 from isthmus.training.gradient import backward
 from tests.models.tiny_flamingo import END, IMAGE, ROWS, VISION, V, batch, picture, tiny
@@ -198,6 +199,17 @@ def test_another_hidden_state_can_be_read():
     assert set(net.unreachable()) == dead
     with pytest.raises(ConfigError, match="feature_layer 3 does not exist among 3 hidden states"):
         tiny(feature_layer=3)
+
+
+def test_where_patches_stand_is_told_when_asked_for():
+    plain, told = tiny(), tiny(patch_positions=True)
+    told.load_state_dict(plain.state_dict())
+    pixels = torch.stack([picture("a"), picture("b")])
+    state = plain.vision(pixels[:, 0], layers=(-1,), pooled=False).layers[0]
+    expected = add_patch_positions(state, plain.vision.grid(*pixels.shape[-2:]))[:, 1:]
+    torch.testing.assert_close(told.visual_features(pixels)[:, 0], expected)
+    turned = told.connector(expected[:, None].flip(2)) - told.connector(expected[:, None])
+    assert turned.abs().max() < 1e-4  # once told, the order of patches says nothing more
 
 
 def test_scoring_endings_behind_one_beginning_equals_scoring_whole_rows():

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from isthmus.language import Decoding, LanguageModel
+from isthmus.language import Decoding, LanguageModel, write
 from isthmus.nn.beam import beam_search
 from tests.models.tiny_blip2 import LLAMA, V, redraw
 
@@ -74,21 +74,26 @@ def test_limits_are_kept() -> None:
     assert all(forbidden not in text for text in run(max_new=5, forbidden_ids=[forbidden]))
 
 
-@pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (3, 1.0), (3, -1.0), (5, 0.5)])
-def test_it_equals_the_librarys_search(beams: int, penalty: float) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 3, "length_penalty": -1.0},
+        {"num_beams": 5, "length_penalty": 0.5},
+        {"num_beams": 3, "repetition_penalty": 1.5},
+        {"no_repeat_ngram": 1, "min_new_tokens": 3},
+        {"repetition_penalty": 1.3, "forbidden_ids": (33, 54)},
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "seed": (1, 2, 3, 4, 5, 6)},
+    ],
+)
+def test_it_equals_the_librarys_search(options: dict) -> None:
     net = redraw(LanguageModel.build(LLAMA))
     assert isinstance(net, LanguageModel)
     start = torch.tensor([3, 4, 5, 6, 7, 8])
     for stop in (11, 40, 23):
-        decoding = Decoding(max_new_tokens=7, num_beams=beams, length_penalty=penalty, stop_ids=(stop,))
+        decoding = Decoding(max_new_tokens=7, stop_ids=(stop,), **options)
         theirs = net.generate(net.embed(start[:, None]), torch.ones(6, dtype=torch.long), decoding)
-        ours = beam_search(
-            lambda ids: net.logits(net.embed(ids))[:, -1],
-            start,
-            beams=beams,
-            max_new=7,
-            stop_ids=[stop],
-            length_penalty=penalty,
-        )
+        ours = write(lambda ids: net.logits(net.embed(ids))[:, -1], start, decoding)
         assert ours == theirs
         assert all(0 <= token < V for text in ours for token in text)

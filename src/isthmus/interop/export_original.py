@@ -250,6 +250,7 @@ def lavis_export(model: Source, *, shard_bytes: int) -> Export:
         ("qformer.heads", config.qformer.heads, config.qformer.width / HEAD),
         ("qformer.cross_every", config.qformer.cross_every, 2),
         ("feature_layer", config.feature_layer, -1),
+        ("patch_positions", config.patch_positions, False),
     ):
         must(value == allowed, field, value, who, repr(allowed))
     kind = "opt" if config.language is None or config.phase == "represent" else config.language["model_type"]
@@ -281,6 +282,7 @@ def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
     must(not config.class_token, "class_token", config.class_token, who, "false")
     last = config.feature_layer % (config.vision.layers + 1) == config.vision.layers
     must(last, "feature_layer", config.feature_layer, who, "-1")
+    must(not config.patch_positions, "patch_positions", config.patch_positions, who, "false")
     must(config.turn_id is None, "turn_id", config.turn_id, who, "none")
     own, theirs = ResamplerConfig.open_flamingo(), GatedConfig.open_flamingo()
     for name, part, fixed in (("resampler", config.resampler, own), ("xattn", config.xattn, theirs)):

@@ -197,6 +197,7 @@ def config_to_hf(config: Blip2Config, *, image_token_id: int | None) -> dict[str
             getattr(vision, field) == getattr(plain, field), f"vision.{field}", getattr(vision, field), _WHO, "another"
         )
     must(config.feature_layer % (vision.layers + 1) == vision.layers, "feature_layer", config.feature_layer, _WHO, "-1")
+    must(not config.patch_positions, "patch_positions", config.patch_positions, _WHO, "false")
     for field, value in (("vision.activation", vision.activation), ("qformer.activation", qformer.activation)):
         must(value in ("gelu", "quick_gelu", "relu"), field, value, _WHO, "gelu, quick_gelu or relu")
     represent = config.phase == "represent"

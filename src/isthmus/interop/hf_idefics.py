@@ -106,6 +106,7 @@ def idefics_config_to_hf(config: FlamingoConfig) -> dict[str, Any]:
     must(config.class_token, "class_token", config.class_token, _WHO, "true")
     last = config.feature_layer % (config.vision.layers + 1) == config.vision.layers
     must(last, "feature_layer", config.feature_layer, _WHO, "-1")
+    must(not config.patch_positions, "patch_positions", config.patch_positions, _WHO, "false")
     new, first = config.new_ids, language["vocab_size"]
     must(new == tuple(range(first, first + len(new))), "end_id", config.end_id, _WHO, "vocab_size, the others behind")
     eps = language.get("rms_norm_eps", 1e-6)

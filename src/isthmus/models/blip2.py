@@ -34,18 +34,18 @@ from torch import Tensor, nn
 from isthmus.batch import IGNORE, Batch, Places, Term, Tokens, Visuals
 from isthmus.config import plain, strict
 from isthmus.errors import CapabilityError, ConfigError, DataError
-from isthmus.language import Decoding
+from isthmus.language import Decoding, write
 from isthmus.language_seq2seq import Seq2SeqLM, build_language, safe_dtype
 from isthmus.models.published import flan_t5, opt, vicuna
-from isthmus.nn.beam import beam_search
 from isthmus.nn.connectors.qformer import Past, QFormerConfig, QFormerConnector
 from isthmus.nn.looking import patch_maps, self_attention
 from isthmus.nn.losses import Similarity, gather
 from isthmus.nn.matching import gather_tokens, hard_negatives, query_contrast
+from isthmus.nn.patch_positions import add_patch_positions
 from isthmus.nn.precision import KeptFloat32, cast_weights
 from isthmus.nn.splice import at_places, splice
 from isthmus.nn.vit import VisionConfig, VisionTransformer
-from isthmus.stage import Group, Stage
+from isthmus.stage import Group, Stage, StagedNet
 
 TEXT, DECODER = "qformer", "decoder"
 OBJECTIVES = ("itc", "itm", "itg")
@@ -56,7 +56,8 @@ class Blip2Config:
     """Encoder, Q-Former and (for ``generate``) the LM.
 
     ``feature_layer`` counts over the encoder's L+1 hidden states: -1 for the published encoders, which come without
-    their last block; -2 for a whole CLIP tower. ``instruct`` keeps the text half in ``generate``: the question or
+    their last block; -2 for a whole CLIP tower. ``patch_positions`` tells the Q-Former where each patch stands; in the
+    paper only the encoder does. ``instruct`` keeps the text half in ``generate``: the question or
     instruction stands beside the queries (InstructBLIP, and BLIP-2's fine-tuning on VQA). ``embed_dim`` is the
     contrast's width. ``norm_eps`` is that of the LayerNorm behind the encoder: 1e-5 in the original code, 1e-6 in
     transformers. ``objectives`` are those of ``represent``.
@@ -68,6 +69,7 @@ class Blip2Config:
     phase: Literal["represent", "generate"] = "generate"
     instruct: bool = False
     feature_layer: int = -1
+    patch_positions: bool = False
     embed_dim: int = 256
     norm_eps: float = 1e-5
     label_smoothing: float = 0.1
@@ -179,7 +181,7 @@ class Heads(KeptFloat32):
         return F.linear(self.lm_ln(F.gelu(self.lm_dense(hidden))), words.weight, self.lm_bias)
 
 
-class Blip2(nn.Module):
+class Blip2(StagedNet):
     """A vision encoder, a Q-Former and, by phase, heads or a language model. See the drawings above."""
 
     KIND = "blip2"
@@ -250,6 +252,8 @@ class Blip2(nn.Module):
         a feature cache holds. Without gradient unless a stage has opened a parameter of the encoder."""
         with nullcontext() if self._sees_gradient() else torch.no_grad():
             found = self.vision(pixels.flatten(0, 1), layers=(self.config.feature_layer,), pooled=False).layers[0]
+        if self.config.patch_positions:
+            found = add_patch_positions(found, self.vision.grid(*pixels.shape[-2:]))
         return found.unflatten(0, pixels.shape[:2])
 
     def _features(self, group: Visuals) -> Tensor:
@@ -423,9 +427,7 @@ class Blip2(nn.Module):
         return patch_maps(seen, places, lengths, [made_of[n] for n in range(len(made_of))])
 
     def _write(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
-        """Captions without any LM: beam search over the ITG use, from [DEC]."""
-        if decoding.temperature or decoding.repetition_penalty != 1 or decoding.no_repeat_ngram:
-            raise ConfigError("without a language model captions are written by beam search alone: set temperature 0.")
+        """Captions without any LM: the ITG use, from [DEC]."""
         if decoding.max_new_tokens > self.config.qformer.positions:
             raise ConfigError(
                 f"max_new_tokens {decoding.max_new_tokens} passes the Q-Former's {self.config.qformer.positions} "
@@ -438,16 +440,8 @@ class Blip2(nn.Module):
             lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
             return self.writing_logits(seen.past, Tokens(ids=ids, lengths=lengths), at=(slice(None), -1))
 
-        return beam_search(
-            step,
-            torch.full((len(batch),), self.config.qformer.dec_id, device=vision.device),
-            beams=decoding.num_beams,
-            max_new=decoding.max_new_tokens,
-            min_new=decoding.min_new_tokens,
-            stop_ids=decoding.stop_ids,
-            forbidden_ids=decoding.forbidden_ids,
-            length_penalty=decoding.length_penalty,
-        )
+        start = torch.full((len(batch),), self.config.qformer.dec_id, device=vision.device)
+        return write(step, start, decoding)
 
 
 def _stage(name: str, steps: int, *, lr: float = 1e-4, warmup: int = 2000, floor: float = 0.0) -> Stage:

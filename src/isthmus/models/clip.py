@@ -26,6 +26,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.nn.losses import Similarity, info_nce, sigmoid_loss, similarity
 from isthmus.nn.text_tower import TextConfig, TextTower
 from isthmus.nn.vit import Interpolation, VisionConfig, VisionTransformer
+from isthmus.stage import StagedNet
 
 WHAT = "contrastive training"
 
@@ -136,7 +137,7 @@ class Heads(nn.Module):
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
 
 
-class Clip(nn.Module):
+class Clip(StagedNet):
     """Two towers and a loss that pulls a picture to its text. See the drawing above."""
 
     KIND = "clip"

@@ -33,8 +33,9 @@ from isthmus.language import Decoding
 from isthmus.models.published import tiny_llama
 from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig
 from isthmus.nn.gated import GatedBlock, GatedConfig, media_index
+from isthmus.nn.patch_positions import add_patch_positions
 from isthmus.nn.vit import VisionConfig, VisionTransformer
-from isthmus.stage import Group, Stage
+from isthmus.stage import Group, Stage, StagedNet
 
 STREAM = "lm"
 
@@ -49,6 +50,7 @@ class FlamingoConfig:
     reads the encoder's class token beside the patches (IDEFICS). ``turn_id`` is the id of a third new token, which ends
     every turn (IDEFICS-instruct). ``feature_layer`` counts over the encoder's L+1 hidden states: -1, the last before
     the final norm, is the paper's; a class token's encoder teaches its last patches least (LLaVA reads -2).
+    ``patch_positions`` tells the resampler where each patch stands; in the paper only the encoder does.
     """
 
     vision: VisionConfig
@@ -61,6 +63,7 @@ class FlamingoConfig:
     offset: int = 0
     media: Literal["previous", "all"] = "previous"
     feature_layer: int = -1
+    patch_positions: bool = False
     class_token: bool = False
     turn_id: int | None = None
 
@@ -172,7 +175,7 @@ def _mpt(*, width: int, layers: int, heads: int) -> dict[str, Any]:
     return {"model_type": "mpt", "vocab_size": 50432, "d_model": width, "n_layers": layers, "n_heads": heads}
 
 
-class Flamingo(nn.Module):
+class Flamingo(StagedNet):
     """A vision encoder, a resampler, gated blocks and a language model. See the drawing above."""
 
     KIND = "flamingo"
@@ -221,6 +224,8 @@ class Flamingo(nn.Module):
         with nullcontext() if trains else torch.no_grad():
             layers = (self.config.feature_layer,)
             (tapped,) = self.vision(pixels.flatten(0, 1), layers=layers, interpolate="hf", pooled=False).layers
+        if self.config.patch_positions:
+            tapped = add_patch_positions(tapped, self.vision.grid(*pixels.shape[-2:]))
         unread = self.config.vision.class_token and not self.config.class_token
         return tapped[:, int(unread) :].unflatten(0, pixels.shape[:2])
 

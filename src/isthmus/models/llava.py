@@ -39,7 +39,7 @@ from isthmus.nn.looking import patch_maps, self_attention
 from isthmus.nn.splice import at_places, splice
 from isthmus.nn.tiles import PINPOINTS, arrange, check_pinpoints
 from isthmus.nn.vit import VisionConfig, VisionTransformer
-from isthmus.stage import Group, Stage
+from isthmus.stage import Group, Stage, StagedNet
 
 STREAM = "lm"
 
@@ -129,7 +129,7 @@ class LlavaConfig:
         )
 
 
-class Llava(nn.Module):
+class Llava(StagedNet):
     """A vision encoder, a projector and a language model. See the drawing above."""
 
     KIND = "llava"

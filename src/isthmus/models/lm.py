@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from isthmus.batch import Batch, Term
 from isthmus.config import plain, strict
 from isthmus.language import Decoding, LanguageModel
 from isthmus.models.published import tiny_llama
+from isthmus.stage import StagedNet
 
 STREAM = "lm"
 
@@ -35,7 +36,7 @@ class LmConfig:
         return cls(language=tiny_llama(vocab_size))
 
 
-class BareLM(nn.Module):
+class BareLM(StagedNet):
     """A decoder-only language model; its only part is ``language``."""
 
     KIND = "lm"

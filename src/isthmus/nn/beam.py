@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 Step = Callable[[Tensor], Tensor]
-"""(B·K, T) tokens written, the start token first -> (B·K, V) logits of the next. Row b·K + k is beam k of row b."""
+"""(B·K, T) tokens written, the start token first -> (B·K, V) log-probabilities of the next, or scores that stand for
+them. Row b·K + k is beam k of row b."""
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def beam_search(
     done: list[list[tuple[float, list[int]]]] = [[] for _ in range(rows)]
     open_rows = set(range(rows))
     for length in range(1, max_new + 1):
-        scores = step(written).float().log_softmax(-1)
+        scores = step(written).float().clone()
         barred = [*forbidden_ids, *(stop_ids if length <= min_new else ())]
         scores[:, barred] = -torch.inf
         width = scores.shape[-1]

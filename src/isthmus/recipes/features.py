@@ -25,6 +25,8 @@ from isthmus.stage import apply_stage
 from isthmus.training.optim import autocast
 
 GIB = 2**30
+_READ = ("feature_layer", "feature_select", "class_token", "patch_positions")
+"""What a net's configuration says of the features it takes from its encoder."""
 
 
 def open_cache(net: Any, transform: ImageTransform | None, stage: StageSpec, folder: Path) -> FeatureCache:
@@ -57,7 +59,7 @@ def identity(net: Any, transform: ImageTransform, stage: StageSpec) -> str:
     facts = {
         "kind": net.KIND,
         "vision": plain(net.config.vision),
-        "read": [plain(getattr(net.config, name, None)) for name in ("feature_layer", "feature_select")],
+        "read": [plain(getattr(net.config, name, None)) for name in _READ],
         "image": transform.to_dict(),
         "precision": [autocast(stage.stage, device)[0], device.type],
     }
