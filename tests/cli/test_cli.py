@@ -162,7 +162,7 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(monkeypatch, capsys, tmp_pat
         (["chat", "STORY/llava", "  "], "The question is empty"),
         (["chat", "STORY/llava", "--image", "cut.png", "what?"], "cut.png is truncated or damaged"),
         (["chat", "STORY/llava", "--image", "text.png", "what?"], "text.png is not a picture of the formats JPEG, PNG"),
-        (["chat", "STORY/lm", "--image", "cut.png", "what?"], "A lm model reads only text; leave --image out"),
+        (["chat", "STORY/lm", "--image", "cut.png", "what?"], "This model (lm) reads only text; leave --image out"),
         (["chat", "STORY/clip"], "This clip model cannot chat; it can: embed_images"),
         (["chat", "STORY/llava", "--max-new-tokens", "0", "what?"], "max_new_tokens is 0"),
         (["show", "STORY/llava", "seed=1"], "key=value changes recipes only"),

@@ -105,3 +105,53 @@ def test_a_question_may_have_several_pictures(tmp_path):
     write_tar(tmp_path / "s.tar", [("k.left.png", RED), ("k.right.png", BLUE), ("k.json", sample)])
     source = open_source({"kind": "webdataset", "shards": "s.tar"}, data_root=tmp_path)
     assert len(source[0].images) == 2
+
+
+def rows(tmp_path, *values, **options):
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "blue.png").write_bytes(BLUE)
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in values), encoding="utf-8")
+    return open_source({"kind": "jsonl", "file": "rows.jsonl", **options}, data_root=tmp_path)
+
+
+def test_a_mark_in_a_question_is_the_place_of_a_picture(tmp_path):
+    both = ["red.png", "blue.png"]
+    source = rows(
+        tmp_path,
+        {"image": "red.png", "question": "<image>\nwhat?", "answer": "red"},
+        {"image": both, "question": "is <image> as dark as <image>?", "answer": "no"},
+        {"image": "red.png", "question": "<image> or <image>?", "answer": "no"},
+        {"image": both, "questions": [["<image> what?", "red"], ["and <image>", "blue"]]},
+    )
+    told = [[getattr(part, "text", "[]") for part in source[i].parts] for i in (0, 1, 3)]
+    assert told[0] == ["[]", "what?", "red"]
+    assert told[1] == ["is ", "[]", " as dark as ", "[]", "?", "no"]
+    assert told[2] == ["[]", "what?", "red", "and", "[]", "blue"]
+    assert source[1].meta["answers"] == ("no",)
+    with pytest.raises(DataError, match="has 2 <image> and the sample 1 pictures"):
+        source[2]
+
+
+def test_a_hole_of_a_table_is_no_answer(tmp_path):
+    source = rows(
+        tmp_path,
+        {"image": "red.png", "question": "what?", "answer": float("nan")},
+        {"image": "red.png", "question": float("nan"), "answer": "red"},
+    )
+    with pytest.raises(DataError, match="empty answer"):
+        source[0]
+    with pytest.raises(DataError, match="question should be a text and is missing"):
+        source[1]
+
+
+def test_a_null_caption_leaves_that_of_the_text_file(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.txt", b"red"), ("0.json", b'{"caption": null, "n": 1}'), ("0.png", RED)])
+    source = open_source({"kind": "webdataset", "shards": "a.tar"}, data_root=tmp_path)
+    assert source[0].texts[0].text == "red"
+
+
+def test_hidden_files_are_no_pictures(tmp_path):
+    (tmp_path / "red").mkdir()
+    for name in ("a.png", "._a.png"):
+        (tmp_path / "red" / name).write_bytes(RED)
+    assert len(open_source({"kind": "folder", "folder": "."}, data_root=tmp_path)) == 1

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from isthmus.errors import ConfigError, DataError
+from isthmus.evaluation.tasks import ZeroShotTask
 from isthmus.evaluation.zero_shot import SEVEN, by_score, class_vectors, classify, score, templates
 
 
@@ -68,5 +69,9 @@ def test_unusable_templates_are_refused(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(ConfigError, match=message):
         templates(file)
+    with pytest.raises(ConfigError, match="needs exactly one"):
+        ZeroShotTask(name="t", records=[], templates=("a photo",))
+    with pytest.raises(ConfigError, match="must be a list of texts"):
+        ZeroShotTask(name="t", records=[], templates="a {}")
     with pytest.raises(ConfigError, match="No templates"):
         templates(tmp_path / "missing.txt")

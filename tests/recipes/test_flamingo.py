@@ -13,7 +13,7 @@ from isthmus.data.images import as_image
 from isthmus.data.interleave import hateful_memes
 from isthmus.data.record import Record, Text
 from isthmus.data.video import as_video
-from isthmus.errors import ConfigError
+from isthmus.errors import ConfigError, DataError
 from isthmus.recipes.build import build
 from isthmus.recipes.run import make_loader, train
 from isthmus.recipes.schema import parse_recipe
@@ -220,6 +220,14 @@ def test_saved_and_loaded_again_it_is_the_same(model, picture, tmp_path):
     assert again.answer(picture, "what?", max_new_tokens=6) == model.answer(picture, "what?", max_new_tokens=6)
     assert read_json(tmp_path / "copy" / "processor.json")["image"]["patch"] == 16
     assert model.vision_features([picture, picture.rotate(90, expand=True)]).shape == (2, 32)
+
+
+def test_a_prompt_may_be_longer_than_a_training_row(model):
+    context = model.net.language.context
+    assert 400 < context == model.processor.max_length  # the stage's rows end at 400
+    words = "a red cube, " * 500
+    with pytest.raises(DataError, match=f"and the model reads {context}"):
+        model.processor.prompt(Record("long", (Text(words, role="user"),)))
 
 
 def test_recipes_that_cannot_weigh_are_explained(story):

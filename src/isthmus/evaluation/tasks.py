@@ -312,6 +312,7 @@ class ZeroShotTask(_Classified):
 
     def __post_init__(self) -> None:
         known(self.similarity, get_args(Similarity), "similarity")
+        zero_shot.check_templates(self.templates)
 
     @cached_property
     def _names(self) -> list[str]:

@@ -49,10 +49,17 @@ def templates(name_or_file: str | Path) -> tuple[str, ...]:
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise ConfigError(f"{path} holds no template; write one per line, for example: {PLAIN[0]}")
+    check_templates(lines, f"{path}: ")
+    return tuple(lines)
+
+
+def check_templates(lines: Sequence[str], where: str = "") -> None:
+    """Raises ConfigError for a template without exactly one ``{}``, and for a text where a list of them should be."""
+    if isinstance(lines, str) or not lines:
+        raise ConfigError(f"{where}templates must be a list of texts such as {PLAIN[0]!r}, not {lines!r}.")
     for line in lines:
         if line.count("{}") != 1:
-            raise ConfigError(f"{path}: the template {line!r} needs exactly one {{}} where the class name goes.")
-    return tuple(lines)
+            raise ConfigError(f"{where}the template {line!r} needs exactly one {{}} where the class name goes.")
 
 
 def class_vectors(

@@ -91,8 +91,14 @@ class Built:
         return self.image if mode is None or self.image is None else replace(self.image, mode=mode)
 
     def model(self, stage: StageSpec | None = None) -> Model:
-        """The net as a Model that answers in the form ``stage`` (the last one by default) taught it."""
-        return Model(self.net, self.processor(stage or self.recipe.stages[-1]), prompts=self.recipe.prompts)
+        """The net as a Model that answers in the form ``stage`` (the last one by default) taught it.
+
+        A training row's ``max_length`` is no limit of a prompt: that is the language model's context.
+        """
+        stage = stage or self.recipe.stages[-1]
+        if self.recipe.model in ("lm", "llava", "flamingo") and self.net.language.context:
+            stage = stage.model_copy(update={"max_length": None})
+        return Model(self.net, self.processor(stage), prompts=self.recipe.prompts)
 
 
 def build(recipe: Recipe) -> Built:

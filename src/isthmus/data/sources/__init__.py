@@ -146,7 +146,7 @@ def _folder(root: Root, form: Form, *, folder: str) -> Rows:
         )
         for number, c in enumerate(classes)
         for p in sorted(c.rglob("*"))
-        if p.suffix.lower().lstrip(".") in IMAGE_ENDINGS
+        if p.suffix.lower().lstrip(".") in IMAGE_ENDINGS and not p.name.startswith(".")
     )
 
 

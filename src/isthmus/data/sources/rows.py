@@ -6,6 +6,7 @@ A row is a dict of plain values with its pictures. The first of these fields it 
 ``fields`` maps these names to the file's own, ``{questions: qa}``.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from isthmus.errors import ConfigError, DataError, nearest
 
 FIELDS = ("conversations", "messages", "questions", "question", "caption", "label", "text")
 KNOWN = (*FIELDS, "answer", "choices", "image", "video", "id", "kind")
+MARK = "<image>"
+"""Where a picture stands in a user's turn; a question without one has its pictures before it."""
 _ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -163,14 +166,19 @@ class Form:
         return self._turns(row, [_pair(p) for p in pairs], meta)
 
     def _turns(self, row: Row, pairs: Sequence[tuple[Any, Any]], meta: dict[str, Any]) -> list[Part]:
-        parts: list[Part] = _pictures(row, "user")
+        marked = any(MARK in _string(question, "question") for question, _ in pairs)
+        parts: list[Part] = [] if marked else _pictures(row, "user")
+        waiting = list(row.images)
         for question, answer in pairs:
             asked = _string(question, "question") + (f"\n{self.suffix}" if self.suffix else "")
             answers = tuple(_string(a, "answer") for a in (answer if isinstance(answer, list) else [answer]))
             if not answers:
                 raise DataError("empty answer: a question has no answer; drop it")
-            parts += [Text(asked, role="user"), Text(answers[0], role="assistant", learn=True)]
+            parts += _marked(asked, "user", waiting) if marked else [Text(asked, role="user")]
+            parts.append(Text(answers[0], role="assistant", learn=True))
             meta["answers"] = answers  # of the last turn, which is the one that is scored
+        if marked:
+            _same_number(sum(str(question).count(MARK) for question, _ in pairs), row.images)
         return parts
 
     def _caption(self, row: Row, form: str, meta: dict[str, Any]) -> list[Part]:
@@ -260,19 +268,32 @@ def conversation(turns: Any, images: Sequence[ImageSource | FrameSource]) -> lis
         if role == "assistant" and not parts:
             continue
         text = _string(_joined(value), "answer" if role == "assistant" else f"turn {number + 1}")
-        pieces = _trim(text.split("<image>")) if role == "user" else [text]
-        for place, piece in enumerate(pieces):
-            if place:
-                marks += 1
-                if waiting:
-                    parts.append(_visual(waiting.pop(0), role))
-            if piece or len(pieces) == 1:
-                parts.append(Text(piece, role=role, learn=role == "assistant"))
+        if role == "user":
+            marks += text.count(MARK)
+            parts += _marked(text, role, waiting)
+        else:
+            parts.append(Text(text, role=role, learn=role == "assistant"))
+    _same_number(marks, images)
+    return parts
+
+
+def _marked(text: str, role: Role, waiting: list[ImageSource | FrameSource]) -> list[Part]:
+    """The text in pieces, at each mark the next of the pictures that are ``waiting``, as long as there are some."""
+    parts: list[Part] = []
+    pieces = _trim(text.split(MARK))
+    for place, piece in enumerate(pieces):
+        if place and waiting:
+            parts.append(_visual(waiting.pop(0), role))
+        if piece or len(pieces) == 1:
+            parts.append(Text(piece, role=role))
+    return parts
+
+
+def _same_number(marks: int, images: Sequence[Any]) -> None:
     if marks != len(images):
         raise DataError(
             f"placeholder mismatch: the text has {marks} <image> and the sample {len(images)} pictures; make them equal"
         )
-    return parts
 
 
 def _joined(content: Any) -> Any:
@@ -284,7 +305,7 @@ def _joined(content: Any) -> Any:
         kind = part.get("type")
         if kind not in ("text", "image"):
             raise DataError(f"bad conversation: a part of a turn is of type {kind!r}; it must be text or image")
-        pieces.append("<image>" if kind == "image" else _string(part.get("text"), "text"))
+        pieces.append(MARK if kind == "image" else _string(part.get("text"), "text"))
     return "".join(pieces)
 
 
@@ -344,11 +365,14 @@ def _string(value: Any, what: str) -> str:
         return "true" if value else "false"
     if isinstance(value, str) and _HALF_PAIR.search(value):
         raise DataError(f"bad text: the {what} holds half a surrogate pair, as of an emoji cut in two: {value[:80]!a}")
+    if isinstance(value, float) and math.isnan(value):
+        value = None  # a hole of a table, as pandas writes it
     if isinstance(value, str | int | float):
         return str(value)
     if value is None and what == "answer":
         raise DataError("empty answer: there is none; write one or drop the sample")
-    raise DataError(f"bad field: the {what} should be a text and is {type(value).__name__}")
+    found = "missing" if value is None else type(value).__name__
+    raise DataError(f"bad field: the {what} should be a text and is {found}")
 
 
 def _pictures(row: Row, role: Role) -> list[Part]:

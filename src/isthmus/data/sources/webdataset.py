@@ -50,7 +50,7 @@ class WebDatasetRows:
         for ending, member in sample.members.items():
             kind = ending.rsplit(".", 1)[-1]
             if kind == "json":
-                values |= _json(member)
+                values |= {name: v for name, v in _json(member).items() if v is not None or name not in values}
             elif kind == "txt":
                 values["caption"] = _text(member).strip()
             elif kind == "cls":
