@@ -191,10 +191,40 @@ def test_kinds_narrow_what_is_asked(form):
 def test_an_unknown_kind_is_answered_with_a_near_one():
     with pytest.raises(ConfigError, match="comparison"):
         SceneSource("conversations", kinds=["comparisons"])
+
     with pytest.raises(ConfigError, match="no kind 'count'"):
         SceneSource("lessons", kinds=["count"])
     with pytest.raises(ConfigError, match="kinds is empty"):
         SceneSource("conversations", kinds=[])
+
+
+def test_comparisons_may_be_led_up_to_by_what_is_compared():
+    always = SceneSource("conversations", count=200, kinds=["comparison"], led=1.0)
+    compared = Counter()
+    for record in (always[i] for i in range(200)):
+        texts = [part.text for part in record.texts]
+        told = dict(zip(texts[::2], texts[1::2], strict=True))
+        for question, answer in told.items():
+            if found := re.fullmatch(r"do (the .+) and (the .+) have the same (\w+)\?", question):
+                a, b, attribute = found.groups()
+                values = [told[f"what {attribute} is {name}?"] for name in (a, b)]
+                assert answer == ("yes" if values[0] == values[1] else "no")
+            elif found := re.fullmatch(r"is (the .+) (larger|smaller) than (the .+)\?", question):
+                sizes = [told[f"what size is {name}?"] for name in (found[1], found[3])]
+                assert answer == ("yes" if sizes[0] == ("large" if found[2] == "larger" else "small") else "no")
+                assert sizes[0] != sizes[1]
+            elif found := re.fullmatch(r"are there more (.+)s than (.+)s\?", question):
+                counts = [int(told[f"how many {noun}s are there?"]) for noun in found.groups()]
+                assert answer == ("yes" if counts[0] > counts[1] else "no")
+            else:
+                continue
+            compared[question.split()[0]] += 1
+    assert min(compared[word] for word in ("do", "is", "are")) > 20
+    half = SceneSource("symbols", count=60, kinds=["comparison"], led=0.5)
+    plain = SceneSource("symbols", count=60, kinds=["comparison"])
+    assert sum(len(half[i].texts) for i in range(60)) > sum(len(plain[i].texts) for i in range(60))
+    with pytest.raises(ConfigError, match="led is a share"):
+        SceneSource("symbols", led=2.0)
 
 
 def test_symbols_put_the_description_where_the_picture_would_stand():

@@ -33,9 +33,7 @@ def run(
     model = load(model_folder, revision=revision)
     model.need("chat")
     if images and model.processor.image is None:
-        raise CapabilityError(
-            f"This model ({model.kind}) reads only text; leave --image out, or take one that sees."
-        )
+        raise CapabilityError(f"This model ({model.kind}) reads only text; leave --image out, or take one that sees.")
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     console = Console(emoji=False)
     pictures = [{"type": "image", "image": path} for path in images]

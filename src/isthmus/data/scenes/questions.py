@@ -18,13 +18,15 @@ from isthmus.data.scenes.words import an, listed, number
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """``about`` is the one solid a follow-up may call "it"; ``reason`` says why the answer holds."""
+    """``about`` is the one solid a follow-up may call "it"; ``reason`` says why the answer holds. ``steps`` are the
+    questions whose answers give this one's."""
 
     kind: str
     text: str
     answer: str
     about: Solid | None = None
     reason: str = ""
+    steps: tuple["Question", ...] = ()
 
 
 def ask(scene: Scene, kind: str, dice: Dice) -> Question | None:
@@ -203,7 +205,8 @@ def _larger(scene: Scene, dice: Dice) -> Question | None:
     one, other = (large, small) if yes == (word == "larger") else (small, large)
     a, b = named(scene, dice, one), named(scene, dice, other)
     reason = f"{a} is {one.size} and {b} is {other.size}"
-    return Question("comparison", f"is {a} {word} than {b}?", "yes" if yes else "no", one, reason)
+    steps = tuple(Question("step", f"what size is {name}?", solid.size) for name, solid in ((a, one), (b, other)))
+    return Question("comparison", f"is {a} {word} than {b}?", "yes" if yes else "no", one, reason, steps)
 
 
 def _more(scene: Scene, dice: Dice) -> Question | None:
@@ -217,7 +220,9 @@ def _more(scene: Scene, dice: Dice) -> Question | None:
     many, few = dice.choice(pairs)
     a, b = (many, few) if yes else (few, many)
     reason = f"there are {number(counts[a], a)} and {number(counts[b], b)}"
-    return Question("comparison", f"are there more {a}s than {b}s?", "yes" if yes else "no", reason=reason)
+    steps = tuple(Question("step", f"how many {noun}s are there?", str(counts[noun])) for noun in (a, b))
+    text = f"are there more {a}s than {b}s?"
+    return Question("comparison", text, "yes" if yes else "no", reason=reason, steps=steps)
 
 
 def _same(scene: Scene, dice: Dice, attribute: str) -> Question | None:
@@ -230,8 +235,11 @@ def _same(scene: Scene, dice: Dice, attribute: str) -> Question | None:
     one, other = dice.choice(both[yes])
     # Full names would give the answer away; places and the other attribute do not.
     a, b = _without(scene, dice, one, attribute), _without(scene, dice, other, attribute)
-    reason = f"{a} is {getattr(one, attribute)} and {b} is {getattr(other, attribute)}"
-    return Question("comparison", f"do {a} and {b} have the same {attribute}?", "yes" if yes else "no", one, reason)
+    both_told = ((a, getattr(one, attribute)), (b, getattr(other, attribute)))
+    reason = " and ".join(f"{name} is {value}" for name, value in both_told)
+    steps = tuple(Question("step", f"what {attribute} is {name}?", value) for name, value in both_told)
+    text = f"do {a} and {b} have the same {attribute}?"
+    return Question("comparison", text, "yes" if yes else "no", one, reason, steps)
 
 
 def _without(scene: Scene, dice: Dice, solid: Solid, hidden: str) -> str:

@@ -83,7 +83,8 @@ class SceneSource:
     ``shots`` are a lesson's examples (none given: 4 to 8), the first ``told`` of them in words; ``frames`` a clip's;
     ``control`` spoils them on purpose, see :data:`isthmus.data.scenes.interleaved.CONTROLS`.
 
-    ``turns`` is the number of question-answer turns in conversations and symbols, ``kinds`` the kinds of question asked
+    ``turns`` is the number of question-answer turns in conversations and symbols, ``led`` the share of their
+    comparisons before which what is compared is asked (turns beyond that number), ``kinds`` the kinds of question asked
     in any form, the attributes (colour, shape) that lessons are about, or what happens in clips (none given: all).
     ``distinct`` skips scenes that no caption could tell from an earlier one (for retrieval tests). Raises ConfigError
     for an unknown form, split or kind.
@@ -98,6 +99,7 @@ class SceneSource:
         seed: int = 0,
         size: int = 64,
         turns: int = 6,
+        led: float = 0.0,
         distinct: bool = False,
         shots: int | None = None,
         told: int = 0,
@@ -118,10 +120,13 @@ class SceneSource:
             raise ConfigError(f"scenes: kinds is empty; name some of {', '.join(known)}")
         if count < 1 or turns < 1:
             raise ConfigError(f"scenes need at least one record and one turn, not count={count}, turns={turns}")
+        if not 0 <= led <= 1:
+            raise ConfigError(f"scenes: led is a share of comparisons, between 0 and 1, not {led}")
         fewest = _FEWEST_SHOTS if shots is None else shots
         if told and (form != "lessons" or not 0 < told <= fewest):
             raise ConfigError(f"scenes: told={told} is for lessons, and at most their {fewest} shots are in words")
-        self.form, self.seed, self.size, self.turns, self.kinds = form, seed, size, turns, kinds
+        self.form, self.seed, self.size, self.kinds = form, seed, size, kinds
+        self.turns, self.led = turns, led
         self.split: Split = split
         self.shots, self.told, self.frames, self.control = shots, told, frames, control
         self.name = f"scenes-{form}-{split}"
@@ -186,7 +191,8 @@ class SceneSource:
     def _asked(self, number: int, dice: Dice) -> tuple[int, list[Question]]:
         """The number's turns, about the first of its scenes that some question of the kinds asked for fits."""
         for attempt in range(_MOST_REDRAWS):
-            turns = _turns(make_scene(self.seed, self.split, number, attempt), dice, self.turns, self.kinds)
+            scene = make_scene(self.seed, self.split, number, attempt)
+            turns = _turns(scene, dice, self.turns, self.kinds, led=self.led)
             if turns:
                 return attempt, turns
         raise AssertionError(f"no scene answers questions of the kinds {self.kinds}")  # every kind fits many scenes
@@ -322,12 +328,13 @@ def _turn(question: str, answer: str) -> tuple[Text, Text]:
     return Text(question, role="user"), Text(answer, role="assistant", learn=True)
 
 
-def _turns(scene: Scene, dice: Dice, count: int, kinds: Sequence[str]) -> list[Question]:
-    """Different questions of the kinds given. A follow-up asks about the turn before, and nothing told there."""
+def _turns(scene: Scene, dice: Dice, count: int, kinds: Sequence[str], *, led: float = 0.0) -> list[Question]:
+    """Different questions of the kinds given, and before the share ``led`` of those that have them their steps. A
+    follow-up asks about the turn before, and nothing told there."""
     turns: list[Question] = []
     asked: set[str] = set()
     for _ in range(20 * count):
-        if len(turns) == count:
+        if len(turns) >= count:
             break
         before = turns[-1] if turns else None
         if before and before.about and dice.chance(_FOLLOW_UPS):
@@ -337,6 +344,9 @@ def _turns(scene: Scene, dice: Dice, count: int, kinds: Sequence[str]) -> list[Q
             continue
         question = ask(scene, dice.choice(kinds), dice)
         if question and question.text not in asked:
+            if led and question.steps and dice.chance(led):
+                turns += [step for step in question.steps if step.text not in asked]
+                asked.update(step.text for step in question.steps)
             asked.add(question.text)
             turns.append(question)
     return turns
