@@ -58,6 +58,12 @@ def test_help_and_import_load_nothing_heavy():
         assert done.returncode == 0, done.stderr
 
 
+def test_the_package_runs_as_the_program():
+    done = subprocess.run([sys.executable, "-m", "isthmus", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "python -m isthmus" in done.stdout
+
+
 def test_train_show_eval_and_chat(monkeypatch, capsys, story, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(yaml.safe_dump(tree("llava", story)))

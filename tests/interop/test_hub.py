@@ -92,7 +92,7 @@ def hub(repository):
 
 def show(*arguments, home, address, offline=False):
     env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
-    command = [sys.executable, "-c", "from isthmus.cli import main; main()", "show", *arguments]
+    command = [sys.executable, "-m", "isthmus", "show", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 

@@ -92,7 +92,7 @@ def _start(job: Job, threads: int) -> "subprocess.Popen[bytes]":
     share = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     with (job.folder / LOG).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", "from isthmus.cli import main; main()", *job.words],
+            [sys.executable, "-m", "isthmus", *job.words],
             env={**os.environ, **share, PARENT: str(os.getpid()), "COLUMNS": "100"},
             stdin=subprocess.DEVNULL,
             stdout=log,
