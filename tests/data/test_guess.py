@@ -4,9 +4,12 @@ import json
 
 import pytest
 
+from isthmus.data.images import open_image
+from isthmus.data.scenes.export import export
 from isthmus.data.sources import open_source
 from isthmus.data.sources.guess import guess
 from isthmus.errors import DataError
+from tests.data.helpers import png
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,41 @@ def test_deep_nesting_is_said_in_words(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match="Describe it in a YAML file"):
         guess(tmp_path / "deep.json")
+
+
+@pytest.mark.parametrize("format", ["llava", "coco", "webdataset"])
+def test_what_the_program_writes_is_read_as_a_folder_and_by_its_file(tmp_path, format):
+    folder = export(tmp_path / "scenes", format=format, count=4)
+    source = open_source(guess(folder))
+    assert len(source) == 4
+    assert open_image(source[1].images[0].source).size == (64, 64)
+    for file in folder.glob("*.json"):
+        assert open_image(open_source(guess(file))[1].images[0].source).size == (64, 64)
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png((255, 0, 0)))
+
+
+def test_a_folder_of_pictures_with_a_list_of_their_texts(tmp_path):
+    """As Hugging Face's imagefolder has it."""
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.png,red\n")
+    record = open_source(guess(tmp_path))[0]
+    assert (record.texts[0].text, open_image(record.images[0].source).size) == ("red", (6, 6))
+
+
+def test_a_list_beside_folders_of_classes_that_is_not_about_pictures(tmp_path):
+    picture(tmp_path / "cat" / "a.png")
+    for name, content in (("names.csv", "label,name\n0,cat\n"), ("log.jsonl", '{"image": "gone.png", "caption": "x"}')):
+        (tmp_path / name).write_text(content)
+        assert guess(tmp_path) == {"kind": "folder", "folder": str(tmp_path)}
+        (tmp_path / name).unlink()
+
+
+def test_pictures_that_could_be_in_two_folders_are_not_guessed(tmp_path):
+    for name in ("small", "large"):
+        picture(tmp_path / name / "a.png")
+    (tmp_path / "d.json").write_text(json.dumps([{"image": "a.png", "conversations": []}]))
+    assert guess(tmp_path) == {"kind": "llava", "file": str(tmp_path / "d.json")}

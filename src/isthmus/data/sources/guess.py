@@ -1,12 +1,17 @@
 """What kind of source a file or folder is, seen from its content, for the command line."""
 
+import csv
 import json
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from isthmus.data.sources.files import safe_name
 from isthmus.errors import DataError
 
+_TABLES = (".csv", ".tsv", ".tab")
+_FILES = (*_TABLES, ".json", ".jsonl")
 _HELP = (
     "Describe it in a YAML file instead, for example `kind: jsonl`, `file: data.jsonl`, "
     "`fields: {question: q, answer: a}`."
@@ -24,31 +29,76 @@ _BY_SIGHT = {
 def guess(path: Path) -> dict[str, Any]:
     """The description that ``open_source`` takes. Raises DataError when nothing fits."""
     if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
-        if shards:
-            return {"kind": "webdataset", "shards": [str(s) for s in shards]}
-        if any(p.is_dir() for p in path.iterdir()):
-            return {"kind": "folder", "folder": str(path)}
-        raise DataError(f"{path} holds neither tar shards nor one folder of pictures per class. {_HELP}")
+        return _folder(path)
     if path.suffix == ".tar":
         return {"kind": "webdataset", "shards": str(path)}
     if not path.is_file():
         raise DataError(f"There is no data at {path}.")
-    if path.suffix in {".csv", ".tsv"}:
-        return {"kind": "csv", "file": str(path)}
-    return {"kind": _json_kind(path), "file": str(path)}
+    return _file(path)
 
 
-def _json_kind(path: Path) -> str:
-    """llava, coco, obelics, mmc4, pope or jsonl. JSON lines, whatever the file's ending, are judged by the first."""
+def _folder(path: Path) -> dict[str, Any]:
+    """Shards; or one file that names pictures, as `isthmus data scenes` and others write it; or a folder per class."""
+    shards = sorted(path.glob("*.tar"))
+    if shards:
+        return {"kind": "webdataset", "shards": [str(s) for s in shards]}
+    files = [p for p in path.iterdir() if p.suffix in _FILES and not p.name.startswith(".")]
+    if len(files) == 1:
+        found = _file(files[0])
+        # A table in a folder of classes may be about something else: its pictures decide.
+        if found["kind"] not in ("csv", "jsonl") or _place(files[0], found) is not None:
+            return found
+    if any(p.is_dir() for p in path.iterdir()):
+        return {"kind": "folder", "folder": str(path)}
+    raise DataError(f"{path} holds neither tar shards nor one folder of pictures per class. {_HELP}")
+
+
+def _file(path: Path) -> dict[str, Any]:
+    """The file's kind and, where that is plain to see, the folder of its pictures and the field that names them."""
+    kind, first = ("csv", _first_row(path)) if path.suffix in _TABLES else _json_kind(path)
+    found: dict[str, Any] = {"kind": kind, "file": str(path)}
+    if kind in ("csv", "jsonl") and "file_name" in first and "image" not in first:
+        found["fields"] = {"image": "file_name"}  # Hugging Face's folders of pictures
+    place = _place(path, found, first)
+    return found if place in (None, path.parent) else {**found, "image_folder": str(place)}
+
+
+def _place(path: Path, found: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> Path | None:
+    """The folder in which the first picture is: beside the file, or the only one next to it that has it."""
+    if first is None:
+        first = _first_row(path) if found["kind"] == "csv" else _json_kind(path)[1]
+    name = first.get(found.get("fields", {}).get("image", "file_name" if found["kind"] == "coco" else "image"))
+    name = name[0] if isinstance(name, list) and name else name
+    if not isinstance(name, str) or not safe_name(name):
+        return None
+    if (path.parent / name).is_file():
+        return path.parent
+    places = [p for p in path.parent.iterdir() if p.is_dir() and (p / name).is_file()]
+    return places[0] if len(places) == 1 else None
+
+
+def _first_row(path: Path) -> dict[str, Any]:
+    """Of a table; an unreadable one is explained when it is opened."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as table:
+            return next(csv.DictReader(table, delimiter="," if path.suffix == ".csv" else "\t"), {})
+    except (csv.Error, UnicodeDecodeError):
+        return {}
+
+
+def _json_kind(path: Path) -> tuple[str, dict[str, Any]]:
+    """llava, coco, obelics, mmc4, pope or jsonl, with the first entry (a COCO file's first picture). JSON lines,
+    whatever the file's ending, are judged by the first."""
     try:
         content = _first_line(path) if path.suffix == ".jsonl" else _whole(path)
     except (ValueError, RecursionError):
         raise DataError(f"{path} is neither JSON nor JSON lines. {_HELP}") from None
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        return "coco"
+        images = content["images"]
+        return "coco", images[0] if isinstance(images, list) and images and isinstance(images[0], dict) else {}
     if isinstance(content, list) and content and isinstance(content[0], dict):
-        return next((kind for kind, fields in _BY_SIGHT.items() if fields <= content[0].keys()), "jsonl")
+        kind = next((kind for kind, fields in _BY_SIGHT.items() if fields <= content[0].keys()), "jsonl")
+        return kind, content[0]
     raise DataError(f"{path} is not a layout that is known by sight. {_HELP}")
 
 
