@@ -10,7 +10,8 @@ import yaml
 from PIL import Image as PilImage
 
 from isthmus.cli import _warn, main
-from isthmus.errors import IsthmusWarning
+from isthmus.cli.evaluate import spec_of
+from isthmus.errors import ConfigError, IsthmusWarning
 from isthmus.model import load
 from tests.miniature import tree
 
@@ -56,6 +57,18 @@ def test_help_and_import_load_nothing_heavy():
         script = f"{command}\nimport sys\nassert not {heavy} & set(sys.modules)"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_training_data_of_an_evaluation_may_be_described_apart(tmp_path):
+    for name in ("dev", "train"):
+        (tmp_path / f"{name}.yaml").write_text("{kind: jsonl, file: a.jsonl, image_folder: a}\n")
+    data, train = (str(tmp_path / f"{name}.yaml") for name in ("dev", "train"))
+    options = ["limit=3", "train.image_folder=b", "task.rule=exact"]
+    spec = spec_of("vqa", data, train, options)
+    assert spec.data == {"kind": "jsonl", "file": "a.jsonl", "image_folder": "a", "limit": 3}
+    assert spec.train == {"kind": "jsonl", "file": "a.jsonl", "image_folder": "b", "limit": 3}
+    with pytest.raises(ConfigError, match=r"--set train\.image_folder is about --train, which is not given"):
+        spec_of("vqa", data, None, options)
 
 
 def test_the_package_runs_as_the_program():

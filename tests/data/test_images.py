@@ -163,6 +163,13 @@ def test_other_modes_become_rgb():
     assert cmyk.getpixel((4, 4))[0] > 240
 
 
+def test_floats_are_not_taken_for_grey():
+    """As 8 bits they would all be black."""
+    floats = PilImage.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4))
+    with pytest.raises(DataError, match="scale it to 8 bits"):
+        open_image(as_image(floats).source)
+
+
 def test_only_the_first_frame():
     frames = [PilImage.new("RGB", (5, 5), colour) for colour in ((255, 0, 0), (0, 255, 0))]
     gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])

@@ -115,7 +115,9 @@ def evaluate(
         str | None, typer.Option(help="vqa, vqav2, caption, pope, retrieval, … (docs/evaluation.md).")
     ] = None,
     data: Annotated[str | None, typer.Option(help="A data file or folder, or YAML describing a source.")] = None,
-    option: Annotated[list[str] | None, typer.Option("--set", help="key=value of the source; task.key=value.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of the sources; also train.key, task.key.")
+    ] = None,
     train: Annotated[str | None, typer.Option(help="Training data: the prior's answers, the probe's pictures.")] = None,
     shots: Annotated[str | None, typer.Option(help="Examples before each question, from --train: 0 4 8.")] = None,
     more_shots: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
@@ -168,7 +170,9 @@ def compare(
         str | None, typer.Option(help="Only this task (with --data: vqa, retrieval, caption, ...).")
     ] = None,
     data: Annotated[str | None, typer.Option(help="A data file or folder, or YAML describing a source.")] = None,
-    option: Annotated[list[str] | None, typer.Option("--set", help="key=value of the source; task.key=value.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of the sources; also train.key, task.key.")
+    ] = None,
     train: Annotated[str | None, typer.Option(help="Training data: the prior's answers, the shots.")] = None,
     shots: Annotated[str | None, typer.Option(help="Examples before each question, from --train: '0 4 8'.")] = None,
     select: Annotated[str | None, typer.Option(help="How shots are chosen: random (default) or rices.")] = None,

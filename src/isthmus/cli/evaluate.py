@@ -170,12 +170,15 @@ def spec_of(kind: str, data: str, train: str | None, options: Sequence[str]) -> 
     from isthmus.recipes.schema import EvalSpec
 
     source, own = split_options(options)
+    apart = {key.removeprefix("train."): source.pop(key) for key in list(source) if key.startswith("train.")}
+    if apart and train is None:
+        raise ConfigError(f"--set train.{next(iter(apart))} is about --train, which is not given.")
     allowed = {"bad_samples": own.pop("bad_samples")} if "bad_samples" in own else {}
     return EvalSpec(
         name=kind,
         task=kind,
         data=source_of(data) | source,
-        train=source_of(train) | source if train else None,
+        train=source_of(train) | source | apart if train else None,
         options=own,
         **allowed,
     )
@@ -201,7 +204,7 @@ def source_of(data: str) -> dict[str, Any]:
 
 
 def split_options(options: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``key=value`` of the source, and ``task.key=value`` of the task."""
+    """``key=value`` of the sources (``train.key=value`` of --train's alone), and ``task.key=value`` of the task."""
     source: dict[str, Any] = {}
     task: dict[str, Any] = {}
     from isthmus.recipes.schema import option_value

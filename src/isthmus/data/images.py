@@ -184,6 +184,10 @@ def open_image(source: ImageSource, limits: ImageLimits | None = None) -> PilIma
     or damaged. Pillow's own messages are never passed on: they may hold memory addresses.
     """
     with _opened(source, limits or ImageLimits()) as image:
+        if image.mode == "F":
+            raise DataError(
+                f"a picture of floats: {source.describe()} has no range that is known to be white; scale it to 8 bits"
+            )
         orientation = _orientation(image)
         image.load()
         return _to_rgb(image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image)
