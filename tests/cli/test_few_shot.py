@@ -8,7 +8,7 @@ from isthmus.cli import chat, evaluate
 from isthmus.cli.app import app
 from isthmus.data.messages import NO_ANSWER
 from isthmus.errors import ConfigError, DataError
-from isthmus.evaluation import vqa
+from isthmus.evaluation import caption_task, vqa
 from isthmus.evaluation.run import Result
 
 
@@ -51,6 +51,10 @@ def test_score_over_shots_is_drawn(tmp_path):
     assert "score over shots" in page
     assert "vqa-4-shots" in page
     assert "<svg" in page
+    told = [{"id": str(i), "truth": ["a red cube"], "answer": "a red cube"} for i in range(8)]
+    captions = [Result(f"caption-{n}-shots", "caption", caption_task.score(told), told, tmp_path) for n in (0, 4)]
+    assert evaluate._over_shots(tmp_path, captions) == place
+    assert "CIDEr" in place.read_text(encoding="utf-8")
 
 
 def test_a_video_that_is_not_there(tmp_path):
@@ -84,7 +88,7 @@ def test_a_conversation_shows_pictures_in_later_turns_and_survives_a_turn_too_lo
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--shots", "4", "--task", "caption", "--data", "d.yaml"], "caption takes none"),
+        (["--shots", "4", "--task", "retrieval", "--data", "d.yaml"], "retrieval takes none"),
         (["--set", "task.rule=vqa"], "--set and --train go with --data"),
         (["--train", "d.yaml"], "--set and --train go with --data"),
     ],

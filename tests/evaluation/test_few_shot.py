@@ -5,7 +5,9 @@ import torch
 
 from isthmus.data.record import Image, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
+from isthmus.evaluation.caption_task import CaptionTask
 from isthmus.evaluation.few_shot import FewShotTask, Support, as_shot, orders, permuted_answers, with_shots
+from isthmus.evaluation.tasks import VqaTask
 from isthmus.evaluation.turns import last_turn
 from tests.data.helpers import assistant, png, user
 
@@ -102,9 +104,9 @@ class Fake:
         return [float(said.index(c)) if c in said else -1.0 for c in candidates]
 
 
-def task(**options) -> FewShotTask:
+def task(controls=("blind", "shuffled"), **options) -> FewShotTask:
     records = [question(n, f"a{n}", name="q") for n in range(20, 24)]
-    return FewShotTask(name="t", records=records, support=SUPPORT, **options)
+    return FewShotTask(task=VqaTask(name="t", records=records, controls=controls), support=SUPPORT, **options)
 
 
 def test_task_asks_with_shots_and_zero_shot_has_two_without_pictures():
@@ -121,14 +123,42 @@ def test_task_asks_with_shots_and_zero_shot_has_two_without_pictures():
     assert len({str(task(shots=n).describe()) for n in (0, 1, 2)}) == 3
 
 
+def caption(number: float) -> Record:
+    texts = Text((f"a{number}", f"an {number}"), role="text", learn=True)
+    return Record(f"c{number}", (Image(Numbered(number), role="text", key=str(number)), texts))
+
+
+@pytest.mark.parametrize(("prompt", "shots"), [("", 2), ("", 0), ("describe it.", 2), ("describe it.", 0)])
+def test_captions_stand_behind_captions(prompt, shots):
+    """As the paper's prompts for captions: a picture and what is said of it, the words asked in before it if any."""
+    pictures = [caption(n) for n in range(20, 24)]
+    controls = ["shuffled"] if not prompt else ["blind", "shuffled"]
+    told = FewShotTask(
+        task=CaptionTask(name="t", records=pictures, prompt=prompt, controls=controls, prior="a0"),
+        support=[caption(n) for n in range(8)],
+        shots=shots,
+    )
+    model = Fake()
+    rows = [row for part in told.rows(model, (), chunk=8) for row in part]
+    assert told.score(rows).to_dict()["n"] == 4
+    assert [row["answer"] for row in rows] == ["a20", "a21", "a22", "a23"]
+    heard = [getattr(p, "text", "[]") for p in model.asked[0].parts]
+    before = [w for w in heard if w not in (prompt, "[]", "")]
+    assert len(before) == (shots or 2)
+    assert all(w.startswith("a") for w in before)
+    one = [*(["[]"] if shots else []), *([prompt] if prompt or not shots else []), "a"]
+    assert ["a" if w in before else w for w in heard] == [*one, *one, "[]", *([prompt] if prompt else [])]
+    assert {p.role for p in model.asked[0].images} == {"user"}
+
+
 def test_candidates_are_ranked_over_permutations():
     candidates = [f"a{n}" for n in range(12)]
     one = task(shots=3, candidates=candidates, controls=[])
     row = next(iter(one.rows(Fake(), (), chunk=1)))[0]
-    (last,) = Support(SUPPORT).choose(one.records[0], 3)[-1:]
+    (last,) = Support(SUPPORT).choose(one.task.records[0], 3)[-1:]
     assert row["answer"] == last_turn(last).answers[0]  # the only order: the last shot's scores highest
     many = task(shots=3, candidates=candidates, ensemble=6, controls=[])
-    chosen = {last_turn(r).answers[0] for r in Support(SUPPORT).choose(one.records[0], 3)}
+    chosen = {last_turn(r).answers[0] for r in Support(SUPPORT).choose(one.task.records[0], 3)}
     assert next(iter(many.rows(Fake(), (), chunk=1)))[0]["answer"] in chosen
 
 
@@ -143,7 +173,7 @@ def test_bad_options_are_explained():
         with pytest.raises(ConfigError, match=words):
             task(**options)
     with pytest.raises(DataError, match="there are none"):
-        FewShotTask(name="t", records=SUPPORT, support=[])
+        FewShotTask(task=VqaTask(name="t", records=SUPPORT), support=[]).pool.choose(SUPPORT[0], 1)
 
     class Plain:
         def answer_records(self, records, **_):

@@ -46,7 +46,7 @@ def run(
         specs = [spec_of(task or ("retrieval" if loaded.kind == "clip" else "vqa"), data, train, options)]
     if counts and not any(spec.task in SHOWABLE for spec in specs):
         names = ", ".join(spec.task for spec in specs)
-        raise ConfigError(f"--shots go before questions ({', '.join(SHOWABLE)}); {names} takes none.")
+        raise ConfigError(f"--shots go before questions and captions ({', '.join(SHOWABLE)}); {names} takes none.")
     specs = with_shots(specs, counts, select)
     name = f"hf-{Path(data).stem}" if data and model.startswith(_PEER) else Path(data).stem if data else "own"
     place = out if out is not None else folder / "eval" / name
@@ -89,25 +89,29 @@ def counted(shots: str | None, more: Sequence[int]) -> list[int]:
 def _over_shots(place: Path, results: Sequence[Any]) -> Path | None:
     """``shots.html`` in ``place``: each task's score over the number of shots, what is reached without looking, and the
     same task spoilt on purpose (``lessons-8-shots-permuted``). None unless a task was asked with several numbers."""
+    from isthmus.evaluation.caption_task import MAIN
     from isthmus.evaluation.report import Chart, Report, write_report
 
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    measures: dict[str, str] = {}
     for result in results:
         named = re.fullmatch(r"(.+)-(\d+)-shots(?:-(.+))?", result.task)
         if named is None:
             continue
-        series, shots, score = curves.setdefault(named[1], {}), float(named[2]), result.scores.overall
-        series.setdefault(named[3] or "correct", []).append((shots, score.accuracy))
-        if score.best_without_looking:
-            series.setdefault("best without looking", []).append((shots, score.best_without_looking))
+        series, shots, facts = curves.setdefault(named[1], {}), float(named[2]), result.scores.to_dict()
+        measure = measures[named[1]] = "accuracy" if "accuracy" in facts else MAIN
+        series.setdefault(named[3] or "correct", []).append((shots, facts[measure]))
+        if facts["best_without_looking"]:
+            series.setdefault("best without looking", []).append((shots, facts["best_without_looking"]))
     charts = [
-        Chart(title=f"{base}: score over shots", series=series, x_label="shots", y_label="score")
+        Chart(title=f"{base}: score over shots", series=series, x_label="shots", y_label=measures[base])
         for base, series in curves.items()
         if len(series.get("correct", ())) > 1
     ]
     if not charts:
         return None
-    scores = {result.task: result.scores for result in results if "-shots" in result.task}
+    # The page's table is of answers; captions have their curve.
+    scores = {r.task: r.scores for r in results if "-shots" in r.task and hasattr(r.scores, "overall")}
     return write_report(place / "shots.html", Report(title="Score over shots", scores=scores, charts=charts))
 
 

@@ -1,4 +1,4 @@
-"""Few-shot evaluation: examples before each question (2204.14198, sec. 4.1 and appendix B.2).
+"""Few-shot evaluation: examples before each question, or picture to caption (2204.14198, sec. 4.1, appendix B.2).
 
 Shots are drawn from a pool of support samples, by chance or by RICES: those whose pictures are nearest to the
 question's by the frozen vision features, the nearest last. Zero shots means two examples in words alone, pictures taken
@@ -6,9 +6,10 @@ out. With given candidates the answer is the likeliest one, its log-likelihood a
 """
 
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from torch.nn.functional import normalize
 
 from isthmus.data.record import Image, Part, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
+from isthmus.evaluation.caption_task import CaptionTask
 from isthmus.evaluation.protocols import Records
-from isthmus.evaluation.tasks import Row, VqaTask, fingerprint
+from isthmus.evaluation.tasks import Row, Scores, VqaTask, fingerprint
 from isthmus.evaluation.turns import last_turn
 
 POOL = 2048
@@ -70,18 +72,22 @@ class Support:
         return self._features
 
 
-def as_shot(record: Record, *, pictures: bool = True) -> list[Part]:
-    """A support sample as a finished turn: its pictures, its last question (if any), its first accepted answer."""
+def as_shot(record: Record, *, pictures: bool = True, question: str | None = None) -> list[Part]:
+    """A support sample as a finished turn: its pictures, its last question (if any; or ``question``), its first
+    accepted answer."""
     turn = last_turn(record)
+    asks = turn.question if question is None else question
     shown: list[Part] = [replace(p, role="user") for p in record.images] if pictures else []
-    asked: list[Part] = [Text(turn.question, role="user")] if turn.question or not shown else []
+    asked: list[Part] = [Text(asks, role="user")] if asks or not shown else []
     return [*shown, *asked, Text(turn.answers[0], role="assistant")]
 
 
-def with_shots(record: Record, shots: Sequence[Record], *, pictures: bool = True) -> Record:
+def with_shots(
+    record: Record, shots: Sequence[Record], *, pictures: bool = True, question: str | None = None
+) -> Record:
     """The question with its examples before it."""
     own = [replace(p, role="user") if isinstance(p, Image) else p for p in record.parts]
-    before = [part for shot in shots for part in as_shot(shot, pictures=pictures)]
+    before = [part for shot in shots for part in as_shot(shot, pictures=pictures, question=question)]
     return replace(record, parts=(*before, *own))
 
 
@@ -113,20 +119,20 @@ def orders(shots: Sequence[Record], count: int, seed: str) -> list[list[Record]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewShotTask(VqaTask):
-    """Questions with ``shots`` examples before each.
+class FewShotTask:
+    """A task of questions or captions with ``shots`` examples before each.
 
     Args:
+        task: what is asked and how it is scored.
         support: where the examples come from.
         select: ``random`` or ``rices``.
         permuted: shuffle the examples' answers, a control.
         candidates: closed answers to rank; then ``ensemble`` permutations of the shots are averaged.
 
-    The controls of :class:`VqaTask` change the question's picture only, and RICES then looks at that picture.
+    The controls of the task change the question's picture only, and RICES then looks at that picture.
     """
 
-    kind: ClassVar[str] = "vqa"
-
+    task: VqaTask | CaptionTask
     support: Records
     shots: int = 4
     select: Select = "random"
@@ -135,7 +141,6 @@ class FewShotTask(VqaTask):
     ensemble: int = 1
 
     def __post_init__(self) -> None:
-        VqaTask.__post_init__(self)
         if self.select not in ("random", "rices"):
             raise ConfigError(f"Unknown selection {self.select!r} of shots; known: random, rices.")
         if self.shots < 0 or self.ensemble < 1:
@@ -148,11 +153,38 @@ class FewShotTask(VqaTask):
             raise ConfigError(
                 f"task.candidates must be texts, not {odd or self.candidates!r}; quote them: ['yes', 'no']."
             )
-        object.__setattr__(self, "_pool", Support(self.support, seed=self.seed))
+
+    @property
+    def kind(self) -> str:
+        return self.task.kind
+
+    @property
+    def needs(self) -> type:
+        return self.task.needs
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def seed(self) -> int:
+        return self.task.seed
+
+    @property
+    def decoding(self) -> Mapping[str, Any]:
+        return self.task.decoding
+
+    @property
+    def ids(self) -> list[str]:
+        return self.task.ids
+
+    @cached_property
+    def pool(self) -> Support:
+        return Support(self.support, seed=self.seed)
 
     def describe(self) -> dict[str, Any]:
         return {
-            **VqaTask.describe(self),
+            **self.task.describe(),
             "shots": self.shots,
             "select": self.select,
             "permuted": self.permuted,
@@ -161,34 +193,41 @@ class FewShotTask(VqaTask):
             "support": fingerprint(self.support),
         }
 
+    def asked(self) -> Iterator[Any]:
+        return self.task.asked()
+
     def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         if self.select == "rices" and not hasattr(model, "vision_features"):
             raise CapabilityError("RICES needs a model that can give vision_features; take select: random.")
-        return VqaTask.rows(self, _Shown(self, model), done, chunk=chunk)
+        return self.task.rows(_Shown(self, model), done, chunk=chunk)
+
+    def score(self, rows: Sequence[Row]) -> Scores:
+        return self.task.score(rows)
 
     def answers(self, model: Any, records: Sequence[Any], **decoding: Any) -> list[str]:
         """What the model says to each question behind its examples."""
-        chosen = [self._shots(model, record) for record in records]
-        pictures = self.shots > 0
-        if self.candidates:
-            return [self._likeliest(model, r, s, pictures) for r, s in zip(records, chosen, strict=True)]
-        prompts = [with_shots(r, s, pictures=pictures) for r, s in zip(records, chosen, strict=True)]
-        return model.answer_records(prompts, **decoding)
+        asked = [self._behind(record, self._shots(model, record)) for record in records]
+        if not self.candidates:
+            return model.answer_records([next(prompts) for prompts in asked], **decoding)
+        return [self._likeliest(model, prompts) for prompts in asked]
 
     def _shots(self, model: Any, record: Any) -> list[Record]:
-        pool: Support = self._pool  # type: ignore[attr-defined]
         if not self.shots:
-            return pool.choose(record, min(TEXT_SHOTS, len(pool.records)))
+            return self.pool.choose(record, min(TEXT_SHOTS, len(self.pool.records)))
         features = model.vision_features if self.select == "rices" else None
-        shots = pool.choose(record, self.shots, features)
+        shots = self.pool.choose(record, self.shots, features)
         return permuted_answers(shots, f"{self.seed}/{record.id}") if self.permuted else shots
 
-    def _likeliest(self, model: Any, record: Any, shots: list[Record], pictures: bool) -> str:
+    def _behind(self, record: Any, shots: list[Record]) -> Iterator[Record]:
+        """The question behind its shots, in ``ensemble`` orders of these."""
+        # A caption is asked for in the same words everywhere, and in none where the model needs none.
+        question = self.task.prompt if isinstance(self.task, CaptionTask) else None
+        for order in orders(shots, self.ensemble, f"{self.seed}/{record.id}/order"):
+            yield with_shots(record, order, pictures=self.shots > 0, question=question)
+
+    def _likeliest(self, model: Any, prompts: Iterator[Record]) -> str:
         """The candidate of the highest mean log-likelihood over permutations of the shots."""
-        seen = [
-            torch.tensor(model.score(with_shots(record, order, pictures=pictures).parts, self.candidates))
-            for order in orders(shots, self.ensemble, f"{self.seed}/{record.id}/order")
-        ]
+        seen = [torch.tensor(model.score(prompt.parts, self.candidates)) for prompt in prompts]
         return self.candidates[int(torch.stack(seen).mean(0).argmax())]
 
 

@@ -1,6 +1,7 @@
 """From an evaluation as a recipe (or the command line) names it to a task, and from a model to its scores."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def _demand(spec: EvalSpec) -> Demand | None:
     """What the task needs of a record beside its pictures."""
     if spec.task == "conversation":
         return all_answered
-    return answered if spec.task in (*SHOWABLE, "choice-likelihood", "pope", "nlvr") else None
+    return answered if spec.task in (*SHOWABLE, "choice-likelihood") and spec.task != "caption" else None
 
 
 def _answers(kind: Callable[..., Task], **defaults: Any) -> Callable[..., Task]:
@@ -90,21 +91,36 @@ def _answers(kind: Callable[..., Task], **defaults: Any) -> Callable[..., Task]:
 
     def make(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
         prior = AnswerPrior.fit(train[i] for i in range(len(train))) if train is not None else None
-        facts = {"name": spec.name, "records": records, "prior": prior, "seed": seed, **defaults, **options}
-        if kind is VqaTask and "shots" in options:
-            if train is None:
-                raise ConfigError(f"Task {spec.name!r}: shots come from training data; give `train` (--train).")
-            return FewShotTask(support=train, **facts)
-        return kind(**facts)
+        shots = _taken(options, spec.task)
+        task = kind(name=spec.name, records=records, prior=prior, seed=seed, **{**defaults, **options})
+        return _behind_shots(task, train, shots)
 
     return make
+
+
+def _taken(options: dict[str, Any], task: str) -> dict[str, Any]:
+    """The options that are about shots, taken out; none unless there is a number of them."""
+    if "shots" not in options or task not in SHOWABLE:
+        return {}
+    names = [f.name for f in fields(FewShotTask) if f.name not in ("task", "support")]
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def _behind_shots(task: VqaTask | CaptionTask, train: Any, shots: dict[str, Any]) -> Any:
+    if not shots:
+        return task
+    if train is None:
+        raise ConfigError(f"Task {task.name!r}: shots come from training data; give `train` (--train).")
+    return FewShotTask(task=task, support=train, **shots)
 
 
 def _caption(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
     prior = typical_caption([train[i] for i in range(len(train))]) if train is not None else None
     if not options.get("prompt"):
         options.setdefault("controls", ["shuffled"])
-    return CaptionTask(name=spec.name, records=records, prior=prior, seed=seed, **options)
+    shots = _taken(options, spec.task)
+    task = CaptionTask(name=spec.name, records=records, prior=prior, seed=seed, **options)
+    return _behind_shots(task, train, shots)
 
 
 def _matching(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
@@ -216,12 +232,12 @@ def _of_stage(run: Path, stage: str, final: Model, final_hash: str) -> tuple[Mod
     return final, final_hash
 
 
-SHOWABLE = ("vqa", "vqav2", "ok-vqa", "gqa", "scienceqa", "choice")
-"""Tasks whose questions may stand behind examples."""
+SHOWABLE = ("vqa", "vqav2", "ok-vqa", "gqa", "scienceqa", "choice", "pope", "nlvr", "caption")
+"""Tasks whose questions, or pictures to caption, may stand behind examples."""
 
 
 def with_shots(specs: Sequence[EvalSpec], counts: Sequence[int], select: str = "random") -> list[EvalSpec]:
-    """Each question-answering task once per number of shots."""
+    """Each task that takes shots once per number of them."""
     return [
         spec.model_copy(
             update={"name": f"{spec.name}-{count}-shots", "options": {**spec.options, "shots": count, "select": select}}
