@@ -106,7 +106,8 @@ def _taken(options: dict[str, Any], task: str) -> dict[str, Any]:
     return {name: options.pop(name) for name in names if name in options}
 
 
-def _behind_shots(task: VqaTask | CaptionTask, train: Any, shots: dict[str, Any]) -> Any:
+def _behind_shots(task: Any, train: Any, shots: dict[str, Any]) -> Any:
+    """The task, a SHOWABLE one, with its examples; as it is without any."""
     if not shots:
         return task
     if train is None:
