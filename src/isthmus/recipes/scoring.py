@@ -59,9 +59,10 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quaran
     train: Any = open_source(spec.train) if spec.train is not None else None
     if train is not None and quarantine is not None and spec.task not in UNTRAINED:
         path = quarantine.path and quarantine.path.with_name("quarantine-train.jsonl")
-        looks = spec.task == "linear-probe" or "shots" in spec.options
+        shown = "shots" in spec.options
         own = Quarantine(path, threshold=quarantine.threshold, after=quarantine.after)
-        train = Sound(train, own, demand=_demand(spec), pictures=looks)
+        demand = answered if shown else _demand(spec)
+        train = Sound(train, own, demand=demand, pictures=shown or spec.task == "linear-probe")
     options = dict(spec.options)
     try:
         return TASKS[spec.task](spec, records, train, seed, options)
@@ -75,6 +76,11 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quaran
 _BY_SIMILARITY = ("retrieval", "zero-shot", "matching")
 """Tasks that rank by the similarity a CLIP was trained with."""
 
+_QUESTIONS = ("vqa", "vqav2", "ok-vqa", "gqa", "scienceqa", "choice", "pope", "nlvr")
+
+SHOWABLE = (*_QUESTIONS, "caption")
+"""Tasks whose questions, or pictures to caption, may stand behind examples."""
+
 UNTRAINED = ("matching", "matching-head", "retrieval", "zero-shot")
 """Tasks that take nothing from training data."""
 
@@ -83,7 +89,7 @@ def _demand(spec: EvalSpec) -> Demand | None:
     """What the task needs of a record beside its pictures."""
     if spec.task == "conversation":
         return all_answered
-    return answered if spec.task in (*SHOWABLE, "choice-likelihood") and spec.task != "caption" else None
+    return answered if spec.task in (*_QUESTIONS, "choice-likelihood") else None
 
 
 def _answers(kind: Callable[..., Task], **defaults: Any) -> Callable[..., Task]:
@@ -231,10 +237,6 @@ def _of_stage(run: Path, stage: str, final: Model, final_hash: str) -> tuple[Mod
             "with that `stage`. Leave `stage` out to score the finished model."
         )
     return final, final_hash
-
-
-SHOWABLE = ("vqa", "vqav2", "ok-vqa", "gqa", "scienceqa", "choice", "pope", "nlvr", "caption")
-"""Tasks whose questions, or pictures to caption, may stand behind examples."""
 
 
 def with_shots(specs: Sequence[EvalSpec], counts: Sequence[int], select: str = "random") -> list[EvalSpec]:
