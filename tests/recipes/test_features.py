@@ -21,13 +21,16 @@ CANVASES = [[64, 128], [128, 64], [128, 128]]
 
 def recipe(kind, story, cached):
     """One stage of three epochs or more over six pictures, or as many pages and clips."""
-    mine = copy.deepcopy({"flamingo": test_flamingo.TREE, "blip2": test_blip2.TREE}.get(kind) or tree(kind[:5]))
+    own = {"flamingo": test_flamingo.TREE, "blip2": test_blip2.TREE}
+    mine = copy.deepcopy(own.get(kind.split()[0]) or tree("llava"))
     mine["parts"] = {"vision": str(story / "clip"), "language": str(story / "lm")}
     mine["stages"] = mine["stages"][:1]
     mine["evaluate"] = []
     stage = mine["stages"][0]
     stage |= {"steps": 6, "precision": "fp32"}
     stage["data"] = [{**source, "count": PICTURES} for source in stage["data"]]
+    if kind.endswith("told places"):
+        mine["config"]["patch_positions"] = True
     if kind == "llava in tiles":
         stage |= {
             "config": {"pinpoints": CANVASES},
@@ -54,7 +57,7 @@ def encoded(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava in tiles", "flamingo", "blip2"])
+@pytest.mark.parametrize("kind", ["llava", "llava in tiles", "flamingo told places", "blip2 told places"])
 def test_the_losses_are_those_without_a_cache_and_each_picture_is_encoded_once(kind, story, tmp_path, encoded):
     torch.manual_seed(0)
     plain, once, again = (tmp_path / name for name in ("plain", "once", "again"))
@@ -114,6 +117,14 @@ def test_features_of_another_encoder_or_transform_are_not_taken(story, tmp_path,
         encoded.clear()
         train(mine, tmp_path / str(number), progress=False)
         assert encoded, f"run {number} took the features of a run before it"
+
+
+def test_features_that_tell_places_are_kept_apart_from_those_that_do_not(story, tmp_path, encoded):
+    shared = {"folder": str(tmp_path / "features")}
+    for kind in ("flamingo", "flamingo told places"):
+        encoded.clear()
+        train(recipe(kind, story, shared), tmp_path / kind, progress=False)
+        assert encoded
 
 
 def test_what_changes_at_every_step_is_refused(story, tmp_path):
