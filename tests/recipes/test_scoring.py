@@ -64,10 +64,12 @@ def test_a_broken_picture_is_left_out_of_an_evaluation_and_counted(story, tmp_pa
         assert (result.left_out, [r["id"] for r in result.rows]) == (1, ["data/0", "data/2"])
     lines = (tmp_path / "out" / "vqa" / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["data/1"]
-    many = spec.model_copy(update={"data": data | {"file": str(tmp_path / "many.json")}})
+    many = spec.model_copy(update={"name": "many", "data": data | {"file": str(tmp_path / "many.json")}})
     (tmp_path / "many.json").write_text(json.dumps([r | {"id": f"{n} {r['id']}"} for n in range(40) for r in rows]))
+    told = []
     with pytest.raises(DataError, match="40 of 120 samples are bad"):
-        score_model(model, [many], tmp_path / "many", model_hash="x")
+        score_model(model, [spec, many], tmp_path / "many", model_hash="x", done=told.append)
+    assert [r.left_out for r in told] == [1]  # what went well is told before the next one fails
 
 
 def questions(tmp_path, name, answers):

@@ -50,7 +50,15 @@ def run(
     specs = with_shots(specs, counts, select)
     name = f"hf-{Path(data).stem}" if data and model.startswith(_PEER) else Path(data).stem if data else "own"
     place = out if out is not None else folder / "eval" / name
-    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
+    console = Console(emoji=False)
+
+    def tell(result: Any) -> None:
+        console.print(score_table(result.task, result.scores.to_dict()))
+        if result.left_out:
+            console.print(f"{result.left_out} bad samples were left out: {result.folder / 'quarantine.jsonl'}")
+
+    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
+    with Progress(*columns, transient=True, console=console) as bar:
         shown: dict[str, Any] = {}
 
         def progress(name: str, done: int, total: int) -> None:
@@ -59,13 +67,16 @@ def run(
             bar.update(shown[name], completed=done)
 
         results = score_model(
-            loaded, specs, place, model_hash=model_hash(folder), seed=seed, limit=limit, progress=progress, run=folder
+            loaded,
+            specs,
+            place,
+            model_hash=model_hash(folder),
+            seed=seed,
+            limit=limit,
+            progress=progress,
+            done=tell,
+            run=folder,
         )
-    console = Console(emoji=False)
-    for result in results:
-        console.print(score_table(result.task, result.scores.to_dict()))
-        if result.left_out:
-            console.print(f"{result.left_out} bad samples were left out: {result.folder / 'quarantine.jsonl'}")
     console.print(f"Raw outputs, manifest and scores: [bold]{place}[/]")
     if (curve := _over_shots(place, results)) is not None:
         console.print(f"Score over shots: [bold]{curve}[/]")

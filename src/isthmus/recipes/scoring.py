@@ -199,9 +199,11 @@ def score_model(
     seed: int = 0,
     limit: int | None = None,
     progress: Progress | None = None,
+    done: Callable[[Result], None] | None = None,
     run: Path | None = None,
 ) -> list[Result]:
-    """Every task in a folder of its own below ``folder``, going on where an earlier call stopped.
+    """Every task in a folder of its own below ``folder``, going on where an earlier call stopped. ``done`` is told each
+    result as it comes, so that none is lost on a user when a later task fails.
 
     A task of an earlier stage is done by that stage's model, from the run folder ``run`` (the one ``folder`` is in).
     """
@@ -221,6 +223,8 @@ def score_model(
         task = make_task(spec, seed=seed, limit=limit, quarantine=quarantine)
         left_out = quarantine.failures
         found.append(evaluate(model, task, folder / name, model_hash=model_hash, left_out=left_out, progress=report))
+        if done is not None:
+            done(found[-1])
     return found
 
 
