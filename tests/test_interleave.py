@@ -64,10 +64,10 @@ def test_generation_with_cache_equals_running_the_whole_row_again(family, decodi
     for name, answer in zip(names, together, strict=True):
 
         def whole(written, row=ROWS[name]):
-            """The next token's logits, every beam's row run from its first token on."""
+            """The next token's log-probabilities, every beam's row run from its first token on."""
             with torch.no_grad():
                 rows = batch([[*row, *beam] for beam in written[:, 1:].tolist()])
-                return net.logits(rows)[:, -1]
+                return net.logits(rows)[:, -1].log_softmax(-1)
 
         searched = beam_search(
             whole,
