@@ -191,7 +191,6 @@ def test_kinds_narrow_what_is_asked(form):
 def test_an_unknown_kind_is_answered_with_a_near_one():
     with pytest.raises(ConfigError, match="comparison"):
         SceneSource("conversations", kinds=["comparisons"])
-
     with pytest.raises(ConfigError, match="no kind 'count'"):
         SceneSource("lessons", kinds=["count"])
     with pytest.raises(ConfigError, match="kinds is empty"):
