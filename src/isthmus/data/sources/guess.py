@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ def guess(path: Path) -> dict[str, Any]:
         return {"kind": "webdataset", "shards": str(path)}
     if not path.is_file():
         raise DataError(f"There is no data at {path}.")
-    return _file(path)
+    return _file(path)[0]
 
 
 def _folder(path: Path) -> dict[str, Any]:
@@ -44,36 +43,36 @@ def _folder(path: Path) -> dict[str, Any]:
         return {"kind": "webdataset", "shards": [str(s) for s in shards]}
     files = [p for p in path.iterdir() if p.suffix in _FILES and not p.name.startswith(".")]
     if len(files) == 1:
-        found = _file(files[0])
+        found, place = _file(files[0])
         # A table in a folder of classes may be about something else: its pictures decide.
-        if found["kind"] not in ("csv", "jsonl") or _place(files[0], found) is not None:
+        if found["kind"] not in ("csv", "jsonl") or place is not None:
             return found
     if any(p.is_dir() for p in path.iterdir()):
         return {"kind": "folder", "folder": str(path)}
     raise DataError(f"{path} holds neither tar shards nor one folder of pictures per class. {_HELP}")
 
 
-def _file(path: Path) -> dict[str, Any]:
-    """The file's kind and, where that is plain to see, the folder of its pictures and the field that names them."""
+def _file(path: Path) -> tuple[dict[str, Any], Path | None]:
+    """The file's description with, where that is plain to see, the field that names pictures and their folder; and that
+    folder, or none."""
     kind, first = ("csv", _first_row(path)) if path.suffix in _TABLES else _json_kind(path)
     found: dict[str, Any] = {"kind": kind, "file": str(path)}
-    if kind in ("csv", "jsonl") and "file_name" in first and "image" not in first:
-        found["fields"] = {"image": "file_name"}  # Hugging Face's folders of pictures
-    place = _place(path, found, first)
-    return found if place in (None, path.parent) else {**found, "image_folder": str(place)}
+    field = "file_name" if "file_name" in first and "image" not in first else "image"
+    if kind in ("csv", "jsonl") and field != "image":
+        found["fields"] = {"image": field}  # Hugging Face's folders of pictures
+    place = _place(path.parent, first.get(field))
+    return (found if place in (None, path.parent) else {**found, "image_folder": str(place)}), place
 
 
-def _place(path: Path, found: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> Path | None:
-    """The folder in which the first picture is: beside the file, or the only one next to it that has it."""
-    if first is None:
-        first = _first_row(path) if found["kind"] == "csv" else _json_kind(path)[1]
-    name = first.get(found.get("fields", {}).get("image", "file_name" if found["kind"] == "coco" else "image"))
-    name = name[0] if isinstance(name, list) and name else name
+def _place(folder: Path, name: Any) -> Path | None:
+    """Where the picture of that name (of several, the first) is: the folder, or the only one below that has it."""
+    if isinstance(name, list) and name:
+        name = name[0]
     if not isinstance(name, str) or not safe_name(name):
         return None
-    if (path.parent / name).is_file():
-        return path.parent
-    places = [p for p in path.parent.iterdir() if p.is_dir() and (p / name).is_file()]
+    if (folder / name).is_file():
+        return folder
+    places = [p for p in folder.iterdir() if p.is_dir() and (p / name).is_file()]
     return places[0] if len(places) == 1 else None
 
 
