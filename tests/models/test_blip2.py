@@ -15,6 +15,7 @@ from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.language import Decoding
 from isthmus.models.blip2 import STAGES, Blip2, Blip2Config, layer_decay
+from isthmus.nn.lengths import blocks_by_length
 from isthmus.nn.patch_positions import add_patch_positions
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.stage import Group, apply_stage
@@ -40,6 +41,7 @@ from tests.models.tiny_blip2 import (
 
 NORM = {"l": 2_048, "g": 2_816}
 ROWS = [[2, 5, 6, 7, 8], [2, 9, 10]]
+UNLIKE = [[CLS, *range(7, 8 + n % 7), SEP] for n in range(20)]
 
 
 def on_meta(config: Blip2Config) -> Blip2:
@@ -179,40 +181,42 @@ def smoothed(logits: torch.Tensor, target: torch.Tensor, smoothing: float = 0.1)
     return -((1 - smoothing) * right + smoothing * log.mean(-1))
 
 
-def test_the_three_losses_equal_a_direct_computation(monkeypatch) -> None:
-    net, batch = tiny(), pairs()
+@pytest.mark.parametrize("texts", [TEXTS, UNLIKE], ids=["few", "many of unlike length"])
+def test_the_three_losses_equal_a_direct_computation(texts: list[list[int]], monkeypatch) -> None:
+    net, batch, rows = tiny(), pairs(texts), len(texts)
     text = batch.text["qformer"]
-    wrong_image, wrong_text = torch.tensor([1, 2, 3, 0]), torch.tensor([3, 0, 1, 2])
+    assert len(blocks_by_length(text.lengths)) == (1 if texts is TEXTS else 2)
+    wrong_image, wrong_text = torch.arange(rows).roll(-1), torch.arange(rows).roll(1)
     monkeypatch.setattr("isthmus.models.blip2.hard_negatives", lambda *_: (wrong_image, wrong_text))
     terms = net.loss(batch)
     assert {n: (t.scope, t.count) for n, t in terms.items()} == {
-        "itc": ("batch", 4),
-        "itm": ("batch", 12),
-        "itg": ("token", sum(len(t) - 1 for t in TEXTS)),
+        "itc": ("batch", rows),
+        "itm": ("batch", 3 * rows),
+        "itg": ("token", sum(len(t) - 1 for t in texts)),
     }
     assert net.heads is not None
     pixels = batch.visuals[0].pixels
     assert pixels is not None
     images = F.normalize(net.embed_images(pixels[:, 0]), dim=-1)
-    texts = F.normalize(net.embed_texts(text), dim=-1)
-    scores = (images @ texts.T).amax(1) / net.heads.temperature
-    target = torch.arange(4)
+    alone = torch.cat([net.embed_texts(tokens([ids])) for ids in texts])
+    scores = (images @ F.normalize(alone, dim=-1).T).amax(1) / net.heads.temperature
+    target = torch.arange(rows)
     itc = (smoothed(scores, target) + smoothed(scores.T, target)).mean() / 2
     torch.testing.assert_close(terms["itc"].mean, itc)
 
     vision = net.normed(pixels[:, 0])
     itm = torch.tensor(0.0)
     for image, sentence, label in [
-        *((i, i, 1) for i in range(4)),
-        *((int(wrong_image[i]), i, 0) for i in range(4)),
-        *((i, int(wrong_text[i]), 0) for i in range(4)),
+        *((i, i, 1) for i in range(rows)),
+        *((int(wrong_image[i]), i, 0) for i in range(rows)),
+        *((i, int(wrong_text[i]), 0) for i in range(rows)),
     ]:
-        logits = net.match_logits(vision[image : image + 1], tokens([TEXTS[sentence]]))
+        logits = net.match_logits(vision[image : image + 1], tokens([texts[sentence]]))
         itm = itm - logits.log_softmax(-1)[0, label]
     torch.testing.assert_close(terms["itm"].total, itm)
 
     itg = torch.tensor(0.0)
-    for row, ids in enumerate(TEXTS):
+    for row, ids in enumerate(texts):
         seen = net.connector.look(vision[row : row + 1])
         logits = net.writing_logits(seen.past, tokens([ids]))[0]
         itg = itg + smoothed(logits[:-1], torch.tensor(ids[1:])).sum()

@@ -32,6 +32,23 @@ def test_block_is_pre_norm():
     torch.testing.assert_close(block(x, causal=True), expected)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [None, (1, 1, 5, 5), (3, 1, 5, 5), (3, 2, 1, 5)], ids=str)
+def test_what_is_read_at_one_place_is_what_the_whole_block_gives_there(
+    causal: bool, mask: tuple[int, ...] | None
+) -> None:
+    torch.manual_seed(0)
+    block = Block(8, 2, 32).double()
+    x, place = torch.randn(3, 5, 8, dtype=torch.float64), torch.tensor([4, 0, 2])
+    seen = None
+    if mask is not None:
+        seen = torch.rand(mask) < 0.5
+        seen[..., 0] = True  # every place sees something
+    whole = block(x, mask=seen, causal=causal)
+    read = block(x, mask=seen, causal=causal, read=place)
+    torch.testing.assert_close(read[:, 0], whole[torch.arange(3), place], atol=1e-12, rtol=0)
+
+
 def test_initial_deviations_are_openais():
     torch.manual_seed(0)
     width, depth = 256, 8

@@ -43,6 +43,18 @@ def test_the_causal_joint_pass_equals_text_on_a_cached_image_pass() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("read", [1, QUERIES, QUERIES + 2])
+def test_rows_read_alone_are_those_of_the_whole(read: int) -> None:
+    net, text = connector(), tokens(TEXTS)
+    queries, vision = net.queries.expand(len(TEXTS), -1, -1), features(len(TEXTS))
+    whole = net.qformer(queries, text.ids, vision=vision, text_mask=text.mask).hidden
+    front = net.qformer(queries, text.ids, vision=vision, text_mask=text.mask, read=read).hidden
+    torch.testing.assert_close(front, whole[:, :read], atol=1e-5, rtol=0)
+    alone = net.qformer(None, text.ids, text_mask=text.mask).hidden[:, 0]
+    torch.testing.assert_close(net.read_text(text), alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_writing_looks_back_only_and_goes_on_token_by_token() -> None:
     net, text = connector(), written(tokens(TEXTS[:1]))
     past = net.look(features(1)).past

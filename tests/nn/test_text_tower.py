@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from isthmus.errors import ConfigError, DataError
+from isthmus.nn.lengths import blocks_by_length
 from isthmus.nn.text_tower import TextConfig, TextTower
 
 EOT, VOCAB = 30, 40
@@ -38,6 +39,16 @@ def test_padding_never_matters_to_a_causal_tower():
         padded = padded.masked_fill(torch.arange(10)[None] >= lengths[:, None], padding)
         torch.testing.assert_close(tower(padded, lengths), expected, atol=1e-12, rtol=0)
     torch.testing.assert_close(tower(ids[:1, :4], lengths[:1]), expected[:1], atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_many_rows_of_unlike_length_come_out_as_each_alone():
+    tower, lengths = _tower(), torch.arange(24) % 8 + 2
+    ids = torch.randint(2, EOT, (24, 10))
+    ids[torch.arange(24), lengths - 1] = EOT
+    assert len(blocks_by_length(lengths)) > 1
+    alone = torch.cat([tower(ids[i : i + 1, :n], lengths[i : i + 1]) for i, n in enumerate(lengths.tolist())])
+    torch.testing.assert_close(tower(ids, lengths), alone, atol=1e-12, rtol=0)
 
 
 @torch.no_grad()

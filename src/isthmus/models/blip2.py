@@ -38,6 +38,7 @@ from isthmus.language import Decoding, write
 from isthmus.language_seq2seq import Seq2SeqLM, build_language, safe_dtype
 from isthmus.models.published import flan_t5, opt, vicuna
 from isthmus.nn.connectors.qformer import Past, QFormerConfig, QFormerConnector
+from isthmus.nn.lengths import blocks_by_length
 from isthmus.nn.looking import patch_maps, self_attention
 from isthmus.nn.losses import Similarity, gather
 from isthmus.nn.matching import gather_tokens, hard_negatives, query_contrast
@@ -332,12 +333,16 @@ class Blip2(StagedNet):
 
     def _writing_loss(self, past: Sequence[Past], text: Tokens) -> tuple[Tensor, int]:
         """Label-smoothed next-token cross-entropy of the text after its image: (sum, count)."""
-        labels = text.ids.masked_fill(~text.mask, IGNORE) if text.labels is None else text.labels
-        row, column = torch.nonzero(labels[:, 1:] != IGNORE, as_tuple=True)
-        logits = self.writing_logits(past, text, at=(row, column))
-        smoothing = self.config.label_smoothing
-        loss = F.cross_entropy(logits.float(), labels[row, column + 1], reduction="sum", label_smoothing=smoothing)
-        return loss, len(row)
+        losses, count = [], 0
+        for rows in blocks_by_length(text.lengths):
+            own = text.rows(rows)
+            labels = own.ids.masked_fill(~own.mask, IGNORE) if own.labels is None else own.labels
+            row, column = torch.nonzero(labels[:, 1:] != IGNORE, as_tuple=True)
+            logits = self.writing_logits([(k[rows], v[rows]) for k, v in past], own, at=(row, column))
+            targets, smoothing = labels[row, column + 1], self.config.label_smoothing
+            losses.append(F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing))
+            count += len(row)
+        return torch.stack(losses).sum(), count
 
     def writing_logits(self, past: Sequence[Past], text: Tokens, *, at: Any = ...) -> Tensor:
         """(B, T, V): logits of the token behind each, [DEC] in place of the first, on a cached image pass. ``at``
@@ -366,7 +371,7 @@ class Blip2(StagedNet):
     def embed_texts(self, text: Tokens) -> Tensor:
         """(B, E), not normalised: the text alone, read at [CLS]."""
         assert self.heads is not None
-        return self.heads.text_proj(self.connector.qformer(None, text.ids, text_mask=text.mask).hidden[:, 0])
+        return self.heads.text_proj(self.connector.read_text(text))
 
     # Phase generate
 

@@ -5,6 +5,7 @@ Legend: B batch, T tokens, D width, H heads.
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -82,10 +83,30 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, hidden, activation)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """(B, T, D) -> (B, T, D); ``mask`` and ``causal`` as in :class:`Attention`."""
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False, read: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D); ``mask`` and ``causal`` as in :class:`Attention`.
+
+        With ``read`` (B,), one place per row, only what comes out there is computed, (B, 1, D): all that a pooling at
+        one place needs of the last block.
+        """
+        if read is not None:
+            return self._at(x, read, mask=mask, causal=causal)
         x = x + self.attn(self.ln_1(x), mask=mask, causal=causal)
         return x + self.mlp(self.ln_2(x))
+
+    def _at(self, x: Tensor, place: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
+        rows = torch.arange(len(x), device=x.device)
+        normed = self.ln_1(x)
+        if mask is not None:
+            mask = mask.expand(len(x), -1, x.shape[1], -1)[rows, :, place][:, :, None]
+        if causal:
+            before = (torch.arange(x.shape[1], device=x.device) <= place[:, None])[:, None, None]
+            mask = before if mask is None else mask & before
+        own = x[rows, place][:, None]
+        own = own + self.attn(normed[rows, place][:, None], normed, mask=mask)
+        return own + self.mlp(self.ln_2(own))
 
 
 def init_block(block: Block, depth: int) -> None:

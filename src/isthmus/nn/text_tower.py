@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import ConfigError, DataError
 from isthmus.nn.block import Block, init_block
+from isthmus.nn.lengths import in_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +95,26 @@ class TextTower(nn.Module):
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """(B, D) from right-padded ``ids`` (B, T) with ``lengths`` (B,) real tokens; padding never matters.
 
-        Nothing right of the furthest pooled place is computed: in a causal tower it could not reach any. Raises
-        DataError for a row that is too long or has no end-of-text.
+        Nothing right of the furthest pooled place is computed (in a causal tower it could not reach any), and of the
+        last block that place alone. Raises DataError for a row that is too long or has no end-of-text.
         """
         self._check_length(lengths)
         real = torch.arange(ids.shape[1], device=ids.device)[None] < lengths[:, None]
         if self.config.causal:
             place = self._end_of_text(ids, real)
-            ids = ids[:, : int(place.max()) + 1]
         else:
             ids = self._fill(ids, real)
             place = torch.full_like(lengths, self.config.context - 1)
+        return self.ln_final(in_blocks(place + 1, lambda rows: self._read(ids[rows], place[rows])))
+
+    def _read(self, ids: Tensor, place: Tensor) -> Tensor:
+        """(B, D), not normed, at ``place`` (B,)."""
+        ids = ids[:, : int(place.max()) + 1]
         x = self.tokens(ids) + self.positions[: ids.shape[1]]
-        for block in self.blocks:
+        *before, last = self.blocks
+        for block in before:
             x = block(x, causal=self.config.causal)
-        return self.ln_final(x[torch.arange(len(x), device=x.device), place])
+        return last(x, causal=self.config.causal, read=place)[:, 0]
 
     def _check_length(self, lengths: Tensor) -> None:
         longest = int(lengths.max())

@@ -233,7 +233,9 @@ class VisionTransformer(nn.Module):
         x = self._embed(pixels, interpolate)
         kept = {0: x} if 0 in wanted else {}
         for number, block in enumerate(self.blocks[:highest], start=1):
-            x = block(x)
+            # Of the last block's output a pooling at the first token reads no other.
+            alone = pooled and number == depth and self.pool is None and number not in wanted
+            x = block(x, read=torch.zeros(len(x), dtype=torch.long, device=x.device) if alone else None)
             if number in wanted:
                 kept[number] = x
         return VisionOutput(self._pool(x) if pooled else None, tuple(kept[number] for number in wanted))

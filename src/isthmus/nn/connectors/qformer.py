@@ -20,6 +20,7 @@ from isthmus.batch import Tokens
 from isthmus.errors import ConfigError, DataError
 from isthmus.nn.attention import Attention, attend
 from isthmus.nn.block import Mlp
+from isthmus.nn.lengths import in_blocks
 from isthmus.nn.precision import KeptFloat32
 
 Past = tuple[Tensor, Tensor]
@@ -117,10 +118,18 @@ class QFormerLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, queries: int, *, vision: Tensor | None, mask: Tensor | None, past: Past | None
+        self,
+        x: Tensor,
+        queries: int,
+        *,
+        vision: Tensor | None,
+        mask: Tensor | None,
+        past: Past | None,
+        read: int | None = None,
     ) -> tuple[Tensor, Past]:
-        """(B, Q + T, D) -> the same, and this layer's keys and values. ``queries`` rows stand in front."""
-        x, kept = self._attended(x, mask, past)
+        """(B, Q + T, D) -> the same, and this layer's keys and values. ``queries`` rows stand in front; with ``read``
+        only so many rows from the front come out."""
+        x, kept = self._attended(x, mask, past, read)
         rows, text = x[:, :queries], x[:, queries:]
         parts = []
         if queries:
@@ -135,11 +144,13 @@ class QFormerLayer(nn.Module):
     def patch_weights(self, x: Tensor, queries: int, *, vision: Tensor, mask: Tensor | None) -> Tensor:
         """(B, Q, P): how much the query rows look at each vision token here."""
         assert self.cross is not None
-        return self.cross.weights(self._attended(x, mask, None)[0][:, :queries], vision)
+        return self.cross.weights(self._attended(x, mask, None, queries)[0], vision)
 
-    def _attended(self, x: Tensor, mask: Tensor | None, past: Past | None) -> tuple[Tensor, Past]:
-        seen, kept = self.attn.look(x, mask=mask, past=past)
-        return self.ln_attn(x + self.dropout(seen)), kept
+    def _attended(self, x: Tensor, mask: Tensor | None, past: Past | None, read: int | None) -> tuple[Tensor, Past]:
+        front = x[:, :read]
+        mask = mask[:, :, :read] if mask is not None else None
+        seen, kept = self.attn.look(front, x, mask=mask, past=past)
+        return self.ln_attn(front + self.dropout(seen)), kept
 
 
 class QFormer(nn.Module):
@@ -169,6 +180,7 @@ class QFormer(nn.Module):
         text_mask: Tensor | None = None,
         causal: bool = False,
         past: Sequence[Past] | None = None,
+        read: int | None = None,
     ) -> QFormerOutput:
         """Run the rows given: ``queries`` (B, Q, D), text ``ids`` (B, T), or both, queries first.
 
@@ -179,6 +191,7 @@ class QFormer(nn.Module):
                 Else all rows see each other (ITM); text alone and queries alone are ITC's two sides.
             past: what an earlier call handed out, for text that follows those rows under the causal mask: the
                 queries' keys and values, and those of text already written. Positions go on behind that text.
+            read: how many rows from the front are wanted; the last layer computes no others. Left out: all.
 
         Raises ConfigError for text without a text half, DataError for more text than positions.
         """
@@ -188,7 +201,9 @@ class QFormer(nn.Module):
         mask = self._mask(x.shape[1], count, text_mask, causal or past is not None, past)
         kept: list[Past] = []
         for number, layer in enumerate(self.layers):
-            x, pair = layer(x, count, vision=vision, mask=mask, past=past[number] if past is not None else None)
+            earlier = past[number] if past is not None else None
+            front = read if number == len(self.layers) - 1 else None
+            x, pair = layer(x, count, vision=vision, mask=mask, past=earlier, read=front)
             kept.append(pair)
         return QFormerOutput(x, tuple(kept))
 
@@ -288,9 +303,22 @@ class QFormerConnector(KeptFloat32):
 
     def read(self, vision: Tensor, text: Tokens) -> Tensor:
         """The query rows (B, Q, D) when queries and ``text`` (B rows) see each other: the joint use."""
-        queries = self.queries.expand(len(vision), -1, -1)
-        found = self.qformer(queries, text.ids, vision=vision, text_mask=text.mask).hidden
-        return found[:, : self.config.queries]
+
+        def joint(rows: Tensor) -> Tensor:
+            own, count = text.rows(rows), self.config.queries
+            queries = self.queries.expand(len(rows), -1, -1)
+            return self.qformer(queries, own.ids, vision=vision[rows], text_mask=own.mask, read=count).hidden
+
+        return in_blocks(text.lengths, joint)
+
+    def read_text(self, text: Tokens) -> Tensor:
+        """(B, D): ``text`` alone, read at its first token [CLS]."""
+
+        def alone(rows: Tensor) -> Tensor:
+            own = text.rows(rows)
+            return self.qformer(None, own.ids, text_mask=own.mask, read=1).hidden[:, 0]
+
+        return in_blocks(text.lengths, alone)
 
     def forward(
         self, features: Tensor, mask: Tensor | None = None, times: Tensor | None = None, text: Tokens | None = None

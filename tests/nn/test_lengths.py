@@ -1,0 +1,34 @@
+"""Rows of like length together: the same rows come out, in their order, and less padding goes in."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.nn.lengths import blocks_by_length, in_blocks
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=70).map(torch.tensor)
+
+
+@given(LENGTHS)
+def test_every_row_is_in_one_block(lengths: torch.Tensor) -> None:
+    blocks = blocks_by_length(lengths)
+    assert sorted(torch.cat(blocks).tolist()) == list(range(len(lengths)))
+
+
+@given(LENGTHS)
+def test_blocks_are_made_only_where_they_save_padding(lengths: torch.Tensor) -> None:
+    blocks = blocks_by_length(lengths)
+    padded = sum(len(b) * int(lengths[b].max()) for b in blocks)
+    whole = len(lengths) * int(lengths.max())
+    assert padded <= 0.9 * whole if len(blocks) > 1 else padded == whole
+
+
+def test_few_rows_and_equal_rows_stay_together() -> None:
+    assert len(blocks_by_length(torch.arange(1, 16))) == 1
+    assert len(blocks_by_length(torch.full((64,), 9))) == 1
+    assert len(blocks_by_length(torch.arange(1, 65))) == 4
+
+
+@given(LENGTHS)
+def test_outputs_come_back_in_the_order_of_the_rows(lengths: torch.Tensor) -> None:
+    assert torch.equal(in_blocks(lengths, lambda rows: lengths[rows] * 2), lengths * 2)
