@@ -160,6 +160,22 @@ def test_only_learnt_answers_are_supervised(family):
     assert set(prompt.labels) == {IGNORE}
 
 
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_what_is_learnt_is_said_piece_by_piece_for_either_speaker(family):
+    tokenizer = TOKENIZERS[family]
+    parts = (
+        Text("look.", role="user"),
+        Text(" what is it? ", role="user", learn=True),
+        picture(),
+        Text("I think:", role="assistant"),
+        Text(" a cat", role="assistant", learn=True),
+    )
+    encoded = encode(render(record(*parts), "vicuna_v1"), tokenizer)
+    assert [run.strip() for run in learnt_runs(encoded, tokenizer)] == ["what is it?", "a cat</s>"]
+    whole = render(record(user("look. what is it? "), picture(), assistant("I think: a cat")), "vicuna_v1")
+    assert encoded.ids == encode(whole, tokenizer).ids
+
+
 @pytest.mark.parametrize(("family", "after"), [("legacy", "▁"), ("non-legacy", "")])
 def test_dummy_space_after_an_end_follows_the_tokenizer(family, after):
     tokenizer = TOKENIZERS[family]

@@ -301,3 +301,25 @@ def test_pictures_that_are_not_normalised_stay_so(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 28, "do_normalize": False}))
     transform = image_transform(tmp_path, 28)
     assert (transform.mean, transform.std) == ((0.0,) * 3, (1.0,) * 3)
+
+
+def test_every_id_that_the_folder_stops_at_ends_an_answer(tmp_path, tokenizer):
+    LlamaForCausalLM(LlamaConfig(**LANGUAGE)).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    stops = tmp_path / "generation_config.json"
+    stops.write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, 311]}))
+    model = isthmus.load(tmp_path)
+    free = model.net.language.generate
+    embeds, lengths = model.net.language.embed(torch.tensor([[5, 6, 7]])), torch.tensor([3])
+    (first, *_), *_ = free(embeds, lengths, Decoding(max_new_tokens=3))
+    assert model.ended(Decoding()).stop_ids == tuple(sorted((tokenizer.eos_id, 311)))
+    assert free(embeds, lengths, model.ended(Decoding(stop_ids=(first,)))) == [[]]
+
+    model.save(tmp_path / "ours")
+    assert isthmus.load(tmp_path / "ours").ended(Decoding()).stop_ids == model.ended(Decoding()).stop_ids
+    for wrong, ids in (("-1", [tokenizer.eos_id, -1]), ("'end'", "end")):
+        stops.write_text(json.dumps({"eos_token_id": ids}))
+        with pytest.raises(CheckpointError, match=f"eos_token_id holds {wrong}, which is not a token id"):
+            isthmus.load(tmp_path)
+    stops.write_text(json.dumps({"eos_token_id": tokenizer.eos_id}))
+    assert isthmus.load(tmp_path).processor.stop_ids == ()

@@ -153,6 +153,7 @@ class SpliceProcessor:
         template: one of :data:`isthmus.data.text.TEMPLATES`.
         max_length: tokens after widening; what is over is cut off, never through a picture.
         around: names of the tokens before and behind each picture, for models trained with such.
+        stop_ids: ids that end an answer besides end-of-sequence.
     """
 
     kind = "splice"
@@ -166,6 +167,7 @@ class SpliceProcessor:
         template: str = "vicuna_v1",
         max_length: int = 2048,
         around: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
     ) -> None:
         _check(template, max_length)
         if len(around) not in (0, 2):
@@ -176,7 +178,7 @@ class SpliceProcessor:
             raise ConfigError(f"the views of image mode anyres make square maps of tokens, not {num_tokens}")
         self.tokenizer, self.image = tokenizer, image
         self.num_tokens, self.template, self.max_length = num_tokens, template, max_length
-        self.around = tuple(around)
+        self.around, self.stop_ids = tuple(around), tuple(stop_ids)
         self._before, self._behind = [tokenizer.id_of(t) for t in around[:1]], [tokenizer.id_of(t) for t in around[1:]]
 
     def example(self, record: Record, draw: int = 0) -> Example:
@@ -241,19 +243,31 @@ class SpliceProcessor:
             "max_length": self.max_length,
             "num_tokens": self.num_tokens,
             **({"around": list(self.around)} if self.around else {}),
+            **({"stop_ids": list(self.stop_ids)} if self.stop_ids else {}),
             "image": self.image.to_dict(),
         }
 
 
 class TextProcessor:
-    """Text for a language model without eyes (stream ``lm``): running text, or conversations in ``template``."""
+    """Text for a language model without eyes (stream ``lm``): running text, or conversations in ``template``.
+
+    ``stop_ids`` end an answer besides end-of-sequence.
+    """
 
     kind = "text"
     image = None
 
-    def __init__(self, tokenizer: Tokenizer, *, template: str = "document", max_length: int = 2048) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        template: str = "document",
+        max_length: int = 2048,
+        stop_ids: Sequence[int] = (),
+    ) -> None:
         _check(template, max_length)
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+        self.stop_ids = tuple(stop_ids)
 
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError when the record holds a picture, does not fit the template, or teaches nothing."""
@@ -278,7 +292,12 @@ class TextProcessor:
         return encode(rendered, self.tokenizer), rendered.learns
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "template": self.template, "max_length": self.max_length}
+        return {
+            "kind": self.kind,
+            "template": self.template,
+            "max_length": self.max_length,
+            **({"stop_ids": list(self.stop_ids)} if self.stop_ids else {}),
+        }
 
 
 PROCESSORS: dict[str, Callable[..., Processor]] = {

@@ -68,12 +68,15 @@ Template = Callable[[Record, bool], Rendered]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """All parts of one speaker in a row: ``text`` joined as written, ``images`` in order."""
+    """All parts of one speaker in a row: what is ``said``, each piece with its being learnt; ``images`` in order."""
 
     role: Role
-    text: str
-    images: tuple[Image, ...]
-    learn: bool
+    said: tuple[tuple[str, bool], ...] = ()
+    images: tuple[Image, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.said)
 
 
 def render(record: Record, template: str, *, draw: int = 0, prompt: bool = False) -> Rendered:
@@ -136,7 +139,7 @@ class Grammar:
                 )
             if turn.role == "user":
                 out.write(opening)
-                _write_user(out, turn)
+                _write_user(out, turn, prompt)
                 out.write(closing)
             else:
                 if not turn.text.strip():
@@ -144,7 +147,7 @@ class Grammar:
                         f"empty answer: turn {number + 1} of the conversation says nothing; "
                         "write an answer or drop the turn"
                     )
-                out.write(f"{self.before}{turn.text}{self.after}", learn=turn.learn and not prompt)
+                _say(out, ((self.before, turn.said[0][1]), *turn.said, (self.after, turn.said[-1][1])), prompt)
         if not turns or (prompt and turns[-1].role != "user"):
             raise DataError("bad conversation: it has no question to answer; end it with a user's turn")
         if not prompt and turns[-1].role != "assistant":
@@ -152,14 +155,32 @@ class Grammar:
         return out
 
 
-def _write_user(out: Rendered, turn: Turn) -> None:
+def _write_user(out: Rendered, turn: Turn, prompt: bool) -> None:
     """Pictures first, each followed by a newline, then the stripped text (the released code's rule)."""
-    text = turn.text.strip() if turn.images else turn.text
+    said = _stripped(turn.said) if turn.images else turn.said
     for number, image in enumerate(turn.images):
         out.place(image)
-        if text or number + 1 < len(turn.images):
+        if said or number + 1 < len(turn.images):
             out.write("\n")
-    out.write(text)
+    _say(out, said, prompt)
+
+
+def _say(out: Rendered, said: Sequence[tuple[str, bool]], prompt: bool) -> None:
+    for text, learn in said:
+        out.write(text, learn=learn and not prompt)
+
+
+def _stripped(said: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Without white space at either end of the whole."""
+    pieces = list(said)
+    while pieces and not pieces[0][0].strip():
+        del pieces[0]
+    while pieces and not pieces[-1][0].strip():
+        del pieces[-1]
+    if pieces:
+        pieces[0] = (pieces[0][0].lstrip(), pieces[0][1])
+        pieces[-1] = (pieces[-1][0].rstrip(), pieces[-1][1])
+    return pieces
 
 
 def _plain(record: Record, prompt: bool) -> Rendered:
@@ -226,12 +247,12 @@ def _turns(record: Record) -> list[Turn]:
         if isinstance(part, Image) and role != "user":
             raise DataError("bad conversation: a picture stands in the assistant's turn; only users show pictures")
         if not turns or turns[-1].role != role:
-            turns.append(Turn(role, "", (), False))
+            turns.append(Turn(role))
         last = turns[-1]
         if isinstance(part, Image):
-            turns[-1] = Turn(role, last.text, (*last.images, part), last.learn)
+            turns[-1] = Turn(role, last.said, (*last.images, part))
         else:
-            turns[-1] = Turn(role, last.text + str(part.text), last.images, last.learn or part.learn)
+            turns[-1] = Turn(role, (*last.said, (str(part.text), part.learn)), last.images)
     return turns
 
 

@@ -92,12 +92,14 @@ def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     net = Llava(config)  # not from the meta device: ties and computed buffers (rotary frequencies) would be lost
     load_into(net, state, where=folder)
     transform = image_transform(folder, config.vision.image_size, config.pinpoints)
+    tokenizer = load_tokenizer(folder)
     processor = SpliceProcessor(
-        load_tokenizer(folder),
+        tokenizer,
         image=transform,
         template=_llava_template(folder),
         max_length=net.language.context or 2048,
         num_tokens=net.num_tokens(transform.size, transform.size),
+        stop_ids=_further_stops(folder, tokenizer),
     )
     return net, processor, (image_token,)
 
@@ -170,9 +172,26 @@ def _language(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     config, state = read_language_folder(folder)
     net = BareLM(LmConfig(language=config))
     load_into(net.language.lm, state, where=folder)
-    template = _template(folder, "document")
-    processor = TextProcessor(load_tokenizer(folder), template=template, max_length=net.language.context or 2048)
+    tokenizer = load_tokenizer(folder)
+    processor = TextProcessor(
+        tokenizer,
+        template=_template(folder, "document"),
+        max_length=net.language.context or 2048,
+        stop_ids=_further_stops(folder, tokenizer),
+    )
     return net, processor, ()
+
+
+def _further_stops(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What ends an answer besides end-of-sequence, by generation_config.json: a chat model's end of turn, say. Raises
+    CheckpointError for what is no id."""
+    file = folder / "generation_config.json"
+    told = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = told if isinstance(told, list) else [] if told is None else [told]
+    for number in ids:
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise CheckpointError(f"{file}: eos_token_id holds {number!r}, which is not a token id.")
+    return tuple(sorted(set(ids) - {tokenizer.eos_id}))
 
 
 def _template(folder: Path, otherwise: str) -> str:
