@@ -11,7 +11,8 @@ python3 -m venv .venv-peers
 peer=.venv-peers/bin/python
 "$peer" -m pip install --quiet torch==2.13.0 numpy pillow safetensors huggingface_hub regex ftfy tqdm pyyaml \
   transformers==5.23.0 einops einops-exts
-"$peer" -m pip install --quiet --no-deps open_clip_torch==3.3.0 timm==1.0.31 open_flamingo==2.0.1
+"$peer" -m pip install --quiet --no-deps open_clip_torch==3.3.0 timm==1.0.31 open_flamingo==2.0.1 \
+  salesforce-lavis==1.0.2
 
 site="$("$peer" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
 "$peer" tools/torchvision_stub.py "$site"

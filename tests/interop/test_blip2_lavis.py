@@ -1,13 +1,97 @@
-"""LAVIS's layout of BLIP-2: no key missing, none left over, round trips, zero key biases."""
+"""LAVIS's layout of BLIP-2: what its own code wrote and computed, no key missing, none left over, round trips, zero key
+biases."""
+
+import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from isthmus.batch import Visuals
 from isthmus.errors import CheckpointError
 from isthmus.interop.hf_blip2 import from_hf
 from isthmus.interop.lavis import NORM_EPS, from_lavis, to_lavis
 from isthmus.models.blip2 import Blip2, Blip2Config
-from tests.models.tiny_blip2 import OPT, T5, pairs, retrieval_peer, tiny
+from isthmus.nn.connectors.qformer import QFormerConfig
+from isthmus.nn.vit import VisionConfig
+from tests.fixtures import LAVIS
+from tests.models.tiny_blip2 import OPT, T5, pairs, retrieval_peer, tiny, tokens
+
+
+def written() -> tuple[Blip2Config, dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Configuration, LAVIS's tensors, what it computed by name (pixels among it), and the texts."""
+    facts = json.loads((LAVIS / "first_stage.json").read_text(encoding="utf-8"))
+    tensors = {
+        n: t.float() if t.is_floating_point() else t for n, t in load_file(LAVIS / "first_stage.safetensors").items()
+    }
+    computed = {
+        n.removeprefix("expected."): tensors.pop(n) for n in list(tensors) if n.startswith(("expected.", "pixels"))
+    }
+    sizes, bert = facts["vision"], facts["qformer"]
+    width = sizes["embed_dim"]
+    vision = replace(
+        VisionConfig.eva_g_14(),
+        image_size=sizes["img_size"],
+        patch_size=sizes["patch_size"],
+        width=width,
+        layers=sizes["depth"],
+        heads=sizes["num_heads"],
+        mlp_width=int(width * sizes["mlp_ratio"]),
+    )
+    qformer = QFormerConfig(
+        vision_width=width,
+        width=bert["hidden_size"],
+        layers=bert["num_hidden_layers"],
+        heads=bert["num_attention_heads"],
+        mlp_width=bert["intermediate_size"],
+        queries=facts["queries"],
+        vocab_size=bert["vocab_size"],
+        positions=bert["max_position_embeddings"],
+        dec_id=facts["dec"],
+        dropout=0.0,
+    )
+    config = Blip2Config(vision=vision, qformer=qformer, phase="represent", embed_dim=facts["embed"])
+    return config, tensors, computed, facts
+
+
+@torch.no_grad()
+def test_the_first_stage_is_what_lavis_wrote_and_computed(monkeypatch) -> None:
+    config, theirs, computed, facts = written()
+    net = Blip2(config).eval()
+    net.load_state_dict(from_lavis(theirs, net.state_dict()))
+    texts, pixels = tokens(facts["texts"]), computed["pixels"]
+    batch = replace(pairs(facts["texts"]), visuals=(Visuals(index=torch.arange(len(pixels)), pixels=pixels[:, None]),))
+    wrong = torch.tensor(facts["wrong_image"]), torch.tensor(facts["wrong_text"])
+    monkeypatch.setattr("isthmus.models.blip2.hard_negatives", lambda *_: wrong)
+
+    vision = net.normed(pixels)
+    found = {
+        "vision": vision,
+        "images": net.connector.look(vision).hidden,
+        "texts": net.connector.read_text(texts),
+        "matching": net.match_logits(vision, texts)[:, 1],
+        **{{"itg": "lm"}.get(name, name): term.mean for name, term in net.loss(batch).items()},
+    }
+    assert set(found) == set(computed) - {"pixels"}
+    for name, value in found.items():
+        torch.testing.assert_close(value, computed[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_lavis_s_own_keys_are_written_again() -> None:
+    config, theirs, *_ = written()
+    net = Blip2(config)
+    net.load_state_dict(from_lavis(theirs, net.state_dict()))
+    again = to_lavis(net.state_dict())
+    # A number line, and the head's table and bias under the second of their two names.
+    derived = {"Qformer.bert.embeddings.position_ids"} | {
+        f"Qformer.cls.predictions.decoder.{n}" for n in ("weight", "bias")
+    }
+    assert set(theirs) - set(again) <= derived
+    assert set(again) <= set(theirs)
+    assert all(torch.equal(again[name], theirs[name]) for name in again)
 
 
 def without_key_bias(net: Blip2) -> Blip2:
