@@ -38,7 +38,7 @@ class Tokens:
         """(B, T) bool, true on real tokens. Built from lengths, never from a pad id that text may contain."""
         return torch.arange(self.ids.shape[1], device=self.ids.device)[None] < self.lengths[:, None]
 
-    def rows(self, index: Tensor) -> "Tokens":
+    def rows(self, index: Tensor | slice) -> "Tokens":
         """The named rows, re-padded to their own longest."""
         lengths = self.lengths[index]
         longest = int(lengths.max()) if len(lengths) else 0

@@ -9,29 +9,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+Rows = Tensor | slice
+"""Numbers of rows, or all of them as they stand, which indexes without a copy."""
+
+_ALL = slice(None)
 _MOST = 4
 _FEWEST_ROWS = 8
 _WORTH = 0.9
 
 
-def blocks_by_length(lengths: Tensor) -> list[Tensor]:
+def blocks_by_length(lengths: Tensor) -> list[Rows]:
     """The numbers of the rows with these ``lengths`` (B,) in up to four blocks, the longest rows first.
 
-    One block with all rows in order where that would save less than a tenth of the padded tokens, or on a GPU.
+    One block of all rows where that would save less than a tenth of the padded tokens, or on a GPU.
     """
-    everyone = torch.arange(len(lengths), device=lengths.device)
     blocks = min(_MOST, len(lengths) // _FEWEST_ROWS)
     if blocks < 2 or lengths.device.type != "cpu":
-        return [everyone]
+        return [_ALL]
     order = torch.argsort(lengths, descending=True, stable=True)
-    parts = list(order.tensor_split(blocks))
+    parts = order.tensor_split(blocks)
     padded = sum(len(part) * int(lengths[part[0]]) for part in parts)
-    return parts if padded <= _WORTH * len(lengths) * int(lengths.max()) else [everyone]
+    return [*parts] if padded <= _WORTH * len(lengths) * int(lengths.max()) else [_ALL]
 
 
-def in_blocks(lengths: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+def in_blocks(lengths: Tensor, run: Callable[[Rows], Tensor]) -> Tensor:
     """``run`` on each of :func:`blocks_by_length`, its outputs (one per row) back in the rows' order."""
     blocks = blocks_by_length(lengths)
     if len(blocks) == 1:
         return run(blocks[0])
-    return torch.cat([run(rows) for rows in blocks])[torch.argsort(torch.cat(blocks))]
+    order = torch.cat([torch.arange(len(lengths))[rows] for rows in blocks])
+    return torch.cat([run(rows) for rows in blocks])[torch.argsort(order)]

@@ -20,7 +20,7 @@ from isthmus.batch import Tokens
 from isthmus.errors import ConfigError, DataError
 from isthmus.nn.attention import Attention, attend
 from isthmus.nn.block import Mlp
-from isthmus.nn.lengths import in_blocks
+from isthmus.nn.lengths import Rows, in_blocks
 from isthmus.nn.precision import KeptFloat32
 
 Past = tuple[Tensor, Tensor]
@@ -304,9 +304,9 @@ class QFormerConnector(KeptFloat32):
     def read(self, vision: Tensor, text: Tokens) -> Tensor:
         """The query rows (B, Q, D) when queries and ``text`` (B rows) see each other: the joint use."""
 
-        def joint(rows: Tensor) -> Tensor:
+        def joint(rows: Rows) -> Tensor:
             own, count = text.rows(rows), self.config.queries
-            queries = self.queries.expand(len(rows), -1, -1)
+            queries = self.queries.expand(len(own.ids), -1, -1)
             return self.qformer(queries, own.ids, vision=vision[rows], text_mask=own.mask, read=count).hidden
 
         return in_blocks(text.lengths, joint)
@@ -314,7 +314,7 @@ class QFormerConnector(KeptFloat32):
     def read_text(self, text: Tokens) -> Tensor:
         """(B, D): ``text`` alone, read at its first token [CLS]."""
 
-        def alone(rows: Tensor) -> Tensor:
+        def alone(rows: Rows) -> Tensor:
             own = text.rows(rows)
             return self.qformer(None, own.ids, text_mask=own.mask, read=1).hidden[:, 0]
 
