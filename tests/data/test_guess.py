@@ -1,6 +1,7 @@
 """A file's kind is seen from its content."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,8 @@ def test_what_is_not_known_says_what_to_do(tmp_path, name, content):
         guess(tmp_path / name)
     with pytest.raises(DataError, match="no data at"):
         guess(tmp_path / "missing.json")
+    with pytest.raises(DataError, match=r"no data at \{kind: scenes\}\. A description .* ends in \.yaml"):
+        guess(Path("{kind: scenes}"))
 
 
 def test_json_lines_that_end_in_json(tmp_path):

@@ -114,7 +114,7 @@ def evaluate(
     task: Annotated[
         str | None, typer.Option(help="vqa, vqav2, caption, pope, retrieval, … (docs/evaluation.md).")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="A data file or folder, or YAML describing a source.")] = None,
+    data: Annotated[str | None, typer.Option(help="A data file or folder, or a YAML file that tells a source.")] = None,
     option: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of the sources; also train.key, task.key.")
     ] = None,
@@ -169,7 +169,7 @@ def compare(
     task: Annotated[
         str | None, typer.Option(help="Only this task (with --data: vqa, retrieval, caption, ...).")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="A data file or folder, or YAML describing a source.")] = None,
+    data: Annotated[str | None, typer.Option(help="A data file or folder, or a YAML file that tells a source.")] = None,
     option: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of the sources; also train.key, task.key.")
     ] = None,
@@ -347,7 +347,7 @@ def data_scenes(
 
 @data_app.command(name="capfilt")
 def data_capfilt(
-    data: Annotated[str, typer.Option(help="Pictures with web captions: a file or folder, or YAML of a source.")],
+    data: Annotated[str, typer.Option(help="Pictures with web captions: a file, a folder or a YAML file of a source.")],
     captioner: Annotated[str, typer.Option(help="A model that captions.")],
     clip: Annotated[str, typer.Option(help="A model that compares pictures with texts.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],

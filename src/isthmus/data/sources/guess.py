@@ -32,7 +32,8 @@ def guess(path: Path) -> dict[str, Any]:
     if path.suffix == ".tar":
         return {"kind": "webdataset", "shards": str(path)}
     if not path.is_file():
-        raise DataError(f"There is no data at {path}.")
+        hint = " A description of a source goes into a file that ends in .yaml." if str(path).startswith("{") else ""
+        raise DataError(f"There is no data at {path}.{hint}")
     return _file(path)[0]
 
 
