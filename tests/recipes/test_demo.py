@@ -28,12 +28,18 @@ def out(tmp_path, monkeypatch) -> Path:
     return tmp_path / "demo"
 
 
-def test_the_whole_story(out, capsys):
+def test_the_whole_story(out, capsys, monkeypatch):
     """Two trainings at a time in processes of their own, then once more in this one, which finds all done."""
+    pages = []
+    write = demo.write_report
+    monkeypatch.setattr(demo, "write_report", lambda file, report: pages.append(report) or write(file, report))
     demo.run_demo(out, seed=3, serve=False, jobs=2)
     said = capsys.readouterr().out
     assert f"isthmus chat {out / 'llava'}" in " ".join(said.split())
-    assert said.index("lm is trained") < said.index("blip2 begins") < said.index("blip2 is trained")
+    assert said.index("lm is done") < said.index("blip2 begins") < said.index("blip2 is done")
+    # A page as soon as one model is scored, without what a busy machine would tell wrongly.
+    assert "Not yet scored: " in pages[0].summary and "Not yet scored: " not in pages[-1].summary
+    assert (out / "clip" / "eval.log").is_file()
     facts = json.loads((out / "results.json").read_text())
     assert facts["seed"] == 3
     assert {"accuracy", "blind", "shuffled", "prior", "gain"} <= facts["models"]["llava"].keys()

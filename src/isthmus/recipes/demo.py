@@ -7,6 +7,8 @@ Each model is an ordinary recipe run in a folder of its own, so an interrupted d
 import os
 import sys
 import webbrowser
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ from isthmus.data.images import open_image
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError
 from isthmus.evaluation.report import write_report
-from isthmus.evaluation.run import Result
-from isthmus.model import Model
+from isthmus.model import Model, load
 from isthmus.recipes.compare import Contestant, measure
 from isthmus.recipes.curves import png
-from isthmus.recipes.jobs import Job, run_jobs
+from isthmus.recipes.jobs import Job, Scoring, Training, run_jobs
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import Recipe, read_recipe
+from isthmus.recipes.scoring import Progress as Scored
 from isthmus.recipes.scoring import model_hash, score_model
 from isthmus.recipes.side_by_side import write_comparison
 
@@ -49,30 +51,45 @@ _SUMMARY = (
 def run_demo(out: Path, *, seed: int = 0, serve: bool = True, jobs: int | None = None) -> None:
     """Train, score and show everything; ``serve`` opens the report in a browser when a person is watching.
 
-    ``jobs`` trainings at a time share the cores (left out: three, or on a single core one); 1 trains in this process.
+    ``jobs`` at a time share the cores (left out: three, or on a single core one); 1 does everything in this process.
+    Results and report are written as soon as the first model is scored, and anew with each further one.
     """
     console = Console()
     cores = usable_cores()
     jobs = (_AT_ONCE if cores > 1 else 1) if jobs is None else jobs
     if jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, not {jobs}.")
+    rivals: dict[str, Contestant] = {}
     if jobs > 1:
         console.rule(f"[bold]training[/] ({jobs} at a time, {max(1, cores // jobs)} threads each)")
-        run_jobs(_jobs(out, seed), at_once=jobs, threads=max(1, cores // jobs))
-    rivals: list[Contestant] = []
+
+        def ended(job: Job) -> None:
+            if isinstance(job, Scoring):
+                name = job.folder.name
+                rivals[name] = _scored(name, load(job.folder), out, seed)
+                _write(out, rivals, seed)
+
+        run_jobs(_jobs(out, seed), at_once=jobs, threads=max(1, cores // jobs), ended=ended)
     for name, recipe_name in STORY.items():
         console.rule(f"[bold]{name}[/] ({recipe_name})")
-        recipe = demo_recipe(recipe_name, out, seed)
-        model = train(recipe, out / name)
-        rival = Contestant(name=name, folder=out / name, recipe=recipe, specs=recipe.evaluate)
-        rival.results = _score(model, recipe, out / name, seed)
-        measure(rival, model, out / name / "eval")
-        rivals.append(rival)
-    report = write_comparison(out, rivals, title=_TITLE, summary=_SUMMARY, seed=seed)
-    write_report(out / "report.html", report)
+        model = train(demo_recipe(recipe_name, out, seed), out / name)
+        with _bar() as progress:
+            rivals[name] = _scored(name, model, out, seed, progress)
+        # Not before: what an answer costs is told by a machine that does nothing else.
+        measure(rivals[name], model, out / name / "eval")
+        _write(out, rivals, seed)
     _tell(console, out, rivals)
     if serve and sys.stdout.isatty():
         webbrowser.open((out / "report.html").resolve().as_uri())
+
+
+def _write(out: Path, rivals: Mapping[str, Contestant], seed: int) -> None:
+    """``results.json`` and ``report.html`` of the models that are scored."""
+    missing = [name for name in STORY if name not in rivals]
+    so_far = f" Not yet scored: {', '.join(missing)}." if missing else ""
+    ordered = [rivals[name] for name in STORY if name in rivals]
+    report = write_comparison(out, ordered, title=_TITLE, summary=_SUMMARY + so_far, seed=seed)
+    write_report(out / "report.html", report)
 
 
 def usable_cores() -> int:
@@ -81,14 +98,18 @@ def usable_cores() -> int:
 
 
 def _jobs(out: Path, seed: int) -> list[Job]:
-    """What `isthmus train` is told for each model: the demo's own recipes, with their parts from its folder."""
-    jobs = []
+    """What `isthmus train` and `isthmus eval` are told for each model: the demo's own recipes, with their parts from its
+    folder."""
+    jobs: list[Job] = []
     for name, shipped in STORY.items():
         recipe = demo_recipe(shipped, out, seed)
         words = ["train", shipped, f"seed={seed}", *(f"parts.{part}={place}" for part, place in recipe.parts.items())]
         needs = [Path(place).name for place in recipe.parts.values()]
         place = out / name
-        jobs.append(Job(name=name, words=[*words, "--out", str(place)], folder=place, recipe=recipe, needs=needs))
+        jobs.append(Training(name=name, words=[*words, "--out", str(place)], folder=place, recipe=recipe, needs=needs))
+        words = ["eval", str(place), "--seed", str(seed), "--out", str(place / "eval")]
+        tasks = [spec.name for spec in recipe.evaluate]
+        jobs.append(Scoring(name=f"{name}'s scores", words=words, folder=place, tasks=tasks, needs=[name]))
     return jobs
 
 
@@ -99,7 +120,18 @@ def demo_recipe(name: str, out: Path, seed: int) -> Recipe:
     return recipe.model_copy(update={"parts": parts})
 
 
-def _score(model: Model, recipe: Recipe, folder: Path, seed: int) -> list[Result]:
+def _scored(name: str, model: Model, out: Path, seed: int, progress: Scored | None = None) -> Contestant:
+    """The model with what it scored; what is in its folder already is not asked again."""
+    folder, recipe = out / name, demo_recipe(STORY[name], out, seed)
+    rival = Contestant(name=name, folder=folder, recipe=recipe, specs=recipe.evaluate)
+    own = model_hash(folder)
+    rival.results = score_model(model, rival.specs, folder / "eval", model_hash=own, seed=seed, progress=progress)
+    return rival
+
+
+@contextmanager
+def _bar() -> Iterator[Scored]:
+    """A bar for each task that is being scored."""
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
         tasks: dict[str, Any] = {}
 
@@ -108,20 +140,18 @@ def _score(model: Model, recipe: Recipe, folder: Path, seed: int) -> list[Result
                 tasks[task] = bar.add_task(f"scoring {task}", total=total)
             bar.update(tasks[task], completed=done)
 
-        return score_model(
-            model, recipe.evaluate, folder / "eval", model_hash=model_hash(folder), seed=seed, progress=progress
-        )
+        yield progress
 
 
-def _tell(console: Console, out: Path, rivals: list[Contestant]) -> None:
+def _tell(console: Console, out: Path, rivals: Mapping[str, Contestant]) -> None:
     """The score tables, where everything is, and the command that chats with the model about a test picture."""
     from isthmus.recipes.tables import score_table
 
-    for rival in rivals:
+    for rival in rivals.values():
         for result in rival.results:
             console.print(score_table(f"{rival.label(result.task)}: {result.task}", result.scores.to_dict()))
     picture = out / "picture.png"
-    record = open_source(next(r for r in rivals if r.name == "llava").specs[0].data)[0]
+    record = open_source(rivals["llava"].specs[0].data)[0]
     picture.write_bytes(png(open_image(record.images[0].source)))
     question = next(p.text for p in record.texts if p.role == "user")
     console.print(f"Scores: [bold]{out / 'results.json'}[/]   report: [bold]{out / 'report.html'}[/]")

@@ -1,7 +1,9 @@
-"""Trainings side by side on one machine: each in a process of its own, as soon as what it needs is there.
+"""Trainings and their scoring side by side on one machine: each in a process of its own, as soon as what it needs is
+there.
 
 A tiny model leaves a second core idle, so two trainings at once finish almost twice as early. Each job is the program's
-own ``isthmus train`` with its share of the threads; what it prints lands in ``train.log`` in its folder.
+own ``isthmus train`` or ``isthmus eval`` with its share of the threads; what it prints lands in ``train.log`` or
+``eval.log`` in the model's folder.
 """
 
 import json
@@ -10,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,23 +26,49 @@ from isthmus.errors import IsthmusError
 from isthmus.lifeline import PARENT
 from isthmus.recipes.schema import Recipe
 
-LOG = "train.log"
 _WAIT = 0.3
+_WHOLE = 100
+"""Steps of a bar for one task that is scored."""
 
 
 class JobError(IsthmusError):
-    """A training that ran beside others failed. What it said is in the message."""
+    """A job that ran beside others failed. What it said is in the message."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(ABC):
     """``words`` are the arguments of ``isthmus``; ``needs`` the names of jobs that must be finished before."""
 
     name: str
     words: Sequence[str]
     folder: Path
-    recipe: Recipe
     needs: Sequence[str] = ()
+
+    @property
+    def log(self) -> Path:
+        """Where what it says goes."""
+        return self.folder / f"{self.words[0]}.log"
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool:
+        """Is all it makes there?"""
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Its length, in steps of its bar."""
+
+    @abstractmethod
+    def done(self) -> int:
+        """Steps so far, by the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Job):
+    """``isthmus train`` of ``recipe`` in ``folder``."""
+
+    recipe: Recipe
 
     @property
     def finished(self) -> bool:
@@ -50,15 +79,35 @@ class Job:
         return sum(spec.stage.steps or 0 for spec in self.recipe.stages)
 
     def done(self) -> int:
-        """Steps so far, by the folder."""
         if self.finished:
             return self.steps
         stages = self.folder / "stages"
         return sum(_steps_done(stages / spec.name, spec.stage.steps or 0) for spec in self.recipe.stages)
 
 
-def run_jobs(jobs: Sequence[Job], *, at_once: int, threads: int) -> None:
-    """Run all that are not finished, at most ``at_once`` at a time, ``threads`` each, with a bar for each.
+@dataclass(frozen=True, kw_only=True)
+class Scoring(Job):
+    """``isthmus eval`` of the model in ``folder`` on the ``tasks`` of its recipe, into ``folder/eval``."""
+
+    tasks: Sequence[str]
+
+    @property
+    def finished(self) -> bool:
+        return all((self.folder / "eval" / task / "scores.json").is_file() for task in self.tasks)
+
+    @property
+    def steps(self) -> int:
+        return _WHOLE * len(self.tasks)
+
+    def done(self) -> int:
+        return sum(_part_scored(self.folder / "eval" / task) for task in self.tasks)
+
+
+def run_jobs(
+    jobs: Sequence[Job], *, at_once: int, threads: int, ended: Callable[[Job], None] = lambda job: None
+) -> None:
+    """Run all that are not finished, at most ``at_once`` at a time, ``threads`` each, with a bar for each; ``ended`` is
+    told of each that was run to its end, while others go on.
 
     Raises JobError as soon as one fails; the others are told to stop, save and end first, as they are by Ctrl-C.
     """
@@ -68,7 +117,7 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, threads: int) -> None:
         while waiting or running:
             for job in [j for j in waiting if _ready(j, jobs)][: at_once - len(running)]:
                 waiting.remove(job)
-                bars.tell(f"{job.name} begins; what it says goes to {job.folder / LOG}")
+                bars.tell(f"{job.name} begins; what it says goes to {job.log}")
                 running[job.name] = _start(job, threads)
             if not running:
                 raise JobError(f"{waiting[0].name} waits for {', '.join(waiting[0].needs)}, and nobody makes that.")
@@ -79,8 +128,9 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, threads: int) -> None:
                 if process.poll() is not None:
                     del running[name]
                     if process.returncode:
-                        raise JobError(f"{name}: {_last_words(job)}\nAll it said is in {job.folder / LOG}.")
-                    bars.tell(f"{name} is trained: {job.folder}")
+                        raise JobError(f"{name}: {_last_words(job)}\nAll it said is in {job.log}.")
+                    bars.tell(f"{name} is done: {job.folder}")
+                    ended(job)
 
 
 def _ready(job: Job, jobs: Sequence[Job]) -> bool:
@@ -90,7 +140,7 @@ def _ready(job: Job, jobs: Sequence[Job]) -> bool:
 def _start(job: Job, threads: int) -> "subprocess.Popen[bytes]":
     job.folder.mkdir(parents=True, exist_ok=True)
     share = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    with (job.folder / LOG).open("ab") as log:
+    with job.log.open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "isthmus", *job.words],
             env={**os.environ, **share, PARENT: str(os.getpid()), "COLUMNS": "100"},
@@ -162,7 +212,19 @@ def _steps_done(stage: Path, steps: int) -> int:
     return 0
 
 
+def _part_scored(folder: Path) -> int:
+    """How much of a task is answered, of _WHOLE."""
+    if (folder / "scores.json").is_file():
+        return _WHOLE
+    try:
+        items = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["items"]
+        with (folder / "outputs.jsonl").open("rb") as file:
+            return min(_WHOLE, _WHOLE * sum(1 for _ in file) // max(1, items))
+    except (OSError, ValueError, KeyError):  # not begun, or being written
+        return 0
+
+
 def _last_words(job: Job) -> str:
     """The last paragraph of its log: the program's own message."""
-    told = (job.folder / LOG).read_text(encoding="utf-8", errors="replace").rstrip()
+    told = job.log.read_text(encoding="utf-8", errors="replace").rstrip()
     return told.rpartition("isthmus: ")[2] if "isthmus: " in told else "\n".join(told.splitlines()[-5:])
