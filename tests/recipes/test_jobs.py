@@ -82,7 +82,8 @@ def test_what_is_scored_beside_a_training_is_told_when_it_ended(tmp_path):
     run_jobs([clip, scores, lm], at_once=2, threads=1, ended=lambda job: ended.append(job.name))
     assert sorted(ended) == ["clip", "clip's scores", "lm"]
     assert ended.index("clip") < ended.index("clip's scores")
-    assert scores.finished and scores.done() == scores.steps
+    assert scores.finished
+    assert scores.done() == scores.steps
     assert tasks[0] in scores.log.read_text()
 
 

@@ -98,8 +98,7 @@ def usable_cores() -> int:
 
 
 def _jobs(out: Path, seed: int) -> list[Job]:
-    """What `isthmus train` and `isthmus eval` are told for each model: the demo's own recipes, with their parts from its
-    folder."""
+    """What `isthmus train` and `isthmus eval` are told for each model: the demo's own recipes, parts from its folder."""
     jobs: list[Job] = []
     for name, shipped in STORY.items():
         recipe = demo_recipe(shipped, out, seed)
