@@ -76,12 +76,12 @@ def test_what_is_scored_beside_a_training_is_told_when_it_ended(tmp_path):
     clip, lm = job(tmp_path, "clip"), job(tmp_path, "lm", steps=40)
     tasks = [spec.name for spec in clip.recipe.evaluate]
     words = ["eval", str(clip.folder), "--out", str(clip.folder / "eval")]
-    scores = Scoring(name="clip's scores", words=words, folder=clip.folder, tasks=tasks, needs=["clip"])
+    scores = Scoring(name="scoring clip", words=words, folder=clip.folder, tasks=tasks, needs=["clip"])
     assert (scores.finished, scores.done(), scores.steps) == (False, 0, 100 * len(tasks))
     ended = []
     run_jobs([clip, scores, lm], at_once=2, threads=1, ended=lambda job: ended.append(job.name))
-    assert sorted(ended) == ["clip", "clip's scores", "lm"]
-    assert ended.index("clip") < ended.index("clip's scores")
+    assert sorted(ended) == ["clip", "scoring clip", "lm"]
+    assert ended.index("clip") < ended.index("scoring clip")
     assert scores.finished
     assert scores.done() == scores.steps
     assert tasks[0] in scores.log.read_text()

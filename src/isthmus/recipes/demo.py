@@ -60,24 +60,31 @@ def run_demo(out: Path, *, seed: int = 0, serve: bool = True, jobs: int | None =
     if jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, not {jobs}.")
     rivals: dict[str, Contestant] = {}
+    story = _jobs(out, seed)
+
+    def gather() -> None:
+        done = [job.folder for job in story if isinstance(job, Scoring) and job.finished]
+        rivals.update({f.name: _scored(f.name, load(f), out, seed) for f in done if f.name not in rivals})
+
+    def ended(job: Job) -> None:
+        if isinstance(job, Scoring):
+            gather()
+            _write(out, rivals, seed)
+
     if jobs > 1:
         console.rule(f"[bold]training[/] ({jobs} at a time, {max(1, cores // jobs)} threads each)")
-
-        def ended(job: Job) -> None:
-            if isinstance(job, Scoring):
-                name = job.folder.name
-                rivals[name] = _scored(name, load(job.folder), out, seed)
-                _write(out, rivals, seed)
-
-        run_jobs(_jobs(out, seed), at_once=jobs, threads=max(1, cores // jobs), ended=ended)
+        run_jobs(story, at_once=jobs, threads=max(1, cores // jobs), ended=ended)
+    gather()
     for name, recipe_name in STORY.items():
         console.rule(f"[bold]{name}[/] ({recipe_name})")
         model = train(demo_recipe(recipe_name, out, seed), out / name)
-        with _bar() as progress:
-            rivals[name] = _scored(name, model, out, seed, progress)
+        if name not in rivals:
+            with _bar() as progress:
+                rivals[name] = _scored(name, model, out, seed, progress)
+            _write(out, rivals, seed)
         # Not before: what an answer costs is told by a machine that does nothing else.
         measure(rivals[name], model, out / name / "eval")
-        _write(out, rivals, seed)
+    _write(out, rivals, seed)
     _tell(console, out, rivals)
     if serve and sys.stdout.isatty():
         webbrowser.open((out / "report.html").resolve().as_uri())
@@ -98,7 +105,7 @@ def usable_cores() -> int:
 
 
 def _jobs(out: Path, seed: int) -> list[Job]:
-    """What `isthmus train` and `isthmus eval` are told for each model: the demo's own recipes, parts from its folder."""
+    """What `isthmus train` and `isthmus eval` are told for each model: the demo's own recipes, its folder's parts."""
     jobs: list[Job] = []
     for name, shipped in STORY.items():
         recipe = demo_recipe(shipped, out, seed)
@@ -107,8 +114,8 @@ def _jobs(out: Path, seed: int) -> list[Job]:
         place = out / name
         jobs.append(Training(name=name, words=[*words, "--out", str(place)], folder=place, recipe=recipe, needs=needs))
         words = ["eval", str(place), "--seed", str(seed), "--out", str(place / "eval")]
-        tasks = [spec.name for spec in recipe.evaluate]
-        jobs.append(Scoring(name=f"{name}'s scores", words=words, folder=place, tasks=tasks, needs=[name]))
+        if tasks := [spec.name for spec in recipe.evaluate]:
+            jobs.append(Scoring(name=f"scoring {name}", words=words, folder=place, tasks=tasks, needs=[name]))
     return jobs
 
 

@@ -113,14 +113,17 @@ def run_jobs(
     """
     waiting = [job for job in jobs if not job.finished]
     running: dict[str, subprocess.Popen[bytes]] = {}
+    over: list[Job] = []
     with _stopping(running), _bars(waiting) as bars:
-        while waiting or running:
+        while waiting or running or over:
             for job in [j for j in waiting if _ready(j, jobs)][: at_once - len(running)]:
                 waiting.remove(job)
                 bars.tell(f"{job.name} begins; what it says goes to {job.log}")
                 running[job.name] = _start(job, threads)
-            if not running:
+            if waiting and not running:
                 raise JobError(f"{waiting[0].name} waits for {', '.join(waiting[0].needs)}, and nobody makes that.")
+            while over:
+                ended(over.pop())
             time.sleep(_WAIT)
             for name, process in list(running.items()):
                 job = next(j for j in jobs if j.name == name)
@@ -130,7 +133,7 @@ def run_jobs(
                     if process.returncode:
                         raise JobError(f"{name}: {_last_words(job)}\nAll it said is in {job.log}.")
                     bars.tell(f"{name} is done: {job.folder}")
-                    ended(job)
+                    over.append(job)
 
 
 def _ready(job: Job, jobs: Sequence[Job]) -> bool:

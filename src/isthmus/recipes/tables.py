@@ -9,7 +9,9 @@ from isthmus.evaluation.rescore import Difference
 
 
 def score_table(name: str, facts: dict[str, Any]) -> Table:
-    """A task's scores for the console: per question kind where there are kinds, else one row per fact."""
+    """A task's scores for the console: by kind of question, by direction of retrieval, else one row per fact."""
+    if "image_to_text" in facts:
+        return _retrieval_table(name, facts)
     if "kinds" not in facts:
         out = Table("score", "value", title=name)
         for key, value in _flat(facts):
@@ -19,18 +21,40 @@ def score_table(name: str, facts: dict[str, Any]) -> Table:
     for column in ("questions", "n", "accuracy", "95 %", "blind", "shuffled", "prior", "gain"):
         out.add_column(column, justify="left" if column == "questions" else "right")
     for kind, row in [*facts["kinds"].items(), ("all", facts)]:
-        low, high = row["accuracy_interval"]
         cells = [_percent(row[c]) for c in ("blind", "shuffled", "prior")]
         out.add_row(
             kind,
             str(row["n"]),
             _percent(row["accuracy"]),
-            f"{_percent(low)}-{_percent(high)}",
+            _span(row["accuracy_interval"]),
             *cells,
             _percent(row["gain"]),
             style="bold" if kind == "all" else "",
         )
     out.caption = _besides(facts)
+    return out
+
+
+def _retrieval_table(name: str, facts: dict[str, Any]) -> Table:
+    """Recall in both directions; reranked by a matching head, the first step's beside it and what was gained."""
+    recalls = [key for key in facts["image_to_text"] if key.startswith("recall_at_") and key[10:].isdigit()]
+    first = recalls[0]
+    names = [f"R@{key[10:]}" for key in recalls]
+    out = Table(title=name)
+    for column in ("direction", "n", names[0], "95 %", "chance", *names[1:]):
+        out.add_column(column, justify="left" if column == "direction" else "right")
+    steps = [("", facts["first_step"]), (", reranked", facts)] if "first_step" in facts else [("", facts)]
+    for step, found in steps:
+        for way in ("image_to_text", "text_to_image"):
+            one = found[way]
+            cells = [_percent(one[key]) for key in (first, first.replace("recall", "chance"), *recalls[1:])]
+            cells.insert(1, _span(one[f"{first}_interval"]))
+            out.add_row(way.replace("_", " ") + step, str(one["n"]), *cells)
+    gains = [
+        f"{way.replace('_', ' ')} {100 * gain['value']:+.1f} ({_span(gain['interval'])})"
+        for way, gain in facts.get("gain_at_1", {}).items()
+    ]
+    out.caption = f"{names[0]} gained by reranking: {', '.join(gains)}" if gains else None
     return out
 
 
@@ -79,6 +103,12 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         else:
             rows.append((prefix + key, str(value)))
     return rows
+
+
+def _span(interval: Sequence[float]) -> str:
+    """Both ends; with words between them where one has a sign."""
+    low, high = (_percent(end) for end in interval)
+    return f"{low} to {high}" if interval[0] < 0 else f"{low}-{high}"
 
 
 def _percent(value: float | None) -> str:
