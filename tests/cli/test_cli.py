@@ -122,7 +122,7 @@ def test_eval_on_data_of_ones_own(monkeypatch, capsys, story, tmp_path):
         tmp_path / "e",
     )
     assert code == 0, said_error
-    assert "recall_at_1" in said
+    assert "R@1" in said
 
 
 def test_show_prints_the_compute_rule_and_published_sizes(monkeypatch, capsys, tmp_path):
