@@ -80,7 +80,7 @@ def test_what_is_scored_beside_a_training_is_told_when_it_ended(tmp_path):
     assert (scores.finished, scores.done(), scores.steps) == (False, 0, 100 * len(tasks))
     ended = []
     run_jobs([clip, scores, lm], at_once=2, threads=1, ended=lambda job: ended.append(job.name))
-    assert sorted(ended) == ["clip", "scoring clip", "lm"]
+    assert sorted(ended) == ["clip", "lm", "scoring clip"]
     assert ended.index("clip") < ended.index("scoring clip")
     assert scores.finished
     assert scores.done() == scores.steps
