@@ -109,12 +109,6 @@ def test_a_damaged_model_is_refused(story, tmp_path):
         load(tmp_path / "lm")
 
 
-def test_several_processes_are_refused_in_words(monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="not built yet"):
-        train(parse_recipe(tree("clip")), tmp_path, progress=False)
-
-
 def test_bad_parts_patterns_and_tokenizers_are_named(story, tmp_path):
     for change, words in [
         ({"parts": {"visoin": "x"}}, "did you mean 'vision'"),

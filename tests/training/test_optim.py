@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from isthmus.errors import ConfigError, StageError
+from isthmus.errors import StageError
 from isthmus.stage import Group, Stage, apply_stage
 from isthmus.training import optim
 from isthmus.training.optim import lr_at
@@ -124,11 +124,3 @@ def test_bf16_needs_the_right_processor(monkeypatch):
         assert optim.computes_bf16(torch.device("cpu")) is answer
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert optim.computes_bf16(torch.device("cpu")) is False
-
-
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    optim.refuse_many_processes()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2.*not built yet"):
-        optim.refuse_many_processes()

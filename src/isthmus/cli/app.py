@@ -67,11 +67,12 @@ def train(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder (default: runs/<recipe>).")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard events.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share each step's rows, as by torchrun.")] = 1,
 ) -> None:
     """Run every stage of a recipe. The same command again resumes a run that was interrupted."""
     from isthmus.cli.train import run
 
-    run(recipe, overrides or [], out, tensorboard=tensorboard)
+    run(recipe, overrides or [], out, tensorboard=tensorboard, processes=processes)
 
 
 @app.command()

@@ -41,6 +41,7 @@ class JointLoader:
         sources: (source, rows per step, weight λ of its mean loss). Sources of one name share their term and must have
             the same weight.
         accumulate: micro-batches that each source's rows are split into.
+        part: of every source's rows, as for a Loader.
 
     Raises ConfigError for no source, for weights that are not positive, or differ under one name.
     """
@@ -55,6 +56,7 @@ class JointLoader:
         quarantine: Quarantine | None = None,
         augment: Augment | None = None,
         cache: FeatureCache | None = None,
+        part: tuple[int, int] = (0, 1),
         prefetch: int = 2,
     ) -> None:
         if not sources:
@@ -78,6 +80,7 @@ class JointLoader:
                 accumulate=accumulate,
                 augment=augment,
                 cache=cache,
+                part=part,
                 seed=seed * 1009 + number,
                 quarantine=quarantine,
                 prefetch=prefetch,

@@ -63,6 +63,7 @@ class Loader:
             alone has nothing to be contrasted with.
         shuffle: without it samples come in the order of the sources (needs ``group=False``).
         quarantine: where bad samples are counted.
+        part: (which, of how many) for one of several processes: it fills every how-many-th row of a step, maybe none.
         augment: what is done to training pictures, drawn anew at every visit.
         cache: where features of pictures may be kept; those that are stand for the pixels.
         prefetch: steps kept ready by the background thread; 0 does everything in the caller's thread.
@@ -83,6 +84,7 @@ class Loader:
         quarantine: Quarantine | None = None,
         augment: Augment | None = None,
         cache: FeatureCache | None = None,
+        part: tuple[int, int] = (0, 1),
         prefetch: int = 2,
     ) -> None:
         if (batch_size is None) == (batch_tokens is None):
@@ -101,7 +103,7 @@ class Loader:
         self.batch_size, self.batch_tokens, self.accumulate = batch_size, batch_tokens, accumulate
         self.group, self.whole, self.shuffle, self.prefetch = group, whole, shuffle, prefetch
         self.quarantine = quarantine if quarantine is not None else Quarantine()
-        self.augment, self.cache = augment, cache
+        self.augment, self.cache, self.part = augment, cache, part
         self._lengths: dict[tuple[int, int], tuple[int, bool]] = {}
 
     # The plan
@@ -113,7 +115,9 @@ class Loader:
             assert self.batch_size is not None  # checked when built
             if self.whole and len(visits) > self.batch_size:
                 visits = visits[: len(visits) // self.batch_size * self.batch_size]
-            yield from _chunks(visits, self.batch_size)
+            batches = _chunks(visits, self.batch_size)
+            # A batch that is contrasted needs a row in every process.
+            yield from (batch for batch in batches if len(batch) >= self.part[1])
             return
         window = _WINDOW_BATCHES * self.batch_size if self.batch_size else _WINDOW_ROWS
         waiting: dict[bool, list[tuple[int, Visit]]] = {False: [], True: []}
@@ -178,7 +182,9 @@ class Loader:
         return self.cache.stand_in(example) if self.cache is not None else example
 
     def _fill(self, visits: Sequence[Visit]) -> list[Batch]:
-        """The micro-batches of one step; bad samples are left out and counted. Empty when all were bad."""
+        """This part's micro-batches of one step; bad samples are left out and counted. Empty when all were bad."""
+        which, parts = self.part
+        visits = visits[which::parts]
         examples: list[Example] = []
         for visit in visits:
             source = self.mix.sources[visit.source].name
@@ -220,7 +226,8 @@ class Loader:
     def steps(self, start: Position = START) -> Iterator[tuple[Position, list[Batch]]]:
         """(position after the step, its micro-batches) from ``start`` on, without end.
 
-        A step whose samples were all bad is passed over. Raises DataError when a whole epoch gives nothing, or when
+        A step whose samples were all bad is passed over; one of several parts gives an empty one, since others may
+        have samples. Raises DataError when a whole epoch gives nothing, or when
         the quarantine is over its threshold. Close the iterator (or drop it) to end the background thread.
         """
         return self._ahead(lambda: self._filled(start))
@@ -229,7 +236,7 @@ class Loader:
         barren = 0
         for position, visits in self._planned(start):
             batches = self._fill(visits)
-            if batches:
+            if batches or self.part[1] > 1:
                 barren = 0
                 yield position, batches
             else:

@@ -192,6 +192,7 @@ class Blip2(StagedNet):
         super().__init__()
         self.config = config
         generates = config.phase == "generate"
+        self.contrasts = not generates
         self.language = build_language(config.language) if generates and config.language is not None else None
         self.vision = VisionTransformer(config.vision)
         self.connector = QFormerConnector(

@@ -26,6 +26,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.nn.losses import Similarity, info_nce, sigmoid_loss, similarity
 from isthmus.nn.text_tower import TextConfig, TextTower
 from isthmus.nn.vit import Interpolation, VisionConfig, VisionTransformer
+from isthmus.processes import sizes
 from isthmus.stage import StagedNet
 
 WHAT = "contrastive training"
@@ -141,6 +142,7 @@ class Clip(StagedNet):
     """Two towers and a loss that pulls a picture to its text. See the drawing above."""
 
     KIND = "clip"
+    contrasts = True
     CONFIG = ClipConfig
 
     def __init__(self, config: ClipConfig) -> None:
@@ -180,19 +182,21 @@ class Clip(StagedNet):
         The gradient cache (Gao et al. 2021, 2101.06983): embed every chunk without a graph; take the loss and its
         gradient with respect to the embeddings, temperature and bias; embed each chunk again and push its share of
         the gradient through the towers, which draw no random numbers. Adds to ``.grad``; the terms come detached.
+        Of several processes each adds what its rows give: the sum over processes is the whole gradient.
         """
         with torch.no_grad():
             embedded = [self._embed(batch) for batch in batches]
         images, texts = (torch.cat(side).requires_grad_() for side in zip(*embedded, strict=True))
         terms = self._terms(images, texts, [key for batch in batches for key in _keys(batch)])
-        terms["contrastive"].mean.backward()
+        rows = sum(sizes(len(images), images.device))
+        (terms["contrastive"].total / rows).backward()
         start = 0
         for batch in batches:
-            rows = slice(start, start + len(batch))
-            start = rows.stop
+            own = slice(start, start + len(batch))
+            start = own.stop
             for output, leaf in zip(self._embed(batch), (images, texts), strict=True):
                 if output.requires_grad and leaf.grad is not None:  # a tower with everything frozen has no graph
-                    output.backward(leaf.grad[rows])
+                    output.backward(leaf.grad[own])
         return {name: Term(term.total.detach(), term.count, term.scope) for name, term in terms.items()}
 
     @torch.no_grad()

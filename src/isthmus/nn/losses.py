@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from isthmus.processes import gather_rows, rank, sizes, world
+
 Similarity = Literal["cosine", "dot", "euclidean"]
 
 
@@ -39,14 +41,14 @@ def info_nce(
     """Symmetric InfoNCE (Radford et al. 2021, fig. 3), mean over this process's B rows: a scalar.
 
     ``images`` and ``texts`` (B, D) are this process's pairs; rows of all other processes are gathered as negatives,
-    so that the mean over processes, and its gradient, are those of one process holding all G rows. Two rows with
+    so that the mean over all rows, and its gradient, are those of one process holding all G rows. Two rows with
     the same non-empty key show the same picture: neither is the other's negative, nor its positive.
     """
     with torch.autocast(images.device.type, enabled=False):
         images, texts, scale = _full(images), _full(texts), _full(log_scale).exp()
         all_images, all_texts = gather(images), gather(texts)
-        target = torch.arange(len(images), device=images.device) + len(images) * rank()
-        left_out = same_picture(keys, target, len(all_images))
+        target = own_columns(len(images), images.device)
+        left_out = same_picture(keys, target)
         total = images.new_zeros(())
         for own, others in ((images, all_texts), (texts, all_images)):
             logits = scale * similarity(own, others, kind)
@@ -72,19 +74,24 @@ def sigmoid_loss(
     with torch.autocast(images.device.type, enabled=False):
         images, texts = _full(images), _full(texts)
         all_texts = gather(texts)
-        target = torch.arange(len(images), device=images.device) + len(images) * rank()
+        target = own_columns(len(images), images.device)
         logits = _full(log_scale).exp() * similarity(images, all_texts, kind) + _full(bias)
         sign = torch.full_like(logits, -1.0)
         sign[torch.arange(len(images), device=images.device), target] = 1.0
         terms = F.logsigmoid(sign * logits)
-        left_out = same_picture(keys, target, len(all_texts))
+        left_out = same_picture(keys, target)
         if left_out is not None:
             terms = terms.masked_fill(left_out, 0.0)
         return -terms.sum() / len(images)
 
 
+def own_columns(rows: int, device: torch.device) -> Tensor:
+    """(B,) where this process's rows stand among those of all."""
+    return torch.arange(rows, device=device) + sum(sizes(rows, device)[: rank()])
+
+
 def gather(x: Tensor) -> Tensor:
-    """(G, D): the rows (B, D) of all processes in order of rank, with the exact gradient. Equal B assumed."""
+    """(G, D): the rows (B, D) of all processes in order of rank, with the exact gradient. B may differ."""
     return _Gather.apply(x) if world() > 1 else x  # type: ignore[return-value]
 
 
@@ -92,8 +99,7 @@ def gather_around(x: Tensor) -> Tensor:
     """(G, ...): the rows of all processes in order of rank; only this process's own rows carry a gradient."""
     if world() == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(parts, x.detach().contiguous())
+    parts, _ = gather_rows(x)
     parts[rank()] = x
     return torch.cat(parts)
 
@@ -103,9 +109,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.rows = len(x)
-        parts = [torch.empty_like(x) for _ in range(world())]
-        dist.all_gather(parts, x.contiguous())
+        parts, counts = gather_rows(x)
+        ctx.own = slice(sum(counts[: rank()]), sum(counts[: rank() + 1]))
         return torch.cat(parts)
 
     @staticmethod
@@ -113,21 +118,17 @@ class _Gather(torch.autograd.Function):
         # All-reduce and slice rather than reduce-scatter: gloo has only the former.
         gradient = gradients[0].contiguous().clone()
         dist.all_reduce(gradient)
-        return gradient[ctx.rows * rank() :][: ctx.rows]
+        return gradient[ctx.own]
 
 
-def same_picture(keys: Sequence[str], target: Tensor, total: int) -> Tensor | None:
+def same_picture(keys: Sequence[str], target: Tensor) -> Tensor | None:
     """(B, G) bool, true where a row meets another row of the same picture; none when all pictures differ."""
     if not keys:
         return None
     # 63-bit fingerprints travel between processes instead of strings; an empty key equals no other row's.
     marks = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> 1 if key else -1 for key in keys]
     own = torch.tensor(marks, device=target.device)
-    others = own.new_empty(total)
-    if world() > 1:
-        dist.all_gather(list(others.split(len(own))), own)
-    else:
-        others = own
+    others = gather_around(own)
     same = (own[:, None] == others[None]) & (own >= 0)[:, None]
     same[torch.arange(len(own), device=target.device), target] = False
     return same if bool(same.any()) else None
@@ -136,13 +137,3 @@ def same_picture(keys: Sequence[str], target: Tensor, total: int) -> Tensor | No
 def _full(x: Tensor) -> Tensor:
     """At least float32: half precision is widened, float64 stays."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def world() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This process's number, from 0."""
-    return dist.get_rank() if world() > 1 else 0

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from isthmus.batch import Tokens
 from isthmus.errors import DataError
-from isthmus.nn.losses import gather_around, rank, same_picture, world
+from isthmus.nn.losses import gather_around, own_columns, same_picture
+from isthmus.processes import world
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def query_contrast(images: Tensor, texts: Tensor, temperature: Tensor, *, smooth
         all_images, all_texts = gather_around(images), gather_around(texts)
         image_to_text = torch.einsum("bqe,ge->bgq", images, all_texts).amax(-1) / temperature
         text_to_image = torch.einsum("be,gqe->bgq", texts, all_images).amax(-1) / temperature
-        target = _own_columns(len(images), images.device)
+        target = own_columns(len(images), images.device)
         losses = [F.cross_entropy(s, target, label_smoothing=smoothing) for s in (image_to_text, text_to_image)]
         return Contrast((losses[0] + losses[1]) / 2, image_to_text, text_to_image)
 
@@ -69,23 +70,18 @@ def hard_negatives(contrast: Contrast, keys: Sequence[str], names: Sequence[str]
 
 def barred_pairs(keys: Sequence[str], scores: Tensor) -> Tensor:
     """(B, G) bool, true where a column is the row's own pair or shows the same picture."""
-    own = _own_columns(len(scores), scores.device)
+    own = own_columns(len(scores), scores.device)
     barred = F.one_hot(own, scores.shape[1]).bool()
-    same = same_picture(keys, own, scores.shape[1])
+    same = same_picture(keys, own)
     return barred if same is None else barred | same
 
 
 @torch.no_grad()
 def gather_tokens(tokens: Tokens) -> Tokens:
-    """The token rows of all processes, (G, T) with the longest T of any. Labels stay behind. Equal B assumed."""
+    """The token rows of all processes, (G, T) with the longest T of any. Labels stay behind."""
     if world() == 1:
         return Tokens(ids=tokens.ids, lengths=tokens.lengths)
     width = torch.tensor(tokens.ids.shape[1], device=tokens.ids.device)
     dist.all_reduce(width, op=dist.ReduceOp.MAX)
     ids = F.pad(tokens.ids, (0, int(width) - tokens.ids.shape[1]))
     return Tokens(ids=gather_around(ids), lengths=gather_around(tokens.lengths))
-
-
-def _own_columns(rows: int, device: torch.device) -> Tensor:
-    """(B,) the columns of this process's own pairs."""
-    return torch.arange(rows, device=device) + rows * rank()

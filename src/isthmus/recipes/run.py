@@ -11,10 +11,9 @@ A stage hands over through ``trained/`` (the tensors it trained); the frozen res
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_mix, open_source
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.model import Model, load
+from isthmus.processes import first, join, rank, wait, world
 from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.features import FeatureLoader, open_cache
 from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
@@ -61,16 +61,18 @@ def train(
     elif not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / Path(name).stem
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("Training in several processes is not built yet; run without torchrun.")
-    with RunLock(folder):
-        return _train(recipe, folder, progress=progress, tensorboard=tensorboard)
-
-
-def _train(recipe: Recipe, folder: Path, *, progress: bool, tensorboard: bool) -> Model:
-    _claim(folder, recipe)
-    if (folder / "model" / checkpoint.MANIFEST).is_file():
+    join()
+    with RunLock(folder) if first() else nullcontext():
+        if first():
+            _claim(folder, recipe)
+        wait()
+        if not (folder / "model" / checkpoint.MANIFEST).is_file():
+            _train(recipe, folder, progress=progress and first(), tensorboard=tensorboard)
+        wait()
         return load(folder)
+
+
+def _train(recipe: Recipe, folder: Path, *, progress: bool, tensorboard: bool) -> None:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     built = build(recipe)
@@ -85,12 +87,11 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, tensorboard: bool) -
         built = built.enter(stage)
         _run_stage(built, stage, place, opened.pop(stage.name, None), progress=progress, tensorboard=tensorboard)
         kept = stage is not recipe.stages[-1] and any(spec.stage == stage.name for spec in recipe.evaluate)
-        if kept and not (place / "model").is_dir():
+        if first() and kept and not (place / "model").is_dir():
             built.model(stage).save(place / "model")
-    model = built.model()
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    model.save(folder / "model", extra={"recipe.yaml": text})
-    return load(folder)
+    if first():
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        built.model().save(folder / "model", extra={"recipe.yaml": text})
 
 
 def _run_stage(
@@ -111,6 +112,8 @@ def _run_stage(
     with _features(built, stage, folder.parent.parent / "features") as cache:
         loader = make_loader(built, stage, folder, data, cache)
         _train_stage(built, stage, folder, loader, cache, progress=progress, tensorboard=tensorboard)
+    if not first():
+        return
     table = apply_stage(built.net, stage.stage.train)
     state = built.net.state_dict()
     checkpoint.write_folder(
@@ -128,6 +131,11 @@ def _features(built: Built, stage: StageSpec, folder: Path) -> Iterator[FeatureC
     if stage.feature_cache is None:
         yield None
         return
+    if world() > 1:
+        raise ConfigError(
+            f"Stage {stage.name!r}: a feature cache is written by one process, and here are {world()}; take "
+            "`feature_cache` out, or train in one process."
+        )
     cache = open_cache(built.net, built.processor(stage).image, stage, folder)
     with RunLock(cache.folder):
         yield cache
@@ -183,10 +191,12 @@ def make_loader(
 ) -> Loader | JointLoader:
     """The stage's stream of batches; bad samples are counted in ``folder/quarantine.jsonl``.
 
-    Pictures that ``cache`` holds come as features, for nets that take them.
+    Pictures that ``cache`` holds come as features, for nets that take them. Of several processes each fills its part,
+    with a quarantine file of its own.
     """
     processor = built.processor(stage)
-    quarantine = Quarantine(folder / "quarantine.jsonl" if folder else None, threshold=stage.bad_samples)
+    file = f"quarantine-{rank()}.jsonl" if rank() else "quarantine.jsonl"
+    quarantine = Quarantine(folder / file if folder else None, threshold=stage.bad_samples)
     data = data if data is not None else open_data(stage)
     if not isinstance(data, Mix):
         return JointLoader(
@@ -197,6 +207,7 @@ def make_loader(
             quarantine=quarantine,
             augment=stage.augment,
             cache=cache,
+            part=(rank(), world()),
         )
     contrasts = getattr(processor, "contrasts", False)
     return Loader(
@@ -211,6 +222,7 @@ def make_loader(
         quarantine=quarantine,
         augment=stage.augment,
         cache=cache,
+        part=(rank(), world()),
     )
 
 

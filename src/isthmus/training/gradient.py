@@ -1,13 +1,15 @@
-"""The gradient of one step, the same for any split of its samples into micro-batches.
+"""The gradient of one step, the same for any split of its samples into micro-batches and over processes.
 
-Token terms add up: with ``total`` and ``count`` over the micro-batches m, the loss is sum_m total_m / sum_m count_m,
-so each micro-batch contributes ``total_m / count`` with the step's whole count, never its own mean; several terms
-add up with their weights. Terms of scope
-``batch`` (contrastive, matching) need all samples at once: several micro-batches go through ``net.cached_loss``.
+Token terms add up: with ``total`` and ``count`` over the micro-batches m of all processes, the loss is
+sum_m total_m / sum_m count_m, so each micro-batch contributes ``total_m / count`` with the step's whole count, never
+its own mean; several terms add up with their weights, and gradients over the processes. Terms of scope ``batch``
+(contrastive, matching) need all samples at once: several micro-batches go through ``net.cached_loss``, and the rows of
+other processes are gathered within the loss (nn/losses.py).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from isthmus.batch import IGNORE, Batch, Term
 from isthmus.errors import StageError
+from isthmus.processes import sum_gradients, told, world
 from isthmus.training.protocols import Net, as_module
 
 
@@ -42,35 +45,100 @@ class Traffic:
             supervised=sum(b.supervised() for b in batches),
         )
 
+    @staticmethod
+    def sum(parts: Iterable["Traffic"]) -> "Traffic":
+        columns = zip(*((t.samples, t.tokens, t.supervised) for t in parts), strict=True)
+        return Traffic(*map(sum, columns))
+
 
 def backward(net: Net, batches: Sequence[Batch], autocast: AbstractContextManager[object]) -> dict[str, float]:
-    """Add the step's gradient to the parameters; the mean of each term.
+    """Add the step's gradient to the parameters; the mean of each term. Several processes call it together, each with
+    its share of the rows (none, maybe), and all end with the whole step's gradient and means.
 
     Raises NonFiniteLoss, and StageError when terms cannot be split, nothing is learnt, or nothing open is reached.
     """
-    if len(batches) > 1 and hasattr(net, "cached_loss"):
+    most = max(told(len(batches)))
+    if most > 1 and hasattr(net, "cached_loss"):
         with autocast:
             terms: Mapping[str, Term] = net.cached_loss(batches)  # type: ignore[attr-defined]
-        return _finite_means(terms)
-    if len(batches) == 1:
-        with autocast:
-            terms = net.loss(batches[0])
-        means = _finite_means(terms, micro=0)
+        means = _Sums.of(terms).agreed().means(batches)
+    elif most == 1:
+        means = _at_once(net, batches, autocast)
+    else:
+        means = _accumulate(net, batches, autocast)
+    sum_gradients(as_module(net).parameters())
+    return means
+
+
+class _Sums:
+    """Sum and count of each term over what was seen so far; ``bad`` tells of the first that was not finite."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.bad: NonFiniteLoss | None = None
+
+    @staticmethod
+    def of(terms: Mapping[str, Term], micro: int | None = None) -> "_Sums":
+        sums = _Sums()
+        sums.add(terms, micro)
+        return sums
+
+    def add(self, terms: Mapping[str, Term], micro: int | None = None) -> None:
         for name, term in terms.items():
-            _demand_learnt(name, term.count, batches)
-        _reached(sum((term.weight * term.mean for term in terms.values()), start=0.0)).backward()
-        return means
-    return _accumulate(net, batches, autocast)
+            total = float(term.total.detach())
+            self.totals[name] = self.totals.get(name, 0.0) + total
+            self.counts[name] = self.counts.get(name, 0) + term.count
+            if self.bad is None and not math.isfinite(total):
+                self.bad = NonFiniteLoss(name, float(term.mean.detach()), micro)
+
+    def agreed(self) -> "_Sums":
+        """The sums of all processes. Raises NonFiniteLoss in every process when one met such a value."""
+        whole = _Sums()
+        for totals, counts in told((self.totals, self.counts)):
+            for name, total in totals.items():
+                whole.totals[name] = whole.totals.get(name, 0.0) + total
+                whole.counts[name] = whole.counts.get(name, 0) + counts[name]
+        if self.bad is not None:
+            raise self.bad
+        for name, total in whole.totals.items():
+            if not math.isfinite(total):
+                raise NonFiniteLoss(name, total / max(1, whole.counts[name]), None)
+        return whole
+
+    def means(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Raises StageError for a term that counts nothing."""
+        for name, count in self.counts.items():
+            _demand_learnt(name, count, batches)
+        return {name: total / self.counts[name] for name, total in self.totals.items()}
+
+
+def _at_once(net: Net, batches: Sequence[Batch], autocast: AbstractContextManager[object]) -> dict[str, float]:
+    """At most one micro-batch in each process: what the terms count is known before the first gradient."""
+    terms: Mapping[str, Term] = {}
+    for batch in batches:
+        with autocast:
+            terms = net.loss(batch)
+    sums = _Sums.of(terms, micro=0).agreed()
+    means = sums.means(batches)
+    loss = sum((term.weight * (term.total / sums.counts[name]) for name, term in terms.items()), start=0.0)
+    # One process of several may hold nothing that is learnt; alone, that is a mistake.
+    if world() == 1 or (isinstance(loss, Tensor) and loss.requires_grad):
+        _reached(loss).backward()
+    return means
 
 
 def _accumulate(net: Net, batches: Sequence[Batch], autocast: AbstractContextManager[object]) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    expected: dict[str, int] = {}
+    sums = _Sums()
+    table = Counter[str]()
+    for part in told(_learnt(batches)):
+        table.update(part)
     for index, batch in enumerate(batches):
         with autocast:
             terms = net.loss(batch)
-        _finite_means(terms, micro=index)
+        sums.add(terms, index)
+        if sums.bad is not None:
+            break
         parts: list[Tensor] = []
         for name, term in terms.items():
             if term.scope != "token":
@@ -79,34 +147,33 @@ def _accumulate(net: Net, batches: Sequence[Batch], autocast: AbstractContextMan
                     f"{len(batches)} micro-batches: {type(net).__name__} has no exact gradient cache. "
                     "Use one micro-batch per step."
                 )
-            expected.setdefault(name, _learnt(batches, name))
-            counts[name] = counts.get(name, 0) + term.count
-            totals[name] = totals.get(name, 0.0) + float(term.total.detach())
-            parts.append(term.weight * term.total / max(1, expected[name]))
+            parts.append(term.weight * term.total / max(1, _expected(table, name)))
         loss = sum(parts, start=0.0)
         # A micro-batch without a learnt token has a constant loss: nothing to add.
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss.backward()
-    for name, count in counts.items():
-        _demand_learnt(name, count, batches)
-    _correct(net, counts, expected)
-    return {name: totals[name] / counts[name] for name in totals}
+    whole = sums.agreed()
+    means = whole.means(batches)
+    _correct(net, whole.counts, {name: _expected(table, name) for name in whole.counts})
+    return means
 
 
-def _learnt(batches: Sequence[Batch], name: str) -> int:
-    """The step's learnt tokens of the stream ``name``, or of all streams when no stream is called so.
+def _learnt(batches: Sequence[Batch]) -> dict[str, int]:
+    """Learnt tokens of each stream, of each ``stream/source`` (the rows of that source), and of all (no name)."""
+    table: Counter[str] = Counter()
+    for batch in batches:
+        table[""] += batch.supervised()
+        for stream, tokens in batch.text.items():
+            rows = [0] * len(batch) if tokens.labels is None else (tokens.labels[:, 1:] != IGNORE).sum(1).tolist()
+            table[stream] += sum(rows)
+            for source, count in zip(batch.sources, rows, strict=True):
+                table[f"{stream}/{source}"] += count
+    return dict(table)
 
-    Of ``stream/source`` only the rows of that source count.
-    """
-    stream, slash, source = name.partition("/")
-    if slash:
-        rows = [(b, [i for i, s in enumerate(b.sources) if s == source]) for b in batches if stream in b.text]
-        found = [b.text[stream].labels[i] for b, i in rows if i and b.text[stream].labels is not None]  # type: ignore[index]
-        return sum(int((labels[:, 1:] != IGNORE).sum()) for labels in found)
-    streams = [b.text[name].labels for b in batches if name in b.text]
-    if streams:
-        return sum(int((labels[:, 1:] != IGNORE).sum()) for labels in streams if labels is not None)
-    return sum(b.supervised() for b in batches)
+
+def _expected(table: Mapping[str, int], name: str) -> int:
+    """What a term should count: its stream's learnt tokens, or those of all streams when none is called so."""
+    return table.get(name, 0 if "/" in name else table[""])
 
 
 def _correct(net: Net, counts: Mapping[str, int], expected: Mapping[str, int]) -> None:
@@ -123,14 +190,6 @@ def _correct(net: Net, counts: Mapping[str, int], expected: Mapping[str, int]) -
     for parameter in as_module(net).parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(max(1, expected[name]) / counts[name])
-
-
-def _finite_means(terms: Mapping[str, Term], micro: int | None = None) -> dict[str, float]:
-    means = {name: float(term.mean.detach()) for name, term in terms.items()}
-    for name, value in means.items():
-        if not math.isfinite(value):
-            raise NonFiniteLoss(name, value, micro)
-    return means
 
 
 def _demand_learnt(name: str, count: int, batches: Sequence[Batch]) -> None:

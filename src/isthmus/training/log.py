@@ -14,23 +14,29 @@ from isthmus.errors import MissingExtraError
 
 
 class MetricLog:
-    """``metrics.jsonl``, one line per logged step. Opened for a run at ``step``: later lines are cut away."""
+    """``metrics.jsonl``, one line per logged step. Opened for a run at ``step``: later lines are cut away.
 
-    def __init__(self, folder: Path, step: int, *, tensorboard: bool = False) -> None:
+    With ``writes`` false it does nothing: of several processes one writes.
+    """
+
+    def __init__(self, folder: Path, step: int, *, tensorboard: bool = False, writes: bool = True) -> None:
         self.path = folder / "metrics.jsonl"
-        self._truncate(step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = _summary_writer(folder, step) if tensorboard else None
+        if writes:
+            self._truncate(step)
+        self._file = self.path.open("a", encoding="utf-8") if writes else None
+        self._board = _summary_writer(folder, step) if writes and tensorboard else None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in _flat(line):
                 self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

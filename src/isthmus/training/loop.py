@@ -5,6 +5,9 @@
 Each step: rates, gradient of the whole step (gradient.py), finiteness, clipping, AdamW, ``net.after_step()``, one
 line of ``metrics.jsonl``, now and then a checkpoint (state.py). The freezing proof (proof.py) runs along. The same
 call on the same folder goes on where the last one stopped, bit for bit on CPU with the same thread count.
+
+Several processes (processes.py) call it together, each with its share of the rows: every one holds the net and the
+optimizer and makes the same update; the first writes the files and shows the progress.
 """
 
 import hashlib
@@ -13,9 +16,10 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,8 @@ from rich.progress import Progress
 
 from isthmus.allocator import keep_freed_memory, relieve
 from isthmus.batch import Batch
-from isthmus.errors import IsthmusError, StageError
+from isthmus.errors import DataError, IsthmusError, StageError
+from isthmus.processes import first, rank, told, wait, world
 from isthmus.stage import Stage, StageTable, apply_stage
 from isthmus.training import optim, proof
 from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_bad_value
@@ -34,7 +39,7 @@ from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
 from isthmus.training.lock import RunLock
 from isthmus.training.log import Bar, MetricLog, progress_bar
 from isthmus.training.protocols import Loader, Net, as_module
-from isthmus.training.state import RunState, check_same, checkpoints, newest_state, restore, save_state
+from isthmus.training.state import RunState, check_same, checkpoints, newest_state, restore, rng_state, save_state
 
 Skipped = Callable[[tuple[str, ...], str], None]
 """Told of the sample ids and the reason when ``nan_policy`` lets a step pass without an update."""
@@ -82,23 +87,25 @@ def train(
         on_quarantine: called with sample ids and reason for each step that ``nan_policy`` skips.
 
     Raises:
-        ConfigError: several processes are asked for. RunBusyError: another process trains in this folder.
+        RunBusyError: another run trains in this folder.
         StageError: the stage does not fit the net, a trained tensor never had a gradient, a frozen one moved, or the
             folder was begun with another stage, seed or identity. NonFiniteError: NaN or infinity, before the update.
         CheckpointError: a checkpoint is damaged, or cannot be written. Interrupted: after SIGTERM or Ctrl-C.
     """
-    optim.refuse_many_processes()
     keep_freed_memory()
     folder = Path(folder)
-    with RunLock(folder):
+    progress = progress if first() else False
+    with RunLock(folder) if first() else nullcontext():
+        wait()  # no process reads the folder before the first one has it
         table = apply_stage(as_module(net), stage.train)
         if progress is True:
             Console(stderr=True).print(table.render(f"stage {stage.name}"))
         run = _Run(net, loader, stage, folder, table, seed, dict(identity or {}), on_quarantine)
-        _describe(folder, stage, table)
+        if first():
+            _describe(folder, stage, table)
         with (
             _stop_flag() as stopped,
-            closing(MetricLog(folder, run.state.step, tensorboard=tensorboard)) as log,
+            closing(MetricLog(folder, run.state.step, tensorboard=tensorboard, writes=first())) as log,
             progress_bar(progress, stage.name, stage.budget, run.done) as bar,
         ):
             run.go(log, bar, stopped)
@@ -141,30 +148,31 @@ class _Run:
             stage=stage.fingerprint(),
             identity=json.loads(json.dumps(identity)),
             seed=seed,
+            processes=world(),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
             precision=precision,
             device=self.device.type,
             warnings=note,
         )
-        self.resumed = self._resume()
+        self.resumed = self.saved = self._resume()
 
     def _resume(self) -> int:
         """Go back to the newest checkpoint, or seed a new run. The step to go on from."""
         found = newest_state(self.folder)
         if found is None:
-            random.seed(self.state.seed)
-            numpy.random.seed(self.state.seed % 2**32)
-            torch.manual_seed(self.state.seed)
+            self._seed()
             return 0
         saved, files = found
         warnings = check_same(saved, self.state, self.folder)
         proof.demand_unchanged(saved.frozen, self.state.frozen, "is not the one this run was begun with")
+        self._seed()
         restore(files, self.module, self.optimizer, self.parameters)
         self.gradients = proof.GradientProof(saved.unproven)
         now = self.state
         self.state = replace(
             saved,
+            processes=now.processes,
             threads=now.threads,
             torch=now.torch,
             precision=now.precision,
@@ -172,6 +180,13 @@ class _Run:
             warnings=(*saved.warnings, *warnings),
         )
         return saved.step
+
+    def _seed(self) -> None:
+        """Each process draws dropout of its own."""
+        seed = self.state.seed + rank()
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
 
     @property
     def done(self) -> int:
@@ -186,8 +201,7 @@ class _Run:
         try:
             before = self.state.seconds - time.perf_counter()
             while self.done < self.stage.budget:
-                self._stop_if(stopped)
-                started = time.perf_counter()
+                started, note = time.perf_counter(), dict(stopped)
                 try:
                     position, batches = next(stream)
                 except StopIteration:
@@ -196,8 +210,12 @@ class _Run:
                         "loader must go on with the next epoch. Is the source empty?"
                     ) from None
                 waited = time.perf_counter() - started
-                traffic = Traffic.of(batches)
+                signals, traffic, order = self._meet(note, batches)
+                self._stop_if(signals)
+                if not traffic.samples:
+                    continue
                 line = self._step(batches, traffic)
+                line["order"] = order
                 now = time.perf_counter()
                 self.state = replace(self.state, position=dict(position.to_dict()), seconds=before + now)
                 self._log(log, line, traffic, seconds=now - started, waited=waited)
@@ -214,7 +232,20 @@ class _Run:
         proof.demand_unchanged(self.state.frozen, proof.frozen_tensors(self.module), "changed during the stage")
         self._save()
         # A signal during the last step must not be lost: the caller may have further stages.
-        self._stop_if(stopped)
+        self._stop_if(_signalled(told(dict(stopped))))
+
+    def _meet(self, note: Mapping[str, str], batches: list[Batch]) -> tuple[Mapping[str, str], Traffic, str]:
+        """What all processes know before a step: a signal that came, what the step carries, its samples in order."""
+        ids = [i for batch in batches for i in batch.ids]
+        met = told((note, Traffic.of(batches), ids))
+        if getattr(self.net, "contrasts", False) and (empty := [n for n, (_, t, _) in enumerate(met) if not t.samples]):
+            raise DataError(
+                f"Process {empty[0]} of {world()} has no sample in the step after {self.state.step}, and stage "
+                f"{self.stage.name!r} contrasts the rows of all: raise batch_size, or start fewer processes."
+            )
+        rows = chain.from_iterable(zip_longest(*(names for _, _, names in met)))
+        order = hashlib.sha256("\n".join(i for i in rows if i is not None).encode()).hexdigest()[:16]
+        return _signalled([s for s, _, _ in met]), Traffic.sum(t for _, t, _ in met), order
 
     def _step(self, batches: list[Batch], traffic: Traffic) -> dict[str, Any]:
         """One update, or none when it is not finite and the stage lets that pass. Its part of the log line."""
@@ -223,8 +254,7 @@ class _Run:
         generator = torch.get_rng_state()
         moved = [batch.to(self.device) for batch in batches]
         self.optimizer.zero_grad(set_to_none=True)
-        ids = "\n".join(i for batch in batches for i in batch.ids)
-        line: dict[str, Any] = {"loss": None, "lr": rates, "order": hashlib.sha256(ids.encode()).hexdigest()[:16]}
+        line: dict[str, Any] = {"loss": None, "lr": rates}
         losses, skipped = self.state.losses, 0
         try:
             losses = backward(self.net, moved, self.autocast)
@@ -259,7 +289,9 @@ class _Run:
         """Raise NonFiniteError with all that is known, or report a step that may be skipped."""
         gradient = first_bad_gradient(self.net) if problem.micro is None else None
         self.optimizer.zero_grad(set_to_none=True)
-        where, micro = first_bad_value(self.net, batches, self.autocast, generator)
+        where, micro = None, None
+        if world() == 1 or not getattr(self.net, "contrasts", False):  # alone in a forward pass it would wait for ever
+            where, micro = first_bad_value(self.net, batches, self.autocast, generator)
         micro = problem.micro if problem.micro is not None else micro
         ids = tuple(i for n, batch in enumerate(batches) if micro in (None, n) for i in batch.ids)
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
@@ -307,9 +339,12 @@ class _Run:
             )
 
     def _save(self) -> None:
-        saved = checkpoints(self.folder)
-        if self.state.step and not (saved and saved[-1].name.endswith(f"-{self.state.step:06d}")):
-            save_state(self.folder, self.state, self.module, self.optimizer, self.parameters)
+        if self.state.step == self.saved:
+            return
+        generators = told(rng_state())
+        if first():
+            save_state(self.folder, self.state, self.module, self.optimizer, self.parameters, generators)
+        self.saved = self.state.step
 
     def result(self) -> TrainResult:
         self.optimizer.zero_grad(set_to_none=True)
@@ -323,6 +358,11 @@ class _Run:
             table=self.table,
             warnings=self.state.warnings,
         )
+
+
+def _signalled(found: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
+    """The first process's note of a signal that has one."""
+    return next((note for note in found if note), {})
 
 
 @contextmanager

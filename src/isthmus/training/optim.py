@@ -1,7 +1,6 @@
 """Rates, optimizer groups, gradient norms and precision: the arithmetic around one update."""
 
 import math
-import os
 import platform
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from isthmus.errors import ConfigError, StageError
+from isthmus.errors import StageError
 from isthmus.stage import Stage, StageTable, named_parameters
 
 
@@ -121,13 +120,3 @@ def autocast(stage: Stage, device: torch.device) -> tuple[str, AbstractContextMa
         # No cache of cast weights: one filled under no_grad (gradient cache) would cut the weights off the graph.
         return "bf16", torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
     return "fp32", nullcontext()
-
-
-def refuse_many_processes() -> None:
-    """Raises ConfigError under ``torchrun`` with several processes, rather than train each copy by itself."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size not in ("", "1"):
-        raise ConfigError(
-            f"WORLD_SIZE is {size}: training on several processes is not built yet. Start one process "
-            "without torchrun (unset WORLD_SIZE)."
-        )

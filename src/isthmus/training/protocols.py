@@ -12,7 +12,8 @@ class Net(Protocol):
     """An ``nn.Module`` with a loss.
 
     It may also have ``cached_loss(batches) -> terms`` (exact loss and gradients of the joined micro-batches, doing its
-    own backward), ``after_step()`` (called after each update, for clamps) and ``unreachable()`` (see stage.py).
+    own backward), ``contrasts`` (whether its loss needs the rows of all processes at once), ``after_step()`` (called
+    after each update, for clamps) and ``unreachable()`` (see stage.py).
     """
 
     def loss(self, batch: Batch) -> Mapping[str, Term]:
@@ -34,7 +35,8 @@ class Loader(Protocol):
         ...
 
     def steps(self, start: Any) -> Iterator[tuple[Position, list[Batch]]]:
-        """From the loader's own position ``start`` on: the position after each step, and the step's micro-batches."""
+        """From the loader's own position ``start`` on: the position after each step, and this process's share of the
+        step's micro-batches (one of several processes may have none)."""
         ...
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from isthmus.checkpoint import clean_leftovers, load_tensors, read_folder, read_json, write_folder
 from isthmus.errors import CheckpointError, StageError
+from isthmus.processes import first, rank
 from isthmus.stage import canonical
 from isthmus.training.proof import moving_buffers
 
@@ -45,6 +46,7 @@ class RunState:
     stage: str
     identity: Mapping[str, Any]
     seed: int
+    processes: int
     threads: int
     torch: str
     precision: str
@@ -58,14 +60,18 @@ def save_state(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
+    generators: Sequence[Mapping[str, Any]],
 ) -> Path:
-    """Write the checkpoint of ``state.step`` and drop all but the newest ones. Raises CheckpointError."""
+    """Write the checkpoint of ``state.step`` and drop all but the newest ones. Raises CheckpointError.
+
+    ``generators`` are the processes' :func:`rng_state`.
+    """
     path = write_folder(
         _path(folder, state.step),
         {
             "trained.safetensors": {**parameters, **_statistics(net)},
             "optimizer.safetensors": _optimizer_tensors(optimizer, parameters),
-            "rng.json": _rng_state(),
+            "rng.json": {"processes": list(generators)},
             "state.json": dataclasses.asdict(state),
         },
     )
@@ -88,7 +94,8 @@ def newest_state(folder: Path) -> tuple[RunState, dict[str, Path]] | None:
 
     Raises CheckpointError when it is damaged: going on from an older one silently is not for the loop to decide.
     """
-    clean_leftovers(folder / "checkpoints")
+    if first():
+        clean_leftovers(folder / "checkpoints")
     found = checkpoints(folder)
     if not found:
         return None
@@ -124,6 +131,7 @@ def check_same(saved: RunState, current: RunState, folder: Path) -> tuple[str, .
     return tuple(
         f"step {saved.step}: resumed with {what} {new} instead of {old}; the result may differ in the last bits"
         for what, old, new in (
+            ("process count", saved.processes, current.processes),
             ("thread count", saved.threads, current.threads),
             ("torch", saved.torch, current.torch),
             ("precision", saved.precision, current.precision),
@@ -153,7 +161,10 @@ def restore(
         _demand_names({name}, {name} & parameters.keys(), files["optimizer.safetensors"])
         # A copy in memory of its own: the file may be deleted while the optimizer goes on writing.
         optimizer.state[parameters[name]][kind] = tensor.clone().to(parameters[name].device)
-    _restore_rng(read_json(files["rng.json"]))
+    generators = read_json(files["rng.json"])["processes"]
+    # With more processes than before the further ones keep what they were seeded with.
+    if rank() < len(generators):
+        _restore_rng(generators[rank()])
 
 
 def _demand_names(wanted: set[str], given: set[str], where: Path) -> None:
@@ -179,7 +190,8 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str
     }
 
 
-def _rng_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
+    """The random generators of this process, as JSON-able data."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = numpy.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -234,7 +234,7 @@ def _same(scene: Scene, dice: Dice, attribute: str) -> Question | None:
         return None
     one, other = dice.choice(both[yes])
     # Full names would give the answer away; places and the other attribute do not.
-    a, b = _without(scene, dice, one, attribute), _without(scene, dice, other, attribute)
+    a, b = without(scene, dice, one, attribute), without(scene, dice, other, attribute)
     both_told = ((a, getattr(one, attribute)), (b, getattr(other, attribute)))
     reason = " and ".join(f"{name} is {value}" for name, value in both_told)
     steps = tuple(Question("step", f"what {attribute} is {name}?", value) for name, value in both_told)
@@ -242,7 +242,7 @@ def _same(scene: Scene, dice: Dice, attribute: str) -> Question | None:
     return Question("comparison", text, "yes" if yes else "no", one, reason, steps)
 
 
-def _without(scene: Scene, dice: Dice, solid: Solid, hidden: str) -> str:
+def without(scene: Scene, dice: Dice, solid: Solid, hidden: str) -> str:
     """Words for a known solid that do not tell its ``hidden`` attribute."""
     told = "colour" if hidden == "shape" else "shape"
     value = getattr(solid, told)

@@ -43,6 +43,7 @@ from isthmus.data.scenes.interleaved import (
     make_clip,
     make_lesson,
 )
+from isthmus.data.scenes.practice import PRACTICE, practise
 from isthmus.data.scenes.questions import KINDS, Question, ask, follow_up
 from isthmus.data.scenes.scene import SPLITS, Scene, Split, make_scene
 from isthmus.data.scenes.words import captions, describe, outlines, symbols
@@ -85,7 +86,8 @@ class SceneSource:
 
     ``turns`` is the number of question-answer turns in conversations and symbols, ``led`` the share of their
     comparisons before which what is compared is asked (turns beyond that number), ``kinds`` the kinds of question asked
-    in any form, the attributes (colour, shape) that lessons are about, or what happens in clips (none given: all).
+    in any form, the attributes (colour, shape) that lessons are about, or what happens in clips (none given: all). In
+    conversations and symbols there may also be kinds of practice.py among them, which nothing is scored by.
     ``distinct`` skips scenes that no caption could tell from an earlier one (for retrieval tests). Raises ConfigError
     for an unknown form, split or kind.
     """
@@ -112,7 +114,7 @@ class SceneSource:
         if split not in SPLITS:
             raise ConfigError(f"scenes have no split {split!r}; {nearest(split, SPLITS)}")
         known = _known_kinds(form)
-        kinds = known if kinds is None else tuple(kinds)
+        kinds = tuple(k for k in known if k not in PRACTICE) if kinds is None else tuple(kinds)
         for kind in kinds:
             if kind not in known:
                 raise ConfigError(f"scenes, form {form}: there is no kind {kind!r}; {nearest(kind, known)}")
@@ -307,7 +309,9 @@ class SceneSource:
 def _known_kinds(form: Form) -> tuple[str, ...]:
     if form in ("lessons", "lesson_texts"):
         return tuple(sorted(ATTRIBUTES))
-    return CLIP_KINDS if form in ("clips", "clip_questions", "symbol_clips") else KINDS
+    if form in ("clips", "clip_questions", "symbol_clips"):
+        return CLIP_KINDS
+    return (*KINDS, *PRACTICE) if form in ("conversations", "symbols") else KINDS
 
 
 def _distinct(seed: int, split: Split, count: int) -> list[int]:
@@ -342,7 +346,8 @@ def _turns(scene: Scene, dice: Dice, count: int, kinds: Sequence[str], *, led: f
             if question and question.answer not in f"{before.text} {before.answer}":
                 turns.append(question)
             continue
-        question = ask(scene, dice.choice(kinds), dice)
+        kind = dice.choice(kinds)
+        question = practise(scene, kind, dice) if kind in PRACTICE else ask(scene, kind, dice)
         if question and question.text not in asked:
             if led and question.steps and dice.chance(led):
                 turns += [step for step in question.steps if step.text not in asked]

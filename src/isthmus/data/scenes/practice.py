@@ -1,0 +1,91 @@
+"""Simpler questions that the harder ones are made of, for training alone: they are never scored.
+
+To say on which side of B the thing A is, a model must find A, read where it stands, and know that A is asked about and
+not B. An answer of one word teaches all of this at once or nothing; these questions teach each by itself: attributes
+that no scored question asks for (``size``, ``place``), one thing where a harder question has two (``half``), which of
+two things is meant (``role``), and finding all things of a sort (``any``, ``all``).
+"""
+
+from collections.abc import Callable
+
+from isthmus.data.scenes.dice import Dice
+from isthmus.data.scenes.questions import Question, named, without
+from isthmus.data.scenes.scene import COLOURS, SHAPES, SIZES, Scene, Solid
+from isthmus.data.scenes.words import listed
+
+
+def practise(scene: Scene, kind: str, dice: Dice) -> Question | None:
+    """A question of this kind about this scene, or nothing where it has none."""
+    return _KINDS[kind](scene, dice)
+
+
+def _size(scene: Scene, dice: Dice) -> Question:
+    solid = dice.choice(scene.solids)
+    name = named(scene, dice, solid)
+    return Question("size", dice.choice((f"what size is {name}?", f"is {name} large or small?")), solid.size, solid)
+
+
+def _place(scene: Scene, dice: Dice) -> Question:
+    solid = dice.choice(scene.solids)
+    return Question("place", f"where is {named(scene, dice, solid)}?", solid.place, solid)
+
+
+def _half(scene: Scene, dice: Dice) -> Question | None:
+    axis, words, either = dice.choice(
+        (("column", ("left", "right"), "left or right of"), ("row", ("above", "below"), "above or below"))
+    )
+    answer = dice.below(2)
+    fitting = [s for s in scene.solids if getattr(s, axis) == 2 * answer]
+    if not fitting:
+        return None
+    solid = dice.choice(fitting)
+    return Question("half", f"is {named(scene, dice, solid)} {either} the centre?", words[answer], solid)
+
+
+def _role(scene: Scene, dice: Dice) -> Question | None:
+    """One attribute of one of two things that are named."""
+    if len(scene.solids) < 2:
+        return None
+    pair = dice.shuffled(scene.solids)[:2]
+    which = dice.below(2)
+    solid, place = pair[which], ("first", "second")[which]
+    hidden = dice.choice(("size", "place", "colour", "shape"))
+    if hidden in ("colour", "shape"):
+        a, b = (without(scene, dice, s, hidden) for s in pair)
+    else:
+        a, b = (named(scene, dice, s) for s in pair)
+    asked = f"where is the {place}?" if hidden == "place" else f"what {hidden} is the {place}?"
+    return Question("role", f"{a} or {b}: {asked}", getattr(solid, hidden), solid)
+
+
+def _any(scene: Scene, dice: Dice) -> Question:
+    noun, found = _sort(scene, dice)
+    return Question("any", f"are there any {noun}s?", "yes" if found else "no")
+
+
+def _all(scene: Scene, dice: Dice) -> Question:
+    noun, found = _sort(scene, dice)
+    places = listed([s.place for s in sorted(found, key=lambda s: (s.row, s.column))]) if found else "nowhere"
+    return Question("all", f"where are the {noun}s?", places)
+
+
+def _sort(scene: Scene, dice: Dice) -> tuple[str, list[Solid]]:
+    """A noun, present or (one time in three) not, and the things it names: mostly a shape, or a colour or size."""
+    form = dice.below(4)
+    attribute, values = (("shape", SHAPES), ("shape", SHAPES), ("colour", COLOURS), ("size", SIZES))[form]
+    present = [getattr(s, attribute) for s in scene.solids]
+    absent = [v for v in values if v not in present]
+    value = dice.choice(absent) if absent and dice.chance(1 / 3) else dice.choice(present)
+    noun = value if attribute == "shape" else f"{value} thing"
+    return noun, [s for s in scene.solids if getattr(s, attribute) == value]
+
+
+_KINDS: dict[str, Callable[[Scene, Dice], Question | None]] = {
+    "size": _size,
+    "place": _place,
+    "half": _half,
+    "role": _role,
+    "any": _any,
+    "all": _all,
+}
+PRACTICE = tuple(_KINDS)

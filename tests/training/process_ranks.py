@@ -1,0 +1,109 @@
+"""What each process of the tests of several processes runs, as torchrun would start it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isthmus.batch import Batch
+from isthmus.processes import join, rank, told, wait, world
+from isthmus.stage import Group, Stage
+from isthmus.training import Interrupted, train
+from isthmus.training.gradient import NonFiniteLoss, backward
+from isthmus.training.optim import autocast
+
+from .toys import ToyLoader, ToyNet, make_batch
+
+_, FP32 = autocast(Stage(name="x", train=(Group("*", lr=1.0),), steps=1, precision="fp32"), torch.device("cpu"))
+SPLITS: list[list[list[list[int]]]] = [
+    [[[1, 2, 3]], [[4]]],  # one micro-batch each, unlike numbers of rows
+    [[[1, 2, 3, 4]], []],  # a process without rows
+    [[[1], [2, 3]], [[4]]],  # two micro-batches and one
+    [[[1], [2]], [[3], [4]]],
+]
+"""Of every process the rows of each of its micro-batches."""
+
+
+class OneOpen(ToyNet):
+    """Its language part learns from the first process's rows alone."""
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = super().logits(ids)
+        return logits if rank() == 0 else logits.detach() + 0 * self.connector.weight.sum()
+
+
+class PartLoader(ToyLoader):
+    """Every ``world()``-th row of each step. ``stop_at``: process 1 gets a signal before that step."""
+
+    stop_at = -1
+
+    def steps(self, start: Any) -> Any:
+        for number, (position, batches) in enumerate(super().steps(start)):
+            if number == self.stop_at and rank() == 1:
+                os.kill(os.getpid(), 15)
+            rows = [int(name[1:]) for batch in batches for name in batch.ids][rank() :: world()]
+            yield position, [make_batch(rows)]
+
+
+def net() -> ToyNet:
+    return ToyNet(dtype=torch.float64, dropout=0.0)
+
+
+def stage(steps: int = 6) -> Stage:
+    groups = (Group("connector.*", lr=1e-2), Group("language.*", lr=1e-2))
+    return Stage(name="s", train=groups, steps=steps, precision="fp32", save_every=2, log_every=1)
+
+
+def gradient(model: ToyNet, batches: list[Batch]) -> dict[str, Any]:
+    means = backward(model.eval(), batches, FP32)
+    return {"means": means, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def _non_finite() -> list[str]:
+    """What each process says when process 1 alone meets a NaN."""
+    model = net()
+    if rank() == 1:
+        model.language["head"].bias.data.fill_(float("nan"))
+    try:
+        backward(model, [make_batch([1, 2])], FP32)
+    except NonFiniteLoss as problem:
+        return told(str(problem))
+    return told("nothing")
+
+
+def _stopped(folder: Path) -> list[str]:
+    """A signal to process 1 alone stops both after the same step; the same call goes on."""
+    loader = PartLoader()
+    loader.stop_at = 3
+    try:
+        train(net(), loader, stage(), folder, progress=False)
+    except Interrupted as stopped:
+        heard = told(str(stopped))
+        train(net(), PartLoader(), stage(), folder, progress=False)
+        return heard
+    return told("nothing")
+
+
+def run(number: int, world_size: int, port: int, folder: str) -> None:
+    os.environ |= {
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    place = Path(folder)
+    join()
+    found: dict[str, Any] = {
+        "gradients": [gradient(net(), [make_batch(rows) for rows in own[number]]) for own in SPLITS],
+        "one open": gradient(OneOpen(dtype=torch.float64), [make_batch([1, 2])]),
+    }
+    whole = net()
+    train(whole, PartLoader(), stage(), place / "whole", progress=False)
+    found["weights"] = whole.state_dict()
+    found["non-finite"] = _non_finite()
+    found["stopped"] = _stopped(place / "stopped")
+    torch.save(found, place / f"rank{number}.pt")
+    wait()

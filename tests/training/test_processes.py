@@ -1,0 +1,117 @@
+"""Several processes train as one does: gradients, weights, resume, signals, and what is not finite."""
+
+import socket
+
+import pytest
+import torch
+
+from isthmus import processes
+from isthmus.errors import ConfigError
+from isthmus.training import train
+from isthmus.training.log import read_metrics
+from isthmus.training.state import checkpoints
+
+from . import process_ranks as ranks
+from .toys import ToyLoader, make_batch
+
+TIMES = ("seconds", "tokens_per_second", "data_wait")
+
+
+def free_port() -> int:
+    with socket.socket() as meeting:
+        meeting.bind(("127.0.0.1", 0))
+        return meeting.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folder that two processes wrote into, and what each of them found."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(ranks.run, args=(2, free_port(), str(folder)), nprocs=2)
+    return folder, [torch.load(folder / f"rank{n}.pt") for n in range(2)]
+
+
+def lines(folder):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("case", range(len(ranks.SPLITS)))
+def test_any_split_over_processes_gives_the_gradient_of_one(both, case):
+    expected = ranks.gradient(ranks.net(), [make_batch([1, 2, 3, 4])])
+    for found in both[1]:
+        gradients = dict(found["gradients"][case])
+        assert gradients.pop("means") == pytest.approx(expected["means"], abs=1e-12)
+        assert gradients.keys() == expected.keys() - {"means"}
+        for name, value in gradients.items():
+            torch.testing.assert_close(value, expected[name], atol=1e-12, rtol=0)
+
+
+def test_a_tensor_that_one_process_reaches_has_its_gradient_in_all(both):
+    first, second = (found["one open"] for found in both[1])
+    assert first["language.head.weight"].abs().max() > 0
+    assert torch.equal(first["language.head.weight"], second["language.head.weight"])
+
+
+def test_training_ends_as_in_one_process_and_with_equal_bits_in_all(both, tmp_path):
+    alone = ranks.net()
+    train(alone, ToyLoader(), ranks.stage(), tmp_path, progress=False)
+    first, second = (found["weights"] for found in both[1])
+    for name, value in alone.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, atol=1e-9, rtol=0)
+    for one, two in zip(lines(tmp_path), lines(both[0] / "whole"), strict=True):
+        assert {k: one[k] for k in ("step", "order", "samples", "supervised")} == {
+            k: two[k] for k in ("step", "order", "samples", "supervised")
+        }
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
+
+
+def test_a_signal_to_one_process_stops_all_after_one_step_and_the_same_call_goes_on(both):
+    folder, found = both
+    for each in found:
+        assert len(set(each["stopped"])) == 1
+        assert "after step 4" in each["stopped"][0]
+    assert lines(folder / "stopped") == lines(folder / "whole")
+    assert [p.name for p in checkpoints(folder / "stopped")] == [p.name for p in checkpoints(folder / "whole")]
+
+
+def test_a_nan_in_one_process_stops_all(both):
+    for each in both[1]:
+        assert all(said == "the loss 'lm' is nan" for said in each["non-finite"])
+
+
+def test_a_run_goes_on_in_another_number_of_processes_and_says_so(both, tmp_path):
+    import shutil
+
+    shutil.copytree(both[0] / "whole", tmp_path / "run")
+    for step in checkpoints(tmp_path / "run")[-1:]:
+        shutil.rmtree(step)
+    net = ranks.net()
+    result = train(net, ToyLoader(), ranks.stage(), tmp_path / "run", progress=False)
+    assert result.resumed == 4
+    assert any("process count 1 instead of 2" in warning for warning in result.warnings)
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(both[1][0]["weights"][name], value, atol=1e-9, rtol=0)
+
+
+def test_alone_nothing_is_asked_of_others():
+    processes.join()
+    assert processes.world() == 1
+    assert processes.first()
+    assert processes.told("x") == ["x"]
+    assert processes.sizes(3, torch.device("cpu")) == [3]
+
+
+@pytest.mark.parametrize("size", ["two", "0", "-1"])
+def test_a_world_that_is_no_number_is_refused(monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ConfigError, match="WORLD_SIZE is"):
+        processes.join()
+
+
+def test_a_world_without_a_meeting_place_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="RANK, MASTER_ADDR, MASTER_PORT not set"):
+        processes.join()
