@@ -8,7 +8,8 @@ Alone, every function here answers as the only process would, without any commun
 
 import atexit
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -16,11 +17,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from isthmus.errors import ConfigError
+from isthmus.errors import ConfigError, IsthmusError
 
 T = TypeVar("T")
 _BUCKET = 2**25
 """Numbers summed over the processes at a time."""
+
+
+class LostError(IsthmusError):
+    """Another process of the run has ended, so this one cannot go on; the other one said why."""
+
+    exit_code = 75
 
 
 def world() -> int:
@@ -51,8 +58,8 @@ def asked() -> int:
 def join() -> None:
     """Meet the other processes that ``torchrun`` started, until this one ends; alone or met before, nothing.
 
-    Over gloo on a CPU, NCCL where this process has a GPU of its own (``LOCAL_RANK`` picks it). Raises ConfigError when
-    ``WORLD_SIZE`` is set without the rest of what torchrun sets.
+    Over gloo on CPUs, over NCCL on GPUs. Raises ConfigError when ``WORLD_SIZE`` is set and something else that torchrun
+    sets is not.
     """
     if asked() == 1 or world() > 1:
         return
@@ -62,17 +69,41 @@ def join() -> None:
             f"WORLD_SIZE is {asked()}, and {', '.join(missing)} not set: start several processes with `torchrun "
             "--nproc-per-node N -m isthmus train …`, or one without WORLD_SIZE."
         )
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    on_gpu = device().type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device())
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     atexit.register(dist.destroy_process_group)
+
+
+def device() -> torch.device:
+    """Where a recipe trains: on the GPU of this process (``LOCAL_RANK`` picks it), without one on the CPU."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+@contextmanager
+def talking() -> Iterator[None]:
+    """Around every exchange: torch's error when the other end is gone, in words (LostError)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("Connection", "peer", "remote process")):
+            raise
+        raise LostError(
+            f"Another process of this run has ended, so process {dist.get_rank()} cannot go on: look for what that one "
+            "said. The same command goes on at the last checkpoint."
+        ) from error
 
 
 def wait() -> None:
     """Until all processes are here."""
     if world() > 1:
-        dist.barrier()
+        with talking():
+            dist.barrier()
 
 
 def told(value: T) -> list[T]:
@@ -80,7 +111,8 @@ def told(value: T) -> list[T]:
     if world() == 1:
         return [value]
     values: list[T | None] = [None] * world()
-    dist.all_gather_object(values, value)
+    with talking():
+        dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
 
 
@@ -90,23 +122,27 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
         return
     tensors = list(parameters)
     reached = torch.tensor([p.grad is not None for p in tensors], dtype=torch.int32, device=_device(tensors))
-    dist.all_reduce(reached, op=dist.ReduceOp.MAX)
+    with talking():
+        dist.all_reduce(reached, op=dist.ReduceOp.MAX)
     met = [p for p, anywhere in zip(tensors, reached.tolist(), strict=True) if anywhere]
     bucket: list[Tensor] = []
+    size = 0
     for parameter in met:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        bucket.append(parameter.grad)
-        if sum(g.numel() for g in bucket) >= _BUCKET or parameter is met[-1]:
+        bucket.append(parameter)
+        size += parameter.numel()
+        if size >= _BUCKET or parameter is met[-1]:
             _sum(bucket)
-            bucket = []
+            bucket, size = [], 0
 
 
-def _sum(gradients: list[Tensor]) -> None:
+def _sum(parameters: list[Tensor]) -> None:
+    """One message; the gradients are views of it afterwards, so nothing is copied back."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     joint = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(joint)
-    for gradient, part in zip(gradients, joint.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    with talking():
+        dist.all_reduce(joint)
+    for parameter, part in zip(parameters, joint.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:
@@ -119,7 +155,8 @@ def sizes(rows: int, device: torch.device) -> list[int]:
         return [rows]
     own = torch.tensor([rows], device=device)
     parts = [torch.empty_like(own) for _ in range(world())]
-    dist.all_gather(parts, own)
+    with talking():
+        dist.all_gather(parts, own)
     return torch.cat(parts).tolist()
 
 
@@ -128,5 +165,6 @@ def gather_rows(x: Tensor) -> tuple[list[Tensor], list[int]]:
     counts = sizes(len(x), x.device)
     padded = F.pad(x.detach(), (0, 0) * (x.ndim - 1) + (0, max(counts) - len(x))).contiguous()
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
+    with talking():
+        dist.all_gather(parts, padded)
     return [part[:count] for part, count in zip(parts, counts, strict=True)], counts

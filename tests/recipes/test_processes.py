@@ -1,9 +1,12 @@
 """Every system from a recipe in two processes: the steps of one process, one folder, and a command that starts them."""
 
-import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,15 +107,46 @@ def test_a_feature_cache_is_for_one_process(story, monkeypatch, tmp_path):
         train(parse_recipe(found), tmp_path, progress=False)
 
 
-def test_the_command_starts_its_processes_and_speaks_once(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree("clip")), encoding="utf-8")
+def command(folder):
+    found = tree("clip")
+    found["stages"][0] |= {"steps": 80, "save_every": 10}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(found), encoding="utf-8")
+    words = [sys.executable, "-m", "isthmus", "train", "--processes", "2", "recipe.yaml", "--out", "run"]
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK")}
-    command = [sys.executable, "-m", "isthmus", "train", "--processes", "2", "recipe.yaml", "--out", "run"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("The clip model is in run") == 1
-    (state,) = sorted((tmp_path / "run/stages/contrast/checkpoints").glob("*3/state.json"))
-    assert json.loads(state.read_text())["processes"] == 2
+    return subprocess.Popen(
+        words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def children(parent):
+    """The processes of a command, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if int((folder / "stat").read_text().rsplit(")")[-1].split()[1]) == parent:
+                words = dict(w.split("=", 1) for w in (folder / "environ").read_text().split("\0") if "=" in w)
+                found[int(words["RANK"])] = int(folder.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes below /proc, on Linux alone")
+def test_the_command_speaks_once_and_says_when_a_process_is_lost_and_goes_on(tmp_path):
+    running = command(tmp_path)
+    metrics = tmp_path / "run/stages/contrast/metrics.jsonl"
+    while not (metrics.is_file() and metrics.stat().st_size):
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.1)
+    os.kill(children(running.pid)[1], signal.SIGKILL)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 128 + signal.SIGKILL
+    assert said.count("Another process of this run has ended") == 1
+    assert "Traceback" not in said
+
+    again = command(tmp_path)
+    told, said = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert told.count("The clip model is in run") == 1
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, 81))
 
 
 def test_processes_of_the_own_torchrun_are_not_started_again(monkeypatch):

@@ -34,7 +34,7 @@ def _run() -> None:
     try:
         app(standalone_mode=True)
     except SystemExit as end:
-        if end.code == EXIT_INTERRUPTED:  # what Typer makes of Ctrl-C, without a word
+        if end.code == EXIT_INTERRUPTED and type(end) is SystemExit:  # what Typer makes of Ctrl-C, without a word
             _say("Interrupted. The same command goes on where this one stopped.")
         raise
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

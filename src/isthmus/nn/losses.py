@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from isthmus.processes import gather_rows, rank, sizes, world
+from isthmus.processes import gather_rows, rank, sizes, talking, world
 
 Similarity = Literal["cosine", "dot", "euclidean"]
 
@@ -117,7 +117,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         # All-reduce and slice rather than reduce-scatter: gloo has only the former.
         gradient = gradients[0].contiguous().clone()
-        dist.all_reduce(gradient)
+        with talking():
+            dist.all_reduce(gradient)
         return gradient[ctx.own]
 
 

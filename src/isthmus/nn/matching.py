@@ -15,7 +15,7 @@ from torch import Tensor
 from isthmus.batch import Tokens
 from isthmus.errors import DataError
 from isthmus.nn.losses import gather_around, own_columns, same_picture
-from isthmus.processes import world
+from isthmus.processes import talking, world
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,7 @@ def gather_tokens(tokens: Tokens) -> Tokens:
     if world() == 1:
         return Tokens(ids=tokens.ids, lengths=tokens.lengths)
     width = torch.tensor(tokens.ids.shape[1], device=tokens.ids.device)
-    dist.all_reduce(width, op=dist.ReduceOp.MAX)
+    with talking():
+        dist.all_reduce(width, op=dist.ReduceOp.MAX)
     ids = F.pad(tokens.ids, (0, int(width) - tokens.ids.shape[1]))
     return Tokens(ids=gather_around(ids), lengths=gather_around(tokens.lengths))

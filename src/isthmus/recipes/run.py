@@ -32,7 +32,7 @@ from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_mix, open_source
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.model import Model, load
-from isthmus.processes import first, join, rank, wait, world
+from isthmus.processes import device, first, join, rank, wait, world
 from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.features import FeatureLoader, open_cache
 from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
@@ -85,6 +85,7 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, tensorboard: bool) -
     for stage in recipe.stages:
         place = folder / "stages" / stage.name
         built = built.enter(stage)
+        built.net.to(device())
         _run_stage(built, stage, place, opened.pop(stage.name, None), progress=progress, tensorboard=tensorboard)
         kept = stage is not recipe.stages[-1] and any(spec.stage == stage.name for spec in recipe.evaluate)
         if first() and kept and not (place / "model").is_dir():
