@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
@@ -13,6 +14,9 @@ from typing import IO
 from isthmus.errors import ConfigError
 from isthmus.lifeline import PARENT
 from isthmus.processes import LostError
+
+_LOOK, _PATIENCE = 0.1, 30.0
+"""Seconds between looks at the processes, and until those are ended that do not notice the failure of another."""
 
 
 class Ended(SystemExit):
@@ -45,12 +49,28 @@ def start(processes: int) -> int:
             for rank in range(processes):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 running.append(_begin(command, os.environ | shared | own, aside if rank else None))
-            code, *others = [process.wait() for process in running]
-        if code == LostError.exit_code:
+            _wait(running)
+        code, *others = [process.returncode for process in running]
+        if code in (LostError.exit_code, -signal.SIGKILL):
             aside.seek(0)
             sys.stderr.write(aside.read().decode(errors="replace"))
-            code = next((c for c in others if c not in (0, code)), code)
+            lost = next((n for n, c in enumerate(others, 1) if c not in (0, code)), 0)
+            code = others[lost - 1] if lost else code
+            sys.stderr.write(
+                f"isthmus: process {lost} of {processes} ended with code {code}, and the others with it.\n"
+            )
     return code if code >= 0 else 128 - code
+
+
+def _wait(running: "list[subprocess.Popen[bytes]]") -> None:
+    """Until all have ended. Those that wait for one that has failed notice it themselves, or are ended for it."""
+    failed = 0.0
+    while None in (codes := [process.poll() for process in running]):
+        time.sleep(_LOOK)
+        failed += _LOOK if any(codes) else 0.0
+        if failed > _PATIENCE:
+            for process in running:
+                process.kill()
 
 
 def _without_the_option(words: Sequence[str]) -> list[str]:
