@@ -54,8 +54,15 @@ def truth(scene, kind, text):
         return solid.place if asked.startswith("where") else getattr(solid, asked.split()[1])
     if kind == "any":
         return "yes" if sort(scene, text.removeprefix("are there any ")) else "no"
-    assert kind == "all"
-    return {s.place for s in sort(scene, text.removeprefix("where are the "))} or {"nowhere"}
+    if kind == "all":
+        found = sort(scene, text.removeprefix("which ").removesuffix(" are there"))
+        articles = {s: "an" if s.full_name[0] in "aeiou" else "a" for s in found}
+        return {f"{articles[s]} {s.full_name} at the {s.place}" for s in found} or {"none"}
+    assert kind == "is"
+    name, _, value = text.removeprefix("is ").rpartition(" ")
+    solid = meant(scene, name.removesuffix(" a").removesuffix(" an"))
+    assert value not in name
+    return "yes" if value in (solid.colour, solid.shape) else "no"
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -74,7 +81,7 @@ def test_answers_are_true_and_both_ways(kind, split):
         answers[question.answer] += 1
     assert answers.total() > 200
     assert len(answers) > 1
-    if kind in ("size", "half", "any"):
+    if kind in ("size", "half", "any", "is"):
         assert max(answers.values()) < 0.75 * answers.total()
 
 

@@ -3,7 +3,7 @@
 To say on which side of B the thing A is, a model must find A, read where it stands, and know that A is asked about and
 not B. An answer of one word teaches all of this at once or nothing; these questions teach each by itself: attributes
 that no scored question asks for (``size``, ``place``), one thing where a harder question has two (``half``), which of
-two things is meant (``role``), and finding all things of a sort (``any``, ``all``).
+two things is meant (``role``), finding all of a sort (``any``, ``all``), and whether two values are one (``is``).
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from isthmus.data.scenes.dice import Dice
 from isthmus.data.scenes.questions import Question, named, without
 from isthmus.data.scenes.scene import COLOURS, SHAPES, SIZES, Scene, Solid
-from isthmus.data.scenes.words import listed
+from isthmus.data.scenes.words import an, listed
 
 
 def practise(scene: Scene, kind: str, dice: Dice) -> Question | None:
@@ -65,8 +65,20 @@ def _any(scene: Scene, dice: Dice) -> Question:
 
 def _all(scene: Scene, dice: Dice) -> Question:
     noun, found = _sort(scene, dice)
-    places = listed([s.place for s in sorted(found, key=lambda s: (s.row, s.column))]) if found else "nowhere"
-    return Question("all", f"where are the {noun}s?", places)
+    told = [f"{an(s.full_name)} at the {s.place}" for s in sorted(found, key=lambda s: (s.row, s.column))]
+    return Question("all", f"which {noun}s are there?", listed(told) if told else "none")
+
+
+def _is(scene: Scene, dice: Dice) -> Question:
+    """Whether a named thing has an attribute that its name does not tell; a wrong one is mostly another thing's."""
+    solid = dice.choice(scene.solids)
+    hidden = dice.choice(("colour", "shape"))
+    true = getattr(solid, hidden)
+    others = sorted({getattr(s, hidden) for s in scene.solids} - {true})
+    unlike = [v for v in (COLOURS if hidden == "colour" else SHAPES) if v != true]
+    value = true if dice.chance(0.5) else dice.choice(others if others and dice.chance(0.7) else unlike)
+    words = value if hidden == "colour" else an(value)
+    return Question("is", f"is {without(scene, dice, solid, hidden)} {words}?", "yes" if value == true else "no", solid)
 
 
 def _sort(scene: Scene, dice: Dice) -> tuple[str, list[Solid]]:
@@ -87,5 +99,6 @@ _KINDS: dict[str, Callable[[Scene, Dice], Question | None]] = {
     "role": _role,
     "any": _any,
     "all": _all,
+    "is": _is,
 }
 PRACTICE = tuple(_KINDS)
