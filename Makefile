@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/isthmus demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow $(ARGS)

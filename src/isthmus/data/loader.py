@@ -233,16 +233,18 @@ class Loader:
         return self._ahead(lambda: self._filled(start))
 
     def _filled(self, start: Position) -> Iterator[tuple[Position, list[Batch]]]:
+        which, parts = self.part
         barren = 0
         for position, visits in self._planned(start):
             batches = self._fill(visits)
-            if batches or self.part[1] > 1:
+            if batches or not visits[which::parts]:
                 barren = 0
-                yield position, batches
             else:
                 barren += position.index == 0
                 if barren > 1:  # from the last good step on, one whole epoch at least
                     raise DataError(f"not one sample of a whole epoch could be used: {self.quarantine.example()}")
+            if batches or parts > 1:
+                yield position, batches
 
     def epoch(self, number: int = 0) -> Iterator[list[Batch]]:
         """The steps of one epoch alone, for evaluation."""
