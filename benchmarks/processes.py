@@ -1,7 +1,7 @@
 """The same stage in one process with one thread, in one with two threads, and in two processes with one thread each:
 seconds a step, in turn, medians. Two cores are needed, and nothing else on them.
 
-python benchmarks/processes.py RECIPE [key=value ...]
+python benchmarks/processes.py RECIPE [key=value ...]   (a recipe of one stage, such as clip-tiny)
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from isthmus.training.log import read_metrics
 
-ROUNDS, STEPS = 3, 60
+ROUNDS, STEPS = 2, 40
 WAYS = {
     "one process, one thread": ([], "1"),
     "one process, two threads": ([], "2"),
