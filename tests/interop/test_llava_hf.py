@@ -159,7 +159,7 @@ def test_what_we_write_transformers_reads_with_equal_logits_and_tokens(tied: boo
     for row in ROWS.values():
         inputs = hf_inputs(row)
         expected = net.language.logits(net.embed_prompt(batch([row])))
-        torch.testing.assert_close(theirs.eval()(**inputs).logits, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(theirs.eval()(**inputs).logits, expected, atol=1e-4, rtol=0)
         answer = net.generate(batch([row]), Decoding(max_new_tokens=8, forbidden_ids=(IMAGE,)))
         found = theirs.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
         assert answer == [found[0, inputs["input_ids"].shape[1] :].tolist()]

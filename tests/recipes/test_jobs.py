@@ -44,7 +44,7 @@ def test_what_is_trained_beside_others_is_what_is_trained_alone(tmp_path):
 def test_a_failure_stops_the_others_and_says_why(tmp_path):
     slow = job(tmp_path, "lm", steps=100_000)
     broken = job(tmp_path, "clip", data=[{"kind": "csv", "file": str(tmp_path / "none.csv")}])
-    with pytest.raises(JobError, match=r"^clip: .*none\.csv") as caught:
+    with pytest.raises(JobError, match=r"(?s)^clip: .*none\.csv") as caught:
         run_jobs([slow, broken], at_once=2, threads=1)
     assert str(broken.log) in str(caught.value)
     assert not slow.finished
