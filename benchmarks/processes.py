@@ -14,7 +14,7 @@ from pathlib import Path
 
 from isthmus.training.log import read_metrics
 
-ROUNDS, STEPS = 2, 40
+ROUNDS, STEPS = 2, 30
 WAYS = {
     "one process, one thread": ([], "1"),
     "one process, two threads": ([], "2"),
@@ -33,7 +33,7 @@ def seconds(recipe: list[str], options: list[str], threads: str) -> float:
 
 
 def main(recipe: list[str]) -> None:
-    recipe = [*recipe, f"stages.0.steps={STEPS}", "stages.0.log_every=1"]
+    recipe = [*recipe, f"stages.0.steps={STEPS}", "stages.0.warmup=1", "stages.0.log_every=1"]
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(ROUNDS):
         for way, (options, threads) in WAYS.items():
