@@ -55,6 +55,11 @@ def asked() -> int:
     return int(given)
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def join() -> None:
     """Meet the other processes that ``torchrun`` started, until this one ends; alone or met before, nothing.
 

@@ -13,10 +13,11 @@ from torch import nn
 from isthmus import checkpoint
 from isthmus.batch import Term
 from isthmus.checkpoint import CheckpointError, tensor_sha256
-from isthmus.errors import StageError
+from isthmus.errors import DataError, StageError
 from isthmus.stage import Group, Stage
-from isthmus.training import Interrupted, train
+from isthmus.training import Interrupted, loop, train
 from isthmus.training.finite import NonFiniteError
+from isthmus.training.gradient import Traffic
 from isthmus.training.lock import RunBusyError, RunLock
 from isthmus.training.log import read_metrics
 from isthmus.training.state import checkpoints
@@ -251,6 +252,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 def test_a_second_run_in_the_folder_is_refused(tmp_path):
     with RunLock(tmp_path), pytest.raises(RunBusyError, match=str(os.getpid())):
         run(tmp_path)
+
+
+def test_a_contrast_with_a_process_that_has_no_sample_is_an_error_in_all(tmp_path, monkeypatch):
+    net = ToyNet()
+    net.contrasts = True
+    monkeypatch.setattr(loop, "told", lambda value: [value, ({}, Traffic(0, 0, 0), [])])
+    with pytest.raises(DataError, match=r"^Process 1 of .* has no sample in the step after 0.*raise batch_size"):
+        run(tmp_path, net)
 
 
 def test_data_that_ends_is_an_error(tmp_path):

@@ -1,6 +1,5 @@
 """``isthmus train``: run a recipe and say what came out and what to do next."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +11,15 @@ def run(recipe: str, overrides: Sequence[str], out: Path | None, *, tensorboard:
     if processes > 1:
         from isthmus.cli.several import Ended, start
 
-        raise Ended(start(processes))
+        placed = [] if out is None else ["--out", str(out)]
+        words = ["train", recipe, *overrides, *placed, *(["--tensorboard"] if tensorboard else [])]
+        raise Ended(start(words, processes))
+    from isthmus.processes import first
     from isthmus.recipes.run import train
 
     folder = out if out is not None else Path("runs") / Path(recipe).stem
     model = train(recipe, folder, overrides=overrides, tensorboard=tensorboard)
-    if os.environ.get("RANK", "0") != "0":
+    if not first():
         return
     console = Console(emoji=False)
     console.print(f"The {model.kind} model is in [bold]{folder}[/]. It can: {', '.join(model.capabilities)}.")

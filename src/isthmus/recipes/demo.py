@@ -4,7 +4,6 @@ Each model is an ordinary recipe run in a folder of its own, so an interrupted d
 ``isthmus train clip-tiny`` does exactly what the demo does. On several cores trainings run side by side.
 """
 
-import os
 import sys
 import webbrowser
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError
 from isthmus.evaluation.report import write_report
 from isthmus.model import Model, load
+from isthmus.processes import usable_cores
 from isthmus.recipes.compare import Contestant, measure
 from isthmus.recipes.curves import png
 from isthmus.recipes.jobs import Job, Scoring, Training, run_jobs
@@ -97,11 +97,6 @@ def _write(out: Path, rivals: Mapping[str, Contestant], seed: int) -> None:
     ordered = [rivals[name] for name in STORY if name in rivals]
     report = write_comparison(out, ordered, title=_TITLE, summary=_SUMMARY + so_far, seed=seed)
     write_report(out / "report.html", report)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _jobs(out: Path, seed: int) -> list[Job]:
