@@ -52,7 +52,7 @@ def start(words: Sequence[str], processes: int) -> int:
         if failed and running[0].returncode in (LostError.exit_code, -signal.SIGKILL):
             aside.seek(0)
             sys.stderr.write(aside.read().decode(errors="replace"))
-            sys.stderr.write(f"isthmus: process {failed} of 0 to {processes - 1} ended with code {code}.\n")
+            sys.stderr.write(f"isthmus: process {failed} (counted from 0) ended with code {code}.\n")
     return code if code >= 0 else 128 - code
 
 
