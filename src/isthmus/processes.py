@@ -8,7 +8,8 @@ Alone, every function here answers as the only process would, without any commun
 
 import atexit
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import pickle
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -22,6 +23,8 @@ from isthmus.errors import ConfigError, IsthmusError
 T = TypeVar("T")
 _BUCKET = 2**25
 """Numbers summed over the processes at a time."""
+_NOTE, _HEAD = 2**12, 8
+"""Bytes of a first message, and how many of them tell how long the whole is: what is longer takes a second one."""
 
 
 class LostError(IsthmusError):
@@ -115,43 +118,54 @@ def told(value: T) -> list[T]:
     """The values of all processes in order of rank. They travel pickled between processes of one run."""
     if world() == 1:
         return [value]
-    values: list[T | None] = [None] * world()
+    written = bytearray(pickle.dumps(value))
+    note = bytearray(len(written).to_bytes(_HEAD, "big")) + written
+    notes = _gather_bytes(note, _NOTE)
+    longest = max(int.from_bytes(n[:_HEAD], "big") for n in notes) + _HEAD
+    if longest > _NOTE:
+        notes = _gather_bytes(note, longest)
+    return [pickle.loads(n[_HEAD : _HEAD + int.from_bytes(n[:_HEAD], "big")]) for n in notes]
+
+
+def _gather_bytes(note: bytearray, size: int) -> list[bytes]:
+    """The first ``size`` bytes of everybody's note, filled up with zeros."""
+    own = torch.frombuffer(note[:size].ljust(size, b"\0"), dtype=torch.uint8)
+    own = own.to(device()) if dist.get_backend() == "nccl" else own
+    parts = [torch.empty_like(own) for _ in range(world())]
     with talking():
-        dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]
+        dist.all_gather(parts, own)
+    return [part.cpu().numpy().tobytes() for part in parts]
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Add up every parameter's gradient over the processes, in place; one that no process has stays without."""
+    """Add up every open parameter's gradient over the processes, in place; one that no process has stays without."""
     if world() == 1:
         return
-    tensors = list(parameters)
-    reached = torch.tensor([p.grad is not None for p in tensors], dtype=torch.int32, device=_device(tensors))
-    with talking():
-        dist.all_reduce(reached, op=dist.ReduceOp.MAX)
-    met = [p for p, anywhere in zip(tensors, reached.tolist(), strict=True) if anywhere]
     bucket: list[Tensor] = []
     size = 0
-    for parameter in met:
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
         bucket.append(parameter)
         size += parameter.numel()
-        if size >= _BUCKET or parameter is met[-1]:
+        if size >= _BUCKET:
             _sum(bucket)
             bucket, size = [], 0
+    if bucket:
+        _sum(bucket)
 
 
 def _sum(parameters: list[Tensor]) -> None:
-    """One message; the gradients are views of it afterwards, so nothing is copied back."""
+    """One message: the gradients, and behind them which of them there are. They are views of it afterwards, so nothing
+    is copied back."""
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    joint = torch.cat([g.flatten() for g in gradients])
+    there = torch.tensor([p.grad is not None for p in parameters]).to(gradients[0])
+    joint = torch.cat([*(g.flatten() for g in gradients), there])
     with talking():
         dist.all_reduce(joint)
-    for parameter, part in zip(parameters, joint.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
-
-
-def _device(tensors: Sequence[Tensor]) -> torch.device:
-    return tensors[0].device if tensors else torch.device("cpu")
+    *parts, there = joint.split([*(p.numel() for p in parameters), len(parameters)])
+    for parameter, part, processes in zip(parameters, parts, there.tolist(), strict=True):
+        parameter.grad = part.view_as(parameter) if processes else None
 
 
 def sizes(rows: int, device: torch.device) -> list[int]:

@@ -10,6 +10,7 @@ from isthmus.data.messages import NO_ANSWER
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import caption_task, vqa
 from isthmus.evaluation.run import Result
+from tests.data.helpers import png
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_a_conversation_shows_pictures_in_later_turns_and_survives_a_turn_too_lo
     typed = iter(
         ["what?", f"/image {tmp_path / 'b.png'}", f"/image {tmp_path / 'none.png'}", "and this?", "long", "so?", ""]
     )
-    (tmp_path / "b.png").write_bytes(b"")
+    (tmp_path / "b.png").write_bytes(png())
     monkeypatch.setattr(chat, "_ask", lambda _: next(typed))
     heard = []
 
@@ -77,8 +78,8 @@ def test_a_conversation_shows_pictures_in_later_turns_and_survives_a_turn_too_lo
         return "" if len(messages) == 3 else "red"
 
     chat._talk(Console(), say, [{"type": "image", "image": tmp_path / "a.png"}])
-    said = capsys.readouterr().out
-    assert "There is nothing at" in said
+    said = " ".join(capsys.readouterr().out.split())
+    assert "There is no picture at" in said
     assert "500 tokens" in said
     shown = [[part["image"].name for part in m["content"] if part["type"] == "image"] for m in heard[-1][::2]]
     assert shown == [["a.png"], ["b.png"], []]
@@ -96,7 +97,31 @@ def test_a_conversation_shows_pictures_in_later_turns_and_survives_a_turn_too_lo
 def test_options_that_would_be_ignored_are_refused(monkeypatch, tmp_path, words, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.yaml").write_text("{kind: scenes, form: captions, count: 4}")
-    monkeypatch.setattr(evaluate, "_load", lambda model, folder: None)
+    monkeypatch.setattr(evaluate, "_load", lambda model, given: None)
     result = CliRunner().invoke(app, ["eval", "runs/x", *words])
     assert isinstance(result.exception, ConfigError)
     assert said in str(result.exception)
+
+
+def test_a_picture_that_cannot_be_opened_does_not_stay_in_the_conversation(tmp_path, capsys, monkeypatch):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "good.png").write_bytes(png())
+    (tmp_path / "empty").mkdir()
+    typed = [f"/image {tmp_path / 'bad.png'}", f"/video {tmp_path / 'empty'}", f"/image {tmp_path / 'good.png'}"]
+    heard = []
+
+    def say(messages):
+        heard.append([part.get("image") for part in messages[-1]["content"][:-1]])
+        if len(heard) == 1:
+            raise DataError("bad picture: too wide")
+        return "red"
+
+    answers = iter([*typed, "what?", "what?", ""])
+    monkeypatch.setattr(chat, "_ask", lambda _: next(answers))
+    chat._talk(Console(), say, [])
+    assert heard == [[tmp_path / "good.png"], []]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is not a picture of the formats" in said
+    assert "what it showed are taken back" in said
+    with pytest.raises(DataError, match="not a picture of the formats"):
+        chat.run("x", "what?", [tmp_path / "bad.png"], max_new_tokens=1, temperature=0)

@@ -31,7 +31,8 @@ def test_other_files_and_folders(tmp_path):
     assert guess(tmp_path / "d.jsonl")["kind"] == "llava"
     (tmp_path / "e.csv").write_text("filepath,title\n")
     assert guess(tmp_path / "e.csv")["kind"] == "csv"
-    (tmp_path / "classes" / "cat").mkdir(parents=True)
+    for name in ("cat", "dog"):
+        picture(tmp_path / "classes" / name / "a.png")
     assert guess(tmp_path / "classes")["kind"] == "folder"
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "x.tar").touch()
@@ -91,7 +92,8 @@ def test_a_folder_of_pictures_with_a_list_of_their_texts(tmp_path):
 
 
 def test_a_list_beside_folders_of_classes_that_is_not_about_pictures(tmp_path):
-    picture(tmp_path / "cat" / "a.png")
+    for name in ("cat", "dog"):
+        picture(tmp_path / name / "a.png")
     for name, content in (("names.csv", "label,name\n0,cat\n"), ("log.jsonl", '{"image": "gone.png", "caption": "x"}')):
         (tmp_path / name).write_text(content)
         assert guess(tmp_path) == {"kind": "folder", "folder": str(tmp_path)}
@@ -103,3 +105,22 @@ def test_pictures_that_could_be_in_two_folders_are_not_guessed(tmp_path):
         picture(tmp_path / name / "a.png")
     (tmp_path / "d.json").write_text(json.dumps([{"image": "a.png", "conversations": []}]))
     assert guess(tmp_path) == {"kind": "llava", "file": str(tmp_path / "d.json")}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["train.json", "val.json", "images/a.png"],  # two lists
+        ["data.jsonl", "images/a.png"],  # one whose field of pictures is not known
+        ["images/a.png"],
+        ["train/cat/a.png", "train/dog/a.png", "val/cat/a.png", "val/dog/a.png"],  # splits, not classes
+        ["cat/a.png", "dog/a.png", "test/cat/a.png"],
+    ],
+)
+def test_what_could_be_two_things_is_not_guessed(tmp_path, files):
+    for name in files:
+        picture(tmp_path / name)
+        if not name.endswith("png"):
+            (tmp_path / name).write_text('{"img": "a.png", "caption": "a cat"}\n')
+    with pytest.raises(DataError, match="Describe it in a YAML file"):
+        guess(tmp_path)

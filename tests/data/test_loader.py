@@ -149,6 +149,19 @@ def test_planning_decodes_no_picture():
     assert len(list(itertools.islice(loader.positions(), 30))) == 30
 
 
+def test_a_planned_sample_is_made_once():
+    class Counting(TextProcessor):
+        made = 0
+
+        def example(self, record, draw=0):
+            self.made += 1
+            return super().example(record, draw)
+
+    processor = Counting(TEXT.tokenizer)
+    assert len(one_epoch(Loader(texts(40), processor, batch_size=4, prefetch=0))) == 10
+    assert processor.made == 40
+
+
 def test_micro_batches_share_the_step():
     whole = list(itertools.islice(Loader(texts(20), TEXT, batch_size=8, prefetch=0).steps(), 3))
     split = list(itertools.islice(Loader(texts(20), TEXT, batch_size=8, accumulate=3, prefetch=0).steps(), 3))

@@ -355,7 +355,7 @@ def test_csv_pairs(tmp_path):
         ("user", "what?"),
         ("assistant", "red"),
     ]
-    with pytest.raises(ConfigError, match="has no column 'titel'; did you mean 'title'"):
+    with pytest.raises(ConfigError, match="has no field 'titel'; did you mean 'title'"):
         open_source({**spec, "fields": {"caption": "titel"}}, data_root=tmp_path)
 
 
@@ -495,5 +495,5 @@ def test_a_part_of_another_type_is_a_bad_sample(tmp_path):
     turns = [{"role": "user", "content": [{"type": "audio", "audio": "x"}]}, {"role": "assistant", "content": "no"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"messages": turns}]))
     source = open_source({"kind": "jsonl", "file": "rows.json"}, data_root=tmp_path)
-    with pytest.raises(DataError, match="of type 'audio'; it must be text or image"):
+    with pytest.raises(DataError, match="of type 'audio'; it must be text, image or image_url"):
         source[0]

@@ -155,3 +155,94 @@ def test_hidden_files_are_no_pictures(tmp_path):
     for name in ("a.png", "._a.png"):
         (tmp_path / "red" / name).write_bytes(RED)
     assert len(open_source({"kind": "folder", "folder": "."}, data_root=tmp_path)) == 1
+
+
+def test_a_table_whose_quotation_mark_stays_open_names_the_line(tmp_path):
+    with pytest.raises(DataError, match=r"pairs\.csv, line \d: not a valid table: .*quotation mark left open"):
+        table(tmp_path, 'image,caption\nred.png,"a dog\nred.png,a cat\n')
+
+
+def test_a_row_of_more_cells_than_columns_is_a_bad_sample(tmp_path):
+    source = table(tmp_path, "image,caption\nred.png,a dog, running\nred.png,a cat\n")
+    with pytest.raises(DataError, match=r"row 1 has more cells than the header has columns, ' running' the first"):
+        source[0]
+    assert source[1].texts[0].text == "a cat"
+
+
+def colours(record):
+    return [open_image(image.source).getpixel((1, 1)) for image in record.images]
+
+
+@pytest.mark.parametrize("names", [["b.png", "a.png"], ["k.b.png", "k.a"], None])
+def test_pictures_of_a_tar_come_as_the_sample_lists_them(tmp_path, names):
+    sample = {"question": "<image> or <image>?", "answer": "the first"} | ({"images": names} if names else {})
+    members = [("k.a.png", RED), ("k.b.png", BLUE), ("k.json", json.dumps(sample).encode())]
+    write_tar(tmp_path / "s.tar", members)
+    found = colours(open_source({"kind": "webdataset", "shards": "s.tar"}, data_root=tmp_path)[0])
+    assert found == ([(0, 0, 255), (255, 0, 0)] if names else [(255, 0, 0), (0, 0, 255)])
+
+
+def test_pictures_of_a_tar_without_a_list_come_in_natural_order(tmp_path):
+    names = sorted(f"k.{n}.png" for n in range(11))
+    sample = json.dumps({"question": "which?", "answer": "none"}).encode()
+    members = [(name, png((int(name.split(".")[1]), 0, 0))) for name in names]
+    write_tar(tmp_path / "s.tar", [*members, ("k.json", sample)])
+    record = open_source({"kind": "webdataset", "shards": "s.tar"}, data_root=tmp_path)[0]
+    assert [red for red, _, _ in colours(record)] == list(range(11))
+
+
+def test_a_picture_that_a_sample_lists_and_the_tar_lacks(tmp_path):
+    sample = json.dumps({"images": ["a.png", "c.png"], "question": "<image><image>?", "answer": "x"}).encode()
+    write_tar(tmp_path / "s.tar", [("k.a.png", RED), ("k.b.png", BLUE), ("k.json", sample)])
+    with pytest.raises(DataError, match=r"lists 'c\.png', and none of its pictures in the tar"):
+        open_source({"kind": "webdataset", "shards": "s.tar"}, data_root=tmp_path)[0]
+
+
+def test_pictures_of_formats_that_are_not_opened_are_bad_samples_and_never_passed_over(tmp_path):
+    sample = json.dumps({"question": "what?", "answer": "x"}).encode()
+    write_tar(tmp_path / "s.tar", [("k.tif", b"II*\0"), ("k.json", sample), ("l.mp4", b"x"), ("l.json", sample)])
+    source = open_source({"kind": "webdataset", "shards": "s.tar"}, data_root=tmp_path)
+    with pytest.raises(DataError, match="not a picture of the formats"):
+        open_image(source[0].images[0].source)
+    with pytest.raises(DataError, match=r"bad video: .*l\.mp4 is in a tar"):
+        source[1]
+    (tmp_path / "classes" / "cat").mkdir(parents=True)
+    (tmp_path / "classes" / "cat" / "a.tif").write_bytes(b"II*\0")
+    assert len(open_source({"kind": "folder", "folder": "classes"}, data_root=tmp_path)) == 1
+
+
+def test_a_mapped_field_that_no_row_has_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no field 'imgpath'; did you mean 'img_path'"):
+        rows(tmp_path, {"img_path": "red.png", "question": "q", "answer": "a"}, fields={"image": "imgpath"})
+
+
+def test_a_picture_that_is_an_object(tmp_path):
+    asked = {"question": "q", "answer": "a"}
+    source = rows(tmp_path, {"image": {"file_name": "red.png"}} | asked, {"image": {"name": "red.png"}} | asked)
+    assert colours(source[0]) == [(255, 0, 0)]
+    with pytest.raises(
+        DataError, match=r"bad field: a picture is .*'name'.*; its name is looked for under path, image"
+    ):
+        source[1]
+
+
+def test_pictures_in_turns_as_openai_writes_them(tmp_path):
+    content = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": "blue.png"}}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "blue"}]
+    assert colours(rows(tmp_path, {"messages": turns})[0]) == [(0, 0, 255)]
+
+
+@pytest.mark.parametrize("speakers", [["human", "human", "gpt"], ["human", "gpt", "gpt"]])
+def test_two_turns_of_one_speaker_are_not_glued(tmp_path, speakers):
+    turns = [{"from": speaker, "value": f"says {n}."} for n, speaker in enumerate(speakers)]
+    with pytest.raises(DataError, match=rf"turns \d and \d are both from '{speakers[1]}'; join them"):
+        rows(tmp_path, {"conversations": turns})[0]
+
+
+@pytest.mark.parametrize("image_name", ["{image_id}.jpg", "{}.jpg", "{id:06d}.jpg"])
+def test_a_name_of_pictures_that_cannot_be_filled_in(tmp_path, image_name):
+    content = {"1": {"question": "q", "answer": "a", "imageId": "n12"}}
+    (tmp_path / "gqa.json").write_text(json.dumps(content))
+    source = open_source({"kind": "gqa", "file": "gqa.json", "image_name": image_name}, data_root=tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be filled in .*; it may hold \{id\}, here 'n12'"):
+        source[0]

@@ -94,6 +94,16 @@ def test_choices_by_likelihood(tmp_path):
         LikelihoodTask(name="l", records=records, answer_with="number")
 
 
+def test_a_truth_that_is_no_choice_is_met_before_any_is_weighed(tmp_path):
+    class Never(Weigher):
+        def score(self, parts, candidates):
+            raise AssertionError("asked")
+
+    records = [question(0, "a", choices="ab", answers=["a"]), question(1, "1", choices="ab", answers=["1"])]
+    with pytest.raises(DataError, match="'q1' has the truth '1', which is none of its choices"):
+        evaluate(Never(), LikelihoodTask(name="l", records=records), tmp_path)
+
+
 def test_likelihood_per_character_and_of_letters(tmp_path):
     class Longer:
         def score(self, parts, candidates):

@@ -82,3 +82,14 @@ def test_the_prior_of_a_choice_task_gets_points(tmp_path):
 def test_a_sample_without_choices_is_named():
     with pytest.raises(DataError, match="Sample 'q3' has no `choices`"):
         CHOICE.points("A", {"id": "q3", "truth": ["A"]})
+
+
+@pytest.mark.parametrize("truth", ["B", "b", "b.", " (b) ", "a dog", "B. a dog"])
+def test_the_truth_as_letter_or_text(truth):
+    assert CHOICE.points("B", {"truth": [truth], "choices": CHOICES}) == 1.0
+
+
+@pytest.mark.parametrize("truth", ["1", "a fish", "e", ""])
+def test_a_truth_that_is_none_of_the_choices_is_no_zero_but_an_error(truth):
+    with pytest.raises(DataError, match="which is none of its choices"):
+        CHOICE.points("B", {"id": "q7", "truth": [truth], "choices": CHOICES})

@@ -166,3 +166,14 @@ def test_nothing_to_retrieve_is_an_error():
 def test_vectors_that_cannot_be_ranked_are_refused(vectors, message):
     with pytest.raises(CapabilityError, match=message):
         embed(lambda items: vectors, ["a", "b"], what="pictures")
+
+
+def test_a_question_is_no_caption(tmp_path):
+    """As instruction data has it: what is asked of every picture tells none of them."""
+    asked = Text("what is it?", role="user")
+    records = [
+        Record(f"r{i}", (Image(Word(w, 0)), asked, Text(f"a {w}", role="assistant", learn=True)))
+        for i, w in enumerate(("cat", "dog"))
+    ]
+    rows = evaluate(Space("cat", "dog"), RetrievalTask(name="retrieval", records=records), tmp_path).rows
+    assert [r["captions"] for r in rows] == [["a cat"], ["a dog"]]

@@ -121,6 +121,13 @@ def test_a_bad_sample_is_left_out_and_named(tmp_path) -> None:
     assert sorted(p.name for p in (tmp_path / "out" / "images").iterdir()) == ["00000000.png", "00000001.png"]
 
 
+def test_a_question_is_no_web_caption(tmp_path) -> None:
+    (tmp_path / "a.png").write_bytes(png((255, 0, 0)))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "question": "what is it?", "answer": "a cube"}))
+    source = open_source({"kind": "jsonl", "file": str(tmp_path / "rows.jsonl")})
+    assert Mislabelled(source, 0.0)[0].texts[0].text == "a cube"
+
+
 def test_the_command(story, tmp_path) -> None:
     data = tmp_path / "scenes.yaml"
     data.write_text("{kind: scenes, form: captions, count: 6}\n")

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from isthmus.errors import ConfigError
+from isthmus.errors import ConfigError, DataError
 from isthmus.recipes.build import make_tokenizer
-from isthmus.recipes.schema import parse_recipe, read_recipe, shipped
+from isthmus.recipes.schema import TokenizerSpec, parse_recipe, read_recipe, shipped
 
 STAGE = {
     "name": "align",
@@ -87,6 +87,23 @@ def test_bad_yaml_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_recipe_parses(name):
     assert read_recipe(name, to_show=True).stages
+
+
+def test_a_tokenizer_is_trained_on_what_can_be_read(tmp_path):
+    rows = ["image,caption", *(f"{n}.png,a thing called {n}" for n in range(30)), "x.png,"]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    data = {"kind": "csv", "file": str(tmp_path / "pairs.csv")}
+    made = make_tokenizer(TokenizerSpec(vocab_size=300, data=[data]))
+    assert len(made.encode(" thing")) == 1
+    (tmp_path / "pairs.csv").write_text("image,caption\nx.png,\n")
+    with pytest.raises(DataError, match=r"no sample of 'csv:pairs' gives a text to train on: empty text"):
+        make_tokenizer(TokenizerSpec(vocab_size=300, data=[data]))
+
+
+@pytest.mark.parametrize("other", [{"folder": "x"}, {"kind": "wordpiece", "data": [{"kind": "scenes"}]}])
+def test_whole_strings_belong_to_a_vocabulary_of_our_own(other):
+    with pytest.raises(ValueError, match="whole belongs to a byte-level BPE vocabulary"):
+        TokenizerSpec(whole=["USER:"], **other)
 
 
 def test_the_tokenizers_of_shipped_recipes_can_be_trained():

@@ -14,7 +14,7 @@ from isthmus.evaluation.protocols import Answers, Embeds, Reranks, Sees, Weighs
 from isthmus.model import load
 from isthmus.recipes import scoring
 from isthmus.recipes.schema import EvalSpec
-from isthmus.recipes.scoring import TASKS, make_task, needs, score_model, with_shots
+from isthmus.recipes.scoring import TASKS, make_task, model_hash, needs, score_model, with_shots
 
 
 def test_each_number_of_shots_is_a_task_of_its_own():
@@ -139,3 +139,17 @@ def test_matching_ranks_by_the_similarity_that_was_trained(story, tmp_path):
         unit = torch.nn.functional.normalize
         cosine = (unit(model.embed_images([record.images[0]])) * unit(model.embed_texts([row["caption"]]))).sum()
         assert row["score"] != pytest.approx(float(cosine), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.pt", "x.pth"])
+def test_other_weights_are_another_model(tmp_path, name):
+    """Whatever they are called; else the answers of one would pass for those of the other."""
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / name).write_bytes(bytes([number]))
+    one, two = (model_hash(tmp_path / str(n)) for n in range(2))
+    assert one
+    assert two
+    assert one != two
+    assert model_hash(tmp_path / "0" / name) == one
+    assert model_hash(tmp_path / "nothing") == ""

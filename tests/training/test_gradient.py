@@ -191,4 +191,4 @@ def test_traffic_counts_real_tokens():
     batch = make_batch([1, 2])
     lengths = batch.text["lm"].lengths.tolist()
     traffic = Traffic.of([batch, batch])
-    assert traffic == Traffic(samples=4, tokens=2 * sum(lengths), supervised=2 * sum(n - 2 for n in lengths))
+    assert traffic == Traffic(samples=4, tokens=2 * sum(lengths), supervised=2 * sum(n - 2 for n in lengths), micro=2)

@@ -52,6 +52,10 @@ def test_a_tensor_that_one_process_reaches_has_its_gradient_in_all(both):
     assert torch.equal(first["language.head.weight"], second["language.head.weight"])
 
 
+def test_what_is_told_may_be_long(both):
+    assert all(found["told"] == ["", "a" * 10_000] for found in both[1])
+
+
 def test_training_ends_as_in_one_process_and_with_equal_bits_in_all(both, tmp_path):
     alone = ranks.net()
     train(alone, ToyLoader(), ranks.stage(), tmp_path, progress=False)

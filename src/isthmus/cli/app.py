@@ -7,7 +7,7 @@ import typer
 
 app = typer.Typer(
     name="isthmus",
-    help="CLIP, Flamingo, BLIP-2 and LLaVA: train, study, compare and serve multimodal language models.",
+    help="CLIP, Flamingo, BLIP-2 and LLaVA: train, study and compare multimodal language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -111,7 +111,7 @@ def check(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="A model folder, or hf:FOLDER to run transformers' own.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A model, or hf:FOLDER to run transformers' own.")] = None,
     task: Annotated[
         str | None, typer.Option(help="vqa, vqav2, caption, pope, retrieval, … (docs/evaluation.md).")
     ] = None,
@@ -128,11 +128,19 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of shuffles and intervals.")] = 0,
     rescore: Annotated[Path | None, typer.Option(help="Score this folder's outputs again, without a model.")] = None,
     against: Annotated[Path | None, typer.Option(help="With --rescore: the folder to compare it with, paired.")] = None,
+    vision: Vision = None,
+    language: Language = None,
+    tokenizer: Vocabulary = None,
+    activation: Activation = None,
+    head_width: HeadWidth = None,
+    revision: Revision = None,
     json_file: Json = None,
 ) -> None:
     """Score a model: with intervals, raw outputs, and the best score without looking. No task: the recipe's own."""
     from isthmus.cli.evaluate import run, run_rescore
 
+    loaded = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation)
+    loaded |= _given(head_width=head_width, revision=revision)
     if rescore is not None or against is not None or model is None:
         asking = {
             "--task": task,
@@ -143,7 +151,7 @@ def evaluate(
             "--limit": limit,
             "--out": out,
         }
-        given = [name for name, value in asking.items() if value]
+        given = [*(name for name, value in asking.items() if value), *(f"--{n}".replace("_", "-") for n in loaded)]
         run_rescore(rescore, against, model=model, options=option or [], given=given, seed=seed, json_file=json_file)
         return
     run(
@@ -159,6 +167,7 @@ def evaluate(
         out=out,
         seed=seed,
         json_file=json_file,
+        given=loaded,
     )
 
 
@@ -246,12 +255,15 @@ def score(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="A model folder.")],
+    model: Annotated[str, typer.Argument(help="A model: anything `isthmus.load` opens.")],
     question: Annotated[str | None, typer.Argument(help="One question; without it a conversation starts.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A picture (repeat for several).")] = None,
     video: Annotated[list[Path] | None, typer.Option(help="A clip: a folder of frames or a video file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    vision: Vision = None,
+    language: Language = None,
+    tokenizer: Vocabulary = None,
     revision: Revision = None,
 ) -> None:
     """One answer about pictures, or a conversation."""
@@ -264,7 +276,7 @@ def chat(
         videos=video or [],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        revision=revision,
+        given=_given(vision=vision, language=language, tokenizer=tokenizer, revision=revision),
     )
 
 

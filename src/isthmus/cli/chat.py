@@ -1,12 +1,12 @@
 """``isthmus chat``: one answer about pictures, or a conversation at the prompt."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from isthmus.errors import CapabilityError, DataError
+from isthmus.errors import CapabilityError, DataError, MissingExtraError
 
 
 def run(
@@ -17,27 +17,21 @@ def run(
     videos: Sequence[Path] = (),
     max_new_tokens: int,
     temperature: float,
-    revision: str | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> None:
-    """Answer ``question`` about ``images`` and ``videos``, or talk until an empty line."""
+    """Answer ``question`` about ``images`` and ``videos``, or talk until an empty line. ``given``: further arguments of
+    :func:`isthmus.load`."""
     from isthmus.model import load
 
-    for image in images:
-        if not image.is_file():
-            raise DataError(f"There is no picture at {image}.")
-    for video in videos:
-        if not video.exists():
-            raise DataError(f"There is no video file or folder of frames at {video}.")
+    pictures = [_opened("image", str(path)) for path in images] + [_opened("video", str(path)) for path in videos]
     if question is not None and not question.strip():
         raise DataError("The question is empty; leave it out to start a conversation.")
-    model = load(model_folder, revision=revision)
+    model = load(model_folder, **(given or {}))
     model.need("chat")
     if images and model.processor.image is None:
         raise CapabilityError(f"This model ({model.kind}) reads only text; leave --image out, or take one that sees.")
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     console = Console(emoji=False)
-    pictures = [{"type": "image", "image": path} for path in images]
-    pictures += [{"type": "video", "video": path} for path in videos]
     if question is not None:
         console.print(model.chat([_turn(pictures, question)], **decoding), markup=False, highlight=False)
         return
@@ -53,21 +47,40 @@ def _talk(console: Console, say: Callable[[list[dict[str, Any]]], str], shown: l
     while text := _ask(console):
         command, _, path = text.partition(" ")
         if command in ("/image", "/video"):
-            if Path(path.strip()).exists() and path.strip():
-                shown = [*shown, {"type": command[1:], command[1:]: Path(path.strip())}]
-            else:
-                console.print(f"There is nothing at {path.strip()!r}.", markup=False)
+            try:
+                shown = [*shown, _opened(command[1:], path.strip())]
+            except (DataError, MissingExtraError) as error:
+                console.print(str(error), markup=False)
             continue
         turn = _turn(shown, text)
         try:
             reply = say([*messages, turn])
-        except DataError as error:
-            console.print(f"{error}\nThat turn is taken back; an empty line ends the conversation.", markup=False)
+        except (DataError, CapabilityError) as error:
+            what = "That turn and what it showed are" if shown else "That turn is"
+            console.print(f"{error}\n{what} taken back; an empty line ends the conversation.", markup=False)
+            shown = []
             continue
         said = reply or NO_ANSWER
         messages += [turn, {"role": "assistant", "content": said}]
         console.print(said, markup=False, highlight=False)
         shown = []
+
+
+def _opened(kind: str, path: str) -> dict[str, Any]:
+    """The part of a turn that shows what is there. Raises DataError when it cannot be read, MissingExtraError when a
+    package is missing that reads it."""
+    from isthmus.data.images import FileImage, open_image
+    from isthmus.data.video import FileFrames, FolderFrames
+
+    place = Path(path)
+    if not path or not place.exists():
+        wanted = "picture" if kind == "image" else "video file or folder of frames"
+        raise DataError(f"There is no {wanted} at {path!r}.")
+    if kind == "image":
+        open_image(FileImage(place))
+    else:
+        (FolderFrames(place) if place.is_dir() else FileFrames(place)).read()
+    return {"type": kind, kind: place}
 
 
 def _turn(pictures: list[dict[str, Any]], text: str) -> dict[str, Any]:

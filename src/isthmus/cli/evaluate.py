@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ def run(
     out: Path | None,
     seed: int,
     json_file: Path | None,
+    given: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print a table per task; outputs, manifest and scores go into ``out``."""
+    """Print a table per task; outputs, manifest and scores go into ``out``. ``given``: further arguments of
+    :func:`isthmus.load`, which belong to the model's identity."""
     from isthmus.recipes.scoring import SHOWABLE, model_hash, own_tasks, score_model, with_shots
     from isthmus.recipes.tables import score_table
 
@@ -35,7 +37,8 @@ def run(
     if data is None and (options or train):
         raise ConfigError("--set and --train go with --data; without it the recipe's own tasks are asked as they are.")
     folder = Path(model.removeprefix(_PEER))
-    loaded = _load(model, folder)
+    loaded = _load(model, given or {})
+    identity = " ".join([model_hash(folder) or model, *(f"{name}={value}" for name, value in (given or {}).items())])
     if data is None and model.startswith(_PEER):
         raise ConfigError(f"{model} has no tasks of its own: give --task and --data.")
     if data is None:
@@ -49,7 +52,8 @@ def run(
         raise ConfigError(f"--shots go before questions and captions ({', '.join(SHOWABLE)}); {names} takes none.")
     specs = with_shots(specs, counts, select)
     name = f"hf-{Path(data).stem}" if data and model.startswith(_PEER) else Path(data).stem if data else "own"
-    place = out if out is not None else folder / "eval" / name
+    home = folder.parent / "eval" / folder.stem if folder.is_file() else folder / "eval"
+    place = out if out is not None else home / name
     console = Console(emoji=False)
 
     def tell(result: Any) -> None:
@@ -70,7 +74,7 @@ def run(
             loaded,
             specs,
             place,
-            model_hash=model_hash(folder),
+            model_hash=identity,
             seed=seed,
             limit=limit,
             progress=progress,
@@ -129,15 +133,19 @@ def _over_shots(place: Path, results: Sequence[Any]) -> Path | None:
 _PEER = "hf:"
 
 
-def _load(model: str, folder: Path) -> Any:
-    """A model of ours, or with ``hf:`` transformers' own classes for the same folder."""
+def _load(model: str, given: Mapping[str, Any]) -> Any:
+    """Any model we open, or with ``hf:`` transformers' own classes for the same folder."""
     if model.startswith(_PEER):
         from isthmus.interop.hf_peer import load_peer
 
-        return load_peer(folder)
+        if given:
+            raise ConfigError(
+                f"--{next(iter(given)).replace('_', '-')} is not for {_PEER}: transformers reads a folder."
+            )
+        return load_peer(Path(model.removeprefix(_PEER)))
     from isthmus.model import load
 
-    return load(folder)
+    return load(model, **given)
 
 
 def run_rescore(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from isthmus.batch import Batch
 from isthmus.data.augment import Augment
@@ -45,6 +45,15 @@ class Position:
 
 
 START = Position()
+
+
+class _Row(NamedTuple):
+    """A visit as it was planned. ``example`` is what was made of it to measure it, so that it is made once."""
+
+    visit: Visit
+    length: int = 0
+    seeing: bool = False
+    example: Example | None = None
 
 
 class Loader:
@@ -110,6 +119,9 @@ class Loader:
 
     def plan(self, epoch: int) -> Iterator[list[Visit]]:
         """The batches of an epoch as visits: a pure function of (seed, epoch). Decodes no picture."""
+        yield from ([row.visit for row in batch] for batch in self._plan(epoch))
+
+    def _plan(self, epoch: int) -> Iterator[list["_Row"]]:
         visits = [Visit(*row) for row in self.mix.epoch(self.seed, epoch, shuffle=self.shuffle).tolist()]
         if not self.group:
             assert self.batch_size is not None  # checked when built
@@ -117,56 +129,55 @@ class Loader:
                 visits = visits[: len(visits) // self.batch_size * self.batch_size]
             batches = _chunks(visits, self.batch_size)
             # A batch that is contrasted needs a row in every process.
-            yield from (batch for batch in batches if len(batch) >= self.part[1])
+            yield from ([_Row(visit) for visit in batch] for batch in batches if len(batch) >= self.part[1])
             return
         window = _WINDOW_BATCHES * self.batch_size if self.batch_size else _WINDOW_ROWS
-        waiting: dict[bool, list[tuple[int, Visit]]] = {False: [], True: []}
-        for number, rows in enumerate(_chunks(visits, window)):
-            for visit in rows:
-                length, seeing = self._measure(visit)
-                waiting[seeing].append((length, visit))
-            full: list[list[Visit]] = []
+        waiting: dict[bool, list[_Row]] = {False: [], True: []}
+        for number, some in enumerate(_chunks(visits, window)):
+            for row in map(self._measure, some):
+                waiting[row.seeing].append(row)
+            full: list[list[_Row]] = []
             for seeing, rest in waiting.items():
                 *batches, waiting[seeing] = self._cut(rest)
-                full += [[visit for _, visit in batch] for batch in batches]
+                full += batches
             yield from (full[i] for i in permutation(len(full), key(self.seed, "window", epoch, number)))
         mixed = waiting[True] + waiting[False]
-        yield from ([visit for _, visit in batch] for batch in self._cut(mixed) if batch)
+        yield from (batch for batch in self._cut(mixed) if batch)
 
-    def _cut(self, rows: list[tuple[int, Visit]]) -> list[list[tuple[int, Visit]]]:
+    def _cut(self, rows: list["_Row"]) -> list[list["_Row"]]:
         """Full batches, longest rows first, then the rest that does not fill one (maybe empty)."""
-        rows = sorted(rows, key=lambda row: -row[0])  # stable: equal lengths stay in the epoch's order
+        rows = sorted(rows, key=lambda row: -row.length)  # stable: equal lengths stay in the epoch's order
         if self.batch_size is not None:
             end = len(rows) // self.batch_size * self.batch_size
             return [*_chunks(rows[:end], self.batch_size), rows[end:]]
         assert self.batch_tokens is not None  # checked when built
-        batches: list[list[tuple[int, Visit]]] = [[]]
+        batches: list[list[_Row]] = [[]]
         longest = 0
         for row in rows:
-            longest = max(longest, row[0])
+            longest = max(longest, row.length)
             if batches[-1] and longest * (len(batches[-1]) + 1) > self.batch_tokens:
                 batches.append([])
-                longest = row[0]
+                longest = row.length
             batches[-1].append(row)
         return batches
 
-    def _measure(self, visit: Visit) -> tuple[int, bool]:
-        """(tokens, has pictures?) of a visit; (0, False) for a sample that cannot be read, which counts when met.
+    def _measure(self, visit: Visit) -> "_Row":
+        """The visit with its length; 0 and no picture for a sample that cannot be read, which counts when met.
 
-        Kept after the first time, unless the sample's text is drawn anew at every visit.
+        Lengths are kept after the first time, unless the sample's text is drawn anew at every visit.
         """
         place = (visit.source, visit.index)
         if place in self._lengths:
-            return self._lengths[place]
+            return _Row(visit, *self._lengths[place])
         try:
             record = self.mix.record(visit)
             example = self._example(record, visit)
         except DataError:
-            return self._lengths.setdefault(place, (0, False))
-        measured = (example.length, bool(example.visuals))
+            return _Row(visit, *self._lengths.setdefault(place, (0, False)))
+        row = _Row(visit, example.length, bool(example.visuals), example)
         if all(isinstance(part.text, str) for part in record.texts):
-            self._lengths[place] = measured
-        return measured
+            self._lengths[place] = (row.length, row.seeing)
+        return row
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -175,27 +186,37 @@ class Loader:
     # Filling
 
     def _example(self, record: Record, visit: Visit) -> Example:
-        draw = key(self.seed, "draw", visit.source, visit.turn, record.id)
-        example = self.processor.example(record, draw)
-        if self.augment:
-            return self.augment(example, self.processor.image, draw)
-        return self.cache.stand_in(example) if self.cache is not None else example
+        return self.processor.example(record, self._draw(record.id, visit))
 
-    def _fill(self, visits: Sequence[Visit]) -> list[Batch]:
+    def _draw(self, name: str, visit: Visit) -> int:
+        return key(self.seed, "draw", visit.source, visit.turn, name)
+
+    def _seen(self, example: Example, visit: Visit) -> Example:
+        """The example with its pictures read: augmented, or from the cache where it has them."""
+        if self.augment:
+            example = self.augment(example, self.processor.image, self._draw(example.id, visit))
+        elif self.cache is not None:
+            example = self.cache.stand_in(example)
+        return load_pixels(example)
+
+    def _fill(self, rows: Sequence["_Row"]) -> list[Batch]:
         """This part's micro-batches of one step; bad samples are left out and counted. Empty when all were bad."""
         which, parts = self.part
-        visits = visits[which::parts]
+        rows = rows[which::parts]
         examples: list[Example] = []
-        for visit in visits:
+        for visit, _, _, example in rows:
             source = self.mix.sources[visit.source].name
             name = f"{source}[{visit.index}]"
             try:
-                record = self.mix.record(visit)
-                name = record.id
-                examples.append(load_pixels(self._example(record, visit)))
+                if example is None:
+                    record = self.mix.record(visit)
+                    name = record.id
+                    example = self._example(record, visit)
+                name = example.id
+                examples.append(self._seen(example, visit))
             except DataError as error:
                 self.quarantine.add(name, source, str(error))
-        self.quarantine.seen(len(visits))
+        self.quarantine.seen(len(rows))
         bounds = [round(i * len(examples) / self.accumulate) for i in range(self.accumulate + 1)]
         return [collate(examples[a:b]) for a, b in pairwise(bounds) if b > a]
 
@@ -209,11 +230,11 @@ class Loader:
         """The position after each step from ``start`` on, without end."""
         yield from (position for position, _ in self._planned(start))
 
-    def _planned(self, start: Position) -> Iterator[tuple[Position, list[Visit]]]:
+    def _planned(self, start: Position) -> Iterator[tuple[Position, list["_Row"]]]:
         """Plans on without end. One batch is looked ahead, so that an epoch's last step ends in the next epoch."""
         epoch, done = start.epoch, start.index
         while True:
-            batches = self.plan(epoch)
+            batches = self._plan(epoch)
             ahead = next(batches, None)
             index = 0
             while ahead is not None:
@@ -235,9 +256,9 @@ class Loader:
     def _filled(self, start: Position) -> Iterator[tuple[Position, list[Batch]]]:
         which, parts = self.part
         barren = 0
-        for position, visits in self._planned(start):
-            batches = self._fill(visits)
-            if batches or not visits[which::parts]:
+        for position, rows in self._planned(start):
+            batches = self._fill(rows)
+            if batches or not rows[which::parts]:
                 barren = 0
             else:
                 barren += position.index == 0
@@ -248,7 +269,7 @@ class Loader:
 
     def epoch(self, number: int = 0) -> Iterator[list[Batch]]:
         """The steps of one epoch alone, for evaluation."""
-        return self._ahead(lambda: (b for visits in self.plan(number) if (b := self._fill(visits))))
+        return self._ahead(lambda: (b for rows in self._plan(number) if (b := self._fill(rows))))
 
     def _ahead(self, make: Callable[[], Iterator[T]]) -> Iterator[T]:
         return in_background(make, self.prefetch) if self.prefetch else make()

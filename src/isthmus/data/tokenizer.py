@@ -7,6 +7,7 @@ as the library itself would split the string there, dummy spaces included.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ class Tokenizer:
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
         names = {name.removesuffix("_token"): token for name, token in self.specials.items()}
         return Tokenizer(backend, **names)  # type: ignore[arg-type]
+
+    def without_bos(self) -> "Tokenizer":
+        """A tokenizer like this one that begins a text with nothing."""
+        names = {name.removesuffix("_token"): token for name, token in self.specials.items()}
+        return Tokenizer(self.backend, **{**names, "bos": None})  # type: ignore[arg-type]
 
     def id_of(self, token: str) -> int:
         """The id of a special token. Raises ConfigError when it is not in the vocabulary."""
@@ -167,35 +173,46 @@ class Tokenizer:
         )
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = 4096, *, min_frequency: int = 2) -> "Tokenizer":
+    def train(
+        cls, texts: Iterable[str], vocab_size: int = 4096, *, min_frequency: int = 2, whole: Sequence[str] = ()
+    ) -> "Tokenizer":
         """Byte-level BPE of at most ``vocab_size`` ids (at least 260: the specials and the 256 bytes).
 
-        Every text can be written with it, so ``<unk>`` never occurs. The result depends only on the texts.
+        Every text can be written with it, so ``<unk>`` never occurs. Strings in ``whole`` are one token each, wherever
+        they stand, over the bounds of words. The result depends only on the texts and these.
         """
         specials = [PAD, BOS, EOS, UNK]
-        smallest = len(specials) + 256
+        smallest = len(specials) + 256 + len(whole)
         if vocab_size < smallest:
             raise ConfigError(
-                f"tokenizer: vocab_size must be at least {smallest} (specials and bytes), not {vocab_size}"
+                f"tokenizer: vocab_size must be at least {smallest} (specials, bytes, whole strings), not {vocab_size}"
             )
+        if "" in whole or len(set(whole)) != len(whole):
+            raise ConfigError(f"tokenizer: whole takes different strings, none of them empty, not {list(whole)}")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         backend.train_from_iterator(
-            (check_text(text) for text in texts),
+            (part for text in texts for part in _between(check_text(text), whole)),
             trainers.BpeTrainer(
-                vocab_size=vocab_size,
+                vocab_size=vocab_size - len(whole),
                 min_frequency=min_frequency,
                 special_tokens=specials,
                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                 show_progress=False,
             ),
         )
+        backend.add_tokens([AddedToken(text, normalized=False) for text in whole])
         # For transformers' sake: its users expect the beginning-of-sequence token to come by itself.
         backend.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, backend.token_to_id(BOS))]
         )
         return cls(backend, eos=EOS, bos=BOS, pad=PAD, unk=UNK)
+
+
+def _between(text: str, whole: Sequence[str]) -> list[str]:
+    """What of ``text`` is left around the strings that are tokens already."""
+    return re.split("|".join(map(re.escape, whole)), text) if whole else [text]
 
 
 def check_text(text: str) -> str:

@@ -72,6 +72,9 @@ class LikelihoodTask(Questions):
     def rows(self, model: Weighs, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         other = whose_pictures(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
+        for record in (self.records[i] for i in todo):  # a truth that is no choice is met before the model is asked
+            row = self.row(record.id, last_turn(record), kind_of(record), {"answer": ""})
+            choice.CHOICE.points("", row | {"choices": choices_of(record, self.name)})
         for start in range(0, len(todo), chunk):
             yield [self._row(model, self.records[i], self.records[other[i]]) for i in todo[start : start + chunk]]
 

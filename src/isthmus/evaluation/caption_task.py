@@ -16,17 +16,11 @@ from isthmus.evaluation.captions.bleu import ngrams
 from isthmus.evaluation.captions.tokens import tokens
 from isthmus.evaluation.protocols import Answers, Records, TextPart
 from isthmus.evaluation.tasks import Row, fingerprint, listed, unique
+from isthmus.evaluation.turns import captions_of
 from isthmus.evaluation.vqa import controls_of
 
 MAIN = "CIDEr"
 """The score that the gain is told in."""
-
-
-def captions_of(record: Any) -> list[str]:
-    """All texts of a record that are captions: to be learnt, or (where nothing is marked) all of its texts."""
-    texts = [p for p in record.parts if isinstance(p, TextPart)]
-    marked = [p for p in texts if p.learn] or texts
-    return [t for p in marked for t in ([p.text] if isinstance(p.text, str) else p.text)]
 
 
 def typical_caption(records: Sequence[Any]) -> str:

@@ -40,13 +40,25 @@ def _choices(row: Facts) -> Sequence[str]:
     return row["choices"]
 
 
-def _points(answer: str, row: Facts) -> float:
-    said = parse(answer, _choices(row))
-    return float(said is not None and said == parse(str(row["truth"][0]), _choices(row)))
+def _truth(row: Facts) -> str:
+    """A lower-case letter counts here: nobody but the data's author wrote it."""
+    choices, told = _choices(row), str(row["truth"][0])
+    truth = parse(told, choices) or parse(told.upper() if len(told.strip(" ().:")) == 1 else "", choices)
+    if truth is None:
+        raise DataError(
+            f"Sample {row.get('id')!r} has the truth {told!r}, which is none of its choices {list(choices)}: write the "
+            "choice's letter or its text."
+        )
+    return truth
 
 
-CHOICE = Rule(name="choice", version=1, points=_points, says=lambda answer, row: parse(answer, _choices(row)))
-"""Raises DataError for a row without choices."""
+CHOICE = Rule(
+    name="choice",
+    version=1,
+    points=lambda answer, row: float(_truth(row) == parse(answer, _choices(row))),
+    says=lambda answer, row: parse(answer, _choices(row)),
+)
+"""Raises DataError for a row without choices, and for a truth that is none of them."""
 
 
 def best(scores: Sequence[float]) -> int | None:

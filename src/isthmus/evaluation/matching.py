@@ -17,10 +17,10 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.asking import strangers
 from isthmus.evaluation.binary import parse
 from isthmus.evaluation.bootstrap import Array, Interval
-from isthmus.evaluation.caption_task import captions_of
 from isthmus.evaluation.embedding import embed
 from isthmus.evaluation.protocols import Embeds, Matches, Records
 from isthmus.evaluation.tasks import Row, fingerprint, known, listed, unique
+from isthmus.evaluation.turns import captions_of
 from isthmus.nn.losses import Similarity, similarity
 
 DRAWS = 1000

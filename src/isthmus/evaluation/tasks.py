@@ -18,7 +18,7 @@ from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
 from isthmus.evaluation.asking import Control, ask_all, check_controls, whose_pictures
 from isthmus.evaluation.embedding import embed
 from isthmus.evaluation.protocols import Answers, Embeds, Measures, Picture, Records, Sample, Sees, TextPart
-from isthmus.evaluation.turns import Turn, kind_of, last_turn, prompt
+from isthmus.evaluation.turns import Turn, captions_of, kind_of, last_turn, prompt
 from isthmus.nn.losses import Similarity
 
 Row = dict[str, Any]
@@ -202,7 +202,8 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalTask:
-    """Recall@1/5/10 both ways. A caption is any text part or alternative of one; records of the same picture count
+    """Recall@1/5/10 both ways. A caption is any text to be learnt (an answer, not its question) or alternative of one;
+    records of the same picture count
     as one picture with all their captions, and captions of equal text as one caption. ``similarity``: cosine, dot or
     euclidean, as the model was trained."""
 
@@ -225,8 +226,7 @@ class RetrievalTask:
         for record in listed(self.records):
             picture = _picture(record, self.name)
             entry = found.setdefault(picture.content_key(), (record.id, picture, []))
-            texts = [p.text for p in record.parts if isinstance(p, TextPart)]
-            captions = [t for text in texts for t in ([text] if isinstance(text, str) else text)]
+            captions = captions_of(record)
             if not captions:
                 raise DataError(f"Task {self.name!r}: sample {record.id!r} has no caption.")
             entry[2].extend(captions)

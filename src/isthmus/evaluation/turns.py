@@ -111,3 +111,9 @@ def partners(keys: Sequence[str], seed: int) -> list[int]:
 
 def _alternatives(part: TextPart) -> tuple[str, ...]:
     return (part.text,) if isinstance(part.text, str) else tuple(part.text)
+
+
+def captions_of(record: Sample) -> list[str]:
+    """All captions of a record, alternatives included: the texts to be learnt, or (where nothing is marked) all."""
+    texts = [p for p in record.parts if isinstance(p, TextPart)]
+    return [text for part in [p for p in texts if p.learn] or texts for text in _alternatives(part)]

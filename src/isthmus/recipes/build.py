@@ -27,7 +27,7 @@ from isthmus.data.sources import open_source
 from isthmus.data.text import render
 from isthmus.data.tokenizer import END, Tokenizer
 from isthmus.data.wordpiece import load_wordpiece, train_wordpiece
-from isthmus.errors import ConfigError, nearest
+from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.model import Model, load
 from isthmus.models import model_class
 from isthmus.recipes.schema import Recipe, StageSpec, TokenizerSpec
@@ -172,16 +172,27 @@ def make_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     pieces = spec.kind == "wordpiece"
     if spec.folder is not None:
         return load_wordpiece(spec.folder) if pieces else load_tokenizer(spec.folder)
-    train = train_wordpiece if pieces else Tokenizer.train
-    return train(_texts([open_source(s) for s in spec.data], spec), spec.vocab_size)
+    texts = _texts([open_source(s) for s in spec.data], spec)
+    if pieces:
+        return train_wordpiece(texts, spec.vocab_size)
+    return Tokenizer.train(texts, spec.vocab_size, whole=spec.whole)
 
 
 def _texts(sources: list[Source], spec: TokenizerSpec) -> Iterator[str]:
-    """``spec.samples`` evenly spread records of each source, rendered as a model will read them."""
+    """``spec.samples`` evenly spread records of each source, rendered as a model will read them. Bad samples are left
+    out, as the stages leave them out and count them; DataError when a source has no other."""
     for source in sources:
+        found, problem = 0, ""
         for index in range(0, len(source), max(1, len(source) // spec.samples)):
-            for chunk in render(source[index], spec.template, draw=index).chunks:
-                yield chunk.text.replace(END, "")
+            try:
+                chunks = render(source[index], spec.template, draw=index).chunks
+            except DataError as error:
+                problem = str(error)
+                continue
+            found += 1
+            yield from (chunk.text.replace(END, "") for chunk in chunks)
+        if not found:
+            raise DataError(f"tokenizer: no sample of {source.name!r} gives a text to train on: {problem}")
 
 
 def _config(recipe: Recipe, parts: Mapping[str, Model], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from isthmus.data.quarantine import Quarantine
 from isthmus.data.record import Image, Record, Text
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.sound import Sound
+from isthmus.evaluation.turns import captions_of
 
 CHUNK = 64
 
@@ -208,7 +209,7 @@ def _plain(text: str) -> str:
 
 
 def _captions(record: Record) -> tuple[str, ...]:
-    found = [t for p in record.texts for t in ((p.text,) if isinstance(p.text, str) else p.text) if t.strip()]
+    found = [caption for caption in captions_of(record) if caption.strip()]
     if not found:
         raise DataError(f"sample {record.id!r} has no caption to compare synthetic ones with.")
     return tuple(found)

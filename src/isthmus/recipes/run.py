@@ -52,10 +52,13 @@ def train(
 ) -> Model:
     """Every stage of a recipe, going on where an earlier call stopped; the finished model.
 
-    ``recipe`` is a shipped name, a YAML file, plain mappings or a Recipe. Raises ConfigError when the folder holds a
-    run of another recipe, RunBusyError when another process is writing there, and what the stages raise.
+    ``recipe`` is a shipped name, a YAML file, plain mappings or a Recipe; ``overrides`` go with the former two. Raises
+    ConfigError when the folder holds a run of another recipe, RunBusyError when another process is writing there, and
+    what the stages raise.
     """
     name = recipe if isinstance(recipe, str | Path) else "recipe"
+    if overrides and not isinstance(recipe, str | Path):
+        raise ConfigError("overrides are for a recipe read by name or file; change the mapping or Recipe itself.")
     if isinstance(recipe, Mapping):
         recipe = parse_recipe(recipe)
     elif not isinstance(recipe, Recipe):
@@ -280,7 +283,7 @@ def _fingerprint(part: str) -> str:
     found = model_hash(Path(part))
     if not found:
         raise CheckpointError(
-            f"The part {part} is not a model folder: it holds neither a manifest nor safetensors. "
+            f"The part {part} is not a model: it is no file and holds neither a manifest nor weights. "
             "Train it first, or name another with parts.<name>=FOLDER."
         )
     return found

@@ -124,7 +124,8 @@ class TokenizerSpec(Strict):
     """Either a ``folder`` with a tokenizer in it, or a vocabulary to train on the texts of ``data``.
 
     The texts are rendered in ``template``, so that the template's own words become tokens too. ``kind`` is byte-level
-    BPE, or WordPiece with BERT's special tokens for a Q-Former.
+    BPE, or WordPiece with BERT's special tokens for a Q-Former. ``whole`` are strings that BPE makes one token each,
+    such as the template's names of the speakers.
     """
 
     kind: Literal["bpe", "wordpiece"] = "bpe"
@@ -133,11 +134,14 @@ class TokenizerSpec(Strict):
     data: list[dict[str, Any]] = Field(default_factory=list)
     samples: int = Field(default=20_000, gt=0)
     template: str = "document"
+    whole: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _folder_or_data(self) -> "TokenizerSpec":
         if (self.folder is None) == (not self.data):
             raise ValueError("give either folder (an existing tokenizer) or data (texts to train one on)")
+        if self.whole and (self.folder is not None or self.kind == "wordpiece"):
+            raise ValueError("whole belongs to a byte-level BPE vocabulary that is trained here; take it out")
         return self
 
 

@@ -273,9 +273,13 @@ def recipe_of(folder: Path) -> Recipe | None:
     return None
 
 
-def model_hash(folder: Path) -> str:
-    """sha256 that identifies a model's files: of our manifest, or of another format's weights."""
-    inner = folder / "model" if (folder / "model").is_dir() else folder
+def model_hash(place: Path) -> str:
+    """sha256 that identifies a model's files: of our manifest, of another format's weights, or of a single file; empty
+    where there are none."""
+    if place.is_file():
+        return checkpoint.file_sha256(place)
+    inner = place / "model" if (place / "model").is_dir() else place
     manifest = inner / checkpoint.MANIFEST
-    files = [manifest] if manifest.is_file() else sorted(inner.glob("*.safetensors"))
+    found = (sorted(inner.glob(f"*{ending}")) for ending in (".safetensors", ".bin", ".pt", ".pth"))
+    files = [manifest] if manifest.is_file() else next(filter(None, found), [])
     return " ".join(checkpoint.file_sha256(f) for f in files)

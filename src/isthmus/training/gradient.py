@@ -31,11 +31,13 @@ class NonFiniteLoss(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What a step carries: samples, real (unpadded) tokens of all streams, and learnt tokens."""
+    """What a step carries: samples, real (unpadded) tokens of all streams, and learnt tokens, all summed over the
+    processes; and the most micro-batches that a process has."""
 
     samples: int
     tokens: int
     supervised: int
+    micro: int
 
     @staticmethod
     def of(batches: Sequence[Batch]) -> "Traffic":
@@ -43,21 +45,30 @@ class Traffic:
             samples=sum(len(b) for b in batches),
             tokens=sum(int(t.lengths.sum()) for b in batches for t in b.text.values()),
             supervised=sum(b.supervised() for b in batches),
+            micro=len(batches),
         )
 
     @staticmethod
     def sum(parts: Iterable["Traffic"]) -> "Traffic":
-        columns = zip(*((t.samples, t.tokens, t.supervised) for t in parts), strict=True)
-        return Traffic(*map(sum, columns))
+        parts = list(parts)
+        return Traffic(
+            samples=sum(t.samples for t in parts),
+            tokens=sum(t.tokens for t in parts),
+            supervised=sum(t.supervised for t in parts),
+            micro=max(t.micro for t in parts),
+        )
 
 
-def backward(net: Net, batches: Sequence[Batch], autocast: AbstractContextManager[object]) -> dict[str, float]:
+def backward(
+    net: Net, batches: Sequence[Batch], autocast: AbstractContextManager[object], *, most: int | None = None
+) -> dict[str, float]:
     """Add the step's gradient to the parameters; the mean of each term. Several processes call it together, each with
-    its share of the rows (none, maybe), and all end with the whole step's gradient and means.
+    its share of the rows (none, maybe), and all end with the whole step's gradient and means. ``most`` is the most
+    micro-batches that one of them has; they ask each other when it is left out.
 
     Raises NonFiniteLoss, and StageError when terms cannot be split, nothing is learnt, or nothing open is reached.
     """
-    most = max(told(len(batches)))
+    most = max(told(len(batches))) if most is None else most
     if most > 1 and hasattr(net, "cached_loss"):
         with autocast:
             terms: Mapping[str, Term] = net.cached_loss(batches)  # type: ignore[attr-defined]

@@ -257,7 +257,7 @@ class _Run:
         line: dict[str, Any] = {"loss": None, "lr": rates}
         losses, skipped = self.state.losses, 0
         try:
-            losses = backward(self.net, moved, self.autocast)
+            losses = backward(self.net, moved, self.autocast, most=traffic.micro)
             total, norms = optim.gradient_norms(self.parameters)
             if not torch.isfinite(total):
                 raise NonFiniteLoss("gradient norm", float(total), None)

@@ -3,7 +3,8 @@
 To say on which side of B the thing A is, a model must find A, read where it stands, and know that A is asked about and
 not B. An answer of one word teaches all of this at once or nothing; these questions teach each by itself: attributes
 that no scored question asks for (``size``, ``place``), one thing where a harder question has two (``half``), which of
-two things is meant (``role``), finding all of a sort (``any``, ``all``), and whether two values are one (``is``).
+two things is meant (``role``), finding all of a sort (``any``, ``all``), whether two values are one (``is``), reading
+one attribute of two things (``both``), and finding a thing by what another one is like (``alike``).
 """
 
 from collections.abc import Callable
@@ -81,6 +82,35 @@ def _is(scene: Scene, dice: Dice) -> Question:
     return Question("is", f"is {without(scene, dice, solid, hidden)} {words}?", "yes" if value == true else "no", solid)
 
 
+def _both(scene: Scene, dice: Dice) -> Question | None:
+    """One attribute of two things, in the order asked."""
+    if len(scene.solids) < 2:
+        return None
+    pair = dice.shuffled(scene.solids)[:2]
+    hidden = dice.choice(("size", "place", "colour", "shape"))
+    if hidden in ("colour", "shape"):
+        a, b = (without(scene, dice, s, hidden) for s in pair)
+    else:
+        a, b = (named(scene, dice, s) for s in pair)
+    text = f"where are {a} and {b}?" if hidden == "place" else f"what {hidden} are {a} and {b}?"
+    return Question("both", text, " and ".join(getattr(s, hidden) for s in pair))
+
+
+def _alike(scene: Scene, dice: Dice) -> Question | None:
+    """The other thing of one's colour or shape; one time in three there is none, in a scene where others have one."""
+    shared, told = dice.choice((("colour", "shape"), ("shape", "colour")))
+    answers: dict[bool, list[tuple[Solid, str]]] = {True: [], False: []}
+    for solid in scene.solids:
+        others = [s for s in scene.solids if s is not solid and getattr(s, shared) == getattr(solid, shared)]
+        if len(others) < 2:
+            answers[bool(others)].append((solid, getattr(others[0], told) if others else "nothing"))
+    if not answers[True]:
+        return None
+    solid, answer = dice.choice(answers[not answers[False] or dice.chance(2 / 3)])
+    name = without(scene, dice, solid, shared)
+    return Question("alike", f"what {told} is the other thing that has the {shared} of {name}?", answer)
+
+
 def _sort(scene: Scene, dice: Dice) -> tuple[str, list[Solid]]:
     """A noun, present or (one time in three) not, and the things it names: mostly a shape, or a colour or size."""
     form = dice.below(4)
@@ -100,5 +130,7 @@ _KINDS: dict[str, Callable[[Scene, Dice], Question | None]] = {
     "any": _any,
     "all": _all,
     "is": _is,
+    "both": _both,
+    "alike": _alike,
 }
 PRACTICE = tuple(_KINDS)

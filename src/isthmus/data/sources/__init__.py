@@ -8,7 +8,7 @@ Options that most kinds share: ``name``, ``limit`` (first rows only) and those o
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -75,8 +75,17 @@ def _llava(root: Root, form: Form, *, file: Names, image_folder: str | None = No
 def _jsonl(root: Root, form: Form, *, file: Names, image_folder: str | None = None, images: Names = ()) -> Rows:
     """Any JSON lines or JSON list; pictures by name from ``image_folder`` or from the tars ``images``."""
     paths = root.files(file)
-    found = named_images(root, image_folder, images, beside=paths[0])
-    return _NamedRows([(path.stem, row) for path in paths for row in read_rows(path)], form, found)
+    rows = [(path.stem, row) for path in paths for row in read_rows(path)]
+    if rows:
+        _demand_fields(form, set().union(*(row.keys() for _, row in rows)), paths[0])
+    return _NamedRows(rows, form, named_images(root, image_folder, images, beside=paths[0]))
+
+
+def _demand_fields(form: Form, known: Collection[str], path: Path) -> None:
+    """Raises ConfigError for a field of the form that no row has, naming the nearest."""
+    for theirs in (t for value in form.fields.values() for t in ([value] if isinstance(value, str) else value)):
+        if theirs not in known:
+            raise ConfigError(f"{path} has no field {theirs!r}; {nearest(theirs, known)}")
 
 
 def _csv(
@@ -94,9 +103,7 @@ def _csv(
     for path in paths:
         separator = delimiter or ("\t" if path.suffix in (".tsv", ".tab") else ",")
         columns, found = read_table(path, separator)
-        for theirs in (t for value in form.fields.values() for t in ([value] if isinstance(value, str) else value)):
-            if theirs not in columns:
-                raise ConfigError(f"{path} has no column {theirs!r}; {nearest(theirs, columns)}")
+        _demand_fields(form, columns, path)
         rows += [(path.stem, row) for row in found]
     return _NamedRows(rows, form, named_images(root, image_folder, images, beside=paths[0]))
 
@@ -220,6 +227,11 @@ class _NamedRows:
 
     def __getitem__(self, index: int) -> Row:
         stem, values = self.rows[index]
+        if surplus := values.get(None):  # type: ignore[call-overload]  (a table's row: see read_table)
+            raise DataError(
+                f"bad row: row {index + 1} has more cells than the header has columns, {surplus[0]!r} the first; a "
+                "cell with the delimiter in it needs quotation marks"
+            )
         bare = Row("", values)
         names = picture_names(self.form, bare)
         clips = tuple(self._clip(name) for name in flat(self.form.value(bare, "video")))
@@ -259,9 +271,7 @@ def _side_captions(root: Root, *, file: str, key: str, fields: Names) -> dict[st
     names = [fields] if isinstance(fields, str) else list(fields)
     rows = read_rows(root.path(file))
     known = set().union(*(row.keys() for row in rows)) if rows else set()
-    for name in (key, *names):
-        if name not in known:
-            raise ConfigError(f"{root.path(file)} has no field {name!r}; {nearest(name, known)}")
+    _demand_fields(Form(fields={"caption": [key, *names]}), known, root.path(file))
     return {str(row.get(key)): flat([row.get(name) for name in names]) for row in rows}
 
 

@@ -85,7 +85,7 @@ def vqav2(
         image = _field(sample, question, "image_id", str | int)
         if not str(image).isdecimal():
             raise DataError(f"bad field: {sample}: 'image_id' should be a number and is {image!r}")
-        name = image_name.format(id=int(image), split=split)
+        name = _named(image_name, id=int(image), split=split)
         return Row(f"vqa/{number}", values, (pictures.find(name),), key=number, meta={"answers": tuple(ten)})
 
     return LazyRows(answers, make, pictures, told=found.values())
@@ -117,7 +117,7 @@ def gqa(
         asked = _field(sample, q, "question")
         types = _field(sample, q, "types", dict) if q.get("types") else {}
         values = {"question": asked, "answer": q.get("answer"), "kind": types.get(by)}
-        image = image_name.format(id=_field(sample, q, "imageId", str | int))
+        image = _named(image_name, id=_field(sample, q, "imageId", str | int))
         return Row(f"gqa/{name}", values, (pictures.find(image),), key=name)
 
     return LazyRows(found, make, pictures)
@@ -176,7 +176,7 @@ def scienceqa(
             _field(f"problem {number}", problem, name, form)
         question, answer, letter = scienceqa_texts(problem, format)
         image = problem.get("image")
-        name = image_name.format(split=problem.get("split", split), id=number, image=image)
+        name = _named(image_name, split=problem.get("split", split), id=number, image=image)
         modality = "image" if image else "text" if problem.get("hint") else "none"
         values = {
             "question": question,
@@ -283,7 +283,7 @@ def karpathy(
         folder = _field(sample, item, "filepath") if item.get("filepath") else ""
         name = "/".join(p for p in (folder, file_name) if p)
         values = {"caption": [_field(sample, s, "raw") for s in _field(sample, item, "sentences", list)]}
-        return Row(f"karpathy/{file_name}", values, (pictures.find(image_name.format(name=name)),), key=name)
+        return Row(f"karpathy/{file_name}", values, (pictures.find(_named(image_name, name=name)),), key=name)
 
     return LazyRows(chosen, make, pictures)
 
@@ -361,3 +361,15 @@ def _field(sample: str, item: Any, name: str, form: Any = str) -> Any:
 def _choice(option: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ConfigError(f"source: {option} {value!r} is unknown; {nearest(value, allowed)}")
+
+
+def _named(image_name: str, **known: Any) -> str:
+    """The option ``image_name`` filled in. Raises ConfigError when it names something else, or in another form."""
+    try:
+        return image_name.format(**known)
+    except (KeyError, IndexError, ValueError) as error:
+        places = ", ".join(f"{{{name}}}" for name in known)
+        raise ConfigError(
+            f"source: image_name {image_name!r} cannot be filled in ({error}); it may hold {places}, here "
+            f"{', '.join(repr(value) for value in known.values())}"
+        ) from None

@@ -16,8 +16,8 @@ from typing import Any
 from isthmus.data.images import BytesImage
 from isthmus.data.record import Image, ImageSource, Part, Record, Text
 from isthmus.data.sources.files import NamedImages
+from isthmus.data.sources.members import called, in_order
 from isthmus.data.sources.rows import Row, Rows
-from isthmus.data.video import natural
 from isthmus.errors import ConfigError, DataError
 
 
@@ -176,9 +176,9 @@ def _members(listed: Sequence[Picture], images: Sequence[Any]) -> dict[Picture, 
     Where names are known, one that is no member's is left out. Raises DataError when two names are one member's, or
     when there are too few members to be told by number.
     """
-    members = sorted(images, key=lambda member: natural(member.name))
+    members = in_order(images)
     wanted = [picture for picture in listed if picture.encoded is None]
-    found = {p: m for p in wanted if isinstance(p.name, str) and (m := _called(p.name, members)) is not None}
+    found = {p: m for p in wanted if isinstance(p.name, str) and (m := called(p.name, members)) is not None}
     if found:
         names: dict[str, str] = {}
         for picture, member in found.items():
@@ -194,23 +194,6 @@ def _members(listed: Sequence[Picture], images: Sequence[Any]) -> dict[Picture, 
             "them under a name of the page's; name them so"
         )
     return dict(zip(wanted, members, strict=False))
-
-
-def _called(name: str, members: Sequence[Any]) -> Any:
-    """The one member with this name behind its key, or as its whole name, with or without the ending; else none."""
-    for one in dict.fromkeys((name.lower(), name.lower().rsplit("/", 1)[-1])):
-        for bare in (False, True):
-            hits = [m for m in members if one in _names(m.name.lower(), bare)]
-            if len(hits) == 1:
-                return hits[0]
-    return None
-
-
-def _names(member: str, bare: bool) -> set[str]:
-    """What a page may call the member ``a/k.0.png``: a/k.0.png, k.0.png or 0.png; ``bare`` leaves out the ending."""
-    file = member.rsplit("/", 1)[-1]
-    names = {member, file, file.partition(".")[2]}
-    return {name.rpartition(".")[0] for name in names} - {""} if bare else names
 
 
 def _joined(before: str, after: str) -> str:

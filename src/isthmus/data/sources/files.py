@@ -119,14 +119,14 @@ def _read_lines(path: Path, file: Any) -> list[Any]:
 
 
 def read_table(path: Path, delimiter: str) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and rows of a table with a header line. Raises DataError naming the line, ConfigError for a delimiter
-    that is not one character."""
+    """Columns and rows of a table with a header line; cells beyond the header's are a row's list under ``None``. Raises
+    DataError naming the line, ConfigError for a delimiter that is not one character."""
     if len(delimiter) != 1 or delimiter in '\r\n"':
         raise ConfigError(
             f'source: the delimiter must be one character, not {delimiter!r} (in YAML a tab is "\\t", in double quotes)'
         )
     with _text(path, newline="") as table:
-        reader = csv.DictReader(table, delimiter=delimiter)
+        reader = csv.DictReader(table, delimiter=delimiter, strict=True)
         try:
             columns = list(reader.fieldnames or ())
             return columns, list(reader)

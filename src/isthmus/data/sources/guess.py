@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.data.sources.files import safe_name
+from isthmus.data.sources.webdataset import IMAGE_ENDINGS
 from isthmus.errors import DataError
 
 _TABLES = (".csv", ".tsv", ".tab")
@@ -38,19 +39,36 @@ def guess(path: Path) -> dict[str, Any]:
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    """Shards; or one file that names pictures, as `isthmus data scenes` and others write it; or a folder per class."""
+    """Shards; or one file that names pictures, as `isthmus data scenes` and others write it; or a folder per class.
+    What could be two things is not guessed."""
     shards = sorted(path.glob("*.tar"))
     if shards:
         return {"kind": "webdataset", "shards": [str(s) for s in shards]}
-    files = [p for p in path.iterdir() if p.suffix in _FILES and not p.name.startswith(".")]
+    files = sorted(p for p in path.iterdir() if p.suffix in _FILES and not p.name.startswith("."))
     if len(files) == 1:
         found, place = _file(files[0])
         # A table in a folder of classes may be about something else: its pictures decide.
         if found["kind"] not in ("csv", "jsonl") or place is not None:
             return found
-    if any(p.is_dir() for p in path.iterdir()):
+    if _classes(path):
         return {"kind": "folder", "folder": str(path)}
-    raise DataError(f"{path} holds neither tar shards nor one folder of pictures per class. {_HELP}")
+    lists = f", and {len(files)} lists, {files[0].name} and {files[1].name} among them" if len(files) > 1 else ""
+    raise DataError(
+        f"{path} holds neither tar shards, nor one list that names its pictures, nor folders of pictures, one for each "
+        f"of two classes or more{lists}. Name one file or folder in it. {_HELP}"
+    )
+
+
+def _classes(path: Path) -> bool:
+    """Whether the folders in it are classes: two at least hold pictures, and none holds them only further below, as
+    ``train`` and ``val`` would."""
+    folders = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    here = [p for p in folders if any(map(_is_picture, p.iterdir()))]
+    return len(here) > 1 and not any(any(map(_is_picture, p.rglob("*"))) for p in folders if p not in here)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in IMAGE_ENDINGS
 
 
 def _file(path: Path) -> tuple[dict[str, Any], Path | None]:

@@ -27,6 +27,10 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+_PICTURE_PARTS = ("image", "image_url")
+"""The types of a turn's part that is a picture."""
+_NAMES = ("path", "image", "url", "image_url", "file_name")
+"""Where a picture that is an object has its name."""
 _DIGITS = re.compile(r"[0-9]{1,9}")
 _HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 
@@ -252,14 +256,14 @@ class RowSource:
 def conversation(turns: Any, images: Sequence[ImageSource | FrameSource]) -> list[Part]:
     """LLaVA's ``from``/``value`` or chat ``role``/``content`` turns, ``<image>`` marking the pictures in order.
 
-    A leading assistant turn is dropped. Raises DataError for unknown speakers or another number of marks than
-    pictures.
+    A leading assistant turn is dropped. Raises DataError for unknown speakers, two turns of one in a row, or another
+    number of marks than pictures.
     """
     if not isinstance(turns, list) or not all(isinstance(t, Mapping) for t in turns):
         raise DataError("bad conversation: it must be a list of turns, each with 'from' and 'value'")
     parts: list[Part] = []
     waiting = list(images)
-    marks = 0
+    marks, before = 0, None
     for number, turn in enumerate(turns):
         speaker, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if speaker not in _ROLES:
@@ -267,6 +271,9 @@ def conversation(turns: Any, images: Sequence[ImageSource | FrameSource]) -> lis
         role = _ROLES[speaker]
         if role == "assistant" and not parts:
             continue
+        if role == before:
+            raise DataError(f"bad conversation: turns {number} and {number + 1} are both from {speaker!r}; join them")
+        before = role
         text = _string(_joined(value), "answer" if role == "assistant" else f"turn {number + 1}")
         if role == "user":
             marks += text.count(MARK)
@@ -297,15 +304,17 @@ def _same_number(marks: int, images: Sequence[Any]) -> None:
 
 
 def _joined(content: Any) -> Any:
-    """Content as a list of parts (``{"type": "text" | "image", ...}``), written as one text with its marks."""
+    """Content as a list of parts (``{"type": "text" | "image" | "image_url", ...}``) as one text with its marks."""
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
         return content
     pieces = []
     for part in content:
         kind = part.get("type")
-        if kind not in ("text", "image"):
-            raise DataError(f"bad conversation: a part of a turn is of type {kind!r}; it must be text or image")
-        pieces.append(MARK if kind == "image" else _string(part.get("text"), "text"))
+        if kind != "text" and kind not in _PICTURE_PARTS:
+            raise DataError(
+                f"bad conversation: a part of a turn is of type {kind!r}; it must be text, image or image_url"
+            )
+        pieces.append(_string(part.get("text"), "text") if kind == "text" else MARK)
     return "".join(pieces)
 
 
@@ -318,15 +327,23 @@ def picture_names(form: "Form", row: Row) -> tuple[str, ...]:
         parts = [
             p for t in turns if isinstance(t, Mapping) and isinstance(t.get("content"), list) for p in t["content"]
         ]
-        given = [p for p in parts if isinstance(p, Mapping) and p.get("type") == "image"]
+        given = [p for p in parts if isinstance(p, Mapping) and p.get("type") in _PICTURE_PARTS]
     return flat([_name(item) for item in (given if isinstance(given, list) else [given])])
 
 
 def _name(item: Any) -> Any:
-    """A picture's name; other tools also write it as ``{"path": name}`` or ``{"type": "image", "image": name}``."""
+    """A picture's name; others also write ``{"path": name}``, ``{"type": "image", "image": name}`` or OpenAI's
+    ``{"type": "image_url", "image_url": {"url": name}}``. A part of a turn may have none: the row's field has it."""
     if not isinstance(item, Mapping):
         return item
-    return next((item[key] for key in ("path", "image", "url") if isinstance(item.get(key), str)), None)
+    if isinstance(within := item.get("image_url"), Mapping):
+        item = within
+    name = next((item[key] for key in _NAMES if isinstance(item.get(key), str)), None)
+    if name is None and item.get("type") not in _PICTURE_PARTS:
+        raise DataError(
+            f"bad field: a picture is {dict(item)!r:.200}; its name is looked for under {', '.join(_NAMES)}"
+        )
+    return name
 
 
 def _trim(pieces: list[str]) -> list[str]:

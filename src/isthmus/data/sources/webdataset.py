@@ -2,16 +2,21 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from isthmus.data.images import TarImage
-from isthmus.data.sources.rows import Form, Row
+from isthmus.data.sources.members import listed
+from isthmus.data.sources.rows import Form, Row, picture_names
 from isthmus.data.sources.tar import index_tar
+from isthmus.data.video import VIDEOS
 from isthmus.errors import DataError
 
-IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
+IMAGE_ENDINGS = frozenset(
+    {"jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jp2"}
+)
+"""Also of pictures that are not opened: they are bad samples and counted, never passed over."""
 
 _SEVERAL = ("conversations", "messages", "questions", "question", "text")
 """The texts that may have several pictures; a caption or label has one."""
@@ -26,6 +31,7 @@ class _Sample:
 
 class WebDatasetRows:
     """Samples of tar shards: pictures by their ending, ``.txt`` as caption, ``.cls`` as label, ``.json`` as fields.
+    Several pictures come in the order in which the fields list their names, else in natural order of the names.
 
     Raises DataError before any sample is read: a damaged shard (see :func:`index_tar`) or a key that comes twice in
     one shard. The same key in two shards is two samples. With a ``form``, a sample of captions or a label (or with
@@ -55,6 +61,11 @@ class WebDatasetRows:
                 values["caption"] = _text(member).strip()
             elif kind == "cls":
                 values["label"] = _number(member)
+            elif f".{kind}" in VIDEOS:
+                raise DataError(
+                    f"bad video: {member.describe()} is in a tar, where no clip is read; unpack it, and name it in the "
+                    "`video` field of a JSON file"
+                )
         images = tuple(m for e, m in sample.members.items() if e.rsplit(".", 1)[-1] in IMAGE_ENDINGS)
         row = Row(f"{sample.shard}/{sample.key}", values, images, key=sample.key.rsplit("/", 1)[-1])
         if self.form is not None and len(images) > 1 and not _expected(self.form, row, sample):
@@ -62,7 +73,9 @@ class WebDatasetRows:
                 f"several pictures: {images[0].name!r} and {images[1].name!r} are one sample, {sample.key!r}, since a "
                 "key ends at the first dot of the name; write the names without further dots, or keep one picture"
             )
-        return row
+        if len(images) < 2:
+            return row
+        return replace(row, images=tuple(listed(picture_names(self.form, row) if self.form else (), images)))
 
 
 def _expected(form: Form, row: Row, sample: _Sample) -> bool:
