@@ -136,10 +136,13 @@ def test_a_conversation_in_chunks_equals_one_pass_and_a_later_image_is_used(fami
         torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=1e-4)
 
 
-def test_a_block_without_media_raises_and_stale_media_do_too():
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_block_without_media_raises_and_stale_media_do_too(gradients):
     net = tiny()
-    with torch.no_grad():
-        net.logits(batch([ROWS["one"]]))
+    with torch.set_grad_enabled(gradients):
+        loss = net.loss(batch([ROWS["one"]]))["lm"].mean
+    if gradients:
+        loss.backward()
     with pytest.raises(ConfigError, match="run without media"):
         net.language.lm(torch.tensor([[1, 2, 3]]))
     with net.language.blind():

@@ -7,16 +7,25 @@ import torch
 from PIL import Image as PilImage
 
 import isthmus
+from isthmus.batch import Tokens
 from isthmus.data.blip2 import PromptProcessor
 from isthmus.data.images import ImageTransform
 from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
+from isthmus.data.processor import SpliceProcessor
+from isthmus.data.reading import CAPTION_REQUEST
 from isthmus.data.record import Image, Record, Text
 from isthmus.data.sources import open_source
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError
-from tests.models.tiny_blip2 import OPT, QUERIES, SIZE
+from isthmus.interop.convert import write_model
+from isthmus.interop.hf_files import generation_config
+from isthmus.language import Decoding, until_stop
+from tests.data.helpers import llama_like
+from tests.interop import tiny_models
+from tests.models.tiny_blip2 import OPT, QUERIES, SIZE, T5
 from tests.models.tiny_blip2 import tiny as tiny_blip2
 from tests.models.tiny_flamingo import tiny as tiny_flamingo
+from tests.models.tiny_llava import tiny as tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +66,16 @@ def test_classify_gives_probabilities_likeliest_first(clip, picture):
     assert sum(found.values()) == pytest.approx(1.0)
     assert list(found.values()) == sorted(found.values(), reverse=True)
     assert clip.classify(picture, ["cube"], templates=["a {x} {}"]) == {"cube": pytest.approx(1.0)}
+
+
+def test_classify_takes_a_bare_template_and_refuses_one_without_a_place(clip, picture):
+    labels = ["cube", "sphere"]
+    assert clip.classify(picture, labels, templates="a {}") == clip.classify(picture, labels, templates=["a {}"])
+    for wrong in ("a photo of a", ["a {}", "a photo"]):
+        with pytest.raises(ConfigError, match=r"needs exactly one \{\}"):
+            clip.classify(picture, labels, templates=wrong)
+    with pytest.raises(ConfigError, match="no templates"):
+        clip.classify(picture, labels, templates=[])
 
 
 def test_answers_do_not_depend_on_the_batch(llava):
@@ -199,6 +218,48 @@ def test_an_unknown_decoding_option_names_the_nearest(llava, picture):
         llava.answer(picture, "what?", max_tokens=5)
 
 
+def test_gaps_are_told_of_plain_greedy_decoding_only(llava):
+    record = Record("r", (Text("what?", role="user"),))
+    assert len(llava.gaps([record], max_new_tokens=2)) == 1
+    for option in ({"min_new_tokens": 2}, {"no_repeat_ngram": 2}, {"num_beams": 2}, {"temperature": 1.0}):
+        with pytest.raises(ConfigError, match=f"plain greedy decoding; leave {next(iter(option))} out"):
+            llava.gaps([record], max_new_tokens=3, **option)
+
+
+def test_gaps_of_an_encoder_decoder_are_refused_before_it_answers(monkeypatch):
+    model = tiny_models.blip2({**T5, "vocab_size": tiny_models.ROWS})
+    monkeypatch.setattr(model.net, "generate", None)
+    with pytest.raises(CapabilityError, match="of a causal language model only"):
+        model.gaps([Record("r", (Text("what?", role="user"),))], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_plain_caption_ends_at_its_newline_only(legacy):
+    """SentencePiece writes a newline alone as a bare dummy space and the newline's byte."""
+    tokenizer = llama_like(legacy=legacy)
+    processor = SpliceProcessor(tokenizer, ImageTransform.clip(SIZE), num_tokens=16, template="plain")
+    model = isthmus.Model(tiny_llava(), processor)
+    said = tokenizer.encode("a photo of 2 dogs\n")
+    assert "▁" in tokenizer.tokens(said)
+    assert until_stop(said, model.ended(Decoding()).stop_ids) == said[:-1]
+    assert tokenizer.tokens(generation_config(model)["eos_token_id"]) == ["</s>", "<0x0A>"]
+
+
+def test_a_foreign_llava_is_asked_for_a_caption_in_its_own_template(picture, tmp_path):
+    made = tiny_models.llava()
+    write_model(made, tmp_path / "hf", "hf")
+    model = isthmus.load(tmp_path / "hf")
+    part = isthmus.data.images.as_image(picture)
+    asked = Record("r", (part, Text(CAPTION_REQUEST, role="user")))
+    (prompt,) = model.provenance([asked], {})["prompts"]
+    assert prompt.endswith("USER: <image>\nProvide a brief description of the given image. ASSISTANT:")
+    for again in (model, isthmus.load(model.save(tmp_path / "ours"))):
+        assert again.caption(picture, max_new_tokens=6) == model.generate([asked], max_new_tokens=6)[0]
+    bare = Record("r", (isthmus.Image(part.source, role="text"),))  # what models trained on bare pictures read
+    assert made.caption(picture, max_new_tokens=6) == made.generate([bare], max_new_tokens=6)[0]
+    assert made.caption(picture, max_new_tokens=6) != model.caption(picture, max_new_tokens=6)
+
+
 def test_generation_says_that_it_takes_records(llava):
     record = Record("r", (Text("what?", role="user"),))
     for ask in (llava.generate, llava.attend, llava.gaps, llava.answer_records):
@@ -255,6 +316,23 @@ def test_blip2_scores_whatever_it_answers(picture):
         model.score([picture, picture, "what?"], ["red cube " * 30])
     with pytest.raises(DataError, match="candidate 0 is too long: the model reads 50 words of a caption"):
         model.score([picture], ["cube " * 60])
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_scores_the_whole_candidate_without_a_question(picture):
+    model = tiny_models.blip2({**T5, "vocab_size": tiny_models.ROWS})
+    net, tokenizer = model.net, model.processor.tokenizer
+    candidates = ["a red cube", "two small blue balls"]
+    prompt = model.processor.prompt(Record("r", (isthmus.data.images.as_image(picture),)))
+    batch = isthmus.data.collate.collate([prompt])
+    expected = []
+    for candidate in candidates:
+        ids = torch.tensor([[net.language.start_id, *tokenizer.encode(candidate), tokenizer.eos_id]])
+        decoder = Tokens(ids=ids, lengths=torch.tensor([ids.shape[1]]))
+        logits = net.language.logits(net.embed_prompt(batch), batch.text["encoder"].lengths, decoder)
+        told = logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        expected.append(float(told.sum()))
+    assert model.score([picture], candidates) == pytest.approx(expected, abs=1e-4)
 
 
 def test_provenance_of_blip2_and_flamingo_holds_their_own_words(picture):

@@ -186,17 +186,16 @@ class InterleavedLanguageModel(LanguageModel):
 
     @contextmanager
     def looking(self, look: Look) -> Iterator[None]:
-        """Let the blocks look at this for the calls inside.
+        """Let the blocks look at this for the calls inside, and at nothing behind them.
 
-        With gradients it stays set until the next call, because a layer that is recomputed in the backward pass may
-        run its hooks again.
+        A backward pass comes later and needs none of it: a block that spares memory keeps what it is recomputed from,
+        and the library recomputes a layer without its hooks.
         """
         self._look = look
         try:
             yield
         finally:
-            if not torch.is_grad_enabled():
-                self._look = None
+            self._look = None
 
     @contextmanager
     def blind(self) -> Iterator[None]:

@@ -29,7 +29,7 @@ from isthmus.data.images import AnyImage, as_image
 from isthmus.data.interleave import STYLES
 from isthmus.data.messages import Message, part_of, parts_of
 from isthmus.data.processor import ContrastiveProcessor, ImagesProcessor, Processor, processor_from_dict
-from isthmus.data.reading import scored, shared_beginning, whole, words
+from isthmus.data.reading import must_be_records, published_request, scored, shared_beginning, whole, words
 from isthmus.data.record import Example, Image, Part, Record, Text, without_answer
 from isthmus.data.text import TEMPLATES, render
 from isthmus.data.tokenizer import Tokenizer
@@ -102,7 +102,8 @@ class Model:
     # Text out: captions, answers, conversations
 
     def caption(self, image: AnyImage, **decoding: Any) -> str:
-        """A caption of one picture or clip, asked for in the words the model was trained with."""
+        """A caption of one picture or clip, asked for in the words the model was trained with: ``prompts["caption"]``,
+        which of a foreign LLaVA is "Provide a brief description of the given image."; else the picture alone."""
         self.need("caption")
         parts: list[Part] = [replace(as_visual(image), role="user" if "caption" in self.prompts else "text")]
         if "caption" in self.prompts:
@@ -138,7 +139,7 @@ class Model:
         if return_attention:
             return self.attend(records, batch_size=batch_size, **decoding)
         self.need("generate")
-        _must_be_records(records, "generate")
+        must_be_records(records, "generate")
         found = self._continue([self.processor.prompt(record) for record in records], batch_size, decoding)
         return [self.processor.tokenizer.decode(ids).strip() for ids in found]
 
@@ -158,7 +159,7 @@ class Model:
     def attend(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[Attention]:
         """One text per record, with a map per new token, layer and picture of where the model looked for it."""
         self.need("attend")
-        _must_be_records(records, "attend")
+        must_be_records(records, "attend")
         prompts = [self.processor.prompt(record) for record in records]
         answers = self._continue(prompts, batch_size, decoding)
         with self._inference():
@@ -181,14 +182,16 @@ class Model:
 
     def gaps(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[float]:
         """For each record the smallest distance (in logits) of the two best tokens at any step of its answer: where it
-        is tiny, a sum taken in another order may answer otherwise. Greedy decoding only (ConfigError)."""
-        _must_be_records(records, "gaps")
-        settings = self.ended(Decoding.of(decoding))
-        if settings.num_beams > 1 or settings.temperature > 0 or settings.repetition_penalty != 1:
-            raise ConfigError(
-                "Gaps between the two best tokens are those of plain greedy decoding; leave the rest out."
-            )
+        is tiny, a sum taken in another order may answer otherwise. Plain greedy decoding only (ConfigError), and no
+        encoder-decoder (CapabilityError)."""
+        must_be_records(records, "gaps")
+        settings, greedy = self.ended(Decoding.of(decoding)), Decoding()
+        for name in ("min_new_tokens", "temperature", "num_beams", "repetition_penalty", "no_repeat_ngram"):
+            if getattr(settings, name) != getattr(greedy, name):
+                raise ConfigError(f"Gaps of the two best tokens are those of plain greedy decoding; leave {name} out.")
         self.need("answer")
+        if getattr(self.net, "prompt_stream", "lm") != "lm":
+            raise CapabilityError("Gaps of the two best tokens are told of a causal language model only.")
         prompts = [self.processor.prompt(without_answer(record)) for record in records]
         answers = self._continue(prompts, batch_size, decoding)
         found = []
@@ -205,7 +208,7 @@ class Model:
     def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
         """Answers to question records: what evaluation asks of a model. A trailing assistant turn is cut off."""
         self.need("answer")
-        _must_be_records(records, "answer_records")
+        must_be_records(records, "answer_records")
         return self.generate([without_answer(r) for r in records], **decoding)
 
     def provenance(self, records: Iterable[Record], decoding: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +265,7 @@ class Model:
         tokenizer = self.processor.tokenizer
         ends = {tokenizer.eos_id}
         if getattr(self.processor, "template", "") == "plain":
-            ends.update(tokenizer.encode("\n"))  # the template ends a caption with a newline, not with </s>
+            ends.add(tokenizer.encode("\n")[-1])  # ends a caption, not </s>; SentencePiece has a "▁" before it
         ends.update(getattr(self.processor, "stop_ids", ()))
         never = getattr(self.processor, "forbidden_ids", ())
         special = {tokenizer.bos_id, tokenizer.pad_id, *self.forbidden, *never} - ends
@@ -338,9 +341,14 @@ class Model:
     def classify(
         self, image: AnyImage, labels: Sequence[str], *, templates: Sequence[str] = ("a photo of a {}.",)
     ) -> dict[str, float]:
-        """Zero-shot probabilities over ``labels``, likeliest first (prompt ensemble: mean of unit vectors)."""
+        """Zero-shot probabilities over ``labels``, likeliest first (prompt ensemble: mean of unit vectors).
+
+        Raises ConfigError for a template without exactly one ``{}``, where the label goes."""
         self.need("classify")
-        labels = _listed_texts(labels, "labels")
+        from isthmus.evaluation.zero_shot import check_templates
+
+        labels, templates = _listed_texts(labels, "labels"), _listed_texts(templates, "templates")
+        check_templates(templates)
         classes = torch.stack(
             [self.embed_texts([t.replace("{}", label) for t in templates]).mean(0) for label in labels]
         )
@@ -440,7 +448,7 @@ def load(
             from isthmus.interop.given import Given
 
             net, processor, forbidden = open_foreign(folder, config, Given(open=load, **given))
-            model = Model(net, processor, forbidden=forbidden)
+            model = Model(net, processor, prompts=published_request(processor), forbidden=forbidden)
         else:
             model = _own(folder, config)
         model.report = account.report()
@@ -486,8 +494,3 @@ def _listed_texts(texts: str | Sequence[str], what: str) -> Sequence[str]:
     if len(texts) == 0:
         raise ConfigError(f"no {what}: give a list of at least one.")
     return [texts] if isinstance(texts, str) else texts
-
-
-def _must_be_records(records: Any, method: str) -> None:
-    if isinstance(records, Record | str) or not all(isinstance(record, Record) for record in records):
-        raise ConfigError(f"{method} takes a list of Records; for one picture and one question there is answer().")

@@ -142,6 +142,49 @@ def test_an_encoder_decoder_splits_a_caption_anywhere_and_a_question_at_its_answ
         processor.example(question("what?", "two", "which?", "red"))
 
 
+def test_a_prefix_is_never_cut() -> None:
+    """A caption that is longer than both streams loses its end, never its middle."""
+    whole = [*LM.encode("a small red cube and a big ring"), LM.eos_id]
+    short = prompts(start_id=0, max_text=4)
+    seen = set()
+    for draw in range(60):
+        streams = short.example(caption("a small red cube and a big ring"), draw).streams
+        read = streams["encoder"].ids[R:-1] + streams["decoder"].ids[1:]
+        assert read == whole[: len(read)]
+        assert max(len(streams["encoder"].ids) - R, len(streams["decoder"].ids)) <= 4
+        seen.add(len(streams["encoder"].ids) - R - 1)
+    assert seen == {0, 1, 2, 3}
+
+
+def test_an_encoder_decoder_scores_a_caption_whole() -> None:
+    for said, text in (("", "a cube"), ("", "a small red cube and a big ring"), ("a photo of", "a cube")):
+        streams = prompts(start_id=0, prompt=said).scored(caption(text)).streams
+        assert streams["encoder"].ids[R:] == [*LM.encode(said), LM.eos_id]
+        learnt = [*LM.encode(f" {text}" if said else text), LM.eos_id]
+        assert streams["decoder"].ids == [0, *learnt]
+        assert streams["decoder"].labels == [IGNORE, *learnt]
+
+
+def test_a_turn_in_pieces_is_one_turn() -> None:
+    """Pictures may stand among what one speaker says: text, picture, text."""
+    asked = (Text("How many ", role="user"), picture(), Text("things?", role="user"))
+    answered = (Text("a", "assistant"), Text(" cube ", "assistant", learn=True), Text(" ", "assistant"))
+    processor = prompts(qformer=BERT, end="newline")
+    streams = processor.example(Record("r", (*asked, *answered))).streams
+    assert LM.decode(streams["lm"].ids[R + 1 :]) == "Question: how many things? Answer: a cube\n"
+    assert streams["lm"].labels is not None
+    assert LM.decode([i for i in streams["lm"].labels if i != IGNORE]) == " cube\n"
+    assert streams["qformer"].ids[1:-1] == BERT.encode("how many things?")
+    before = processor.prompt(Record("r", (*asked, *answered))).streams
+    assert LM.decode(before["lm"].ids[R + 1 :]) == "Question: how many things? Answer:"
+    assert before["qformer"] == streams["qformer"]
+
+
+def test_other_braces_of_a_question_s_form_are_written() -> None:
+    span = prompts(question="{x} {0} {{ {} }").prompt(question("what?")).streams["lm"]
+    assert span.ids[R + 1 :] == LM.encode("{x} {0} {{ what? }")
+
+
 def test_the_qformer_reads_the_question_beside() -> None:
     processor = prompts(qformer=BERT)
     streams = processor.example(question("How many things?", "two")).streams
@@ -185,6 +228,8 @@ def test_processors_survive_json_and_name_mistakes() -> None:
     assert again.example(record, 3).streams == made.example(record, 3).streams
     with pytest.raises(ConfigError, match=r"no \{\} for the question"):
         prompts(question="ask")
+    with pytest.raises(ConfigError, match=r"has 2 \{\} for the question and needs one"):
+        prompts(question="{} or {}")
     with pytest.raises(ConfigError, match="neither newline nor eos"):
         prompts(end="stop")
     with pytest.raises(ConfigError, match="WordPiece tokenizer"):

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from isthmus.batch import Batch, Visuals
+from isthmus.data.augment import Augment
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.language import Decoding
@@ -18,6 +19,7 @@ from isthmus.models.blip2 import STAGES, Blip2, Blip2Config, layer_decay
 from isthmus.nn.lengths import blocks_by_length
 from isthmus.nn.patch_positions import add_patch_positions
 from isthmus.nn.vit import VisionConfig, VisionTransformer
+from isthmus.recipes.schema import read_recipe
 from isthmus.stage import Group, apply_stage
 from tests.models import blip2_ranks
 from tests.models.tiny_blip2 import (
@@ -117,6 +119,11 @@ def test_what_stage_one_trains(name: str, total: int) -> None:
         assert count(layer.cross) + count(layer.ln_cross) == 3_346_944  # type: ignore[operator]
         assert count(layer.ffn_query) == count(layer.ffn_text) == 4_723_968  # type: ignore[operator]
         assert count(parts.qformer.words) + count(parts.qformer.positions) == 23_834_880
+
+
+def test_the_published_recipe_augments_as_the_paper() -> None:
+    stages = read_recipe("blip2-vit-l-opt-2.7b", to_show=True).stages
+    assert [stage.augment for stage in stages] == [Augment(crop=0.5, flip=True)] * 2
 
 
 def test_the_papers_stages() -> None:

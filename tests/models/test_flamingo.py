@@ -8,11 +8,13 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from isthmus.batch import IGNORE, Visuals
+from isthmus.data.augment import Augment
 from isthmus.errors import ConfigError, DataError
 from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.language import Decoding
 from isthmus.models.flamingo import STAGES, Flamingo, FlamingoConfig
 from isthmus.nn.patch_positions import add_patch_positions
+from isthmus.recipes.schema import read_recipe
 from isthmus.stage import apply_stage
 from isthmus.training.gradient import backward
 from tests.models.tiny_flamingo import END, IMAGE, ROWS, VISION, V, batch, picture, tiny
@@ -46,6 +48,14 @@ def test_openflamingo_sizes_exactly(name, block, blocks, xattn, trained):
     assert [i for i in range(len(net.language.decoder_layers())) if i in net.language._blocks] == list(
         range(every - 1, len(net.language.decoder_layers()), every)
     )
+
+
+def test_the_published_recipe_flips_and_leaves_the_new_rows_as_the_released_4b_did():
+    (spec,) = read_recipe("open-flamingo-4b", to_show=True).stages
+    assert spec.augment == Augment(flip=True)
+    net = on_meta("open_flamingo_4b")
+    assert apply_stage(net, spec.stage.train).trained == count(net.connector) + count(net.xattn)
+    assert not net.language.new_rows.input.requires_grad
 
 
 @pytest.mark.parametrize(

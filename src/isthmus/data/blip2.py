@@ -8,13 +8,14 @@ prompts  picture, maybe question/answer -> stream lm: visual places, <s>, text, 
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, Literal
 
 from isthmus.batch import IGNORE
 from isthmus.data.images import ImageTransform
 from isthmus.data.mix import key
 from isthmus.data.processor import must_fit, must_learn, pixels_of
-from isthmus.data.record import Example, Place, Record, Span
+from isthmus.data.record import Example, Place, Record, Span, Text
 from isthmus.data.text import Rendered, drawn, encode
 from isthmus.data.tokenizer import END, Tokenizer
 from isthmus.data.wordpiece import cls_id, other_specials
@@ -98,7 +99,7 @@ class PromptProcessor:
     Args:
         prompt: said before a caption, ``a photo of``; without one the whole caption is learnt, <s> included (a
             decoder) or split at random into the encoder's prefix and the decoder's suffix (the prefix LM).
-        question: how a question is put, with ``{}`` for it. Several turns follow each other with a space.
+        question: how a question is put, with one ``{}`` for it. Several turns follow each other with a space.
         end: what ends a decoder's text, ``newline`` (OPT in the paper) or ``eos``.
         max_text: tokens of text behind the soft prompt, in the encoder and in the decoder each; training text that
             is longer loses its end, a prompt that is longer is an error.
@@ -124,8 +125,8 @@ class PromptProcessor:
         qformer: Tokenizer | None = None,
         clean: bool = True,
     ) -> None:
-        if "{}" not in question:
-            raise ConfigError(f"question: {question!r} has no {{}} for the question")
+        if (places := question.count("{}")) != 1:
+            raise ConfigError(f"question: {question!r} has {places or 'no'} {{}} for the question and needs one")
         if end not in ("newline", "eos"):
             raise ConfigError(f"end: {end!r} is neither newline nor eos")
         self.tokenizer, self.image, self.num_tokens = tokenizer, image, num_tokens
@@ -145,17 +146,21 @@ class PromptProcessor:
         return self._learnt(record, draw)
 
     def scored(self, record: Record, draw: int = 0) -> Example:
-        """An example with as many pictures as a prompt may have. Raises DataError for a caption that cleaning cuts."""
+        """An example with as many pictures as a prompt may have; an encoder-decoder's caption is not split. Raises
+        DataError for a caption that cleaning cuts."""
         captions = [] if any(p.role == "user" for p in record.texts) else [str(p.text) for p in record.texts if p.learn]
         if self.clean and any(len(_PUNCTUATION.sub(" ", text).split()) > MOST_WORDS for text in captions):
             raise DataError(f"{record.id} is too long: the model reads {MOST_WORDS} words of a caption; shorten it")
-        return self._learnt(record, draw)
+        return self._learnt(record, draw, split=False)
 
-    def _learnt(self, record: Record, draw: int) -> Example:
+    def _learnt(self, record: Record, draw: int, *, split: bool = True) -> Example:
         said, asked = self._said(drawn(record, draw))
         if not said.learns:
             raise DataError("nothing learnt: no part of the sample is marked to be learnt; mark the answer")
-        streams = self._split(said, draw) if self.start_id is not None else {"lm": self._whole(said)}
+        if self.start_id is None:
+            streams = {"lm": self._whole(said)}
+        else:
+            streams = self._split(said, draw if split else None)
         return self._finish(record, streams, asked)
 
     def prompt(self, record: Record) -> Example:
@@ -170,38 +175,46 @@ class PromptProcessor:
     def _said(self, record: Record, *, prompt: bool = False) -> tuple[Rendered, str]:
         """The text with what is learnt of it, and what the Q-Former may read beside its queries."""
         out, asked = Rendered(), ""
-        turns = [p for p in record.texts if p.role != "system"]
-        if prompt and turns and turns[-1].role != "user":
+        turns = _turns(record.texts)
+        if prompt and turns and turns[-1][0].role != "user":
             turns.pop()
-        spoken = any(p.role == "user" for p in turns)
+        spoken = any(turn[0].role == "user" for turn in turns)
         if not spoken:
-            captions = [p for p in turns if prompt or p.learn or p.role == "assistant"]
+            captions = [p for turn in turns for p in turn if prompt or p.learn or p.role == "assistant"]
             if not prompt and len(captions) != 1:
                 raise DataError(f"bad caption: one caption a sample is due and this has {len(captions)}")
             out.write(self.prompt_text)
             if not prompt:
                 text = str(captions[0].text)
                 text = clean_caption(text) if self.clean else text
-                self._answer(out, text, learn=captions[0].learn)
+                self._answer(out, [(text, captions[0].learn)])
             return out, self.prompt_text
-        for part in turns:
-            text = str(part.text)
-            if part.role == "user":
+        before, after = self.question.split("{}")  # not str.format, which reads any other brace as a field
+        for turn in turns:
+            said = [(str(p.text), p.learn) for p in turn]
+            if turn[0].role == "user":
+                text = "".join(piece for piece, _ in said)
                 asked = clean_question(text) if self.clean else text.strip()
-                out.write((" " if str(out) else "") + self.question.format(asked))
+                out.write((" " if str(out) else "") + before + asked + after)
             else:
-                last = part is turns[-1]
-                self._answer(out, text, learn=part.learn, ends=last)
-        if prompt and turns[-1].role != "user":
+                self._answer(out, said, ends=turn is turns[-1])
+        if prompt and turns[-1][0].role != "user":
             raise DataError("bad conversation: it has no question to answer; end it with a user's turn")
         return out, asked
 
-    def _answer(self, out: Rendered, text: str, *, learn: bool, ends: bool = True) -> None:
-        if not text.strip():
+    def _answer(self, out: Rendered, said: Sequence[tuple[str, bool]], *, ends: bool = True) -> None:
+        """The pieces of one answer, each with its being learnt, without white space at either end of the whole."""
+        filled = [n for n, (text, _) in enumerate(said) if text.strip()]
+        if not filled:
             raise DataError("empty answer: the caption or answer is empty; write one or drop the sample")
-        out.write((" " if str(out) else "") + text.strip(), learn=learn)
+        gap = " " if str(out) else ""
+        for n in range(filled[0], filled[-1] + 1):
+            text, learn = said[n]
+            text = gap + text.lstrip() if n == filled[0] else text
+            out.write(text.rstrip() if n == filled[-1] else text, learn=learn)
         if ends:
-            out.write("\n" if self.end == "newline" and self.start_id is None else END, learn=learn)
+            end = "\n" if self.end == "newline" and self.start_id is None else END
+            out.write(end, learn=said[filled[-1]][1])
 
     def _whole(self, said: Rendered) -> Span:
         """A decoder's text. Where nothing was said before it, its <s> is a target too (the paper's code)."""
@@ -213,16 +226,17 @@ class PromptProcessor:
         must_learn(span, self.max_text, said.learns)
         return span
 
-    def _split(self, said: Rendered, draw: int) -> dict[str, Span]:
-        """Encoder and decoder of a T5: what is said and what is learnt, or a caption cut at a random token."""
+    def _split(self, said: Rendered, draw: int | None) -> dict[str, Span]:
+        """Encoder and decoder of a T5: what is said and what is learnt, or with a ``draw`` a caption cut at random."""
         encoded = encode(said, self.tokenizer)
         skip = len(encoded.ids) - len(_without_bos(encoded.ids, self.tokenizer))
         ids, labels = encoded.ids[skip:], encoded.labels[skip:]
         first = next(i for i, label in enumerate(labels) if label != IGNORE)
         if any(label == IGNORE for label in labels[first:]):
             raise DataError("several answers: an encoder-decoder learns the last one only; unmark the others")
-        if first == 0:
-            first = key("split", draw) % max(1, len(ids) - 1)
+        if first == 0 and draw is not None:
+            # No prefix is longer than the encoder reads: a caption that is too long loses its end, not its middle.
+            first = key("split", draw) % max(1, min(len(ids) - 1, self.max_text))
         assert self.start_id is not None
         before = [*ids[:first][: self.max_text - 1], self.tokenizer.eos_id]
         after = ids[first:][: self.max_text - 1]
@@ -272,6 +286,11 @@ def _bert(tokenizer: Tokenizer, cls: int, text: str, longest: int, *, keep_end: 
 
 def _without_bos(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     return list(ids[1:] if tokenizer.bos_id is not None else ids)
+
+
+def _turns(texts: Sequence[Text]) -> list[list[Text]]:
+    """The parts of one speaker in a row together, whatever pictures stand between them; the system says nothing."""
+    return [list(turn) for _, turn in groupby((p for p in texts if p.role != "system"), lambda part: part.role)]
 
 
 def _one_picture(record: Record) -> None:

@@ -10,11 +10,29 @@ import torch
 from torch import Tensor
 
 from isthmus.batch import IGNORE
+from isthmus.data.processor import SpliceProcessor
 from isthmus.data.record import Example, Record, Span
+from isthmus.data.text import TEMPLATES, Grammar
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.errors import DataError
+from isthmus.errors import ConfigError, DataError
+
+CAPTION_REQUEST = "Provide a brief description of the given image."
+"""One of LLaVA's requests for brief descriptions (2304.08485, appendix)."""
 
 _LIMITS = ("max_length", "max_images", "max_text")
+
+
+def must_be_records(records: Any, method: str) -> None:
+    """Raises ConfigError for anything but several Records."""
+    if isinstance(records, Record | str) or not all(isinstance(record, Record) for record in records):
+        raise ConfigError(f"{method} takes a list of Records; for one picture and one question there is answer().")
+
+
+def published_request(processor: Any) -> dict[str, str]:
+    """The words behind task ``caption`` of a LLaVA whose folder names none: it was trained to converse, and without
+    a user's turn its template would write neither the system's sentence nor the speakers."""
+    talks = isinstance(processor, SpliceProcessor) and isinstance(TEMPLATES[processor.template], Grammar)
+    return {"caption": CAPTION_REQUEST} if talks else {}
 
 
 def shared_beginning(examples: Sequence[Example]) -> tuple[Example, list[Tensor], list[Tensor]] | None:
