@@ -87,6 +87,15 @@ def test_prompts_byte_for_byte(template, parts, expected):
     assert [example.streams["lm"].ids[p.start] for p in example.places] == [TAG] * len(example.places)
 
 
+def test_a_tokenizer_that_begins_with_nothing_gives_open_flamingos_rows():
+    """<image>{caption}<|endofchunk|>{eos} of its LAION, and its shots: GPT-NeoX's tokenizer adds no beginning."""
+    bare = InterleaveProcessor(TOKENIZER.without_bos(), IMAGE, template="open_flamingo")
+    pair = bare.example(record(picture(role="text"), Text("a cat", learn=True)))
+    assert written(pair) == "<image>a cat<|endofchunk|></s>"
+    assert learnt(pair) == "a cat<|endofchunk|></s>"
+    assert written(bare.prompt(record(*CAPTIONS))) == "<image>Output:a cat<|endofchunk|>\n<image>Output:"
+
+
 def test_a_pair_and_its_labels():
     pair = record(picture(role="text"), Text(("a cat", "a red cube"), learn=True))
     example = processor().example(pair, 1)

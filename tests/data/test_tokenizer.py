@@ -68,6 +68,31 @@ def test_saved_folder_loads_here_and_in_transformers(tokenizer, tmp_path):
     assert (peer.bos_token_id, peer.eos_token_id, peer.pad_token_id) == (1, 2, 0)
 
 
+def test_whole_strings_are_one_token_each_and_the_rest_is_as_before(tmp_path):
+    texts = [f"USER: {text} ASSISTANT: {text}" for text in TEXTS]
+    own = Tokenizer.train(texts, 320, whole=["USER:", " ASSISTANT:"])
+    spoken = "USER: is it? ASSISTANT: USER"
+    tokens = own.tokens(own.encode(spoken))
+    assert tokens[0] == "USER:"
+    assert tokens.count(" ASSISTANT:") == 1
+    assert "USER" not in tokens  # what stands only within whole strings was not merged for itself
+    assert own.decode(own.encode(spoken)) == spoken
+    _, offsets = own.encode_with_offsets(spoken)
+    assert offsets[0] == (0, 5)
+    assert [end for _, end in offsets[:-1]] == [start for start, _ in offsets[1:]]
+    assert own.vocab_size <= 320
+    own.save(tmp_path)
+    assert Tokenizer.load(tmp_path).encode(spoken) == own.encode(spoken)
+    peer = AutoTokenizer.from_pretrained(tmp_path)
+    assert peer(spoken).input_ids[1:] == own.encode(spoken)
+
+
+@pytest.mark.parametrize("whole", [["USER:", "USER:"], [""]])
+def test_whole_strings_are_different_and_not_empty(whole):
+    with pytest.raises(ConfigError, match="whole takes different strings"):
+        Tokenizer.train(TEXTS, 320, whole=whole)
+
+
 def test_padding_and_truncation_saved_by_others_are_ignored(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import isthmus
 from isthmus.data.collate import collate
+from isthmus.data.record import Example
 from isthmus.interop.convert import write_model
 from isthmus.model import Model
 from isthmus.testing import probe
@@ -16,8 +16,8 @@ from isthmus.testing.peer import compare
 from tests.interop import tiny_models
 from tests.models.tiny_blip2 import T5
 
-Loader = Callable[[Path, Model], Any]
-"""(folder, the model it was written from) -> the net that came back."""
+Loader = Callable[[Path, Model], Model]
+"""(folder, the model it was written from) -> the model that came back."""
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,23 @@ class Outcome:
     tokens: tuple[int, int]
 
 
-def opened(folder: Path, model: Model) -> Any:
-    return isthmus.load(folder).net
+def opened(folder: Path, model: Model) -> Model:
+    return isthmus.load(folder)
 
 
-def openai(folder: Path, model: Model) -> Any:
-    return isthmus.load(folder / "model.pt").net
+def openai(folder: Path, model: Model) -> Model:
+    return isthmus.load(folder / "model.pt")
 
 
-def flamingo(folder: Path, model: Model) -> Any:
-    return isthmus.load(
-        folder / "checkpoint.pt", vision=folder / "vision_encoder", language=folder / "lang_encoder"
-    ).net
+def flamingo(folder: Path, model: Model) -> Model:
+    return isthmus.load(folder / "checkpoint.pt", vision=folder / "vision_encoder", language=folder / "lang_encoder")
 
 
-def lavis(folder: Path, model: Model) -> Any:
+def lavis(folder: Path, model: Model) -> Model:
     """The file tells its own sizes; those of the language model come with a folder of it."""
     if model.net.language is None:
-        return isthmus.load(folder / "model.pth").net
-    return isthmus.load(folder / "model.pth", language=tiny_models.save_language(model, folder / "language")).net
+        return isthmus.load(folder / "model.pth")
+    return isthmus.load(folder / "model.pth", language=tiny_models.save_language(model, folder / "language"))
 
 
 WITHOUT_WRITING = ("heads.temperature", "heads.lm_")
@@ -184,14 +182,14 @@ CASES = [
         lossy=True,
         lost=WITHOUT_WRITING,
     ),
-    Case("CLIP", "openai", "CLIP", tiny_models.openai_clip, openai),
+    Case("CLIP", "openai", "CLIP", tiny_models.published_clip, openai),
     Case("CLIP", "open_clip", "CLIP", tiny_models.clip, opened),
     Case("LLaVA", "original", "LlavaLlamaForCausalLM", tiny_models.llava, opened),
     Case(
         "LLaVA, one linear layer",
         "original",
         "LlavaLlamaForCausalLM",
-        lambda: tiny_models.llava(projector="linear"),
+        lambda: tiny_models.llava(projector="linear", template="llava_v1"),
         opened,
     ),
     Case("LLaVA-NeXT", "original", "LlavaLlamaForCausalLM", tiny_models.llava_next, opened),
@@ -206,24 +204,29 @@ def run(case: Case, folder: Path) -> Outcome:
     """Write, read, compare."""
     model = case.make()
     write_model(model, folder, case.to, lossy=case.lossy)
-    net = case.back(folder, model)
-    ours, back = model.net.state_dict(), net.state_dict()
+    again = case.back(folder, model)
+    ours, back = model.net.state_dict(), again.net.state_dict()
     kept = [name for name in ours if not name.startswith(case.lost or ("-",))]
     equal = sum(name in back and _begins_with(back[name], ours[name]) for name in kept)
-    again = Model(net, model.processor, prompts=model.prompts)
     worst, same, of = 0.0, 0, 0
-    for example in probe.prompts(model, probe.WORDS, (1, 2, 3)):
-        whole = probe.answered(model, example, [5, 6]) if "encoder" in example.streams else example
-        (a,), (b,) = (probe.outputs(m, collate([whole])) for m in (model, again))
+    asked = (probe.prompts(m, probe.WORDS, (1, 2, 3)) for m in (model, again))  # each in its own processor's words
+    for pair in zip(*asked, strict=True):
+        a, b = (_outputs(m, example) for m, example in zip((model, again), pair, strict=True))
         worst = max(worst, float((a - b[..., : a.shape[-1]]).abs().max()))
         if "generate" in model.capabilities and not probe.embeds(model):
-            (first,), (second,) = (probe.written(m, [example]) for m in (model, again))
+            (first,), (second,) = (probe.written(m, [e]) for m, e in zip((model, again), pair, strict=True))
             same, of = same + sum(x == y for x, y in zip(first, second, strict=True)), of + len(first)
     theirs = None
     if case.peer:
         found = compare(model, folder)
         theirs, same, of = found.difference, same + found.tokens, of + found.of
     return Outcome(len(kept), equal, worst, theirs, (same, of))
+
+
+def _outputs(model: Model, example: Example) -> torch.Tensor:
+    whole = probe.answered(model, example, [5, 6]) if "encoder" in example.streams else example
+    (found,) = probe.outputs(model, collate([whole]))
+    return found
 
 
 def _begins_with(grown: torch.Tensor, tensor: torch.Tensor) -> bool:

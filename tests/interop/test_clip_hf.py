@@ -17,7 +17,7 @@ from transformers import (
 
 from isthmus.batch import Tokens
 from isthmus.checkpoint import write_folder
-from isthmus.errors import CheckpointError
+from isthmus.errors import CheckpointError, DataError
 from isthmus.interop.hf_clip import (
     clip_config_from_hf,
     clip_config_to_hf,
@@ -206,22 +206,36 @@ def test_misfits_are_named_and_position_ids_tolerated():
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("eos", [2, 59])
+@pytest.mark.parametrize("eos", [2, 49407])
 @torch.no_grad()
 def test_legacy_end_of_text_pools_at_the_largest_id(eos):
     """An added id above end-of-text separates the two rules, in transformers and here alike."""
-    theirs = _theirs("clip", vocab_size=64, eos_token_id=eos)
+    theirs = _theirs("clip", vocab_size=49410, eos_token_id=eos)
     config = clip_config_from_hf(theirs.config.to_dict())
-    assert config.text.pool == ("argmax" if eos == 2 else "eot")
+    assert (config.text.pool, config.text.eot_id) == ("argmax" if eos == 2 else "eot", 49407)
+    assert clip_config_to_hf(config)["text_config"]["eos_token_id"] == eos
     ours = Clip(config)
     ours.load_state_dict(clip_from_hf(theirs.state_dict(), config))
     _, tokens = _inputs("clip")
+    tokens.ids[tokens.ids == 59] = 49407
     for added in (False, True):
         if added:
-            tokens.ids[:, 1] = 62
+            tokens.ids[:, 1] = 49409
         expected = theirs.get_text_features(input_ids=tokens.ids)
         expected = expected if isinstance(expected, torch.Tensor) else expected.pooler_output
         torch.testing.assert_close(ours.embed_texts(tokens), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("vocab_size", [64, 49410])
+def test_a_legacy_tower_refuses_a_row_without_end_of_text(vocab_size):
+    """transformers would read it at its largest id, whatever that is."""
+    config = text_config_from_hf({**TEXT, "model_type": "clip_text_model", "vocab_size": vocab_size, "eos_token_id": 2})
+    tower, end = TextTower(config), min(49407, vocab_size - 1)
+    assert config.eot_id == end
+    ids = torch.tensor([[1, 5, 6, end], [1, 5, 2, vocab_size - 2]])
+    assert tower(ids[:1], torch.tensor([4])).isfinite().all()
+    with pytest.raises(DataError, match=f"row 1 has no end-of-text .id {end}."):
+        tower(ids, torch.tensor([4, 4]))
 
 
 def test_a_config_dict_beside_the_config_wins_and_resets_what_it_omits():

@@ -14,7 +14,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import isthmus
 from isthmus.checkpoint import Foreign, read_folder
+from isthmus.data.clip_tokenizer import IDS
 from isthmus.data.images import ImageTransform
+from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.interop.convert import FORMATS, write_model
 from isthmus.interop.hf_llava import llava_config_to_hf, llava_to_hf
@@ -114,7 +116,7 @@ def test_pickled_files_hold_plain_tensors_only(tmp_path: Path) -> None:
     model = tiny_models.lavis()
     held = sum(t.numel() * t.element_size() for t in model.net.state_dict().values())
     write_model(model, tmp_path / "lavis", "lavis")
-    write_model(tiny_models.openai_clip(), tmp_path / "openai", "openai")
+    write_model(tiny_models.published_clip(), tmp_path / "openai", "openai")
     write_model(tiny_models.flamingo(), tmp_path / "flamingo", "open_flamingo")
     for file in ("lavis/model.pth", "openai/model.pt", "flamingo/checkpoint.pt"):
         torch.load(tmp_path / file, weights_only=True)
@@ -172,6 +174,89 @@ def test_the_template_comes_back(tmp_path: Path) -> None:
     assert isthmus.load(tmp_path / "lm").processor.template == "vicuna_bare"
 
 
+def test_what_the_original_llava_has_no_place_for_is_told(tmp_path: Path) -> None:
+    """Such a model is asked by its file's kind: trained in other words it would answer worse, and nobody would know."""
+    for name, model in (
+        ("llava_v1", tiny_models.llava(template="llava_v1")),
+        ("vicuna_bare", tiny_models.llava(template="vicuna_bare")),
+        ("plain", tiny_models.llava(template="plain")),
+        ("vicuna_v1", tiny_models.llava(projector="linear")),
+        ("paper", tiny_models.flamingo(template="paper")),
+    ):
+        to = "open_flamingo" if model.kind == "flamingo" else "original"
+        with pytest.raises(CheckpointError, match=f"processor.template '{name}'"):
+            write_model(model, tmp_path / name, to)
+        (loss,) = write_model(model, tmp_path / name, to, lossy=True).losses
+        assert loss.startswith("processor.template")
+
+
+def test_what_ends_an_answer_comes_back_from_the_original_layout(tmp_path: Path) -> None:
+    model = tiny_models.llava()
+    model.processor.stop_ids = (311, 7)
+    write_model(model, tmp_path / "out", "original")
+    assert isthmus.load(tmp_path / "out").processor.stop_ids == (7, 311)
+
+
+def test_the_original_layout_is_without_transformers_token_for_a_picture(tmp_path: Path) -> None:
+    """And without the padding behind it: their code could write those tokens, and never reads them."""
+    write_model(tiny_models.llava(), tmp_path / "hf", "hf")
+    model = isthmus.load(tmp_path / "hf")
+    (image,) = model.forbidden
+    assert image < model.net.language.vocab_size - 1
+    write_model(model, tmp_path / "original", "original")
+    again = isthmus.load(tmp_path / "original")
+    ours, back = model.net.state_dict(), again.net.state_dict()
+    assert again.net.language.vocab_size == image == again.processor.tokenizer.vocab_size
+    assert again.forbidden == ()
+    cut = {name for name in ours if ours[name].shape != back[name].shape}
+    assert cut == {"language.lm.model.embed_tokens.weight", "language.lm.lm_head.weight"}
+    assert all(torch.equal(ours[name][: len(back[name])] if name in cut else ours[name], back[name]) for name in ours)
+    picture = PilImage.effect_noise((40, 30), 90).convert("RGB")
+    assert model.answer(picture, "what?", max_new_tokens=8) == again.answer(picture, "what?", max_new_tokens=8)
+
+
+def test_a_token_in_use_behind_that_of_a_picture_is_not_cut_off(tmp_path: Path) -> None:
+    model = tiny_models.llava()
+    model.processor.tokenizer = model.processor.tokenizer.with_tokens("<image>", "<end_of_turn>")
+    model.forbidden = (model.processor.tokenizer.id_of("<image>"),)
+    with pytest.raises(CheckpointError, match=rf"forbidden \[{model.forbidden[0]}\]: their code may write"):
+        write_model(model, tmp_path / "out", "original")
+    write_model(model, tmp_path / "out", "original", lossy=True)
+    assert isthmus.load(tmp_path / "out").forbidden == model.forbidden
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("pad", [True, False])
+def test_open_flamingos_tables_are_as_long_as_its_tokenizer_makes_them(tmp_path: Path, padded: bool, pad: bool) -> None:
+    """Their factory resizes them to the tokenizer and <PAD>, and load_state_dict then fails on any other shape."""
+    tokens = tiny_models.tokenizer().vocab_size
+    language = {**tiny_models.NEOX, "vocab_size": tiny_models.ROWS if padded else tokens, "tie_word_embeddings": False}
+    model = tiny_models.flamingo(language=language)
+    told = model.processor.tokenizer
+    if not pad:
+        model.processor.tokenizer = told = Tokenizer(told.backend, eos="</s>", bos="<s>")
+    write_model(model, tmp_path / "out", "open_flamingo")
+    state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    tables = {name: len(t) for name, t in state.items() if "embed" in name}
+    rows = told.vocab_size + (not pad)
+    assert tables == {"lang_encoder.gpt_neox.embed_in.weight": rows, "lang_encoder.embed_out.weight": rows}
+    assert rows == tokens + (2 if pad else 3)
+    parts = {"vision": tmp_path / "out" / "vision_encoder", "language": tmp_path / "out" / "lang_encoder"}
+    again = isthmus.load(tmp_path / "out" / "checkpoint.pt", **parts)
+    assert all(torch.equal(t, again.net.state_dict()[name]) for name, t in model.net.state_dict().items())
+
+
+def test_open_clip_reads_texts_by_the_tokenizer_that_is_named(tmp_path: Path) -> None:
+    """Without a name it takes CLIP's own, whose ids mean nothing to a model with another vocabulary."""
+    for name, make, told in (("own", tiny_models.clip, "."), ("published", tiny_models.published_clip, None)):
+        model = make()
+        write_model(model, tmp_path / name, "open_clip")
+        described = json.loads((tmp_path / name / "open_clip_config.json").read_text())["model_cfg"]
+        assert described["text_cfg"].get("hf_tokenizer_name") == told
+        again, texts = isthmus.load(tmp_path / name), ["a red cube", "fish &amp; chips"]
+        assert torch.equal(again.embed_texts(texts), model.embed_texts(texts))
+
+
 def test_the_card_tells_stages_data_and_scores(story: Path, tmp_path: Path) -> None:
     run_folder = tmp_path / "run"
     for place in ("model", "eval/vqa"):
@@ -194,6 +279,10 @@ def other_heads() -> Model:
     return model
 
 
+def clip_of_77(rows: int, **text: int) -> Model:
+    return tiny_models.clip(text=replace(tiny_models.clip().net.config.text, context=77, vocab_size=rows, **text))
+
+
 REFUSED = {
     "qformer.heads": (other_heads, "lavis"),
     "similarity": (lambda: tiny_models.clip(similarity="dot"), "hf"),
@@ -211,6 +300,9 @@ REFUSED = {
         "open_clip",
     ),
     "vision.class_token": (tiny_models.siglip, "openai"),
+    "text.context": (tiny_models.openai_clip, "openai"),
+    "text.vocab_size": (lambda: clip_of_77(tiny_models.ROWS), "openai"),
+    "processor.tokenizer": (lambda: clip_of_77(IDS, eot_id=IDS - 1), "openai"),
     "vision.width": (tiny_models.siglip, "open_clip"),
     "feature_layer": (lambda: tiny_models.llava(feature_layer=(1, -2)), "original"),
     "offset": (lambda: tiny_models.flamingo(offset=0), "open_flamingo"),
@@ -244,7 +336,7 @@ def test_losses_are_named_and_wanted(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_over_and_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_models.openai_clip()
+    model = tiny_models.published_clip()
     write_model(model, tmp_path / "out", "openai")
     for to in ("openai", "isthmus"):
         with pytest.raises(CheckpointError, match="--replace"):

@@ -10,6 +10,8 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -18,16 +20,19 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     SiglipConfig,
     SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 import isthmus
 from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.collate import collate
-from isthmus.data.images import MadeImage
+from isthmus.data.images import ImageTransform, MadeImage
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError, IsthmusWarning
 from isthmus.interop.folders import image_transform
+from isthmus.interop.hf_files import swapped
 from isthmus.language import Decoding
 from tests.fixtures import OPEN_CLIP
 
@@ -73,6 +78,7 @@ def redraw(model):
 
 
 def test_clip(tmp_path, tokenizer):
+    tokenizer = swapped(tokenizer, tokenizer.eos_id, tokenizer.vocab_size - 1)  # end-of-text 2 means another rule there
     text = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -240,6 +246,44 @@ def test_language_model(tmp_path, tokenizer):
     )
 
 
+def test_json_files_of_other_things_do_not_stop_a_folder_from_opening(tmp_path, tokenizer):
+    LlamaForCausalLM(LlamaConfig(**LANGUAGE)).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    for name, text in (("classes.json", '["cat"]'), ("modules.json", "[]"), ("log.json", '{"a": 1}\n{"a": 2}\n')):
+        (tmp_path / name).write_text(text)
+    assert isthmus.load(tmp_path).kind == "lm"
+    (tmp_path / "open_clip_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"open_clip_config\.json is not valid JSON"):
+        isthmus.load(tmp_path)
+
+
+def bare(folder, tokenizer, **told):
+    """The tokenizer's files as GPT-NeoX's and Gemma's: a beginning of sequence is named, and nothing puts it first."""
+    tokenizer.save(folder)
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**tree, "post_processor": None}))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+
+
+@pytest.mark.parametrize("told", [{}, {"add_bos_token": False}, {"add_bos_token": True}])
+def test_a_gpt_neox_begins_as_its_tokenizer_does(tmp_path, tokenizer, told):
+    GPTNeoXForCausalLM(GPTNeoXConfig(**LANGUAGE)).save_pretrained(tmp_path)
+    bare(tmp_path, tokenizer, **told)
+    model = isthmus.load(tmp_path)
+    record = isthmus.Record(id="x", parts=(isthmus.Text("a red", learn=True),))
+    start = [tokenizer.bos_id] if told.get("add_bos_token") else []
+    for opened in (model, isthmus.load(model.save(tmp_path / "ours"))):
+        ids = opened.processor.example(record).streams["lm"].ids
+        assert ids == [*start, *tokenizer.encode("a red"), tokenizer.eos_id]
+
+
+def test_a_llama_keeps_its_beginning_whatever_its_tokenizer_file_does(tmp_path, tokenizer):
+    LlamaForCausalLM(LlamaConfig(**LANGUAGE)).save_pretrained(tmp_path)
+    bare(tmp_path, tokenizer)
+    assert isthmus.load(tmp_path).processor.tokenizer.bos_id == tokenizer.bos_id
+
+
 def test_what_does_not_fit_is_named(tmp_path, tokenizer):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="neither a format of ours nor a model_type"):
@@ -278,6 +322,19 @@ def test_a_siglip_folder_cleans_texts_and_starts_them_with_nothing(tmp_path):
         assert torch.allclose(found / found.norm(dim=-1, keepdim=True), expected, atol=1e-5)
 
 
+def test_a_siglip_2_starts_a_text_with_nothing_though_its_tokenizer_names_a_beginning(tmp_path):
+    """Gemma's tokenizer, told to add an end only."""
+    tokenizer = Tokenizer.train(["a red cube and a blue ring"] * 3, 320)
+    sizes = {**LANGUAGE, "max_position_embeddings": 16, "pad_token_id": 0, "eos_token_id": 2}
+    SiglipModel(SiglipConfig(text_config=sizes, vision_config=VISION)).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    begins = isthmus.load(tmp_path).processor.text_example("a red").streams["text"].ids
+    bare(tmp_path, tokenizer, add_bos_token=False)
+    ids = [*tokenizer.encode("a red"), tokenizer.eos_id]
+    assert isthmus.load(tmp_path).processor.text_example("a red").streams["text"].ids == ids
+    assert begins == [tokenizer.bos_id, *ids]
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -295,6 +352,19 @@ def test_steps_of_an_image_processor_that_are_not_ours_are_refused(tmp_path, cha
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**ours, **changes}))
     with pytest.raises(CheckpointError, match=named):
         image_transform(tmp_path, 28)
+
+
+@pytest.mark.parametrize("told", [None, {"size": {"height": 32, "width": 32}}])
+def test_a_siglip_folder_that_tells_nothing_of_pixels_gets_siglips(tmp_path, told):
+    """CLIP's mean and std would load and degrade."""
+    sizes = {**LANGUAGE, "pad_token_id": 2, "eos_token_id": 2}
+    SiglipModel(SiglipConfig(text_config=sizes, vision_config=VISION)).save_pretrained(tmp_path / "whole")
+    SiglipVisionModel(SiglipVisionConfig(**VISION)).save_pretrained(tmp_path / "tower")
+    Tokenizer.train(["a red cube"] * 3, 300).save(tmp_path / "whole")
+    for name in ("whole", "tower"):
+        if told is not None:
+            (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(told))
+        assert isthmus.load(tmp_path / name).processor.image == ImageTransform.siglip(32)
 
 
 def test_pictures_that_are_not_normalised_stay_so(tmp_path):

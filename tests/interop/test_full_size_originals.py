@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, LlamaConfig, LlamaForCausalLM
 
 from isthmus.interop.lavis import from_lavis, to_lavis
-from isthmus.interop.open_flamingo import trained_from_open_flamingo
+from isthmus.interop.open_flamingo import trained_from_open_flamingo, trained_to_open_flamingo
 from isthmus.interop.open_lavis import _eva, _qformer
 from isthmus.interop.original_llava import llava_from_original, llava_to_original
 from isthmus.models.blip2 import Blip2
@@ -136,6 +136,8 @@ def _without_key_bias(state: State) -> State:
 
 # OpenFlamingo 2.0.1: what its checkpoint.pt holds.
 
+RELEASED = 50280
+"""Rows of the tables: GPT-NeoX's 50,277 tokens and the three new ones, less than the language models' 50,432."""
 FLAMINGOS = {
     "3b": (FlamingoConfig.open_flamingo_3b, "transformer.blocks", 2048, 24, 1, ("transformer.wte",)),
     "4b": (FlamingoConfig.open_flamingo_4b, "gpt_neox.layers", 2560, 32, 2, ("gpt_neox.embed_in", "embed_out")),
@@ -163,7 +165,7 @@ def open_flamingo(path: str, width: int, layers: int, every: int, tables: tuple[
         state |= block(at, width, 1024, "attn")
         state |= {f"{at}.attn.norm.{leaf}": empty(width) for leaf in ("weight", "bias")}
         state |= {f"{at}.{gate}": empty(1) for gate in ("attn_gate", "ff_gate")}
-    return state | {f"lang_encoder.{table}.weight": empty(50280 + 152, width) for table in tables}
+    return state | {f"lang_encoder.{table}.weight": empty(RELEASED, width) for table in tables}
 
 
 @pytest.mark.parametrize("name", FLAMINGOS)
@@ -176,3 +178,4 @@ def test_open_flamingo(name: str) -> None:
     assert shapes(trained_from_open_flamingo(state, net)) == want
     run = {"epoch": 3, "model_state_dict": {f"module.{n}": t for n, t in state.items()}}
     assert shapes(trained_from_open_flamingo(run, net)) == want
+    assert shapes(trained_to_open_flamingo(net, RELEASED)) == shapes(state)

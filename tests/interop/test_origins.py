@@ -1,6 +1,7 @@
 """Checkpoints of the original code bases behind ``isthmus.load``: told by content, strict, saying what they lack."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import tokenizers
 import torch
 from PIL import Image as PilImage
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 import isthmus
 from isthmus.checkpoint import write_folder
@@ -17,6 +19,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.convert import write_model
 from isthmus.interop.hf_clip import clip_config_to_hf, clip_to_hf
+from isthmus.interop.open_clip import clip_to_open_clip
 from isthmus.interop.open_flamingo import trained_to_open_flamingo
 from isthmus.interop.openai import SCALARS, clip_config_from_openai, clip_to_openai
 from isthmus.interop.original_llava import llava_to_original
@@ -28,6 +31,7 @@ from isthmus.nn.gated import GatedConfig
 from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.vit import VisionConfig
 from tests.fixtures import OPEN_CLIP
+from tests.interop import tiny_models
 
 WORDS = ("a", "red", "blue", "cube", "ring", "what", "is", "it", "USER", "ASSISTANT", ":", "?", ".")
 
@@ -184,6 +188,41 @@ def test_open_clip_folders_equal_open_clip(tmp_path, name):
     assert model.processor.image.mean == (0.5, 0.5, 0.5)
 
 
+def _open_clip_folder(folder: Path, clip: Clip, **text) -> Path:
+    """With CLIP's whole vocabulary (and a part of its merges) in the file that transformers wrote of it."""
+    sizes = replace(clip.config.text, vocab_size=49408, context=77, eot_id=49407)
+    net = drawn(Clip(replace(clip.config, text=sizes)))
+    described = {
+        "embed_dim": 32,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 28, "patch_size": 14, "width": 64, "layers": 2, "mlp_ratio": 1.5},
+        "text_cfg": {"width": 64, "heads": 1, "layers": 2, "mlp_ratio": 1.5, **text},
+    }
+    theirs = CLIPTokenizer(
+        vocab=str(OPEN_CLIP / "tokenizer" / "vocab.json"), merges=str(OPEN_CLIP / "tokenizer" / "merges.txt")
+    )
+    theirs.save_pretrained(folder)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": described}))
+    save_file(
+        {k: v.contiguous() for k, v in clip_to_open_clip(net.state_dict(), net.config).items()},
+        folder / "open_clip_model.safetensors",
+    )
+    return folder
+
+
+def test_open_clip_reads_text_by_its_own_tokenizer_though_transformers_lies_beside(clip, tmp_path):
+    """It pushes tokenizer.json into every repository of a CLIP, and reads by it only where the configuration names one:
+    the two differ in entities and curly quotes."""
+    rows = json.loads((OPEN_CLIP / "tokenizer" / "rows.json").read_text())
+    cleaned = [row for row in rows if row["text"].count("&") or row["text"].count("\u2019")]
+    assert cleaned
+    told = isthmus.load(_open_clip_folder(tmp_path / "own", clip)).processor
+    for row in [row for row in rows if row["text"].strip()]:
+        assert told.text_example(row["text"]).streams["text"].ids == row["ids"]
+    named = isthmus.load(_open_clip_folder(tmp_path / "named", clip, hf_tokenizer_name="openai/clip")).processor
+    assert any(named.text_example(row["text"]).streams["text"].ids != row["ids"] for row in cleaned)
+
+
 def test_a_folder_with_transformers_form_beside_open_clips_opens(tmp_path, clip):
     """As many are published on the hub: both configurations, both files of weights."""
     tensors = load_file(OPEN_CLIP / "clip_gelu.safetensors")
@@ -319,6 +358,25 @@ def test_a_lora_is_merged_into_its_base(llava, tmp_path):
         isthmus.load(folder, vision=tmp_path / "tower", language=language)
 
 
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+def test_an_open_flamingo_over_gpt_neox_begins_as_its_tokenizer_does(tmp_path, picture, named, adds):
+    """The released models' tokenizer names a beginning of sequence and adds none: rows begin with the picture."""
+    tokens = tiny_models.tokenizer().vocab_size
+    model = tiny_models.flamingo(language={**tiny_models.NEOX, "vocab_size": tokens})
+    folder = write_model(model, tmp_path / "out", "open_flamingo").folder
+    lm = folder / "lang_encoder"
+    if not adds:
+        tree = json.loads((lm / "tokenizer.json").read_text())
+        (lm / "tokenizer.json").write_text(json.dumps({**tree, "post_processor": None}))
+    parts = {"vision": folder / "vision_encoder", "language": lm, **({"tokenizer": lm} if named else {})}
+    read = isthmus.load(folder / "checkpoint.pt", **parts).processor
+    pair = Record("a", (Image(picture, role="text"), Text("a red cube", learn=True)))
+    told = read.tokenizer
+    row = [read.image_id, *told.encode("a red cube"), read.end_id, told.eos_id]
+    assert read.example(pair).streams["lm"].ids == ([told.id_of("<s>"), *row] if adds else row)
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_what_an_open_flamingo_run_trained(llava, picture, tmp_path, wrapped):
     net = drawn(
@@ -337,7 +395,7 @@ def test_what_an_open_flamingo_run_trained(llava, picture, tmp_path, wrapped):
     )
     net.vision.load_state_dict(llava.vision.state_dict())
     net.language.lm.load_state_dict(llava.language.lm.state_dict())
-    state = trained_to_open_flamingo(net)
+    state = trained_to_open_flamingo(net, 66)
     if wrapped:
         state = {"epoch": 1, "model_state_dict": {f"module.{k}": v for k, v in state.items()}}
     torch.save(state, tmp_path / "checkpoint.pt")

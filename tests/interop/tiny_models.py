@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
+from isthmus.data.clip_tokenizer import IDS, ClipTokenizer
 from isthmus.data.images import ImageTransform
 from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
 from isthmus.data.processor import (
@@ -36,6 +37,7 @@ from isthmus.nn.gated import GatedConfig
 from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.tiles import PINPOINTS
 from isthmus.nn.vit import VisionConfig
+from tests.fixtures import OPEN_CLIP
 from tests.models.tiny_blip2 import T5, redraw
 from tests.models.tiny_blip2 import VISION as EVA
 
@@ -105,6 +107,16 @@ def openai_clip() -> Model:
     net = Clip(ClipConfig(vision=VISION, text=text, embed_dim=24))
     redraw(net)
     return Model(net, ContrastiveProcessor(told, ImageTransform.clip(SIZE), context=40))
+
+
+def published_clip() -> Model:
+    """With CLIP's own ids and context, the only ones of OpenAI's code; its table of merges is a part of theirs."""
+    told = ClipTokenizer.load(OPEN_CLIP / "tokenizer")
+    text = TextConfig(context=77, vocab_size=IDS, width=64, layers=2, heads=1, mlp_width=256, eot_id=told.eos_id)
+    torch.manual_seed(0)
+    net = Clip(ClipConfig(vision=VISION, text=text, embed_dim=24))
+    redraw(net)
+    return Model(net, ContrastiveProcessor(told, ImageTransform.clip(SIZE)))
 
 
 def siglip() -> Model:
@@ -181,7 +193,7 @@ def llava_next(**changes: Any) -> Model:
     return llava(mode="anyres", pinpoints=pinpoints, **changes)
 
 
-def flamingo(**changes: Any) -> Model:
+def flamingo(*, template: str = "open_flamingo", **changes: Any) -> Model:
     """In OpenFlamingo's proportions: heads of 64 everywhere."""
     told = tokenizer().with_tokens(*NEW_TOKENS)
     end, image = (told.id_of(token) for token in NEW_TOKENS)
@@ -201,7 +213,7 @@ def flamingo(**changes: Any) -> Model:
     for block in net.xattn:
         block.attn_gate.data.fill_(0.7)  # type: ignore[union-attr]
         block.mlp_gate.data.fill_(0.5)  # type: ignore[union-attr]
-    return Model(net, InterleaveProcessor(told, ImageTransform.clip(SIZE), max_length=120))
+    return Model(net, InterleaveProcessor(told, ImageTransform.clip(SIZE), max_length=120, template=template))
 
 
 def idefics(*, gate: Any = "scalar", instruct: bool = False) -> Model:
@@ -261,6 +273,7 @@ def blip2(language: dict[str, Any] | None = OPT, *, instruct: bool = False, **ch
     image = ImageTransform.clip(SIZE, "squash")
     if language is None:
         return Model(net, PairProcessor(told, image))
+    t5 = language["model_type"] == "t5"
     return Model(
         net,
         PromptProcessor(
@@ -268,8 +281,8 @@ def blip2(language: dict[str, Any] | None = OPT, *, instruct: bool = False, **ch
             image,
             num_tokens=net.num_tokens(SIZE, SIZE),
             max_text=60,
-            question="{}" if instruct else "Question: {} Answer:",
-            start_id=net.language.start_id if language["model_type"] == "t5" else None,  # type: ignore[union-attr]
+            question="{}" if instruct else f"Question: {{}} {'Short answer' if t5 else 'Answer'}:",
+            start_id=net.language.start_id if t5 else None,  # type: ignore[union-attr]
             qformer=told if instruct else None,
             clean=not instruct,
         ),

@@ -22,6 +22,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import DataError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+IDS = 49_408
 MERGES = 48_894
 """Merges in use; OpenAI's file holds more."""
 
@@ -107,14 +108,41 @@ class ClipTokenizer(Tokenizer):
         return bytes(self._bytes.get(symbol, 0x20) for symbol in text).decode("utf-8", errors="replace").strip()
 
 
+def clip_tokenizer(folder: str | Path) -> ClipTokenizer | None:
+    """CLIP's own tokenizer out of a folder that holds its table in any form; none where it holds another one.
+
+    transformers' ``tokenizer.json`` has the table too, and cleans less than the text that CLIP's weights saw. Raises
+    DataError for a damaged table.
+    """
+    folder = Path(folder)
+    try:
+        if not (folder / "tokenizer.json").is_file():
+            vocab = folder / "vocab.json"
+            own = vocab.is_file() and (folder / "merges.txt").is_file() and START in vocab.read_text(encoding="utf-8")
+            return ClipTokenizer.load(folder) if own else None
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("model") or {}
+        vocab = model.get("vocab")
+        if not isinstance(vocab, dict) or START not in vocab or model.get("end_of_word_suffix") != _WORD_END:
+            return None
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        return ClipTokenizer(vocab, [(first, second) for first, second in pairs])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"cannot read CLIP's merge table from {folder}: {error}.") from error
+
+
+def is_published(tokenizer: Tokenizer) -> bool:
+    """Has it the ids that OpenAI's and open_clip's code is bound to: 49,408, start and end of text the last two?"""
+    ends = [tokenizer.backend.token_to_id(token) for token in (START, END)]
+    return tokenizer.vocab_size == IDS and ends == [tokenizer.bos_id, tokenizer.eos_id] == [IDS - 2, IDS - 1]
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of any folder: CLIP's own where its vocabulary and merges stand alone, else as transformers
     would read it, SigLIP's with its cleaning. Raises CheckpointError (or DataError for a damaged table).
     """
     folder = Path(folder)
-    alone = not (folder / "tokenizer.json").is_file() and (folder / "merges.txt").is_file()
-    if alone and (folder / "vocab.json").is_file() and START in (folder / "vocab.json").read_text(encoding="utf-8"):
-        return ClipTokenizer.load(folder)
+    if not (folder / "tokenizer.json").is_file() and (own := clip_tokenizer(folder)) is not None:
+        return own
     file = folder / "tokenizer_config.json"
     config = read_json(file) if file.is_file() else {}
     tokenizer = Tokenizer.load(folder)

@@ -20,6 +20,7 @@ class Source(Protocol):
     net: Any
     processor: Any
     prompts: dict[str, str]
+    forbidden: tuple[int, ...]
     kind: str
 
     def ended(self, decoding: Decoding) -> Decoding: ...

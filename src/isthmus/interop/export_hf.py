@@ -29,7 +29,7 @@ from isthmus.interop.hf_files import (
 )
 from isthmus.interop.hf_idefics import TOKENS as IDEFICS_TOKENS
 from isthmus.interop.hf_idefics import idefics_config_to_hf, idefics_to_hf
-from isthmus.interop.hf_language import RENAMED
+from isthmus.interop.hf_language import published
 from isthmus.interop.hf_llava import llava_config_to_hf, llava_to_hf
 from isthmus.interop.hf_towers import image_encoder_to_hf, text_encoder_to_hf
 from isthmus.language import vocabulary_tables
@@ -149,8 +149,7 @@ def language_files(model: Source, weights: Mapping[str, Tensor]) -> dict[str, Co
 
 def language_tensors(lm: Any) -> dict[str, Tensor]:
     """Under the names of published files, a tied tensor once."""
-    published = {ours: theirs for theirs, ours in RENAMED.items()} if lm.config.model_type == "gpt_neox" else {}
-    return {published.get(name, name): tensor for name, tensor in state_tensors(lm).items()}
+    return {published(lm, name): tensor for name, tensor in state_tensors(lm).items()}
 
 
 def _llava(model: Source, shard_bytes: int) -> Export:

@@ -4,25 +4,30 @@ Where that code has a size or a rule fixed, a model with another one is refused 
 torch.save writes hold plain tensors only.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import tokenizers
 from torch import Tensor
 
 from isthmus.checkpoint import Content
+from isthmus.data.clip_tokenizer import IDS, is_published
 from isthmus.data.images import ImageTransform
+from isthmus.data.tokenizer import Tokenizer
 from isthmus.interop.entries import part_of
 from isthmus.interop.export import Export, Source, common_dtype, must, pickled, shards
-from isthmus.interop.export_hf import language_files, language_tensors, last_eot
+from isthmus.interop.export_hf import IMAGE, language_files, language_tensors
 from isthmus.interop.hf_clip import vision_config_to_hf, vision_to_hf
 from isthmus.interop.hf_files import image_processor, tokenizer_files
 from isthmus.interop.lavis import EVA_HEAD, HEAD, NORM_EPS, to_lavis
 from isthmus.interop.open_clip import clip_to_open_clip
 from isthmus.interop.open_flamingo import LAYERS, trained_to_open_flamingo
 from isthmus.interop.openai import clip_to_openai
-from isthmus.interop.original_llava import AROUND, TOWERS, llava_to_original
+from isthmus.interop.original_llava import AROUND, TOWERS, llava_to_original, template_of
 from isthmus.interop.timm_siglip import trunk_name
+from isthmus.language import vocabulary_tables
 from isthmus.models.clip import ClipConfig
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
@@ -32,6 +37,8 @@ from isthmus.nn.tiles import turned
 from isthmus.nn.vit import VisionConfig
 
 TOWER = "vision_tower"
+_OF_TRANSFORMERS = {IMAGE, "<pad>"}
+"""What transformers' LLaVA adds behind the language model's vocabulary."""
 
 
 # CLIP.
@@ -47,9 +54,13 @@ def openai_export(model: Source, *, shard_bytes: int) -> Export:
         must(tower.mlp_width == 4 * tower.width, f"{name}.mlp_width", tower.mlp_width, who, "4 · width")
         must(tower.eps == 1e-5, f"{name}.eps", tower.eps, who, "1e-5")
     must(config.init_bias is None, "init_bias", config.init_bias, who, "none")
-    state, tokenizer = model.net.state_dict(), model.processor.tokenizer
-    if config.text.pool == "eot" and config.text.eot_id != tokenizer.vocab_size - 1:
-        state, config, tokenizer = last_eot(state, config, tokenizer)
+    # clip.tokenize reads by the table that comes with it, pads to 77, and the model looks for the largest id.
+    text, tokenizer = config.text, model.processor.tokenizer
+    for name, value, fixed in (("context", text.context, 77), ("vocab_size", text.vocab_size, IDS)):
+        must(value == fixed, f"text.{name}", value, who, str(fixed))
+    must(text.eot_id == IDS - 1, "text.eot_id", text.eot_id, who, str(IDS - 1))
+    must(is_published(tokenizer), "processor.tokenizer", f"{tokenizer.vocab_size} tokens", who, f"CLIP's own of {IDS}")
+    state = model.net.state_dict()
     files = {"model.pt": pickled(clip_to_openai(state, config)), **_clip_tokenizer(tokenizer, config)}
     return Export(
         files=files,
@@ -80,7 +91,7 @@ def open_clip_export(model: Source, *, shard_bytes: int) -> Export:
         **({} if config.init_bias is None else {"init_logit_bias": config.init_bias}),
         **({"custom_text": True} if siglip else {}),
         "vision_cfg": _open_clip_timm(vision) if siglip else _open_clip_vision(vision),
-        "text_cfg": _open_clip_text(text, proj_bias=config.text_projection_bias),
+        "text_cfg": _open_clip_text(text, model.processor.tokenizer, proj_bias=config.text_projection_bias),
     }
     preprocess = {
         "mean": list(image.mean),
@@ -119,7 +130,8 @@ def _open_clip_timm(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _open_clip_text(text: TextConfig, *, proj_bias: bool) -> dict[str, Any]:
+def _open_clip_text(text: TextConfig, tokenizer: Tokenizer, *, proj_bias: bool) -> dict[str, Any]:
+    """Without the name of a tokenizer their code reads by CLIP's own; with any, by the one in the folder."""
     must(
         text.activation != "relu" and (text.causal or text.activation in ("gelu", "gelu_tanh")),
         "text.activation",
@@ -137,7 +149,7 @@ def _open_clip_text(text: TextConfig, *, proj_bias: bool) -> dict[str, Any]:
         "mlp_ratio": text.mlp_width / text.width,
         "pad_id": text.pad_id,
         **pools.get(text.pool, {}),
-        **({} if text.causal else {"hf_tokenizer_name": "."}),
+        **({} if text.causal and is_published(tokenizer) else {"hf_tokenizer_name": "."}),
         **({"act_kwargs": {"approximate": "tanh"}} if text.activation == "gelu_tanh" else {}),
         **({"proj_bias": True} if proj_bias else {}),
         **_norm(text.eps),
@@ -180,21 +192,20 @@ def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
     must(around in ((), AROUND), "processor.around", around, who, f"nothing or {AROUND}")
     tower = vision_config_to_hf(config.vision)
     must(tower["model_type"] == "clip_vision_model", "vision", tower["model_type"], who, "a tower of CLIP")
-    state = model.net.state_dict()
+    state, config, tokenizer, losses = _without_image_token(model)
     weights = llava_to_original(state, config)
     if config.language.get("tie_word_embeddings"):
         weights.pop("lm_head.weight")
     tower_weights = vision_to_hf(part_of(state, "vision."), config.vision, prefix="vision_model.")
+    described = _original_config(model, config, bases[kind])
+    template, stops = template_of(described), [tokenizer.eos_id, *model.processor.stop_ids]
+    if model.processor.template != template:
+        losses += (f"processor.template {model.processor.template!r}: such a model is asked in {template!r}",)
     files = {
-        "config.json": {
-            **_original_config(model, config, bases[kind]),
-            "torch_dtype": common_dtype(list(weights.values())),
-        },
-        "generation_config.json": {"eos_token_id": model.processor.tokenizer.eos_id, "do_sample": False},
+        "config.json": {**described, "torch_dtype": common_dtype(list(weights.values()))},
+        "generation_config.json": {"eos_token_id": stops if stops[1:] else stops[0], "do_sample": False},
         **shards(weights, shard_bytes),
-        **tokenizer_files(
-            model.processor.tokenizer, begin=True, end=False, context=model.net.language.context, side="right"
-        ),
+        **tokenizer_files(tokenizer, begin=True, end=False, context=model.net.language.context, side="right"),
         f"{TOWER}/config.json": {**tower, "architectures": ["CLIPVisionModel"]},
         f"{TOWER}/preprocessor_config.json": image_processor(ImageTransform.clip(config.vision.image_size)),
         f"{TOWER}/model.safetensors": tower_weights,
@@ -202,9 +213,29 @@ def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
     own = replace(ImageTransform.clip(config.vision.image_size), mode=image.mode, pinpoints=image.pinpoints)
     return Export(
         files=files,
-        losses=_published_transform(image, own),
+        losses=(*losses, *_published_transform(image, own)),
         opens="llava.model.builder.load_pretrained_model('FOLDER', None, 'llava-own')",
     )
+
+
+def _without_image_token(model: Source) -> tuple[dict[str, Tensor], LlavaConfig, Tokenizer, tuple[str, ...]]:
+    """State, configuration and tokenizer without transformers' token for the place of a picture and all rows behind it,
+    which their code could write and never reads; and the loss where a token behind it is in use."""
+    net, tokenizer = model.net, model.processor.tokenizer
+    state, config = net.state_dict(), net.config
+    if not model.forbidden:
+        return state, config, tokenizer, ()
+    first = min(model.forbidden)
+    tree = json.loads(tokenizer.backend.to_str())
+    behind = {name for name, number in tokenizer.backend.get_vocab().items() if number >= first}
+    if not behind <= _OF_TRANSFORMERS & {token["content"] for token in tree["added_tokens"]}:
+        return state, config, tokenizer, (f"forbidden {list(model.forbidden)}: their code may write these tokens",)
+    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] not in behind]
+    kept = {name.removesuffix("_token"): None if t in behind else t for name, t in tokenizer.specials.items()}
+    for name in vocabulary_tables(net.language):
+        state[f"language.{name}"] = state[f"language.{name}"][:first]
+    config = replace(config, language={**config.language, "vocab_size": min(first, net.language.vocab_size)})
+    return state, config, Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(tree)), **kept), ()  # type: ignore[arg-type]
 
 
 def _original_config(model: Source, config: LlavaConfig, kind: str) -> dict[str, Any]:
@@ -289,10 +320,14 @@ def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
         for field in _fields(fixed):
             value, allowed = getattr(part, field), getattr(fixed, field)
             must(value == allowed, f"{name}.{field}", value, who, repr(allowed))
+    template, tokenizer = model.processor.template, model.processor.tokenizer
+    # Their code adds <PAD> to a tokenizer that has no token for padding, then makes the tables as long as it is.
+    rows = tokenizer.vocab_size + (tokenizer.specials["pad_token"] is None)
+    must(max(config.new_ids) < rows, "new_ids", config.new_ids, who, f"within the tokenizer's {rows} tokens")
     lm = language_tensors(net.language.lm)
     tower = vision_to_hf(part_of(net.state_dict(), "vision."), config.vision, prefix="vision_model.")
     files: dict[str, Content] = {
-        "checkpoint.pt": pickled(trained_to_open_flamingo(net)),
+        "checkpoint.pt": pickled(trained_to_open_flamingo(net, rows)),
         **{f"lang_encoder/{name}": content for name, content in language_files(model, lm).items()},
         **{f"lang_encoder/{name}": content for name, content in shards(lm, shard_bytes).items()},
         "vision_encoder/config.json": {
@@ -309,8 +344,10 @@ def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
             "decoder_layers_attr_name": LAYERS[kind],
         },
     }
+    kept = template == "open_flamingo"
     return Export(
         files=files,
+        losses=() if kept else (f"processor.template {template!r}: such a model is asked in 'open_flamingo'",),
         opens="open_flamingo.create_model_and_transforms(...), then load_state_dict('checkpoint.pt', strict=False)",
     )
 

@@ -28,7 +28,7 @@ from isthmus.data.wordpiece import load_wordpiece
 from isthmus.errors import CheckpointError, IsthmusWarning
 from isthmus.interop.hf_blip2 import read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
-from isthmus.interop.hf_files import CHAT_TEMPLATE, RESAMPLE, template_named
+from isthmus.interop.hf_files import BYTE_LEVEL, CHAT_TEMPLATE, RESAMPLE, as_added, further_stops, template_named
 from isthmus.interop.hf_idefics import TOKENS as IDEFICS_TOKENS
 from isthmus.interop.hf_idefics import read_idefics_folder
 from isthmus.interop.hf_language import read_language_folder
@@ -67,31 +67,33 @@ def _clip(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     config, state = read_clip_folder(folder)
     net = Clip(config)
     load_into(net, state, where=folder)
-    processor = ContrastiveProcessor(
-        load_tokenizer(folder), image=image_transform(folder, config.vision.image_size), context=config.text.context
-    )
-    return net, processor, ()
+    tokenizer = load_tokenizer(folder) if config.text.causal else as_added(load_tokenizer(folder), folder)
+    image = image_transform(folder, config.vision.image_size, siglip=not config.vision.class_token)
+    return net, ContrastiveProcessor(tokenizer, image=image, context=config.text.context), ()
 
 
 def _image_encoder(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     config, state = read_image_encoder_folder(folder)
     net = ImageEncoder(config)
     load_into(net, state, where=folder)
-    return net, ImagesProcessor(image_transform(folder, config.vision.image_size)), ()
+    image = image_transform(folder, config.vision.image_size, siglip=not config.vision.class_token)
+    return net, ImagesProcessor(image), ()
 
 
 def _text_encoder(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     config, state = read_text_encoder_folder(folder)
     net = TextEncoder(config)
     load_into(net, state, where=folder)
-    return net, TextsProcessor(load_tokenizer(folder), context=config.text.context), ()
+    tokenizer = load_tokenizer(folder) if config.text.causal else as_added(load_tokenizer(folder), folder)
+    return net, TextsProcessor(tokenizer, context=config.text.context), ()
 
 
 def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     config, state, image_token = read_llava_folder(folder)
     net = Llava(config)  # not from the meta device: ties and computed buffers (rotary frequencies) would be lost
     load_into(net, state, where=folder)
-    transform = image_transform(folder, config.vision.image_size, config.pinpoints)
+    siglip = not config.vision.class_token
+    transform = image_transform(folder, config.vision.image_size, config.pinpoints, siglip=siglip)
     tokenizer = load_tokenizer(folder)
     processor = SpliceProcessor(
         tokenizer,
@@ -99,7 +101,7 @@ def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
         template=_llava_template(folder),
         max_length=net.language.context or 2048,
         num_tokens=net.num_tokens(transform.size, transform.size),
-        stop_ids=_further_stops(folder, tokenizer),
+        stop_ids=further_stops(folder, tokenizer),
     )
     return net, processor, (image_token,)
 
@@ -173,25 +175,14 @@ def _language(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     net = BareLM(LmConfig(language=config))
     load_into(net.language.lm, state, where=folder)
     tokenizer = load_tokenizer(folder)
+    tokenizer = as_added(tokenizer, folder) if config["model_type"] in BYTE_LEVEL else tokenizer
     processor = TextProcessor(
         tokenizer,
         template=_template(folder, "document"),
         max_length=net.language.context or 2048,
-        stop_ids=_further_stops(folder, tokenizer),
+        stop_ids=further_stops(folder, tokenizer),
     )
     return net, processor, ()
-
-
-def _further_stops(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What ends an answer besides end-of-sequence, by generation_config.json: a chat model's end of turn, say. Raises
-    CheckpointError for what is no id."""
-    file = folder / "generation_config.json"
-    told = read_json(file).get("eos_token_id") if file.is_file() else None
-    ids = told if isinstance(told, list) else [] if told is None else [told]
-    for number in ids:
-        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-            raise CheckpointError(f"{file}: eos_token_id holds {number!r}, which is not a token id.")
-    return tuple(sorted(set(ids) - {tokenizer.eos_id}))
 
 
 def _template(folder: Path, otherwise: str) -> str:
@@ -252,8 +243,10 @@ def _as_here(folder: Path, found: Mapping[str, Any], size: int, *, crops: bool) 
         )
 
 
-def image_transform(folder: Path, size: int, pinpoints: Sequence[tuple[int, int]] = ()) -> ImageTransform:
-    """What preprocessor_config.json (or processor_config.json) says of sizes, mean and std, else CLIP's own.
+def image_transform(
+    folder: Path, size: int, pinpoints: Sequence[tuple[int, int]] = (), *, siglip: bool = False
+) -> ImageTransform:
+    """What preprocessor_config.json (or processor_config.json) says of sizes, mean and std, else CLIP's or SigLIP's.
 
     Raises CheckpointError when the folder's transform makes another size than the vision encoder reads, or cuts tiles
     from other canvases than ``pinpoints``, the model's.
@@ -265,8 +258,9 @@ def image_transform(folder: Path, size: int, pinpoints: Sequence[tuple[int, int]
             found = content.get("image_processor", content)
             break
     tiled: dict[str, Any] = {"mode": "anyres", "pinpoints": tuple(pinpoints)} if pinpoints else {}
+    base = ImageTransform.siglip(size) if siglip else ImageTransform.clip(size)
     if not found:
-        return replace(ImageTransform.clip(size), **tiled)
+        return replace(base, **tiled)
     theirs = tuple((int(h), int(w)) for h, w in found.get("image_grid_pinpoints") or pinpoints)
     if theirs != tuple(pinpoints):
         raise CheckpointError(
@@ -280,7 +274,6 @@ def image_transform(folder: Path, size: int, pinpoints: Sequence[tuple[int, int]
         )
     crops = found.get("do_center_crop", "crop_size" in found)
     _as_here(folder, found, size, crops=crops)
-    base = ImageTransform.clip(size)
     if not found.get("do_normalize", True):
         found = {**found, "image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
     mode: Mode = "pad" if found.get("do_pad") else "square" if crops else "squash"

@@ -75,6 +75,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+_CLIP_EOS = 49407
 _LEGACY_EOS = 2
 """The end-of-text id that early OpenAI-derived configurations name by mistake; it means "pool at the largest id"."""
 
@@ -168,8 +169,10 @@ def text_config_from_hf(config: Mapping[str, Any]) -> TextConfig:
     if values["model_type"] == "siglip_text_model":
         # Such a tower is read at its last place; published configurations carry an end-of-text id outside the table.
         pool, eot = "last", eot if eot < vocab_size else pad
+    elif eot == _LEGACY_EOS:
+        pool, eot = "argmax", min(_CLIP_EOS, vocab_size - 1)  # what is looked for is CLIP's own end of text
     else:
-        pool = "argmax" if eot == _LEGACY_EOS else "eot"
+        pool = "eot"
     return TextConfig(
         context=values["max_position_embeddings"],
         vocab_size=vocab_size,

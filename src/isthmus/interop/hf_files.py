@@ -6,12 +6,13 @@ model was trained on.
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import processors
 
-from isthmus.checkpoint import Content
+from isthmus.checkpoint import Content, read_json
 from isthmus.data.clip_tokenizer import ClipTokenizer
 from isthmus.data.images import ImageTransform
 from isthmus.data.text import TEMPLATES, Grammar
@@ -29,6 +30,9 @@ _PROCESSORS = {
 }
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 """Pillow's numbers."""
+
+BYTE_LEVEL = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt")
+"""Kinds of LM whose published tokenizers, GPT-2's and GPT-NeoX's, name a beginning of sequence and mostly add none."""
 
 
 def image_processor(transform: ImageTransform | None) -> dict[str, Any]:
@@ -109,6 +113,30 @@ def generation_config(model: Source, *, forbidden: Sequence[int] = (), **more: A
         "max_new_tokens": decoding.max_new_tokens,
         **more,
     }
+
+
+def further_stops(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What ends an answer besides end-of-sequence, by generation_config.json: a chat model's end of turn, say. Raises
+    CheckpointError for what is no id."""
+    file = folder / "generation_config.json"
+    told = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = told if isinstance(told, list) else [] if told is None else [told]
+    for number in ids:
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise CheckpointError(f"{file}: eos_token_id holds {number!r}, which is not a token id.")
+    return tuple(sorted(set(ids) - {tokenizer.eos_id}))
+
+
+def as_added(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """The tokenizer without its beginning of sequence where its folder does not put that in front of a text: the token
+    is named there all the same, and the model never saw it. ``add_bos_token`` tells, else the backend is tried."""
+    if tokenizer.bos_id is None:
+        return tokenizer
+    file = folder / "tokenizer_config.json"
+    adds = read_json(file).get("add_bos_token") if file.is_file() else None
+    if adds is None:
+        adds = tokenizer.backend.encode("a").ids[:1] == [tokenizer.bos_id]
+    return tokenizer if adds else tokenizer.without_bos()
 
 
 # Chat templates.

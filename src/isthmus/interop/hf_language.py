@@ -19,6 +19,11 @@ RENAMED = {"embed_out.weight": "lm_head.weight"}
 """Stored name -> name in the library's class, where they differ (GPT-NeoX files keep the old name of the head)."""
 
 
+def published(lm: Any, name: str) -> str:
+    """The name of a tensor of ``lm`` in published files."""
+    return next((t for t, ours in RENAMED.items() if ours == name and lm.config.model_type == "gpt_neox"), name)
+
+
 def read_language_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A saved LM of transformers as (configuration, state dict under the library class's own keys), strictly.
 

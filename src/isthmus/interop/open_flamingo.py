@@ -14,6 +14,7 @@ from torch import Tensor
 from isthmus import load_report
 from isthmus.errors import CheckpointError
 from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
+from isthmus.interop.hf_language import published
 from isthmus.models.flamingo import FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
@@ -98,19 +99,25 @@ def trained_from_open_flamingo(checkpoint: Mapping[str, Any], net: Any) -> dict[
     return found
 
 
-def trained_to_open_flamingo(net: Any) -> dict[str, Tensor]:
-    """The inverse: resampler, gated blocks, and the embedding tables with the new rows in their places."""
+def trained_to_open_flamingo(net: Any, rows: int) -> dict[str, Tensor]:
+    """The inverse: resampler, gated blocks, and the embedding tables with the new rows in their places.
+
+    Their code gives a table as many ``rows`` as the tokenizer has tokens: padding behind them is cut off, and a row
+    that nothing here speaks of (``<PAD>``) is the mean of the others.
+    """
     state = net.state_dict()
     theirs = to_theirs(_entries(net), {k: v for k, v in state.items() if k.startswith(("connector.", "xattn."))})
     language = net.language
     ends = {"input": language.lm.get_input_embeddings(), "output": language.lm.get_output_embeddings()}
     for name, end in ends.items():
-        rows = getattr(language.new_rows, name)
-        if rows is not None:
-            table = torch.cat([end.weight, end.weight.new_zeros(language.vocab_size - len(end.weight), rows.shape[1])])
-            table[list(language.new_ids)] = rows
+        new = getattr(language.new_rows, name)
+        if new is not None:
+            known = end.weight.detach()[:rows]
+            mean = known.float().mean(0, keepdim=True).to(known.dtype)
+            table = torch.cat([known, mean.expand(rows - len(known), -1)])
+            table[list(language.new_ids)] = new.detach()
             (place,) = [n for n, p in language.lm.named_parameters(remove_duplicate=False) if p is end.weight][:1]
-            theirs[f"lang_encoder.{place}"] = table.detach()
+            theirs[f"lang_encoder.{published(language.lm, place)}"] = table
     return theirs
 
 

@@ -38,6 +38,13 @@ def is_known_tower(config: Mapping[str, Any]) -> bool:
     return str(config.get("mm_vision_tower", "")).rstrip("/").rpartition("/")[2] in TOWERS
 
 
+def template_of(config: Mapping[str, Any]) -> str:
+    """What the released models were trained with: v1 and 1.5 over Vicuna, 1.6 over Mistral."""
+    if config.get("model_type") == "llava_mistral":
+        return "mistral_instruct"
+    return "vicuna_v1" if config.get("mm_projector_type", "linear") != "linear" else "llava_v1"
+
+
 def llava_config_from_original(config: Mapping[str, Any], vision: VisionConfig | None = None) -> LlavaConfig:
     """From their config.json. ``vision`` is needed for a tower other than OpenAI's two ViT-L/14.
 

@@ -4,6 +4,7 @@ What such a checkpoint leaves out (a tokenizer, the frozen LM of OpenFlamingo, t
 through :class:`Given`; an error says which argument is due, and one that nothing needs is an error too.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from isthmus import load_report
 from isthmus.checkpoint import load_into, read_json
 from isthmus.config import plain
-from isthmus.data.clip_tokenizer import ClipTokenizer, canonical, load_tokenizer
+from isthmus.data.clip_tokenizer import ClipTokenizer, canonical, clip_tokenizer, load_tokenizer
 from isthmus.data.images import ImageTransform, Mode
 from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
 from isthmus.data.processor import ContrastiveProcessor, SpliceProcessor
@@ -22,6 +23,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_archive, read_state, tensors_of, unwrapped
 from isthmus.interop.given import Given, Opened
+from isthmus.interop.hf_files import BYTE_LEVEL, as_added, further_stops
 from isthmus.interop.lora import merged_state
 from isthmus.interop.open_clip import CANONICAL, clip_config_from_open_clip, clip_from_open_clip
 from isthmus.interop.open_flamingo import config_from_open_flamingo, trained_from_open_flamingo
@@ -33,12 +35,14 @@ from isthmus.interop.original_llava import (
     llava_config_from_original,
     llava_from_original,
     projector_from_original,
+    template_of,
     without_newline,
 )
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.flamingo import Flamingo
 from isthmus.models.llava import Llava
 
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _PROJECTOR, _TRAINED = "mm_projector.bin", "non_lora_trainables.bin"
 
@@ -70,11 +74,21 @@ def open_file(path: Path, given: Given) -> Opened:
 def open_clip_config(folder: Path) -> dict[str, Any] | None:
     """The configuration of an open_clip folder, whichever of its JSON files holds one."""
     for file in sorted(folder.glob("*.json")):
-        values = read_json(file) if file.stat().st_size < 2**20 else {}
+        read = read_json if file.name == _OPEN_CLIP_CONFIG else _object
+        values = read(file) if file.stat().st_size < 2**20 else {}
         inner = values.get("model_cfg", values)
         if isinstance(inner, Mapping) and "vision_cfg" in inner and "embed_dim" in inner:
             return {**values, "model_cfg": dict(inner)}
     return None
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty for anything else: names of classes, lines of JSON, somebody's notes."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def open_clip_folder(folder: Path, values: Mapping[str, Any], given: Given) -> Opened:
@@ -82,7 +96,8 @@ def open_clip_folder(folder: Path, values: Mapping[str, Any], given: Given) -> O
     given.only("tokenizer", where=folder)
     described = values["model_cfg"]
     config = clip_config_from_open_clip(described)
-    tokenizer = _clip_tokenizer(folder, config, given)
+    own = config.text.causal and not described.get("text_cfg", {}).get("hf_tokenizer_name")
+    tokenizer = _clip_tokenizer(folder, config, given, own=own)
     if not config.text.causal:  # padding is read like any token, and which one it is stands with the tokenizer alone
         config = replace(config, text=replace(config.text, pad_id=tokenizer.pad_id, eot_id=tokenizer.eos_id))
         if described["text_cfg"].get("tokenizer_kwargs") == CANONICAL:
@@ -133,17 +148,23 @@ def _openai(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     net = Clip(config)
     load_into(net, clip_from_openai(weights, config), where=path)
     image = ImageTransform.clip(config.vision.image_size)
-    tokenizer = _clip_tokenizer(path, config, given)
+    tokenizer = _clip_tokenizer(path, config, given, own=True)
     return net, ContrastiveProcessor(tokenizer, image=image, context=config.text.context), ()
 
 
-def _clip_tokenizer(where: Path, config: ClipConfig, given: Given) -> Tokenizer:
+def _clip_tokenizer(where: Path, config: ClipConfig, given: Given, *, own: bool) -> Tokenizer:
+    """The tokenizer named, or else beside the weights. ``own``: their code read text by the tokenizer it comes with,
+    CLIP's, whatever form of it transformers was given; a vocabulary that is not CLIP's is taken as it is."""
     folder = where if where.is_dir() else where.parent
     named = given.tokenizer
     if named is None and not any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt")):
         given.need("tokenizer", where, "comes without a tokenizer (a folder, or bpe_simple_vocab_16e6.txt.gz)")
     found = Path(named) if named is not None else folder
-    tokenizer = load_tokenizer(found) if found.is_dir() else ClipTokenizer.load(found)
+    if not found.is_dir():
+        tokenizer: Tokenizer = ClipTokenizer.load(found)
+    else:
+        tokenizer = (clip_tokenizer(found) if own else None) or load_tokenizer(found)
+        tokenizer = tokenizer if config.text.causal else as_added(tokenizer, found)
     if tokenizer.vocab_size > config.text.vocab_size:
         raise CheckpointError(
             f"{found} has {tokenizer.vocab_size:,} tokens and {where} rows for {config.text.vocab_size:,}: another "
@@ -156,7 +177,9 @@ def _open_flamingo(path: Path, state: dict[str, Tensor], given: Given) -> Opened
     given.only("vision", "language", "tokenizer", where=path)
     encoder = given.encoder(given.need("vision", path, "holds no vision encoder"))
     language = given.open(given.need("language", path, "holds no language model"))
-    own = load_tokenizer(given.tokenizer) if given.tokenizer is not None else language.processor.tokenizer
+    own = language.processor.tokenizer if given.tokenizer is None else load_tokenizer(given.tokenizer)
+    if given.tokenizer is not None and language.net.language.config["model_type"] in BYTE_LEVEL:
+        own = as_added(own, Path(given.tokenizer))
     tokenizer = own.with_tokens(*NEW_TOKENS)
     ids = {name: tokenizer.id_of(token) for name, token in zip(("end_id", "image_id"), NEW_TOKENS, strict=True)}
     config = config_from_open_flamingo(
@@ -220,19 +243,15 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
     processor = SpliceProcessor(
         tokenizer,
         image=image,
-        template=_original_template(values),
+        template=template_of(values),
         max_length=net.language.context or 2048,
         num_tokens=net.num_tokens(image.size, image.size),
         around=AROUND if values.get("mm_use_im_start_end") else (),
+        stop_ids=further_stops(found, tokenizer),
     )
-    return net, processor, ()
-
-
-def _original_template(values: Mapping[str, Any]) -> str:
-    """What the released models were trained with: v1 and 1.5 over Vicuna, 1.6 over Mistral."""
-    if values.get("model_type") == "llava_mistral":
-        return "mistral_instruct"
-    return "vicuna_v1" if values.get("mm_projector_type", "linear") != "linear" else "llava_v1"
+    image_token = tokenizer.backend.token_to_id("<image>")  # transformers' token, where their tokenizer came along
+    sayable = image_token is not None and image_token < net.language.vocab_size
+    return net, processor, (tokenizer.id_of("<image>"),) if sayable else ()
 
 
 def _base(folder: Path, given: Given) -> dict[str, Tensor]:

@@ -126,20 +126,14 @@ class TextTower(nn.Module):
 
     def _end_of_text(self, ids: Tensor, real: Tensor) -> Tensor:
         """(B,) the place each row is read at."""
-        if self.config.pool == "argmax":
-            found = ids.masked_fill(~real, -1)
-            place = found.argmax(dim=1)
-            absent = found.amax(dim=1) < self.config.eot_id
-        else:
-            found = (ids == self.config.eot_id) & real
-            place = found.int().argmax(dim=1)
-            absent = ~found.any(dim=1)
+        ends = (ids == self.config.eot_id) & real
+        absent = ~ends.any(dim=1)
         if bool(absent.any()):
             raise DataError(
                 f"row {int(absent.int().argmax())} has no end-of-text (id {self.config.eot_id}), the token "
                 "it is read at; was the text made by another tokenizer?"
             )
-        return place
+        return (ids.masked_fill(~real, -1) if self.config.pool == "argmax" else ends.int()).argmax(dim=1)
 
     def _fill(self, ids: Tensor, real: Tensor) -> Tensor:
         """(B, context): whatever stands in the padding, or is missing, becomes ``pad_id``."""
