@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from isthmus.errors import ConfigError
 from isthmus.recipes import demo
+from isthmus.recipes.schema import read_recipe
 from tests.miniature import tree
 from tests.recipes.test_blip2 import TREE as BLIP2
 from tests.recipes.test_flamingo import TREE as FLAMINGO
@@ -55,3 +57,23 @@ def test_the_whole_story(out, capsys, monkeypatch):
     demo.run_demo(out, seed=3, serve=False, jobs=1)
     assert all(f.read_bytes() == data for f, data in weights.items())
     assert all(f.stat().st_mtime_ns == when for f, when in outputs.items())
+
+
+def test_a_share_of_the_steps(tmp_path):
+    """What the demo runs beside it is told the same share as what it reads back here."""
+    whole = demo.demo_recipe("flamingo-tiny", tmp_path, 0)
+    half = demo.demo_recipe("flamingo-tiny", tmp_path, 0, 0.5)
+    assert [s.stage.steps for s in half.stages] == [(s.stage.steps or 0) // 2 for s in whole.stages]
+    assert [s.stage.warmup for s in half.stages] == [s.stage.warmup // 2 for s in whole.stages]
+    assert demo.demo_recipe("flamingo-tiny", tmp_path, 0, 1.0) == whole
+    assert all(s.stage.steps == 2 for s in demo.demo_recipe("clip-tiny", tmp_path, 0, 1e-4).stages)
+    (job,) = [j for j in demo._jobs({"flamingo": half}, tmp_path, 0.5) if "train" in j.words]
+    told = read_recipe(job.words[1], [w for w in job.words if "=" in w])
+    assert told == half
+    assert not any(".steps=" in w for j in demo._jobs({"flamingo": whole}, tmp_path, 1.0) for w in j.words)
+
+
+@pytest.mark.parametrize("budget", [0, -1, float("nan"), float("inf")])
+def test_a_budget_that_cannot_be(tmp_path, budget):
+    with pytest.raises(ConfigError, match="share of the recipes' steps"):
+        demo.run_demo(tmp_path, budget=budget)

@@ -54,11 +54,12 @@ def demo(
     jobs: Annotated[
         int | None, typer.Option(help="Trainings at a time, which share the cores (default: 3; 1 on one core).")
     ] = None,
+    budget: Annotated[float, typer.Option(help="Share of the recipes' steps: 0.3 is soon done and learns less.")] = 1.0,
 ) -> None:
     """The whole story on the embedded scenes: train all five models, score them, show them."""
     from isthmus.recipes.demo import run_demo
 
-    run_demo(out, seed=seed, serve=serve, jobs=jobs)
+    run_demo(out, seed=seed, serve=serve, jobs=jobs, budget=budget)
 
 
 @app.command()

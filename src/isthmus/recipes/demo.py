@@ -48,85 +48,102 @@ _SUMMARY = (
 )
 
 
-def run_demo(out: Path, *, seed: int = 0, serve: bool = True, jobs: int | None = None) -> None:
+def run_demo(out: Path, *, seed: int = 0, serve: bool = True, jobs: int | None = None, budget: float = 1.0) -> None:
     """Train, score and show everything; ``serve`` opens the report in a browser when a person is watching.
 
     ``jobs`` at a time share the cores (left out: three, or on a single core one); 1 does everything in this process.
-    Results and report are written as soon as the first model is scored, and anew with each further one.
+    ``budget``: the share of the recipes' steps that is trained; 0.3 takes a third of the time, and less is learnt.
+    Results and report are written as soon as the first model is scored, and anew with each further one. Raises
+    ConfigError for a number of jobs or a budget that cannot be, or for a folder whose demo has another budget.
     """
     console = Console()
     cores = usable_cores()
     jobs = (_AT_ONCE if cores > 1 else 1) if jobs is None else jobs
     if jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, not {jobs}.")
+    if not 0 < budget <= 100:
+        raise ConfigError(f"--budget is a share of the recipes' steps, above 0, not {budget}.")
     rivals: dict[str, Contestant] = {}
-    story = _jobs(out, seed)
+    recipes = {name: demo_recipe(shipped, out, seed, budget) for name, shipped in STORY.items()}
+    story = _jobs(recipes, out, budget)
 
     def gather() -> None:
         done = [job.folder for job in story if isinstance(job, Scoring) and job.finished]
-        rivals.update({f.name: _scored(f.name, load(f), out, seed) for f in done if f.name not in rivals})
+        rivals.update({f.name: _scored(f, load(f), recipes[f.name]) for f in done if f.name not in rivals})
 
     def ended(job: Job) -> None:
         if isinstance(job, Scoring):
             gather()
-            _write(out, rivals, seed)
+            _write(out, rivals, seed, budget)
 
     if jobs > 1:
         console.rule(f"[bold]training[/] ({jobs} at a time, {max(1, cores // jobs)} threads each)")
         run_jobs(story, at_once=jobs, threads=max(1, cores // jobs), ended=ended)
     gather()
-    for name, recipe_name in STORY.items():
-        console.rule(f"[bold]{name}[/] ({recipe_name})")
-        model = train(demo_recipe(recipe_name, out, seed), out / name)
+    for name, recipe in recipes.items():
+        console.rule(f"[bold]{name}[/] ({STORY[name]})")
+        model = train(recipe, out / name)
         if name not in rivals:
             with _bar() as progress:
-                rivals[name] = _scored(name, model, out, seed, progress)
-            _write(out, rivals, seed)
+                rivals[name] = _scored(out / name, model, recipe, progress)
+            _write(out, rivals, seed, budget)
         # Not before: what an answer costs is told by a machine that does nothing else.
         measure(rivals[name], model, out / name / "eval")
-    _write(out, rivals, seed)
+    _write(out, rivals, seed, budget)
     _tell(console, out, rivals)
     if serve and sys.stdout.isatty():
         webbrowser.open((out / "report.html").resolve().as_uri())
 
 
-def _write(out: Path, rivals: Mapping[str, Contestant], seed: int) -> None:
+def _write(out: Path, rivals: Mapping[str, Contestant], seed: int, budget: float) -> None:
     """``results.json`` and ``report.html`` of the models that are scored."""
     missing = [name for name in STORY if name not in rivals]
     so_far = f" Not yet scored: {', '.join(missing)}." if missing else ""
+    so_far += f" Trained for {budget:g} times the recipes' steps." if budget != 1 else ""
     ordered = [rivals[name] for name in STORY if name in rivals]
     report = write_comparison(out, ordered, title=_TITLE, summary=_SUMMARY + so_far, seed=seed)
     write_report(out / "report.html", report)
 
 
-def _jobs(out: Path, seed: int) -> list[Job]:
+def _jobs(recipes: Mapping[str, Recipe], out: Path, budget: float) -> list[Job]:
     """What `isthmus train` and `isthmus eval` are told for each model: the demo's own recipes, its folder's parts."""
     jobs: list[Job] = []
-    for name, shipped in STORY.items():
-        recipe = demo_recipe(shipped, out, seed)
-        words = ["train", shipped, f"seed={seed}", *(f"parts.{part}={place}" for part, place in recipe.parts.items())]
+    for name, recipe in recipes.items():
+        seed = f"{recipe.seed}"
+        words = ["train", STORY[name], f"seed={seed}", *_share(STORY[name], budget)]
+        words += [f"parts.{part}={place}" for part, place in recipe.parts.items()]
         needs = [Path(place).name for place in recipe.parts.values()]
         place = out / name
         jobs.append(Training(name=name, words=[*words, "--out", str(place)], folder=place, recipe=recipe, needs=needs))
-        words = ["eval", str(place), "--seed", str(seed), "--out", str(place / "eval")]
+        words = ["eval", str(place), "--seed", seed, "--out", str(place / "eval")]
         if tasks := [spec.name for spec in recipe.evaluate]:
             jobs.append(Scoring(name=f"scoring {name}", words=words, folder=place, tasks=tasks, needs=[name]))
     return jobs
 
 
-def demo_recipe(name: str, out: Path, seed: int) -> Recipe:
-    """The shipped recipe with its parts taken from this demo's folder."""
-    recipe = read_recipe(name, [f"seed={seed}"])
+def demo_recipe(name: str, out: Path, seed: int, budget: float = 1.0) -> Recipe:
+    """The shipped recipe with its parts taken from this demo's folder, and ``budget`` times its steps."""
+    recipe = read_recipe(name, [f"seed={seed}", *_share(name, budget)])
     parts = {part: str(out / Path(folder).name) for part, folder in recipe.parts.items()}
     return recipe.model_copy(update={"parts": parts})
 
 
-def _scored(name: str, model: Model, out: Path, seed: int, progress: Scored | None = None) -> Contestant:
+def _share(name: str, budget: float) -> list[str]:
+    """Overrides that give each stage of the shipped recipe ``budget`` times its steps and warm-up."""
+    if budget == 1:
+        return []
+    stages = [(spec.name, spec.stage) for spec in read_recipe(name).stages]
+    steps = [f"stages.{name}.steps={max(2, round(budget * (stage.steps or 0)))}" for name, stage in stages]
+    return [*steps, *(f"stages.{name}.warmup={round(budget * stage.warmup)}" for name, stage in stages)]
+
+
+def _scored(folder: Path, model: Model, recipe: Recipe, progress: Scored | None = None) -> Contestant:
     """The model with what it scored; what is in its folder already is not asked again."""
-    folder, recipe = out / name, demo_recipe(STORY[name], out, seed)
-    rival = Contestant(name=name, folder=folder, recipe=recipe, specs=recipe.evaluate)
+    rival = Contestant(name=folder.name, folder=folder, recipe=recipe, specs=recipe.evaluate)
     own = model_hash(folder)
-    rival.results = score_model(model, rival.specs, folder / "eval", model_hash=own, seed=seed, progress=progress)
+    rival.results = score_model(
+        model, rival.specs, folder / "eval", model_hash=own, seed=recipe.seed, progress=progress
+    )
     return rival
 
 
