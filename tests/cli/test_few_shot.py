@@ -123,5 +123,3 @@ def test_a_picture_that_cannot_be_opened_does_not_stay_in_the_conversation(tmp_p
     said = " ".join(capsys.readouterr().out.split())
     assert "is not a picture of the formats" in said
     assert "what it showed are taken back" in said
-    with pytest.raises(DataError, match="not a picture of the formats"):
-        chat.run("x", "what?", [tmp_path / "bad.png"], max_new_tokens=1, temperature=0)

@@ -283,6 +283,13 @@ def clip_of_77(rows: int, **text: int) -> Model:
     return tiny_models.clip(text=replace(tiny_models.clip().net.config.text, context=77, vocab_size=rows, **text))
 
 
+def asked_in(model: Model, **words: str) -> Model:
+    """A BLIP-2 that was trained in other words than the published ones."""
+    for name, value in words.items():
+        setattr(model.processor, name, value)
+    return model
+
+
 REFUSED = {
     "qformer.heads": (other_heads, "lavis"),
     "similarity": (lambda: tiny_models.clip(similarity="dot"), "hf"),
@@ -313,6 +320,9 @@ REFUSED = {
     "patch_positions in transformers": (lambda: tiny_models.blip2(None, patch_positions=True), "hf"),
     "norm_eps": (lambda: tiny_models.lavis(norm_eps=1e-6), "lavis"),
     "heads.temperature": (lambda: tiny_models.blip2(None), "hf"),
+    "processor.question": (lambda: asked_in(tiny_models.blip2(), question="USER: {} ASSISTANT:"), "hf"),
+    "processor.end": (lambda: asked_in(tiny_models.lavis(), end="eos"), "lavis"),
+    "processor.prompt": (lambda: asked_in(tiny_models.lavis(), prompt_text=""), "lavis"),
 }
 
 

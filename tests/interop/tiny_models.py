@@ -281,6 +281,8 @@ def blip2(language: dict[str, Any] | None = OPT, *, instruct: bool = False, **ch
             image,
             num_tokens=net.num_tokens(SIZE, SIZE),
             max_text=60,
+            prompt="" if instruct else "a photo of",
+            end="eos" if instruct or t5 else "newline",
             question="{}" if instruct else f"Question: {{}} {'Short answer' if t5 else 'Answer'}:",
             start_id=net.language.start_id if t5 else None,  # type: ignore[union-attr]
             qformer=told if instruct else None,

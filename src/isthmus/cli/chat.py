@@ -23,13 +23,16 @@ def run(
     :func:`isthmus.load`."""
     from isthmus.model import load
 
-    pictures = [_opened("image", str(path)) for path in images] + [_opened("video", str(path)) for path in videos]
+    shown = [*(("image", path) for path in images), *(("video", path) for path in videos)]
+    for kind, path in shown:
+        _there(kind, path)
     if question is not None and not question.strip():
         raise DataError("The question is empty; leave it out to start a conversation.")
     model = load(model_folder, **(given or {}))
     model.need("chat")
     if images and model.processor.image is None:
         raise CapabilityError(f"This model ({model.kind}) reads only text; leave --image out, or take one that sees.")
+    pictures = [_opened(kind, path) for kind, path in shown]
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     console = Console(emoji=False)
     if question is not None:
@@ -48,7 +51,7 @@ def _talk(console: Console, say: Callable[[list[dict[str, Any]]], str], shown: l
         command, _, path = text.partition(" ")
         if command in ("/image", "/video"):
             try:
-                shown = [*shown, _opened(command[1:], path.strip())]
+                shown = [*shown, _opened(command[1:], Path(path.strip()))]
             except (DataError, MissingExtraError) as error:
                 console.print(str(error), markup=False)
             continue
@@ -66,21 +69,25 @@ def _talk(console: Console, say: Callable[[list[dict[str, Any]]], str], shown: l
         shown = []
 
 
-def _opened(kind: str, path: str) -> dict[str, Any]:
+def _there(kind: str, path: Path) -> None:
+    if kind == "image" and not path.is_file():
+        raise DataError(f"There is no picture at {path}.")
+    if kind == "video" and not path.exists():
+        raise DataError(f"There is no video file or folder of frames at {path}.")
+
+
+def _opened(kind: str, path: Path) -> dict[str, Any]:
     """The part of a turn that shows what is there. Raises DataError when it cannot be read, MissingExtraError when a
     package is missing that reads it."""
     from isthmus.data.images import FileImage, open_image
     from isthmus.data.video import FileFrames, FolderFrames
 
-    place = Path(path)
-    if not path or not place.exists():
-        wanted = "picture" if kind == "image" else "video file or folder of frames"
-        raise DataError(f"There is no {wanted} at {path!r}.")
+    _there(kind, path)
     if kind == "image":
-        open_image(FileImage(place))
+        open_image(FileImage(path))
     else:
-        (FolderFrames(place) if place.is_dir() else FileFrames(place)).read()
-    return {"type": kind, kind: place}
+        (FolderFrames(path) if path.is_dir() else FileFrames(path)).read()
+    return {"type": kind, kind: path}
 
 
 def _turn(pictures: list[dict[str, Any]], text: str) -> dict[str, Any]:

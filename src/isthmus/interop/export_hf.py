@@ -16,6 +16,7 @@ from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.export import Export, Source, common_dtype, must, shards
+from isthmus.interop.folders import asked_otherwise
 from isthmus.interop.hf_blip2 import config_to_hf, to_hf
 from isthmus.interop.hf_clip import clip_config_to_hf, clip_to_hf
 from isthmus.interop.hf_files import (
@@ -255,7 +256,7 @@ def _blip2(model: Source, shard_bytes: int) -> Export:
     if config.phase == "represent":
         losses += ["heads.temperature: only training reads it", "heads.lm_*: captions without a language model"]
         return _retrieval(model, tuple(losses), shard_bytes)
-    return _prompted(model, tuple(losses), shard_bytes)
+    return _prompted(model, (*losses, *asked_otherwise(model.net, model.processor)), shard_bytes)
 
 
 def _retrieval(model: Source, losses: tuple[str, ...], shard_bytes: int) -> Export:

@@ -19,6 +19,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.interop.entries import part_of
 from isthmus.interop.export import Export, Source, common_dtype, must, pickled, shards
 from isthmus.interop.export_hf import IMAGE, language_files, language_tensors
+from isthmus.interop.folders import asked_otherwise
 from isthmus.interop.hf_clip import vision_config_to_hf, vision_to_hf
 from isthmus.interop.hf_files import image_processor, tokenizer_files
 from isthmus.interop.lavis import EVA_HEAD, HEAD, NORM_EPS, to_lavis
@@ -289,6 +290,8 @@ def lavis_export(model: Source, *, shard_bytes: int) -> Export:
     losses = []
     if config.norm_eps != NORM_EPS:
         losses.append(f"norm_eps {config.norm_eps:g}: there it is {NORM_EPS:g}; answers differ in the last digits")
+    if config.phase == "generate":
+        losses += asked_otherwise(model.net, model.processor)
     files: dict[str, Content] = {
         "model.pth": pickled({"model": to_lavis(model.net.state_dict(), kind)}),
         **tokenizer.files(),

@@ -163,6 +163,17 @@ def published_prompts(
     )
 
 
+def asked_otherwise(net: Blip2, processor: PromptProcessor) -> tuple[str, ...]:
+    """The words of a processor that such a folder does not keep, for whoever reads it asks as above."""
+    read = published_prompts(net, processor.tokenizer, processor.image, processor.others.get("qformer")).to_dict()
+    own = processor.to_dict()
+    return tuple(
+        f"processor.{name} {own[name]!r}: such a model is asked with {read[name]!r}"
+        for name in ("prompt", "question", "end", "clean")
+        if own[name] != read[name]
+    )
+
+
 def _retrieval(folder: Path, config: Blip2Config, state: Mapping[str, Any]) -> tuple[Any, Processor, tuple[int, ...]]:
     net = Blip2(config)
     load_into(net, state, where=folder)

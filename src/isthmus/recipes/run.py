@@ -283,7 +283,7 @@ def _fingerprint(part: str) -> str:
     found = model_hash(Path(part))
     if not found:
         raise CheckpointError(
-            f"The part {part} is not a model: it is no file and holds neither a manifest nor weights. "
+            f"The part {part} is not a model folder or file: it holds neither a manifest nor weights. "
             "Train it first, or name another with parts.<name>=FOLDER."
         )
     return found
