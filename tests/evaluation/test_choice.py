@@ -89,6 +89,10 @@ def test_the_truth_as_letter_or_text(truth):
     assert CHOICE.points("B", {"truth": [truth], "choices": CHOICES}) == 1.0
 
 
+def test_a_truth_that_is_a_choice_to_the_letter_is_no_letter():
+    assert CHOICE.points("B", {"truth": ["a"], "choices": ["b", "a"]}) == 1.0  # an article to the reader of answers
+
+
 @pytest.mark.parametrize("truth", ["1", "a fish", "e", ""])
 def test_a_truth_that_is_none_of_the_choices_is_no_zero_but_an_error(truth):
     with pytest.raises(DataError, match="which is none of its choices"):

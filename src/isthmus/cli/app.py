@@ -1,5 +1,6 @@
 """The commands and their options; each hands over to a module of its own."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,9 +35,10 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def _given(**arguments: Any) -> dict[str, Any]:
-    """What the user gave of the further arguments of ``isthmus.load``."""
-    return {name: value for name, value in arguments.items() if value is not None}
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user gave, among a command's options, of the further arguments of ``isthmus.load``."""
+    names = ("vision", "language", "tokenizer", "activation", "head_width", "revision")
+    return {name: options[name] for name in names if options.get(name) is not None}
 
 
 @app.callback()
@@ -91,8 +93,7 @@ def show(
     """Parts, exact parameter counts, what each stage trains, tokens per image, the compute rule, memory."""
     from isthmus.cli.show import run
 
-    given = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation)
-    given |= _given(head_width=head_width, revision=revision)
+    given = _given(locals())
     run(what, overrides or [], json_file, given)
 
 
@@ -140,8 +141,7 @@ def evaluate(
     """Score a model: with intervals, raw outputs, and the best score without looking. No task: the recipe's own."""
     from isthmus.cli.evaluate import run, run_rescore
 
-    loaded = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation)
-    loaded |= _given(head_width=head_width, revision=revision)
+    loaded = _given(locals())
     if rescore is not None or against is not None or model is None:
         asking = {
             "--task": task,
@@ -277,7 +277,7 @@ def chat(
         videos=video or [],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        given=_given(vision=vision, language=language, tokenizer=tokenizer, revision=revision),
+        given=_given(locals()),
     )
 
 
@@ -301,8 +301,7 @@ def convert(
     """Write a model in another project's form; what that cannot hold is an error that names the field."""
     from isthmus.cli.convert import run
 
-    given = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation)
-    given |= _given(head_width=head_width, revision=revision)
+    given = _given(locals())
     run(
         source,
         destination,
@@ -331,8 +330,7 @@ def verify(
     """Contracts on any checkpoint: batch = single, cached = uncached, save = load, the picture matters, ..."""
     from isthmus.cli.verify import run
 
-    given = _given(vision=vision, language=language, tokenizer=tokenizer, activation=activation)
-    given |= _given(head_width=head_width, revision=revision)
+    given = _given(locals())
     run(model, json_file, only=only or [], given=given)
 
 

@@ -41,9 +41,12 @@ def _choices(row: Facts) -> Sequence[str]:
 
 
 def _truth(row: Facts) -> str:
-    """A lower-case letter counts here: nobody but the data's author wrote it."""
-    choices, told = _choices(row), str(row["truth"][0])
-    truth = parse(told, choices) or parse(told.upper() if len(told.strip(" ().:")) == 1 else "", choices)
+    """As an answer is read, else a choice to the letter, or a lower-case letter: the data's author wrote it."""
+    choices, told = _choices(row), str(row["truth"][0]).strip()
+    same = [letter for letter, choice in zip(LETTERS, choices, strict=False) if choice.strip() == told]
+    truth = parse(told, choices) or (same[0] if len(same) == 1 else None)
+    if truth is None and len(told.strip(" ().:")) == 1:
+        truth = parse(told.upper(), choices)
     if truth is None:
         raise DataError(
             f"Sample {row.get('id')!r} has the truth {told!r}, which is none of its choices {list(choices)}: write the "

@@ -203,9 +203,8 @@ def _plain(value: Any) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class RetrievalTask:
     """Recall@1/5/10 both ways. A caption is any text to be learnt (an answer, not its question) or alternative of one;
-    records of the same picture count
-    as one picture with all their captions, and captions of equal text as one caption. ``similarity``: cosine, dot or
-    euclidean, as the model was trained."""
+    records of the same picture count as one picture with all their captions, and captions of equal text as one caption.
+    ``similarity``: cosine, dot or euclidean, as the model was trained."""
 
     kind: ClassVar[str] = "retrieval"
     needs: ClassVar[type] = Embeds

@@ -62,7 +62,7 @@ def run_demo(out: Path, *, seed: int = 0, serve: bool = True, jobs: int | None =
     if jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, not {jobs}.")
     if not 0 < budget <= 100:
-        raise ConfigError(f"--budget is a share of the recipes' steps, above 0, not {budget}.")
+        raise ConfigError(f"--budget is a share of the recipes' steps, above 0 and at most 100, not {budget}.")
     rivals: dict[str, Contestant] = {}
     recipes = {name: demo_recipe(shipped, out, seed, budget) for name, shipped in STORY.items()}
     story = _jobs(recipes, out, budget)

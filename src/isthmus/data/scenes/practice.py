@@ -7,7 +7,7 @@ two things is meant (``role``), finding all of a sort (``any``, ``all``), whethe
 one attribute of two things (``both``), and finding a thing by what another one is like (``alike``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from isthmus.data.scenes.dice import Dice
 from isthmus.data.scenes.questions import Question, named, without
@@ -50,13 +50,19 @@ def _role(scene: Scene, dice: Dice) -> Question | None:
     pair = dice.shuffled(scene.solids)[:2]
     which = dice.below(2)
     solid, place = pair[which], ("first", "second")[which]
+    hidden, a, b = _hiding(scene, dice, pair)
+    asked = f"where is the {place}?" if hidden == "place" else f"what {hidden} is the {place}?"
+    return Question("role", f"{a} or {b}: {asked}", getattr(solid, hidden), solid)
+
+
+def _hiding(scene: Scene, dice: Dice, pair: Sequence[Solid]) -> tuple[str, str, str]:
+    """An attribute to ask for, and words for two things that do not tell it."""
     hidden = dice.choice(("size", "place", "colour", "shape"))
     if hidden in ("colour", "shape"):
         a, b = (without(scene, dice, s, hidden) for s in pair)
     else:
         a, b = (named(scene, dice, s) for s in pair)
-    asked = f"where is the {place}?" if hidden == "place" else f"what {hidden} is the {place}?"
-    return Question("role", f"{a} or {b}: {asked}", getattr(solid, hidden), solid)
+    return hidden, a, b
 
 
 def _any(scene: Scene, dice: Dice) -> Question:
@@ -87,11 +93,7 @@ def _both(scene: Scene, dice: Dice) -> Question | None:
     if len(scene.solids) < 2:
         return None
     pair = dice.shuffled(scene.solids)[:2]
-    hidden = dice.choice(("size", "place", "colour", "shape"))
-    if hidden in ("colour", "shape"):
-        a, b = (without(scene, dice, s, hidden) for s in pair)
-    else:
-        a, b = (named(scene, dice, s) for s in pair)
+    hidden, a, b = _hiding(scene, dice, pair)
     text = f"where are {a} and {b}?" if hidden == "place" else f"what {hidden} are {a} and {b}?"
     return Question("both", text, " and ".join(getattr(s, hidden) for s in pair))
 
