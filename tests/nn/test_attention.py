@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from isthmus.errors import ConfigError
-from isthmus.nn.attention import Attention, attend
+from isthmus.nn.attention import Attention, attend, cast_once
 
 
 def _copy(ours: Attention, theirs: torch.nn.MultiheadAttention) -> None:
@@ -88,3 +88,28 @@ def test_half_precision_is_computed_in_float32_under_autocast_too(causal, masked
     found.sum().backward()
     for mine, other in zip(half, exact, strict=True):
         torch.testing.assert_close(mine.grad.float(), other.grad, atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["half queries", "full queries"])
+def test_under_autocast_on_a_cpu_attention_is_computed_in_float32(monkeypatch, half):
+    """Backwards the half-precision kernel took four times as long, where queries were full and keys half."""
+    seen, kernel = set(), torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, **named):
+        seen.update((x.dtype, torch.is_autocast_enabled("cpu")) for x in (q, k, v))
+        return kernel(q, k, v, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    q, k, v = (torch.randn(1, 2, 3, 4) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = attend(q.bfloat16() if half else q, k.bfloat16(), v.bfloat16(), mask=None)
+    assert seen == {(torch.float32, False)}
+    assert y.dtype == (torch.bfloat16 if half else torch.float32)
+
+
+def test_what_several_projections_read_is_cast_once():
+    x = torch.randn(2, 3)
+    assert cast_once(x) is x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cast_once(x).dtype == torch.bfloat16
+        assert cast_once(x.double()).dtype == torch.float64  # autocast leaves those, too

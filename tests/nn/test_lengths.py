@@ -30,6 +30,13 @@ def test_few_rows_and_equal_rows_stay_together() -> None:
     assert len(blocks_by_length(torch.arange(1, 65))) == 4
 
 
+def test_half_precision_asks_for_larger_blocks() -> None:
+    """A block casts all weights anew; on a machine with bf16 four small ones took a quarter longer than one."""
+    few, many = torch.arange(1, 65), torch.arange(1, 65).repeat(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [len(blocks_by_length(lengths)) for lengths in (few, many)] == [1, 4]
+
+
 @given(LENGTHS)
 def test_outputs_come_back_in_the_order_of_the_rows(lengths: torch.Tensor) -> None:
     assert torch.equal(in_blocks(lengths, lambda rows: lengths[rows] * 2), lengths * 2)

@@ -51,7 +51,7 @@ class Attention(nn.Module):
         """
         if causal and context is not None:
             raise ConfigError("causal attention has one sequence; with a context, say by `mask` what may be seen.")
-        source = x if context is None else context
+        x, source = cast_once(x), cast_once(x if context is None else context)
         q, k, v = self._split(self.q_proj(x)), self._split(self.k_proj(source)), self._split(self.v_proj(source))
         if mask is not None and causal:
             mask = mask & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
@@ -90,6 +90,7 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, S, head_width) of ``context`` (B, S, context_width)."""
+        context = cast_once(context)
         return self.k_norm(self._split(self.k_proj(context))), self._split(self.v_proj(context))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -130,10 +131,22 @@ def attend(
     return y.to(q.dtype)
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """``x`` in autocast's precision, where autocast is on: several projections would each cast it anew, and cast their
+    gradients back."""
+    kind = x.device.type
+    cast = x.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if cast else x
+
+
 @contextmanager
 def full_precision(q: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Inside, attention on ``q`` may run in float32 where that is the faster way; yields how to cast its tensors."""
-    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
+    """Inside, attention on ``q`` may run in float32 where that is the faster way; yields how to cast its tensors.
+
+    Under autocast that is asked of full tensors, too: rotary positions turn half-precision queries into those, and
+    autocast would turn them back.
+    """
+    if q.device.type != "cpu" or not (q.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu")):
         yield lambda x: x
         return
     with torch.autocast("cpu", enabled=False):

@@ -1,7 +1,8 @@
 """Rows of like length together: no work for the padding of a batch, where its rows need not be computed side by side.
 
-On a CPU a step takes as long as its padded tokens, and captions of one batch fill three quarters of them. A GPU would
-rather have one large launch.
+On a CPU a step takes as long as its padded tokens, and captions of one batch fill three quarters of them. But a block
+casts and adds up all weights' gradients anew, which half precision does not make quicker: there a block must be larger
+to pay. A GPU would rather have one large launch.
 """
 
 from collections.abc import Callable
@@ -14,17 +15,23 @@ Rows = Tensor | slice
 
 _ALL = slice(None)
 _MOST = 4
-_FEWEST_ROWS = 8
+_FEWEST_TOKENS = 512
+_FEWEST_TOKENS_HALF = 4096
+"""Fewest padded tokens that make a block of their own worth its while, in float32 and in half precision."""
 _WORTH = 0.9
 
 
 def blocks_by_length(lengths: Tensor) -> list[Rows]:
     """The numbers of the rows with these ``lengths`` (B,) in up to four blocks, the longest rows first.
 
-    One block of all rows where that would save less than a tenth of the padded tokens, or on a GPU.
+    Fewer where blocks would be small, and one of all rows where they would save less than a tenth of the padded
+    tokens, or on a GPU.
     """
-    blocks = min(_MOST, len(lengths) // _FEWEST_ROWS)
-    if blocks < 2 or lengths.device.type != "cpu":
+    if len(lengths) < 2 or lengths.device.type != "cpu":
+        return [_ALL]
+    fewest = _FEWEST_TOKENS_HALF if torch.is_autocast_enabled("cpu") else _FEWEST_TOKENS
+    blocks = min(_MOST, len(lengths), len(lengths) * int(lengths.max()) // fewest)
+    if blocks < 2:
         return [_ALL]
     order = torch.argsort(lengths, descending=True, stable=True)
     parts = order.tensor_split(blocks)

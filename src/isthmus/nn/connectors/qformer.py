@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from isthmus.batch import Tokens
 from isthmus.errors import ConfigError, DataError
-from isthmus.nn.attention import Attention, attend
+from isthmus.nn.attention import Attention, attend, cast_once
 from isthmus.nn.block import Mlp
 from isthmus.nn.lengths import Rows, in_blocks
 from isthmus.nn.precision import KeptFloat32
@@ -77,7 +77,7 @@ class _Attention(Attention):
         self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None, past: Past | None = None
     ) -> tuple[Tensor, Past]:
         """(B, T, D) from ``x``, and the keys and values; those of ``past`` stand before the new ones."""
-        source = x if context is None else context
+        x, source = cast_once(x), cast_once(x if context is None else context)
         k, v = self._split(self.k_proj(source)), self._split(self.v_proj(source))
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
@@ -130,7 +130,9 @@ class QFormerLayer(nn.Module):
         """(B, Q + T, D) -> the same, and this layer's keys and values. ``queries`` rows stand in front; with ``read``
         only so many rows from the front come out."""
         x, kept = self._attended(x, mask, past, read)
-        rows, text = x[:, :queries], x[:, queries:]
+        # Not two slices: backwards each would fill a whole x with zeros and add it.
+        front = min(queries, x.shape[1])
+        rows, text = x.split([front, x.shape[1] - front], dim=1)
         parts = []
         if queries:
             if self.cross is not None and self.ln_cross is not None:
