@@ -1,6 +1,8 @@
 """Flamingo from a recipe: joint steps over weighted sources, resume, a folder that loads, what a user asks of it."""
 
 import copy
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.recipes.build import build
 from isthmus.recipes.run import make_loader, train
 from isthmus.recipes.schema import parse_recipe
+from isthmus.stage import apply_stage
 from isthmus.training import train as train_stage
+from isthmus.training.gradient import backward
 from tests.miniature import STAGE
 
 TREE = {
@@ -108,8 +112,38 @@ def test_every_step_reads_every_source(story, run):
     assert lines.count("lm/scenes-clip_questions-train") == 3
 
 
-def test_a_resumed_run_ends_in_the_same_bits(story, run, tmp_path):
-    one = recipe(story)
+def test_rows_of_several_sources_may_share_a_pass_and_the_gradient_is_the_same(story):
+    found = []
+    for tokens, passes in ((None, 3), (10_000, 1), (60, 2)):
+        one = recipe(story, **({} if tokens is None else {"pass_tokens": tokens}))
+        built = build(one)
+        net = built.net.double()
+        for block in net.xattn:
+            torch.nn.init.constant_(block.attn_gate, 0.5)
+        stage = one.stages[0]
+        apply_stage(net, stage.stage.train)
+        stream = make_loader(built, stage).steps()
+        batches = [replace(b, visuals=tuple(_double(g) for g in b.visuals)) for b in next(stream)[1]]
+        stream.close()
+        assert len(batches) == passes
+        losses = backward(net, batches, nullcontext())
+        grads = {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
+        found.append((sorted(i for b in batches for i in b.ids), losses, grads))
+    (ids, losses, grads), *others = found
+    for other_ids, other_losses, other_grads in others:
+        assert other_ids == ids
+        assert other_losses == pytest.approx(losses, abs=1e-12)
+        for name, grad in grads.items():
+            torch.testing.assert_close(other_grads[name], grad, atol=1e-10, rtol=0)
+
+
+def _double(group):
+    return replace(group, pixels=group.pixels.double())
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own passes", "shared passes"])
+def test_a_resumed_run_ends_in_the_same_bits(story, run, tmp_path, shared):
+    one = recipe(story, **({"pass_tokens": 60} if shared else {}))
     built = build(one)
     stage = one.stages[0]
 
@@ -133,6 +167,9 @@ def test_a_resumed_run_ends_in_the_same_bits(story, run, tmp_path):
         fresh.net, make_loader(fresh, stage), stage.stage, tmp_path / "s", seed=one.seed, progress=False
     )
     assert result.resumed == 2
+    if shared:
+        run = tmp_path / "whole"
+        train(one, run, progress=False)
     done = isthmus.load(run).net.state_dict()
     assert all(torch.equal(t, done[n]) for n, t in fresh.net.state_dict().items())
 
@@ -235,6 +272,10 @@ def test_recipes_that_cannot_weigh_are_explained(story):
         recipe(story, data=[{"kind": "scenes", "form": "pages", "loss_weight": 1.0}])
     with pytest.raises(ConfigError, match="batch sizes of their own"):
         recipe(story, batch_size=4)
+    with pytest.raises(ConfigError, match="split by accumulate or by pass_tokens"):
+        recipe(story, pass_tokens=100, accumulate=2)
+    with pytest.raises(ConfigError, match="pass_tokens is for stages whose entries"):
+        recipe(story, data=[{"kind": "scenes", "form": "pages"}], batch_size=4, pass_tokens=100)
     same = [{"kind": "scenes", "form": "pages", "batch_size": 2, "loss_weight": w} for w in (1.0, 0.5)]
     with pytest.raises(ConfigError, match="called 'scenes-pages-train' and weigh"):
         make_loader(build(recipe(story, data=same)), recipe(story, data=same).stages[0])

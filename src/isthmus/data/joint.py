@@ -1,21 +1,27 @@
 """JointLoader: every step reads a batch of every source, and the sources' mean losses are weighted.
 
 Flamingo's rule (2204.14198, sec. 3.3): gradients of all data sets are accumulated over one step, each with its weight
-λ; taking the sets in turns instead costs 7.8 points there.
+λ; taking the sets in turns instead costs 7.8 points there. A mean loss does not ask which rows stood beside it, so rows
+of several sources may share a forward pass.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from isthmus.batch import Batch
 from isthmus.data.augment import Augment
 from isthmus.data.cache import FeatureCache
-from isthmus.data.loader import Loader, Position
+from isthmus.data.collate import collate
+from isthmus.data.loader import Loader, Position, in_background, in_parts
 from isthmus.data.mix import Source
 from isthmus.data.processor import Processor
 from isthmus.data.quarantine import Quarantine
+from isthmus.data.record import Example
 from isthmus.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +47,12 @@ class JointLoader:
         sources: (source, rows per step, weight λ of its mean loss). Sources of one name share their term and must have
             the same weight.
         accumulate: micro-batches that each source's rows are split into.
+        pass_tokens: what a pass costs beside its padded tokens, in tokens. Rows of all sources share passes where that
+            is cheaper; left out: each source has passes of its own.
         part: of every source's rows, as for a Loader.
 
-    Raises ConfigError for no source, for weights that are not positive, or differ under one name.
+    Raises ConfigError for no source, for weights that are not positive, or differ under one name, and for both
+    ``accumulate`` and ``pass_tokens``.
     """
 
     def __init__(
@@ -52,6 +61,7 @@ class JointLoader:
         processor: Processor,
         *,
         accumulate: int = 1,
+        pass_tokens: int | None = None,
         seed: int = 0,
         quarantine: Quarantine | None = None,
         augment: Augment | None = None,
@@ -61,6 +71,8 @@ class JointLoader:
     ) -> None:
         if not sources:
             raise ConfigError("a joint loader needs at least one source")
+        if accumulate > 1 and pass_tokens is not None:
+            raise ConfigError("a joint loader splits rows by accumulate or by pass_tokens, not by both")
         self.weights: dict[str, float] = {}
         for source, _, weight in sources:
             if not weight > 0:
@@ -71,19 +83,18 @@ class JointLoader:
                     "one of them another name, or both the same loss_weight"
                 )
         self.sources = tuple(source for source, _, _ in sources)
+        self.accumulate, self.pass_tokens, self.prefetch = accumulate, pass_tokens, prefetch
         self.quarantine = quarantine = quarantine if quarantine is not None else Quarantine(None)
         self.loaders = [
             Loader(
                 source,
                 processor,
                 batch_size=size,
-                accumulate=accumulate,
                 augment=augment,
                 cache=cache,
                 part=part,
                 seed=seed * 1009 + number,
                 quarantine=quarantine,
-                prefetch=prefetch,
             )
             for number, (source, size, _) in enumerate(sources)
         ]
@@ -94,16 +105,43 @@ class JointLoader:
         return JointPosition(int(saved["index"]), tuple(Position.from_dict(p) for p in given))
 
     def steps(self, start: JointPosition | None = None) -> Iterator[tuple[JointPosition, list[Batch]]]:
-        """(position after the step, the micro-batches of all sources in order) from ``start`` on, without end."""
-        start = start or self.position({"index": 0})
-        streams = [loader.steps(p) for loader, p in zip(self.loaders, start.sources, strict=True)]
+        """(position after the step, its micro-batches) from ``start`` on, without end."""
+        begin = start or self.position({"index": 0})
+        return self._ahead(lambda: self._filled(begin))
+
+    def _filled(self, start: JointPosition) -> Iterator[tuple[JointPosition, list[Batch]]]:
+        """Each source's samples are read by a thread of its own, and put together here."""
+        pairs = zip(self.loaders, start.sources, strict=True)
+        streams = [self._ahead(partial(loader.samples, position)) for loader, position in pairs]
         try:
-            index = start.index
-            while True:
-                parts = [next(stream) for stream in streams]
-                index += 1
-                batches = [replace(b, loss_weights=self.weights) for _, found in parts for b in found]
-                yield JointPosition(index, tuple(position for position, _ in parts)), batches
+            for index, parts in enumerate(zip(*streams, strict=True), start.index + 1):
+                batches = [collate(some) for some in self._passes([found for _, found in parts])]
+                position = JointPosition(index, tuple(p for p, _ in parts))
+                yield position, [replace(batch, loss_weights=self.weights) for batch in batches]
         finally:
             for stream in streams:
                 getattr(stream, "close", lambda: None)()
+
+    def _ahead(self, make: Callable[[], Iterator[T]]) -> Iterator[T]:
+        return in_background(make, self.prefetch) if self.prefetch else make()
+
+    def _passes(self, sources: Sequence[Sequence[Example]]) -> list[Sequence[Example]]:
+        """The samples of a step's micro-batches, none of them empty."""
+        if self.pass_tokens is not None:
+            return cut_passes([example for found in sources for example in found], self.pass_tokens)
+        return [part for found in sources for part in in_parts(found, self.accumulate)]
+
+
+def cut_passes(examples: Sequence[Example], cost: int) -> list[Sequence[Example]]:
+    """The samples, longest first, cut so that padded tokens and ``cost`` tokens a pass are fewest in all."""
+    rows = sorted(examples, key=lambda example: -example.length)  # stable: equal lengths stay in order
+    # best[n]: the fewest tokens of the first n rows, and where their last pass begins
+    best: list[tuple[int, int]] = [(0, 0)]
+    for end in range(1, len(rows) + 1):
+        best.append(min((best[a][0] + (end - a) * rows[a].length + cost, a) for a in range(end)))
+    passes: list[Sequence[Example]] = []
+    while rows:
+        begin = best[len(rows)][1]
+        passes.append(rows[begin:])
+        rows = rows[:begin]
+    return passes[::-1]

@@ -199,8 +199,8 @@ class Loader:
             example = self.cache.stand_in(example)
         return load_pixels(example)
 
-    def _fill(self, rows: Sequence["_Row"]) -> list[Batch]:
-        """This part's micro-batches of one step; bad samples are left out and counted. Empty when all were bad."""
+    def _fill(self, rows: Sequence["_Row"]) -> list[Example]:
+        """This part's samples of one step; bad ones are left out and counted. Empty when all were bad."""
         which, parts = self.part
         rows = rows[which::parts]
         examples: list[Example] = []
@@ -217,8 +217,10 @@ class Loader:
             except DataError as error:
                 self.quarantine.add(name, source, str(error))
         self.quarantine.seen(len(rows))
-        bounds = [round(i * len(examples) / self.accumulate) for i in range(self.accumulate + 1)]
-        return [collate(examples[a:b]) for a, b in pairwise(bounds) if b > a]
+        return examples
+
+    def _micro_batches(self, examples: Sequence[Example]) -> list[Batch]:
+        return [collate(part) for part in in_parts(examples, self.accumulate)]
 
     # Running
 
@@ -251,28 +253,35 @@ class Loader:
         have samples. Raises DataError when a whole epoch gives nothing, or when
         the quarantine is over its threshold. Close the iterator (or drop it) to end the background thread.
         """
-        return self._ahead(lambda: self._filled(start))
+        return self._ahead(lambda: ((after, self._micro_batches(found)) for after, found in self.samples(start)))
 
-    def _filled(self, start: Position) -> Iterator[tuple[Position, list[Batch]]]:
+    def samples(self, start: Position = START) -> Iterator[tuple[Position, list[Example]]]:
+        """As :meth:`steps`, the samples of each step one by one, in the caller's thread."""
         which, parts = self.part
         barren = 0
         for position, rows in self._planned(start):
-            batches = self._fill(rows)
-            if batches or not rows[which::parts]:
+            found = self._fill(rows)
+            if found or not rows[which::parts]:
                 barren = 0
             else:
                 barren += position.index == 0
                 if barren > 1:  # from the last good step on, one whole epoch at least
                     raise DataError(f"not one sample of a whole epoch could be used: {self.quarantine.example()}")
-            if batches or parts > 1:
-                yield position, batches
+            if found or parts > 1:
+                yield position, found
 
     def epoch(self, number: int = 0) -> Iterator[list[Batch]]:
         """The steps of one epoch alone, for evaluation."""
-        return self._ahead(lambda: (b for rows in self._plan(number) if (b := self._fill(rows))))
+        return self._ahead(lambda: (self._micro_batches(e) for rows in self._plan(number) if (e := self._fill(rows))))
 
     def _ahead(self, make: Callable[[], Iterator[T]]) -> Iterator[T]:
         return in_background(make, self.prefetch) if self.prefetch else make()
+
+
+def in_parts(rows: Sequence[T], parts: int) -> list[Sequence[T]]:
+    """Contiguous parts of (nearly) equal size; never an empty one."""
+    bounds = [round(i * len(rows) / parts) for i in range(parts + 1)]
+    return [rows[a:b] for a, b in pairwise(bounds) if b > a]
 
 
 def _chunks(rows: list[T], size: int) -> Iterator[list[T]]:

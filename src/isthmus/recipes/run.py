@@ -207,6 +207,7 @@ def make_loader(
             data,
             processor,
             accumulate=stage.accumulate,
+            pass_tokens=stage.pass_tokens,
             seed=built.recipe.seed,
             quarantine=quarantine,
             augment=stage.augment,

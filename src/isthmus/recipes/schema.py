@@ -56,7 +56,8 @@ class StageSpec(Strict):
 
     In the YAML the keys of both stand side by side (``name``, ``steps``, ``train``, ``data``, ``batch_size``, …). When
     each entry of ``data`` has a ``batch_size`` of its own, every step reads that many samples of every source, and the
-    sources' mean losses add up with their ``loss_weight`` (default 1). ``config`` changes the model's configuration
+    sources' mean losses add up with their ``loss_weight`` (default 1); with ``pass_tokens``, what a pass costs beside its
+    tokens, their rows share passes where that is cheaper. ``config`` changes the model's configuration
     from this stage on (BLIP-2's phases); ``processor`` are options of this system's processor; ``augment`` crops and
     flips the pictures; ``feature_cache`` encodes each of them once. ``bad_samples`` is the fraction of samples that may
     be quarantined before the run stops.
@@ -67,6 +68,7 @@ class StageSpec(Strict):
     batch_size: int | None = Field(default=None, gt=0)
     batch_tokens: int | None = Field(default=None, gt=0)
     accumulate: int = Field(default=1, gt=0)
+    pass_tokens: int | None = Field(default=None, gt=0)
     bad_samples: float = Field(default=0.01, ge=0, le=1)
     template: str | None = None
     image_mode: Mode | None = None
@@ -109,6 +111,10 @@ class StageSpec(Strict):
                     "the entries of data have batch sizes of their own: take batch_size and batch_tokens out of the "
                     "stage, and weight out of the entries"
                 )
+            if self.pass_tokens is not None and self.accumulate > 1:
+                raise ValueError("the rows of a step are split by accumulate or by pass_tokens: take one of them out")
+        elif self.pass_tokens is not None:
+            raise ValueError("pass_tokens is for stages whose entries of data have batch sizes of their own")
         elif (self.batch_size is None) == (self.batch_tokens is None):
             raise ValueError("give exactly one of batch_size (rows) and batch_tokens (padded tokens)")
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
