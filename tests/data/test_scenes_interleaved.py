@@ -218,9 +218,11 @@ def test_controls_of_clips():
     shuffled = source("clip_questions", control="shuffled")[0].images[0]
     single = source("clip_questions", control="frame-2")[0].images[0]
     assert sorted(map(str, shuffled.source.frames)) == sorted(map(str, plain.source.frames))
+    still = source("clip_questions", control="still-2")[0].images[0]
     assert single.source.frames == (plain.source.frames[2],)
-    assert len({c.content_key() for c in (plain, shuffled, single)}) == 3
-    with pytest.raises(ConfigError, match="known: shuffled, frame-0 to frame-3"):
+    assert still.source.frames == (plain.source.frames[2],) * 4
+    assert len({c.content_key() for c in (plain, shuffled, single, still)}) == 4
+    with pytest.raises(ConfigError, match="known: shuffled, frame-0 to frame-3, still-0 to still-3"):
         source("clip_questions", control="frame-7")[0]
     with pytest.raises(ConfigError, match="at least two frames"):
         source("clips", frames=1)[0]

@@ -21,8 +21,9 @@ from isthmus.errors import ConfigError
 ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES}
 CLIP_KINDS = ("moved", "appeared", "vanished", "sequence")
 VALUES_PER_LESSON = 4
-CONTROLS = ("", "permuted", "shuffled", "frame-N")
-"""Of lessons: ``permuted`` shuffles the examples' words. Of clips: ``shuffled`` frames, or only frame number N."""
+CONTROLS = ("", "permuted", "shuffled", "frame-N", "still-N")
+"""Of lessons: ``permuted`` shuffles the examples' words. Of clips: ``shuffled`` frames; only frame number N, alone or as
+long as the clip was."""
 
 _ENDS = ("", ".", ",", ";", "\n")
 """What ends an example in text. One form alone makes a tiny LM count its tokens, and a new one throws it off."""
@@ -249,10 +250,12 @@ def _controlled(scenes: Sequence[Scene], control: str, dice: Dice) -> tuple[Scen
         return tuple(scenes)
     if control == "shuffled":
         return tuple(dice.shuffled(scenes))
-    place = control.removeprefix("frame-")
-    if not control.startswith("frame-") or not place.isdigit() or int(place) >= len(scenes):
-        raise ConfigError(f"clips have no control {control!r}; known: shuffled, frame-0 to frame-{len(scenes) - 1}")
-    return (scenes[int(place)],)
+    kind, _, place = control.partition("-")
+    if kind not in ("frame", "still") or not place.isdigit() or int(place) >= len(scenes):
+        last = len(scenes) - 1
+        known = f"shuffled, frame-0 to frame-{last}, still-0 to still-{last}"
+        raise ConfigError(f"clips have no control {control!r}; known: {known}")
+    return (scenes[int(place)],) * (1 if kind == "frame" else len(scenes))
 
 
 def lone_solid(dice: Dice, split: Split, *, colour: str | None = None, shape: str | None = None) -> Solid:
