@@ -56,11 +56,11 @@ class StageSpec(Strict):
 
     In the YAML the keys of both stand side by side (``name``, ``steps``, ``train``, ``data``, ``batch_size``, …). When
     each entry of ``data`` has a ``batch_size`` of its own, every step reads that many samples of every source, and the
-    sources' mean losses add up with their ``loss_weight`` (default 1); with ``pass_tokens``, what a pass costs beside its
-    tokens, their rows share passes where that is cheaper. ``config`` changes the model's configuration
-    from this stage on (BLIP-2's phases); ``processor`` are options of this system's processor; ``augment`` crops and
-    flips the pictures; ``feature_cache`` encodes each of them once. ``bad_samples`` is the fraction of samples that may
-    be quarantined before the run stops.
+    sources' mean losses add up with their ``loss_weight`` (default 1); with ``pass_tokens``, what a pass costs beside
+    its tokens, their rows share passes where that is cheaper. ``config`` changes the model's configuration from this
+    stage on (BLIP-2's phases); ``processor`` are options of this system's processor; ``augment`` crops and flips the
+    pictures; ``feature_cache`` encodes each of them once. ``bad_samples`` is the fraction of samples that may be
+    quarantined before the run stops.
     """
 
     stage: Stage

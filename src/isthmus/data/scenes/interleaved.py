@@ -22,8 +22,8 @@ ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES}
 CLIP_KINDS = ("moved", "appeared", "vanished", "sequence")
 VALUES_PER_LESSON = 4
 CONTROLS = ("", "permuted", "shuffled", "frame-N", "still-N")
-"""Of lessons: ``permuted`` shuffles the examples' words. Of clips: ``shuffled`` frames; only frame number N, alone or as
-long as the clip was."""
+"""Of lessons: ``permuted`` shuffles the examples' words. Of clips: ``shuffled`` frames; only frame number N, alone or
+for as long as the clip was."""
 
 _ENDS = ("", ".", ",", ";", "\n")
 """What ends an example in text. One form alone makes a tiny LM count its tokens, and a new one throws it off."""
