@@ -337,7 +337,7 @@ def test_the_shipped_recipe_and_its_facts(story):
     facts = stage_facts(small, built.net)
     parts = [{row.part for row in fact.table.rows} for fact in facts]
     assert parts == [{"vision", "connector", "heads"}, *[{"vision", "connector", "language"}] * 2]
-    assert [cost.steps for cost in stage_costs(built)] == [1500, 800, 2500]
+    assert [cost.steps for cost in stage_costs(built)] == [s.stage.steps for s in recipe.stages]
     for fact in facts:
         trained = {row.part: row.trained for row in fact.table.rows}
         assert trained["vision"] == trained.get("language", 0) == 0
