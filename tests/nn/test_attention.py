@@ -113,3 +113,9 @@ def test_what_several_projections_read_is_cast_once():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert cast_once(x).dtype == torch.bfloat16
         assert cast_once(x.double()).dtype == torch.float64  # autocast leaves those, too
+        assert cast_once(x.to("meta")).dtype == torch.float32
+
+
+def test_shapes_are_told_on_the_meta_device():
+    with torch.device("meta"):
+        assert Attention(16, 4)(torch.empty(2, 5, 16)).shape == (2, 5, 16)

@@ -135,7 +135,8 @@ def cast_once(x: Tensor) -> Tensor:
     """``x`` in autocast's precision, where autocast is on: several projections would each cast it anew, and cast their
     gradients back."""
     kind = x.device.type
-    cast = x.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    known = torch.amp.is_autocast_available(kind)  # not for tensors of the meta device
+    cast = known and x.dtype == torch.float32 and torch.is_autocast_enabled(kind)
     return x.to(torch.get_autocast_dtype(kind)) if cast else x
 
 
