@@ -10,11 +10,14 @@ batch's private matter: rows are right-padded and carry their lengths, and no lo
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from isthmus.errors import DataError
+
+T = TypeVar("T")
 
 IGNORE = -100
 """Label of a position where nothing is learnt (the value PyTorch's cross-entropy ignores)."""
@@ -196,8 +199,13 @@ class Batch:
 
     def split(self, parts: int) -> list["Batch"]:
         """Contiguous micro-batches of (nearly) equal row counts; never an empty one."""
-        bounds = [round(i * len(self) / parts) for i in range(parts + 1)]
-        return [self.select(range(a, b)) for a, b in pairwise(bounds) if b > a]
+        return [self.select(rows) for rows in in_parts(range(len(self)), parts)]
+
+
+def in_parts(rows: Sequence[T], parts: int) -> list[Sequence[T]]:
+    """Contiguous parts of (nearly) equal size; never an empty one."""
+    bounds = [round(i * len(rows) / parts) for i in range(parts + 1)]
+    return [rows[a:b] for a, b in pairwise(bounds) if b > a]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,23 +5,21 @@ Flamingo's rule (2204.14198, sec. 3.3): gradients of all data sets are accumulat
 of several sources may share a forward pass.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from isthmus.batch import Batch
+from isthmus.batch import Batch, in_parts
 from isthmus.data.augment import Augment
 from isthmus.data.cache import FeatureCache
 from isthmus.data.collate import collate
-from isthmus.data.loader import Loader, Position, in_background, in_parts
+from isthmus.data.loader import Loader, Position, in_background
 from isthmus.data.mix import Source
 from isthmus.data.processor import Processor
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.record import Example
 from isthmus.errors import ConfigError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +105,12 @@ class JointLoader:
     def steps(self, start: JointPosition | None = None) -> Iterator[tuple[JointPosition, list[Batch]]]:
         """(position after the step, its micro-batches) from ``start`` on, without end."""
         begin = start or self.position({"index": 0})
-        return self._ahead(lambda: self._filled(begin))
+        return in_background(partial(self._filled, begin), self.prefetch)
 
     def _filled(self, start: JointPosition) -> Iterator[tuple[JointPosition, list[Batch]]]:
         """Each source's samples are read by a thread of its own, and put together here."""
         pairs = zip(self.loaders, start.sources, strict=True)
-        streams = [self._ahead(partial(loader.samples, position)) for loader, position in pairs]
+        streams = [in_background(partial(loader.samples, position), self.prefetch) for loader, position in pairs]
         try:
             for index, parts in enumerate(zip(*streams, strict=True), start.index + 1):
                 batches = [collate(some) for some in self._passes([found for _, found in parts])]
@@ -120,10 +118,7 @@ class JointLoader:
                 yield position, [replace(batch, loss_weights=self.weights) for batch in batches]
         finally:
             for stream in streams:
-                getattr(stream, "close", lambda: None)()
-
-    def _ahead(self, make: Callable[[], Iterator[T]]) -> Iterator[T]:
-        return in_background(make, self.prefetch) if self.prefetch else make()
+                stream.close()
 
     def _passes(self, sources: Sequence[Sequence[Example]]) -> list[Sequence[Example]]:
         """The samples of a step's micro-batches, none of them empty."""

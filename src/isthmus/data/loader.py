@@ -6,13 +6,12 @@ counted gap in its batch and changes nothing else. One background thread fills b
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
-from isthmus.batch import Batch
+from isthmus.batch import Batch, in_parts
 from isthmus.data.augment import Augment
 from isthmus.data.cache import FeatureCache
 from isthmus.data.collate import collate, load_pixels
@@ -253,7 +252,9 @@ class Loader:
         have samples. Raises DataError when a whole epoch gives nothing, or when
         the quarantine is over its threshold. Close the iterator (or drop it) to end the background thread.
         """
-        return self._ahead(lambda: ((after, self._micro_batches(found)) for after, found in self.samples(start)))
+        return in_background(
+            lambda: ((after, self._micro_batches(found)) for after, found in self.samples(start)), self.prefetch
+        )
 
     def samples(self, start: Position = START) -> Iterator[tuple[Position, list[Example]]]:
         """As :meth:`steps`, the samples of each step one by one, in the caller's thread."""
@@ -272,27 +273,23 @@ class Loader:
 
     def epoch(self, number: int = 0) -> Iterator[list[Batch]]:
         """The steps of one epoch alone, for evaluation."""
-        return self._ahead(lambda: (self._micro_batches(e) for rows in self._plan(number) if (e := self._fill(rows))))
-
-    def _ahead(self, make: Callable[[], Iterator[T]]) -> Iterator[T]:
-        return in_background(make, self.prefetch) if self.prefetch else make()
-
-
-def in_parts(rows: Sequence[T], parts: int) -> list[Sequence[T]]:
-    """Contiguous parts of (nearly) equal size; never an empty one."""
-    bounds = [round(i * len(rows) / parts) for i in range(parts + 1)]
-    return [rows[a:b] for a, b in pairwise(bounds) if b > a]
+        filled = map(self._fill, self._plan(number))
+        return in_background(lambda: map(self._micro_batches, filter(None, filled)), self.prefetch)
 
 
 def _chunks(rows: list[T], size: int) -> Iterator[list[T]]:
     return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def in_background(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
-    """The items of ``make()``, computed up to ``depth`` ahead by a thread that ends with this iterator.
+def in_background(make: Callable[[], Iterator[T]], depth: int) -> Generator[T, None, None]:
+    """The items of ``make()``, computed up to ``depth`` ahead by a thread that ends with this iterator; with ``depth``
+    0 by the caller's own.
 
     What the thread raises is raised here, at the item it stopped at.
     """
+    if not depth:
+        yield from make()
+        return
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 

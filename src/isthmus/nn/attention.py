@@ -51,7 +51,8 @@ class Attention(nn.Module):
         """
         if causal and context is not None:
             raise ConfigError("causal attention has one sequence; with a context, say by `mask` what may be seen.")
-        x, source = cast_once(x), cast_once(x if context is None else context)
+        x = cast_once(x)
+        source = x if context is None else cast_once(context)
         q, k, v = self._split(self.q_proj(x)), self._split(self.k_proj(source)), self._split(self.v_proj(source))
         if mask is not None and causal:
             mask = mask & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()

@@ -77,7 +77,8 @@ class _Attention(Attention):
         self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None, past: Past | None = None
     ) -> tuple[Tensor, Past]:
         """(B, T, D) from ``x``, and the keys and values; those of ``past`` stand before the new ones."""
-        x, source = cast_once(x), cast_once(x if context is None else context)
+        x = cast_once(x)
+        source = x if context is None else cast_once(context)
         k, v = self._split(self.k_proj(source)), self._split(self.v_proj(source))
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
