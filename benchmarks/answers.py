@@ -7,10 +7,10 @@ import argparse
 import time
 from pathlib import Path
 
+from isthmus.comparison.cost import BATCHES
 from isthmus.data.record import Record
-from isthmus.data.scenes import SceneSource
+from isthmus.demo.scenes import SceneSource
 from isthmus.model import Model, load
-from isthmus.recipes.cost import BATCHES
 
 
 def answers(model: Model, records: list[Record], size: int) -> tuple[list[str], float]:

@@ -15,11 +15,11 @@ from unittest import mock
 
 import torch
 
+from isthmus.demo.story import demo_recipe
 from isthmus.nn import lengths
 from isthmus.nn.block import Block
 from isthmus.nn.connectors.qformer import QFormer
 from isthmus.recipes.build import build
-from isthmus.recipes.demo import demo_recipe
 from isthmus.recipes.run import make_loader
 from isthmus.stage import apply_stage
 

@@ -9,7 +9,7 @@ import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from isthmus.data.scenes import SceneSource
+from isthmus.demo.scenes import SceneSource
 
 COUNT = 1000
 

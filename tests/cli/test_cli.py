@@ -42,7 +42,7 @@ def test_an_interruption_is_told(monkeypatch, capsys):
     def pressed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("isthmus.recipes.demo.run_demo", pressed)
+    monkeypatch.setattr("isthmus.demo.story.run_demo", pressed)
     code, _, said = run(monkeypatch, capsys, "demo", "--no-serve")
     assert (code, said) == (130, "isthmus: Interrupted. The same command goes on where this one stopped.\n")
 

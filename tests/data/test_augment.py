@@ -7,7 +7,7 @@ from isthmus.data.images import ImageTransform, as_image
 from isthmus.data.loader import Loader
 from isthmus.data.processor import ContrastiveProcessor
 from isthmus.data.record import Example
-from isthmus.data.scenes import SceneSource
+from isthmus.demo.scenes import SceneSource
 from isthmus.errors import ConfigError
 from isthmus.recipes.schema import read_recipe
 from tests.data.helpers import byte_level

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from isthmus.data.images import open_image
-from isthmus.data.scenes.export import export
 from isthmus.data.sources import open_source
 from isthmus.data.sources.guess import guess
+from isthmus.demo.scenes.export import export
 from isthmus.errors import DataError
 from tests.data.helpers import png
 

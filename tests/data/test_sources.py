@@ -439,7 +439,7 @@ def test_unknown_words_name_the_nearest(tmp_path):
     write(tmp_path / "empty.json", "[]")
     with pytest.raises(DataError, match="holds no sample"):
         open_source({"kind": "jsonl", "file": "empty.json"}, data_root=tmp_path)
-    assert set(SOURCES) == {"llava", "webdataset", "coco", "csv", "folder", "jsonl", "scenes", "pope-objects", *READERS}
+    assert set(SOURCES) == {"llava", "webdataset", "coco", "csv", "folder", "jsonl", "pope-objects", *READERS}
 
 
 def test_braces_and_globs(tmp_path):

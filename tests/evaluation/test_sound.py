@@ -8,7 +8,7 @@ from PIL import Image as PilImage
 from isthmus.data.images import FileImage
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.record import Image, Record, Text
-from isthmus.data.scenes import SceneSource
+from isthmus.demo.scenes import SceneSource
 from isthmus.errors import DataError
 from isthmus.evaluation import VqaTask, evaluate
 from isthmus.evaluation.rescore import rescore
@@ -104,7 +104,7 @@ def test_the_first_that_can_be_read_without_looking_at_the_rest(records, tmp_pat
 
 
 def test_pictures_made_in_the_program_are_not_drawn_for_it(monkeypatch):
-    from isthmus.data.scenes.draw import ScenePicture
+    from isthmus.demo.scenes.draw import ScenePicture
 
     monkeypatch.setattr(ScenePicture, "read", lambda self: pytest.fail("drawn"))
     assert len(Sound(SceneSource("questions", split="test", count=5), Quarantine())) == 5

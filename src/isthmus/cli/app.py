@@ -59,7 +59,7 @@ def demo(
     budget: Annotated[float, typer.Option(help="Share of the recipes' steps: 0.3 is soon done and learns less.")] = 1.0,
 ) -> None:
     """The whole story on the embedded scenes: train all five models, score them, show them."""
-    from isthmus.recipes.demo import run_demo
+    from isthmus.demo.story import run_demo
 
     run_demo(out, seed=seed, serve=serve, jobs=jobs, budget=budget)
 

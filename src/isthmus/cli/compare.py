@@ -32,12 +32,12 @@ def run(
     json_file: Path | None,
 ) -> None:
     """Score and measure one model after the other; print the tables and write everything below ``out``."""
-    from isthmus.evaluation.report import write_report
+    from isthmus.comparison.compare import ask, contestants, measure, shared_tasks
+    from isthmus.comparison.report import write_report
+    from isthmus.comparison.side_by_side import write_comparison
     from isthmus.model import load
-    from isthmus.recipes.compare import ask, contestants, measure, shared_tasks
     from isthmus.recipes.schema import shipped
     from isthmus.recipes.scoring import with_shots
-    from isthmus.recipes.side_by_side import write_comparison
 
     numbers = [name for name in models if shots is not None and name.isdigit() and not Path(name).exists()]
     models = [name for name in models if name not in numbers]  # --shots 0 4 8: those behind the first one
@@ -100,8 +100,8 @@ def run_recipe(
     json_file: Path | None,
 ) -> None:
     """Train, ask and measure the arms of a comparison recipe; what is finished is kept and not done again."""
-    from isthmus.recipes.comparison import parse_comparison
-    from isthmus.recipes.contest import run_contest
+    from isthmus.comparison.contest import run_contest
+    from isthmus.comparison.recipe import parse_comparison
     from isthmus.recipes.schema import read_tree
 
     if given:

@@ -12,8 +12,8 @@ from isthmus.errors import ConfigError, nearest
 
 def scenes(out: Path, layout: str, *, count: int, split: str, seed: int, size: int) -> None:
     """Write generated scenes; ``layout`` is llava, webdataset or coco."""
-    from isthmus.data.scenes.export import export
-    from isthmus.data.scenes.scene import SPLITS
+    from isthmus.demo.scenes.export import export
+    from isthmus.demo.scenes.scene import SPLITS
 
     if split not in SPLITS:
         raise ConfigError(f"Scenes have no split {split!r}; {nearest(split, SPLITS)}")

@@ -104,8 +104,8 @@ def counted(shots: str | None, more: Sequence[int]) -> list[int]:
 def _over_shots(place: Path, results: Sequence[Any]) -> Path | None:
     """``shots.html`` in ``place``: each task's score over the number of shots, what is reached without looking, and the
     same task spoilt on purpose (``lessons-8-shots-permuted``). None unless a task was asked with several numbers."""
+    from isthmus.comparison.report import Chart, Report, write_report
     from isthmus.evaluation.caption_task import MAIN
-    from isthmus.evaluation.report import Chart, Report, write_report
 
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     measures: dict[str, str] = {}

@@ -1,7 +1,7 @@
 """From files to batches: source -> Record -> Example -> Batch.
 
 record      the two shapes of a sample            sources/    other people's files as Records
-images      lazy pictures, safe opening, pixels   scenes/     pictures drawn from a seed, with their ground truth
+images      lazy pictures, safe opening, pixels
 tokenizer   text to ids and back                  mix         several sources as one epoch
 text        templates, labels by construction     loader      the batches of a run, from any position
 processor   Record -> Example, one per system     quarantine  bad samples, written down and counted

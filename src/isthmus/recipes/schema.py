@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -201,10 +202,19 @@ class Recipe(Strict):
         return stages
 
 
+_SHELVES = {"library": ("recipes/library", "demo/library"), "comparisons": ("comparison/library",)}
+"""The package's folders of recipes: those to train, and those of ``isthmus compare``."""
+
+
 def shipped(shelf: str = "library") -> list[str]:
     """Names of the recipes inside the package; on the shelf ``comparisons`` those of ``isthmus compare``."""
-    folder = resources.files("isthmus.recipes") / shelf
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return sorted(_on(shelf))
+
+
+def _on(shelf: str) -> dict[str, Traversable]:
+    """Name -> file of the recipes on a shelf."""
+    files = [file for folder in _SHELVES[shelf] for file in (resources.files("isthmus") / folder).iterdir()]
+    return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
 
 
 def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool = False) -> Recipe:
@@ -222,14 +232,13 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: boo
 def read_tree(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool = False) -> dict[str, Any]:
     """What the recipe ``name`` says, overrides and variables put in, its keys not checked yet."""
     path = Path(name)
-    shelf = next((s for s in ("library", "comparisons") if str(name) in shipped(s)), None)
+    found = {**_on("comparisons"), **_on("library")}
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
             raise ConfigError(f"No recipe file {path}. Shipped recipes go by name: {', '.join(shipped())}.")
         tree = read_yaml(path)
-    elif shelf is not None:
-        text = (resources.files("isthmus.recipes") / shelf / f"{name}.yaml").read_text(encoding="utf-8")
-        tree = yaml_value(text, str(name))
+    elif str(name) in found:
+        tree = yaml_value(found[str(name)].read_text(encoding="utf-8"), str(name))
     else:
         raise ConfigError(f"No shipped recipe {str(name)!r}; {nearest(str(name), shipped())} (A file ends in .yaml.)")
     if not isinstance(tree, dict):

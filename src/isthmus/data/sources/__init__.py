@@ -9,12 +9,12 @@ Options that most kinds share: ``name``, ``limit`` (first rows only) and those o
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from isthmus.config import fit
 from isthmus.data.mix import Mix, Source
-from isthmus.data.scenes import SceneSource
 from isthmus.data.sources.annotations import READERS
 from isthmus.data.sources.documents import DocumentSource, JsonPages
 from isthmus.data.sources.files import (
@@ -44,10 +44,10 @@ def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None)
     """
     options = _without_paths(dict(spec))
     kind = str(options.pop("kind", ""))
+    if kind in BY_NAME:
+        return _made(kind, options)
     if kind not in (*SOURCES, *DOCUMENTS):
-        raise ConfigError(f"source: unknown kind {kind!r}; {nearest(kind, (*SOURCES, *DOCUMENTS))}")
-    if kind == "scenes":
-        return _scenes(options)
+        raise ConfigError(f"source: unknown kind {kind!r}; {nearest(kind, (*SOURCES, *DOCUMENTS, *BY_NAME))}")
     root = Root(Path(data_root) if data_root is not None else Path())
     name = fit(str | None, options.pop("name", None), "source: name")
     if kind in DOCUMENTS:
@@ -171,8 +171,11 @@ SOURCES: dict[str, Callable[..., Rows]] = {
     "webdataset": _webdataset,
     **READERS,
     "pope-objects": pope_objects,
-    "scenes": SceneSource,  # type: ignore[dict-item]  (made, not read: opened apart)
 }
+
+
+BY_NAME = {"scenes": "isthmus.demo.scenes.source:SceneSource"}
+"""Kinds that are whole sources by themselves, made with the description's options; imported when first named."""
 
 
 DOCUMENTS = ("obelics", "mmc4")
@@ -275,9 +278,12 @@ def _side_captions(root: Root, *, file: str, key: str, fields: Names) -> dict[st
     return {str(row.get(key)): flat([row.get(name) for name in names]) for row in rows}
 
 
-def _scenes(options: dict[str, Any]) -> Source:
-    _check_options("scenes", SceneSource.__init__, options, given=("self",))
-    return SceneSource(**options)
+def _made(kind: str, options: dict[str, Any]) -> Source:
+    """The source class that the kind names, made with the options; they are checked against what it takes."""
+    module, _, name = BY_NAME[kind].partition(":")
+    maker = getattr(import_module(module), name)
+    _check_options(kind, maker.__init__, options, given=("self",))
+    return maker(**options)
 
 
 def _call(kind: str, function: Callable[..., Any], options: dict[str, Any], **given: Any) -> Any:
@@ -287,7 +293,7 @@ def _call(kind: str, function: Callable[..., Any], options: dict[str, Any], **gi
 
 def _check_options(kind: str, function: Callable[..., Any], options: Mapping[str, Any], given: Sequence[str]) -> None:
     parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in given}
-    shared = () if kind in ("scenes", "captions", *DOCUMENTS) else (*Form.__dataclass_fields__, "name", "limit")
+    shared = () if kind in ("captions", *DOCUMENTS, *BY_NAME) else (*Form.__dataclass_fields__, "name", "limit")
     for option in options:
         if option not in parameters:
             raise ConfigError(

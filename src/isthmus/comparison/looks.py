@@ -1,0 +1,34 @@
+"""Where a model looked while it answered, as pictures: bright where its attention was, dark elsewhere."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from isthmus.comparison.curves import overlay, png
+from isthmus.data.images import open_image
+from isthmus.data.record import Record, without_answer
+from isthmus.errors import CapabilityError
+from isthmus.model import Model
+
+_COLOURS = 64
+"""A page may hold hundreds of these pictures."""
+
+
+def looks(model: Model, records: Sequence[Record], decoding: Mapping[str, Any]) -> dict[str, bytes]:
+    """Record id -> PNG of its first picture as the model saw it, under the mean attention over layers and new tokens.
+
+    Empty for a model without maps; an answer without a token has none.
+    """
+    transform = getattr(model.processor, "image", None)
+    seeing = [r for r in records if r.images]
+    if transform is None or "attend" not in model.capabilities or not seeing:
+        return {}
+    try:
+        found = model.attend([without_answer(r) for r in seeing], **decoding)
+    except CapabilityError:  # a connector whose tokens cannot be traced back to patches
+        return {}
+    shown: dict[str, bytes] = {}
+    for record, attention in zip(seeing, found, strict=True):
+        if attention.tokens:
+            picture = transform.fit(open_image(record.images[0].source))
+            shown[record.id] = png(overlay(picture, attention.maps[0].mean((0, 1))[0]).quantize(_COLOURS))
+    return shown

@@ -1,6 +1,0 @@
-"""The report: one self-contained HTML page with scores, curves, samples and how they came about."""
-
-from isthmus.evaluation.report.chart import Chart
-from isthmus.evaluation.report.page import Answer, Listing, Note, Report, SamplePicture, TrainedPart, write_report
-
-__all__ = ["Answer", "Chart", "Listing", "Note", "Report", "SamplePicture", "TrainedPart", "write_report"]

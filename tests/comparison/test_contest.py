@@ -1,0 +1,231 @@
+"""A comparison recipe run in miniature: arms, seeds, resume, redrawn parts, a connector of one's own, statements."""
+
+import copy
+import csv
+import json
+from itertools import islice
+
+import pytest
+import torch
+
+from isthmus.checkpoint import read_json
+from isthmus.comparison import contest
+from isthmus.comparison.contest import finished, recipe_of_arm, run_contest
+from isthmus.comparison.recipe import parse_comparison
+from isthmus.errors import ConfigError
+from isthmus.model import load
+from isthmus.recipes.run import make_loader
+from tests.cli.test_cli import run
+from tests.comparison.test_compare import yes_or_no
+from tests.comparison.test_recipe import CAPTIONS, OPEN
+
+KEYS = {"precision": "fp32", "log_every": 1, "save_every": 1}
+TREE = {
+    "kind": "compare",
+    "seeds": [0, 1],
+    "budget": {"samples": 16},
+    "stages": [KEYS | {"name": "describe", "batch_size": 4, "data": CAPTIONS}],
+    "evaluate": [
+        {
+            "name": "vqa",
+            "task": "vqa",
+            "options": {"decoding": {"max_new_tokens": 2}},
+            "data": {"kind": "scenes", "form": "questions", "split": "test", "count": 8},
+            "train": {"kind": "scenes", "form": "questions", "count": 30},
+        }
+    ],
+    "arms": [
+        {
+            "name": "llava",
+            "model": "llava",
+            "stages": {"describe": {"template": "vicuna_bare", "train": OPEN}},
+            "shots": [0, 2],
+        },
+        {"name": "blind", "like": "llava", "redraw": ["vision"]},
+        {
+            "name": "flamingo",
+            "model": "flamingo",
+            "config": {
+                "resampler": {"layers": 1, "latents": 5, "heads": 2, "head_width": 8},
+                "xattn": {"heads": 2, "head_width": 8},
+            },
+            "image": {"mode": "aspect"},
+            "stages": {
+                "describe": {
+                    "max_length": 400,
+                    "train": [*OPEN, {"pattern": "xattn.*", "lr": 1e-2}],
+                }
+            },
+        },
+    ],
+    "statements": [{"text": "Seeing helps", "arms": ["blind", "llava", "flamingo"], "by_size": True}],
+}
+
+
+def tree(story, **changes):
+    parts = {"vision": str(story / "clip"), "language": str(story / "lm")}
+    return copy.deepcopy(TREE) | {"parts": parts} | changes
+
+
+@pytest.fixture(scope="module")
+def plan(story):
+    return parse_comparison(tree(story))
+
+
+@pytest.fixture(scope="module")
+def out(plan, tmp_path_factory):
+    """One arm alone first, as after an interruption, then all of them."""
+    folder = tmp_path_factory.mktemp("contest")
+    run_contest(plan, folder, name="mini", arms=["llava"], show=False)
+    first = json.loads((folder / "results.json").read_text())
+    stamps = {f: f.stat().st_mtime_ns for f in folder.glob("*/llava/**/*") if f.is_file() and f.suffix != ".lock"}
+    run_contest(plan, folder, name="mini", show=False)
+    (folder / "first.json").write_text(json.dumps(first))
+    (folder / "changed.json").write_text(
+        json.dumps([str(f) for f, t in stamps.items() if f.stat().st_mtime_ns != t and f.name != "scores.json"])
+    )
+    return folder
+
+
+def test_results_stand_as_soon_as_one_arm_is_finished_and_nothing_is_done_twice(out):
+    assert list(read_json(out / "first.json")["models"]) == ["llava", "llava-vqa-0-shots", "llava-vqa-2-shots"]
+    assert json.loads((out / "changed.json").read_text()) == []
+
+
+def test_scores_are_means_over_seeds(out):
+    rows = list(csv.DictReader((out / "scores.csv").read_text().splitlines()))
+    overall = {r["model"]: float(r["score"]) for r in rows if r["kind"] == "all" and r["task"] == "vqa"}
+    assert list(overall) == ["llava", "blind", "flamingo"]
+    for arm, score in overall.items():
+        single = [read_json(out / "scores" / arm / f"seed-{n}" / "vqa" / "scores.json")["accuracy"] for n in (0, 1)]
+        assert score == pytest.approx(sum(single) / 2)
+
+
+def test_the_page_tells_the_statement_the_shots_and_the_budget(out):
+    page = (out / "report.html").read_text()
+    for word in (
+        "Seeing helps",
+        "llava",
+        "16 rows read",
+        "score over shots",
+        "parameters trained",
+        "3 of 3 arms",
+        "2 of 2",
+    ):
+        assert word in page
+    pairs = [r["first"] for r in csv.DictReader((out / "differences.csv").read_text().splitlines())]
+    assert pairs == ["llava", "llava", "blind"]
+
+
+def test_arms_read_the_same_samples_in_the_same_order(plan, out):
+    from isthmus.recipes.build import build
+
+    orders = []
+    for arm in ("llava", "flamingo"):
+        recipe = recipe_of_arm(plan, arm, 0, out)
+        loader = make_loader(build(recipe), recipe.stages[0])
+        steps = islice(loader.steps(), 4)
+        orders.append([i for _, batches in steps for batch in batches for i in batch.ids])
+    assert orders[0] == orders[1]
+
+
+def test_a_redrawn_part_keeps_its_shape_and_loses_its_weights(out, story):
+    mine = load(out / "parts" / "vision-seed-0").net.state_dict()
+    theirs = load(story / "clip").net.state_dict()
+    assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in theirs.items()}
+    assert not torch.equal(mine["vision.patch_embed.weight"], theirs["vision.patch_embed.weight"])
+    other = load(out / "parts" / "vision-seed-1").net.state_dict()
+    assert not torch.equal(mine["vision.patch_embed.weight"], other["vision.patch_embed.weight"])
+
+
+def test_an_interrupted_arm_goes_on_where_it_stopped(story, tmp_path, monkeypatch):
+    plan = parse_comparison(tree(story, seeds=[0], statements=[]))
+    asked = []
+
+    def stop(*args, **kwargs):
+        asked.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(contest, "ask", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_contest(plan, tmp_path, name="mini", arms=["llava"], show=False)
+    assert finished(plan, tmp_path) == []
+    monkeypatch.undo()
+    before = (tmp_path / "arms/llava/seed-0/model/manifest.json").stat().st_mtime_ns
+    (rival,) = run_contest(plan, tmp_path, name="mini", arms=["llava"], show=False)
+    assert rival.name == "llava"
+    assert (tmp_path / "arms/llava/seed-0/model/manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_budget_in_operations_becomes_steps_once(story, tmp_path):
+    plan = parse_comparison(tree(story, budget={"flops": 1e9}))
+    recipe = recipe_of_arm(plan, "llava", 0, tmp_path)
+    kept = read_json(tmp_path / "arms/llava/steps.json")
+    assert recipe.stages[0].stage.steps == kept["steps"]["describe"] == round(1e9 / kept["flops_of_a_step"]["describe"])
+    assert recipe_of_arm(plan, "llava", 1, tmp_path).stages[0].stage.steps == recipe.stages[0].stage.steps
+    assert kept["steps"]["describe"] > 1
+
+
+CONNECTOR = """
+from torch import nn
+
+class Mean(nn.Module):
+    def __init__(self, vision_width, out_width):
+        super().__init__()
+        self.linear = nn.Linear(vision_width, out_width)
+
+    def forward(self, features, mask=None, times=None, text=None):
+        return self.linear(features.flatten(1, 2).mean(1, keepdim=True))
+
+    def num_tokens(self, frames, grid):
+        return 1
+"""
+
+
+def test_a_connector_of_ones_own_takes_part_by_the_command(story, tmp_path, monkeypatch, capsys):
+    import yaml
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(CONNECTOR)
+    own = tree(story, seeds=[0], statements=[{"text": "Patches pay", "arms": ["mean", "llava"], "by_size": True}])
+    own["evaluate"][0] |= {"name": "dev", "task": "nlvr", "data": yes_or_no(tmp_path, 8), "train": None}
+    own["arms"] = [
+        own["arms"][0] | {"shots": []},
+        {"name": "mean", "like": "llava", "config": {"projector": "mine:Mean"}},
+    ]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    code, said, wrong = run(monkeypatch, capsys, "compare", "own.yaml", "budget.samples=8", "--json", "all.json")
+    assert code == 0, wrong
+    facts = json.loads((tmp_path / "all.json").read_text())
+    assert {n: facts["costs"][n]["visual_tokens"] for n in ("llava", "mean")} == {"llava": 16, "mean": 1}
+    assert "runs/own/report.html" in said
+    page = (tmp_path / "runs/own/report.html").read_text()  # of a task that is not called vqa as of one that is
+    assert page.count("<article") == 8
+    assert page.count('class="look"') > 0
+    tested = page[page.index("<h2>Patches pay") :]
+    assert "<td>mean</td>" in tested[: tested.index("</table>")]
+    assert "Patches pay</" in page[page.index("<h2>Curves") :]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compare-tiny", "--limit", 3), "--limit is for models"),
+        (("compare-tiny", "--seed", 0), "--seed is for models"),
+        (("compare-tiny", "--select", "random"), "--select is for models"),
+        (("compare-tiny", "--arm", "llava"), "no arm 'llava'; did you mean 'llava-"),
+        (("compare-tiny", "armz=1"), "unknown key 'armz'"),
+        (("a", "b", "--arm", "x"), "--arm chooses among the arms"),
+    ],
+)
+def test_what_the_command_refuses(monkeypatch, capsys, tmp_path, arguments, message):
+    code, _, said = run(monkeypatch, capsys, "compare", *arguments, "--out", tmp_path)
+    assert code == 2
+    assert message in " ".join(said.split())
+
+
+def test_a_part_that_is_not_there_cannot_be_redrawn(story, tmp_path):
+    changed = tree(story)
+    changed["arms"][1]["redraw"] = ["visoin"]
+    with pytest.raises(ConfigError, match="redraws the part 'visoin'"):
+        recipe_of_arm(parse_comparison(changed), "blind", 0, tmp_path)
