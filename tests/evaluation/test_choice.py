@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from isthmus.errors import DataError
 from isthmus.evaluation import AnswerPrior, VqaTask, evaluate
-from isthmus.evaluation.choice import CHOICE, LETTERS, best, parse
+from isthmus.evaluation.choice import CHOICE, best, parse, parse_as_scienceqa
+from isthmus.evaluation.prose import LETTERS
+from isthmus.evaluation.rules import rule
 from tests.evaluation.fakes import Reader, question
 
 CHOICES = ["a cat", "a dog", "an owl"]
@@ -24,20 +26,132 @@ CHOICES = ["a cat", "a dog", "an owl"]
         ("The answer is C. BECAUSE: owls fly.", "C"),
         ("Owls fly. The answer is C", "C"),
         ("A lecture.\nThe answer is B.", "B"),
-        ("The answer is B. No: the answer is C.", "B"),
+        ("The answer is B. No: the answer is C.", None),
         ("A dog", "B"),
         ("a dog.", "B"),
         ("owl", "C"),
         ("E", None),
         ("The answer is E.", None),
         ("A cat or a dog", None),
-        ("b", None),
+        ("b", "B"),
         ("", None),
         ("I do not know", None),
     ],
 )
 def test_letters_as_they_are_read(answer, letter):
     assert parse(answer, CHOICES) == letter
+
+
+VEHICLES = ["A tram", "A sledge", "A glider", "A canoe"]
+PROSE = {
+    "A": ["A", "a", "The answer is A", "Answer: A because it has rails", "A, since it runs on rails", "A tram."],
+    "B": [
+        "**B**",
+        "$B$",
+        "\\boxed{B}",
+        "<answer>B</answer>",
+        "B</s>",
+        "(b)",
+        "b.",
+        "Answer: $B",
+        "A: B",
+        "B: A sledge",
+        "B - A sledge",
+        "Option B",
+        "The answer is A sledge.",
+        "The answer is 'a sledge'",
+        "A sledge",
+        "Sledge, not a tram",
+        "The answer is B. Note that A is a common mistake.",
+        "The answer is B, A is wrong",
+        "It's not A, it's B",
+        "The correct choice is (B) A sledge.",
+        "A large sledge stands there",
+        "A is wrong, B is right",
+        "I think it's B",
+        "The wrong answer is A, the correct answer is B",
+        "(A) A tram (B) A sledge (C) A glider. The answer is B",
+    ],
+    "D": [
+        "Answer: D",
+        "ANSWER IS D. A is incorrect.",
+        "I considered (A), but the answer is D.",
+        "The answer is a canoe",
+        "The answer to the question is most likely (d).",
+        "My answer: D!",
+        "The best option is D because A and B are wrong.",
+        "The answer:\n\n**(D) A canoe**",
+        "I would pick D",
+        "The picture shows a canoe.",
+    ],
+    None: [
+        "Answer: AB",
+        "The answer is A ... no, the answer is B.",
+        "I think A or B",
+        "Answer: A, B",
+        "A or B",
+        "A B",
+        "A/B",
+        "a tram or a canoe",
+        "B. A tram",
+        "The answer is B) A tram",
+        "A man rides",
+        "The answer is a common thing",
+        "E",
+        "It is vitamin C",
+        "It has vitamins A and C",
+        "The answer is not A.",
+        "It is not a canoe",
+        "A is wrong",
+        "Bob",
+        "Neither A nor B",
+        "The answer is Bob",
+        "The answer is E.",
+        "I see nothing",
+    ],
+}
+
+
+@pytest.mark.parametrize("letter", PROSE)
+def test_one_choice_named_in_prose(letter):
+    assert {answer: parse(answer, VEHICLES) for answer in PROSE[letter]} == dict.fromkeys(PROSE[letter], letter)
+
+
+@pytest.mark.parametrize(
+    ("choices", "answers"),
+    [
+        (
+            ["red", "dark red", "blue"],
+            {"It is dark red": "B", "The answer is red": "A", "dark-red": None, "bluish": None},
+        ),
+        (["2", "3", "3.5", "12"], {"There are 12 dogs": "D", "It is 3.5 cm": "C", "There are 3.": "B", "two": None}),
+        (["yes", "no"], {"No, there is not": "B", "Yes.": "A", "There is no dog": "B"}),
+        (["(A) car", "(B) bus"], {"bus": "B", "(B) bus": "B", "The answer is bus": "B"}),
+        (["only A", "only B", "both A and B"], {"The answer is both A and B": "C", "The answer is only A.": "A"}),
+        (["C", "A", "B"], {"C": "C", "The answer is A": "A", "B. A": "B", "(B)": "B"}),  # a capital is a letter
+    ],
+)
+def test_choices_in_one_another_and_choices_that_are_letters(choices, answers):
+    assert {answer: parse(answer, choices) for answer in answers} == answers
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        ("B. a dog", "B"),
+        ("Owls fly. The answer is C.", "C"),
+        ("(B)", None),
+        ("b", None),
+        ("Answer: B", None),
+        ("a dog", None),
+        ("The answer is B. No: The answer is C.", None),
+    ],
+)
+def test_the_published_reading_by_name(answer, letter):
+    assert parse_as_scienceqa(answer, CHOICES) == letter
+    row = {"truth": ["b"], "choices": CHOICES}
+    assert rule("scienceqa").points(answer, row) == float(letter == "B")
 
 
 def test_points_and_choices_that_read_alike():

@@ -122,7 +122,7 @@ class ConversationTask(Questions):
 
     def __post_init__(self) -> None:
         Questions.__post_init__(self)
-        if rules.rule(self.rule) is choice.CHOICE:
+        if rules.rule(self.rule) in (choice.CHOICE, choice.SCIENCEQA):
             raise ConfigError(f"Task {self.name!r}: the turns of a conversation have no choices; take another rule.")
         if self.history not in ("own", "true"):
             raise ConfigError(f"Task {self.name!r}: history is own or true, not {self.history!r}.")

@@ -1,37 +1,35 @@
-"""Multiple choice: the letter read from a free answer, or the choice with the highest log-likelihood.
+"""Multiple choice: the choice that a free answer names, or the one with the highest log-likelihood.
 
-The reader of letters takes the forms of ScienceQA's published evaluation: the letter alone, the letter with a full
-stop and a space, or "The answer is X."; beside them "(X)" and "X)", and the text of a choice itself. What is none of
-these is unparsable: wrong and counted, never guessed.
+Two readers of answers. ``choice``, the default, takes what names one choice in whatever words (:mod:`.prose`).
+``scienceqa`` takes the forms of ScienceQA's published evaluation and no others: the letter alone, the letter with a
+full stop and a space, or one "The answer is X". What neither can read is unparsable: wrong and counted, never guessed.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from isthmus.errors import DataError
-from isthmus.evaluation.vqa import Facts, Rule, normalise
+from isthmus.evaluation.prose import LETTERS, named
+from isthmus.evaluation.vqa import Facts, Rule
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_FORMS = (
-    re.compile(r"\(?([A-Z])[.):]?"),  # the whole answer
-    re.compile(r"\(?([A-Z])[.):]\s.*", re.DOTALL),  # the letter, then anything
-)
-_SENTENCE = re.compile(r"[Tt]he answer is:? \(?([A-Z])\b")
+Parse = Callable[[str, Sequence[str]], str | None]
+
+_SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 
 def parse(answer: str, choices: Sequence[str]) -> str | None:
-    """The letter of the choice that the answer names, or none. A letter beyond the choices names none of them."""
-    text = answer.strip()
-    letters = LETTERS[: len(choices)]
-    for form in _FORMS:
-        found = form.fullmatch(text)
-        if found:
-            return found[1] if found[1] in letters else None
-    said = _SENTENCE.search(text)
-    if said:
-        return said[1] if said[1] in letters else None
-    same = [i for i, c in enumerate(choices) if normalise(c) and normalise(c) == normalise(text)]
-    return LETTERS[same[0]] if len(same) == 1 else None
+    """The letter of the one choice that the answer names, or none. A letter beyond the choices names none of them."""
+    place = named(answer, choices)
+    return None if place is None else LETTERS[place]
+
+
+def parse_as_scienceqa(answer: str, choices: Sequence[str]) -> str | None:
+    """The published rule, without its guess where nothing can be read."""
+    text, letters = answer.strip(), LETTERS[: len(choices)]
+    if (len(text) == 1 or text[1:3] == ". ") and text[0] in letters:
+        return text[0]
+    said = _SENTENCE.findall(text)
+    return said[0] if len(said) == 1 and said[0] in letters else None
 
 
 def _choices(row: Facts) -> Sequence[str]:
@@ -41,12 +39,9 @@ def _choices(row: Facts) -> Sequence[str]:
 
 
 def _truth(row: Facts) -> str:
-    """As an answer is read, else a choice to the letter, or a lower-case letter: the data's author wrote it."""
+    """A choice to the letter or as an answer is read: the data's author wrote it. A single capital is a letter."""
     choices, told = _choices(row), str(row["truth"][0]).strip()
-    same = [letter for letter, choice in zip(LETTERS, choices, strict=False) if choice.strip() == told]
-    truth = parse(told, choices) or (same[0] if len(same) == 1 else None)
-    if truth is None and len(told.strip(" ().:")) == 1:
-        truth = parse(told.upper(), choices)
+    truth = parse(told, choices)
     if truth is None:
         raise DataError(
             f"Sample {row.get('id')!r} has the truth {told!r}, which is none of its choices {list(choices)}: write the "
@@ -55,13 +50,18 @@ def _truth(row: Facts) -> str:
     return truth
 
 
-CHOICE = Rule(
-    name="choice",
-    version=1,
-    points=lambda answer, row: float(_truth(row) == parse(answer, _choices(row))),
-    says=lambda answer, row: parse(answer, _choices(row)),
-)
-"""Raises DataError for a row without choices, and for a truth that is none of them."""
+def _rule(name: str, version: int, read: Parse) -> Rule:
+    return Rule(
+        name=name,
+        version=version,
+        points=lambda answer, row: float(_truth(row) == read(answer, _choices(row))),
+        says=lambda answer, row: read(answer, _choices(row)),
+    )
+
+
+CHOICE = _rule("choice", 2, parse)
+SCIENCEQA = _rule("scienceqa", 1, parse_as_scienceqa)
+"""Both raise DataError for a row without choices, and for a truth that is none of them."""
 
 
 def best(scores: Sequence[float]) -> int | None:

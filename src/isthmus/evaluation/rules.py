@@ -3,7 +3,7 @@
 from isthmus.errors import ConfigError, nearest
 from isthmus.evaluation import vqa_accuracy
 from isthmus.evaluation.binary import YES_NO
-from isthmus.evaluation.choice import CHOICE
+from isthmus.evaluation.choice import CHOICE, SCIENCEQA
 from isthmus.evaluation.vqa import EXACT, Facts, Rule
 
 
@@ -25,10 +25,12 @@ RULES: dict[str, Rule] = {
         Rule(name="gqa", version=1, points=_gqa),
         YES_NO,
         CHOICE,
+        SCIENCEQA,
     )
 }
 """``exact`` (light normalisation), ``vqa`` (official VQA v2 accuracy), ``ok-vqa`` (the same on stemmed answers),
-``gqa`` (equal strings, case and a last full stop aside), ``yes-no`` (also true and false), ``choice`` (letters)."""
+``gqa`` (equal strings, case and a last full stop aside), ``yes-no`` (also true and false), ``choice`` (the
+choice that is named), ``scienceqa`` (letters in the published forms alone)."""
 
 
 def rule(name: str) -> Rule:
