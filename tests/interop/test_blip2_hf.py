@@ -16,8 +16,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.hf_blip2 import from_hf, read_blip2_folder
 from isthmus.interop.hf_clip import vision_from_hf
-from isthmus.language import Decoding
-from isthmus.language_seq2seq import Seq2SeqLM
+from isthmus.language import Decoding, Seq2SeqLM
 from isthmus.model import load
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.vit import VisionConfig, VisionTransformer

@@ -11,7 +11,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.hf_language import read_language_folder
 from isthmus.language import LanguageModel
-from tests.test_language import build, every_family, stream
+from tests.language.test_causal import build, every_family, stream
 
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])

@@ -33,8 +33,7 @@ from isthmus.interop.hf_idefics import idefics_config_to_hf, idefics_to_hf
 from isthmus.interop.hf_language import published
 from isthmus.interop.hf_llava import llava_config_to_hf, llava_to_hf
 from isthmus.interop.hf_towers import image_encoder_to_hf, text_encoder_to_hf
-from isthmus.language import vocabulary_tables
-from isthmus.language_seq2seq import Seq2SeqLM
+from isthmus.language import Seq2SeqLM, vocabulary_tables
 from isthmus.models.clip import ClipConfig
 from isthmus.models.towers import TextEncoderConfig
 

@@ -34,7 +34,7 @@ from isthmus.interop.hf_idefics import read_idefics_folder
 from isthmus.interop.hf_language import read_language_folder
 from isthmus.interop.hf_llava import read_llava_folder
 from isthmus.interop.hf_towers import read_image_encoder_folder, read_text_encoder_folder
-from isthmus.language_seq2seq import Seq2SeqLM
+from isthmus.language import Seq2SeqLM
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip
 from isthmus.models.flamingo import Flamingo

@@ -12,8 +12,7 @@ from isthmus import load_report
 from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.interop.archives import read_state
-from isthmus.language import LanguageModel, known_fields
-from isthmus.language_seq2seq import T5_LIKE, Seq2SeqLM
+from isthmus.language import T5_LIKE, LanguageModel, Seq2SeqLM, known_fields
 
 RENAMED = {"embed_out.weight": "lm_head.weight"}
 """Stored name -> name in the library's class, where they differ (GPT-NeoX files keep the old name of the head)."""

@@ -28,7 +28,7 @@ from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_language import read_seq2seq_folder
 from isthmus.interop.lavis import EVA_HEAD, HEAD, LM, from_lavis
 from isthmus.interop.openai import blocks
-from isthmus.language_seq2seq import T5_LIKE
+from isthmus.language import T5_LIKE
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.vit import VisionConfig, VisionTransformer

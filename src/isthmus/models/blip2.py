@@ -34,8 +34,7 @@ from torch import Tensor, nn
 from isthmus.batch import IGNORE, Batch, Places, Term, Tokens, Visuals
 from isthmus.config import plain, strict
 from isthmus.errors import CapabilityError, ConfigError, DataError
-from isthmus.language import Decoding, write
-from isthmus.language_seq2seq import Seq2SeqLM, build_language, safe_dtype
+from isthmus.language import Decoding, Seq2SeqLM, build_language, safe_dtype, write
 from isthmus.models.published import flan_t5, opt, vicuna
 from isthmus.nn.connectors.qformer import Past, QFormerConfig, QFormerConnector
 from isthmus.nn.lengths import blocks_by_length

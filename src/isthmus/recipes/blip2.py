@@ -18,7 +18,7 @@ from isthmus.data.wordpiece import cls_id
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.interop.hf_bert import read_bert_folder
 from isthmus.interop.hf_language import read_seq2seq_folder
-from isthmus.language_seq2seq import T5_LIKE, Seq2SeqLM
+from isthmus.language import T5_LIKE, Seq2SeqLM
 from isthmus.model import load
 from isthmus.models.blip2 import Blip2
 from isthmus.recipes.build import Built, fresh, image_of, make_tokenizer, merged, preset_config, recall

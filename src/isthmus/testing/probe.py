@@ -18,8 +18,7 @@ from isthmus.data.collate import collate
 from isthmus.data.images import MadeImage
 from isthmus.data.processor import ImagesProcessor
 from isthmus.data.record import Example, Image, Part, Record, Span, Text
-from isthmus.language import Decoding
-from isthmus.language_seq2seq import Seq2SeqLM
+from isthmus.language import Decoding, Seq2SeqLM
 
 NEW = 8
 """Tokens that a contract lets a model write."""

@@ -1,4 +1,4 @@
-"""Seq2SeqLM: the edge to transformers' T5-like encoder-decoders, beside the causal LMs of language.py.
+"""Seq2SeqLM: the edge to transformers' T5-like encoder-decoders, beside the causal LMs of causal.py.
 
 Shapes: B rows, S encoder tokens, T decoder tokens, D width of the embeddings, V vocabulary, M labelled positions.
 
@@ -15,16 +15,9 @@ from transformers import AutoModelForSeq2SeqLM
 
 from isthmus.batch import IGNORE, Tokens
 from isthmus.errors import DataError
-from isthmus.language import (
-    Decoding,
-    LanguageModel,
-    LibraryLM,
-    generation_config,
-    library_config,
-    logits_processors,
-    nll,
-    until_stop,
-)
+from isthmus.language.causal import LanguageModel, nll
+from isthmus.language.decoding import Decoding, generation_config, logits_processors, until_stop
+from isthmus.language.library import LibraryLM, library_config
 
 T5_LIKE = ("t5", "mt5", "umt5")
 """Model types read here: one family, in which the start token is the pad token."""
@@ -39,7 +32,7 @@ class Seq2SeqLM(LibraryLM):
 
     @classmethod
     def build(cls, config: Mapping[str, Any]) -> "Seq2SeqLM":
-        """A freshly initialised LM from ``{"model_type": "t5", ...}``. Raises ConfigError as language.py does."""
+        """A freshly initialised LM from ``{"model_type": "t5", ...}``. Raises ConfigError as LanguageModel does."""
         # The activation stands in T5's files though it is no field of its configuration class.
         own = {name: value for name, value in config.items() if name not in ("dense_act_fn", "tie_word_embeddings")}
         kind = type(library_config(own, T5_LIKE))

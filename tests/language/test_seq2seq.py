@@ -6,8 +6,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from isthmus.errors import ConfigError, DataError
 from isthmus.interop.hf_language import read_seq2seq_folder
-from isthmus.language import Decoding, LanguageModel
-from isthmus.language_seq2seq import Seq2SeqLM, build_language, safe_dtype
+from isthmus.language import Decoding, LanguageModel, Seq2SeqLM, build_language, safe_dtype
 from tests.models.tiny_blip2 import OPT, T5, V, redraw, tokens
 
 SOURCES = [[5, 6, 7, 8, 1], [9, 1], [10, 11, 1]]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from isthmus import language as module
 from isthmus.batch import IGNORE, Tokens
 from isthmus.errors import ConfigError, DataError
 from isthmus.language import Decoding, LanguageModel
+from isthmus.language import causal as module
 
 V = 53
 LLAMA_LIKE = {

@@ -1,0 +1,23 @@
+"""Language models of transformers behind one thin adapter: causal ones, T5's family, and how they write."""
+
+from isthmus.language.causal import LanguageModel, nll
+from isthmus.language.decoding import Decoding, until_stop, write
+from isthmus.language.library import LibraryLM, known_fields, library_config, unfilled, vocabulary_tables
+from isthmus.language.seq2seq import T5_LIKE, Seq2SeqLM, build_language, safe_dtype
+
+__all__ = [
+    "T5_LIKE",
+    "Decoding",
+    "LanguageModel",
+    "LibraryLM",
+    "Seq2SeqLM",
+    "build_language",
+    "known_fields",
+    "library_config",
+    "nll",
+    "safe_dtype",
+    "unfilled",
+    "until_stop",
+    "vocabulary_tables",
+    "write",
+]
