@@ -7,7 +7,7 @@ A batch holds named token streams (``text`` for CLIP, ``lm`` for a decoder, late
 batch's private matter: rows are right-padded and carry their lengths, and no loss depends on the padding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TypeVar
@@ -139,6 +139,19 @@ class Batch:
             found = f"sample {self.ids[row]!r} has {int(counts[row])}" if len(self) else "the batch is empty"
             raise DataError(f"{what} wants one picture per sample; {found}.")
         return torch.argsort(self.owner)
+
+    def per_visual(self, make: Callable[[Visuals], Iterable[T]]) -> list[T]:
+        """What ``make`` gives for the members of each group of visuals, in the batch's order of visuals."""
+        found: dict[int, T] = {}
+        for group in self.visuals:
+            found.update(zip(group.index.tolist(), make(group), strict=True))
+        return [found[number] for number in range(len(found))]
+
+    def per_row(self, make: Callable[[Visuals], Iterable[T]], what: str) -> list[T]:
+        """The same in the order of rows that own one visual each; DataError as :meth:`visual_of_rows` raises it."""
+        order = self.visual_of_rows(what)
+        found = self.per_visual(make)
+        return [found[number] for number in order.tolist()]
 
     def to(self, device: torch.device | str) -> "Batch":
         return replace(

@@ -114,3 +114,12 @@ def _fit_scalar(hint: Any, value: Any, where: str) -> Any:
 
 def _show(value: Any) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {value!r}"
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the keys of ``over`` laid on top, mappings merged all the way down."""
+    out = dict(base)
+    for key, value in over.items():
+        mine = out.get(key)
+        out[key] = merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+    return out

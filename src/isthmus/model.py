@@ -28,7 +28,7 @@ from isthmus.data.collate import collate
 from isthmus.data.images import AnyImage, as_image
 from isthmus.data.interleave import STYLES
 from isthmus.data.messages import Message, part_of, parts_of
-from isthmus.data.processor import ContrastiveProcessor, ImagesProcessor, Processor, processor_from_dict
+from isthmus.data.processor import ContrastiveProcessor, ImagesProcessor, Processor
 from isthmus.data.reading import must_be_records, published_request, scored, shared_beginning, whole, words
 from isthmus.data.record import Example, Image, Part, Record, Text, without_answer
 from isthmus.data.text import TEMPLATES, render
@@ -38,44 +38,46 @@ from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataEr
 from isthmus.interop.hub import located
 from isthmus.language import Decoding, unfilled
 from isthmus.load_report import LoadReport, accounting
-from isthmus.models import MODELS, model_class
 from isthmus.nn.losses import similarity
 from isthmus.nn.precision import cast_weights
+from isthmus.systems import SYSTEMS, system
+from isthmus.systems.base import System
 
 FORMAT = "isthmus-1"
-_CAPABILITIES = {
-    "clip": ("embed_images", "embed_texts", "similarity", "classify", "vision_features"),
-    "lm": ("generate", "answer", "chat", "score"),
-    "llava": ("generate", "caption", "answer", "chat", "score", "attend"),
-    "flamingo": ("generate", "caption", "answer", "chat", "score", "attend", "vision_features"),
-}
 
 
 class Model:
     """A net with its processor. Build one with :func:`load`, or from parts in Python.
 
     Args:
-        net: one of the classes of :mod:`isthmus.models`.
+        net: one of the classes of :mod:`isthmus.models`, or of a user's own.
         processor: turns Records into Examples for this net; carries the tokenizer and the image transform.
         prompts: the texts behind task names, for example ``{"caption": "Describe the picture."}``.
         forbidden: token ids that must never be generated, such as another format's image placeholder.
+        kind: what such a net can do and how it is opened again; left out, the one of the net's ``KIND``.
     """
 
     def __init__(
-        self, net: Any, processor: Processor, *, prompts: Mapping[str, str] | None = None, forbidden: Sequence[int] = ()
+        self,
+        net: Any,
+        processor: Processor,
+        *,
+        prompts: Mapping[str, str] | None = None,
+        forbidden: Sequence[int] = (),
+        kind: System | None = None,
     ) -> None:
         self.net = net.eval()
         self.processor = processor
         self.forbidden = tuple(forbidden)
         self.prompts = dict(prompts or {})
-        self.kind: str = net.KIND
+        self.system = kind if kind is not None else system(net.KIND)
+        self.kind = self.system.kind
         self.report: LoadReport | None = None  # of a model that was opened
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What this model can do; a net whose abilities depend on its configuration tells them itself."""
-        own = getattr(self.net, "capabilities", None)
-        return _CAPABILITIES[self.kind] if own is None else own
+        """What this model can do."""
+        return self.system.capabilities(self.net)
 
     @property
     def device(self) -> torch.device:
@@ -198,8 +200,9 @@ class Model:
         with self._inference():
             for prompt, ids in zip(prompts, answers, strict=True):
                 batch = collate([with_answer(prompt, ids)]).to(self.device)
-                lm = getattr(self.net, "logits", None) or (lambda b: self.net.language.logits(self.net.embed_prompt(b)))
-                steps = lm(batch)[0, len(prompt.streams["lm"].ids) - 1 :][: settings.max_new_tokens].float()
+                steps = self.net.logits(batch)[0, len(prompt.streams["lm"].ids) - 1 :][
+                    : settings.max_new_tokens
+                ].float()
                 steps[:, list(settings.forbidden_ids)] = -torch.inf
                 best = steps.topk(2).values
                 found.append(float((best[:, 0] - best[:, 1]).min()))
@@ -459,20 +462,20 @@ def _own(folder: Path, config: Mapping[str, Any]) -> Model:
     if config["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']!r}; this version reads {FORMAT!r}.")
     files = checkpoint.read_folder(folder)
-    kind = config.get("kind")
-    if kind not in MODELS:
-        raise CheckpointError(f"{folder}: unknown kind of model {kind!r}; known: {', '.join(MODELS)}.")
-    cls = model_class(kind)
-    net = cls.from_config(config["config"])
+    if config.get("kind") not in SYSTEMS:
+        raise CheckpointError(f"{folder}: unknown kind of model {config.get('kind')!r}; known: {', '.join(SYSTEMS)}.")
+    kind = system(config["kind"])
+    net = kind.net.from_config(config["config"])
     checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"]), where=folder)
     described = checkpoint.read_json(files["processor.json"])
     tokenizer = None if described.get("kind") == ImagesProcessor.kind else load_tokenizer(folder)
     others = {f.parent.name: Tokenizer.load(f.parent) for n, f in files.items() if n.endswith("/tokenizer.json")}
     return Model(
         net,
-        processor_from_dict(described, tokenizer, others),
+        kind.open_processor(described, tokenizer, others),
         prompts=config.get("prompts"),
         forbidden=config.get("forbidden", ()),
+        kind=kind,
     )
 
 

@@ -21,6 +21,7 @@ from isthmus.nn.patch_positions import add_patch_positions
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.recipes.schema import read_recipe
 from isthmus.stage import Group, apply_stage
+from isthmus.systems import system
 from tests.models import blip2_ranks
 from tests.models.tiny_blip2 import (
     CLS,
@@ -468,7 +469,7 @@ def test_attention_maps_are_distributions_over_patches_behind_the_picture(instru
 
 def test_no_map_with_an_encoder_decoder() -> None:
     net = tiny("generate", language=T5)
-    assert "attend" not in net.capabilities
+    assert "attend" not in system("blip2").capabilities(net)
     with pytest.raises(CapabilityError, match="causal"):
         net.attention(prompts([[5, 6]], stream="encoder"))
 

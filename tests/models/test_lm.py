@@ -6,7 +6,6 @@ import torch
 from isthmus.batch import Batch, Tokens
 from isthmus.errors import ConfigError
 from isthmus.language import Decoding
-from isthmus.models import MODELS, model_class
 from isthmus.models.lm import BareLM, LmConfig
 
 CONFIG = {
@@ -56,9 +55,3 @@ def test_building_on_the_meta_device_gives_the_tiny_preset_its_size() -> None:
     with torch.device("meta"):
         net = BareLM(LmConfig.tiny(vocab_size=2048))
     assert sum(p.numel() for p in net.parameters()) == 2048 * 192 + 5 * (4 * 192**2 + 3 * 192 * 512 + 2 * 192) + 192
-
-
-def test_models_are_found_by_kind() -> None:
-    assert {kind: model_class(kind).KIND for kind in MODELS} == {kind: kind for kind in MODELS}
-    with pytest.raises(ConfigError, match="did you mean 'llava'"):
-        model_class("lava")

@@ -225,7 +225,7 @@ def test_a_finished_model_is_a_part_of_the_next_recipe(story, run, tmp_path):
     again = tree(story, stages=[TREE["stages"][2] | {"name": "more"}], evaluate=[])
     again["parts"] = {"init": str(run)}
     for key in ("config", "tokenizer"):
-        with pytest.raises(ConfigError, match="come with the part 'init'"):
+        with pytest.raises(ConfigError, match="with the part 'init'"):
             build(parse_recipe({k: v for k, v in again.items() if k in (key, "model", "parts", "stages")}))
     del again["config"], again["tokenizer"]
     train(parse_recipe(again), tmp_path / "more", progress=False)
@@ -242,7 +242,7 @@ def test_berts_start_and_a_t5_from_their_folders(story, tmp_path):
     ).save_pretrained(language)
     Tokenizer.train(texts, 300).save(language)
     recipe = tree(story, evaluate=[])
-    size = build(parse_recipe(recipe)).others["qformer"].vocab_size
+    size = build(parse_recipe(recipe)).tokenizers.others["qformer"].vocab_size
     bert = tmp_path / "bert"
     BertForPreTraining(
         BertConfig(
@@ -279,7 +279,7 @@ def test_what_does_not_fit_is_named(story, tmp_path):
     refused("needs a WordPiece tokenizer", tokenizer=bpe)
     refused("needs the part 'vision'", parts={"language": str(story / "lm")})
     refused("which has no language in it", parts={"vision": str(story / "clip"), "language": str(story / "clip")})
-    refused("which has no vision encoder", parts={"vision": str(story / "lm")})
+    refused("which has no vision in it", parts={"vision": str(story / "lm")})
     refused("did you mean 'vision'", parts={"visoin": str(story / "clip")})
     stages = copy.deepcopy(TREE["stages"])
     stages[0]["processor"] = {"promt": "x"}

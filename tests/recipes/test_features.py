@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from isthmus.errors import ConfigError
-from isthmus.models import model_class
 from isthmus.recipes import run as run_module
 from isthmus.recipes.check import check
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import parse_recipe
+from isthmus.systems import system
 from tests.miniature import tree
 from tests.recipes import test_blip2, test_flamingo
 from tests.recipes.test_run import losses, weights
@@ -46,7 +46,7 @@ def encoded(monkeypatch):
     """The number of pictures in each call of a net's vision encoder."""
     calls = []
     for kind in ("llava", "flamingo", "blip2"):
-        net = model_class(kind)
+        net = system(kind).net
         real = net.visual_features
 
         def counted(self, pixels, real=real):

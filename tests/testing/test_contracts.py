@@ -35,6 +35,7 @@ def test_sound_models_hold_every_contract(name: str) -> None:
     expected |= {"export = transformers"} if name == "flamingo" else set()
     assert absent == expected
     assert all(row.difference is not None for row in rows if row.verdict == "pass")
+    assert all(callable(getattr(model, capability)) for capability in model.capabilities)
     # the model is left as it was
     assert all(torch.equal(v, before[k]) for k, v in model.net.state_dict().items())
     assert all(p.requires_grad for p in model.net.parameters())

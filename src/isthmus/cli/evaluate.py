@@ -46,7 +46,7 @@ def run(
         if not specs:
             raise ConfigError(f"{folder} names no {task or ''} task of its own: give --task and --data.")
     else:
-        specs = [spec_of(task or ("retrieval" if loaded.kind == "clip" else "vqa"), data, train, options)]
+        specs = [spec_of(task or _task_for(loaded), data, train, options)]
     if counts and not any(spec.task in SHOWABLE for spec in specs):
         names = ", ".join(spec.task for spec in specs)
         raise ConfigError(f"--shots go before questions and captions ({', '.join(SHOWABLE)}); {names} takes none.")
@@ -87,6 +87,11 @@ def run(
     if json_file is not None:
         facts = {r.task: r.scores.to_dict() for r in results}
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _task_for(model: Any) -> str:
+    """What a model is asked when no task is named."""
+    return "vqa" if "answer" in model.capabilities else "retrieval"
 
 
 def counted(shots: str | None, more: Sequence[int]) -> list[int]:

@@ -110,7 +110,7 @@ def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, 
     }
     if tokens is not None:
         console.print(visual_tokens_text(net))
-    if built is not None and recipe.model == "lm":
+    if built is not None and built.system.compute_rule:
         rule = compute_rule(built)
         console.print(
             f"N = {rule.parameters:,} parameters, D = {rule.tokens:,} tokens, "

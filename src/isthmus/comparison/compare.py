@@ -142,13 +142,13 @@ _CAPABILITY = {
 
 
 def _can(model: Model, spec: EvalSpec) -> bool:
-    """Has the model the abilities behind the task's methods? A bare LM has no eyes, and only Flamingo reads clips."""
+    """Has the model the abilities behind the task's methods? A model without a transform has no eyes."""
     if _CAPABILITY[needs(spec)] not in model.capabilities:
         return False
     images = [image for record in first_sound(open_source(spec.data), 1) for image in record.images]
     if any(isinstance(image, Video) for image in images):
-        return model.kind == "flamingo"
-    return model.kind != "lm" or not images
+        return model.system.clips
+    return model.processor.image is not None or not images
 
 
 def measure(rival: Contestant, model: Model, out: Path) -> None:

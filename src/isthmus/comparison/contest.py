@@ -28,7 +28,6 @@ from isthmus.errors import ConfigError
 from isthmus.evaluation.rescore import rescore
 from isthmus.evaluation.results import write_json
 from isthmus.model import Model, load
-from isthmus.models import model_class
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import EvalSpec, Recipe
 from isthmus.recipes.scoring import model_hash, with_shots
@@ -134,8 +133,10 @@ def _redrawn(part: Path, seed: int, out: Path) -> Path:
     model = load(part)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = model_class(model.kind).from_config(plain(model.net.config))
-    Model(net, model.processor, prompts=model.prompts).save(out, extra={"origin.json": {"model": origin}})
+        net = type(model.net).from_config(plain(model.net.config))
+    Model(net, model.processor, prompts=model.prompts, kind=model.system).save(
+        out, extra={"origin.json": {"model": origin}}
+    )
     return out
 
 

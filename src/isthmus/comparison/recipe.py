@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from isthmus.config import merged
 from isthmus.errors import ConfigError, nearest
-from isthmus.recipes.build import merged
 from isthmus.recipes.schema import EvalSpec, Kind, Recipe, Strict, checked, parse_recipe
 
 UNMEASURED = 1_000_000

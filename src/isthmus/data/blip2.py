@@ -44,6 +44,7 @@ class PairProcessor:
 
     kind = "blip2-pairs"
     contrasts = True
+    full_batches = True  # the matching head's negatives come from the batch, which must not be a remnant of few rows
 
     def __init__(self, tokenizer: Tokenizer, image: ImageTransform, *, max_text: int = 32, clean: bool = True) -> None:
         self.tokenizer, self.image, self.max_text, self.clean = tokenizer, image, _room(max_text), clean

@@ -10,35 +10,16 @@ import isthmus
 from isthmus.checkpoint import read_json
 from isthmus.interop.export import Export, Source
 
-_TASKS = {
-    "clip": "zero-shot-image-classification",
-    "image_encoder": "image-feature-extraction",
-    "text_encoder": "feature-extraction",
-    "lm": "text-generation",
-    "llava": "image-text-to-text",
-    "flamingo": "image-text-to-text",
-    "blip2": "image-to-text",
-}
-_NAMES = {
-    "clip": "CLIP",
-    "image_encoder": "Image encoder",
-    "text_encoder": "Text encoder",
-    "lm": "Language model",
-    "llava": "LLaVA",
-    "flamingo": "Flamingo",
-    "blip2": "BLIP-2",
-}
-
 
 def card(model: Source, export: Export, to: str, origin: Path | None) -> str:
     """README.md. ``origin`` is where the model was opened: its recipe and scores are told where it has them."""
-    head = {"library_name": "transformers" if to == "hf" else "isthmus", "pipeline_tag": _TASKS[model.kind]}
+    head = {"library_name": "transformers" if to == "hf" else "isthmus", "pipeline_tag": model.system.pipeline}
     lines = [
         "---",
         yaml.safe_dump(head | {"tags": ["isthmus", model.kind]}, sort_keys=False).rstrip(),
         "---",
         "",
-        f"# {_NAMES[model.kind]}, in the format `{to}`",
+        f"# {model.system.title}, in the format `{to}`",
         "",
         f"Written by isthmus {isthmus.__version__} (`isthmus convert --to {to}`). Open it with",
         "",

@@ -1,7 +1,8 @@
 """Writing a model in another project's form: ``isthmus convert``.
 
-Which kind of model goes into which format is one table; each writer turns a model into the files of a folder, which is
-then written whole or not at all. What a format has no place for is refused, or lost only when that is asked for.
+Which formats a kind of model can be written in, and by what, is said by its system; each writer turns a model into
+the files of a folder, which is then written whole or not at all. What a format has no place for is refused, or lost
+only when that is asked for.
 """
 
 from collections.abc import Callable
@@ -15,23 +16,6 @@ from isthmus.interop.card import card
 from isthmus.interop.export import Export, Source
 
 FORMATS = ("isthmus", "hf", "openai", "open_clip", "original", "lavis", "open_flamingo")
-
-_WRITERS = {
-    "hf": "export_hf:hf_export",
-    "openai": "export_original:openai_export",
-    "open_clip": "export_original:open_clip_export",
-    "original": "export_original:original_llava_export",
-    "lavis": "export_original:lavis_export",
-    "open_flamingo": "export_original:open_flamingo_export",
-}
-_KINDS = {
-    "openai": ("clip",),
-    "open_clip": ("clip",),
-    "original": ("llava",),
-    "lavis": ("blip2",),
-    "open_flamingo": ("flamingo",),
-}
-"""Formats that hold one kind of model only; ``hf`` says itself what it has no class for."""
 
 SHARD_BYTES = 5_000_000_000
 
@@ -72,9 +56,11 @@ def write_model(
     folder = Path(folder)
     if to not in FORMATS:
         raise ConfigError(f"unknown format {to!r}; {nearest(to, FORMATS)}")
-    kinds = _KINDS.get(to)
-    if kinds is not None and model.kind not in kinds:
-        raise CheckpointError(f"The format {to} holds models of kind {', '.join(kinds)}; kind here is {model.kind!r}.")
+    writers = model.system.exporters
+    if to != "isthmus" and to not in writers:
+        raise CheckpointError(
+            f"A {model.kind} model cannot be written in the format {to}; it can in {', '.join(('isthmus', *writers))}."
+        )
     if folder.exists() and not replace:
         raise CheckpointError(f"{folder} exists already and is never written over unless you say so (--replace).")
     place = Path(origin) if origin is not None else None
@@ -82,8 +68,8 @@ def write_model(
         whole = Export(files={}, opens="isthmus.load(FOLDER)")
         model.save(folder, extra={**_recipe(place), "README.md": card(model, whole, to, place)}, replace=replace)
         return Converted(folder, _sizes(folder), ())
-    module, _, name = _WRITERS[to].partition(":")
-    writer: Callable[..., Export] = getattr(import_module(f"isthmus.interop.{module}"), name)
+    module, _, name = writers[to].partition(":")
+    writer: Callable[..., Export] = getattr(import_module(module), name)
     export = writer(model, shard_bytes=shard_bytes)
     if export.losses and not lossy:
         raise CheckpointError(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from torch import Tensor
 from isthmus.checkpoint import Content, Foreign
 from isthmus.errors import CheckpointError
 from isthmus.language import Decoding
+
+
+class Facts(Protocol):
+    """What is said of a model's kind: :class:`isthmus.systems.base.System` is one."""
+
+    title: ClassVar[str]
+    pipeline: ClassVar[str]
+    exporters: ClassVar[Mapping[str, str]]
 
 
 class Source(Protocol):
@@ -23,6 +31,8 @@ class Source(Protocol):
     forbidden: tuple[int, ...]
     kind: str
 
+    @property
+    def system(self) -> "Facts": ...
     def ended(self, decoding: Decoding) -> Decoding: ...
     def save(self, folder: str | Path, *, extra: Mapping[str, Any] | None = None, replace: bool = False) -> Path: ...
 

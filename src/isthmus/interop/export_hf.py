@@ -1,10 +1,11 @@
 """A model as a folder that plain transformers opens, and with it vLLM, SGLang and llama.cpp's converter.
 
 Weights in the layout that every version reads, safetensors in shards; beside them the processor, the tokenizer, the
-chat template and the decoding of our processor.
+chat template and the decoding of our processor. Every writer raises CheckpointError, naming the field, for a model that
+transformers cannot hold.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -14,7 +15,6 @@ from torch import Tensor
 from isthmus.checkpoint import Content, state_tensors
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.errors import CheckpointError
 from isthmus.interop.export import Export, Source, common_dtype, must, shards
 from isthmus.interop.folders import asked_otherwise
 from isthmus.interop.hf_blip2 import config_to_hf, to_hf
@@ -44,26 +44,7 @@ _LEGACY_EOT = 2
 """transformers' CLIP takes this end-of-text id for a sign to read at the largest id instead."""
 
 
-def hf_export(model: Source, *, shard_bytes: int) -> Export:
-    """The folder's files. Raises CheckpointError, naming the field, for a model that transformers has no class for."""
-    writers: dict[str, Callable[[Source, int], Export]] = {
-        "clip": _clip,
-        "image_encoder": _image_encoder,
-        "text_encoder": _text_encoder,
-        "lm": _lm,
-        "llava": _llava,
-        "blip2": _blip2,
-        "flamingo": _idefics,
-    }
-    if model.kind not in writers:
-        raise CheckpointError(
-            f"{WHO} has no class for this model: kind is {model.kind!r}, and there are classes for "
-            f"{', '.join(writers)}."
-        )
-    return writers[model.kind](model, shard_bytes)
-
-
-def _clip(model: Source, shard_bytes: int) -> Export:
+def clip_export(model: Source, *, shard_bytes: int) -> Export:
     config, state, tokenizer = model.net.config, model.net.state_dict(), model.processor.tokenizer
     must(config.similarity == "cosine", "similarity", config.similarity, WHO, "cosine")
     if config.text.causal and config.text.pool == "eot" and config.text.eot_id == _LEGACY_EOT:
@@ -89,7 +70,7 @@ def _clip(model: Source, shard_bytes: int) -> Export:
     return Export(files=files, opens=f"transformers.{kind}.from_pretrained(FOLDER)")
 
 
-def _image_encoder(model: Source, shard_bytes: int) -> Export:
+def image_encoder_export(model: Source, *, shard_bytes: int) -> Export:
     described, weights = image_encoder_to_hf(model.net.state_dict(), model.net.config)
     files = {
         "config.json": _config(described, weights),
@@ -99,7 +80,7 @@ def _image_encoder(model: Source, shard_bytes: int) -> Export:
     return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")
 
 
-def _text_encoder(model: Source, shard_bytes: int) -> Export:
+def text_encoder_export(model: Source, *, shard_bytes: int) -> Export:
     config, state, tokenizer = model.net.config, model.net.state_dict(), model.processor.tokenizer
     if config.text.causal and config.text.pool == "eot" and config.text.eot_id == _LEGACY_EOT:
         state, config, tokenizer = last_eot(state, config, tokenizer)
@@ -125,7 +106,7 @@ def last_eot(
     return {**state, "text.tokens.weight": table}, replace(config, text=text), swapped(tokenizer, old, new)
 
 
-def _lm(model: Source, shard_bytes: int) -> Export:
+def lm_export(model: Source, *, shard_bytes: int) -> Export:
     weights = language_tensors(model.net.language.lm)
     template = chat_template(getattr(model.processor, "template", ""))
     files = {
@@ -152,7 +133,7 @@ def language_tensors(lm: Any) -> dict[str, Tensor]:
     return {published(lm, name): tensor for name, tensor in state_tensors(lm).items()}
 
 
-def _llava(model: Source, shard_bytes: int) -> Export:
+def llava_export(model: Source, *, shard_bytes: int) -> Export:
     net, processor = model.net, model.processor
     lm = net.language.lm
     kind = net.config.language["model_type"]
@@ -211,7 +192,7 @@ def with_image_token(net: Any, tokenizer: Tokenizer) -> tuple[dict[str, Tensor],
     return state, language, tokenizer, token
 
 
-def _idefics(model: Source, shard_bytes: int) -> Export:
+def idefics_export(model: Source, *, shard_bytes: int) -> Export:
     """A Flamingo in the proportions of IDEFICS; any other can be written as `open_flamingo`."""
     config, processor = model.net.config, model.processor
     described = idefics_config_to_hf(config)
@@ -244,7 +225,7 @@ def _idefics(model: Source, shard_bytes: int) -> Export:
     return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")
 
 
-def _blip2(model: Source, shard_bytes: int) -> Export:
+def blip2_export(model: Source, *, shard_bytes: int) -> Export:
     config = model.net.config
     losses = []
     if config.norm_eps != config.vision.eps:

@@ -110,6 +110,7 @@ class Peer:
     """What both kinds share: the name, and what a manifest keeps of them."""
 
     prompts: Mapping[str, str] = {}
+    capabilities: tuple[str, ...]
 
     def __init__(self, model: Any, tokenizer: Any, images: Any, kind: str) -> None:
         self.model, self.tokenizer, self.images = model.eval(), tokenizer, images
@@ -134,6 +135,8 @@ class Peer:
 class EmbeddingPeer(Peer):
     """CLIP and SigLIP: unit vectors of pictures and texts."""
 
+    capabilities = ("embed_images", "embed_texts", "vision_features")
+
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Any]) -> Tensor:
         return _unit(self.model.get_image_features(pixel_values=self.pixels(images)))
@@ -156,6 +159,8 @@ def _unit(features: Any) -> Tensor:
 
 class AnsweringPeer(Peer):
     """Models that write: each record becomes a prompt in the folder's chat template, or else in ``template``."""
+
+    capabilities = ("answer",)
 
     def __init__(self, model: Any, tokenizer: Any, images: Any, kind: str, template: str) -> None:
         super().__init__(model, tokenizer, images, kind)

@@ -207,14 +207,6 @@ class Blip2(StagedNet):
         return cls(Blip2Config.from_dict(values))
 
     @property
-    def capabilities(self) -> tuple[str, ...]:
-        """What a Model of this net can do."""
-        if self.config.phase == "represent":
-            writes = ("generate", "caption") if "itg" in self.config.objectives else ()
-            return (*writes, "embed_images", "embed_texts", "similarity", "match")
-        return ("generate", "caption", "answer", "chat", "score") + ("attend",) * (self.prompt_stream == "lm")
-
-    @property
     def prompt_stream(self) -> str:
         """The stream the soft prompt stands in: ``encoder`` before an encoder-decoder, else ``lm``."""
         return "encoder" if isinstance(self.language, Seq2SeqLM) else "lm"
@@ -394,6 +386,14 @@ class Blip2(StagedNet):
         places = batch.places.get(self.prompt_stream, Places.none())
         embeds = self.language.embed(tokens.ids.masked_fill(at_places(places, tokens.ids), 0))
         return splice(embeds, self.visual_tokens(batch), places, names=batch.ids)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, T, V) logits of the ``lm`` or ``decoder`` stream; values on padding mean nothing."""
+        assert self.language is not None
+        embeds = self.embed_prompt(batch)
+        if isinstance(self.language, Seq2SeqLM):
+            return self.language.logits(embeds, batch.text[self.prompt_stream].lengths, batch.text[DECODER])
+        return self.language.logits(embeds)
 
     def _answer_loss(self, batch: Batch) -> tuple[Tensor, int]:
         assert self.language is not None

@@ -214,6 +214,10 @@ class Llava(StagedNet):
         embeds = splice(self.language.embed(text_ids), self.visual_tokens(batch), places, names=batch.ids)
         return embeds if batch.visuals else embeds + self._nothing().to(embeds.dtype)
 
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, T, V) logits; values on padding mean nothing."""
+        return self.language.logits(self.embed_prompt(batch))
+
     def loss(self, batch: Batch) -> dict[str, Term]:
         """``{"lm": next-token cross-entropy}`` over the labelled tokens; places of visuals carry no label."""
         total, count = self.language.loss(self.embed_prompt(batch), batch.text[STREAM])

@@ -60,6 +60,10 @@ class BareLM(StagedNet):
         """The ``lm`` stream embedded, (B, T, D)."""
         return self.language.embed(batch.text[STREAM].ids)
 
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, T, V) logits; values on padding mean nothing."""
+        return self.language.logits(self.embed_prompt(batch))
+
     def loss(self, batch: Batch) -> dict[str, Term]:
         """``{"lm": next-token cross-entropy}`` over the labelled tokens of the ``lm`` stream."""
         total, count = self.language.loss(self.embed_prompt(batch), batch.text[STREAM])

@@ -73,15 +73,6 @@ class ImageEncoder(nn.Module):
     def from_config(cls, values: Mapping[str, Any]) -> "ImageEncoder":
         return cls(ImageEncoderConfig.from_dict(values))
 
-    @property
-    def capabilities(self) -> tuple[str, ...]:
-        """Embeddings only where the tower reaches the space that texts share; nothing at all where it pools nothing and
-        serves as a part of other models only."""
-        if self.config.vision.pool == "none":
-            return ()
-        joint = self.config.embed_dim is not None or self.config.vision.pool == "attention"
-        return ("embed_images", "vision_features") if joint else ("vision_features",)
-
     def embed_images(self, pixels: Tensor, *, interpolate: Interpolation | None = None) -> Tensor:
         """(n, E), not normalised, from normalised ``pixels`` (n, 3, H, W)."""
         return self.projection(self.vision(pixels, interpolate=interpolate).pooled)
@@ -92,7 +83,6 @@ class TextEncoder(nn.Module):
 
     KIND = "text_encoder"
     CONFIG = TextEncoderConfig
-    capabilities = ("embed_texts",)
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()

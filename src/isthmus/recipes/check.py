@@ -164,7 +164,7 @@ def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, step
     for number in range(len(loader.sources)):
         found, examples = _look(built, spec, loader, number)
         sources.append(found)
-        shown += [show(example, built.tokenizer, built.others) for example in examples[:samples]]
+        shown += [show(example, built.tokenizer, built.tokenizers.others) for example in examples[:samples]]
     problems = [
         f"Stage {spec.name}, source {s.name}: {sum(s.bad.values())} of {s.looked} samples looked at are bad "
         f"(allowed: {spec.bad_samples:.1%}), for example: {s.example}."

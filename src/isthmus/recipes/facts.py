@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from isthmus.config import plain
+from isthmus.config import merged, plain
 from isthmus.errors import ConfigError
-from isthmus.models import model_class
 from isthmus.nn.tiles import num_tokens
-from isthmus.recipes.build import Built, build, merged, preset_config
+from isthmus.recipes.build import Built, build, on_meta
 from isthmus.recipes.run import make_loader
 from isthmus.recipes.schema import Recipe, StageSpec
 from isthmus.stage import StageTable, apply_stage
+from isthmus.systems import system
 from isthmus.training.optim import autocast
 
 TOKENS_PER_PARAMETER = 20
@@ -174,13 +174,8 @@ def visual_tokens_text(net: Any) -> str:
 
 def net_of(recipe: Recipe) -> tuple[Any, Built | None]:
     """The recipe's net, with what it was built from; a published size comes without values, needing no files."""
-    if "preset" in recipe.config and recipe.model == "blip2":
-        from isthmus.recipes.blip2 import on_meta
-
-        return on_meta(recipe), None
     if "preset" in recipe.config:
-        with torch.device("meta"):
-            return model_class(recipe.model).from_config(preset_config(recipe)), None
+        return on_meta(recipe), None
     built = build(recipe)
     return built.net, built
 
@@ -193,7 +188,7 @@ def stage_facts(recipe: Recipe, net: Any) -> list[StageFacts]:
         config = merged(plain(net.config), spec.config)
         if config != plain(net.config):
             with torch.device("meta"):
-                net = model_class(recipe.model).from_config(config)
+                net = system(recipe.model).net.from_config(config)
         budget = f"{stage.steps:,} steps" if stage.steps is not None else f"{stage.samples:,} samples"
         found.append(StageFacts(spec.name, budget, apply_stage(net, stage.train)))
     return found
@@ -204,7 +199,7 @@ def compute_rule(built: Built) -> ComputeRule:
 
     Raises ConfigError for a recipe that trains no bare language model.
     """
-    if built.recipe.model != "lm":
+    if not built.system.compute_rule:
         raise ConfigError("The compute rule is for recipes that train a language model.")
     total = 0.0
     for spec in built.recipe.stages:

@@ -223,7 +223,7 @@ def make_loader(
         accumulate=stage.accumulate,
         seed=built.recipe.seed,
         group=not contrasts,
-        whole=contrasts and built.recipe.model != "clip",
+        whole=getattr(processor, "full_batches", False),
         quarantine=quarantine,
         augment=stage.augment,
         cache=cache,

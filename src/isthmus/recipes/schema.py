@@ -10,19 +10,30 @@ from dataclasses import fields
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from isthmus.config import strict
 from isthmus.data.augment import Augment
 from isthmus.data.images import Mode
 from isthmus.errors import ConfigError, nearest
 from isthmus.stage import Stage
+from isthmus.systems import SYSTEMS, system
 
 _STAGE_KEYS = frozenset(f.name for f in fields(Stage))
-Kind = Literal["clip", "lm", "flamingo", "blip2", "llava"]
+
+
+def _trained(kind: str) -> str:
+    known = [name for name in SYSTEMS if system(name).parts]
+    if kind not in known:
+        raise ValueError(f"unknown kind of model {kind!r}; {nearest(kind, known)}")
+    return kind
+
+
+Kind = Annotated[str, AfterValidator(_trained)]
+"""A system that a recipe can train."""
 
 
 class _Yaml(yaml.SafeLoader):

@@ -21,7 +21,7 @@ from isthmus.interop.convert import write_model
 from isthmus.model import load
 from isthmus.stage import Group, Stage, apply_stage, named_parameters, set_modes
 from isthmus.testing import probe
-from isthmus.testing.peer import CLASSES, compare
+from isthmus.testing.peer import compare
 from isthmus.training.gradient import backward
 from isthmus.training.optim import build_optimizer, open_parameters
 from isthmus.training.proof import frozen_tensors
@@ -210,7 +210,7 @@ def frozen(model: Any) -> _Outcome:
 
 def exported(model: Any) -> _Outcome:
     """Written for transformers and opened by it: the same outputs, the same greedy tokens."""
-    if model.kind not in CLASSES:
+    if "hf" not in model.system.exporters:
         return _absent(f"transformers has no class for a {model.kind}")
     with tempfile.TemporaryDirectory() as place:
         try:

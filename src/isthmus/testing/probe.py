@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image as PilImage
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from isthmus.data.collate import collate
 from isthmus.data.images import MadeImage
 from isthmus.data.processor import ImagesProcessor
 from isthmus.data.record import Example, Image, Part, Record, Span, Text
-from isthmus.language import Decoding, Seq2SeqLM
+from isthmus.language import Decoding
 
 NEW = 8
 """Tokens that a contract lets a model write."""
@@ -97,39 +96,7 @@ def turned(example: Example, by: int) -> Example:
 def outputs(model: Any, batch: Batch) -> list[Tensor]:
     """Per row what the net makes of it without any cache: logits (T, V) at its real tokens, or for a model that
     embeds one vector of its picture's and its text's embedding (and the matching logits) in a row."""
-    net = model.net.eval()
-    batch = batch.to(model.device)
-    if embeds(model):
-        return _embeddings(net, batch)
-    name = next(n for n in ("decoder", "lm") if n in batch.text)
-    stream = batch.text[name]
-    if model.kind == "flamingo":
-        logits = net.logits(batch)
-    elif isinstance(net.language, Seq2SeqLM):
-        logits = net.language.logits(net.embed_prompt(batch), batch.text["encoder"].lengths, stream)
-    else:
-        logits = net.language.logits(net.embed_prompt(batch))
-    return [logits[row, :length].float() for row, length in enumerate(stream.lengths.tolist())]
-
-
-def _embeddings(net: Any, batch: Batch) -> list[Tensor]:
-    if not batch.visuals:
-        return list(net.embed_texts(*batch.text.values()).float())
-    order = batch.visual_of_rows("a pair")
-    pixels = torch.cat([group.pixels[:, 0] for group in batch.visuals if group.pixels is not None])
-    pixels = pixels[torch.argsort(torch.cat([group.index for group in batch.visuals]))][order.to(pixels.device)]
-    if not getattr(net, "capabilities", ("embed_images",)):  # a tower that pools nothing
-        return list(net.vision(pixels, layers=(-1,), pooled=False).layers[0].flatten(1).float())
-    images = net.embed_images(pixels)
-    if not batch.text:
-        return list(images.flatten(1).float())
-    (text,) = batch.text.values()
-    texts = net.embed_texts(text)
-    parts = [images.flatten(1), texts]
-    if hasattr(net, "match_logits"):
-        parts = [F.normalize(images, dim=-1).flatten(1), F.normalize(texts, dim=-1)]
-        parts.append(net.match_logits(net.normed(pixels), text))
-    return list(torch.cat(parts, dim=1).float())
+    return model.system.outputs(model.net.eval(), batch.to(model.device))
 
 
 @torch.inference_mode()
@@ -157,14 +124,8 @@ def regret(model: Any, prompt: Example, answer: Sequence[int]) -> float:
         return 0.0
     (logits,) = outputs(model, collate([answered(model, prompt, answer)]))
     said = logits[-len(answer) - 1 : -1].clone()
-    language = model.net.language
-    never = [*greedy(model).forbidden_ids, *_never(language)]
+    never = [*greedy(model).forbidden_ids, *model.system.never(model.net)]
     allowed = said.index_fill(1, torch.tensor(never, dtype=torch.long, device=said.device), -torch.inf)
     # A token that may not be said at all is infinitely regretted.
     chosen = allowed.gather(1, torch.tensor(list(answer), device=said.device)[:, None])[:, 0]
     return float((allowed.amax(1) - chosen).max())
-
-
-def _never(language: Any) -> tuple[int, ...]:
-    """Ids that the language model itself holds back: Flamingo's ``<image>``, and what ends its answers."""
-    return tuple(getattr(language, "new_ids", ())[1:])

@@ -1,0 +1,207 @@
+"""System: what is to be known about one kind of model beside its net, with defaults for a vision encoder, a connector
+and a language model that takes visual tokens in its sequence.
+
+A recipe's ``model`` names a system; ``isthmus train`` asks it for tokenizers, configuration, weights and processors,
+``isthmus.load`` for the net's class and the processor, and the commands for what such a model can do.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from isthmus.batch import Batch
+from isthmus.config import plain
+from isthmus.data.images import ImageTransform
+from isthmus.data.processor import Processor, SpliceProcessor, processor_from_dict
+from isthmus.data.record import Example
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import ConfigError, nearest
+from isthmus.systems import peers
+
+WRITES = ("generate", "answer", "chat", "score")
+"""What a model that continues text can do."""
+
+
+class StageOptions(Protocol):
+    """What a recipe's stage says about its processor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def template(self) -> str | None: ...
+    @property
+    def max_length(self) -> int | None: ...
+    @property
+    def processor(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """``main`` is the net's own, ``others`` are further ones by name (BLIP-2's Q-Former has its own vocabulary)."""
+
+    main: Tokenizer
+    others: Mapping[str, Tokenizer] = field(default_factory=dict)
+
+
+class System:
+    """One kind of model. Override what differs; the defaults are those of LLaVA."""
+
+    kind: ClassVar[str]
+    """The word after ``model:`` in a recipe, kept in a model folder; equal to the net's ``KIND``."""
+    title: ClassVar[str]
+    """How a model card calls it."""
+    pipeline: ClassVar[str] = "image-text-to-text"
+    """The hub's name of what it does."""
+    net: ClassVar[type[Any]]
+    """Its net, an ``nn.Module`` with ``KIND``, ``CONFIG`` and ``from_config``."""
+    parts: ClassVar[tuple[str, ...]] = ("vision", "language", "init")
+    """What a recipe may build it from. ``init`` is a finished model of this kind to go on from."""
+    new_tokens: ClassVar[tuple[str, ...]] = ()
+    """Tokens that the language model's vocabulary gets in addition."""
+    exporters: ClassVar[Mapping[str, str]] = {}
+    """Format of ``isthmus convert`` -> ``module:function`` that writes it; every kind can be written as our own."""
+    clips: ClassVar[bool] = False
+    """Whether it takes a clip as one visual."""
+    compute_rule: ClassVar[bool] = False
+    """Whether its size and its tokens are held against the compute-optimal rule for language models."""
+
+    def capabilities(self, net: Any) -> tuple[str, ...]:
+        """What a model of this net can do, as :class:`isthmus.model.Model` calls its methods."""
+        del net
+        return ("caption", *WRITES)
+
+    # From a recipe to a net
+
+    def open_part(self, name: str, path: str, load: Callable[[str], Any]) -> Any:
+        """The part ``name`` of a recipe; as a rule a model."""
+        del name
+        return load(path)
+
+    def tokenizers(self, parts: Mapping[str, Any], make: Callable[[], Tokenizer] | None) -> Tokenizers:
+        """From the part that brings one, else ``make``, which makes what the recipe describes. Raises ConfigError when
+        there is none, or one too many."""
+        for name in ("init", "language"):
+            if name in parts:
+                if make is not None:
+                    raise ConfigError(
+                        f"The tokenizer comes with the part {name!r}; take `tokenizer` out of the recipe."
+                    )
+                return Tokenizers(self._extended(parts[name].processor.tokenizer))
+        if make is None:
+            raise ConfigError(f"A {self.kind} recipe without a part that has one needs a `tokenizer`.")
+        return Tokenizers(self._extended(make()))
+
+    def _extended(self, tokenizer: Tokenizer) -> Tokenizer:
+        return tokenizer.with_tokens(*self.new_tokens) if self.new_tokens else tokenizer
+
+    def configuration(self, own: dict[str, Any], parts: Mapping[str, Any], tokenizers: Tokenizers) -> dict[str, Any]:
+        """The net's configuration from the recipe's ``own`` and the parts. Raises ConfigError for a part that lacks
+        what is wanted of it."""
+        del tokenizers
+        for name in ("vision", "language"):
+            if name in parts:
+                own[name] = piece_of(name, parts[name])
+            elif name not in own:
+                raise ConfigError(f"A {self.kind} recipe needs the part {name!r}: a model folder under `parts`.")
+        return own
+
+    def take(self, net: Any, parts: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Put the parts' weights into a fresh net. Tensors that it has no place for as yet are returned, under the
+        names that they will have; random numbers come from the recipe's seed."""
+        if "init" in parts:
+            net.load_state_dict(parts["init"].net.state_dict())
+        for name in ("vision", "language"):
+            if name in parts:
+                getattr(net, name).load_state_dict(getattr(parts[name].net, name).state_dict())
+        return {}
+
+    # From records to the net
+
+    def processor(
+        self, net: Any, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions
+    ) -> Processor:
+        """The processor of one stage. Raises ConfigError for an option that it does not have."""
+        self.no_options(stage)
+        assert image is not None  # a net with a vision encoder has a transform
+        return SpliceProcessor(
+            tokenizers.main,
+            image=image,
+            template=stage.template or "vicuna_v1",
+            max_length=stage.max_length or net.language.context,
+            num_tokens=net.num_tokens(image.size, image.size),
+        )
+
+    def no_options(self, stage: StageOptions) -> None:
+        """Raises ConfigError when the stage gives options of a processor."""
+        if stage.processor:
+            raise ConfigError(
+                f"Stage {stage.name!r}: the processor of a {self.kind} stage has no options; take them out."
+            )
+
+    def prompt_limit(self, net: Any) -> int | None:
+        """Most tokens of a prompt, where a training row's ``max_length`` is none of it: the language model's context.
+        None: the stage's length holds for both."""
+        return net.language.context
+
+    def open_processor(
+        self, described: dict[str, Any], tokenizer: Tokenizer | None, others: Mapping[str, Tokenizer]
+    ) -> Processor:
+        """The processor that a model folder describes. Raises ConfigError for an unknown kind or option."""
+        return processor_from_dict(described, tokenizer, others)
+
+    # What contracts compare: batch and single, with cache and without, ours and transformers' class
+
+    def outputs(self, net: Any, batch: Batch) -> list[Tensor]:
+        """Per row what the net makes of it without any cache: logits (T, V) at its real tokens, or of a net that embeds
+        one vector of all that it gives."""
+        stream = batch.text["decoder" if "decoder" in batch.text else "lm"]
+        rows = zip(net.logits(batch), stream.lengths.tolist(), strict=True)
+        return [row[:length].float() for row, length in rows]
+
+    def never(self, net: Any) -> tuple[int, ...]:
+        """Ids that the net itself holds back while it writes."""
+        del net
+        return ()
+
+    def peer_inputs(self, model: Any, example: Example, token: int | None) -> dict[str, Any]:
+        """What transformers' class reads for an example; ``token`` is its placeholder of a picture."""
+        del model
+        return peers.inputs(example, token)
+
+    def peer_outputs(self, model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
+        """What transformers' class makes of an example, as :meth:`outputs` has it for ours."""
+        return peers.logits(peer, self.peer_inputs(model, example, token), example)
+
+
+def piece_of(name: str, part: Any) -> Any:
+    """The configuration of a part's encoder or language model. Raises ConfigError for a part without one."""
+    config = plain(part.net.config)
+    if name not in config:
+        raise ConfigError(f"The part {name!r} is a {part.kind} model, which has no {name} in it.")
+    return config[name]
+
+
+def preset(net: type[Any], name: str) -> dict[str, Any]:
+    """The configuration of a published size. Raises ConfigError for an unknown one."""
+    config = net.CONFIG
+    known = [n for n, v in vars(config).items() if isinstance(v, classmethod) and n != "from_dict" and n[0] != "_"]
+    if name not in known:
+        raise ConfigError(f"There is no {net.KIND} preset {name!r}; {nearest(name, known)}")
+    return plain(getattr(config, name)())
+
+
+@torch.no_grad()
+def recall(net: Any, memory: Mapping[str, Tensor], where: str) -> None:
+    """Give the net's tensors the values known under their names. Raises ConfigError when a shape differs."""
+    for name, tensor in net.state_dict().items():
+        known = memory.get(name)
+        if known is None:
+            continue
+        if known.shape != tensor.shape:
+            raise ConfigError(
+                f"{name} would get the shape {tuple(tensor.shape)} in {where}, but has {tuple(known.shape)}."
+            )
+        tensor.copy_(known)

@@ -1,0 +1,202 @@
+"""BLIP-2 and InstructBLIP as a system: two tokenizers, an encoder and an LM from parts, BERT for the Q-Former's start.
+
+Its stages are phases of one net, with other parts in each: what a phase has no place for is kept until it has.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from isthmus.batch import Batch
+from isthmus.checkpoint import read_json
+from isthmus.config import merged
+from isthmus.data.blip2 import PairProcessor, PromptProcessor
+from isthmus.data.images import ImageTransform
+from isthmus.data.processor import Processor
+from isthmus.data.record import Example
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.data.wordpiece import cls_id
+from isthmus.errors import CheckpointError, ConfigError
+from isthmus.interop.hf_bert import read_bert_folder
+from isthmus.interop.hf_language import read_seq2seq_folder
+from isthmus.language import T5_LIKE, Seq2SeqLM
+from isthmus.models.blip2 import Blip2
+from isthmus.systems import peers
+from isthmus.systems.base import WRITES, StageOptions, System, Tokenizers, piece_of, recall
+
+QFORMER = "qformer"
+
+
+@dataclass(frozen=True)
+class _Language:
+    """An LM as the part brings it: configuration, tensors, tokenizer."""
+
+    config: Mapping[str, Any]
+    state: Mapping[str, Tensor]
+    tokenizer: Tokenizer
+
+
+class Blip2System(System):
+    """2301.12597, 2305.06500."""
+
+    kind = "blip2"
+    title = "BLIP-2"
+    pipeline = "image-to-text"
+    net = Blip2
+    parts = ("vision", "language", "bert", "init")
+    exporters: ClassVar = {
+        "hf": "isthmus.interop.export_hf:blip2_export",
+        "lavis": "isthmus.interop.export_original:lavis_export",
+    }
+
+    def capabilities(self, net: Any) -> tuple[str, ...]:
+        """By phase. Where it looked is told with a causal language model only."""
+        if net.config.phase == "represent":
+            writes = ("generate", "caption") if "itg" in net.config.objectives else ()
+            return (*writes, "embed_images", "embed_texts", "similarity", "match")
+        return ("caption", *WRITES, *(("attend",) if net.prompt_stream == "lm" else ()))
+
+    def open_part(self, name: str, path: str, load: Callable[[str], Any]) -> Any:
+        """``bert`` is a folder of transformers; ``language`` may be one of a T5, which is no model of ours alone."""
+        if name == "bert":
+            return Path(path)
+        if name == "language":
+            return _language(path, load)
+        return load(path)
+
+    def tokenizers(self, parts: Mapping[str, Any], make: Callable[[], Tokenizer] | None) -> Tokenizers:
+        """The LM's, and beside it the Q-Former's; in the first phase the latter stands for both. Of a finished BLIP-2
+        both are its own."""
+        if "init" in parts:
+            if make is not None:
+                raise ConfigError("The tokenizers come with the part 'init'; take `tokenizer` out of the recipe.")
+            model = parts["init"]
+            main = model.processor.tokenizer
+            if model.net.config.phase == "represent":
+                return Tokenizers(main, {QFORMER: main})
+            return Tokenizers(main, model.processor.others)
+        qformer = None if make is None else make()
+        if qformer is not None:
+            cls_id(qformer)  # refuses a tokenizer that is not the Q-Former's
+        main = parts["language"].tokenizer if "language" in parts else qformer
+        if main is None:
+            raise ConfigError("A blip2 recipe needs a `tokenizer` for the Q-Former: WordPiece, or BERT's folder.")
+        return Tokenizers(main, {} if qformer is None else {QFORMER: qformer})
+
+    def configuration(self, own: dict[str, Any], parts: Mapping[str, Any], tokenizers: Tokenizers) -> dict[str, Any]:
+        if "vision" in parts:
+            own["vision"] = _cut(own.get("vision"), piece_of("vision", parts["vision"]))
+        elif "vision" not in own:
+            raise ConfigError("A blip2 recipe needs the part 'vision': a folder with a vision encoder, such as a CLIP.")
+        if "language" in parts:
+            own["language"] = parts["language"].config
+        facts: dict[str, Any] = {"vision_width": own["vision"]["width"]}
+        if QFORMER in tokenizers.others:
+            qformer = tokenizers.others[QFORMER]
+            facts |= {"vocab_size": qformer.vocab_size, "dec_id": qformer.bos_id}
+        return own | {"qformer": merged(own.get("qformer", {}), facts)}
+
+    def take(self, net: Any, parts: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Raises CheckpointError for a part that lacks a tensor."""
+        if "init" in parts:
+            tensors = parts["init"].net.state_dict()
+        else:
+            tensors = {}
+            if "vision" in parts:
+                tensors |= {f"vision.{n}": t for n, t in parts["vision"].net.vision.state_dict().items()}
+            if "language" in parts:
+                tensors |= {f"language.{n}": t for n, t in parts["language"].state.items()}
+            if "bert" in parts:
+                own = net.config.qformer
+                tensors |= read_bert_folder(parts["bert"], layers=own.layers, rows=own.vocab_size)
+        recall(net, tensors, "a part")
+        for part in {"vision", "language"} & parts.keys():
+            lost = [n for n in net.state_dict() if n.startswith(f"{part}.") and n not in tensors]
+            if lost:
+                raise CheckpointError(f"The part {part!r} has no {lost[0]!r} (and {len(lost) - 1} more like it).")
+        return tensors
+
+    def processor(
+        self, net: Any, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions
+    ) -> Processor:
+        """The processor of the phase the net is in."""
+        assert image is not None
+        if stage.template is not None:
+            raise ConfigError(f"Stage {stage.name!r}: a blip2 stage has no chat template; see `processor`.")
+        options: dict[str, Any] = {} if stage.max_length is None else {"max_text": stage.max_length}
+        options |= stage.processor
+        try:
+            if net.config.phase == "represent":
+                return PairProcessor(tokenizers.others[QFORMER], image, **options)
+            if isinstance(net.language, Seq2SeqLM):
+                options["start_id"] = net.language.start_id
+            return PromptProcessor(
+                tokenizers.main,
+                image,
+                num_tokens=net.num_tokens(image.size, image.size),
+                qformer=tokenizers.others[QFORMER] if net.config.instruct else None,
+                **options,
+            )
+        except TypeError as error:
+            raise ConfigError(
+                f"Stage {stage.name!r}: unknown processor option among {sorted(options)} ({error})."
+            ) from None
+        except KeyError:
+            raise ConfigError("The Q-Former reads text in this stage: give the recipe a `tokenizer` for it.") from None
+
+    def prompt_limit(self, net: Any) -> int | None:
+        """None: ``max_length`` is the text beside the visual tokens, and a prompt's as well."""
+        return None
+
+    def outputs(self, net: Any, batch: Batch) -> list[Tensor]:
+        """Logits; in the first phase pictures (one vector per query) and texts, unit vectors there, and the matching
+        logits, or of a text alone its vector."""
+        if net.config.phase == "generate":
+            return super().outputs(net, batch)
+        text = batch.text[QFORMER]
+        if not batch.visuals:
+            return list(net.embed_texts(text).float())
+        pixels = peers.pictures(batch)
+        rows = [F.normalize(net.embed_images(pixels), dim=-1).flatten(1), F.normalize(net.embed_texts(text), dim=-1)]
+        return list(torch.cat([*rows, net.match_logits(net.normed(pixels), text)], dim=1).float())
+
+    def peer_outputs(self, model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
+        """As :meth:`outputs` has them."""
+        if model.net.config.phase == "generate":
+            return super().peer_outputs(model, peer, example, token)
+        ids = torch.tensor([example.streams[QFORMER].ids])
+        given = {"pixel_values": peers.pixels_of(example), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        contrast = peer(**given, use_image_text_matching_head=False)
+        matched = peer(**given, use_image_text_matching_head=True)
+        rows = [contrast.image_embeds.flatten(1), contrast.text_embeds.flatten(1), matched.logits_per_image]
+        return torch.cat(rows, dim=1)[0].float()
+
+
+def _cut(own: Mapping[str, Any] | None, theirs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The encoder to build: the part's, or the recipe's own (a published size) where it is the part's without its last
+    blocks and norm. Raises ConfigError where the two differ in more than that."""
+    if own is None:
+        return theirs
+    free = ("layers", "post_norm", "pool")
+    wrong = [k for k in theirs if k not in free and own.get(k) != theirs[k]]
+    if wrong or own["layers"] > theirs["layers"]:
+        name = (wrong or ["layers"])[0]
+        raise ConfigError(
+            f"The part 'vision' has {name} {theirs[name]}, the recipe's configuration {own.get(name)}: they do not fit."
+        )
+    return own
+
+
+def _language(path: str, load: Callable[[str], Any]) -> _Language:
+    """A model folder of ours, or a transformers folder, T5 included. Raises ConfigError for a model without an LM."""
+    file = Path(path) / "config.json"
+    if file.is_file() and read_json(file).get("model_type") in T5_LIKE:
+        config, state = read_seq2seq_folder(path)
+        return _Language(config, {f"lm.{n}": t for n, t in state.items()}, Tokenizer.load(path))
+    model = load(path)
+    return _Language(piece_of("language", model), model.net.language.state_dict(), model.processor.tokenizer)

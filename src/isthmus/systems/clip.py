@@ -1,0 +1,69 @@
+"""CLIP and SigLIP as a system: two towers trained from nothing, the text tower's vocabulary from the tokenizer."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from isthmus.batch import Batch
+from isthmus.config import merged
+from isthmus.data.images import ImageTransform
+from isthmus.data.processor import ContrastiveProcessor, Processor
+from isthmus.data.record import Example
+from isthmus.errors import ConfigError
+from isthmus.models.clip import Clip
+from isthmus.systems import peers
+from isthmus.systems.base import StageOptions, System, Tokenizers
+
+
+class ClipSystem(System):
+    """2103.00020, 2303.15343."""
+
+    kind = "clip"
+    title = "CLIP"
+    pipeline = "zero-shot-image-classification"
+    net = Clip
+    parts = ("init",)
+    exporters: ClassVar = {
+        "hf": "isthmus.interop.export_hf:clip_export",
+        "openai": "isthmus.interop.export_original:openai_export",
+        "open_clip": "isthmus.interop.export_original:open_clip_export",
+    }
+
+    def capabilities(self, net: Any) -> tuple[str, ...]:
+        return ("embed_images", "embed_texts", "similarity", "classify", "vision_features")
+
+    def configuration(self, own: dict[str, Any], parts: Mapping[str, Any], tokenizers: Tokenizers) -> dict[str, Any]:
+        tokenizer = tokenizers.main
+        facts = {"vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+        return merged(own, {"text": facts})
+
+    def processor(
+        self, net: Any, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions
+    ) -> Processor:
+        self.no_options(stage)
+        assert image is not None
+        if stage.template is not None:
+            raise ConfigError(f"Stage {stage.name!r}: a clip stage has no chat template; take `template` out.")
+        return ContrastiveProcessor(tokenizers.main, image=image, context=stage.max_length or net.config.text.context)
+
+    def prompt_limit(self, net: Any) -> int | None:
+        return None
+
+    def outputs(self, net: Any, batch: Batch) -> list[Tensor]:
+        """Both embeddings in a row; of a text alone its own."""
+        texts = net.embed_texts(batch.text["text"])
+        if not batch.visuals:
+            return list(texts.float())
+        images = net.embed_images(peers.pictures(batch))
+        return list(torch.cat([images, texts], dim=1).float())
+
+    def peer_outputs(self, model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
+        """Both embeddings in a row."""
+        ids = peers.text_ids(model.net.config.text, peer.config.text_config, example)
+        images = peer.get_image_features(pixel_values=peers.pixels_of(example))
+        texts = peer.get_text_features(input_ids=ids)
+        # A version of transformers gives the tensor itself, a later one an output that holds it.
+        rows = [part if isinstance(part, Tensor) else part.pooler_output for part in (images, texts)]
+        return torch.cat([row.flatten(1) for row in rows], dim=1)[0].float()

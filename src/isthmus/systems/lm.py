@@ -1,0 +1,42 @@
+"""A language model on its own as a system: its vocabulary comes from the tokenizer that is made first."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from isthmus.config import merged
+from isthmus.data.images import ImageTransform
+from isthmus.data.processor import Processor, TextProcessor
+from isthmus.models.lm import BareLM
+from isthmus.systems.base import WRITES, StageOptions, System, Tokenizers
+
+
+class LmSystem(System):
+    """What LLaVA, Flamingo and BLIP-2 take as their ``language``."""
+
+    kind = "lm"
+    title = "Language model"
+    pipeline = "text-generation"
+    net = BareLM
+    parts = ("init",)
+    exporters: ClassVar = {"hf": "isthmus.interop.export_hf:lm_export"}
+    compute_rule = True
+
+    def capabilities(self, net: Any) -> tuple[str, ...]:
+        return WRITES
+
+    def configuration(self, own: dict[str, Any], parts: Mapping[str, Any], tokenizers: Tokenizers) -> dict[str, Any]:
+        tokenizer = tokenizers.main
+        facts = {
+            "vocab_size": tokenizer.vocab_size,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+        }
+        return merged(own, {"language": facts})
+
+    def processor(
+        self, net: Any, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions
+    ) -> Processor:
+        self.no_options(stage)
+        length = stage.max_length or net.language.context
+        return TextProcessor(tokenizers.main, template=stage.template or "document", max_length=length)
