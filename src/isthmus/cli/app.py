@@ -282,6 +282,42 @@ def chat(
 
 
 @app.command()
+def serve(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="MODEL or NAME=MODEL ...; none: those that came with the package.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
+    allow_image_domain: Annotated[
+        list[str] | None, typer.Option(help="Fetch pictures from this host (repeat for several); none otherwise.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, max=256, help="Texts decoded together, per model.")] = 16,
+    queue: Annotated[int, typer.Option(min=1, max=65536, help="Texts that may wait; beyond it clients get 429.")] = 64,
+    deadline: Annotated[float, typer.Option(min=1, max=86400, help="Seconds that a request may take.")] = 120.0,
+    log_requests: Annotated[bool, typer.Option(help="A line per request: address, route, status.")] = False,
+    vision: Vision = None,
+    language: Language = None,
+    tokenizer: Vocabulary = None,
+    activation: Activation = None,
+    head_width: HeadWidth = None,
+    revision: Revision = None,
+) -> None:
+    """Models behind an OpenAI-compatible API. The environment's ISTHMUS_API_KEY, where it is set, must be sent."""
+    from isthmus.cli.serve import run
+
+    given = _given(locals())
+    run(
+        models or [],
+        host=host,
+        port=port,
+        domains=allow_image_domain or [],
+        limits={"rows": rows, "queue": queue, "deadline": deadline},
+        log_requests=log_requests,
+        given=given,
+    )
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A model: anything `isthmus.load` opens.")],
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from isthmus.errors import CheckpointError
+from isthmus.pretrained import SCHEME, shipped
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -20,10 +21,13 @@ def looks_like_id(path: str | Path) -> bool:
 
 
 def located(path: str | Path, revision: str | None) -> Path:
-    """The folder or file on this machine; a hub id with a revision (branch, tag or commit) is fetched first.
+    """The folder or file on this machine; ``isthmus:NAME`` is a model that came with the package, and a hub id with a
+    revision (branch, tag or commit) is fetched first.
 
-    Raises CheckpointError: a revision of something local, no such id or revision, no access, no network.
+    Raises CheckpointError: a revision of something local, no such name, id or revision, no access, no network.
     """
+    if str(path).startswith(SCHEME):
+        return shipped(str(path))
     if revision is None:
         return Path(path)
     if Path(path).exists():

@@ -1,0 +1,105 @@
+"""``isthmus serve``: models behind an API that existing clients speak."""
+
+import ipaddress
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from isthmus.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    from isthmus.model import Model
+
+KEY = "ISTHMUS_API_KEY"
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+def run(
+    named: Sequence[str],
+    *,
+    host: str,
+    port: int,
+    domains: Sequence[str],
+    limits: Mapping[str, Any],
+    log_requests: bool,
+    given: Mapping[str, Any],
+) -> None:
+    """Serve until SIGTERM or Ctrl-C. ``limits``: fields of :class:`isthmus.serving.limits.Limits`; ``given``: further
+    arguments of :func:`isthmus.load`."""
+    needs_extra()
+    from isthmus.serving.api import create_app
+    from isthmus.serving.limits import Limits
+    from isthmus.serving.run import server
+
+    console, bounds = Console(emoji=False), Limits(**limits)
+    models = opened(named, given)
+    key, local = os.environ.get(KEY) or None, _is_loopback(host)
+    app = create_app(
+        models, limits=bounds, remote=remote(domains, bounds.picture), key=key, hosts=_LOOPBACK if local else None
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if log_requests else "WARN")
+    shown = f"[{host}]" if ":" in host else host
+    console.print(f"Serving {', '.join(models)} at http://{shown}:{port}/v1", markup=False, highlight=False)
+    if not local and key is None:
+        warning = f"Everybody who reaches {host} may ask. Set {KEY} to ask for a key."
+        console.print(warning, markup=False, highlight=False)
+    server(app, host, port, bounds, log_requests=log_requests).run()
+
+
+def needs_extra() -> None:
+    """Raises MissingExtraError, before any model is opened, when a package of the extra ``serve`` is missing."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        text = f"Serving needs the package {error.name}: install the extra with `pip install 'isthmus[serve]'`."
+        raise MissingExtraError(text) from None
+
+
+def opened(named: Sequence[str], given: Mapping[str, Any]) -> dict[str, "Model"]:
+    """The models by id: ``NAME=MODEL``, else the last component of MODEL's path; none named: those of the package.
+
+    Raises ConfigError for one id given twice.
+    """
+    from isthmus.model import load
+    from isthmus.pretrained import SCHEME, names, shipped
+
+    if not named:
+        named = [f"{SCHEME}{name}" for name in names()] or [str(shipped(f"{SCHEME}llava"))]
+    places: dict[str, str] = {}
+    for each in named:
+        name, place = _identified(each)
+        if name in places:
+            raise ConfigError(f"{places[name]} and {place} would both be called {name!r}; name one: NAME={place}.")
+        places[name] = place
+    return {name: load(place, **given) for name, place in places.items()}
+
+
+def _identified(named: str) -> tuple[str, str]:
+    name, sign, place = named.partition("=")
+    if sign and name and not Path(named).exists():
+        return name, place
+    return Path(named.rpartition(":")[2] if named.startswith("isthmus:") else named).resolve().name, named
+
+
+def remote(domains: Sequence[str], size: int) -> Any:
+    """What pictures may be fetched from; none without a host. Raises ConfigError for what is no host's name."""
+    from isthmus.serving.fetch import Remote, is_host
+
+    hosts = [domain.lower().rstrip(".") for domain in domains]
+    for host in hosts:
+        if not is_host(host):
+            raise ConfigError(f"--allow-image-domain takes a host's name such as images.example.org, not {host!r}.")
+    return Remote(frozenset(hosts), size) if hosts else None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

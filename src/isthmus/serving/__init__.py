@@ -1,0 +1,1 @@
+"""An API that existing clients speak: limits, requests, the scheduler, and the HTTP server around them."""

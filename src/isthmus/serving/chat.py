@@ -1,0 +1,149 @@
+"""/v1/chat/completions and /v1/completions."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from isthmus.data.record import Example, Record, Text
+from isthmus.model import Model
+from isthmus.serving import schema
+from isthmus.serving.choices import Answer
+from isthmus.serving.errors import ApiError, bad_request
+from isthmus.serving.parsing import StrictRoute
+from isthmus.serving.prepare import checked, decoding, stops
+from isthmus.serving.scheduler import Said, Work
+from isthmus.serving.scheduler import Text as Written
+from isthmus.serving.server import ERRORS, Hearing, Server
+from isthmus.serving.words import Words
+
+router = APIRouter(route_class=StrictRoute)
+_STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
+
+
+class Events(StreamingResponse):
+    """A stream of events that lets go of its request however it ends, even before it began."""
+
+    def __init__(self, pieces: AsyncIterator[str], hearing: Hearing) -> None:
+        super().__init__(pieces, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self.hearing = hearing
+
+    async def __call__(self, *connection: Any) -> None:
+        try:
+            await super().__call__(*connection)
+        finally:
+            self.hearing.close()
+
+
+@router.post("/v1/chat/completions", responses=ERRORS | _STREAMS, operation_id="chat")
+async def chat(asked: schema.ChatRequest, request: Request) -> Any:
+    """The assistant's next turn of a conversation with pictures, whole or as server-sent events."""
+    server: Server = request.app.state.server
+    model = server.model(asked.model, "chat")
+    if asked.top_logprobs and not asked.logprobs:
+        raise bad_request("invalid_value", "top_logprobs needs logprobs: true.", "top_logprobs")
+    top = (asked.top_logprobs or 0) if asked.logprobs else None
+    hearing = server.ticket(request, asked, asked.n or 1)
+    try:
+        reader = server.reader
+        example = await server.prepared(lambda: reader.prompt(model, reader.conversation(asked.messages)))
+        tokens = asked.max_completion_tokens or asked.max_tokens
+        texts = _texts(server, hearing, model, asked, [example], tokens, top, strip=True)
+        answer = Answer(asked.model, model.processor.tokenizer, example.length, "chat", top)
+        return await _answered(hearing, asked, texts, answer)
+    except BaseException:
+        hearing.close()
+        raise
+
+
+@router.post("/v1/completions", responses=ERRORS | _STREAMS, operation_id="complete")
+async def complete(asked: schema.CompletionRequest, request: Request) -> Any:
+    """Running text continued, by a language model without a vision encoder."""
+    server: Server = request.app.state.server
+    model = server.model(asked.model, "generate")
+    if model.processor.image is not None:
+        raise bad_request("model_cannot", "Only a language model alone continues text; use chat/completions.", "model")
+    prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+    hearing = server.ticket(request, asked, len(prompts) * (asked.n or 1))
+    try:
+        records = [Record(id="request", parts=(Text(checked(p), "text"),)) for p in prompts]
+        examples = await server.prepared(lambda: [server.reader.prompt(model, record) for record in records])
+        texts = _texts(server, hearing, model, asked, examples, asked.max_tokens or 16, asked.logprobs, strip=False)
+        read = sum(example.length for example in examples)
+        answer = Answer(asked.model, model.processor.tokenizer, read, "completion", asked.logprobs)
+        return await _answered(hearing, asked, texts, answer)
+    except BaseException:
+        hearing.close()
+        raise
+
+
+def _texts(
+    server: Server,
+    hearing: Hearing,
+    model: Model,
+    asked: schema.Writing,
+    examples: list[Example],
+    tokens: int | None,
+    top: int | None,
+    *,
+    strip: bool,
+) -> list[Work]:
+    """The choices to be written, those of each prompt together."""
+    speaker = server.scheduler.speakers[asked.model]
+    if top is not None and not speaker.tells_logprobs:
+        raise bad_request("no_logprobs", "This model does not tell log-probabilities.", "logprobs")
+    texts: list[Work] = []
+    choices = asked.n or 1
+    for number, example in enumerate(examples):
+        room = None if speaker.context is None else speaker.context - example.length
+        for choice in range(choices):
+            how = decoding(asked, tokens, choice, room)
+            words = Words(model.processor.tokenizer, stops(asked), strip=strip)
+            texts.append(Written(hearing.ticket, number * choices + choice, example, how, words, top))
+        server.metrics.tokens.labels(asked.model, "read").inc(example.length)
+    return texts
+
+
+async def _answered(hearing: Hearing, asked: schema.Writing, texts: list[Work], answer: Answer) -> Any:
+    """The texts written, in one answer or as a stream, whose status is only fixed when the first event is there."""
+    hearing.server.scheduler.submit(hearing.ticket, texts)
+    first = await hearing.unless_gone(hearing.next())
+    assert isinstance(first, Said)
+    if asked.stream:
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return Events(_pieces(hearing, first, answer, len(texts), usage), hearing)
+    answer.hear(first)
+    await hearing.unless_gone(_heard(hearing, answer, len(texts)))
+    hearing.close()
+    return JSONResponse(answer.whole())
+
+
+async def _heard(hearing: Hearing, answer: Answer, choices: int) -> None:
+    while not answer.complete(choices):
+        said = await hearing.next()
+        assert isinstance(said, Said)
+        answer.hear(said)
+
+
+async def _pieces(hearing: Hearing, said: Any, answer: Answer, choices: int, usage: bool) -> AsyncIterator[str]:
+    try:
+        for choice in range(choices) if answer.kind == "chat" else ():
+            yield _event(answer.opening(choice))
+        while True:
+            answer.hear(said)
+            if said.text or said.ended or answer.top is not None:
+                yield _event(answer.piece(said))
+            if answer.complete(choices):
+                break
+            said = await hearing.next()
+        if usage:
+            yield _event(answer.closing())
+        yield "data: [DONE]\n\n"
+    except ApiError as error:
+        yield _event(error.body())
+
+
+def _event(value: Any) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"

@@ -1,0 +1,147 @@
+"""Answers in OpenAI's forms, whole or in pieces."""
+
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.serving.engine import Token
+from isthmus.serving.scheduler import Said
+from isthmus.serving.words import token_bytes
+
+NEVER = -9999.0
+"""In place of minus infinity, which JSON does not have."""
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice as far as it was heard."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    ended: str = ""
+
+
+@dataclass(slots=True)
+class Answer:
+    """All choices of a request, and the facts around them."""
+
+    model: str
+    tokenizer: Tokenizer
+    prompt_tokens: int
+    kind: str
+    top: int | None = None
+    choices: dict[int, Choice] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def hear(self, said: Said) -> None:
+        choice = self.choices.setdefault(said.choice, Choice())
+        choice.text += said.text
+        choice.ended = said.ended
+        if said.token is not None:
+            choice.tokens.append(said.token)
+
+    def complete(self, choices: int) -> bool:
+        return len(self.choices) == choices and all(c.ended for c in self.choices.values())
+
+    def usage(self) -> dict[str, int]:
+        written = sum(len(c.tokens) for c in self.choices.values())
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": written,
+            "total_tokens": self.prompt_tokens + written,
+        }
+
+    def frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"{'chatcmpl' if self.kind == 'chat' else 'cmpl'}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        if self.kind == "chat":
+            choices = [self._chat(n, c) for n, c in sorted(self.choices.items())]
+            return self.frame("chat.completion", choices) | {"usage": self.usage()}
+        choices = [self._completion(n, c.text, c.tokens, c.ended, 0) for n, c in sorted(self.choices.items())]
+        return self.frame("text_completion", choices) | {"usage": self.usage()}
+
+    def piece(self, said: Said) -> dict[str, Any]:
+        """What one event adds. ``hear`` must have had it already."""
+        tokens = [] if said.token is None else [said.token]
+        if self.kind == "chat":
+            choice: dict[str, Any] = {
+                "index": said.choice,
+                "delta": {"content": said.text} if said.text else {},
+                "logprobs": None if self.top is None else self._chat_logprobs(tokens),
+                "finish_reason": said.ended or None,
+            }
+            return self.frame("chat.completion.chunk", [choice])
+        before = len(self.choices[said.choice].text) - len(said.text)
+        return self.frame("text_completion", [self._completion(said.choice, said.text, tokens, said.ended, before)])
+
+    def opening(self, choice: int) -> dict[str, Any]:
+        """The first piece of a chat's choice: whose turn it is."""
+        delta = {"role": "assistant", "content": ""}
+        one = {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self.frame("chat.completion.chunk", [one])
+
+    def closing(self) -> dict[str, Any]:
+        """The last piece, where usage was asked for."""
+        return self.frame("chat.completion.chunk" if self.kind == "chat" else "text_completion", []) | {
+            "usage": self.usage()
+        }
+
+    def _chat(self, number: int, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": number,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": None if self.top is None else self._chat_logprobs(choice.tokens),
+            "finish_reason": choice.ended,
+        }
+
+    def _chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        return {
+            "content": [
+                self._one(t.id, t.logprob) | {"top_logprobs": [self._one(i, p) for i, p in t.top]} for t in tokens
+            ],
+            "refusal": None,
+        }
+
+    def _one(self, token: int | None, logprob: float | None) -> dict[str, Any]:
+        raw = self._bytes(token)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
+
+    def _completion(self, number: int, text: str, tokens: Sequence[Token], ended: str, before: int) -> dict[str, Any]:
+        told = None
+        if self.top is not None:
+            names = [self._name(t.id) for t in tokens]
+            offsets, at = [], before
+            for name in names:
+                offsets.append(at)
+                at += len(name)
+            told = {
+                "tokens": names,
+                "token_logprobs": [_finite(t.logprob) for t in tokens],
+                "top_logprobs": [{self._name(i): _finite(p) for i, p in t.top} for t in tokens],
+                "text_offset": offsets,
+            }
+        return {"index": number, "text": text, "logprobs": told, "finish_reason": ended or None}
+
+    def _bytes(self, token: int | None) -> bytes:
+        assert token is not None  # only written tokens are kept
+        return token_bytes(self.tokenizer, token)
+
+    def _name(self, token: int | None) -> str:
+        return self._bytes(token).decode("utf-8", "replace")
+
+
+def _finite(logprob: float | None) -> float:
+    return logprob if logprob is not None and math.isfinite(logprob) else NEVER

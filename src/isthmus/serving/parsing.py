@@ -1,0 +1,117 @@
+"""Bodies: strict JSON, and errors of their fields in fixed words."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.routing import APIRoute
+
+from isthmus.serving.errors import ApiError, bad_request
+from isthmus.serving.limits import Limits
+
+_FIXED = {
+    "missing": "This field is required.",
+    "extra_forbidden": "This field is not known here, and leaving it out would change the answer.",
+    "string_too_short": "This text is too short.",
+    "string_too_long": "This text is too long.",
+    "too_short": "This list is too short.",
+    "too_long": "This list is too long.",
+    "greater_than": "This number is too small.",
+    "greater_than_equal": "This number is too small.",
+    "less_than": "This number is too large.",
+    "less_than_equal": "This number is too large.",
+    "literal_error": "This value is none of those that are allowed.",
+    "union_tag_invalid": "A part is of type text or image_url.",
+    "union_tag_not_found": "A part names its type, text or image_url.",
+}
+_OTHERWISE = "This value is of the wrong type."
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+class StrictRequest(Request):
+    """A request whose JSON is UTF-8, finite, not too deep and without halves of surrogate pairs."""
+
+    limits = Limits()
+
+    async def json(self) -> Any:
+        return parsed(await self.body(), self.limits.depth)
+
+
+class StrictRoute(APIRoute):
+    """Hands every endpoint a StrictRequest."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Any:
+            return await handle(StrictRequest(request.scope, request.receive, request._send))
+
+        return strict
+
+
+def parsed(body: bytes, depth: int) -> Any:
+    """The value of a JSON text. Raises ApiError."""
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError:
+        raise bad_request("invalid_utf8", "The body is not valid UTF-8.") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:  # also an integer of thousands of digits
+        raise bad_request("invalid_json", "The body is not valid JSON.") from None
+    _check(value, depth)
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(name)
+
+
+def _too_deep() -> ApiError:
+    return bad_request("too_deep", "Lists and objects of the body are nested too deeply.")
+
+
+def _check(value: Any, depth: int) -> None:
+    if depth < 0:
+        raise _too_deep()
+    if isinstance(value, str):
+        _check_text(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise bad_request("invalid_number", "A number of the body is not finite.")
+    elif isinstance(value, list):
+        for item in value:
+            _check(item, depth - 1)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _check_text(name)
+            _check(item, depth - 1)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise bad_request("lone_surrogate", "A text of the body holds half a surrogate pair.") from None
+
+
+def field_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first thing that is wrong with a body's fields, in fixed words; the place by names that are known here."""
+    problem = _worst(problems)
+    kind, bounds = str(problem["type"]), problem.get("ctx", {})
+    text = _FIXED.get(kind, _OTHERWISE)
+    limits = [f"{_BOUNDS[name]} {bounds[name]:,}" for name in _BOUNDS if isinstance(bounds.get(name), int | float)]
+    if isinstance(bounds.get("max_length"), int):
+        limits.append(f"at most {bounds['max_length']:,} long")
+    if limits:
+        text = f"{text[:-1]}: it must be {' and '.join(limits)}."
+    place = [p for p in problem["loc"] if p != "body"]
+    unknown = kind == "extra_forbidden"
+    param = ".".join(str(p) for p in (place[:-1] if unknown else place) if isinstance(p, int) or str(p).isidentifier())
+    return bad_request("unknown_field" if unknown else "invalid_value", text, param or None)
+
+
+def _worst(problems: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Of a value that fits none of several kinds, the complaint of the one that it came nearest to."""
+    return max(problems, key=lambda p: len(p["loc"])) if problems else {"type": "", "loc": ()}

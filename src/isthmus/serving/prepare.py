@@ -1,0 +1,192 @@
+"""From a request to what a model reads: parts, pictures, prompts, settings. Everything is checked here, before the
+scheduler computes anything."""
+
+import base64
+import binascii
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from isthmus.data.collate import load_pixels
+from isthmus.data.images import BytesImage, ImageLimits, image_size, open_image
+from isthmus.data.messages import NO_ANSWER
+from isthmus.data.reading import whole
+from isthmus.data.record import Example, Image, Part, Record, Role, Text
+from isthmus.data.tokenizer import END
+from isthmus.errors import DataError
+from isthmus.language import Decoding
+from isthmus.model import Model
+from isthmus.serving import schema
+from isthmus.serving.errors import ApiError, bad_request
+from isthmus.serving.fetch import RefusedError, Remote, fetch
+from isthmus.serving.limits import Limits
+
+DEFAULT_TOKENS = 512
+_DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp|gif|bmp);base64,", re.IGNORECASE)
+_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads pictures and texts of requests within ``limits``; ``remote`` is none where nothing may be fetched."""
+
+    limits: Limits
+    remote: Remote | None = None
+
+    def count(self, pictures: int) -> None:
+        """Raises ApiError for more pictures than a request may have."""
+        if pictures > self.limits.pictures:
+            raise bad_request("too_many_pictures", f"A request may have at most {self.limits.pictures} pictures.")
+
+    def picture(self, url: str, role: Role = "user") -> Image:
+        """The picture behind a URL, checked by its header. Raises ApiError."""
+        scheme = url[:8].lower()
+        if scheme.startswith("data:"):
+            data = self._inline(url)
+        elif scheme.startswith(("http:", "https:")):
+            data = self._fetched(url)
+        else:
+            raise bad_request("invalid_image_url", "A picture's URL begins with data:, http: or https:.", "image_url")
+        source = BytesImage(data, "picture")
+        try:
+            image_size(source, ImageLimits(file_bytes=self.limits.picture, pixels=self.limits.pixels))
+        except DataError:
+            raise self._unreadable() from None
+        return Image(source, role)
+
+    def _inline(self, url: str) -> bytes:
+        head = _DATA_URL.match(url)
+        if head is None:
+            raise bad_request(
+                "invalid_image_url",
+                "A data: URL of a picture begins with data:image/TYPE;base64, and TYPE is png, jpeg, webp, gif or bmp.",
+                "image_url",
+            )
+        try:
+            return base64.b64decode(url[head.end() :], validate=True)
+        except (binascii.Error, ValueError):
+            raise bad_request("invalid_base64", "The picture is not valid base64.", "image_url") from None
+
+    def _fetched(self, url: str) -> bytes:
+        if self.remote is None:
+            raise bad_request(
+                "remote_images_off", "This server fetches no pictures; send them as data: URLs.", "image_url"
+            )
+        try:
+            return fetch(url, self.remote)
+        except RefusedError:
+            raise bad_request(
+                "image_not_fetched",
+                "The picture was not fetched: its host is not allowed or not public, or it gave no picture in time.",
+                "image_url",
+            ) from None
+
+    def _unreadable(self) -> ApiError:
+        return bad_request(
+            "invalid_image",
+            "A picture cannot be read. It must be a sound JPEG, PNG, WebP, GIF or BMP of at most "
+            f"{self.limits.picture:,} bytes and {self.limits.pixels:,} pixels, no side over "
+            f"{ImageLimits.side:,} or {ImageLimits.aspect:g} times the other.",
+            "image_url",
+        )
+
+    def parts(self, content: str | Sequence[schema.Part | str], role: Role) -> list[Part]:
+        """Text and pictures of one turn, in order."""
+        pieces = [content] if isinstance(content, str) else content
+        self.count(sum(isinstance(piece, schema.ImagePart) for piece in pieces))
+        found: list[Part] = []
+        for piece in pieces:
+            if isinstance(piece, schema.ImagePart):
+                if role != "user":
+                    raise bad_request("picture_of_another_role", "Only the user's turns may show pictures.", "messages")
+                found.append(self.picture(piece.image_url.url, role))
+            else:
+                found.append(Text(checked(piece if isinstance(piece, str) else piece.text), role))
+        return found
+
+    def conversation(self, messages: Sequence[schema.Message]) -> Record:
+        """A conversation that the model is to continue. Raises ApiError."""
+        turns = [m for m in messages if _ROLES[m.role] != "system"]
+        if not turns or turns[0].role != "user" or turns[-1].role != "user":
+            raise bad_request(
+                "invalid_conversation", "A conversation begins and ends with a turn of the user's.", "messages"
+            )
+        shown = [m.content for m in messages if not isinstance(m.content, str)]
+        self.count(sum(isinstance(piece, schema.ImagePart) for pieces in shown for piece in pieces))
+        parts: list[Part] = []
+        for message in messages:
+            role = _ROLES[message.role]
+            turn = self.parts(message.content, role)
+            if role == "assistant" and not "".join(str(p.text) for p in turn if isinstance(p, Text)).strip():
+                turn = [Text(NO_ANSWER, role)]
+            parts += turn
+        return Record(id="request", parts=tuple(parts))
+
+    def prompt(self, model: Model, record: Record) -> Example:
+        """What the model reads of a record, its pictures decoded. Raises ApiError."""
+        if record.images and model.processor.image is None:
+            raise bad_request("no_vision", "This model reads only text; send no picture.", "messages")
+        try:
+            example = model.processor.prompt(record)
+        except DataError:
+            raise self._unfit(model, record) from None
+        try:
+            return load_pixels(example)
+        except DataError:
+            raise self._unreadable() from None
+
+    def _unfit(self, model: Model, record: Record) -> ApiError:
+        try:
+            whole(model.processor).prompt(record)
+        except DataError:
+            return bad_request(
+                "invalid_prompt",
+                "The model cannot read this: turns of user and assistant alternate, and none may be empty; some models "
+                "read exactly one picture, or no question.",
+                "messages",
+            )
+        return too_long()
+
+    def sound(self, images: Sequence[Image]) -> None:
+        """Decodes pictures that are about to be computed with. Raises ApiError for a damaged one."""
+        try:
+            for image in images:
+                open_image(image.source, ImageLimits(file_bytes=self.limits.picture, pixels=self.limits.pixels))
+        except DataError:
+            raise self._unreadable() from None
+
+
+def too_long() -> ApiError:
+    return bad_request(
+        "context_length_exceeded",
+        "The prompt, with its pictures and the tokens asked for, is longer than the model reads.",
+        "messages",
+    )
+
+
+def checked(text: str) -> str:
+    """The text itself. Raises ApiError for the one character that templates reserve."""
+    if END in text:
+        raise bad_request("reserved_character", "The character U+10FFFD is reserved; send none.")
+    return text
+
+
+def decoding(request: schema.Writing, tokens: int | None, choice: int, room: int | None) -> Decoding:
+    """How one choice is written. ``room``: new tokens that fit behind the prompt. Raises ApiError when none does, or
+    fewer than were asked for."""
+    if room is not None and room < (tokens or 1):
+        raise too_long()
+    most = tokens or (DEFAULT_TOKENS if room is None else min(DEFAULT_TOKENS, room))
+    seed = ((request.seed or 0) + choice) % 2**63
+    return Decoding(
+        max_new_tokens=most,
+        temperature=request.temperature or 0.0,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        top_k=request.top_k,
+        seed=seed,
+    )
+
+
+def stops(request: schema.Writing) -> tuple[str, ...]:
+    given = request.stop
+    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
