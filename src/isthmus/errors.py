@@ -36,6 +36,14 @@ class CapabilityError(IsthmusError):
     """The model cannot do what was asked of it."""
 
 
+class EndpointError(IsthmusError):
+    """A language model's endpoint refuses, fails, or is not what was named; further requests would fare no better."""
+
+
+class ReplyError(IsthmusError):
+    """One request to an endpoint got no usable answer."""
+
+
 class MissingExtraError(IsthmusError):
     """An optional dependency is not installed."""
 

@@ -14,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-data_app = typer.Typer(help="Write scenes as files; better captions for a data set.", no_args_is_help=True)
+data_app = typer.Typer(help="Write scenes as files; instruction data; better captions.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the facts to this file as JSON.")]
@@ -391,6 +391,80 @@ def data_scenes(
     from isthmus.cli.data import scenes
 
     scenes(out, format, count=count, split=split, seed=seed, size=size)
+
+
+@data_app.command(name="instruct")
+def data_instruct(
+    out: Annotated[Path | None, typer.Option(help="Folder to write; the same command goes on in it.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Captions and boxes: COCO, Visual Genome, JSON lines, or a YAML file.")
+    ] = None,
+    scenes: Annotated[int | None, typer.Option(min=1, help="Instead, so many generated pictures.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Write by templates, from the scenes' truth.")] = False,
+    endpoint: Annotated[str | None, typer.Option(help="OpenAI-compatible URL of the model that writes.")] = None,
+    model: Annotated[str | None, typer.Option(help="Its name there.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="conversation, detail, reasoning (default: all).")] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Where the pictures are; missing ones are left out.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N pictures.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Your own prompts and checks, see --copy-prompts.")] = None,
+    copy_prompts: Annotated[Path | None, typer.Option(help="Copy the prompts and checks there, and end.")] = None,
+    attempts: Annotated[int, typer.Option(min=1, help="Replies to try where the checks refuse one.")] = 1,
+    skip_check: Annotated[list[str] | None, typer.Option(help="A check to leave out (repeat for several).")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the language model.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 1024,
+    option: Annotated[list[str] | None, typer.Option("--set", help="key=value: further fields of the request.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a reply.")] = 120.0,
+    retries: Annotated[int, typer.Option(min=0, help="Times to ask again where the endpoint fails.")] = 6,
+    key: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "OPENAI_API_KEY",
+    price_in: Annotated[float | None, typer.Option(help="Price of a million tokens read.")] = None,
+    price_out: Annotated[float | None, typer.Option(help="Price of a million tokens written.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Stop before this much is spent, earlier runs included.")] = None,
+    token_budget: Annotated[int | None, typer.Option(min=1, help="The same, in tokens.")] = None,
+    split: Annotated[str, typer.Option(help="Of the scenes: train, dev or test.")] = "train",
+    size: Annotated[int, typer.Option(help="Of the scenes: side of a picture in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes and of what is drawn.")] = 0,
+    json_file: Json = None,
+) -> None:
+    """Instruction data as LLaVA's were made: a language model reads captions and boxes, and writes."""
+    from isthmus.cli import instruct as work
+
+    if copy_prompts is not None:
+        work.copy(copy_prompts)
+        return
+    work.run(
+        work.Options(
+            out=out,
+            data=data,
+            scenes=scenes,
+            split=split,
+            size=size,
+            image_folder=image_folder,
+            offline=offline,
+            endpoint=endpoint,
+            model=model,
+            kinds=kind or [],
+            prompts=prompts,
+            limit=limit,
+            attempts=attempts,
+            skip=skip_check or [],
+            temperature=temperature,
+            max_tokens=max_tokens,
+            settings=option or [],
+            concurrency=concurrency,
+            timeout=timeout,
+            retries=retries,
+            key=key,
+            price_in=price_in,
+            price_out=price_out,
+            budget=budget,
+            token_budget=token_budget,
+            seed=seed,
+            json_file=json_file,
+        )
+    )
 
 
 @data_app.command(name="capfilt")

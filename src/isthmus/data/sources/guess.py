@@ -45,6 +45,8 @@ def _folder(path: Path) -> dict[str, Any]:
     if shards:
         return {"kind": "webdataset", "shards": [str(s) for s in shards]}
     files = sorted(p for p in path.iterdir() if p.suffix in _FILES and not p.name.startswith("."))
+    if path / "instruct.json" in files:  # as `isthmus data instruct` writes it, beside how it was made
+        files = [p for p in files if p.name != "manifest.json"]
     if len(files) == 1:
         found, place = _file(files[0])
         # A table in a folder of classes may be about something else: its pictures decide.

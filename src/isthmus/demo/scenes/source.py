@@ -71,8 +71,8 @@ Form = Literal[
     "symbol_clips",
 ]
 FORMS: tuple[Form, ...] = get_args(Form)
-_REQUESTS = ("describe the picture.", "what do you see?", "tell me everything about this picture.")
-_EXPLAIN = "explain."
+REQUESTS = ("describe the picture.", "what do you see?", "tell me everything about this picture.")
+EXPLAIN = "explain."
 _FOLLOW_UPS = 0.3
 _FEWEST_SHOTS = 4
 _MOST_REDRAWS = 10_000
@@ -172,7 +172,7 @@ class SceneSource:
     def _reasoning(self, number: int, _: Dice) -> Record:
         attempt, question = self._redraw(number)
         answer = f"{question.reason}, so the answer is {question.answer}."
-        parts = [self._picture(number, attempt=attempt), *_turn(f"{question.text} {_EXPLAIN}", answer)]
+        parts = [self._picture(number, attempt=attempt), *_turn(f"{question.text} {EXPLAIN}", answer)]
         return self._record(number, parts, kind="reasoning", answers=(question.answer,), attempt=attempt)
 
     def _redraw(self, number: int) -> tuple[int, Question]:
@@ -194,14 +194,14 @@ class SceneSource:
         """The number's turns, about the first of its scenes that some question of the kinds asked for fits."""
         for attempt in range(_MOST_REDRAWS):
             scene = make_scene(self.seed, self.split, number, attempt)
-            turns = _turns(scene, dice, self.turns, self.kinds, led=self.led)
+            turns = turns_about(scene, dice, self.turns, self.kinds, led=self.led)
             if turns:
                 return attempt, turns
         raise AssertionError(f"no scene answers questions of the kinds {self.kinds}")  # every kind fits many scenes
 
     def _describe(self, number: int, dice: Dice) -> Record:
         scene = make_scene(self.seed, self.split, number)
-        return self._record(number, [self._picture(number), *_turn(dice.choice(_REQUESTS), describe(scene))])
+        return self._record(number, [self._picture(number), *_turn(dice.choice(REQUESTS), describe(scene))])
 
     def _symbols(self, number: int, dice: Dice) -> Record:
         if number % 3 == 2:
@@ -332,7 +332,7 @@ def _turn(question: str, answer: str) -> tuple[Text, Text]:
     return Text(question, role="user"), Text(answer, role="assistant", learn=True)
 
 
-def _turns(scene: Scene, dice: Dice, count: int, kinds: Sequence[str], *, led: float = 0.0) -> list[Question]:
+def turns_about(scene: Scene, dice: Dice, count: int, kinds: Sequence[str], *, led: float = 0.0) -> list[Question]:
     """Different questions of the kinds given, and before the share ``led`` of those that have them their steps. A
     follow-up asks about the turn before, and nothing told there."""
     turns: list[Question] = []

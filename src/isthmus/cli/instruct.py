@@ -1,0 +1,225 @@
+"""``isthmus data instruct``: instruction data from captions and boxes, by a language model or by templates."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from isthmus.errors import ConfigError, EndpointError, nearest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line says; see ``isthmus data instruct --help``."""
+
+    out: Path | None
+    data: str | None
+    scenes: int | None
+    split: str
+    size: int
+    image_folder: Path | None
+    offline: bool
+    endpoint: str | None
+    model: str | None
+    kinds: Sequence[str]
+    prompts: Path | None
+    limit: int | None
+    attempts: int
+    skip: Sequence[str]
+    temperature: float
+    max_tokens: int
+    settings: Sequence[str]
+    concurrency: int
+    timeout: float
+    retries: int
+    key: str
+    price_in: float | None
+    price_out: float | None
+    budget: float | None
+    token_budget: int | None
+    seed: int
+    json_file: Path | None
+
+
+def copy(folder: Path) -> None:
+    """The package's prompts in a folder of the user's."""
+    from isthmus.data.instruct import copy_prompts
+
+    names = ", ".join(path.name for path in copy_prompts(folder))
+    Console(emoji=False).print(f"{names} written to [bold]{folder}[/]; change them and give --prompts {folder}.")
+
+
+def run(o: Options) -> None:
+    """Write ``OUT/instruct.json`` and what belongs to it."""
+    from isthmus.data.instruct import KINDS
+
+    if o.out is None:
+        raise ConfigError("Name the folder to write (--out DIR).")
+    if (o.data is None) == (o.scenes is None):
+        raise ConfigError("Give either --data (captions and boxes) or --scenes N (generated pictures).")
+    kinds = list(dict.fromkeys(o.kinds)) or list(KINDS)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(f"There is no kind of instruction data {kind!r}; {nearest(kind, KINDS)}")
+    if o.offline:
+        _offline(o, kinds)
+    else:
+        _asked(o, kinds)
+
+
+def _offline(o: Options, kinds: Sequence[str]) -> None:
+    from isthmus.data.instruct import KINDS, Report, write_rows
+    from isthmus.demo.scenes.instruct import TEMPLATES, written
+
+    if o.endpoint or o.model:
+        raise ConfigError("--offline asks no model; leave --endpoint and --model out.")
+    if o.scenes is None or o.out is None:
+        raise ConfigError("--offline writes about generated pictures, whose truth is known: give --scenes N.")
+    if (o.out / "making").exists():
+        raise ConfigError(f"{o.out} holds data that a language model writes; choose another folder for --out.")
+    pictures = _drawn(o)
+    rows = [written(scene, symbols, kind) for scene, symbols in pictures for kind in KINDS if kind in kinds]
+    report = Report()
+    report.rows.update(row.kind for row in rows)
+    facts = {
+        "made_by": {"model": TEMPLATES},
+        "prompts": {},
+        "source": _scenes(o),
+        "image_folder": "images",
+        "seed": o.seed,
+        **report.to_dict(),
+    }
+    write_rows(o.out, rows, facts, o.seed)
+    _told(o, report, Path("images"))
+
+
+def _asked(o: Options, kinds: Sequence[str]) -> None:
+    from isthmus.data.instruct import Checks, instruct, load_prompts
+    from isthmus.data.instruct.write import categories_of, existing
+    from isthmus.endpoint import Budget, Endpoint
+    from isthmus.recipes.schema import option_value
+
+    if o.endpoint is None or o.model is None or o.out is None:
+        raise ConfigError(
+            "A language model writes the data: give --endpoint URL and --model NAME, or --offline for templates."
+        )
+    settings: dict[str, Any] = {}
+    for setting in o.settings:
+        name, sep, value = setting.partition("=")
+        if not sep:
+            raise ConfigError(f"--set {setting!r} is not key=value.")
+        settings[name] = option_value(value, f"--set {setting!r}")
+    endpoint = Endpoint(
+        o.endpoint,
+        o.model,
+        temperature=o.temperature,
+        max_tokens=o.max_tokens,
+        timeout=o.timeout,
+        retries=o.retries,
+        key=o.key,
+        options=settings,
+    )
+    budget = Budget(price_in=o.price_in, price_out=o.price_out, money=o.budget, tokens=o.token_budget)
+    prompts = load_prompts(kinds, o.prompts)
+    console = Console(emoji=False)
+    pictures, source, folder = _pictures(o)
+    if folder is not None and o.scenes is None:
+        pictures, lost = existing(pictures, folder)
+        if lost:
+            console.print(f"[yellow]{len(lost)} pictures are not in {folder} and are left out, such as {lost[0]}.[/]")
+    checks = Checks(o.prompts, skip=o.skip, categories=categories_of(pictures))
+    with Progress(transient=True, console=console) as bar:
+        task = bar.add_task(f"asking {endpoint.place}", total=None)
+        report = instruct(
+            pictures,
+            prompts,
+            endpoint,
+            o.out,
+            checks=checks,
+            source=source,
+            image_folder=str(folder) if folder is not None else None,
+            attempts=o.attempts,
+            seed=o.seed,
+            concurrency=o.concurrency,
+            budget=budget,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    _told(o, report, folder)
+    if report.missing:
+        name, reason = next(iter(report.missing.items()))
+        raise EndpointError(
+            f"{len(report.missing)} requests got no answer, such as {name} ({reason}). The same command asks "
+            "them again."
+        )
+
+
+def _pictures(o: Options) -> tuple[list[Any], dict[str, Any], Path | None]:
+    """The pictures in words, what they are described by, and the folder of the pictures."""
+    from isthmus.data.instruct.symbols import guess_symbols, read_symbols
+
+    if o.scenes is not None:
+        return [symbols for _, symbols in _drawn(o)], _scenes(o), Path("images")
+    spec = _spec(str(o.data)) or guess_symbols(Path(str(o.data)))
+    folder = o.image_folder or (Path(spec["image_folder"]) if "image_folder" in spec else None)
+    return read_symbols(spec)[: o.limit], spec | ({"limit": o.limit} if o.limit else {}), folder
+
+
+def _spec(data: str) -> dict[str, Any] | None:
+    if Path(data).suffix not in (".yaml", ".yml"):
+        return None
+    from isthmus.recipes.schema import read_yaml
+
+    tree = read_yaml(Path(data))
+    if not isinstance(tree, dict) or "kind" not in tree:
+        raise ConfigError(f"{data} should describe captions and boxes by keys, such as `kind: coco`.")
+    return tree
+
+
+def _drawn(o: Options) -> list[Any]:
+    """The scenes and their symbols, drawn below the folder."""
+    from isthmus.demo.scenes.instruct import draw_scenes, scene_symbols
+    from isthmus.demo.scenes.scene import SPLITS
+
+    if o.split not in SPLITS:
+        raise ConfigError(f"Scenes have no split {o.split!r}; {nearest(o.split, SPLITS)}")
+    assert o.scenes is not None
+    assert o.out is not None
+    found = scene_symbols(min(o.scenes, o.limit or o.scenes), split=SPLITS[SPLITS.index(o.split)], seed=o.seed)
+    draw_scenes(o.out / "images", found, o.size)
+    return found
+
+
+def _scenes(o: Options) -> dict[str, Any]:
+    return {"kind": "scenes", "count": o.scenes, "split": o.split, "seed": o.seed, "size": o.size}
+
+
+def _told(o: Options, report: Any, folder: Path | None) -> None:
+    """What came out, what it cost, and how a recipe reads it."""
+    console = Console(emoji=False)
+    rows = ", ".join(f"{count} {kind}" for kind, count in report.rows.items()) or "nothing"
+    console.print(f"{sum(report.rows.values())} samples ({rows}) in [bold]{o.out}/instruct.json[/].")
+    if not o.offline:
+        console.print(_spent(report.to_dict()))
+    if report.refused:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in report.refused.most_common())
+        console.print(
+            f"{sum(report.refused.values())} replies are not used ({reasons}): {o.out}/making/quarantine.jsonl"
+        )
+    if report.stopped:
+        console.print(f"[yellow]Not all was asked: {report.stopped}. The same command with more goes on.[/]")
+    place = f"{o.out}/images" if folder == Path("images") else folder
+    images = f", image_folder: {place}" if place is not None else ""
+    console.print(f"In a recipe: {{kind: llava, file: {o.out}/instruct.json{images}}}", highlight=False)
+    if o.json_file is not None:
+        o.json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _spent(facts: Mapping[str, Any]) -> str:
+    told = f"{facts['replies']} replies, {facts['prompt_tokens']:,} tokens read, {facts['completion_tokens']:,} written"
+    if facts["tokens_not_reported"]:
+        told += f" ({facts['tokens_not_reported']} replies without a report)"
+    return told + (f", cost {facts['cost']:.4f}." if facts["cost"] is not None else ".")
