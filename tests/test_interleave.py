@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from isthmus.errors import ConfigError
 from isthmus.interleave import InterleavedLanguageModel, Look
-from isthmus.language import Decoding, LanguageModel
+from isthmus.language import Decoder, Decoding, LanguageModel
 from isthmus.nn.beam import beam_search
 from isthmus.nn.gated import GatedBlock, GatedConfig
 from tests.models.tiny_flamingo import END, IMAGE, LANGUAGES, ROWS, V, batch, tiny
@@ -118,6 +118,23 @@ def test_keys_and_values_of_the_media_are_made_once_per_generation():
     calls.clear()
     net.generate(batch([ROWS["one"]]), Decoding(max_new_tokens=8, num_beams=2))
     assert calls == ["vision", 1, 1]
+
+
+@pytest.mark.parametrize("family", ["llama", "mpt"])
+def test_rows_that_join_later_write_what_they_write_alone(family):
+    net = tiny(family)
+    rows, decoding = {name: batch([ROWS[name]]) for name in ("none", "two", "one", "clip")}, Decoding(max_new_tokens=5)
+    alone = {name: net.generate(row, decoding)[0] for name, row in rows.items()}
+    decoder, texts, names = Decoder(net.language), {}, {}
+    waiting = list(rows)
+    while waiting or decoder.rows:
+        if waiting:
+            name = waiting.pop(0)
+            (number,) = decoder.add(net.prompt(rows[name]), decoding)
+            names[number], texts[name] = name, []
+        for new in decoder.step():
+            texts[names[new.row]] += new.ids
+    assert texts == alone
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "mpt"])

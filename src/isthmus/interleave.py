@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from isthmus.batch import IGNORE, Tokens
 from isthmus.errors import ConfigError, DataError
-from isthmus.language import Decoding, LanguageModel
+from isthmus.language import Decoding, LanguageModel, Prompt, Read, Window
 from isthmus.nn.gated import GatedBlock, Media, look_mask
 
 
@@ -51,6 +51,7 @@ class Look:
     recorded: list[tuple[int, Tensor]] | None = None
     past: int = 0
     kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def left_padded(self, lengths: Tensor) -> "Look":
         """The same for rows (B, T) whose right padding moves to the left; padding sees nothing."""
@@ -58,6 +59,31 @@ class Look:
         source = torch.arange(longest, device=self.seen.device) - (longest - lengths)[:, None]
         seen = self.seen.gather(1, source.clamp(min=0)).masked_fill(source < 0, 0)
         return Look(media=self.media, seen=seen, mode=self.mode)
+
+    def last(self, lengths: Tensor) -> "Look":
+        """The same for what comes after rows of these ``lengths``: keys and values are made already."""
+        rows = torch.arange(len(lengths), device=self.seen.device)
+        return replace(self, seen=self.seen[rows, lengths - 1][:, None], recorded=None, masks={})
+
+    def join(self, other: "Look") -> "Look":
+        """These rows, then those of ``other``; both from :meth:`last`."""
+        images, tokens = max(self.media.shape[1], other.media.shape[1]), self.media.shape[2]
+
+        def more(x: Tensor, y: Tensor, size: int) -> Tensor:
+            """Zeros behind the images of the rows that have fewer."""
+            return torch.cat([F.pad(part, (0, 0, 0, size - part.shape[2])) for part in (x, y)])
+
+        kept = {
+            block: (more(k, other.kept[block][0], images * tokens), more(v, other.kept[block][1], images * tokens))
+            for block, (k, v) in self.kept.items()
+        }
+        media = torch.cat([F.pad(look.media, (0, 0, 0, 0, 0, images - look.media.shape[1])) for look in (self, other)])
+        return Look(media=media, seen=torch.cat([self.seen, other.seen]), mode=self.mode, kept=kept)
+
+    def take(self, rows: Tensor) -> "Look":
+        """These rows of it, in this order."""
+        kept = {block: (keys[rows], values[rows]) for block, (keys, values) in self.kept.items()}
+        return Look(media=self.media[rows], seen=self.seen[rows], mode=self.mode, kept=kept)
 
     def through(self, block: GatedBlock, number: int, hidden: Tensor, *, spare_memory: bool) -> Tensor:
         """``hidden`` (B·k, T, D) through a block; k > 1 when beams or samples repeat each row."""
@@ -86,12 +112,15 @@ class Look:
         return self.kept[number, times]
 
     def _mask(self, length: int) -> Tensor:
-        """(B, T, N·R) for the ``length`` positions behind the ``past`` ones."""
-        known = self.seen[:, self.past : self.past + length]
-        if known.shape[1] < length:
-            known = torch.cat([known, self.seen[:, -1:].expand(-1, length - known.shape[1])], dim=1)
-        _, images, tokens, _ = self.media.shape
-        return look_mask(known, images, tokens, self.mode)
+        """(B, T, N·R) for the ``length`` positions behind the ``past`` ones; one for all blocks."""
+        past = min(self.past, self.seen.shape[1])
+        if (past, length) not in self.masks:
+            known = self.seen[:, past : past + length]
+            if known.shape[1] < length:
+                known = torch.cat([known, self.seen[:, -1:].expand(-1, length - known.shape[1])], dim=1)
+            _, images, tokens, _ = self.media.shape
+            self.masks[past, length] = look_mask(known, images, tokens, self.mode)
+        return self.masks[past, length]
 
 
 class InterleavedLanguageModel(LanguageModel):
@@ -185,17 +214,17 @@ class InterleavedLanguageModel(LanguageModel):
         self._hooks, self._blocks = [], {}
 
     @contextmanager
-    def looking(self, look: Look) -> Iterator[None]:
+    def looking(self, look: Look | None) -> Iterator[None]:
         """Let the blocks look at this for the calls inside, and at nothing behind them.
 
         A backward pass comes later and needs none of it: a block that spares memory keeps what it is recomputed from,
         and the library recomputes a layer without its hooks.
         """
-        self._look = look
+        before, self._look = self._look, look
         try:
             yield
         finally:
-            self._look = None
+            self._look = before
 
     @contextmanager
     def blind(self) -> Iterator[None]:
@@ -248,6 +277,18 @@ class InterleavedLanguageModel(LanguageModel):
     @torch.no_grad()
     def generate(self, embeds: Tensor, lengths: Tensor, decoding: Decoding) -> list[list[int]]:
         """As :meth:`LanguageModel.generate`; ``<|endofchunk|>`` ends an answer and ``<image>`` is never generated."""
+        return self.continued(Prompt(embeds, lengths, self._look), decoding)
+
+    @torch.no_grad()
+    def continued(self, prompt: Prompt, decoding: Decoding) -> list[list[int]]:
+        """As :meth:`generate`, looking at what the prompt names."""
+        if self.writable is True or prompt.look is None:
+            return super().continued(prompt, decoding)
+        with self.looking(prompt.look.left_padded(prompt.lengths)):
+            return super().continued(prompt, decoding)
+
+    def settled(self, decoding: Decoding, prompt: Prompt) -> Decoding:
+        """As :meth:`LanguageModel.settled`; ``<|endofchunk|>`` ends an answer and ``<image>`` is never generated."""
         if self.new_ids:
             end, image, *turn = self.new_ids
             decoding = replace(
@@ -255,9 +296,18 @@ class InterleavedLanguageModel(LanguageModel):
                 stop_ids=tuple(dict.fromkeys((*decoding.stop_ids, end, *turn))),
                 forbidden_ids=tuple(dict.fromkeys((*decoding.forbidden_ids, image))),
             )
-        if self._look is not None:
-            self._look = self._look.left_padded(lengths)
-        return super().generate(embeds, lengths, decoding)
+        return super().settled(decoding, prompt)
+
+    def read(self, prompt: Prompt) -> Read:
+        """As :meth:`LanguageModel.read`; keys and values of the media are made here, for all that is written."""
+        with self.looking(prompt.look):
+            read = super().read(prompt)
+        return read if prompt.look is None else replace(read, beside=prompt.look.last(prompt.lengths))
+
+    def next(self, ids: Tensor, positions: Tensor, window: Window, beside: Look | None) -> Tensor:
+        """As :meth:`LanguageModel.next`, with what the rows look at."""
+        with self.looking(beside):
+            return super().next(ids, positions, window, beside)
 
     def label_nll(self, embeds: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood (M,) of every labelled target, and the row (M,) it belongs to."""
@@ -300,6 +350,10 @@ class InterleavedLanguageModel(LanguageModel):
     def _try_head(self, embeds: Tensor) -> bool:
         with self.blind():
             return super()._try_head(embeds)
+
+    def _try_steps(self) -> str | None:
+        with self.blind():
+            return super()._try_steps()
 
 
 class _BeforeLayer:

@@ -3,24 +3,29 @@
 Shapes: B rows, T tokens, D width of the input embeddings, V vocabulary, M labelled positions.
 
 The library's class stays unmodified and keeps its own state-dict keys below ``lm.``. Rows are right-padded here and
-carry their lengths. Attention is causal, so no real token sees padding on its right: the training path needs no
-attention mask and no position ids, whichever way the LM makes its positions. Only generation, where all rows must
-end together, moves the padding to the left, inside, and hands the library the mask.
+carry their lengths. Attention is causal, so no real token sees padding on its right: training and reading prompts
+need no attention mask and no position ids, whichever way the LM makes its positions. Writing is the
+:class:`.decoder.Decoder`'s, whose steps this adapter takes.
 """
 
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from inspect import signature
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from isthmus.batch import IGNORE, Tokens
-from isthmus.errors import ConfigError, DataError
-from isthmus.language.decoding import Decoding, generation_config, logits_processors, until_stop
+from isthmus.errors import CapabilityError, ConfigError, DataError
+from isthmus.language.decoder import Prompt, Read, write_all
+from isthmus.language.decoding import Decoding, check_ids, library_loop
 from isthmus.language.library import SDPA, LibraryLM, known_fields, library_config
+from isthmus.language.window import Window
 
 LOGITS_AT_ONCE = 2**25
 """Most logits (positions x vocabulary) that a loss holds at a time: 128 MiB in fp32, 1,048 positions of 32,000."""
@@ -36,6 +41,7 @@ class LanguageModel(LibraryLM):
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__(lm)
         self._plain_head: bool | None = None
+        self._writable: Literal[True] | str | None = None
         if lm.config._attn_implementation == "sdpa":
             lm.set_attn_implementation(SDPA)
 
@@ -100,26 +106,144 @@ class LanguageModel(LibraryLM):
     def generate(self, embeds: Tensor, lengths: Tensor, decoding: Decoding) -> list[list[int]]:
         """Continues every row of right-padded ``embeds`` (B, T, D): the new tokens only, without the stop token.
 
-        The padding moves to the left inside, so that a row's answer is the same alone and among others. Raises
-        DataError for an empty row and ConfigError when prompt and answer together pass the LM's context.
+        A row's answer is the same alone and among others. LMs that cannot be written step by step here (see
+        :attr:`writable`) are left to the library's own loop, with a warning. Raises DataError for an empty row and
+        ConfigError when prompt and answer together pass the LM's context.
         """
-        empty = torch.nonzero(lengths == 0).flatten().tolist()
+        return self.continued(Prompt(embeds, lengths), decoding)
+
+    @torch.no_grad()
+    def continued(self, prompt: Prompt, decoding: Decoding) -> list[list[int]]:
+        """As :meth:`generate`, of rows that may look at more than their embeddings."""
+        if self.writable is True:
+            return write_all(self, prompt, decoding)
+        warnings.warn(f"{self.writable} The library's own loop writes instead.", stacklevel=3)
+        decoding = self.settled(decoding, prompt)
+        longest = int(prompt.lengths.max())
+        source = torch.arange(longest, device=prompt.embeds.device) - (longest - prompt.lengths)[:, None]
+        left = prompt.embeds.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, prompt.embeds.shape[2]))
+        return library_loop(
+            self.lm,
+            decoding,
+            self.vocab_size,
+            len(prompt),
+            inputs_embeds=left,
+            attention_mask=(source >= 0).long(),
+        )
+
+    # Step by step, as a Decoder asks for it
+
+    @property
+    def writable(self) -> Literal[True] | str:
+        """True where a Decoder can write with this LM, else why not.
+
+        Needed is a cache of nothing but keys and values. Rather than trust a list of names, the first call tries it:
+        two rows of unlike length must go on as they do without any cache.
+        """
+        if self._writable is None:
+            self._writable = self._find_sliding() or self._try_steps() or True
+        return self._writable
+
+    def _find_sliding(self) -> str | None:
+        """How many positions each layer sees; or why a window cannot hold what the layers keep."""
+        config = self.lm.config.get_text_config()
+        name = type(self.lm).__name__
+        layers = DynamicCache(config=self.lm.config).layers
+        scaling = getattr(config, "rope_parameters", None) or {}
+        if odd := [
+            type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+        ]:
+            return (
+                f"{name} keeps more than keys and values ({odd[0]}), so its texts cannot be written step by step here."
+            )
+        if getattr(config, "attention_chunk_size", None):
+            return f"{name} attends in chunks, so its texts cannot be written step by step here."
+        if any("dynamic" in str(value) or "longrope" in str(value) for value in scaling.values()):
+            return f"{name} turns its positions by the longest row, so its texts cannot be written step by step here."
+        self._sliding = [getattr(layer, "sliding_window", None) for layer in layers]
+        self._kinds = list(getattr(config, "layer_types", None) or ())
+        self._positioned = "position_ids" in signature(self.lm.forward).parameters
+        return None
+
+    def _try_steps(self) -> str | None:
+        table = torch.linspace(-1, 1, 7 * self.width).reshape(7, self.width).to(self.lm.get_input_embeddings().weight)
+        embeds = torch.stack([table[:4], table[3:]])
+        lengths, ids = torch.tensor([4, 2], device=embeds.device), torch.tensor([0, 1], device=embeds.device)
+        trained = self.lm.training
+        self.lm.eval()
+        try:
+            with torch.inference_mode():
+                read, window = self.read(Prompt(embeds, lengths)), self._window()
+                if len(read.layers) != len(self._sliding):
+                    return f"{type(self.lm).__name__} has a state of its own kind, so its texts cannot be written here."
+                window.join(read.layers, read.lengths, ahead=2, waiting=False)
+                window.running = 2
+                found = self.next(ids, lengths, window, None)
+                new = self.lm.get_input_embeddings()(ids)
+                wanted = torch.stack(
+                    [
+                        self.logits(torch.cat([embeds[row, :n], new[row : row + 1]])[None])[0, -1]
+                        for row, n in enumerate(read.lengths)
+                    ]
+                )
+        finally:
+            self.lm.train(trained)
+        near = 1e-3 if found.dtype == torch.float32 else 5e-2
+        if torch.allclose(found.float(), wanted.float(), atol=near * float(wanted.float().abs().max()), rtol=0):
+            return None
+        return f"{type(self.lm).__name__} goes on otherwise from a cache of ours than without one."
+
+    def window(self) -> Window:
+        """An empty one for this LM. Raises CapabilityError where texts cannot be written step by step."""
+        if self.writable is not True:
+            raise CapabilityError(str(self.writable))
+        return self._window()
+
+    def _window(self) -> Window:
+        # Alibi is made of what is padding, and only SDPA takes a mask of what is seen.
+        masked = self._positioned and "sdpa" in self.lm.config._attn_implementation
+        return Window(self._sliding, kinds=self._kinds, masked=masked)
+
+    def settled(self, decoding: Decoding, prompt: Prompt) -> Decoding:
+        """``decoding``, checked against this LM and ``prompt``. Raises DataError for an empty row, ConfigError for
+        tokens outside the vocabulary, and when prompt and answer together pass the context."""
+        empty = torch.nonzero(prompt.lengths == 0).flatten().tolist()
         if empty:
             raise DataError(f"row {empty[0]} of the batch has an empty prompt; generation needs at least one token.")
-        longest = int(lengths.max())
+        longest = int(prompt.lengths.max())
         self._check_context(
             longest + decoding.max_new_tokens, f"a prompt of {longest} tokens and {decoding.max_new_tokens} new ones"
         )
-        source = torch.arange(longest, device=embeds.device) - (longest - lengths)[:, None]
-        mask = source >= 0
-        left = embeds.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, embeds.shape[2]))
-        found = self.lm.generate(
-            inputs_embeds=left,
-            attention_mask=mask.long(),
-            generation_config=generation_config(decoding, self.vocab_size),
-            logits_processor=logits_processors(decoding, rows=len(embeds)),
-        )
-        return [until_stop(row, decoding.stop_ids) for row in found.tolist()]
+        check_ids(decoding, self.vocab_size)
+        return decoding
+
+    def read(self, prompt: Prompt) -> Read:
+        """One pass over the prompts. No row needs a mask: attention is causal, the padding lies on the right."""
+        lengths = prompt.lengths.tolist()
+        last, place = torch.unique(prompt.lengths - 1, return_inverse=True)
+        cache = DynamicCache()
+        logits = self.lm(
+            inputs_embeds=prompt.embeds[:, : max(lengths)],
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            logits_to_keep=last,
+        ).logits
+        rows = torch.arange(len(lengths), device=logits.device)
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        return Read(logits[rows, place], layers, lengths)  # type: ignore[arg-type]
+
+    def next(self, ids: Tensor, positions: Tensor, window: Window, beside: Any) -> Tensor:
+        """(n, V) logits behind one more token (n,) of each running row of the window."""
+        own = {"position_ids": positions[:, None]} if self._positioned else {}
+        return self.lm(
+            inputs_embeds=self.lm.get_input_embeddings()(ids[:, None]),
+            attention_mask=window.mask(),
+            past_key_values=window.cache,
+            use_cache=True,
+            return_dict=True,
+            **own,
+        ).logits[:, -1]
 
     def _label_nll(self, embeds: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood (M,) of every labelled target, and the row (M,) it belongs to."""

@@ -1,7 +1,7 @@
 """Decoding: how new tokens are chosen, and what that does to the scores of a step."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from transformers import (
 
 from isthmus.errors import ConfigError, nearest
 from isthmus.nn.beam import Step, beam_search
+
+MOST = 2**62
+"""Stands for any limit where rows are compared whose limits do not matter."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,27 +82,65 @@ class Decoding:
             raise ConfigError(f"decoding both stops at and forbids the token ids {sorted(both)}; keep one of the two.")
 
 
-class _Draw(LogitsProcessor):
-    """Turns the greedy choice into a draw: Gumbel noise from generators of this call, one per row.
+class Rules:
+    """What is done to the scores (n, V) of every step of rows of one decoding, by the library's processors: bars,
+    repetition, then the cuts of a random draw."""
 
-    The largest of ``score + Gumbel`` is distributed as softmax(score), so the library's greedy loop samples without
-    touching PyTorch's global random state.
+    def __init__(self, decoding: Decoding, device: torch.device | str) -> None:
+        self._barred = torch.tensor(sorted(set(decoding.forbidden_ids)), dtype=torch.long, device=device)
+        self._steps = logits_processors(decoding)
+        self.draws = decoding.temperature > 0
+        self.looks_back = _looks_back(decoding)
+
+    @staticmethod
+    def key(decoding: Decoding, count: int) -> Any:
+        """Equal for rows whose scores can be changed in one tensor; ``count`` tokens are written."""
+        shared = dataclasses.replace(decoding, seed=0, max_new_tokens=MOST)
+        return (shared, count) if _looks_back(decoding) else dataclasses.replace(shared, stop_ids=())
+
+    def __call__(self, written: Tensor | None, scores: Tensor) -> Tensor:
+        """``written`` (n, t) are the new tokens, if the rules look back at all; ``scores`` are overwritten."""
+        if len(self._barred):
+            scores.index_fill_(1, self._barred, -torch.inf)
+        return self._steps(written, scores) if self._steps else scores  # type: ignore[arg-type]
+
+
+def _looks_back(decoding: Decoding) -> bool:
+    least = decoding.min_new_tokens and decoding.stop_ids
+    return bool(least or decoding.no_repeat_ngram or decoding.repetition_penalty != 1)
+
+
+def drawn(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """(n, V) whose largest entries are a draw from softmax(scores), each row by its own generator.
+
+    The largest of ``score + Gumbel`` is distributed as softmax(score), so that drawing never touches PyTorch's global
+    random state.
     """
+    width = scores.shape[-1]
+    noise = torch.stack([torch.empty(width).exponential_(generator=g) for g in generators])
+    return scores.float() - noise.log().to(scores.device)
 
-    def __init__(self, seeds: tuple[int, ...]) -> None:
+
+class _Draw(LogitsProcessor):
+    """Turns the greedy choice of the library's loop into a draw."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        width = scores.shape[-1]
-        noise = torch.stack([torch.empty(width).exponential_(generator=g) for g in self.generators])
-        return scores.float() - noise.log().to(scores.device)
+        return drawn(scores, self.generators)
 
 
-def generation_config(decoding: Decoding, vocab_size: int, **more: Any) -> GenerationConfig:
-    """The library's settings for ``decoding``. Raises ConfigError for ids outside the vocabulary."""
+def check_ids(decoding: Decoding, vocab_size: int) -> None:
+    """Raises ConfigError for ids outside the vocabulary."""
     outside = [i for i in (*decoding.stop_ids, *decoding.forbidden_ids) if not 0 <= i < vocab_size]
     if outside:
         raise ConfigError(f"decoding names the token ids {outside}, outside the LM's vocabulary of {vocab_size}.")
+
+
+def generation_config(decoding: Decoding, vocab_size: int) -> GenerationConfig:
+    """The library's settings for ``decoding``. Raises ConfigError for ids outside the vocabulary."""
+    check_ids(decoding, vocab_size)
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         do_sample=False,
@@ -109,12 +150,11 @@ def generation_config(decoding: Decoding, vocab_size: int, **more: Any) -> Gener
         suppress_tokens=list(decoding.forbidden_ids) or None,
         eos_token_id=list(decoding.stop_ids) or None,
         pad_token_id=decoding.stop_ids[0] if decoding.stop_ids else 0,
-        **more,
     )
 
 
-def logits_processors(decoding: Decoding, rows: int, *, started: int = 0) -> LogitsProcessorList:
-    """What is done to the scores of every step: repetition first, then the cuts of a random draw and the draw.
+def logits_processors(decoding: Decoding, *, started: int = 0) -> LogitsProcessorList:
+    """What is done to the scores of every step but bars and draws: repetition first, then the cuts of a random draw.
 
     The repetition rules are handed over ready-made: asked for by its configuration, the library would spare as many
     *new* tokens as the row has padding, so that an answer would depend on the neighbours. ``started`` tokens of what
@@ -128,41 +168,54 @@ def logits_processors(decoding: Decoding, rows: int, *, started: int = 0) -> Log
         steps.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
     if decoding.no_repeat_ngram:
         steps.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram))
-    if decoding.temperature == 0:
-        return steps
+    if decoding.temperature not in (0, 1):
+        steps.append(TemperatureLogitsWarper(float(decoding.temperature)))
+    if decoding.temperature and decoding.top_k:
+        steps.append(TopKLogitsWarper(top_k=decoding.top_k))
+    if decoding.temperature and decoding.top_p < 1:
+        steps.append(TopPLogitsWarper(top_p=decoding.top_p))
+    return steps
+
+
+def seeds_of(decoding: Decoding, rows: int) -> tuple[int, ...]:
+    """One seed per row. Raises ConfigError where a tuple has other than as many."""
     seeds = decoding.seed if isinstance(decoding.seed, tuple) else (decoding.seed,) * rows
     if len(seeds) != rows:
         raise ConfigError(f"decoding.seed holds {len(seeds)} seeds for {rows} rows; give one number or one per row.")
-    if decoding.temperature != 1:
-        steps.append(TemperatureLogitsWarper(float(decoding.temperature)))
-    if decoding.top_k:
-        steps.append(TopKLogitsWarper(top_k=decoding.top_k))
-    if decoding.top_p < 1:
-        steps.append(TopPLogitsWarper(top_p=decoding.top_p))
-    steps.append(_Draw(seeds))
-    return steps
+    return seeds
+
+
+def library_loop(lm: Any, decoding: Decoding, vocab_size: int, rows: int, **inputs: Any) -> list[list[int]]:
+    """What the library's own loop writes: the new tokens of each row, without the stop token."""
+    processors = logits_processors(decoding)
+    if decoding.temperature:
+        processors.append(_Draw(seeds_of(decoding, rows)))
+    found = lm.generate(
+        generation_config=generation_config(decoding, vocab_size), logits_processor=processors, **inputs
+    )
+    return [until_stop(row, decoding.stop_ids) for row in found.tolist()]
 
 
 def write(step: Step, start: Tensor, decoding: Decoding) -> list[list[int]]:
     """What ``decoding`` writes by a next-token function that the library does not know, behind one token per row,
     ``start`` (B,): the new tokens only, without the stop token. ``step`` hands out logits; see :func:`beam_search`."""
-    change = logits_processors(decoding, rows=len(start))
+    rules = Rules(decoding, start.device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds_of(decoding, len(start))]
 
     def scores(ids: Tensor) -> Tensor:
         # The library's order: beams are scored by log-probabilities, so there the rules meet those.
-        logits, new = step(ids).float(), ids[:, 1:]
+        logits, new = step(ids).float().clone(), ids[:, 1:]
         if decoding.num_beams > 1:
-            return change(new, logits.log_softmax(-1))  # type: ignore[arg-type]
-        return change(new, logits).log_softmax(-1)  # type: ignore[arg-type]
+            return rules(new, logits.log_softmax(-1))
+        changed = rules(new, logits)
+        return (drawn(changed, generators) if rules.draws else changed).log_softmax(-1)
 
     return beam_search(
         scores,
         start,
         beams=decoding.num_beams,
         max_new=decoding.max_new_tokens,
-        min_new=decoding.min_new_tokens,
         stop_ids=decoding.stop_ids,
-        forbidden_ids=decoding.forbidden_ids,
         length_penalty=decoding.length_penalty,
     )
 

@@ -10,14 +10,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from isthmus.batch import IGNORE, Tokens
 from isthmus.errors import DataError
 from isthmus.language.causal import LanguageModel, nll
-from isthmus.language.decoding import Decoding, generation_config, logits_processors, until_stop
+from isthmus.language.decoder import Prompt, Read, write_all
+from isthmus.language.decoding import Decoding, check_ids
 from isthmus.language.library import LibraryLM, library_config
+from isthmus.language.window import Layers, Window
 
 T5_LIKE = ("t5", "mt5", "umt5")
 """Model types read here: one family, in which the start token is the pad token."""
@@ -77,16 +82,57 @@ class Seq2SeqLM(LibraryLM):
     @torch.no_grad()
     def generate(self, embeds: Tensor, lengths: Tensor, decoding: Decoding) -> list[list[int]]:
         """What the decoder writes for every row of ``embeds`` (B, S, D): new tokens only, without the stop token."""
-        empty = torch.nonzero(lengths == 0).flatten().tolist()
+        return self.continued(Prompt(embeds, lengths), decoding)
+
+    @torch.no_grad()
+    def continued(self, prompt: Prompt, decoding: Decoding) -> list[list[int]]:
+        """As :meth:`generate`."""
+        return write_all(self, prompt, decoding)
+
+    # Step by step, as a Decoder asks for it
+
+    def window(self) -> Window:
+        """An empty one for the decoder's own texts; positions are relative, so that it holds those of any age."""
+        masked = "sdpa" in self.lm.config._attn_implementation
+        return Window([None] * self.lm.config.num_decoder_layers, masked=masked)
+
+    def settled(self, decoding: Decoding, prompt: Prompt) -> Decoding:
+        """``decoding``, checked. Raises DataError for an empty row, ConfigError for ids outside the vocabulary."""
+        empty = torch.nonzero(prompt.lengths == 0).flatten().tolist()
         if empty:
             raise DataError(f"row {empty[0]} of the batch has an empty prompt; generation needs at least one token.")
-        found = self.lm.generate(
-            inputs_embeds=embeds,
-            attention_mask=_mask(embeds, lengths),
-            generation_config=generation_config(decoding, self.vocab_size, decoder_start_token_id=self.start_id),
-            logits_processor=logits_processors(decoding, rows=len(embeds), started=1),
-        )
-        return [until_stop(row[1:], decoding.stop_ids) for row in found.tolist()]
+        check_ids(decoding, self.vocab_size)
+        return decoding
+
+    def read(self, prompt: Prompt) -> Read:
+        """The encoder's pass, and the decoder's over the start token."""
+        embeds = prompt.embeds[:, : int(prompt.lengths.max())]
+        mask = _mask(embeds, prompt.lengths)
+        encoded = self.lm.get_encoder()(inputs_embeds=embeds, attention_mask=mask, return_dict=True)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        logits = self.lm(
+            encoder_outputs=encoded,
+            attention_mask=mask,
+            decoder_input_ids=torch.full((len(embeds), 1), self.start_id, device=embeds.device),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        ).logits[:, -1]
+        parts = (cache.self_attention_cache, cache.cross_attention_cache)
+        own, across = ([(c.keys, c.values) for c in part.layers] for part in parts)
+        return Read(logits, own, [1] * len(embeds), Source(across, mask.bool()))
+
+    def next(self, ids: Tensor, positions: Tensor, window: Window, beside: "Source") -> Tensor:
+        """(n, V) logits behind one more token (n,) of each running row of the window."""
+        return self.lm(
+            encoder_outputs=BaseModelOutput(last_hidden_state=beside.nothing),  # its keys and values are known
+            attention_mask=beside.mask[:, None, None] if window.masked else beside.mask.long(),
+            decoder_input_ids=ids[:, None],
+            decoder_attention_mask=window.mask(),
+            past_key_values=EncoderDecoderCache(window.cache, beside.cache),
+            use_cache=True,
+            return_dict=True,
+        ).logits[:, -1]
 
     def _label_nll(self, embeds: Tensor, lengths: Tensor, decoder: Tokens) -> tuple[Tensor, Tensor]:
         if decoder.labels is None:
@@ -94,6 +140,39 @@ class Seq2SeqLM(LibraryLM):
         row, column = torch.nonzero(decoder.labels[:, 1:] != IGNORE, as_tuple=True)
         logits = self.logits(embeds, lengths, decoder)[row, column]
         return nll(logits, decoder.labels[row, column + 1]), row
+
+
+class Source:
+    """What the encoder made of the rows' prompts: keys and values (n, H, S, head_width) of each layer of the decoder,
+    and which of the S are real, ``mask`` (n, S)."""
+
+    def __init__(self, layers: Layers, mask: Tensor) -> None:
+        self.layers, self.mask = layers, mask
+        self.cache = DynamicCache()
+        for number, (keys, values) in enumerate(layers):
+            self.cache.update(keys, values, number)
+
+    @property
+    def nothing(self) -> Tensor:
+        """(n, S, 1) in place of hidden states that nobody reads."""
+        return self.layers[0][0].new_zeros(1).expand(*self.mask.shape, 1)
+
+    def join(self, other: "Source") -> "Source":
+        width = max(self.mask.shape[1], other.mask.shape[1])
+        layers = [
+            (torch.cat([_wider(k, width), _wider(ok, width)]), torch.cat([_wider(v, width), _wider(ov, width)]))
+            for (k, v), (ok, ov) in zip(self.layers, other.layers, strict=True)
+        ]
+        masks = [F.pad(m, (0, width - m.shape[1])) for m in (self.mask, other.mask)]
+        return Source(layers, torch.cat(masks))
+
+    def take(self, rows: Tensor) -> "Source":
+        return Source([(keys[rows], values[rows]) for keys, values in self.layers], self.mask[rows])
+
+
+def _wider(x: Tensor, width: int) -> Tensor:
+    """(n, H, S, head_width) with zeros up to ``width`` positions."""
+    return F.pad(x, (0, 0, 0, width - x.shape[2]))
 
 
 def build_language(config: Mapping[str, Any]) -> LanguageModel | Seq2SeqLM:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from isthmus.batch import IGNORE, Batch, Places, Term, Tokens, Visuals
 from isthmus.config import plain, strict
 from isthmus.errors import CapabilityError, ConfigError, DataError
-from isthmus.language import Decoding, Seq2SeqLM, build_language, safe_dtype, write
+from isthmus.language import Decoding, Prompt, Seq2SeqLM, build_language, safe_dtype, write
 from isthmus.models.published import flan_t5, opt, vicuna
 from isthmus.nn.connectors.qformer import Past, QFormerConfig, QFormerConnector
 from isthmus.nn.lengths import blocks_by_length
@@ -410,12 +410,18 @@ class Blip2(StagedNet):
             return self.language.score(embeds, batch.text[self.prompt_stream].lengths, batch.text[DECODER])
         return self.language.score(embeds, batch.text[self.prompt_stream])
 
+    def prompt(self, batch: Batch) -> Prompt:
+        """What a decoder continues, or what the encoder of one reads. Raises CapabilityError without an LM."""
+        if self.language is None:
+            raise CapabilityError("BLIP-2's first stage has no language model to continue a prompt with.")
+        return Prompt(self.embed_prompt(batch), batch.text[self.prompt_stream].lengths)
+
     @torch.no_grad()
     def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
         """New tokens of every row, without the stop token: by the LM, or in phase represent by the Q-Former itself."""
         if self.language is None:
             return self._write(batch, decoding)
-        return self.language.generate(self.embed_prompt(batch), batch.text[self.prompt_stream].lengths, decoding)
+        return self.language.continued(self.prompt(batch), decoding)
 
     @torch.no_grad()
     def attention(self, batch: Batch) -> list[list[Tensor]]:

@@ -29,7 +29,7 @@ from isthmus.batch import Batch, Term, Visuals
 from isthmus.config import plain, strict
 from isthmus.errors import ConfigError, DataError
 from isthmus.interleave import InterleavedLanguageModel, Look
-from isthmus.language import Decoding
+from isthmus.language import Decoding, Prompt
 from isthmus.models.published import tiny_llama
 from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig
 from isthmus.nn.gated import GatedBlock, GatedConfig, media_index
@@ -296,12 +296,15 @@ class Flamingo(StagedNet):
         with torch.no_grad(), self.language.looking(self.look(beginning)):
             return self.language.score_endings(self.embed_prompt(beginning), endings, labels)
 
+    def prompt(self, batch: Batch) -> Prompt:
+        """What a decoder continues, with what it looks at."""
+        return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths, self.look(batch))
+
     @torch.no_grad()
     def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
         """Continues every row up to ``<|endofchunk|>``: the new tokens only. Pictures are encoded, and their keys and
         values computed, once; ``<image>`` is never generated."""
-        with self.language.looking(self.look(batch)):
-            return self.language.generate(self.embed_prompt(batch), batch.text[STREAM].lengths, decoding)
+        return self.language.continued(self.prompt(batch), decoding)
 
     @torch.no_grad()
     def attention(self, batch: Batch) -> list[list[Tensor]]:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from isthmus.batch import Batch, Places, Term, Visuals
 from isthmus.config import plain, strict
 from isthmus.errors import CapabilityError, ConfigError, DataError
-from isthmus.language import Decoding, LanguageModel
+from isthmus.language import Decoding, LanguageModel, Prompt
 from isthmus.models.published import tiny_llama, vicuna
 from isthmus.nn.connectors import build_connector
 from isthmus.nn.looking import patch_maps, self_attention
@@ -227,10 +227,14 @@ class Llava(StagedNet):
         """(B,) log-probabilities of the labelled tokens."""
         return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
 
+    def prompt(self, batch: Batch) -> Prompt:
+        """What a decoder continues."""
+        return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths)
+
     @torch.no_grad()
     def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
         """Continues every row; new tokens only, without the stop token. Pictures are encoded once."""
-        return self.language.generate(self.embed_prompt(batch), batch.text[STREAM].lengths, decoding)
+        return self.language.continued(self.prompt(batch), decoding)
 
     @torch.no_grad()
     def attention(self, batch: Batch) -> list[list[Tensor]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isthmus.batch import Batch, Term
 from isthmus.config import plain, strict
-from isthmus.language import Decoding, LanguageModel
+from isthmus.language import Decoding, LanguageModel, Prompt
 from isthmus.models.published import tiny_llama
 from isthmus.stage import StagedNet
 
@@ -73,6 +73,10 @@ class BareLM(StagedNet):
         """(B,) log-probabilities of the labelled tokens."""
         return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
 
+    def prompt(self, batch: Batch) -> Prompt:
+        """What a decoder continues."""
+        return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths)
+
     def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
         """Continues every row; new tokens only, without the stop token."""
-        return self.language.generate(self.embed_prompt(batch), batch.text[STREAM].lengths, decoding)
+        return self.language.continued(self.prompt(batch), decoding)
