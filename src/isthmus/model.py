@@ -271,7 +271,7 @@ class Model:
             ends.add(tokenizer.encode("\n")[-1])  # ends a caption, not </s>; SentencePiece has a "▁" before it
         ends.update(getattr(self.processor, "stop_ids", ()))
         never = getattr(self.processor, "forbidden_ids", ())
-        special = {tokenizer.bos_id, tokenizer.pad_id, *self.forbidden, *never} - ends
+        special = {*tokenizer.begin_ids, tokenizer.pad_id, *self.forbidden, *never} - ends
         return replace(
             decoding,
             stop_ids=(*decoding.stop_ids, *sorted(ends)),

@@ -169,7 +169,7 @@ class PromptProcessor:
         said, asked = self._said(drawn(record, 0), prompt=True)
         ids = encode(said, self.tokenizer).ids
         if self.start_id is not None:
-            ids = [*_without_bos(ids, self.tokenizer), self.tokenizer.eos_id]
+            ids = [*ids[len(self.tokenizer.begin_ids) :], self.tokenizer.eos_id]
         must_fit(len(ids), self.max_text)
         return self._finish(record, {"lm" if self.start_id is None else "encoder": Span(ids)}, asked)
 
@@ -221,8 +221,8 @@ class PromptProcessor:
         """A decoder's text. Where nothing was said before it, its <s> is a target too (the paper's code)."""
         encoded = encode(said, self.tokenizer)
         labels = list(encoded.labels)
-        if said.chunks[0].spans[0][0] == 0 and self.tokenizer.bos_id is not None:
-            labels[0] = self.tokenizer.bos_id
+        if said.chunks[0].spans[0][0] == 0:
+            labels[: len(self.tokenizer.begin_ids)] = self.tokenizer.begin_ids
         span = Span(encoded.ids[: self.max_text], labels[: self.max_text])
         must_learn(span, self.max_text, said.learns)
         return span
@@ -230,7 +230,7 @@ class PromptProcessor:
     def _split(self, said: Rendered, draw: int | None) -> dict[str, Span]:
         """Encoder and decoder of a T5: what is said and what is learnt, or with a ``draw`` a caption cut at random."""
         encoded = encode(said, self.tokenizer)
-        skip = len(encoded.ids) - len(_without_bos(encoded.ids, self.tokenizer))
+        skip = len(self.tokenizer.begin_ids)
         ids, labels = encoded.ids[skip:], encoded.labels[skip:]
         first = next(i for i, label in enumerate(labels) if label != IGNORE)
         if any(label == IGNORE for label in labels[first:]):
@@ -283,10 +283,6 @@ def _bert(tokenizer: Tokenizer, cls: int, text: str, longest: int, *, keep_end: 
     room = longest - 2
     kept = ids[-room:] if keep_end and len(ids) > room else ids[:room]
     return Span([cls, *kept, tokenizer.eos_id])
-
-
-def _without_bos(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    return list(ids[1:] if tokenizer.bos_id is not None else ids)
 
 
 def _turns(texts: Sequence[Text]) -> list[list[Text]]:

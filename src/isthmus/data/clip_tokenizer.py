@@ -26,6 +26,9 @@ IDS = 49_408
 MERGES = 48_894
 """Merges in use; OpenAI's file holds more."""
 
+SIGLIP = "SiglipTokenizer"
+"""The class whose cleaning is code; SigLIP 2's has a normalizer of its own and keeps punctuation."""
+
 _WORD_END = "</w>"
 _PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -146,7 +149,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     file = folder / "tokenizer_config.json"
     config = read_json(file) if file.is_file() else {}
     tokenizer = Tokenizer.load(folder)
-    siglip = str(config.get("tokenizer_class")).startswith("Siglip")
+    siglip = str(config.get("tokenizer_class")).removesuffix("Fast") == SIGLIP
     return canonical(tokenizer, lower=config.get("do_lower_case", True)) if siglip else tokenizer
 
 
@@ -163,8 +166,7 @@ def canonical(tokenizer: Tokenizer, *, lower: bool = True, underscore: str = "")
     steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     steps += [] if backend.normalizer is None else [backend.normalizer]
     backend.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
-    names = {name.removesuffix("_token"): token for name, token in tokenizer.specials.items()}
-    return Tokenizer(backend, **names)  # type: ignore[arg-type]
+    return tokenizer.over(backend)
 
 
 def clean(text: str) -> str:

@@ -316,7 +316,7 @@ class _Line:
     def encode(self) -> tuple[list[int], list[int], list[Image], list[int]]:
         """Ids with beginning-of-sequence at the front, labels, visuals, and the positions of their tags."""
         tokenizer, image_id = self.processor.tokenizer, self.processor.image_id
-        ids: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        ids = list(tokenizer.begin_ids)
         labels = [IGNORE] * len(ids)
         visuals: list[Image] = []
         places: list[int] = []

@@ -342,8 +342,7 @@ def _context(context: int) -> int:
 def _caption(text: str, tokenizer: Tokenizer, context: int) -> Example:
     if not text.strip():
         raise DataError("empty text: the caption is empty; write one or drop the sample")
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = [*start, *tokenizer.encode(text), tokenizer.eos_id]
+    ids = [*tokenizer.begin_ids, *tokenizer.encode(text), tokenizer.eos_id]
     if len(ids) > context:
         ids = [*ids[: context - 1], tokenizer.eos_id]
     return Example(id=text, source="", streams={"text": Span(ids)})

@@ -266,12 +266,12 @@ class Encoded:
 
 
 def encode(rendered: Rendered, tokenizer: Tokenizer) -> Encoded:
-    """Tokenise chunk by chunk, beginning-of-sequence once at the front (if the tokenizer has one).
+    """Tokenise chunk by chunk, what the tokenizer begins a text with once at the front.
 
     A token is supervised iff it starts within a learnt span and ends no later than it. The dummy space some
     tokenizers put at the front of each chunk counts with the character it stands before.
     """
-    ids: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = list(tokenizer.begin_ids)
     labels = [IGNORE] * len(ids)
     marks: list[int] = []
     for number, chunk in enumerate(rendered.chunks):

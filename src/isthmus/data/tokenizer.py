@@ -25,8 +25,16 @@ PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 text: one scheme for all models."""
 
 
+BEGINS = "begins_with"
+"""In a saved tokenizer_config.json: the tokens that begin a text, where they are not the named ``bos_token`` alone."""
+
+
 class Tokenizer:
-    """A ``tokenizers`` tokenizer with its special ids. ``bos_id`` is none for families without one (Qwen)."""
+    """A ``tokenizers`` tokenizer with its special ids. ``bos_id`` is none for families without one (Qwen).
+
+    ``begin_ids`` are what every text begins with: the named beginning of sequence, or what ``begins`` says. Many
+    families name a token there and put nothing in front (GPT-2, SmolLM), some put another one (XGLM) or two (GLM-4).
+    """
 
     def __init__(
         self,
@@ -36,6 +44,7 @@ class Tokenizer:
         bos: str | None = None,
         pad: str | None = None,
         unk: str | None = None,
+        begins: Sequence[str] | None = None,
     ) -> None:
         """Raises ConfigError when a named special token is not in the vocabulary."""
         self.backend = backend
@@ -43,6 +52,9 @@ class Tokenizer:
         self.eos_id = self._id_of(eos)
         self.bos_id = None if bos is None else self._id_of(bos)
         self.pad_id = self._id_of(pad or unk or eos)
+        named = () if bos is None else (bos,)
+        self.begins = named if begins is None else tuple(begins)
+        self.begin_ids = tuple(self._id_of(token) for token in self.begins)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         # The encoder is a copy in which no special token is recognised, plus END under an id past the vocabulary.
         self._encoder = tokenizers.Tokenizer.from_str(backend.to_str())
@@ -64,13 +76,17 @@ class Tokenizer:
         """A tokenizer that has these special tokens too, behind its vocabulary in this order where they are new."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
-        names = {name.removesuffix("_token"): token for name, token in self.specials.items()}
-        return Tokenizer(backend, **names)  # type: ignore[arg-type]
+        return self.over(backend)
 
-    def without_bos(self) -> "Tokenizer":
-        """A tokenizer like this one that begins a text with nothing."""
+    def over(self, backend: tokenizers.Tokenizer) -> "Tokenizer":
+        """Another backend with the special tokens and the beginning of this tokenizer."""
         names = {name.removesuffix("_token"): token for name, token in self.specials.items()}
-        return Tokenizer(self.backend, **{**names, "bos": None})  # type: ignore[arg-type]
+        return Tokenizer(backend, **names, begins=self.begins)  # type: ignore[arg-type]
+
+    def beginning(self, *tokens: str) -> "Tokenizer":
+        """A tokenizer like this one that begins a text with these tokens, or without any with nothing."""
+        names = {name.removesuffix("_token"): token for name, token in self.specials.items()}
+        return Tokenizer(self.backend, **names, begins=tokens)  # type: ignore[arg-type]
 
     def id_of(self, token: str) -> int:
         """The id of a special token. Raises ConfigError when it is not in the vocabulary."""
@@ -108,6 +124,8 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "model_max_length": int(1e30),
         } | {k: v for k, v in self.specials.items() if v is not None}
+        if self.begins != tuple(t for t in [self.specials["bos_token"]] if t is not None):
+            config[BEGINS] = list(self.begins)
         return {
             "tokenizer.json": self.backend.to_str(),
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
@@ -139,6 +157,7 @@ class Tokenizer:
             bos=names.get("bos_token"),
             pad=names.get("pad_token"),
             unk=names.get("unk_token"),
+            begins=_beginning(folder),
         )
 
     @classmethod
@@ -225,6 +244,15 @@ def check_text(text: str) -> str:
             "decode the text as UTF-8 again"
         ) from None
     return text
+
+
+def _beginning(folder: Path) -> list[str] | None:
+    """What a saved tokenizer says of its beginning; none where it is the named one."""
+    file = folder / "tokenizer_config.json"
+    told = json.loads(file.read_text(encoding="utf-8")).get(BEGINS) if file.is_file() else None
+    if told is not None and not (isinstance(told, list) and all(isinstance(token, str) for token in told)):
+        raise CheckpointError(f"{file}: {BEGINS} must be a list of tokens, not {told!r}")
+    return told
 
 
 def _special_names(folder: Path) -> dict[str, str]:

@@ -5,20 +5,18 @@ causal LM. Nothing in a folder is executed.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from isthmus.checkpoint import load_into, read_json
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
-from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.images import ImageTransform, Mode
 from isthmus.data.interleave import InterleaveProcessor
 from isthmus.data.processor import (
     ContrastiveProcessor,
     ImagesProcessor,
-    Processor,
     SpliceProcessor,
     TextProcessor,
     TextsProcessor,
@@ -26,13 +24,15 @@ from isthmus.data.processor import (
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.wordpiece import load_wordpiece
 from isthmus.errors import CheckpointError, IsthmusWarning
+from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_blip2 import read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
-from isthmus.interop.hf_files import BYTE_LEVEL, CHAT_TEMPLATE, RESAMPLE, as_added, further_stops, template_named
+from isthmus.interop.hf_files import CHAT_TEMPLATE, RESAMPLE, further_stops, template_named
 from isthmus.interop.hf_idefics import TOKENS as IDEFICS_TOKENS
 from isthmus.interop.hf_idefics import read_idefics_folder
 from isthmus.interop.hf_language import read_language_folder
 from isthmus.interop.hf_llava import read_llava_folder
+from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.interop.hf_towers import read_image_encoder_folder, read_text_encoder_folder
 from isthmus.language import Seq2SeqLM
 from isthmus.models.blip2 import Blip2, Blip2Config
@@ -41,38 +41,64 @@ from isthmus.models.flamingo import Flamingo
 from isthmus.models.llava import Llava
 from isthmus.models.lm import BareLM, LmConfig
 from isthmus.models.towers import ImageEncoder, TextEncoder
+from isthmus.nn.text_tower import TextConfig
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
-def load_foreign(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Processor, tuple[int, ...]]:
-    """The net, its processor, and ids it must never answer with. Raises CheckpointError for what is not known."""
+def load_foreign(folder: Path, config: Mapping[str, Any], given: Given) -> Opened:
+    """The net, its processor, and ids it must never answer with. Raises CheckpointError for what is not known, and
+    for something given that has no use."""
     kind = config.get("model_type")
-    if kind in ("clip", "siglip"):
-        return _clip(folder)
-    if kind in ("llava", "llava_next"):
-        return _llava(folder)
-    if kind in ("blip-2", "instructblip"):
-        return _blip2(folder)
-    if kind == "idefics":
-        return _idefics(folder)
-    if kind in ("clip_vision_model", "siglip_vision_model"):
-        return _image_encoder(folder)
-    if kind in ("clip_text_model", "siglip_text_model"):
-        return _text_encoder(folder)
     if kind is None:
         raise CheckpointError(f"{folder}/config.json names neither a format of ours nor a model_type of transformers.")
-    return _language(folder)
+    if kind in ("clip_vision_model", "siglip_vision_model"):
+        given.only(where=folder)
+        return _image_encoder(folder)
+    given.only("tokenizer", where=folder)
+    words = _words(folder, given)
+    readers: dict[Any, Callable[[Path, Path], Opened]] = {
+        **dict.fromkeys(("clip", "siglip"), _clip),
+        **dict.fromkeys(("llava", "llava_next"), _llava),
+        **dict.fromkeys(("blip-2", "instructblip"), _blip2),
+        **dict.fromkeys(("clip_text_model", "siglip_text_model"), _text_encoder),
+        "idefics": _idefics,
+    }
+    return readers.get(kind, _language)(folder, words)
 
 
-def _clip(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+def _words(folder: Path, given: Given) -> Path:
+    """Where the tokenizer lies: in the folder named for it, or beside the weights."""
+    if given.tokenizer is None:
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            given.need("tokenizer", folder, f"holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
+        return folder
+    path = Path(given.tokenizer)
+    if path.is_file() and path.name in TOKENIZER_FILES:
+        path = path.parent
+    if not path.is_dir():
+        raise CheckpointError(f"tokenizer={path} is no folder of a tokenizer; {folder} reads text by one.")
+    return path
+
+
+def _clip(folder: Path, words: Path) -> Opened:
     config, state = read_clip_folder(folder)
+    tokenizer = open_tokenizer(words)
+    config = replace(config, text=padded_by(tokenizer, config.text))
     net = Clip(config)
     load_into(net, state, where=folder)
-    tokenizer = load_tokenizer(folder) if config.text.causal else as_added(load_tokenizer(folder), folder)
     image = image_transform(folder, config.vision.image_size, siglip=not config.vision.class_token)
     return net, ContrastiveProcessor(tokenizer, image=image, context=config.text.context), ()
 
 
-def _image_encoder(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+def padded_by(tokenizer: Tokenizer, text: TextConfig) -> TextConfig:
+    """SigLIP reads its padding like any token, and rows are padded by the tokenizer: what config.json says of it is
+    mostly a default that nobody reads."""
+    named = tokenizer.specials["pad_token"]
+    return text if text.causal or named is None else replace(text, pad_id=tokenizer.id_of(named))
+
+
+def _image_encoder(folder: Path) -> Opened:
     config, state = read_image_encoder_folder(folder)
     net = ImageEncoder(config)
     load_into(net, state, where=folder)
@@ -80,21 +106,22 @@ def _image_encoder(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     return net, ImagesProcessor(image), ()
 
 
-def _text_encoder(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+def _text_encoder(folder: Path, words: Path) -> Opened:
     config, state = read_text_encoder_folder(folder)
+    tokenizer = open_tokenizer(words)
+    config = replace(config, text=padded_by(tokenizer, config.text))
     net = TextEncoder(config)
     load_into(net, state, where=folder)
-    tokenizer = load_tokenizer(folder) if config.text.causal else as_added(load_tokenizer(folder), folder)
     return net, TextsProcessor(tokenizer, context=config.text.context), ()
 
 
-def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+def _llava(folder: Path, words: Path) -> Opened:
     config, state, image_token = read_llava_folder(folder)
     net = Llava(config)  # not from the meta device: ties and computed buffers (rotary frequencies) would be lost
     load_into(net, state, where=folder)
     siglip = not config.vision.class_token
     transform = image_transform(folder, config.vision.image_size, config.pinpoints, siglip=siglip)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(words)
     processor = SpliceProcessor(
         tokenizer,
         image=transform,
@@ -106,11 +133,11 @@ def _llava(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     return net, processor, (image_token,)
 
 
-def _idefics(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+def _idefics(folder: Path, words: Path) -> Opened:
     config, state = read_idefics_folder(folder)
     net = Flamingo(config)  # not from the meta device, as LLaVA's
     load_into(net, state, where=folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(words)
     tokens = IDEFICS_TOKENS[: len(config.new_ids)]
     ids = tuple(tokenizer.id_of(token) for token in tokens)
     if ids != config.new_ids:
@@ -127,16 +154,16 @@ def _idefics(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
     return net, processor, ()
 
 
-def _blip2(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+def _blip2(folder: Path, words: Path) -> Opened:
     """The prompts are the paper's; InstructBLIP's instruction stands by itself, its Q-Former has a tokenizer too."""
     config, state = read_blip2_folder(folder)
     if config.phase == "represent":
-        return _retrieval(folder, config, state)
+        return _retrieval(folder, words, config, state)
     net = Blip2(config)
     load_into(net, state, where=folder)
     transform = replace(image_transform(folder, config.vision.image_size), mode="squash")
     qformer = load_wordpiece(folder / "qformer_tokenizer") if config.instruct else None
-    processor = published_prompts(net, Tokenizer.load(folder), transform, qformer)
+    processor = published_prompts(net, open_tokenizer(words), transform, qformer)
     return (
         net,
         processor,
@@ -174,19 +201,18 @@ def asked_otherwise(net: Blip2, processor: PromptProcessor) -> tuple[str, ...]:
     )
 
 
-def _retrieval(folder: Path, config: Blip2Config, state: Mapping[str, Any]) -> tuple[Any, Processor, tuple[int, ...]]:
+def _retrieval(folder: Path, words: Path, config: Blip2Config, state: Mapping[str, Any]) -> Opened:
     net = Blip2(config)
     load_into(net, state, where=folder)
     image = replace(image_transform(folder, config.vision.image_size), mode="squash")
-    return net, PairProcessor(load_wordpiece(folder), image), ()
+    return net, PairProcessor(load_wordpiece(words), image), ()
 
 
-def _language(folder: Path) -> tuple[Any, Processor, tuple[int, ...]]:
+def _language(folder: Path, words: Path) -> Opened:
     config, state = read_language_folder(folder)
     net = BareLM(LmConfig(language=config))
     load_into(net.language.lm, state, where=folder)
-    tokenizer = load_tokenizer(folder)
-    tokenizer = as_added(tokenizer, folder) if config["model_type"] in BYTE_LEVEL else tokenizer
+    tokenizer = open_tokenizer(words)
     processor = TextProcessor(
         tokenizer,
         template=_template(folder, "document"),

@@ -43,8 +43,7 @@ def _told(path: Path, config: Mapping[str, Any] | None, named: Given) -> Opened:
         return origins.open_clip_folder(path, of_open_clip, named)
     if config is None:
         raise CheckpointError(_nothing_here(path))
-    named.only(where=path)
-    return folders.load_foreign(path, config)
+    return folders.load_foreign(path, config, named)
 
 
 def _beyond(config: Mapping[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from isthmus.checkpoint import Content, read_json
 from isthmus.data.clip_tokenizer import ClipTokenizer
 from isthmus.data.images import ImageTransform
 from isthmus.data.text import TEMPLATES, Grammar
-from isthmus.data.tokenizer import END, Tokenizer
+from isthmus.data.tokenizer import BEGINS, END, Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.export import Source, must
 from isthmus.language import Decoding
@@ -30,9 +30,6 @@ _PROCESSORS = {
 }
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 """Pillow's numbers."""
-
-BYTE_LEVEL = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt")
-"""Kinds of LM whose published tokenizers, GPT-2's and GPT-NeoX's, name a beginning of sequence and mostly add none."""
 
 
 def image_processor(transform: ImageTransform | None) -> dict[str, Any]:
@@ -70,16 +67,17 @@ def tokenizer_files(
     config = json.loads(files["tokenizer_config.json"])
     if not isinstance(tokenizer, ClipTokenizer):
         files["tokenizer.json"] = _framed(tokenizer, begin=begin, end=end).to_str()
+    config.pop(BEGINS, None)  # the frame says it there
     config |= {"padding_side": side, "model_max_length": context or int(1e30), **more}
     return {**files, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
 
 
 def _framed(tokenizer: Tokenizer, *, begin: bool, end: bool) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    first = backend.id_to_token(tokenizer.bos_id) if begin and tokenizer.bos_id is not None else None
-    last = backend.id_to_token(tokenizer.eos_id) if end else None
-    frame = [token for token in (first, "$A", last) if token]
-    specials = [(token, backend.token_to_id(token)) for token in (first, last) if token]
+    first = list(tokenizer.begins) if begin else []
+    last = [str(backend.id_to_token(tokenizer.eos_id))] if end else []
+    frame = [*first, "$A", *last]
+    specials = [(token, backend.token_to_id(token)) for token in dict.fromkeys([*first, *last])]
     backend.post_processor = processors.TemplateProcessing(single=frame, pair=[*frame, "$B"], special_tokens=specials)  # type: ignore[assignment]
     return backend
 
@@ -96,8 +94,7 @@ def swapped(tokenizer: Tokenizer, one: int, other: int) -> Tokenizer:
         token["id"] = new.get(token["id"], token["id"])
     tree["added_tokens"].sort(key=lambda token: token["id"])
     tree["post_processor"] = None  # it holds ids too; a new one is written with the folder
-    names = {name.removesuffix("_token"): token for name, token in tokenizer.specials.items()}
-    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(tree)), **names)  # type: ignore[arg-type]
+    return tokenizer.over(tokenizers.Tokenizer.from_str(json.dumps(tree)))
 
 
 def generation_config(model: Source, *, forbidden: Sequence[int] = (), **more: Any) -> dict[str, Any]:
@@ -125,18 +122,6 @@ def further_stops(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise CheckpointError(f"{file}: eos_token_id holds {number!r}, which is not a token id.")
     return tuple(sorted(set(ids) - {tokenizer.eos_id}))
-
-
-def as_added(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    """The tokenizer without its beginning of sequence where its folder does not put that in front of a text: the token
-    is named there all the same, and the model never saw it. ``add_bos_token`` tells, else the backend is tried."""
-    if tokenizer.bos_id is None:
-        return tokenizer
-    file = folder / "tokenizer_config.json"
-    adds = read_json(file).get("add_bos_token") if file.is_file() else None
-    if adds is None:
-        adds = tokenizer.backend.encode("a").ids[:1] == [tokenizer.bos_id]
-    return tokenizer if adds else tokenizer.without_bos()
 
 
 # Chat templates.

@@ -26,6 +26,7 @@ from isthmus.interop.entries import Entry, depth, same
 from isthmus.interop.folders import published_prompts
 from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_language import read_seq2seq_folder
+from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.interop.lavis import EVA_HEAD, HEAD, LM, from_lavis
 from isthmus.interop.openai import blocks
 from isthmus.language import T5_LIKE
@@ -119,7 +120,7 @@ def _language(path: str | Path, given: Given) -> tuple[dict[str, Any], dict[str,
     if raw.get("model_type") in T5_LIKE:
         with load_report.accounting():
             config, state = read_seq2seq_folder(folder)
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = open_tokenizer(folder)
     else:
         model = given.open(folder)
         config, state = plain(model.net.config)["language"], model.net.language.lm.state_dict()

@@ -15,7 +15,7 @@ from torch import Tensor
 from isthmus import load_report
 from isthmus.checkpoint import load_into, read_json
 from isthmus.config import plain
-from isthmus.data.clip_tokenizer import ClipTokenizer, canonical, clip_tokenizer, load_tokenizer
+from isthmus.data.clip_tokenizer import ClipTokenizer, canonical, clip_tokenizer
 from isthmus.data.images import ImageTransform, Mode
 from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
 from isthmus.data.processor import ContrastiveProcessor, SpliceProcessor
@@ -23,7 +23,8 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_archive, read_state, tensors_of, unwrapped
 from isthmus.interop.given import Given, Opened
-from isthmus.interop.hf_files import BYTE_LEVEL, as_added, further_stops
+from isthmus.interop.hf_files import further_stops
+from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.interop.lora import merged_state
 from isthmus.interop.open_clip import CANONICAL, clip_config_from_open_clip, clip_from_open_clip
 from isthmus.interop.open_flamingo import config_from_open_flamingo, trained_from_open_flamingo
@@ -163,8 +164,7 @@ def _clip_tokenizer(where: Path, config: ClipConfig, given: Given, *, own: bool)
     if not found.is_dir():
         tokenizer: Tokenizer = ClipTokenizer.load(found)
     else:
-        tokenizer = (clip_tokenizer(found) if own else None) or load_tokenizer(found)
-        tokenizer = tokenizer if config.text.causal else as_added(tokenizer, found)
+        tokenizer = (clip_tokenizer(found) if own else None) or open_tokenizer(found)
     if tokenizer.vocab_size > config.text.vocab_size:
         raise CheckpointError(
             f"{found} has {tokenizer.vocab_size:,} tokens and {where} rows for {config.text.vocab_size:,}: another "
@@ -177,9 +177,7 @@ def _open_flamingo(path: Path, state: dict[str, Tensor], given: Given) -> Opened
     given.only("vision", "language", "tokenizer", where=path)
     encoder = given.encoder(given.need("vision", path, "holds no vision encoder"))
     language = given.open(given.need("language", path, "holds no language model"))
-    own = language.processor.tokenizer if given.tokenizer is None else load_tokenizer(given.tokenizer)
-    if given.tokenizer is not None and language.net.language.config["model_type"] in BYTE_LEVEL:
-        own = as_added(own, Path(given.tokenizer))
+    own = language.processor.tokenizer if given.tokenizer is None else open_tokenizer(given.tokenizer)
     tokenizer = own.with_tokens(*NEW_TOKENS)
     ids = {name: tokenizer.id_of(token) for name, token in zip(("end_id", "image_id"), NEW_TOKENS, strict=True)}
     config = config_from_open_flamingo(
@@ -239,7 +237,7 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
     tiled: dict[str, Any] = {"mode": "anyres", "pinpoints": config.pinpoints} if config.pinpoints else {}
     image = replace(base, **tiled)
     found = Path(given.tokenizer or (given.language if partial else folder) or folder)
-    tokenizer: Tokenizer = load_tokenizer(found)
+    tokenizer = open_tokenizer(found)
     processor = SpliceProcessor(
         tokenizer,
         image=image,

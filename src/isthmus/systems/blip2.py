@@ -24,6 +24,7 @@ from isthmus.data.wordpiece import cls_id
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.interop.hf_bert import read_bert_folder
 from isthmus.interop.hf_language import read_seq2seq_folder
+from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.language import T5_LIKE, Seq2SeqLM
 from isthmus.models.blip2 import Blip2
 from isthmus.systems import peers
@@ -197,6 +198,6 @@ def _language(path: str, load: Callable[[str], Any]) -> _Language:
     file = Path(path) / "config.json"
     if file.is_file() and read_json(file).get("model_type") in T5_LIKE:
         config, state = read_seq2seq_folder(path)
-        return _Language(config, {f"lm.{n}": t for n, t in state.items()}, Tokenizer.load(path))
+        return _Language(config, {f"lm.{n}": t for n, t in state.items()}, open_tokenizer(path))
     model = load(path)
     return _Language(piece_of("language", model), model.net.language.state_dict(), model.processor.tokenizer)
