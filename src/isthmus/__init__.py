@@ -7,13 +7,14 @@ so ``import isthmus`` stays fast.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from isthmus.version import __version__
+
 if TYPE_CHECKING:
     from isthmus.data.record import Image, Record, Text
     from isthmus.errors import IsthmusError
     from isthmus.model import Model, load
     from isthmus.recipes.run import train
 
-__version__ = "0.1.0"
 __all__ = ["Image", "IsthmusError", "Model", "Record", "Text", "__version__", "load", "train"]
 
 _HOMES = {

@@ -17,7 +17,6 @@ import torch
 from PIL import Image as PilImage
 from torch import Tensor
 
-import isthmus
 from isthmus import checkpoint
 from isthmus.batch import Tokens
 from isthmus.config import plain
@@ -42,6 +41,7 @@ from isthmus.nn.losses import similarity
 from isthmus.nn.precision import cast_weights
 from isthmus.systems import SYSTEMS, system
 from isthmus.systems.base import System
+from isthmus.version import __version__
 
 FORMAT = "isthmus-1"
 
@@ -391,7 +391,7 @@ class Model:
         """Write one model folder: config, safetensors, tokenizer, processor, manifest. Never over another one."""
         config = {
             "format": FORMAT,
-            "isthmus": isthmus.__version__,
+            "isthmus": __version__,
             "kind": self.kind,
             "config": plain(self.net.config),
             "prompts": self.prompts,

@@ -8,7 +8,7 @@ from isthmus.batch import IGNORE
 from isthmus.data.blip2 import PairProcessor, PromptProcessor, clean_caption, clean_question
 from isthmus.data.collate import collate
 from isthmus.data.images import ImageTransform, as_image
-from isthmus.data.processor import processor_from_dict
+from isthmus.data.processors import processor_from_dict
 from isthmus.data.reading import scored
 from isthmus.data.record import Record, Text
 from isthmus.data.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from isthmus.batch import IGNORE
 from isthmus.data.collate import collate
 from isthmus.data.images import ImageTransform, as_image
 from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor, hateful_memes
-from isthmus.data.processor import processor_from_dict
+from isthmus.data.processors import processor_from_dict
 from isthmus.data.record import Text
 from isthmus.data.video import MadeFrames, as_video
 from isthmus.errors import ConfigError, DataError

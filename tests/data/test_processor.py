@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from isthmus.batch import IGNORE
 from isthmus.data.images import ImageTransform
-from isthmus.data.processor import ContrastiveProcessor, SpliceProcessor, TextProcessor, processor_from_dict
+from isthmus.data.processor import ContrastiveProcessor, SpliceProcessor, TextProcessor
+from isthmus.data.processors import processor_from_dict
 from isthmus.data.record import Text
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import ConfigError, DataError

@@ -29,7 +29,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value changes, 
 
 def _version(value: bool) -> None:
     if value:
-        from isthmus import __version__
+        from isthmus.version import __version__
 
         typer.echo(f"isthmus {__version__}")
         raise typer.Exit

@@ -6,14 +6,13 @@ or embeds, without labels.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 from isthmus.batch import IGNORE
 from isthmus.data.images import ImageTransform, image_size
-from isthmus.data.interleave import InterleaveProcessor
 from isthmus.data.record import Example, Image, Place, Record, Span
 from isthmus.data.text import TEMPLATES, Encoded, drawn, encode, render
 from isthmus.data.tokenizer import Tokenizer
@@ -298,39 +297,6 @@ class TextProcessor:
             "max_length": self.max_length,
             **({"stop_ids": list(self.stop_ids)} if self.stop_ids else {}),
         }
-
-
-PROCESSORS: dict[str, Callable[..., Processor]] = {
-    ContrastiveProcessor.kind: ContrastiveProcessor,
-    TextsProcessor.kind: TextsProcessor,
-    ImagesProcessor.kind: ImagesProcessor,
-    SpliceProcessor.kind: SpliceProcessor,
-    TextProcessor.kind: TextProcessor,
-    InterleaveProcessor.kind: InterleaveProcessor,
-}
-
-
-def processor_from_dict(
-    values: dict[str, Any], tokenizer: Tokenizer | None, others: Mapping[str, Tokenizer] | None = None
-) -> Processor:
-    """The processor that ``to_dict`` described; ``others`` are its further tokenizers by option name. One of pictures
-    alone has no tokenizer.
-
-    Raises ConfigError for an unknown kind or option.
-    """
-    from isthmus.data import blip2  # it builds on this module
-
-    known = PROCESSORS | blip2.PROCESSORS
-    options: dict[str, Any] = {**values, **(others or {})}
-    kind = str(options.pop("kind", ""))
-    if kind not in known:
-        raise ConfigError(f"processor: unknown kind {kind!r}; {nearest(kind, known)}")
-    if "image" in options:
-        options["image"] = ImageTransform.from_dict(options["image"])
-    try:
-        return known[kind](**options) if tokenizer is None else known[kind](tokenizer, **options)
-    except TypeError:
-        raise ConfigError(f"processor of kind {kind!r}: missing or unknown option among {sorted(options)}") from None
 
 
 def _context(context: int) -> int:

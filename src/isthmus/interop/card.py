@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-import isthmus
 from isthmus.checkpoint import read_json
 from isthmus.interop.export import Export, Source
+from isthmus.version import __version__
 
 
 def card(model: Source, export: Export, to: str, origin: Path | None) -> str:
@@ -21,7 +21,7 @@ def card(model: Source, export: Export, to: str, origin: Path | None) -> str:
         "",
         f"# {model.system.title}, in the format `{to}`",
         "",
-        f"Written by isthmus {isthmus.__version__} (`isthmus convert --to {to}`). Open it with",
+        f"Written by isthmus {__version__} (`isthmus convert --to {to}`). Open it with",
         "",
         f"    {export.opens}",
         "",

@@ -21,7 +21,6 @@ import torch
 import yaml
 from rich.console import Console
 
-import isthmus
 from isthmus import checkpoint
 from isthmus.data.cache import FeatureCache
 from isthmus.data.fingerprint import fingerprint
@@ -40,6 +39,7 @@ from isthmus.recipes.scoring import model_hash
 from isthmus.stage import BOOKKEEPING, apply_stage
 from isthmus.training import train as train_stage
 from isthmus.training.lock import RunLock
+from isthmus.version import __version__
 
 
 def train(
@@ -124,7 +124,7 @@ def _run_stage(
         trained,
         {
             "trained.safetensors": {name: state[name] for name in table.assigned},
-            "stage.json": {"stage": stage.stage.to_dict(), "table": table.to_dict(), "isthmus": isthmus.__version__},
+            "stage.json": {"stage": stage.stage.to_dict(), "table": table.to_dict(), "isthmus": __version__},
         },
     )
 

@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-import isthmus
 from isthmus.model import Model
 from isthmus.serving import chat, errors, vectors
 from isthmus.serving.errors import ApiError
@@ -23,6 +22,7 @@ from isthmus.serving.http import App, Gate
 from isthmus.serving.limits import Limits
 from isthmus.serving.parsing import StrictRoute, field_error
 from isthmus.serving.server import ERRORS, Server
+from isthmus.version import __version__
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -61,7 +61,7 @@ async def health(request: Request) -> dict[str, str]:
     server: Server = request.app.state.server
     if not server.scheduler.takes_requests:
         raise errors.stopping()
-    return {"status": "ok", "version": isthmus.__version__}
+    return {"status": "ok", "version": __version__}
 
 
 @router.get("/metrics", operation_id="metrics", response_class=Response, responses=ERRORS)
@@ -97,7 +97,7 @@ def create_app(
 
     app = FastAPI(
         title="isthmus",
-        version=isthmus.__version__,
+        version=__version__,
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,

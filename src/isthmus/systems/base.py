@@ -15,7 +15,8 @@ from torch import Tensor
 from isthmus.batch import Batch
 from isthmus.config import plain
 from isthmus.data.images import ImageTransform
-from isthmus.data.processor import Processor, SpliceProcessor, processor_from_dict
+from isthmus.data.processor import Processor, SpliceProcessor
+from isthmus.data.processors import processor_from_dict
 from isthmus.data.record import Example
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import ConfigError, nearest
