@@ -345,12 +345,15 @@ class Model:
         self, image: AnyImage, labels: Sequence[str], *, templates: Sequence[str] = ("a photo of a {}.",)
     ) -> dict[str, float]:
         """Zero-shot probabilities over ``labels``, likeliest first (prompt ensemble: mean of unit vectors).
+        Labels that read alike, case and white space aside, are one; a warning says so.
 
         Raises ConfigError for a template without exactly one ``{}``, where the label goes."""
         self.need("classify")
+        from isthmus.data.sources.files import merged_names
         from isthmus.evaluation.zero_shot import check_templates
 
         labels, templates = _listed_texts(labels, "labels"), _listed_texts(templates, "templates")
+        labels = list(dict.fromkeys(merged_names(labels, "class")))
         check_templates(templates)
         classes = torch.stack(
             [self.embed_texts([t.replace("{}", label) for t in templates]).mean(0) for label in labels]

@@ -7,6 +7,7 @@ import pytest
 
 from isthmus.data.sources import open_source
 from isthmus.data.sources.annotations import LETTER
+from isthmus.data.sources.guess import guess
 from isthmus.data.text import render
 from isthmus.errors import ConfigError, DataError
 from tests.data.helpers import png, write_tar
@@ -328,3 +329,21 @@ def test_nlvr_as_published(real_data):
     share = sum(source[n].meta["answers"] == ("true",) for n in range(5934)) / 5934
     assert round(100 * share, 1) == 55.3
     assert source[0].images[0].source.read()[:4] == b"\x89PNG"
+
+
+def test_vizwiz_and_textvqa_in_their_official_forms(write, tmp_path):
+    ten = [{"answer": a, "answer_confidence": "yes"} for a in ("dark", "red", "red")]
+    entry = {"image": "v.jpg", "question": "q?", "answers": ten, "answer_type": "other", "answerable": 1}
+    write("viz.json", [entry, {"image": "w.jpg", "question": "r?"}])
+    assert guess(tmp_path / "viz.json")["kind"] == "vizwiz"
+    source = open_source({"kind": "vizwiz", "file": "viz.json"}, data_root=tmp_path)
+    record = source[0]
+    assert (record.texts[-1].text, record.meta) == ("red", {"kind": "other", "answers": ("dark", "red", "red")})
+    with pytest.raises(DataError, match=r"missing field: question about w.jpg has no 'answers'"):
+        source[1]
+    item = {"question_id": 7, "image_id": "f0", "question": "q?", "answers": ["b", "a", "a"], "ocr_tokens": ["x"]}
+    write("text.json", {"dataset_name": "textvqa", "data": [item]})
+    assert guess(tmp_path / "text.json")["kind"] == "textvqa"
+    record = open_source({"kind": "textvqa", "file": "text.json"}, data_root=tmp_path)[0]
+    assert (record.id, record.texts[-1].text, record.meta["answers"]) == ("textvqa/7", "a", ("b", "a", "a"))
+    assert record.images[0].source.describe().endswith("f0.jpg")

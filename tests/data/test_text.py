@@ -43,16 +43,28 @@ def test_conversations_byte_for_byte(template, system):
     assert shown(template, picture(), user("q1"), prompt=True) == f"{system}USER: <image>\nq1 ASSISTANT:"
 
 
-def test_image_marks_move_to_the_front_of_their_turn():
+def test_pictures_keep_their_places_in_a_turn():
     red, blue = picture(), picture((0, 0, 200))
-    assert shown("vicuna_bare", user("q\n"), red, assistant("a")) == "USER: <image>\nq ASSISTANT: a</s>"
-    two = render(record(user("this "), red, user(" or "), blue, user(" ?"), assistant("a")), "vicuna_bare")
-    assert str(two) == "USER: <image>\n<image>\nthis  or  ? ASSISTANT: a</s>"
+    two = render(record(user("this "), red, user(" or "), blue, user(" ?\n"), assistant("a")), "vicuna_bare")
+    assert str(two) == "USER: this <image> or <image> ? ASSISTANT: a</s>"
     assert two.images == [red, blue]
+    assert shown("vicuna_bare", user("q\n"), red, assistant("a")) == "USER: q\n<image> ASSISTANT: a</s>"
+    assert shown("vicuna_bare", red, user(" "), blue, user("\nq"), blue, assistant("a")) == (
+        "USER: <image>\n<image>\nq\n<image> ASSISTANT: a</s>"
+    )
     assert shown("vicuna_bare", red, assistant("a")) == "USER: <image> ASSISTANT: a</s>"
-    later = shown("vicuna_bare", red, *ONE, user("and"), blue, assistant("b"))
-    assert later == "USER: <image>\nq1 ASSISTANT: a1</s>USER: <image>\nand ASSISTANT: b</s>"
+    later = shown("vicuna_bare", red, *ONE, user("and "), blue, assistant("b"))
+    assert later == "USER: <image>\nq1 ASSISTANT: a1</s>USER: and <image> ASSISTANT: b</s>"
     assert shown("vicuna_bare", user(" kept "), assistant(" a ")) == "USER:  kept  ASSISTANT:  a </s>"
+
+
+def test_only_the_first_published_template_moves_a_picture():
+    red, blue = picture(), picture((0, 0, 200))
+    for template, turn in (("llava_v1", "<image>\nq"), ("vicuna_v1", "q\n<image>")):
+        assert f"USER: {turn} ASSISTANT:" in shown(template, user("q\n"), red, assistant("a"))
+        assert "USER: q\n<image> or <image> ASSISTANT:" in shown(
+            template, user("q"), red, user(" or "), blue, prompt=True
+        )
 
 
 def test_a_system_text_replaces_the_templates():

@@ -1,9 +1,11 @@
 import pytest
 import torch
 
-from isthmus.errors import ConfigError, DataError
+from isthmus.data.record import Image, Record
+from isthmus.errors import ConfigError, DataError, IsthmusWarning
 from isthmus.evaluation.tasks import ZeroShotTask
 from isthmus.evaluation.zero_shot import SEVEN, by_score, class_vectors, classify, score, templates
+from tests.evaluation.fakes import Space, Word
 
 
 class Hashed:
@@ -75,3 +77,12 @@ def test_unusable_templates_are_refused(tmp_path, content, message):
         ZeroShotTask(name="t", records=[], templates="a {}")
     with pytest.raises(ConfigError, match="No templates"):
         templates(tmp_path / "missing.txt")
+
+
+def test_classes_that_read_alike_are_one_before_the_softmax():
+    records = [Record(f"r{n}", (Image(Word(w)),), meta={"class": w}) for n, w in enumerate(["crane", "ring", "Crane "])]
+    task = ZeroShotTask(name="t", records=records, classes=["crane", "ring", "Crane"])
+    with pytest.warns(IsthmusWarning, match=r"1 class names are there again \('crane'\)"):
+        rows = [row for rows in task.rows(Space("crane", "ring"), (), chunk=9) for row in rows]
+    assert [row["truth"] for row in rows] == ["crane", "ring", "crane"]
+    assert {len(row["answers"]) for row in rows} == {2}

@@ -105,7 +105,8 @@ CONVERSATIONS = [
 def test_chat_templates_say_what_ours_say(name: str, turns: list[tuple[Any, int, str]], tmp_path: Path) -> None:
     tiny_models.tokenizer().save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    messages, parts = [], []
+    messages: list[dict[str, Any]] = []
+    parts: list[Any] = []
     for role, images, text in turns:
         content = [{"type": "image"}] * images + ([{"type": "text", "text": text}] if text else [])
         messages.append({"role": role, "content": content if images else text})
@@ -116,11 +117,28 @@ def test_chat_templates_say_what_ours_say(name: str, turns: list[tuple[Any, int,
     assert found.endswith(" ASSISTANT:")
 
 
+@pytest.mark.parametrize("name", ["vicuna_v1", "llava_v1", "mistral_instruct"])
+@pytest.mark.parametrize("turn", ["q\n#", " a # b # c ", "# #\nq # ", " ", "#  q\n\n"])
+def test_chat_templates_place_pictures_where_ours_do(name: str, turn: str, tmp_path: Path) -> None:
+    tiny_models.tokenizer().save(tmp_path)
+    pieces = [p for n, text in enumerate(turn.split("#")) for p in ([None] if n else []) + ([text] if text else [])]
+    content = [{"type": "image"} if p is None else {"type": "text", "text": p} for p in pieces]
+    parts = tuple(probe.picture(1) if p is None else Text(p, role="user") for p in pieces)
+    found = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=chat_template(name),
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert found == str(render(Record("r", parts), name, prompt=True))
+
+
 def test_templates_are_told_apart_by_their_text() -> None:
     assert [template_named(str(chat_template(n))) for n in TEMPLATES if n != "document"] == [
         n for n in TEMPLATES if n != "document"
     ]
     assert template_named("{{ messages }}") is None
+    assert template_named(f"{chat_template('vicuna_v1', first=True)}\n") == "vicuna_v1", "as folders of before have it"
     assert chat_template("document") is None
 
 

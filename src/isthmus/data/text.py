@@ -68,11 +68,18 @@ Template = Callable[[Record, bool], Rendered]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """All parts of one speaker in a row: what is ``said``, each piece with its being learnt; ``images`` in order."""
+    """All parts of one speaker in a row, in order: pictures, and pieces of text with their being learnt."""
 
     role: Role
-    said: tuple[tuple[str, bool], ...] = ()
-    images: tuple[Image, ...] = ()
+    parts: tuple[Image | tuple[str, bool], ...] = ()
+
+    @property
+    def said(self) -> tuple[tuple[str, bool], ...]:
+        return tuple(part for part in self.parts if not isinstance(part, Image))
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Image))
 
     @property
     def text(self) -> str:
@@ -116,13 +123,15 @@ def drawn(record: Record, draw: int) -> Record:
 class Grammar:
     """How a conversation is written: ``{}`` in ``head`` is the system's text, in ``asked`` the user's; the answer
     stands between ``before`` and ``after``. The default ``system`` is said where the record says none; without any
-    there is no head."""
+    there is no head. A turn's only picture is put ``first``, as LLaVA's published code does, or stays where it
+    stands, as several do."""
 
     system: str = ""
     head: str = "{} "
     asked: str = "USER: {} ASSISTANT:"
     before: str = " "
     after: str = END
+    first: bool = False
 
     def __call__(self, record: Record, prompt: bool) -> Rendered:
         said = "".join(str(p.text) for p in record.texts if p.role == "system") or self.system
@@ -139,7 +148,7 @@ class Grammar:
                 )
             if turn.role == "user":
                 out.write(opening)
-                _write_user(out, turn, prompt)
+                _write_user(out, turn, prompt, first=self.first)
                 out.write(closing)
             else:
                 if not turn.text.strip():
@@ -155,14 +164,30 @@ class Grammar:
         return out
 
 
-def _write_user(out: Rendered, turn: Turn, prompt: bool) -> None:
-    """Pictures first, each followed by a newline, then the stripped text (the released code's rule)."""
-    said = _stripped(turn.said) if turn.images else turn.said
-    for number, image in enumerate(turn.images):
+def _write_user(out: Rendered, turn: Turn, prompt: bool, *, first: bool) -> None:
+    """Pictures at the beginning are each followed by a newline, the text of a turn with pictures is stripped (the
+    released code's rule). What stands behind text stays there, on a new line where no white space is before it."""
+    if not turn.images:
+        _say(out, turn.said, prompt)
+        return
+    parts: list[Image | tuple[str, bool]] = list(turn.parts)
+    if first and len(turn.images) == 1:
+        parts = [*turn.images, *turn.said]
+    spoken = next((n for n, part in enumerate(parts) if not isinstance(part, Image) and part[0].strip()), len(parts))
+    leading, rest = [part for part in parts[:spoken] if isinstance(part, Image)], _stripped(parts[spoken:])
+    for number, image in enumerate(leading, start=1):
         out.place(image)
-        if said or number + 1 < len(turn.images):
+        if rest or number < len(leading):
             out.write("\n")
-    _say(out, said, prompt)
+    gap = True  # whether what was written last is white space
+    for part in rest:
+        if isinstance(part, Image):
+            out.write("" if gap else "\n")
+            out.place(part)
+            gap = False
+        elif part[0]:
+            _say(out, [part], prompt)
+            gap = part[0][-1].isspace()
 
 
 def _say(out: Rendered, said: Sequence[tuple[str, bool]], prompt: bool) -> None:
@@ -170,16 +195,16 @@ def _say(out: Rendered, said: Sequence[tuple[str, bool]], prompt: bool) -> None:
         out.write(text, learn=learn and not prompt)
 
 
-def _stripped(said: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Without white space at either end of the whole."""
-    pieces = list(said)
-    while pieces and not pieces[0][0].strip():
-        del pieces[0]
-    while pieces and not pieces[-1][0].strip():
+def _stripped(parts: Sequence[Image | tuple[str, bool]]) -> list[Image | tuple[str, bool]]:
+    """Without white space before the first text and behind the last part, where that is text."""
+    pieces = list(parts)
+    while pieces and not isinstance(last := pieces[-1], Image):
+        if last[0].strip():
+            pieces[-1] = (last[0].rstrip(), last[1])
+            break
         del pieces[-1]
-    if pieces:
-        pieces[0] = (pieces[0][0].lstrip(), pieces[0][1])
-        pieces[-1] = (pieces[-1][0].rstrip(), pieces[-1][1])
+    if pieces and not isinstance(begin := pieces[0], Image):
+        pieces[0] = (begin[0].lstrip(), begin[1])
     return pieces
 
 
@@ -228,7 +253,7 @@ def _document(record: Record, prompt: bool) -> Rendered:
 TEMPLATES: dict[str, Template] = {
     "plain": _plain,
     "vicuna_v1": Grammar(system=_VICUNA),
-    "llava_v1": Grammar(system=_LLAVA),
+    "llava_v1": Grammar(system=_LLAVA, first=True),
     "vicuna_bare": Grammar(),
     "mistral_instruct": Grammar(head="<<SYS>>\n{}\n<</SYS>>\n\n", asked="[INST] {} [/INST]", after=f" {END}"),
     "document": _document,
@@ -249,10 +274,7 @@ def _turns(record: Record) -> list[Turn]:
         if not turns or turns[-1].role != role:
             turns.append(Turn(role))
         last = turns[-1]
-        if isinstance(part, Image):
-            turns[-1] = Turn(role, last.said, (*last.images, part))
-        else:
-            turns[-1] = Turn(role, (*last.said, (str(part.text), part.learn)), last.images)
+        turns[-1] = Turn(role, (*last.parts, part if isinstance(part, Image) else (str(part.text), part.learn)))
     return turns
 
 

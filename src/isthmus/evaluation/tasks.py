@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, get_args
 
 import torch
 
+from isthmus.data.sources.files import merged_names, same_name
 from isthmus.errors import CapabilityError, ConfigError, DataError, nearest
 from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
 from isthmus.evaluation.asking import Control, ask_all, check_controls, whose_pictures
@@ -285,13 +286,17 @@ class _Classified:
             labels.append(str(record.meta["class"]))
         return labels
 
+    def _classes_of(self, records: Records) -> list[str]:
+        """The classes that occur, alphabetically."""
+        return list(dict.fromkeys(merged_names(sorted(set(self._labels(records))), "class")))
+
     def _places(self, records: Records, classes: Sequence[str]) -> torch.Tensor:
         """(N,) the class numbers of records."""
-        number = {c: i for i, c in enumerate(classes)}
-        unknown = sorted(set(self._labels(records)) - set(number))
+        number = {same_name(c): i for i, c in enumerate(classes)}
+        unknown = sorted(label for label in set(self._labels(records)) if same_name(label) not in number)
         if unknown:
             raise DataError(f"Task {self.name!r}: class {unknown[0]!r} is unknown; {nearest(unknown[0], classes)}")
-        return torch.tensor([number[c] for c in self._labels(records)])
+        return torch.tensor([number[same_name(c)] for c in self._labels(records)])
 
     def _pictures(self, records: Records) -> list[Picture]:
         return [_picture(r, self.name) for r in listed(records)]
@@ -315,7 +320,9 @@ class ZeroShotTask(_Classified):
 
     @cached_property
     def _names(self) -> list[str]:
-        return list(self.classes) or sorted(set(self._labels(self.records)))
+        if self.classes:
+            return list(dict.fromkeys(merged_names(self.classes, "class")))
+        return self._classes_of(self.records)
 
     def describe(self) -> dict[str, Any]:
         told = {"classes": self._names, "templates": list(self.templates), "data": fingerprint(self.records)}
@@ -356,7 +363,7 @@ class LinearProbeTask(_Classified):
 
     @cached_property
     def _names(self) -> list[str]:
-        return sorted(set(self._labels(self.train)))
+        return self._classes_of(self.train)
 
     def describe(self) -> dict[str, Any]:
         return {"classes": self._names, "data": fingerprint(self.records), "train": fingerprint(self.train)}

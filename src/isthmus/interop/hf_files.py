@@ -137,10 +137,26 @@ _PICTURES = (
 )
 
 
-def chat_template(name: str) -> str | None:
+_MOVED = (
+    "{%- set text = text | trim -%}{{- (['<image>'] * seen.n) | join('\\n') -}}"
+    "{%- if text -%}{{- '\\n' -}}{%- endif -%}"
+)
+_PLACED = (
+    "{%- set turn = namespace(text='', spoken=false) -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] in ('image', 'image_url') -%}"
+    "{%- set turn.text = turn.text + ('' if turn.text[-1:] in ' \\n\\t\\r' else '\\n') + '<image>' -%}"
+    "{%- elif part['type'] == 'text' and (turn.spoken or part['text'] | trim) -%}"
+    "{%- set turn.text = turn.text + ('\\n' if turn.text and not turn.spoken else '')"
+    " + (part['text'] if turn.spoken else part['text'].lstrip()) -%}{%- set turn.spoken = true -%}"
+    "{%- endif -%}{%- endfor -%}{%- set text = turn.text.rstrip() -%}"
+)
+
+
+def chat_template(name: str, *, first: bool = False) -> str | None:
     """One of :data:`isthmus.data.text.TEMPLATES` in Jinja for the messages form; none where it has no conversation.
 
-    Beginning-of-sequence is not in it: the tokenizer puts it in front, and twice would be once too often.
+    Beginning-of-sequence is not in it: the tokenizer puts it in front, and twice would be once too often. ``first``:
+    the form of folders written before pictures kept their places.
     """
     if name not in TEMPLATES or name == "document":
         return None
@@ -152,6 +168,8 @@ def chat_template(name: str) -> str | None:
         )
     grammar = TEMPLATES[name]
     assert isinstance(grammar, Grammar)  # those that are no grammar are answered above
+    one = f"{{%- if seen.n == 1 -%}}{_MOVED}{{%- else -%}}{_PLACED}{{%- endif -%}}"
+    pictures = _MOVED if first else one if grammar.first else _PLACED
     opening = json.dumps(grammar.head.replace("{}", grammar.system) if grammar.system else "")
     system = _sum(*grammar.head.partition("{}"), {"{}": "own.seen"})
     asked, closing = map(_quoted, grammar.asked.split("{}"))
@@ -164,8 +182,7 @@ def chat_template(name: str) -> str | None:
         "{%- for message in messages if message['role'] != 'system' -%}{%- set text = said(message['content']) -%}"
         f"{{%- if message['role'] == 'user' -%}}{{{{- {asked} -}}}}{{%- set seen = namespace(n=0) -%}}"
         + _PICTURES
-        + "{%- if seen.n -%}{%- set text = text | trim -%}"
-        "{{- (['<image>'] * seen.n) | join('\\n') -}}{%- if text -%}{{- '\\n' -}}{%- endif -%}{%- endif -%}"
+        + f"{{%- if seen.n -%}}{pictures}{{%- endif -%}}"
         f"{{{{- text -}}}}{{%- if not loop.last or add_generation_prompt -%}}{{{{- {closing} -}}}}{{%- endif -%}}"
         f"{{%- else -%}}{{{{- {answer} -}}}}{{%- endif -%}}{{%- endfor -%}}"
     )
@@ -184,7 +201,9 @@ def _sum(*pieces: Any) -> str:
 
 def template_named(text: str) -> str | None:
     """The name of the template whose Jinja this is; none for another one."""
-    return next((name for name in TEMPLATES if chat_template(name) == text.strip()), None)
+    return next(
+        (name for name in TEMPLATES if text.strip() in (chat_template(name), chat_template(name, first=True))), None
+    )
 
 
 def question_template(question: str, *, clean: bool) -> str:

@@ -28,7 +28,7 @@ from isthmus.data.joint import JointLoader
 from isthmus.data.loader import Loader
 from isthmus.data.mix import Mix, Source
 from isthmus.data.quarantine import Quarantine
-from isthmus.data.sources import open_mix, open_source
+from isthmus.data.sources import named_apart, open_mix, open_source
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.model import Model, load
 from isthmus.processes import device, first, join, rank, wait, world
@@ -182,7 +182,7 @@ def _identity(built: Built, loader: Loader | JointLoader) -> dict[str, str]:
 def open_data(stage: StageSpec) -> Mix | list[tuple[Source, int, float]]:
     """The stage's sources: one mixture, or for a joint stage each with its rows per step and its weight."""
     if stage.joint:
-        return [(open_source(own), size, weight) for own, size, weight in map(_joint_entry, stage.data)]
+        return [(open_source(own), size, weight) for own, size, weight in map(_joint_entry, named_apart(stage.data))]
     return open_mix(stage.data)
 
 

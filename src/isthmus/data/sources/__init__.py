@@ -8,6 +8,9 @@ Options that most kinds share: ``name``, ``limit`` (first rows only) and those o
 """
 
 import inspect
+import itertools
+import json
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,9 +21,13 @@ from isthmus.data.mix import Mix, Source
 from isthmus.data.sources.annotations import READERS
 from isthmus.data.sources.documents import DocumentSource, JsonPages
 from isthmus.data.sources.files import (
+    DELIMITERS,
     NamedImages,
     Names,
     Root,
+    below,
+    columns_of,
+    merged_names,
     named_images,
     once,
     read_json,
@@ -30,10 +37,10 @@ from isthmus.data.sources.files import (
     safe_name,
 )
 from isthmus.data.sources.objects import pope_objects
-from isthmus.data.sources.rows import Form, Row, Rows, RowSource, flat, picture_names
+from isthmus.data.sources.rows import KNOWN, Form, Row, Rows, RowSource, flat, picture_names
 from isthmus.data.sources.webdataset import IMAGE_ENDINGS, WebDatasetRows
 from isthmus.data.video import FileFrames, FolderFrames
-from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.errors import ConfigError, DataError, IsthmusWarning, nearest
 
 
 def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None) -> Source:
@@ -60,11 +67,36 @@ def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None)
     return RowSource(name or _name(kind, spec), rows, form, limit=limit)
 
 
+def named_apart(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Descriptions whose files' sources have different names, for losses and bad samples are counted by name: of those
+    that would be called alike, as two files ``train.json`` are, the later ones get a number behind it.
+
+    Where two of them say the same ``name`` they are counted as one, which one warning says.
+    """
+    found: list[dict[str, Any]] = []
+    taken: set[str] = set()
+    for spec in map(dict, specs):
+        kind, said = str(spec.get("kind", "")), spec.get("name")
+        name = str(said or _name(kind, _without_paths(spec)))
+        if name in taken and said:
+            warnings.warn(
+                f"Two sources are called {name!r}: their losses and bad samples are counted as one source's.",
+                IsthmusWarning,
+                stacklevel=2,
+            )
+        elif name in taken and kind != "scenes":
+            name = next(f"{name} ({n})" for n in itertools.count(2) if f"{name} ({n})" not in taken)
+            spec["name"] = name
+        taken.add(name)
+        found.append(spec)
+    return found
+
+
 def open_mix(specs: Sequence[Mapping[str, Any]], *, data_root: Path | str | None = None) -> Mix:
     """Several descriptions, each with an optional ``weight`` (visits per epoch, default 1), as one mixture."""
     weights = [fit(float, spec.get("weight", 1.0), "source: weight") for spec in specs]
     bare = [{k: v for k, v in spec.items() if k != "weight"} for spec in specs]
-    return Mix([open_source(spec, data_root=data_root) for spec in bare], weights)
+    return Mix([open_source(spec, data_root=data_root) for spec in named_apart(bare)], weights)
 
 
 def _llava(root: Root, form: Form, *, file: Names, image_folder: str | None = None, images: Names = ()) -> Rows:
@@ -82,10 +114,24 @@ def _jsonl(root: Root, form: Form, *, file: Names, image_folder: str | None = No
 
 
 def _demand_fields(form: Form, known: Collection[str], path: Path) -> None:
-    """Raises ConfigError for a field of the form that no row has, naming the nearest."""
-    for theirs in (t for value in form.fields.values() for t in ([value] if isinstance(value, str) else value)):
+    """Raises ConfigError for a field of the form that no row has, naming the nearest; of a table whose header is one
+    column that another delimiter divides, naming that."""
+    for theirs in form.theirs:
         if theirs not in known:
             raise ConfigError(f"{path} has no field {theirs!r}; {nearest(theirs, known)}")
+
+
+def _demand_columns(form: Form, columns: Sequence[str], path: Path) -> None:
+    """:func:`_demand_fields` of a table; where its header is one column, what divides it is looked for first."""
+    wanted = {*form.theirs, *(name for name in KNOWN if name not in form.fields)}
+    if len(columns) == 1 and columns[0] not in wanted:
+        for other in DELIMITERS:
+            if len(found := columns_of(columns[0], other)) > 1:
+                raise ConfigError(
+                    f"{path}: its header is read as one column, {columns[0]!r}, which {other!r} would divide into "
+                    f"{len(found)}; take the option `delimiter` out, or make it {json.dumps(other)}"
+                )
+    _demand_fields(form, columns, path)
 
 
 def _csv(
@@ -97,13 +143,12 @@ def _csv(
     images: Names = (),
     delimiter: str | None = None,
 ) -> Rows:
-    """Pairs in a table with a header line; tabs separate in .tsv and .tab files, commas elsewhere."""
+    """Pairs in a table with a header line; see :func:`read_table` for what separates its cells."""
     paths = root.files(file)
     rows: list[tuple[str, dict[str, Any]]] = []
     for path in paths:
-        separator = delimiter or ("\t" if path.suffix in (".tsv", ".tab") else ",")
-        columns, found = read_table(path, separator)
-        _demand_fields(form, columns, path)
+        columns, found = read_table(path, delimiter, (*form.theirs, *KNOWN))
+        _demand_columns(form, columns, path)
         rows += [(path.stem, row) for row in found]
     return _NamedRows(rows, form, named_images(root, image_folder, images, beside=paths[0]))
 
@@ -220,6 +265,7 @@ class _NamedRows:
 
     def __init__(self, rows: Sequence[tuple[str, Mapping[str, Any]]], form: Form, images: NamedImages) -> None:
         self.rows, self.form, self.images = rows, form, images
+        form.name_unread((values for _, values in rows), ", ".join(dict.fromkeys(stem for stem, _ in rows)))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -250,7 +296,7 @@ class _NamedRows:
     def _clip(self, name: str) -> FolderFrames | FileFrames:
         if not safe_name(name):
             raise DataError(f"bad video name: {name!r} leaves the image folder; use names relative to it")
-        path = self.images.folder / name
+        path = below(self.images.folder, name)
         return FolderFrames(path) if path.is_dir() else FileFrames(path)
 
 
@@ -262,6 +308,8 @@ def _form(options: dict[str, Any], root: Root) -> Form:
         chosen[name] = fit(hints[name], chosen[name], f"source: {name}")
     if isinstance(chosen.get("classes"), str):
         chosen["classes"] = read_lines(root.path(chosen["classes"]))
+    if isinstance(chosen.get("classes"), list):
+        chosen["classes"] = merged_names(chosen["classes"], "class")
     if isinstance(chosen.get("templates"), str):
         chosen["templates"] = [chosen["templates"]]
     if "captions" in chosen:
@@ -275,7 +323,10 @@ def _side_captions(root: Root, *, file: str, key: str, fields: Names) -> dict[st
     rows = read_rows(root.path(file))
     known = set().union(*(row.keys() for row in rows)) if rows else set()
     _demand_fields(Form(fields={"caption": [key, *names]}), known, root.path(file))
-    return {str(row.get(key)): flat([row.get(name) for name in names]) for row in rows}
+    found: dict[str, tuple[str, ...]] = {}
+    for row in rows:
+        found[str(row.get(key))] = found.get(str(row.get(key)), ()) + flat([row.get(name) for name in names])
+    return found
 
 
 def _made(kind: str, options: dict[str, Any]) -> Source:

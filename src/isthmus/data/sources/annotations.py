@@ -1,4 +1,5 @@
-"""Official annotation files of other people's data sets, as rows: VQA v2 and OK-VQA, GQA, ScienceQA, POPE, the
+"""Official annotation files of other people's data sets, as rows: VQA v2 and OK-VQA, VizWiz, TextVQA, GQA,
+ScienceQA, POPE, the
 Karpathy splits, NLVR.
 
 Each reader knows the fields of its files, so they need no ``fields`` map; the options of the form (``suffix``,
@@ -73,10 +74,7 @@ def vqav2(
     def make(annotation: Mapping[str, Any]) -> Row:
         number = str(annotation["question_id"])
         question, sample = found[number], f"question {number}"
-        given = _field(sample, annotation, "answers", list)
-        ten = [str(_field(sample, a, "answer", str | int | float)) for a in given]
-        if not ten:
-            raise DataError(f"empty answer: {sample} has no answers; drop it")
+        ten = _ten(sample, annotation)
         values = {
             "question": _field(sample, question, "question"),
             "answer": annotation.get("multiple_choice_answer") or max(ten, key=ten.count),
@@ -89,6 +87,61 @@ def vqav2(
         return Row(f"vqa/{number}", values, (pictures.find(name),), key=number, meta={"answers": tuple(ten)})
 
     return LazyRows(answers, make, pictures, told=found.values())
+
+
+def vizwiz(root: Root, form: Form, *, file: str, image_folder: str | None = None, images: Names = ()) -> Rows:
+    """VizWiz-VQA: a JSON list of image, question and ten answers as objects. The kind is the ``answer_type``; the
+    learnt answer is the commonest of the ten, the first of equals."""
+    items = read_rows(root.path(file))
+    for number, item in enumerate(items):
+        if not isinstance(item.get("image"), str) or "question" not in item:
+            raise DataError(f"{file} is not a VizWiz file: entry {number} needs `image` (a name) and `question`")
+    once((item["image"] for item in items), file, "image")
+    pictures = named_images(root, image_folder, images, beside=root.path(file))
+
+    def make(item: Mapping[str, Any]) -> Row:
+        sample = f"question about {item['image']}"
+        ten = _ten(sample, item)
+        kind = item.get("answer_type") or ("unanswerable" if item.get("answerable") == 0 else None)
+        values = {"question": _field(sample, item, "question"), "answer": max(ten, key=ten.count), "kind": kind}
+        name = str(item["image"])
+        return Row(f"vizwiz/{name}", values, (pictures.find(name),), key=name, meta={"answers": tuple(ten)})
+
+    return LazyRows(items, make, pictures)
+
+
+def textvqa(
+    root: Root,
+    form: Form,
+    *,
+    file: str,
+    image_name: str = "{id}.jpg",
+    image_folder: str | None = None,
+    images: Names = (),
+) -> Rows:
+    """TextVQA: an object whose ``data`` lists question, question_id, image_id and ten answers as texts. OCR tokens are
+    not read: the question is asked as it is."""
+    items = _once(_listed(read_json(root.path(file)), "data", file), "question_id", file)
+    pictures = named_images(root, image_folder, images, beside=root.path(file))
+
+    def make(item: Mapping[str, Any]) -> Row:
+        number = str(item["question_id"])
+        sample = f"question {number}"
+        ten = _ten(sample, item, bare=True)
+        name = _named(image_name, id=_field(sample, item, "image_id", str | int))
+        values = {"question": _field(sample, item, "question"), "answer": max(ten, key=ten.count)}
+        return Row(f"textvqa/{number}", values, (pictures.find(name),), key=number, meta={"answers": tuple(ten)})
+
+    return LazyRows(items, make, pictures)
+
+
+def _ten(sample: str, item: Mapping[str, Any], *, bare: bool = False) -> list[str]:
+    """The answers that people gave, as objects with an ``answer`` or ``bare``. Raises DataError for none."""
+    given = _field(sample, item, "answers", list)
+    ten = [str(a if bare else _field(sample, a, "answer", str | int | float)) for a in given]
+    if not ten:
+        raise DataError(f"empty answer: {sample} has no answers; drop it")
+    return ten
 
 
 def gqa(
@@ -322,6 +375,8 @@ def nlvr(
 READERS: dict[str, Callable[..., Rows]] = {
     "vqav2": vqav2,
     "ok-vqa": vqav2,
+    "vizwiz": vizwiz,
+    "textvqa": textvqa,
     "gqa": gqa,
     "scienceqa": scienceqa,
     "pope": pope,

@@ -5,7 +5,9 @@ import glob
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,7 +16,7 @@ from typing import Any, TextIO
 from isthmus.data.images import FileImage, TarImage
 from isthmus.data.record import ImageSource
 from isthmus.data.sources.tar import index_tar
-from isthmus.errors import ConfigError, DataError
+from isthmus.errors import ConfigError, DataError, IsthmusWarning
 
 Names = str | Sequence[str]
 
@@ -29,7 +31,11 @@ class Root:
     folder: Path = Path()
 
     def path(self, name: str | Path) -> Path:
-        return self.folder / Path(name).expanduser()
+        """A name written with backslashes, and not there under it, is read with slashes."""
+        path = self.folder / Path(name).expanduser()
+        if "\\" in str(name) and not path.exists():
+            return self.folder / Path(slashed(str(name))).expanduser()
+        return path
 
     def files(self, patterns: str | Sequence[str]) -> list[Path]:
         """Files named by one pattern or several, with ``{000..012}``, ``{a,b}``, ``*`` and ``?``, each once.
@@ -118,23 +124,56 @@ def _read_lines(path: Path, file: Any) -> list[Any]:
     return rows
 
 
-def read_table(path: Path, delimiter: str) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and rows of a table with a header line; cells beyond the header's are a row's list under ``None``. Raises
-    DataError naming the line, ConfigError for a delimiter that is not one character."""
-    if len(delimiter) != 1 or delimiter in '\r\n"':
+DELIMITERS = (",", "\t", ";", "|")
+
+
+def read_table(
+    path: Path, delimiter: str | None, known: Collection[str], *, most: int | None = None
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and (``most``: the first) rows of a table with a header line; cells beyond the header's are a row's list
+    under ``None``.
+
+    Without a ``delimiter`` it is the one that the name promises (a tab in .tsv and .tab files, else a comma), unless
+    another one finds columns that are ``known`` and this one finds none of them; Excel's line ``sep=;`` names its own.
+    Raises DataError naming the line, ConfigError for a delimiter that is not one character.
+    """
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '\r\n"'):
         raise ConfigError(
             f'source: the delimiter must be one character, not {delimiter!r} (in YAML a tab is "\\t", in double quotes)'
         )
     with _text(path, newline="") as table:
-        reader = csv.DictReader(table, delimiter=delimiter, strict=True)
+        first = table.readline()
+        named = re.fullmatch(r'"?sep=([^"\r\n])"?[,;\t]*', first.rstrip("\r\n"))
+        if not named:
+            table.seek(0)
         try:
-            columns = list(reader.fieldnames or ())
-            return columns, list(reader)
+            found = delimiter or (named[1] if named else _delimiter(first, path, known))
+            reader = csv.DictReader(table, delimiter=found, strict=True)
+            columns = [name.strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = columns
+            return columns, list(itertools.islice(reader, most))
         except csv.Error as error:
-            line = reader.line_num + 1  # it counts the lines before
+            line = reader.line_num + 1 + bool(named)  # it counts the lines before
             raise DataError(
                 f"{path}, line {line}: not a valid table: {error}; is a quotation mark left open?"
             ) from None
+
+
+def _delimiter(header: str, path: Path, known: Collection[str]) -> str:
+    promised = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
+    names = {d: set(columns_of(header, d)) for d in (promised, *(d for d in DELIMITERS if d != promised))}
+    if len(names[promised]) > 1 and names[promised] & {*known}:
+        return promised
+    # Most columns that are known, then most columns, then the promised one.
+    return max(names, key=lambda d: (len(names[d]) > 1 and len(names[d] & {*known}), len(names[d])))
+
+
+def columns_of(header: str, delimiter: str) -> list[str]:
+    """The names in a header line; the line itself where it is not valid with that delimiter."""
+    try:
+        return [name.strip() for name in next(csv.reader([header], delimiter=delimiter, strict=True), [])]
+    except csv.Error:
+        return [header]
 
 
 def once(ids: Iterable[Any], path: Path | str, what: str) -> None:
@@ -146,6 +185,27 @@ def once(ids: Iterable[Any], path: Path | str, what: str) -> None:
         seen.add(i)
 
 
+def same_name(name: str) -> str:
+    """What names have in common that read alike: case and white space aside."""
+    return " ".join(name.casefold().split())
+
+
+def merged_names(names: Iterable[Any], what: str) -> list[str]:
+    """The names, as many, with what is one name written in several ways (case, white space) in its first spelling; one
+    warning says which."""
+    first: dict[str, str] = {}
+    found = [first.setdefault(same_name(str(name)), str(name)) for name in names]
+    if len(first) < len(found):
+        counts = Counter(found)
+        again = ", ".join(f"{name!r}" for name in counts if counts[name] > 1)
+        warnings.warn(
+            f"{len(found) - len(first)} {what} names are there again ({again}): those that read alike are one {what}.",
+            IsthmusWarning,
+            stacklevel=2,
+        )
+    return found
+
+
 def read_lines(path: Path) -> list[str]:
     """Non-empty lines of a text file, stripped: class names. Raises DataError when it is missing or not UTF-8."""
     with _text(path) as file:
@@ -154,13 +214,24 @@ def read_lines(path: Path) -> list[str]:
 
 def safe_name(name: str) -> bool:
     """Does the name stay inside its folder? Absolute names and ``..`` do not."""
-    path = PurePosixPath(name.replace("\\", "/"))
+    path = PurePosixPath(slashed(name))
     return bool(name) and not path.is_absolute() and ".." not in path.parts and not re.match(r"[A-Za-z]:", name)
 
 
+def slashed(name: str) -> str:
+    """A name with slashes where it was written with backslashes, as on Windows."""
+    return name.replace("\\", "/")
+
+
 def _plain(name: str) -> str:
-    """A name without a leading ``./``, as ``tar -cf x.tar .`` writes it."""
-    return PurePosixPath(name).as_posix()
+    """A name without a leading ``./``, as ``tar -cf x.tar .`` writes it, and with slashes."""
+    return PurePosixPath(slashed(name)).as_posix()
+
+
+def below(folder: Path, name: str) -> Path:
+    """The file of that name below the folder; one written with backslashes, and not there under it, with slashes."""
+    path = folder / name
+    return folder / slashed(name) if "\\" in name and not path.exists() else path
 
 
 class NamedImages:
@@ -191,7 +262,7 @@ class NamedImages:
         if not safe_name(name):
             raise DataError(f"bad image name: {name!r} leaves the image folder; use names relative to it")
         if self.members is None:
-            return FileImage(self.folder / name)
+            return FileImage(below(self.folder, name))
         if _plain(name) not in self.members:
             raise DataError(f"missing image: no shard holds {name!r}; check the names in the file and in the tars")
         return self.members[_plain(name)]
@@ -199,7 +270,7 @@ class NamedImages:
     def find_first(self, names: Sequence[str]) -> ImageSource:
         """The first of several names that is there; where none is, what :meth:`find` says of the first."""
         for name in names:
-            there = (self.folder / name).is_file() if self.members is None else _plain(name) in self.members
+            there = below(self.folder, name).is_file() if self.members is None else _plain(name) in self.members
             if safe_name(name) and there:
                 return self.find(name)
         return self.find(names[0])

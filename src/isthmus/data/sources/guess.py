@@ -1,12 +1,13 @@
 """What kind of source a file or folder is, seen from its content, for the command line."""
 
-import csv
 import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from isthmus.data.sources.files import safe_name
+from isthmus.data.sources.cells import unpacked
+from isthmus.data.sources.files import below, read_table, safe_name
+from isthmus.data.sources.rows import KNOWN
 from isthmus.data.sources.webdataset import IMAGE_ENDINGS
 from isthmus.errors import DataError
 
@@ -17,13 +18,18 @@ _HELP = (
     "`fields: {question: q, answer: a}`."
 )
 
+_COLUMNS = (*KNOWN, "file_name")
 _BY_SIGHT = {
     "obelics": {"texts"},
     "mmc4": {"text_list"},
     "llava": {"conversations"},
     "pope": {"question_id", "image", "text", "label"},
+    "vizwiz": {"image", "question", "answers", "answer_type", "answerable"},
 }
 """The fields of the first entry that tell a layout."""
+
+
+_TEXTVQA = {"question_id", "image_id", "question"}
 
 
 def guess(path: Path) -> dict[str, Any]:
@@ -87,22 +93,21 @@ def _file(path: Path) -> tuple[dict[str, Any], Path | None]:
 
 def _place(folder: Path, name: Any) -> Path | None:
     """Where the picture of that name (of several, the first) is: the folder, or the only one below that has it."""
-    if isinstance(name, list) and name:
+    if isinstance(name := unpacked(name), list) and name:
         name = name[0]
     if not isinstance(name, str) or not safe_name(name):
         return None
-    if (folder / name).is_file():
+    if below(folder, name).is_file():
         return folder
-    places = [p for p in folder.iterdir() if p.is_dir() and (p / name).is_file()]
+    places = [p for p in folder.iterdir() if p.is_dir() and below(p, name).is_file()]
     return places[0] if len(places) == 1 else None
 
 
 def _first_row(path: Path) -> dict[str, Any]:
     """Of a table; an unreadable one is explained when it is opened."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as table:
-            return next(csv.DictReader(table, delimiter="," if path.suffix == ".csv" else "\t"), {})
-    except (csv.Error, UnicodeDecodeError):
+        return next(iter(read_table(path, None, _COLUMNS, most=1)[1]), {})
+    except DataError:
         return {}
 
 
@@ -116,6 +121,9 @@ def _json_kind(path: Path) -> tuple[str, dict[str, Any]]:
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
         images = content["images"]
         return "coco", images[0] if isinstance(images, list) and images and isinstance(images[0], dict) else {}
+    data = content.get("data") if isinstance(content, dict) else None
+    if isinstance(data, list) and data and isinstance(data[0], dict) and data[0].keys() >= _TEXTVQA:
+        return "textvqa", {"image": f"{data[0]['image_id']}.jpg"}
     if isinstance(content, list) and content and isinstance(content[0], dict):
         kind = next((kind for kind, fields in _BY_SIGHT.items() if fields <= content[0].keys()), "jsonl")
         return kind, content[0]

@@ -12,7 +12,7 @@ from typing import Any
 
 from isthmus.data.mix import key, permutation
 from isthmus.data.sources.annotations import LazyRows
-from isthmus.data.sources.files import Names, Root, named_images, read_json, read_rows
+from isthmus.data.sources.files import Names, Root, named_images, once, read_json, read_rows
 from isthmus.data.sources.rows import Form, Row, Rows
 from isthmus.errors import ConfigError, DataError, nearest
 
@@ -102,6 +102,7 @@ def _coco(content: Mapping[str, Any], path: Path) -> dict[str, Set[str]]:
     try:
         names = {c["id"]: str(c["name"]) for c in content["categories"]}
         files = {i["id"]: str(i["file_name"]) for i in content["images"]}
+        once(files.values(), path, "file_name")
         found: dict[str, set[str]] = {name: set() for name in files.values()}
         for annotation in content["annotations"]:
             found[files[annotation["image_id"]]].add(names[annotation["category_id"]])

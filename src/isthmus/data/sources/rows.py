@@ -3,36 +3,40 @@
 A row is a dict of plain values with its pictures. The first of these fields it holds decides its form:
 ``conversations`` or ``messages``, ``questions`` (a list), ``question`` and ``answer``, ``caption``, ``label``,
 ``text``.
-``fields`` maps these names to the file's own, ``{questions: qa}``.
+``fields`` maps these names to the file's own, ``{questions: qa}``. Beside questions and turns, ``system`` is the
+system's text, and ``context``, if it is mapped, stands on lines of its own before the question.
 """
 
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Literal, Protocol
 
-from isthmus.data.record import FrameSource, Image, ImageSource, Part, Record, Role, Text, Video
-from isthmus.data.video import FileFrames, FolderFrames
-from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.data.record import FrameSource, ImageSource, Part, Record, Role, Text
+from isthmus.data.sources.cells import string, unpacked
+from isthmus.data.sources.files import once
+from isthmus.data.sources.turns import (
+    MARK,
+    PICTURE_PARTS,
+    after_system,
+    conversation,
+    marked_parts,
+    picture_first,
+    same_number,
+    visual,
+)
+from isthmus.errors import ConfigError, DataError, IsthmusWarning, nearest
 
 FIELDS = ("conversations", "messages", "questions", "question", "caption", "label", "text")
-KNOWN = (*FIELDS, "answer", "choices", "image", "video", "id", "kind")
-MARK = "<image>"
-"""Where a picture stands in a user's turn; a question without one has its pictures before it."""
-_ROLES: dict[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-_PICTURE_PARTS = ("image", "image_url")
-"""The types of a turn's part that is a picture."""
+KNOWN = (*FIELDS, "answer", "choices", "image", "video", "id", "kind", "system", "context")
+UNREAD = ("tools", "rejected", "prefix", "context", "hint", "ocr")
+"""Fields of others that carry text and are read only where ``fields`` maps one of ours to them."""
 _NAMES = ("path", "image", "url", "image_url", "file_name")
 """Where a picture that is an object has its name."""
 _DIGITS = re.compile(r"[0-9]{1,9}")
-_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,8 @@ class Form:
         classes: class names by label number.
         templates: texts with ``{}`` for the class name, drawn as alternatives.
         captions: further captions by row key, from a side file.
+        pictures: where a turn's only picture stands: where its mark is (``placed``), or before the turn's text
+            (``first``), as LLaVA's published code puts it.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -82,6 +88,7 @@ class Form:
     classes: Sequence[str] = ()
     templates: Sequence[str] = ()
     captions: Mapping[str, tuple[str, ...]] | None = None
+    pictures: Literal["placed", "first"] = field(default="placed", repr=False)
 
     def __post_init__(self) -> None:
         for name in self.fields:
@@ -98,6 +105,11 @@ class Form:
         for template in self.templates:
             if "{}" not in template:
                 raise ConfigError(f"source: the template {template!r} has no {{}} for the class name")
+
+    @property
+    def theirs(self) -> list[str]:
+        """The file's own names that ``fields`` gives."""
+        return [t for value in self.fields.values() for t in ([value] if isinstance(value, str) else value)]
 
     @property
     def step(self) -> int | None:
@@ -117,7 +129,7 @@ class Form:
 
     def count(self, row: Row) -> int:
         """Number of records the row makes; one that will be found bad counts."""
-        questions = self.value(row, "questions")
+        questions = unpacked(self.value(row, "questions"), "questions")
         if not isinstance(questions, list) or not questions:
             return 1
         kept = len(self._kept(questions))
@@ -146,22 +158,56 @@ class Form:
             meta["kind"] = str(kind)
         choices = self.value(row, "choices")
         if choices is not None:
+            if isinstance(choices := unpacked(choices, "choices"), str):
+                raise DataError(f"bad field: the choices should be a list of texts and are one text: {choices[:80]!r}")
             meta["choices"] = flat(choices)
         if form in ("conversations", "messages"):
-            parts = conversation(self.value(row, form), row.images)
+            parts = conversation(unpacked(self.value(row, form), form), row.images)
         elif form == "questions":
             parts = self._questions(row, number, meta)
         elif form == "question":
-            parts = self._turns(row, [(self.value(row, "question"), self.value(row, "answer"))], meta)
+            parts = self._turns(row, [(self._question(row), self.value(row, "answer"))], meta)
         elif form == "text":
-            parts = [*_pictures(row, "text"), Text(_string(self.value(row, "text"), "text"), learn=True)]
+            parts = [*_pictures(row, "text"), Text(string(self.value(row, "text"), "text"), learn=True)]
         else:
             parts = self._caption(row, form, meta)
+        if any(p.role == "user" for p in parts):
+            parts = after_system(self.value(row, "system"), parts)
+        if self.pictures == "first":
+            parts = [part for _, turn in groupby(parts, lambda p: p.role) for part in picture_first(list(turn))]
         several = self.step is not None and form == "questions"
         return Record(f"{row.id}#{number}" if several else row.id, tuple(parts), source, {**meta, **row.meta})
 
+    def _question(self, row: Row) -> str:
+        """The question, behind the mapped context where there is one."""
+        question = string(self.value(row, "question"), "question")
+        told = flat(self.value(row, "context")) if "context" in self.fields else ()
+        return "\n".join((*told, question))
+
+    def unread(self, values: Mapping[str, Any]) -> list[str]:
+        """Fields of a row that carry text and that this form does not read."""
+        row = Row("", values)
+        spoken = self.instruction or any(self.value(row, name) is not None for name in FIELDS[:4])
+        names = UNREAD if spoken else (*UNREAD, "system")
+        return [name for name in names if name not in self.theirs and values.get(name) not in (None, "", [], {})]
+
+    def name_unread(self, rows: Iterable[Mapping[str, Any]], where: str) -> None:
+        """One warning with the number of rows for each field of theirs that carries text and is not read."""
+        counts = Counter(name for values in rows for name in self.unread(values))
+        for name, count in counts.items():
+            first = (
+                ""
+                if name in ("tools", "rejected", "system")
+                else (f", where it belongs before a `question`, map it: `fields: {{context: {name}}}`")
+            )
+            warnings.warn(
+                f"{where}: the field `{name}` of {count} samples holds text that is not read{first}.",
+                IsthmusWarning,
+                stacklevel=2,
+            )
+
     def _questions(self, row: Row, number: int, meta: dict[str, Any]) -> list[Part]:
-        pairs = self.value(row, "questions")
+        pairs = unpacked(self.value(row, "questions"), "questions")
         if not isinstance(pairs, list) or not pairs:
             raise DataError("empty answer: the list of questions is empty; drop the sample")
         pairs = self._kept(pairs)
@@ -170,19 +216,18 @@ class Form:
         return self._turns(row, [_pair(p) for p in pairs], meta)
 
     def _turns(self, row: Row, pairs: Sequence[tuple[Any, Any]], meta: dict[str, Any]) -> list[Part]:
-        marked = any(MARK in _string(question, "question") for question, _ in pairs)
+        marked = any(MARK in string(question, "question") for question, _ in pairs)
         parts: list[Part] = [] if marked else _pictures(row, "user")
         waiting = list(row.images)
         for question, answer in pairs:
-            asked = _string(question, "question") + (f"\n{self.suffix}" if self.suffix else "")
-            answers = tuple(_string(a, "answer") for a in (answer if isinstance(answer, list) else [answer]))
-            if not answers:
-                raise DataError("empty answer: a question has no answer; drop it")
-            parts += _marked(asked, "user", waiting) if marked else [Text(asked, role="user")]
-            parts.append(Text(answers[0], role="assistant", learn=True))
+            asked = string(question, "question") + (f"\n{self.suffix}" if self.suffix else "")
+            answers = _answers(answer)
+            parts += marked_parts(asked, "user", waiting) if marked else [Text(asked, role="user")]
+            learnt = max(answers, key=answers.count)  # the commonest, the first of equals
+            parts.append(Text(learnt, role="assistant", learn=True))
             meta["answers"] = answers  # of the last turn, which is the one that is scored
         if marked:
-            _same_number(sum(str(question).count(MARK) for question, _ in pairs), row.images)
+            same_number(sum(str(question).count(MARK) for question, _ in pairs), row.images)
         return parts
 
     def _caption(self, row: Row, form: str, meta: dict[str, Any]) -> list[Part]:
@@ -201,6 +246,10 @@ class Form:
         return [*_pictures(row, "user"), Text(self.instruction, role="user"), Text(text, role="assistant", learn=True)]
 
     def _class_texts(self, label: Any, meta: dict[str, Any]) -> tuple[str, ...]:
+        if isinstance(label := unpacked(label, "label"), list):
+            if len(label) != 1:
+                raise DataError(f"bad label: a picture has one class here, and this one has {len(label)}: {label}")
+            label = label[0]
         name = str(label)
         if self.classes:
             label = number = self._class_number(label)
@@ -227,9 +276,18 @@ class RowSource:
             raise ConfigError(f"source {name!r}: limit must be at least 1, not {limit}")
         self.name, self.rows, self.form = name, rows, form
         count = len(rows) if limit is None else min(limit, len(rows))
+        if form.captions is not None:
+            once(self._keys(count), name, "key, by which the side file names captions,")
         self._places = list(self._count(count)) if form.counts else range(count)
         if not self._places:
             raise ConfigError(f"source {name!r}: no question matches {form.matching!r}")
+
+    def _keys(self, rows: int) -> Iterator[str]:
+        for index in range(rows):
+            try:
+                yield self.rows[index].key
+            except DataError:
+                continue  # met, and counted as bad, when it is visited
 
     def _count(self, rows: int) -> Iterator[tuple[int, int]]:
         for index in range(rows):
@@ -253,69 +311,21 @@ class RowSource:
         return self.form.record(self.rows[row], number, self.name)
 
 
-def conversation(turns: Any, images: Sequence[ImageSource | FrameSource]) -> list[Part]:
-    """LLaVA's ``from``/``value`` or chat ``role``/``content`` turns, ``<image>`` marking the pictures in order.
-
-    A leading assistant turn is dropped. Raises DataError for unknown speakers, two turns of one in a row, or another
-    number of marks than pictures.
-    """
-    if not isinstance(turns, list) or not all(isinstance(t, Mapping) for t in turns):
-        raise DataError("bad conversation: it must be a list of turns, each with 'from' and 'value'")
-    parts: list[Part] = []
-    waiting = list(images)
-    marks, before = 0, None
-    for number, turn in enumerate(turns):
-        speaker, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if speaker not in _ROLES:
-            raise DataError(f"bad conversation: turn {number + 1} is from {speaker!r}; {nearest(str(speaker), _ROLES)}")
-        role = _ROLES[speaker]
-        if role == "assistant" and not parts:
-            continue
-        if role == before:
-            raise DataError(f"bad conversation: turns {number} and {number + 1} are both from {speaker!r}; join them")
-        before = role
-        text = _string(_joined(value), "answer" if role == "assistant" else f"turn {number + 1}")
-        if role == "user":
-            marks += text.count(MARK)
-            parts += _marked(text, role, waiting)
-        else:
-            parts.append(Text(text, role=role, learn=role == "assistant"))
-    _same_number(marks, images)
-    return parts
-
-
-def _marked(text: str, role: Role, waiting: list[ImageSource | FrameSource]) -> list[Part]:
-    """The text in pieces, at each mark the next of the pictures that are ``waiting``, as long as there are some."""
-    parts: list[Part] = []
-    pieces = _trim(text.split(MARK))
-    for place, piece in enumerate(pieces):
-        if place and waiting:
-            parts.append(_visual(waiting.pop(0), role))
-        if piece or len(pieces) == 1:
-            parts.append(Text(piece, role=role))
-    return parts
-
-
-def _same_number(marks: int, images: Sequence[Any]) -> None:
-    if marks != len(images):
-        raise DataError(
-            f"placeholder mismatch: the text has {marks} <image> and the sample {len(images)} pictures; make them equal"
+def _answers(given: Any) -> tuple[str, ...]:
+    """The accepted answers: one text, several, or VizWiz's and VQA's objects with an ``answer``. Raises DataError for
+    none."""
+    if isinstance(listed := unpacked(given, "answer"), list) and isinstance(given, str):
+        warnings.warn(
+            f"An answer is a list written into one field ({given[:60]}): its texts are read as answers that are all "
+            "right, the first of the commonest is learnt.",
+            IsthmusWarning,
+            stacklevel=2,
         )
-
-
-def _joined(content: Any) -> Any:
-    """Content as a list of parts (``{"type": "text" | "image" | "image_url", ...}``) as one text with its marks."""
-    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
-        return content
-    pieces = []
-    for part in content:
-        kind = part.get("type")
-        if kind != "text" and kind not in _PICTURE_PARTS:
-            raise DataError(
-                f"bad conversation: a part of a turn is of type {kind!r}; it must be text, image or image_url"
-            )
-        pieces.append(_string(part.get("text"), "text") if kind == "text" else MARK)
-    return "".join(pieces)
+    items = listed if isinstance(listed, list) else [listed]
+    answers = tuple(string(a.get("answer") if isinstance(a, Mapping) else a, "answer") for a in items)
+    if not answers:
+        raise DataError("empty answer: a question has no answer; drop it")
+    return answers
 
 
 def picture_names(form: "Form", row: Row) -> tuple[str, ...]:
@@ -323,11 +333,12 @@ def picture_names(form: "Form", row: Row) -> tuple[str, ...]:
     given = form.value(row, "image")
     if given is None:
         given = row.values.get("images")
-    if given is None and isinstance(turns := form.value(row, "messages"), list):
+    if given is None and isinstance(turns := unpacked(form.value(row, "messages"), "messages"), list):
         parts = [
             p for t in turns if isinstance(t, Mapping) and isinstance(t.get("content"), list) for p in t["content"]
         ]
-        given = [p for p in parts if isinstance(p, Mapping) and p.get("type") in _PICTURE_PARTS]
+        given = [p for p in parts if isinstance(p, Mapping) and p.get("type") in PICTURE_PARTS]
+    given = unpacked(given, "image")
     return flat([_name(item) for item in (given if isinstance(given, list) else [given])])
 
 
@@ -339,31 +350,20 @@ def _name(item: Any) -> Any:
     if isinstance(within := item.get("image_url"), Mapping):
         item = within
     name = next((item[key] for key in _NAMES if isinstance(item.get(key), str)), None)
-    if name is None and item.get("type") not in _PICTURE_PARTS:
+    if name is None and item.get("type") not in PICTURE_PARTS:
         raise DataError(
             f"bad field: a picture is {dict(item)!r:.200}; its name is looked for under {', '.join(_NAMES)}"
         )
     return name
 
 
-def _trim(pieces: list[str]) -> list[str]:
-    """Texts around pictures, without the white space at the two ends of the turn: there the marks have stood."""
-    if len(pieces) > 1:
-        for order, strip in ((range(len(pieces)), str.lstrip), (range(len(pieces) - 1, -1, -1), str.rstrip)):
-            for place in order:
-                pieces[place] = strip(pieces[place])
-                if pieces[place]:
-                    break
-    return pieces
-
-
 def flat(value: Any) -> tuple[str, ...]:
-    """All non-empty strings of a value, nested lists included, stripped."""
+    """All non-empty strings of a value, nested and serialised lists included, stripped."""
     if value is None:
         return ()
-    if isinstance(value, list | tuple):
+    if isinstance(value := unpacked(value), list | tuple):
         return tuple(text for item in value for text in flat(item))
-    text = _string(value, "caption").strip()
+    text = string(value, "caption").strip()
     return (text,) if text else ()
 
 
@@ -375,26 +375,5 @@ def _pair(item: Any) -> tuple[Any, Any]:
     raise DataError("bad question: each item of the list must be [question, answer] or have these two fields")
 
 
-def _string(value: Any, what: str) -> str:
-    """A text, number or truth value as text. Raises DataError for anything else, and for half a surrogate pair, which
-    no tokenizer takes."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str) and _HALF_PAIR.search(value):
-        raise DataError(f"bad text: the {what} holds half a surrogate pair, as of an emoji cut in two: {value[:80]!a}")
-    if isinstance(value, float) and math.isnan(value):
-        value = None  # a hole of a table, as pandas writes it
-    if isinstance(value, str | int | float):
-        return str(value)
-    if value is None and what == "answer":
-        raise DataError("empty answer: there is none; write one or drop the sample")
-    found = "missing" if value is None else type(value).__name__
-    raise DataError(f"bad field: the {what} should be a text and is {found}")
-
-
 def _pictures(row: Row, role: Role) -> list[Part]:
-    return [_visual(source, role) for source in row.images]
-
-
-def _visual(source: ImageSource | FrameSource, role: Role) -> Image:
-    return Video(source, role=role) if isinstance(source, FolderFrames | FileFrames) else Image(source, role=role)
+    return [visual(source, role) for source in row.images]
