@@ -344,8 +344,8 @@ class Model:
     def classify(
         self, image: AnyImage, labels: Sequence[str], *, templates: Sequence[str] = ("a photo of a {}.",)
     ) -> dict[str, float]:
-        """Zero-shot probabilities over ``labels``, likeliest first (prompt ensemble: mean of unit vectors).
-        Labels that read alike, case and white space aside, are one; a warning says so.
+        """Zero-shot probabilities over ``labels``, likeliest first (prompt ensemble: mean of unit vectors); those
+        that read alike are one, with a warning.
 
         Raises ConfigError for a template without exactly one ``{}``, where the label goes."""
         self.need("classify")
@@ -360,8 +360,7 @@ class Model:
         )
         with self._inference():
             logits = self.net.logits(self.embed_images([image]).to(self.device), classes.to(self.device))[0]
-        ranked = sorted(zip(labels, logits.softmax(-1).tolist(), strict=True), key=lambda pair: -pair[1])
-        return dict(ranked)
+        return dict(sorted(zip(labels, logits.softmax(-1).tolist(), strict=True), key=lambda pair: -pair[1]))
 
     def _over_images(self, images: Sequence[AnyImage], function: Any, batch_size: int) -> Tensor:
         transform = self.processor.image
