@@ -26,19 +26,28 @@ from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.collate import collate
 from isthmus.data.images import AnyImage, as_image
 from isthmus.data.interleave import STYLES
-from isthmus.data.messages import Message, part_of, parts_of
-from isthmus.data.processor import ContrastiveProcessor, ImagesProcessor, Processor
-from isthmus.data.reading import must_be_records, published_request, scored, shared_beginning, whole, words
+from isthmus.data.messages import Message, conversation, part_of
+from isthmus.data.processor import ContrastiveProcessor, ImagesProcessor, Processor, tokenizer_files
+from isthmus.data.reading import (
+    listed_texts,
+    must_be_records,
+    published_request,
+    scored,
+    shared_beginning,
+    whole,
+    words,
+)
 from isthmus.data.record import Example, Image, Part, Record, Text, without_answer
 from isthmus.data.text import TEMPLATES, render
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.video import as_visual
-from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError
+from isthmus.errors import CapabilityError, CheckpointError, ConfigError
 from isthmus.interop.hub import located
 from isthmus.language import Decoding, unfilled
 from isthmus.load_report import LoadReport, accounting
 from isthmus.nn.losses import similarity
 from isthmus.nn.precision import cast_weights
+from isthmus.streaming import pieces
 from isthmus.systems import SYSTEMS, system
 from isthmus.systems.base import System
 from isthmus.version import __version__
@@ -124,12 +133,15 @@ class Model:
     def chat(self, messages: Sequence[Message], **decoding: Any) -> str:
         """The assistant's next turn of a conversation in the messages form (roles system, user, assistant)."""
         self.need("chat")
-        if not messages or messages[-1].get("role") != "user":
-            raise DataError(
-                "a conversation must end with a question of the user's; the last message is "
-                + (f"the {messages[-1].get('role')}'s." if messages else "missing.")
-            )
-        return self.generate([Record(id="chat", parts=tuple(parts_of(messages)))], **decoding)[0]
+        return self.generate([conversation(messages)], **decoding)[0]
+
+    def stream(self, asked: Record | Sequence[Message], **decoding: Any) -> Iterator[str]:
+        """What :meth:`chat` answers to messages, or :meth:`generate` to a Record, piece by piece while it is written:
+        whole characters, which together are the answer."""
+        self.need("generate" if isinstance(asked, Record) else "chat")
+        record = asked if isinstance(asked, Record) else conversation(asked)
+        batch = collate([self.processor.prompt(record)]).to(self.device)
+        return pieces(self.net.eval(), self.processor.tokenizer, batch, self.ended(Decoding.of(decoding)))
 
     def generate(
         self, records: Sequence[Record], *, batch_size: int = 64, return_attention: bool = False, **decoding: Any
@@ -240,7 +252,7 @@ class Model:
         DataError for a candidate that does not fit behind the prompt.
         """
         self.need("score")
-        candidates = _listed_texts(candidates, "candidates")
+        candidates = listed_texts(candidates, "candidates")
         prompt = tuple(part_of(p) for p in ([parts] if isinstance(parts, str) else parts))
         texts = [p for p in prompt if isinstance(p, Text)]
         running = bool(texts) and all(t.role == "text" for t in texts)  # no turns: the candidate runs on
@@ -295,7 +307,7 @@ class Model:
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """(M, D) vectors in the joint space, of unit length when the model compares by the cosine."""
         self.need("embed_texts")
-        texts = _listed_texts(texts, "texts")
+        texts = listed_texts(texts, "texts")
         rows = []
         with self._inference():
             for start in range(0, len(texts), batch_size):
@@ -334,7 +346,7 @@ class Model:
     def similarity(self, images: Sequence[AnyImage], texts: Sequence[str]) -> Tensor:
         """(N, M) similarity of every picture with every text, of the kind the model was trained with (cosine)."""
         self.need("similarity")
-        texts = _listed_texts(texts, "texts")
+        texts = listed_texts(texts, "texts")
         return similarity(self.embed_images(images), self.embed_texts(texts), self.net.config.similarity)
 
     def _compared(self, vectors: Tensor) -> Tensor:
@@ -352,7 +364,7 @@ class Model:
         from isthmus.data.sources.files import merged_names
         from isthmus.evaluation.zero_shot import check_templates
 
-        labels, templates = _listed_texts(labels, "labels"), _listed_texts(templates, "templates")
+        labels, templates = listed_texts(labels, "labels"), listed_texts(templates, "templates")
         labels = list(dict.fromkeys(merged_names(labels, "class")))
         check_templates(templates)
         classes = torch.stack(
@@ -403,7 +415,7 @@ class Model:
             "config.json": config,
             "processor.json": self.processor.to_dict(),
             "model.safetensors": checkpoint.state_tensors(self.net),
-            **_tokenizer_files(self.processor),
+            **tokenizer_files(self.processor),
             **(extra or {}),
         }
         checkpoint.write_folder(folder, files, replace=replace)
@@ -481,21 +493,7 @@ def _own(folder: Path, config: Mapping[str, Any]) -> Model:
     )
 
 
-def _tokenizer_files(processor: Processor) -> dict[str, str]:
-    """The tokenizer's files, where the processor reads text; those of further ones each in a folder of its name."""
-    own = {} if isinstance(processor, ImagesProcessor) else processor.tokenizer.files()
-    others: Mapping[str, Tokenizer] = getattr(processor, "others", {})
-    return own | {f"{name}/{file}": text for name, tok in others.items() for file, text in tok.files().items()}
-
-
 def _listed(image: AnyImage | Sequence[AnyImage] | None) -> Sequence[AnyImage]:
     if image is None:
         return ()
     return tuple(image) if isinstance(image, list | tuple) else (cast(AnyImage, image),)
-
-
-def _listed_texts(texts: str | Sequence[str], what: str) -> Sequence[str]:
-    """The texts, a bare one as a list of it rather than of its letters. Raises ConfigError when there are none."""
-    if len(texts) == 0:
-        raise ConfigError(f"no {what}: give a list of at least one.")
-    return [texts] if isinstance(texts, str) else texts

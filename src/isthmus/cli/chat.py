@@ -1,6 +1,6 @@
 """``isthmus chat``: one answer about pictures, or a conversation at the prompt."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,24 @@ def run(
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     console = Console(emoji=False)
     if question is not None:
-        console.print(model.chat([_turn(pictures, question)], **decoding), markup=False, highlight=False)
+        _say(console, model.stream([_turn(pictures, question)], **decoding))
         return
-    _talk(console, lambda messages: model.chat(messages, **decoding), pictures)
+    _talk(console, lambda messages: model.stream(messages, **decoding), pictures)
 
 
-def _talk(console: Console, say: Callable[[list[dict[str, Any]]], str], shown: list[dict[str, Any]]) -> None:
+def _say(console: Console, pieces: Iterable[str]) -> str:
+    """The answer, shown as it comes."""
+    said = ""
+    for piece in pieces:
+        said += piece
+        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    console.print()
+    return said
+
+
+def _talk(
+    console: Console, answer: Callable[[list[dict[str, Any]]], Iterable[str]], shown: list[dict[str, Any]]
+) -> None:
     """Turn by turn until an empty line; ``shown`` goes with the next turn. What cannot be answered is taken back."""
     from isthmus.data.messages import NO_ANSWER
 
@@ -57,15 +69,15 @@ def _talk(console: Console, say: Callable[[list[dict[str, Any]]], str], shown: l
             continue
         turn = _turn(shown, text)
         try:
-            reply = say([*messages, turn])
+            said = _say(console, answer([*messages, turn]))
         except (DataError, CapabilityError) as error:
             what = "That turn and what it showed are" if shown else "That turn is"
             console.print(f"{error}\n{what} taken back; an empty line ends the conversation.", markup=False)
             shown = []
             continue
-        said = reply or NO_ANSWER
-        messages += [turn, {"role": "assistant", "content": said}]
-        console.print(said, markup=False, highlight=False)
+        if not said:
+            console.print(NO_ANSWER, markup=False, highlight=False)
+        messages += [turn, {"role": "assistant", "content": said or NO_ANSWER}]
         shown = []
 
 

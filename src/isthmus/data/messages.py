@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.data.images import AnyImage, as_image
-from isthmus.data.record import Image, Part, Text
+from isthmus.data.record import Image, Part, Record, Text
 from isthmus.data.video import PICTURES, VIDEOS, as_video, as_visual
 from isthmus.errors import DataError
 
@@ -44,6 +44,16 @@ def parts_of(messages: Sequence[Message]) -> list[Part]:
                     f"message {number}: a {role} part must be text, or an image or video of the user's; got {piece!r}."
                 )
     return parts
+
+
+def conversation(messages: Sequence[Message]) -> Record:
+    """Messages to be answered, as a record. Raises DataError unless the last one is the user's."""
+    if not messages or messages[-1].get("role") != "user":
+        raise DataError(
+            "a conversation must end with a question of the user's; the last message is "
+            + (f"the {messages[-1].get('role')}'s." if messages else "missing.")
+        )
+    return Record(id="chat", parts=tuple(parts_of(messages)))
 
 
 def part_of(thing: Part | AnyImage | str) -> Part:

@@ -6,7 +6,7 @@ or embeds, without labels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -342,3 +342,10 @@ def must_fit(length: int, max_length: int) -> None:
     """Raises DataError for a prompt that is too long."""
     if length > max_length:
         raise DataError(f"prompt too long: it takes {length} tokens and the model reads {max_length}; shorten it")
+
+
+def tokenizer_files(processor: Processor) -> dict[str, str]:
+    """The tokenizer's files, where the processor reads text; those of further ones each in a folder of its name."""
+    own = {} if isinstance(processor, ImagesProcessor) else processor.tokenizer.files()
+    others: Mapping[str, Tokenizer] = getattr(processor, "others", {})
+    return own | {f"{name}/{file}": text for name, tok in others.items() for file, text in tok.files().items()}

@@ -103,3 +103,10 @@ def words(prompt: Example, tokenizer: Tokenizer) -> str:
             said += tokenizer.decode(span.ids[start : place.start], skip_special=False) + "<image>"
             start = place.start + place.length
     return said + tokenizer.decode(span.ids[start:], skip_special=False)
+
+
+def listed_texts(texts: str | Sequence[str], what: str) -> Sequence[str]:
+    """The texts, a bare one as a list of it rather than of its letters. Raises ConfigError when there are none."""
+    if len(texts) == 0:
+        raise ConfigError(f"no {what}: give a list of at least one.")
+    return [texts] if isinstance(texts, str) else texts

@@ -78,6 +78,11 @@ class Read:
 class Steps(Protocol):
     """What a decoder asks of a language model."""
 
+    @property
+    def writable(self) -> bool | str:
+        """True, or why a decoder cannot write with it."""
+        ...
+
     def window(self) -> Window:
         """An empty one for this model. Raises CapabilityError where its texts cannot stand in a window."""
         ...

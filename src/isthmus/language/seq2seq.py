@@ -35,6 +35,9 @@ class Seq2SeqLM(LibraryLM):
     it; the library by itself ties it always and reads the flag as "do not scale the decoder's output".
     """
 
+    writable = True
+    """A Decoder writes with every LM of this family."""
+
     @classmethod
     def build(cls, config: Mapping[str, Any]) -> "Seq2SeqLM":
         """A freshly initialised LM from ``{"model_type": "t5", ...}``. Raises ConfigError as LanguageModel does."""

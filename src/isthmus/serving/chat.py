@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from isthmus.data.record import Example, Record, Text
+from isthmus.data.words import Words
 from isthmus.model import Model
 from isthmus.serving import schema
 from isthmus.serving.choices import Answer
@@ -17,7 +18,6 @@ from isthmus.serving.prepare import checked, decoding, stops
 from isthmus.serving.scheduler import Said, Work
 from isthmus.serving.scheduler import Text as Written
 from isthmus.serving.server import ERRORS, Hearing, Server
-from isthmus.serving.words import Words
 
 router = APIRouter(route_class=StrictRoute)
 _STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}

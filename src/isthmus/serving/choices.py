@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isthmus.data.tokenizer import Tokenizer
+from isthmus.data.words import token_bytes
 from isthmus.serving.engine import Token
 from isthmus.serving.scheduler import Said
-from isthmus.serving.words import token_bytes
 
 NEVER = -9999.0
 """In place of minus infinity, which JSON does not have."""

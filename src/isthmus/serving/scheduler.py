@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isthmus.data.record import Example
+from isthmus.data.words import Words
 from isthmus.language import Decoding
 from isthmus.model import Model
 from isthmus.serving import errors
@@ -21,7 +22,6 @@ from isthmus.serving.engine import Speaker, Token, speaker_of
 from isthmus.serving.errors import ApiError, answer_to
 from isthmus.serving.limits import Limits
 from isthmus.serving.metrics import Metrics
-from isthmus.serving.words import Words
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.serving.words import Words, token_bytes
+from isthmus.data.words import Words, token_bytes
 from tests.data.helpers import byte_level, llama_like
 from tests.interop.tiny_models import words as wordpiece
 

@@ -1,0 +1,38 @@
+"""An answer piece by piece while it is written."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from isthmus.batch import Batch
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.data.words import Words
+from isthmus.language import Decoder, Decoding
+
+
+def pieces(net: Any, tokenizer: Tokenizer, batch: Batch, decoding: Decoding) -> Iterator[str]:
+    """The text of a batch of one row as it grows, whole characters only; all pieces together are the answer without
+    the white space around it. A net that a Decoder cannot write with, and beams, give it in one piece."""
+    words = Words(tokenizer)
+    for ids in _ids(net, batch, decoding):
+        if piece := "".join([words.push(token) for token in ids]):
+            yield piece
+    if piece := words.end():
+        yield piece
+
+
+def _ids(net: Any, batch: Batch, decoding: Decoding) -> Iterator[tuple[int, ...]]:
+    language = getattr(net, "language", None)
+    if language is None or language.writable is not True:
+        with torch.inference_mode():
+            (ids,) = net.generate(batch, decoding)
+        yield tuple(ids)
+        return
+    decoder = Decoder(language)
+    with torch.inference_mode():
+        prompt = net.prompt(batch)
+    decoder.add(prompt, decoding)
+    while decoder.rows:
+        for new in decoder.step():
+            yield new.ids
