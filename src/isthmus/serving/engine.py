@@ -3,22 +3,29 @@
 A speaker takes rows in while others are being written, and every row's text is the one it would be alone.
 """
 
+from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from isthmus.data.cache import Features
 from isthmus.data.collate import collate
 from isthmus.data.record import Example
-from isthmus.language import Decoding, LanguageModel
+from isthmus.errors import CapabilityError
+from isthmus.language import Decoder, Decoding, LanguageModel
 from isthmus.model import Model
+from isthmus.serving.limits import Limits
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
     """A token of a row. ``logprob`` is its natural log-probability by the model alone, before any temperature or cut;
-    ``top`` the likeliest ids with theirs; none where the speaker cannot tell. ``ended``: nothing follows it."""
+    ``top`` the likeliest ids with theirs; none where the speaker cannot tell. ``ended``: why nothing follows it, of a
+    row that has ended; its last token may be none."""
 
     row: Hashable
     id: int | None
@@ -50,13 +57,97 @@ class Speaker(Protocol):
         ...
 
     def drop(self, row: Hashable) -> None:
-        """Stop writing a row; unknown ones are left alone."""
+        """Stop writing a row; one that has ended or is unknown is left alone."""
         ...
+
+
+class Together:
+    """Rows that are decoded together and come and go, over the decoder's static cache.
+
+    What the vision encoder made of a picture is kept, and serves whoever shows the same picture again. Raises
+    CapabilityError for a model whose texts no decoder can write.
+    """
+
+    tells_logprobs = True
+
+    def __init__(self, model: Model, limits: Limits) -> None:
+        if model.net.language is None:
+            raise CapabilityError("a model without a language model has nothing for a decoder")
+        self.model, self.limits = model, limits
+        self.decoder = Decoder(model.net.language)
+        self.pictures = PictureFeatures(model, limits.features)
+        self._numbers: dict[Hashable, int] = {}
+        self._rows: dict[int, Hashable] = {}
+
+    @property
+    def context(self) -> int | None:
+        return _context(self.model)
+
+    def room(self) -> int:
+        return self.limits.rows - len(self._rows)
+
+    def begin(self, row: Hashable, example: Example, decoding: Decoding, top: int | None) -> None:
+        with torch.inference_mode():
+            batch = collate([self.pictures.encoded(example)]).to(self.model.device)
+            prompt = self.model.net.prompt(batch)
+            (number,) = self.decoder.add(prompt, self.model.ended(decoding), logprobs=top)
+        self._numbers[row], self._rows[number] = number, row
+
+    def step(self) -> list[Token]:
+        found = []
+        for new in self.decoder.step():
+            row, last = self._rows[new.row], len(new.ids) - 1
+            for n, token in enumerate(new.ids):
+                told = new.logprobs[n] if new.logprobs else None
+                end = new.finish or "" if n == last else ""
+                known = () if told is None else told.top
+                found.append(Token(row, token, None if told is None else told.logprob, known, end))
+            if new.finish and not new.ids:
+                found.append(Token(row, None, ended=new.finish))
+            if new.finish:
+                del self._numbers[row], self._rows[new.row]
+        return found
+
+    def drop(self, row: Hashable) -> None:
+        number = self._numbers.pop(row, None)
+        if number is not None:
+            del self._rows[number]
+            self.decoder.remove(number)
+
+
+class PictureFeatures:
+    """What the vision encoder makes of each picture, by its content, at most ``size`` bytes of it."""
+
+    def __init__(self, model: Model, size: int) -> None:
+        self.model, self.size, self.held = model, size, 0
+        self.kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def encoded(self, example: Example) -> Example:
+        """The example with features in place of pixels."""
+        if not example.visuals:
+            return example
+        found = []
+        for image, pixels in zip(example.visuals, example.pixels, strict=True):
+            key = image.content_key()
+            features = self.kept.pop(key, None)
+            if features is None:
+                features = self._encode(pixels())
+                self.held += features.nbytes
+            self.kept[key] = features
+            found.append(partial(Features, features))
+        while self.held > self.size and self.kept:
+            self.held -= self.kept.popitem(last=False)[1].nbytes
+        return replace(example, pixels=tuple(found))
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """(F, P, D) of a picture (3, H, W) or of frames."""
+        frames = pixels[None] if pixels.ndim == 3 else pixels
+        return self.model.net.visual_features(frames[None].to(self.model.device))[0]
 
 
 class WholeAnswers:
     """One text at a time by the model's own ``generate``, handed out when it is finished: for what has no decoder that
-    rows can join, such as an encoder-decoder or a Q-Former that writes by itself."""
+    rows can join, such as a Q-Former that writes by itself."""
 
     tells_logprobs = False
 
@@ -66,8 +157,7 @@ class WholeAnswers:
 
     @property
     def context(self) -> int | None:
-        language = self.model.net.language
-        return language.context if isinstance(language, LanguageModel) else None
+        return _context(self.model)
 
     def room(self) -> int:
         return 1 - len(self._waiting)
@@ -87,6 +177,15 @@ class WholeAnswers:
         self._waiting = [w for w in self._waiting if w[0] != row]
 
 
-def speaker_of(model: Model, rows: int) -> Speaker:
-    """The best speaker that this model can have."""
-    return WholeAnswers(model)
+def _context(model: Model) -> int | None:
+    language = model.net.language
+    return language.context if isinstance(language, LanguageModel) else None
+
+
+def speaker_of(model: Model, limits: Limits) -> Speaker:
+    """The best speaker that this model can have; its parameters no longer ask for gradients."""
+    model.net.requires_grad_(False)
+    try:
+        return Together(model, limits)
+    except CapabilityError:
+        return WholeAnswers(model)

@@ -132,7 +132,7 @@ def _get(
     """Status, redirect and body of one GET over a connection to ``address``, which speaks for ``host``."""
     raw = sock = remote.connect(address, timeout=_left(ends))
     # A host that drips its headers keeps every single read within the timeout; this ends them all together.
-    alarm = threading.Timer(_left(ends), _hang_up, [raw])
+    alarm = threading.Timer(_left(ends) + 0.01, _hang_up, [raw])
     alarm.daemon = True
     alarm.start()
     try:
@@ -164,6 +164,9 @@ def _body(response: http.client.HTTPResponse, sock: socket.socket, size: int, en
         sock.settimeout(_left(ends))
         piece = response.read1(CHUNK)
         if not piece:
+            _left(ends)  # the end may be that of the time, not of the body
+            if response.length:
+                raise RefusedError("the host gives less than it announced")
             return body
         body += piece
         if len(body) > size:

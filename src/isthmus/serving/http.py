@@ -23,6 +23,9 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 OPEN = ("/health",)
 """Paths that need no key."""
 
+LINGER = 1.0
+"""Seconds in which a refused connection may still send what nobody reads."""
+
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
 
@@ -91,6 +94,9 @@ class Gate:
         """What came of a request; status 0 for no answer."""
 
     def _check(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> None:
+        size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) for n, v in scope["headers"])
+        if size > self.limits.headers:
+            raise ApiError(431, "headers_too_large", "The request's line and headers are larger than allowed.")
         if self.hosts is not None and _host(headers.get(b"host", b"")) not in self.hosts:
             raise ApiError(421, "wrong_host", "This server does not answer for the host that the request names.")
         if self.key is not None and scope["path"] not in OPEN:
@@ -172,7 +178,8 @@ def _host(header: bytes) -> str:
 class Protocol(H11Protocol):
     """uvicorn's protocol with OpenAI's form for what is no HTTP, and an end to connections that say nothing."""
 
-    reading = Limits.reading
+    reading = Limits().reading
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -183,6 +190,8 @@ class Protocol(H11Protocol):
             self._patience = self.loop.call_later(self.reading, self._silent)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         super().data_received(data)
         # A request that is not complete yet has the time that was given when its connection, or it, began.
         if self.conn.their_state is h11.IDLE and self.cycle is not None and self._patience.cancelled():
@@ -206,4 +215,6 @@ class Protocol(H11Protocol):
         with contextlib.suppress(h11.LocalProtocolError):  # in the middle of an answer nothing more can be said
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        # Closed at once, with bytes unread, the connection would be reset and the answer lost.
+        self._refused = True
+        self.loop.call_later(LINGER, self.transport.close)

@@ -82,11 +82,12 @@ class Reader:
             ) from None
 
     def _unreadable(self) -> ApiError:
+        bounds = ImageLimits()
         return bad_request(
             "invalid_image",
             "A picture cannot be read. It must be a sound JPEG, PNG, WebP, GIF or BMP of at most "
             f"{self.limits.picture:,} bytes and {self.limits.pixels:,} pixels, no side over "
-            f"{ImageLimits.side:,} or {ImageLimits.aspect:g} times the other.",
+            f"{bounds.side:,} or {bounds.aspect:g} times the other.",
             "image_url",
         )
 

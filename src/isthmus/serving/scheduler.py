@@ -89,7 +89,7 @@ class Scheduler:
     def __init__(self, models: Mapping[str, Model], limits: Limits, metrics: Metrics) -> None:
         self.models, self.limits, self.metrics = dict(models), limits, metrics
         self.speakers: dict[str, Speaker] = {
-            name: speaker_of(model, limits.rows) for name, model in models.items() if "generate" in model.capabilities
+            name: speaker_of(model, limits) for name, model in models.items() if "generate" in model.capabilities
         }
         self._lock = threading.Condition()
         self._queue: OrderedDict[str, deque[Work]] = OrderedDict()
@@ -266,7 +266,7 @@ class Scheduler:
             broken = answer_to(error)
             for text in list(rows):
                 self._fail(text.ticket, broken)
-            self.speakers[name] = speaker_of(self.models[name], self.limits.rows)
+            self.speakers[name] = speaker_of(self.models[name], self.limits)
             return
         for token in tokens:
             text = token.row

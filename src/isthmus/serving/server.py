@@ -31,6 +31,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (413, "The body is too large."),
         (415, "The body is not plain JSON."),
         (421, "The server does not answer for that host."),
+        (431, "The headers are too large."),
         (429, "The queue is full; Retry-After names the time to wait."),
         (503, "The server is stopping, or the request took too long."),
     )
