@@ -221,6 +221,25 @@ def test_new_tokens_within_a_padded_table():
             InterleavedLanguageModel(lm, ids)
 
 
+@pytest.mark.parametrize("rows", [V, V + 2])
+def test_new_rows_have_the_heads_bias(rows):
+    """An LM whose head has a bias (GPT-J): as the library's own table, enlarged by its mean, or padded at once."""
+    config = {"vocab_size": rows, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96, "rotary_dim": 8}
+    torch.manual_seed(0)
+    lm = LanguageModel.build({"model_type": "gptj", **config}).lm.eval()
+    torch.nn.init.normal_(lm.lm_head.bias, 3.0, 1.0)
+    peer = copy.deepcopy(lm)
+    peer.resize_token_embeddings(V + 2, mean_resizing=True)
+    language = InterleavedLanguageModel(lm, (END, IMAGE)).eval()
+    with torch.no_grad():
+        language.new_rows.input.copy_(peer.get_input_embeddings().weight[-2:])
+        language.new_rows.output.copy_(peer.lm_head.weight[-2:])
+        ids = torch.tensor([[3, END, 7, IMAGE, 5]])
+        expected = peer(input_ids=ids).logits
+        torch.testing.assert_close(language.logits(language.embed(ids)), expected, atol=1e-5, rtol=0)
+    assert expected[..., -2:].mean() > 2
+
+
 def test_a_copied_net_has_hooks_of_its_own():
     net, rows = tiny(), batch([ROWS["one"]])
     twin = copy.deepcopy(net)

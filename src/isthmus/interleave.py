@@ -268,9 +268,19 @@ class InterleavedLanguageModel(LanguageModel):
 
     def _add_columns(self, _: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         rows = self.new_rows.input if self.new_rows.output is None else self.new_rows.output
-        own = F.linear(inputs[0], rows.to(inputs[0].dtype)).to(logits.dtype)
+        own = F.linear(inputs[0], rows.to(inputs[0].dtype), self._new_bias(inputs[0].dtype)).to(logits.dtype)
         columns = torch.tensor(self.new_ids, device=logits.device)
         return F.pad(logits, (0, self._total - logits.shape[-1])).index_copy(-1, columns, own)
+
+    def _new_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """(n,) what an LM whose head has a bias adds to the new tokens' logits: a padded table's own entries, and after
+        the table the mean of all, which the library's own enlarged tables begin with. It is not trained."""
+        bias = getattr(self.lm.get_output_embeddings(), "bias", None)
+        if bias is None:
+            return None
+        bias = bias.detach()
+        mean = bias.float().mean().to(bias.dtype)
+        return torch.stack([bias[i] if i < len(bias) else mean for i in self.new_ids]).to(dtype)
 
     # Calls
 

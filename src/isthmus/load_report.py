@@ -19,7 +19,8 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
     """Tensors of the net: ``matched`` and ``converted`` from the files, ``from_parts`` of models named beside them,
-    ``absent`` from all of these (name -> why). ``ignored`` are the files' own (name -> why). ``dtype`` is what most of
+    ``absent`` from all of these (name -> why). ``ignored`` are the files' own (name -> why). ``notes`` are what else is
+    read otherwise than the files have it, a sentence each. ``dtype`` is what most of
     the checkpoint's own numbers are stored in, ``float32`` or ``bfloat16``."""
 
     matched: int
@@ -28,6 +29,7 @@ class LoadReport:
     dtype: str = "float32"
     absent: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,6 +43,7 @@ class LoadReport:
                 names = [name for name, reason in named.items() if reason == why]
                 more = f" and {len(names) - 2} more" if len(names) > 2 else ""
                 lines.append(f"  {label}: {', '.join(names[:2])}{more} ({why})")
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -65,6 +68,7 @@ class Account:
     parts: dict[Place, Tensor] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     taken: list[Place] = field(default_factory=list)
     held: dict[Place, Tensor] = field(default_factory=dict)
 
@@ -78,6 +82,7 @@ class Account:
             dtype=self._dtype(),
             absent=dict(self.absent),
             ignored=dict(self.ignored),
+            notes=tuple(dict.fromkeys(self.notes)),
         )
 
     def _dtype(self) -> str:
@@ -102,6 +107,7 @@ def accounting() -> Iterator[Account]:
         _current.reset(token)
         if outer is not None:
             outer.parts |= account.own | account.held
+            outer.notes += account.notes
 
 
 def stored(tensors: Iterable[Tensor]) -> None:
@@ -128,3 +134,9 @@ def ignored(names: Iterable[str], why: str) -> None:
     """Tensors of a file that the net has no use for."""
     if (account := _current.get()) is not None:
         account.ignored |= dict.fromkeys(names, why)
+
+
+def noted(*sentences: str) -> None:
+    """What is read otherwise than the files have it, or will be written otherwise."""
+    if (account := _current.get()) is not None:
+        account.notes += sentences

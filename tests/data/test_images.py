@@ -3,6 +3,7 @@
 import io
 import struct
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -170,6 +171,58 @@ def test_floats_are_not_taken_for_grey():
         open_image(as_image(floats).source)
 
 
+def odd_modes() -> list[PilImage.Image]:
+    """Numbers beyond 8 bits, and alpha in every form that Pillow can make RGB of."""
+    ramp = np.linspace(-300, 70_000, 12 * 9).reshape(9, 12)
+    coloured = PilImage.merge("RGBA", [*noise(12, 9).split(), noise(12, 9).split()[0]])
+    palette = noise(12, 9).convert("P")
+    palette.info["transparency"] = 3
+    deep = [ramp.clip(0, 65535).astype(np.uint16), ramp.astype(np.int32), (ramp / 100).astype(np.float32)]
+    alpha = [coloured, coloured.convert("RGBa"), coloured.convert("LA"), coloured.convert("PA"), palette]
+    return [*map(PilImage.fromarray, deep), *alpha, *(noise(12, 9).convert(m) for m in ("1", "CMYK", "HSV", "YCbCr"))]
+
+
+@pytest.mark.parametrize("picture", odd_modes(), ids=lambda picture: picture.mode)
+def test_a_checkpoints_pixels_are_the_librarys_in_every_mode(picture):
+    peer = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    ours = replace(ImageTransform.clip(8), deep="clip")(MadeImage(picture))
+    assert torch.equal(ours, peer(picture, return_tensors="pt")["pixel_values"][0])
+
+
+def test_a_mode_without_a_way_to_rgb_is_named():
+    with pytest.raises(DataError, match="a picture of mode La: "):
+        open_image(MadeImage(PilImage.new("La", (2, 2))))
+
+
+@pytest.mark.parametrize("size", [(640, 427), (640, 426), (640, 425), (480, 641), (33, 32), (35, 32)])
+def test_the_centre_is_cut_where_each_origin_cuts_it(size):
+    """OpenAI's and open_clip's code rounds (long - R) / 2 to the nearest even, transformers' rounds down."""
+    image, side = noise(*size), 32
+    ours = ImageTransform.clip(side)
+    rounded = replace(ours, crop="round").fit(image)
+    long = int(side * max(size) / min(size))
+    first = round((long - side) / 2.0)
+    wide = image.size[0] > image.size[1]
+    whole = image.resize((long, side) if wide else (side, long), PilImage.Resampling.BICUBIC)
+    box = (first, 0, first + side, side) if wide else (0, first, side, first + side)
+    assert rounded.tobytes() == whole.crop(box).tobytes()
+    odd = (long - side) % 4 == 3
+    assert (rounded.tobytes() != ours.fit(image).tobytes()) == odd
+    assert ImageTransform.from_dict(replace(ours, crop="round").to_dict()).crop == "round"
+    assert "crop" not in ours.to_dict()  # folders written before the field read the same
+
+
+def test_a_thin_strip_is_read_as_far_as_memory_allows():
+    strip = PilImage.new("RGB", (2_000, 2), (9, 9, 9))
+    assert ImageTransform.clip(8)(MadeImage(strip)).shape == (3, 8, 8)
+    thin = MadeImage(PilImage.new("RGB", (16_000, 1)), "strip.png")
+    with pytest.raises(
+        DataError, match=r"strip\.png is 16000 x 1; with its short side made 224 pixels it is 3,584,000"
+    ):
+        ImageTransform.clip(224)(thin)
+    assert ImageTransform.siglip(8)(thin).shape == (3, 8, 8)
+
+
 def test_only_the_first_frame():
     frames = [PilImage.new("RGB", (5, 5), colour) for colour in ((255, 0, 0), (0, 255, 0))]
     gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -204,7 +257,6 @@ def png_header(width: int, height: int) -> bytes:
     [
         ((20_000, 10), "16,384"),
         ((8_000, 8_000), "50,000,000"),
-        ((1_000, 2), "200 times"),
         ((30_000, 30_000), "50,000,000"),
         ((16_000, 16_000), "50,000,000"),
         ((10_000, 10_000), "50,000,000"),

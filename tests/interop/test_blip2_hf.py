@@ -6,15 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image as PilImage
+from safetensors.torch import load_file
 from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel
 
 from isthmus.batch import Batch
-from isthmus.checkpoint import load_into
+from isthmus.checkpoint import load_into, state_tensors, write_folder
 from isthmus.data.images import as_image
 from isthmus.data.record import Record, Text
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
-from isthmus.interop.hf_blip2 import from_hf, read_blip2_folder
+from isthmus.interop.convert import write_model
+from isthmus.interop.hf_blip2 import config_to_hf, from_hf, read_blip2_folder, to_hf
 from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.language import Decoding, Seq2SeqLM
 from isthmus.model import load
@@ -229,6 +231,48 @@ def test_a_saved_folder_is_read_back(kind: dict, instruct: bool, tmp_path) -> No
     decoder = [[0, 20, 21, 1]] * 3 if kind is T5 else None
     batch = prompts(ROWS, stream=net.prompt_stream, decoder=decoder, question=question, learn_from=1)
     torch.testing.assert_close(read.score(batch), net.score(batch))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@torch.no_grad()
+def test_a_tied_t5_comes_back_tied_and_scaled_as_it_was(scaled: bool, tmp_path) -> None:
+    """The library ties every T5 and takes the flag for "do not scale": the file holds one table."""
+    peer, _ = generation_peer({**T5, "tie_word_embeddings": scaled})
+    peer.save_pretrained(tmp_path / "theirs")
+    config, state = read_blip2_folder(tmp_path / "theirs")
+    net = Blip2(config).eval()
+    load_into(net, state, where=tmp_path)
+    files = {
+        "config.json": config_to_hf(config, image_token_id=V - 1),
+        "model.safetensors": to_hf(state_tensors(net), config),
+    }
+    write_folder(tmp_path / "ours", files)
+    stored, written = (set(load_file(tmp_path / name / "model.safetensors")) for name in ("theirs", "ours"))
+    assert {n for n in written if "language_model" in n} == {n for n in stored if "language_model" in n}
+    assert not any("lm_head" in n for n in written)
+    again = type(peer).from_pretrained(tmp_path / "ours").eval()
+    assert again.language_model.lm_head.weight is again.language_model.shared.weight
+    decoder = [[0, 20, 21, 1]] * 3
+    batch = prompts(ROWS, stream="encoder", decoder=decoder)
+    _, _, given = theirs_and_ours(T5, batch, decoder, instruct=False)
+    expected = peer(**given).logits
+    found = net.language.logits(  # type: ignore[union-attr]
+        net.embed_prompt(batch), batch.text["encoder"].lengths, batch.text["decoder"]
+    )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(again(**given).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_a_retrieval_folder_goes_back_as_it_came(tmp_path) -> None:
+    """Nothing is lost of what was never there: no leave is needed, and every tensor is the same to the bit."""
+    peer, _ = retrieval_peer()
+    peer.save_pretrained(tmp_path / "theirs")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "is", "it", "?", *map(str, range(43))]
+    (tmp_path / "theirs" / "vocab.txt").write_text("\n".join(words) + "\n")
+    done = write_model(load(tmp_path / "theirs"), tmp_path / "ours", "hf")
+    assert done.losses == ()
+    again = type(peer).from_pretrained(tmp_path / "ours").state_dict()
+    assert all(torch.equal(t, again[name]) for name, t in peer.state_dict().items())
 
 
 def test_a_strange_tensor_is_refused() -> None:

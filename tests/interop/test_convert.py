@@ -290,12 +290,15 @@ def asked_in(model: Model, **words: str) -> Model:
     return model
 
 
+GRANITE = {**tiny_models.LLAMA, "model_type": "granite", "logits_scaling": 8.0}
+"""Its own class divides the logits; transformers' LLaVA over it does not."""
+
 REFUSED = {
     "qformer.heads": (other_heads, "lavis"),
     "similarity": (lambda: tiny_models.clip(similarity="dot"), "hf"),
     "language.num_key_value_heads": (tiny_models.flamingo, "hf"),
     "projector": (lambda: tiny_models.llava(projector="linear"), "hf"),
-    "language.model_type": (lambda: tiny_models.llava(language=tiny_models.NEOX), "hf"),
+    "language.model_type": (lambda: tiny_models.llava(language=GRANITE), "hf"),
     "processor.image.mode": (lambda: tiny_models.llava(mode="squash"), "original"),
     "vision.activation": (
         lambda: tiny_models.clip(vision=replace(tiny_models.VISION, activation="gelu")),

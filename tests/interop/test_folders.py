@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,18 +171,22 @@ def test_llava_forbids_its_image_token(tmp_path, tokenizer):
     assert again.forbidden == (310,)
 
 
-SHAPES = [(20, 30), (100, 33), (64, 64), (31, 97)]
-PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+SHAPES = [(20, 30), (100, 33), (64, 64), (31, 97), (32, 32)]
+PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96], [32, 32]]
+"""The last of one tile: the library has such a picture twice."""
 
 
+@pytest.mark.parametrize(("tower", "strategy"), [("clip", "default"), ("siglip", "full")])
 @torch.no_grad()
-def test_llava_next_of_the_library_gives_its_logits_and_tokens(tmp_path, tokenizer):
-    """Pictures by the folder's own processor there, by ours here; one of each shape, and two in one prompt."""
+def test_llava_next_of_the_library_gives_its_logits_and_tokens(tmp_path, tokenizer, tower, strategy):
+    """Pictures by the folder's own processor there, by ours here; one of each shape, and two in one prompt. SigLIP's
+    tower has no class token to drop, so the library's name for that is "full"."""
     config = LlavaNextConfig(
-        vision_config=VISION | {"model_type": "clip_vision_model"},
+        vision_config=VISION | {"model_type": f"{tower}_vision_model"},
         text_config=LANGUAGE | {"model_type": "llama"},
         image_token_index=310,
         image_grid_pinpoints=PINPOINTS,
+        vision_feature_select_strategy=strategy,
     )
     peer = redraw(LlavaNextForConditionalGeneration(config)).eval()
     peer.save_pretrained(tmp_path)
@@ -361,7 +366,8 @@ def test_a_siglip_folder_that_tells_nothing_of_pixels_gets_siglips(tmp_path, tol
     for name in ("whole", "tower"):
         if told is not None:
             (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(told))
-        assert isthmus.load(tmp_path / name).processor.image == ImageTransform.siglip(32)
+        image = isthmus.load(tmp_path / name).processor.image
+        assert image == replace(ImageTransform.siglip(32), deep="clip")
 
 
 def test_pictures_that_are_not_normalised_stay_so(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "i
 V, LATENTS = 40, 5
 
 
-def pair(interval: int, *, qk_norm: bool, gate: str) -> tuple[IdeficsForVisionText2Text, Flamingo]:
+def pair(interval: int, *, qk_norm: bool, gate: str, **more: Any) -> tuple[IdeficsForVisionText2Text, Flamingo]:
     config = IdeficsConfig(
         vocab_size=V,
         additional_vocab_size=2,
@@ -41,6 +42,7 @@ def pair(interval: int, *, qk_norm: bool, gate: str) -> tuple[IdeficsForVisionTe
         alpha_type="vector" if gate == "vector" else "float",
         alpha_initializer="ones",
         use_resampler=True,
+        **more,
         vision_config={
             "embed_dim": 24,
             "image_size": 16,
@@ -128,6 +130,50 @@ def test_logits_equal(interval: int, qk_norm: bool, gate: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     with ours.language.blind():
         assert (ours.language.logits(ours.embed_prompt(batch)) - found).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"hidden_act": "gelu"},
+        {"hidden_act": "gelu_pytorch_tanh"},
+        {"hidden_act": "relu"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    ],
+)
+@torch.no_grad()
+def test_activation_and_positions_are_the_configurations_there_and_back(more, tmp_path):
+    theirs, _ = pair(1, qk_norm=True, gate="scalar", **more)
+    theirs.save_pretrained(tmp_path)
+    config, state = read_idefics_folder(tmp_path)
+    ours = Flamingo(config).eval()
+    ours.load_state_dict(state)
+    again = IdeficsForVisionText2Text(IdeficsConfig(**idefics_config_to_hf(config))).eval()
+    again.load_state_dict(idefics_to_hf(ours.state_dict(), config), strict=False)
+    ids = torch.tensor([[3, V + 1, 5, 6, 7, 8, 9]])
+    pixels, look = torch.randn(1, 1, 3, 16, 16), (ids == V + 1).cumsum(1)[..., None]
+    batch = Batch(
+        ids=("a",),
+        sources=("",),
+        text={"lm": Tokens(ids=ids, lengths=torch.tensor([7]))},
+        visuals=(Visuals(index=torch.arange(1), pixels=pixels),),
+        owner=torch.tensor([0]),
+        keys=("a",),
+    )
+    expected = their_logits(theirs, ids, look, pixel_values=pixels)
+    torch.testing.assert_close(ours.logits(batch), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(their_logits(again, ids, look, pixel_values=pixels), expected, atol=1e-4, rtol=1e-4)
+    plain = IdeficsConfig(**{**idefics_config_to_hf(config), "hidden_act": "silu", "rope_parameters": None})
+    again = IdeficsForVisionText2Text(plain).eval()
+    again.load_state_dict(theirs.state_dict(), strict=False)
+    assert (their_logits(again, ids, look, pixel_values=pixels) - expected).abs().max() > 1e-2
+
+
+def test_an_activation_that_is_not_here_is_refused():
+    values = IdeficsConfig(use_resampler=True, additional_vocab_size=2, hidden_act="tanh").to_dict()
+    with pytest.raises(CheckpointError, match="hidden_act 'tanh' is unknown here"):
+        idefics_config_from_hf(values)
 
 
 def test_a_saved_folder_reads_prompts_and_pictures_as_the_librarys_processor(tmp_path):

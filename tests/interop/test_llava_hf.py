@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+)
 
 from isthmus.checkpoint import write_folder
 from isthmus.errors import CheckpointError
@@ -18,6 +25,7 @@ from isthmus.interop.hf_llava import (
     read_llava_folder,
 )
 from isthmus.language import Decoding
+from isthmus.load_report import accounting
 from isthmus.models.llava import Llava
 from tests.models.tiny_llava import LANGUAGE, ROWS, Row, V, batch, redraw, tiny
 
@@ -85,6 +93,69 @@ def test_logits_and_greedy_tokens_equal_transformers(changes: dict[str, Any], tm
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
         found = theirs.generate(**inputs, max_new_tokens=16, **NEVER)[0, inputs["input_ids"].shape[1] :]
         assert answer == found.tolist()
+
+
+_SMALL = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GPT = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+OTHERS: dict[str, dict[str, Any]] = {
+    "granite": {**_SMALL, "logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    "cohere": {**_SMALL, "logit_scale": 0.25},
+    "cohere2": {**_SMALL, "head_dim": 8},
+    "gemma2": {**_SMALL, "num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0},
+    "gpt_neox": {**_SMALL, "use_parallel_residual": False},
+    "phi": _SMALL,
+    "opt": {
+        "vocab_size": V,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+    "gpt2": _GPT,
+    "gptj": {**_GPT, "rotary_dim": 8},
+}
+"""Language models that scale or cap their logits, name their body otherwise, or have a bias in the head."""
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@torch.no_grad()
+def test_any_language_model_answers_as_the_class_that_saved_it(kind: str, tmp_path: Path) -> None:
+    """Their LLaVA puts a bare head on the language model's body; and what we write they read."""
+    text = AutoConfig.for_model(kind, **OTHERS[kind], tie_word_embeddings=False)
+    theirs = hf_model(text_config=text)
+    theirs.save_pretrained(tmp_path / "theirs")
+    net = ours(tmp_path / "theirs")
+    assert net.language.plain_head()
+    config = llava_config_to_hf(net.config, image_token_id=IMAGE)
+    files = {"config.json": config, "model.safetensors": llava_to_hf(net.state_dict(), net.config)}
+    write_folder(tmp_path / "ours", files)
+    again, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.get(k) for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    state = again.state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in theirs.state_dict().items())
+    row = ROWS["two"]
+    inputs, own = hf_inputs(row), batch([row])
+    expected = theirs(**inputs).logits
+    assert expected.abs().max() > 2
+    logits = net.language.logits(net.embed_prompt(own))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(again.eval()(**inputs).logits, expected, atol=1e-4, rtol=0)
+    beams = net.generate(own, Decoding(max_new_tokens=8, num_beams=3, forbidden_ids=(IMAGE,)))
+    found = theirs.generate(**inputs, max_new_tokens=8, num_beams=3, **NEVER)
+    assert beams == [found[0, inputs["input_ids"].shape[1] :].tolist()]
+
+
+def test_what_is_not_applied_and_what_is_renamed_is_told(tmp_path: Path) -> None:
+    text = AutoConfig.for_model("granite", **OTHERS["granite"], tie_word_embeddings=False)
+    hf_model(text_config=text).save_pretrained(tmp_path)
+    with accounting() as account:
+        ours(tmp_path)
+    scaled, named = account.report().notes
+    assert scaled.startswith("text_config.logits_scaling 8 is not applied")
+    assert "names of transformers 4.52 or later" in named
+    assert named in str(account.report())
+    assert named in account.report().to_dict()["notes"]
 
 
 @torch.no_grad()
@@ -199,7 +270,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     for change, match in (
         ({"projector_hidden_act": "relu"}, "only 'gelu'"),
         ({"model_type": "llava_onevision"}, "is not"),
-        ({"model_type": "llava_next", "vision_feature_select_strategy": "full"}, "keeps a token that has no place"),
+        ({"model_type": "llava_next", "vision_feature_select_strategy": "full"}, "keeps the class token"),
         ({"mm_vision_tower": "x"}, "original repository"),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "no class token to drop"),
     ):

@@ -48,6 +48,8 @@ def run(
     console.print(f"{done.folder}: {to}, {len(done.files)} files, {total / 1e6:,.1f} MB", highlight=False)
     for loss in done.losses:
         console.print(f"left out: {loss}", highlight=False, markup=False)
+    for note in (*(model.report.notes if model.report else ()), *done.notes):
+        console.print(f"note: {note}", highlight=False, markup=False)
     if json_file is not None:
         json_file.write_text(json.dumps(done.to_dict(), indent=2) + "\n", encoding="utf-8")
 

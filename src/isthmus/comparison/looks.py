@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isthmus.comparison.curves import overlay, png
-from isthmus.data.images import open_image
 from isthmus.data.record import Record, without_answer
 from isthmus.errors import CapabilityError
 from isthmus.model import Model
@@ -29,6 +28,6 @@ def looks(model: Model, records: Sequence[Record], decoding: Mapping[str, Any]) 
     shown: dict[str, bytes] = {}
     for record, attention in zip(seeing, found, strict=True):
         if attention.tokens:
-            picture = transform.fit(open_image(record.images[0].source))
+            picture = transform.fit(transform.opened(record.images[0]))
             shown[record.id] = png(overlay(picture, attention.maps[0].mean((0, 1))[0]).quantize(_COLOURS))
     return shown

@@ -12,7 +12,7 @@ import torch
 from PIL import Image as PilImage
 from torch import Tensor
 
-from isthmus.data.images import ImageTransform, open_image
+from isthmus.data.images import ImageTransform
 from isthmus.data.mix import key
 from isthmus.data.record import Example, Image, Video
 from isthmus.errors import ConfigError
@@ -50,7 +50,7 @@ class Augment:
         """What ``transform`` makes of the augmented picture, or of every frame of a clip."""
         if isinstance(visual, Video):
             return torch.stack([transform(self.picture(frame, draw)) for frame in visual.source.read()])
-        return transform(self.picture(open_image(visual.source), draw))
+        return transform(self.picture(transform.opened(visual), draw))
 
     def picture(self, picture: PilImage.Image, draw: int) -> PilImage.Image:
         share, across, down, mirrored = (key(draw, word) / _UNITS for word in ("share", "across", "down", "mirrored"))

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -45,12 +45,13 @@ _ORIENTATIONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageLimits:
-    """What is refused before decoding: encoded bytes, pixels, side length in pixels, long side over short side."""
+    """What is refused before decoding: encoded bytes, pixels, side length in pixels, and if wanted long side over short
+    side. A shape that would be too large once resized is refused by :class:`ImageTransform`."""
 
     file_bytes: int = 10 * 1024 * 1024
     pixels: int = 50_000_000
     side: int = 16_384
-    aspect: float = 200.0
+    aspect: float = math.inf
 
     def check_bytes(self, count: int, where: str) -> None:
         """Raises DataError when the encoded file is empty or too large."""
@@ -177,20 +178,29 @@ def as_image(picture: AnyImage) -> Image:
     raise DataError(f"not a picture: {type(picture).__name__}; give a path, encoded bytes or a PIL image")
 
 
-def open_image(source: ImageSource, limits: ImageLimits | None = None) -> PilImage.Image:
+def open_image(source: ImageSource, limits: ImageLimits | None = None, *, deep: "Deep" = "scale") -> PilImage.Image:
     """The picture as 8-bit RGB: first frame, EXIF-rotated, transparency composited on white.
+
+    Numbers of more than 8 bits are scaled (``deep`` "scale": grey of 16 bits keeps its high byte, floats are refused,
+    for their white is unknown) or cut off at 255 as transformers and Pillow do ("clip").
 
     Raises DataError, always naming the picture, when it is missing, not of an allowed format, outside ``limits``
     or damaged. Pillow's own messages are never passed on: they may hold memory addresses.
     """
     with _opened(source, limits or ImageLimits()) as image:
-        if image.mode == "F":
+        if image.mode == "F" and deep == "scale":
             raise DataError(
                 f"a picture of floats: {source.describe()} has no range that is known to be white; scale it to 8 bits"
             )
         orientation = _orientation(image)
         image.load()
-        return _to_rgb(image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image)
+        upright = image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image
+        try:
+            return _to_rgb(upright, deep)
+        except ValueError:  # Pillow has no way from this mode to RGB
+            raise DataError(
+                f"a picture of mode {image.mode}: {source.describe()} cannot be made RGB; convert it first"
+            ) from None
 
 
 def image_size(source: ImageSource, limits: ImageLimits | None = None) -> tuple[int, int]:
@@ -242,12 +252,13 @@ def _orientation(image: PilImage.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _to_rgb(image: PilImage.Image) -> PilImage.Image:
-    """8-bit RGB on white. 16-bit grey keeps its high byte, as Pillow does for 16-bit colour."""
-    if image.mode.startswith("I"):
-        deep = np.asarray(image).astype(np.int64)
-        return PilImage.fromarray((deep.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
+def _to_rgb(image: PilImage.Image, deep: "Deep") -> PilImage.Image:
+    """8-bit RGB on white. Scaled, 16-bit grey keeps its high byte, as Pillow does for 16-bit colour; clipped, all goes
+    as in transformers, where colour premultiplied by alpha (RGBa) is taken for opaque."""
+    if deep == "scale" and image.mode.startswith("I"):
+        numbers = np.asarray(image).astype(np.int64)
+        return PilImage.fromarray((numbers.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data and (deep == "scale" or image.mode != "RGBa"):
         coloured = image.convert("RGBA")
         white = PilImage.new("RGBA", coloured.size, (255, 255, 255, 255))
         return PilImage.alpha_composite(white, coloured).convert("RGB")
@@ -255,6 +266,10 @@ def _to_rgb(image: PilImage.Image) -> PilImage.Image:
 
 
 Mode = Literal["square", "pad", "squash", "aspect", "anyres"]
+Crop = Literal["floor", "round"]
+Deep = Literal["scale", "clip"]
+MOST_RESIZED = 100_000_000
+"""Pixels of a picture between resizing and cropping: a thin strip whose short side is made the model's size grows."""
 _MODES = ("square", "pad", "squash", "aspect", "anyres")
 _RESAMPLING = {
     "bicubic": PilImage.Resampling.BICUBIC,
@@ -273,7 +288,9 @@ class ImageTransform:
     side to ``size``, the other in proportion, rounded to whole patches of ``patch`` pixels, so (3, h, w) with any h, w.
     ``anyres``: views of ``size``, (1 + tiles, 3, size, size): the whole squashed, then the tiles of the canvas among
     ``pinpoints`` (height, width) that suits the picture, fitted into its middle on black (LLaVA 1.6).
-    ``mean`` and ``std`` are of pixels in 0..1. Raises ConfigError for values that make no sense.
+    ``mean`` and ``std`` are of pixels in 0..1. ``crop``: where the centre begins when (long - size) / 2 is no whole
+    number: ``floor`` (transformers, LLaVA) or the nearest even, ``round`` (OpenAI's CLIP, open_clip). ``deep``: what
+    becomes of more than 8 bits, see :func:`open_image`. Raises ConfigError for values that make no sense.
     """
 
     size: int
@@ -283,8 +300,15 @@ class ImageTransform:
     resample: str = "bicubic"
     patch: int = 1
     pinpoints: tuple[tuple[int, int], ...] = ()
+    crop: Crop = "floor"
+    deep: Deep = "scale"
 
     def __post_init__(self) -> None:
+        for name, known in (("crop", get_args(Crop)), ("deep", get_args(Deep))):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"image transform: unknown {name} {getattr(self, name)!r}; {nearest(getattr(self, name), known)}"
+                )
         if (self.mode == "anyres") != bool(self.pinpoints):
             raise ConfigError("image transform: pinpoints, the canvases of a picture's tiles, belong to mode anyres")
         check_pinpoints(self.pinpoints, self.size)
@@ -326,10 +350,15 @@ class ImageTransform:
             if self.mode == "anyres":
                 raise DataError("a clip is not cut into tiles: this model's image mode anyres reads single pictures")
             return torch.stack([self(frame) for frame in picture.source.read()])
-        image = picture if isinstance(picture, PilImage.Image) else open_image(as_image(picture).source)
+        image = picture if isinstance(picture, PilImage.Image) else self.opened(picture)
         if self.mode == "anyres":
             return torch.stack([self._normalised(view) for view in self.views(image)])
-        return self._normalised(self.fit(image))
+        where = "the picture" if isinstance(picture, PilImage.Image) else as_image(picture).source.describe()
+        return self._normalised(self.fit(image, where))
+
+    def opened(self, picture: AnyImage) -> PilImage.Image:
+        """As :func:`open_image`, with this transform's way with more than 8 bits."""
+        return open_image(as_image(picture).source, deep=self.deep)
 
     def _normalised(self, image: PilImage.Image) -> Tensor:
         levels = np.asarray(image)
@@ -347,8 +376,11 @@ class ImageTransform:
         whole = image.resize((self.size, self.size), filter_)
         return [whole, *(sheet.crop((x, y, x + self.size, y + self.size)) for x, y in corners)]
 
-    def fit(self, image: PilImage.Image) -> PilImage.Image:
-        """The size x size picture the model sees (``aspect``: of any shape; not for ``anyres``), unnormalised."""
+    def fit(self, image: PilImage.Image, where: str = "the picture") -> PilImage.Image:
+        """The size x size picture the model sees (``aspect``: of any shape; not for ``anyres``), unnormalised.
+
+        Raises DataError, naming ``where``, for a strip too thin to be resized before its middle is cut out.
+        """
         if self.mode == "aspect":
             target = self._whole_patches(*image.size)
             return image if target == image.size else image.resize(target, _RESAMPLING[self.resample])
@@ -361,12 +393,22 @@ class ImageTransform:
             target = (self.size, int(self.size * height / width))
         else:
             target = (int(self.size * width / height), self.size)
+        if target[0] * target[1] > MOST_RESIZED:
+            raise DataError(
+                f"image too large: {where} is {width} x {height}; with its short side made {self.size} pixels it is "
+                f"{target[0]:,} x {target[1]:,}; the limit is {MOST_RESIZED:,} pixels; crop it, or use image mode "
+                "pad or squash"
+            )
         if target != image.size:
             image = image.resize(target, _RESAMPLING[self.resample])
         if target == (self.size, self.size):
             return image
-        left, top = (target[0] - self.size) // 2, (target[1] - self.size) // 2
+        left, top = (self._start(side) for side in target)
         return image.crop((left, top, left + self.size, top + self.size))
+
+    def _start(self, side: int) -> int:
+        """Where the centre begins along a side. Python rounds half to even, as in the code of OpenAI and open_clip."""
+        return round((side - self.size) / 2) if self.crop == "round" else (side - self.size) // 2
 
     def _whole_patches(self, width: int, height: int) -> tuple[int, int]:
         """Width and height with the long side at ``size`` and both sides whole patches, at least one."""
@@ -379,6 +421,9 @@ class ImageTransform:
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
         del values["pinpoints"]
+        for name in ("crop", "deep"):  # named only where they are others, so that older folders read the same
+            if values[name] == getattr(type(self), name):
+                del values[name]
         return values | ({"pinpoints": [list(canvas) for canvas in self.pinpoints]} if self.pinpoints else {})
 
     @classmethod

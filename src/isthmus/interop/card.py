@@ -35,6 +35,8 @@ def card(model: Source, export: Export, to: str, origin: Path | None) -> str:
         lines += ["", *(f"To {task}, it was asked: `{words}`" for task, words in model.prompts.items())]
     if export.losses:
         lines += ["", "Not in this format:", "", *(f"- {loss}" for loss in export.losses)]
+    if export.notes:
+        lines += ["", "Another in this format:", "", *(f"- {note}" for note in export.notes)]
     if origin is not None:
         lines += _training(origin) + _scores(origin)
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ only when that is asked for.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace as replace_
 from importlib import import_module
 from pathlib import Path
 
@@ -17,19 +18,23 @@ from isthmus.interop.export import Export, Source
 
 FORMATS = ("isthmus", "hf", "openai", "open_clip", "original", "lavis", "open_flamingo")
 
+_CROPS = {"hf": "floor", "original": "floor", "openai": "round", "open_clip": "round", "open_flamingo": "round"}
+"""Where the centre of a picture begins in each format's code; see :class:`isthmus.data.images.ImageTransform`."""
+
 SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """Where the model went, its files in bytes by name, and what was lost."""
+    """Where the model went, its files in bytes by name, what was lost, and what is another there."""
 
     folder: Path
     files: dict[str, int]
     losses: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        return {"folder": str(self.folder), "files": self.files, "losses": list(self.losses)}
+        return {"folder": str(self.folder), "files": self.files, "losses": list(self.losses), "notes": list(self.notes)}
 
 
 def write_model(
@@ -71,12 +76,27 @@ def write_model(
     module, _, name = writers[to].partition(":")
     writer: Callable[..., Export] = getattr(import_module(module), name)
     export = writer(model, shard_bytes=shard_bytes)
+    export = replace_(export, notes=(*export.notes, *_pixels(model, to)))
     if export.losses and not lossy:
         raise CheckpointError(
             f"The format {to} has no place for: {'; '.join(export.losses)}. Give --lossy to write the model without."
         )
     write_folder(folder, {**export.files, "README.md": card(model, export, to, place)}, replace=replace)
-    return Converted(folder, _sizes(folder), export.losses)
+    return Converted(folder, _sizes(folder), export.losses, export.notes)
+
+
+def _pixels(model: Source, to: str) -> tuple[str, ...]:
+    """How the format's code makes other pixels of some pictures than the model had."""
+    image, notes = getattr(model.processor, "image", None), []
+    if image is None:
+        return ()
+    if image.mode == "square" and _CROPS.get(to, image.crop) != image.crop:
+        notes.append(
+            "pictures are cut out of the middle by another rounding there: up to one pixel beside, at some sizes"
+        )
+    if image.deep != "clip":
+        notes.append("numbers of more than 8 bits in a picture are cut off at 255 there; here they are scaled")
+    return tuple(notes)
 
 
 def _recipe(origin: Path | None) -> dict[str, str]:

@@ -40,10 +40,12 @@ class Source(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
     """Files by name. ``losses``: the fields and tensors that the format has no place for and a reader can do without,
-    each with why; ``opens``: how the result is opened there, for the model card."""
+    each with why. ``notes``: what is another there and needs no leave, such as a rounding. ``opens``: how the result is
+    opened there, for the model card."""
 
     files: Mapping[str, Content]
     losses: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     opens: str = ""
 
 

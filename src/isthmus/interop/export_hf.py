@@ -17,7 +17,7 @@ from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.interop.export import Export, Source, common_dtype, must, shards
 from isthmus.interop.folders import asked_otherwise
-from isthmus.interop.hf_blip2 import config_to_hf, to_hf
+from isthmus.interop.hf_blip2 import TEMPERATURE, config_to_hf, to_hf
 from isthmus.interop.hf_clip import clip_config_to_hf, clip_to_hf
 from isthmus.interop.hf_files import (
     CHAT_TEMPLATE,
@@ -137,9 +137,8 @@ def llava_export(model: Source, *, shard_bytes: int) -> Export:
     net, processor = model.net, model.processor
     lm = net.language.lm
     kind = net.config.language["model_type"]
-    must(
-        lm.base_model_prefix == "model", "language.model_type", kind, f"{WHO}' LLaVA", "an LM with its body in `model`"
-    )
+    bias = getattr(lm.get_output_embeddings(), "bias", None)
+    must(bias is None or not bias.any(), "language.lm.lm_head.bias", "not zero", f"{WHO}' LLaVA", "a head without bias")
     must(net.language.plain_head(), "language.model_type", kind, f"{WHO}' LLaVA", "an LM with a plain output head")
     must(not processor.around, "processor.around", processor.around, f"{WHO}' LLaVA", "nothing")
     state, language, tokenizer, token = with_image_token(net, processor.tokenizer)
@@ -234,9 +233,19 @@ def blip2_export(model: Source, *, shard_bytes: int) -> Export:
             f"{config.vision.eps:g}; answers differ in the last digits"
         )
     if config.phase == "represent":
-        losses += ["heads.temperature: only training reads it", "heads.lm_*: captions without a language model"]
+        losses += _unread(model.net)
         return _retrieval(model, tuple(losses), shard_bytes)
     return _prompted(model, (*losses, *asked_otherwise(model.net, model.processor)), shard_bytes)
+
+
+def _unread(net: Any) -> list[str]:
+    """What the retrieval class has no place for. A folder of that class has neither, and goes back as it came."""
+    losses = []
+    if net.heads.temperature.item() != TEMPERATURE:
+        losses.append("heads.temperature: only training reads it")
+    if "itg" in net.config.objectives:
+        losses.append("heads.lm_*: captions without a language model")
+    return losses
 
 
 def _retrieval(model: Source, losses: tuple[str, ...], shard_bytes: int) -> Export:

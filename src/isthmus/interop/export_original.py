@@ -172,7 +172,7 @@ def _clip_tokenizer(tokenizer: Any, config: ClipConfig) -> dict[str, Content]:
 
 def _published_transform(image: ImageTransform, own: ImageTransform) -> tuple[str, ...]:
     """The image transform is part of their code: say it where ours is another."""
-    same = image == own
+    same = replace(image, crop=own.crop, deep=own.deep) == own  # of these two every writer takes note
     return () if same else (f"processor.image {image.to_dict()}: their code has its own, {own.to_dict()}",)
 
 

@@ -119,6 +119,11 @@ def _llava(folder: Path, words: Path) -> Opened:
     config, state, image_token = read_llava_folder(folder)
     net = Llava(config)  # not from the meta device: ties and computed buffers (rotary frequencies) would be lost
     load_into(net, state, where=folder)
+    if not net.language.plain_head():
+        raise CheckpointError(
+            f"{folder}: its language model, {config.language['model_type']}, does more to its logits than a linear "
+            "head, and transformers' LLaVA puts a bare head on its body; the answers would be others."
+        )
     siglip = not config.vision.class_token
     transform = image_transform(folder, config.vision.image_size, config.pinpoints, siglip=siglip)
     tokenizer = open_tokenizer(words)
@@ -295,7 +300,7 @@ def image_transform(
             found = content.get("image_processor", content)
             break
     tiled: dict[str, Any] = {"mode": "anyres", "pinpoints": tuple(pinpoints)} if pinpoints else {}
-    base = ImageTransform.siglip(size) if siglip else ImageTransform.clip(size)
+    base = replace(ImageTransform.siglip(size) if siglip else ImageTransform.clip(size), deep="clip")
     if not found:
         return replace(base, **tiled)
     theirs = tuple((int(h), int(w)) for h, w in found.get("image_grid_pinpoints") or pinpoints)
@@ -320,4 +325,5 @@ def image_transform(
         mean=tuple(found.get("image_mean", base.mean)),
         std=tuple(found.get("image_std", base.std)),
         resample=_resample(found.get("resample"), folder),
+        deep="clip",
     )

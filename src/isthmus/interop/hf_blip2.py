@@ -18,10 +18,14 @@ from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
 from isthmus.interop.export import must
+from isthmus.interop.hf_language import seq2seq_ties
 from isthmus.language import known_fields
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.vit import VisionConfig
+
+TEMPERATURE = float(torch.tensor(0.07))
+"""Where the paper's contrast begins."""
 
 _WHO = "transformers' BLIP-2"
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
@@ -249,7 +253,7 @@ def _retrieval(config: Blip2Config, state: dict[str, Tensor]) -> tuple[Blip2Conf
         absent = {n: t for n, t in Blip2(config).state_dict().items() if n == "heads.temperature" or ".lm_" in n}
     load_report.absent(absent, "transformers' retrieval class has none: the model is not trained on, nor does it write")
     filled = {name: torch.zeros(tensor.shape) for name, tensor in absent.items()}
-    return config, {**state, **filled, "heads.temperature": torch.tensor(0.07)}
+    return config, {**state, **filled, "heads.temperature": torch.tensor(TEMPERATURE)}
 
 
 def read_blip2_folder(folder: Path) -> tuple[Blip2Config, dict[str, Tensor]]:
@@ -265,12 +269,10 @@ def read_blip2_folder(folder: Path) -> tuple[Blip2Config, dict[str, Tensor]]:
     head, table = state.get("language.lm.lm_head.weight"), state.get("language.lm.shared.weight")
     if table is not None:
         assert config.language is not None
-        language: dict[str, Any] = {k: v for k, v in config.language.items() if k != "tie_word_embeddings"}
-        # Versions before 5 say untied by the one field, later ones, which tie all they make, by the other.
-        if False in (raw["text_config"].get(name) for name in ("scale_decoder_outputs", "tie_word_embeddings")):
-            language["tie_word_embeddings"] = False
-            state.setdefault("language.lm.lm_head.weight", table)
-        elif head is not None and not torch.equal(head, table):
+        text = raw["text_config"]
+        scaled = False not in (text.get("scale_decoder_outputs"), text.get("tie_word_embeddings"))
+        if scaled and head is not None and not torch.equal(head, table):
             raise CheckpointError(f"{folder}: its T5 has a head of its own, but its configuration ties and scales it.")
+        language = seq2seq_ties(config.language, text, head, table)
         config = Blip2Config.from_dict({**config.to_dict(), "language": language})
     return config, state

@@ -21,7 +21,13 @@ from isthmus.nn.vit import VisionConfig, VisionTransformer
 TOLERATED = ("embeddings.position_ids",)
 """Buffers of older files, recomputed by everybody."""
 
-_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+_ACTIVATIONS = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+}
 
 # What transformers fills in for a key that a config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -135,7 +141,7 @@ def vision_config_from_hf(config: Mapping[str, Any]) -> VisionConfig:
         "layers": values["num_hidden_layers"],
         "heads": values["num_attention_heads"],
         "mlp_width": values["intermediate_size"],
-        "activation": _activation(values["hidden_act"]),
+        "activation": activation_from_hf(values["hidden_act"]),
         "eps": values["layer_norm_eps"],
     }
     if values["num_channels"] != 3:
@@ -156,7 +162,7 @@ def vision_config_to_hf(config: VisionConfig) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "image_size": config.image_size,
         "patch_size": config.patch_size,
-        "hidden_act": _their_activation(config.activation),
+        "hidden_act": activation_to_hf(config.activation),
         "layer_norm_eps": config.eps,
     }
     return values if kind == "clip" else {**values, "vision_use_head": config.pool == "attention"}
@@ -180,7 +186,7 @@ def text_config_from_hf(config: Mapping[str, Any]) -> TextConfig:
         layers=values["num_hidden_layers"],
         heads=values["num_attention_heads"],
         mlp_width=values["intermediate_size"],
-        activation=_activation(values["hidden_act"]),
+        activation=activation_from_hf(values["hidden_act"]),
         eps=values["layer_norm_eps"],
         pool=pool,
         eot_id=eot,
@@ -199,7 +205,7 @@ def text_config_to_hf(config: TextConfig) -> dict[str, Any]:
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "max_position_embeddings": config.context,
-        "hidden_act": _their_activation(config.activation),
+        "hidden_act": activation_to_hf(config.activation),
         "layer_norm_eps": config.eps,
         "eos_token_id": _LEGACY_EOS if config.pool == "argmax" else config.eot_id,
         "pad_token_id": config.pad_id,
@@ -229,16 +235,18 @@ def _square(side: Any) -> int:
     return sides[0]
 
 
-def _activation(name: str) -> str:
+def activation_from_hf(name: str) -> str:
+    """Ours, by the name in ``hidden_act``. Raises CheckpointError for one that is not here."""
     if name not in _ACTIVATIONS:
         raise CheckpointError(f"hidden_act {name!r} is unknown here; {nearest(name, _ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
-def _their_activation(name: str) -> str:
+def activation_to_hf(name: str) -> str:
+    """The inverse."""
     names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if name not in names:
-        raise CheckpointError(f"transformers' CLIP has no activation {name!r}; it can hold {', '.join(names)}.")
+        raise CheckpointError(f"transformers has no activation {name!r}; it can hold {', '.join(names)}.")
     return names[name]
 
 

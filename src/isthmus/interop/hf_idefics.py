@@ -17,7 +17,13 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
 from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of, to_theirs
 from isthmus.interop.export import must
-from isthmus.interop.hf_clip import vision_config_from_hf, vision_config_to_hf, vision_from_hf, vision_to_hf
+from isthmus.interop.hf_clip import (
+    activation_from_hf,
+    vision_config_from_hf,
+    vision_config_to_hf,
+    vision_from_hf,
+    vision_to_hf,
+)
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
@@ -41,6 +47,9 @@ _VISION_DEFAULTS = {
     "layer_norm_eps": 1e-5,
 }
 """IdeficsVisionConfig's, where a folder leaves a field out; CLIP's are others."""
+
+_ROTARY = ("rope_parameters", "rope_theta", "rope_scaling")
+"""The positions' settings, in the library's spelling and in older ones; Llama's are the same."""
 
 _DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 _WHO = "IdeficsForVisionText2Text"
@@ -66,6 +75,7 @@ def idefics_config_from_hf(raw: Mapping[str, Any]) -> FlamingoConfig:
         "hidden_act": raw.get("hidden_act", "silu"),
         "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+        **{name: raw[name] for name in _ROTARY if raw.get(name) is not None},
     }
     return FlamingoConfig(
         vision=vision_config_from_hf(vision),
@@ -88,6 +98,7 @@ def idefics_config_from_hf(raw: Mapping[str, Any]) -> FlamingoConfig:
             eps=language["rms_norm_eps"],
             qk_norm=raw.get("qk_layer_norms", False),
             gate="vector" if raw.get("alpha_type", "float") == "vector" else "scalar",
+            activation=activation_from_hf(language["hidden_act"]),
         ),
         every=raw.get("cross_layer_interval", 1),
         class_token=True,
@@ -101,6 +112,10 @@ def idefics_config_to_hf(config: FlamingoConfig) -> dict[str, Any]:
     must(language["model_type"] == "llama", "language.model_type", language["model_type"], _WHO, "llama")
     heads = language.get("num_key_value_heads", sizes[1])
     must(heads == sizes[1], "language.num_key_value_heads", heads, _WHO, f"num_attention_heads = {sizes[1]}")
+    for name in ("attention_bias", "mlp_bias"):
+        must(not language.get(name), f"language.{name}", language.get(name), _WHO, "false")
+    if (head := language.get("head_dim")) is not None:
+        must(head * sizes[1] == sizes[0], "language.head_dim", head, _WHO, "hidden_size / num_attention_heads")
     for name, value, fixed in (("offset", config.offset, 0), ("media", config.media, "previous")):
         must(value == fixed, name, value, _WHO, repr(fixed))
     must(config.class_token, "class_token", config.class_token, _WHO, "true")
@@ -110,7 +125,8 @@ def idefics_config_to_hf(config: FlamingoConfig) -> dict[str, Any]:
     new, first = config.new_ids, language["vocab_size"]
     must(new == tuple(range(first, first + len(new))), "end_id", config.end_id, _WHO, "vocab_size, the others behind")
     eps = language.get("rms_norm_eps", 1e-6)
-    own = GatedConfig.idefics(*sizes, eps=eps, qk_norm=config.xattn.qk_norm, gate=config.xattn.gate)  # type: ignore[arg-type]
+    act = activation_from_hf(language.get("hidden_act", "silu"))
+    own = GatedConfig.idefics(*sizes, eps=eps, qk_norm=config.xattn.qk_norm, gate=config.xattn.gate, activation=act)  # type: ignore[arg-type]
     must(config.xattn == own, "xattn", config.xattn, _WHO, repr(own))
     for name, value, fixed in (
         ("activation", resampler.activation, "relu"),
@@ -129,6 +145,7 @@ def idefics_config_to_hf(config: FlamingoConfig) -> dict[str, Any]:
         "hidden_act": language.get("hidden_act", "silu"),
         "rms_norm_eps": eps,
         "tie_word_embeddings": language.get("tie_word_embeddings", False),
+        **{name: language[name] for name in _ROTARY if language.get(name) is not None},
         "additional_vocab_size": len(new),
         "cross_layer_interval": config.every,
         "qk_layer_norms": config.xattn.qk_norm,

@@ -47,22 +47,26 @@ def read_seq2seq_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Ten
     raw = read_json(folder / "config.json")
     if raw.get("model_type") not in T5_LIKE:
         raise ConfigError(f"{folder} is a {raw.get('model_type')} model; an encoder-decoder is one of {T5_LIKE}.")
-    config = known_fields(raw)
     stored = read_state(folder)
-    head, table = stored.get("lm_head.weight"), stored.get("shared.weight")
-    if head is not None and table is not None and not torch.equal(head, table):
-        config["tie_word_embeddings"] = False
-    elif raw.get("tie_word_embeddings") is False or raw.get("scale_decoder_outputs") is False:
-        config["tie_word_embeddings"] = False
-        if head is None and table is not None:
-            stored["lm_head.weight"] = table
-    else:
-        config.pop("tie_word_embeddings", None)
+    config = seq2seq_ties(known_fields(raw), raw, stored.get("lm_head.weight"), stored.get("shared.weight"))
     if "dense_act_fn" in raw:
         config["dense_act_fn"] = raw["dense_act_fn"]
     with torch.device("meta"):
         lm = Seq2SeqLM.build(config).lm
     return config, match_keys(lm, stored, where=str(folder))
+
+
+def seq2seq_ties(
+    config: Mapping[str, Any], raw: Mapping[str, Any], head: Tensor | None, table: Tensor | None
+) -> dict[str, Any]:
+    """``config`` with what a T5's files tell of its head: a table of its own where one is stored, else the embedding's,
+    its input scaled or not. Versions of the library before 5 say "not scaled" by ``tie_word_embeddings``, later ones,
+    which tie all that they make, by a field of its own."""
+    unscaled = False in (raw.get("scale_decoder_outputs"), raw.get("tie_word_embeddings"))
+    rest = {k: v for k, v in config.items() if k not in ("tie_word_embeddings", "scale_decoder_outputs")}
+    if head is not None and table is not None and (unscaled or not torch.equal(head, table)):
+        return {**rest, "tie_word_embeddings": False}
+    return {**rest, "scale_decoder_outputs": False} if unscaled else rest
 
 
 def match_keys(lm: Any, stored: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:

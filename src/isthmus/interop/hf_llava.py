@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isthmus import load_report
 from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
@@ -22,7 +23,7 @@ from isthmus.interop.hf_clip import (
     vision_to_hf,
 )
 from isthmus.interop.hf_language import match_keys
-from isthmus.language import LanguageModel, known_fields
+from isthmus.language import LanguageModel, known_fields, library_config
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors import build_connector
 from isthmus.nn.tiles import PINPOINTS
@@ -40,6 +41,17 @@ _CLIP_L_336 = {
 
 
 _NEWLINE = "image_newline"
+
+_HEAD_BIAS = "lm_head.bias"
+_BARE = {
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "lm_head_multiplier": 1.0,
+    "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+}
+"""What language models do to their logits, and the value that leaves them alone: the class of transformers puts a bare
+head of its own on the language model's body, whatever that model's own class does."""
 
 
 # Configurations.
@@ -67,10 +79,10 @@ def llava_config_from_hf(config: Mapping[str, Any]) -> LlavaConfig:
         )
     pinpoints: tuple[tuple[int, int], ...] = ()
     if config["model_type"] == "llava_next":
-        if strategy != "default":
+        if strategy != "default" and vision.class_token:
             raise CheckpointError(
-                f"config.json: vision_feature_select_strategy {strategy!r} of a LLaVA-NeXT keeps a token that has no "
-                "place among its tiles; only 'default' is supported."
+                f"config.json: vision_feature_select_strategy {strategy!r} of a LLaVA-NeXT keeps the class token, "
+                "which has no place among its tiles; with this vision encoder only 'default' is supported."
             )
         pinpoints = tuple((int(h), int(w)) for h, w in config.get("image_grid_pinpoints") or PINPOINTS)
     layer = config.get("vision_feature_layer", -2)
@@ -78,11 +90,23 @@ def llava_config_from_hf(config: Mapping[str, Any]) -> LlavaConfig:
     text = known_fields({"model_type": "llama", **(config.get("text_config") or {})})
     return LlavaConfig(
         vision=vision,
-        language={**text, "tie_word_embeddings": tied},
+        language=_bare({**text, "tie_word_embeddings": tied}),
         feature_layer=layer if isinstance(layer, int) else tuple(layer),
         feature_select="cls_patch" if strategy == "full" and vision.class_token else "patch",
         pinpoints=pinpoints,
     )
+
+
+def _bare(language: dict[str, Any]) -> dict[str, Any]:
+    """The language model with its logits as the head has them, told where that is not its own class's way."""
+    values = library_config(language)
+    own = {name: getattr(values, name, None) for name in _BARE}
+    changed = {name: _BARE[name] for name, value in own.items() if value not in (None, _BARE[name])}
+    for name, value in changed.items():
+        load_report.noted(
+            f"text_config.{name} {own[name]:g} is not applied: transformers' LLaVA has a bare head; here it is {value}"
+        )
+    return {**language, **changed}
 
 
 def llava_config_to_hf(config: LlavaConfig, *, image_token_id: int) -> dict[str, Any]:
@@ -142,7 +166,7 @@ def llava_from_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str,
         "connector": from_theirs(
             _projector(), parts["multi_modal_projector"], shapes_of(connector), "the two-layer projector"
         ),
-        "language.lm": match_keys(language.lm, parts["language_model"], where="language_model"),
+        "language.lm": match_keys(language.lm, _language(parts["language_model"], language.lm), where="language_model"),
     }
     named = {f"{part}.{name}": tensor for part, tensors in ours.items() for name, tensor in tensors.items()}
     return named | newline
@@ -158,11 +182,33 @@ def llava_to_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str, T
     projector = to_theirs(_projector(), part_of(state, "connector."))
     theirs |= {f"multi_modal_projector.{name}": tensor for name, tensor in projector.items()}
     theirs |= {name: tensor for name, tensor in state.items() if name == _NEWLINE}
+    with torch.device("meta"):
+        body = f"{LanguageModel.build(config.language).lm.base_model_prefix}."
     return theirs | {
-        f"language_model.{name}": tensor
+        f"language_model.{'model.' * name.startswith(body)}{name.removeprefix(body)}": tensor
         for name, tensor in part_of(state, "language.lm.").items()
-        if not (tied and name == "lm_head.weight")
+        if not (tied and name == "lm_head.weight") and name != _HEAD_BIAS
     }
+
+
+def _language(stored: dict[str, Tensor], lm: Any) -> dict[str, Tensor]:
+    """Under names that :func:`match_keys` knows: the body is ``model.`` in these files, whatever its own calls it, and
+    the head has no bias."""
+    body = lm.base_model_prefix
+    named = {
+        f"{body}.{name.removeprefix('model.')}" if name.startswith("model.") else name: t for name, t in stored.items()
+    }
+    bias = dict(lm.named_parameters()).get(_HEAD_BIAS)
+    if bias is not None and _HEAD_BIAS not in named:
+        load_report.absent([f"language.lm.{_HEAD_BIAS}"], "transformers' LLaVA has a head without bias: zeros")
+        named[_HEAD_BIAS] = torch.zeros(bias.shape)
+    return named
+
+
+def _as_written(stored: Mapping[str, Tensor]) -> bool:
+    """Whether the names are those that :func:`llava_to_hf` writes."""
+    head = ("language_model.", "vision_tower.vision_model.", "multi_modal_projector.", _NEWLINE)
+    return all(name.startswith(head) for name in stored)
 
 
 def _projector() -> list[Entry]:
@@ -179,5 +225,11 @@ def read_llava_folder(path: str | Path) -> tuple[LlavaConfig, dict[str, Tensor],
     """
     values = read_json(Path(path) / "config.json")
     config = llava_config_from_hf(values)
+    stored = read_state(path)
+    if not _as_written(stored):
+        load_report.noted(
+            "its tensors have names of transformers 4.52 or later; a folder written from it has those of older files "
+            "(language_model.model.…, vision_tower.vision_model.…), which all versions and other engines read"
+        )
     token = values.get("image_token_index", values.get("image_token_id", 32000))
-    return config, llava_from_hf(read_state(path), config), token
+    return config, llava_from_hf(stored, config), token

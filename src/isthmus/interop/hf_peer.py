@@ -124,7 +124,7 @@ class Peer:
         """All that the folder's own image processor makes of them. Raises CapabilityError when it has none."""
         if self.images is None:
             raise CapabilityError(f"This {self.kind} model has no image processor: it reads only text.")
-        opened = [open_image(as_image(p).source) for p in pictures]
+        opened = [open_image(as_image(p).source, deep="clip") for p in pictures]
         return dict(self.images(images=opened, return_tensors="pt"))
 
     def provenance(self, records: Iterable[Record], decoding: Mapping[str, Any]) -> dict[str, Any]:

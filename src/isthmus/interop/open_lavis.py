@@ -72,7 +72,7 @@ def open_lavis(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     ours = {**(language[1] if language else {}), **encoder.state, **from_lavis(state, expected, kind or "opt")}
     net = Blip2(config)
     load_into(net, ours, where=path)
-    image = replace(ImageTransform.clip(config.vision.image_size), mode="squash")
+    image = replace(ImageTransform.clip(config.vision.image_size), mode="squash", deep="clip")
     if language is None:
         return net, PairProcessor(load_wordpiece(_beside(path, "", given)), image), ()
     words = load_wordpiece(_beside(path, "qformer_tokenizer", given)) if config.instruct else None

@@ -113,6 +113,8 @@ def open_clip_folder(folder: Path, values: Mapping[str, Any], given: Given) -> O
         mean=tuple(picture.get("mean", base.mean)),
         std=tuple(picture.get("std", base.std)),
         resample=picture.get("interpolation", "bicubic"),
+        crop="round",
+        deep="clip",
     )
     return net, ContrastiveProcessor(tokenizer, image=image, context=config.text.context), ()
 
@@ -148,7 +150,7 @@ def _openai(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
         raise CheckpointError(f"{path}: {error}") from None
     net = Clip(config)
     load_into(net, clip_from_openai(weights, config), where=path)
-    image = ImageTransform.clip(config.vision.image_size)
+    image = replace(ImageTransform.clip(config.vision.image_size), crop="round", deep="clip")
     tokenizer = _clip_tokenizer(path, config, given, own=True)
     return net, ContrastiveProcessor(tokenizer, image=image, context=config.text.context), ()
 
@@ -196,9 +198,9 @@ def _open_flamingo(path: Path, state: dict[str, Tensor], given: Given) -> Opened
             load_report.absent(["language.new_rows.output"], why)
             tensors["language.new_rows.output"] = mean.repeat(len(NEW_TOKENS), 1)
     load_into(net, tensors, where=path)
-    processor = InterleaveProcessor(
-        tokenizer, encoder.image, template="open_flamingo", max_length=net.language.context or 2048
-    )
+    # Whatever form the encoder has here, their code reads pictures by open_clip's transform.
+    image = replace(encoder.image, crop="round", deep="clip")
+    processor = InterleaveProcessor(tokenizer, image, template="open_flamingo", max_length=net.language.context or 2048)
     return net, processor, ()
 
 
@@ -235,7 +237,7 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
         config.vision.image_size, "pad" if values.get("image_aspect_ratio") == "pad" else "square"
     )
     tiled: dict[str, Any] = {"mode": "anyres", "pinpoints": config.pinpoints} if config.pinpoints else {}
-    image = replace(base, **tiled)
+    image = replace(base, deep="clip", **tiled)
     found = Path(given.tokenizer or (given.language if partial else folder) or folder)
     tokenizer = open_tokenizer(found)
     processor = SpliceProcessor(

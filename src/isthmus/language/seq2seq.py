@@ -32,7 +32,8 @@ class Seq2SeqLM(LibraryLM):
     """A T5-like LM.
 
     ``tie_word_embeddings: false`` in the configuration gives the head its own table, as FlanT5's checkpoints have
-    it; the library by itself ties it always and reads the flag as "do not scale the decoder's output".
+    it; the library by itself ties it always and reads the flag as "do not scale the decoder's output". That alone is
+    ``scale_decoder_outputs: false``.
     """
 
     writable = True
@@ -42,9 +43,10 @@ class Seq2SeqLM(LibraryLM):
     def build(cls, config: Mapping[str, Any]) -> "Seq2SeqLM":
         """A freshly initialised LM from ``{"model_type": "t5", ...}``. Raises ConfigError as LanguageModel does."""
         # The activation stands in T5's files though it is no field of its configuration class.
-        own = {name: value for name, value in config.items() if name not in ("dense_act_fn", "tie_word_embeddings")}
+        beside = ("dense_act_fn", "tie_word_embeddings", "scale_decoder_outputs")
+        own = {name: value for name, value in config.items() if name not in beside}
         kind = type(library_config(own, T5_LIKE))
-        more = {name: config[name] for name in ("dense_act_fn", "tie_word_embeddings") if name in config}
+        more = {name: config[name] for name in beside if name in config}
         settings = kind(**{name: value for name, value in own.items() if name != "model_type"}, **more)
         lm = AutoModelForSeq2SeqLM.from_config(settings, dtype=torch.float32)
         lm.tie_weights()

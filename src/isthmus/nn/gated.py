@@ -64,12 +64,13 @@ class GatedConfig:
         eps: float = 1e-6,
         qk_norm: bool = True,
         gate: Literal["scalar", "vector"] = "scalar",
+        activation: str = "silu",
     ) -> "GatedConfig":
-        """The language model's own heads and MLP width, RMSNorm and SwiGLU."""
+        """The language model's own heads, MLP width and activation (SwiGLU's, unless another is named), RMSNorm."""
         return cls(
             heads=heads,
             head_width=width // heads,
-            activation="silu",
+            activation=activation,
             mlp="gated",
             mlp_width=mlp_width,
             norm="rms",

@@ -30,12 +30,11 @@ def turned(pinpoints: Sequence[Size]) -> tuple[Size, ...]:
 
 
 def check_pinpoints(pinpoints: Sequence[Size], tile: int) -> None:
-    """Raises ConfigError for a canvas that is no whole number of tiles of ``tile`` pixels, or only one of them."""
+    """Raises ConfigError for a canvas that is no whole number of tiles of ``tile`` pixels."""
     for height, width in pinpoints:
-        if height < 1 or width < 1 or height % tile or width % tile or height * width == tile * tile:
+        if height < 1 or width < 1 or height % tile or width % tile:
             raise ConfigError(
-                f"pinpoints: a canvas of {height} x {width} pixels is not cut into whole tiles of {tile} x {tile}, at "
-                "least two of them."
+                f"pinpoints: a canvas of {height} x {width} pixels is not cut into whole tiles of {tile} x {tile}."
             )
 
 
