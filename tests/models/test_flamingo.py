@@ -50,6 +50,19 @@ def test_openflamingo_sizes_exactly(name, block, blocks, xattn, trained):
     )
 
 
+def test_the_papers_stage():
+    """2204.14198, appendix B.1: 5,000 of 500,000 steps warm up, then a constant 1e-4; no decay of the resampler."""
+    (entry,) = STAGES["flamingo"]
+    stage = entry["stage"]
+    assert (stage.steps, stage.warmup, stage.decay, stage.clip_norm) == (500_000, 5_000, "constant", 1.0)
+    assert {g.pattern: (g.lr, g.weight_decay) for g in stage.train} == {
+        "connector.*": (1e-4, 0.0),
+        "xattn.*": (1e-4, 0.1),
+        "language.new_rows.*": (1e-4, 0.1),
+    }
+    assert entry["image_mode"] == "aspect"
+
+
 def test_the_published_recipe_flips_and_leaves_the_new_rows_as_the_released_4b_did():
     (spec,) = read_recipe("open-flamingo-4b", to_show=True).stages
     assert spec.augment == Augment(flip=True)

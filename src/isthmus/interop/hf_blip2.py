@@ -18,7 +18,7 @@ from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
 from isthmus.interop.export import must
-from isthmus.interop.hf_language import seq2seq_ties
+from isthmus.interop.hf_language import RENAMED, seq2seq_ties
 from isthmus.language import known_fields
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
@@ -159,6 +159,8 @@ def to_hf(state: Mapping[str, Tensor], config: Blip2Config) -> dict[str, Tensor]
         rest |= {ours: theirs for theirs, ours in _REST.items() if theirs.startswith("qformer.embeddings.")}
     layer = {ours: theirs for theirs, ours in _LAYER.items()}
     block = {ours: theirs for theirs, ours in _BLOCK.items()}
+    renamed = {own: theirs for theirs, own in _renamed(config)}
+    state = {renamed.get(name, name): tensor for name, tensor in state.items()}
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name == "heads.temperature" or name.startswith("heads.lm_"):
@@ -180,6 +182,13 @@ def to_hf(state: Mapping[str, Tensor], config: Blip2Config) -> dict[str, Tensor]
             single = name in ("vision.class_token", "vision.positions")
             found[_theirs(name, rest, name)] = tensor.reshape(1, -1, tensor.shape[-1]) if single else tensor
     return found
+
+
+def _renamed(config: Blip2Config) -> list[tuple[str, str]]:
+    """Tensors of the language model that files call otherwise than its class, both with our prefix."""
+    if (config.language or {}).get("model_type") != "gpt_neox":
+        return []
+    return [(f"language.lm.{theirs}", f"language.lm.{own}") for theirs, own in RENAMED.items()]
 
 
 def _theirs(tail: str, table: Mapping[str, str], name: str) -> str:
@@ -264,6 +273,9 @@ def read_blip2_folder(folder: Path) -> tuple[Blip2Config, dict[str, Tensor]]:
     raw = read_json(folder / "config.json")
     stored = read_state(folder)
     config, state = config_from_hf(raw), from_hf(stored, str(folder))
+    for theirs, own in _renamed(config):
+        if theirs in state:
+            state[own] = state.pop(theirs)
     if "heads.itm.weight" in state:
         return _retrieval(config, state)
     head, table = state.get("language.lm.lm_head.weight"), state.get("language.lm.shared.weight")

@@ -75,3 +75,15 @@ def vector(found: Any) -> Tensor:
     """What a tower's class projects, or where it has no projection what it pools."""
     names = ("image_embeds", "text_embeds", "pooler_output")
     return next(found[name] for name in names if name in found)[0].float()
+
+
+def before_norm(tower: Any, pixels: Tensor) -> Tensor:
+    """(P, D) what the last block of a tower's class hands to its norm for one picture; its output is normed."""
+    seen: list[Tensor] = []
+    norm = next(module for name, module in tower.named_modules() if name.endswith("post_layernorm"))
+    hook = norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        tower(pixel_values=pixels)
+    finally:
+        hook.remove()
+    return seen[0][0]

@@ -50,7 +50,10 @@ class ImageEncoderSystem(System):
         return list(net.embed_images(pixels).float())
 
     def peer_outputs(self, model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
-        return peers.vector(peer(pixel_values=peers.pixels_of(example)))
+        pixels = peers.pixels_of(example)
+        if model.net.config.vision.pool == "none":
+            return peers.before_norm(peer, pixels).flatten().float()
+        return peers.vector(peer(pixel_values=pixels))
 
 
 class TextEncoderSystem(System):

@@ -1,0 +1,1 @@
+"""A differential fuzz: folders of transformers drawn at random, asked here and there."""
