@@ -1,5 +1,6 @@
 """The program: fast start, helpful errors, and each command on a miniature story."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -292,3 +293,24 @@ def test_captions_and_conversations_of_a_trained_model(monkeypatch, capsys, stor
     assert manifest["decoding"] == {**manifest["decoding"], "max_new_tokens": 4, "temperature": 0.0}
     assert len((tmp_path / "e/conversation/outputs.jsonl").read_text().splitlines()) == 6
     assert "follow_ups" in json.loads((tmp_path / "f.json").read_text())["conversation"]
+
+
+def test_benchmarks_over_groups_of_questions(story, tmp_path, monkeypatch, capsys):
+    """MME's points and MMBench's circular score, from the official files to the table."""
+    folder = tmp_path / "MME/existence"
+    folder.mkdir(parents=True)
+    for name, colour in (("1", "red"), ("2", "blue")):
+        PilImage.new("RGB", (64, 64), colour).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text("is there a cube?\tYes\nis there a ring?\tNo\n")
+    (tmp_path / "mme.yaml").write_text(f"{{kind: mme, folder: {tmp_path / 'MME'}}}")
+    cells = [base64.b64encode((folder / f"{name}.png").read_bytes()).decode() for name in "12"]
+    rows = [f"{n}\twhat?\tred\tblue\t{'AB'[n]}\t{cell}" for n, cell in enumerate(cells)]
+    (tmp_path / "table.tsv").write_text("\n".join(["index\tquestion\tA\tB\tanswer\timage", *rows]))
+    (tmp_path / "mmbench.yaml").write_text(f"{{kind: mmbench, file: {tmp_path / 'table.tsv'}}}")
+    for task, words in (("mme", "perception"), ("mmbench", "circular")):
+        options = ["--set", "task.decoding={max_new_tokens: 2}", "--out", tmp_path / task]
+        code, said, wrong = run(
+            monkeypatch, capsys, "eval", story / "llava", "--task", task, "--data", tmp_path / f"{task}.yaml", *options
+        )
+        assert (code, words in said, wrong) == (0, True, "")
+        assert words in json.loads((tmp_path / task / task / "scores.json").read_text())

@@ -9,6 +9,7 @@ from isthmus.data.images import open_image
 from isthmus.data.record import Image, Text
 from isthmus.data.sources import SOURCES, open_mix, open_source
 from isthmus.data.sources.annotations import READERS
+from isthmus.data.sources.benchmarks import BENCHMARKS
 from isthmus.data.sources.files import Root, safe_name
 from isthmus.errors import ConfigError, DataError
 from tests.data.helpers import png, write_tar
@@ -439,7 +440,17 @@ def test_unknown_words_name_the_nearest(tmp_path):
     write(tmp_path / "empty.json", "[]")
     with pytest.raises(DataError, match="holds no sample"):
         open_source({"kind": "jsonl", "file": "empty.json"}, data_root=tmp_path)
-    assert set(SOURCES) == {"llava", "webdataset", "coco", "csv", "folder", "jsonl", "pope-objects", *READERS}
+    assert set(SOURCES) == {
+        "llava",
+        "webdataset",
+        "coco",
+        "csv",
+        "folder",
+        "jsonl",
+        "pope-objects",
+        *READERS,
+        *BENCHMARKS,
+    }
 
 
 def test_braces_and_globs(tmp_path):

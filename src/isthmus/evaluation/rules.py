@@ -2,6 +2,7 @@
 
 from isthmus.errors import ConfigError, nearest
 from isthmus.evaluation import vqa_accuracy
+from isthmus.evaluation.benchmark_rules import A_OKVQA, ANLS, MMMU
 from isthmus.evaluation.binary import YES_NO
 from isthmus.evaluation.choice import CHOICE, SCIENCEQA
 from isthmus.evaluation.vqa import EXACT, Facts, Rule
@@ -26,11 +27,15 @@ RULES: dict[str, Rule] = {
         YES_NO,
         CHOICE,
         SCIENCEQA,
+        A_OKVQA,
+        ANLS,
+        MMMU,
     )
 }
 """``exact`` (light normalisation), ``vqa`` (official VQA v2 accuracy), ``ok-vqa`` (the same on stemmed answers),
 ``gqa`` (equal strings, case and a last full stop aside), ``yes-no`` (also true and false), ``choice`` (the
-choice that is named), ``scienceqa`` (letters in the published forms alone)."""
+choice that is named), ``scienceqa`` (letters in the published forms alone); of one benchmark each: ``a-okvqa``,
+``anls``, ``mmmu``."""
 
 
 def rule(name: str) -> Rule:

@@ -16,6 +16,7 @@ from isthmus.evaluation import (
     binary,
     caption_task,
     choice,
+    grouped,
     matching,
     rerank,
     retrieval,
@@ -109,6 +110,16 @@ SCORERS: dict[str, Scorer] = {
     "conversation": Scorer(
         version=1,
         score=lambda rows, m: answer_tasks.score_conversation(rows, rule=_rule(m), seed=_seed(m)),
+        outcomes=lambda rows, m: _points(_rule(m), rows),
+    ),
+    "mme": Scorer(
+        version=1,
+        score=lambda rows, m: grouped.score_mme(rows, seed=_seed(m)),
+        outcomes=lambda rows, m: _points(_rule(m), rows),
+    ),
+    "circular": Scorer(
+        version=1,
+        score=lambda rows, m: grouped.score_circular(rows, seed=_seed(m)),
         outcomes=lambda rows, m: _points(_rule(m), rows),
     ),
     "caption": Scorer(

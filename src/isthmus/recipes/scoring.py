@@ -13,6 +13,7 @@ from isthmus.evaluation import zero_shot
 from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, LikelihoodTask
 from isthmus.evaluation.caption_task import CaptionTask, typical_caption
 from isthmus.evaluation.few_shot import FewShotTask
+from isthmus.evaluation.grouped import CircularTask, MmeTask
 from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
 from isthmus.evaluation.protocols import Answers
 from isthmus.evaluation.rerank import RerankTask
@@ -76,7 +77,10 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quaran
 _BY_SIMILARITY = ("retrieval", "zero-shot", "matching")
 """Tasks that rank by the similarity a CLIP was trained with."""
 
-_QUESTIONS = ("vqa", "vqav2", "ok-vqa", "gqa", "scienceqa", "choice", "pope", "nlvr")
+_QUESTIONS = (
+    *("vqa", "vqav2", "ok-vqa", "gqa", "scienceqa", "choice", "pope", "nlvr"),
+    *("a-okvqa", "a-okvqa-direct", "docvqa", "mmbench", "mme", "mmmu", "seed-bench", "vsr"),
+)
 
 SHOWABLE = (*_QUESTIONS, "caption")
 """Tasks whose questions, or pictures to caption, may stand behind examples."""
@@ -164,6 +168,14 @@ TASKS: dict[str, Callable[[EvalSpec, Any, Any, int, dict[str, Any]], Task]] = {
     "scienceqa": _answers(VqaTask, rule="choice", mixed=True),
     "choice": _answers(VqaTask, rule="choice"),
     "choice-likelihood": _answers(LikelihoodTask),
+    "a-okvqa": _answers(VqaTask, rule="choice"),
+    "a-okvqa-direct": _answers(VqaTask, rule="a-okvqa"),
+    "docvqa": _answers(VqaTask, rule="anls"),
+    "mmbench": _answers(CircularTask),
+    "mme": _answers(MmeTask),
+    "mmmu": _answers(VqaTask, rule="mmmu", mixed=True),
+    "seed-bench": _answers(VqaTask, rule="choice"),
+    "vsr": _answers(BinaryTask),
     "pope": _answers(BinaryTask),
     "nlvr": _answers(BinaryTask),
     "conversation": _answers(ConversationTask),

@@ -58,12 +58,13 @@ def _retrieval_table(name: str, facts: dict[str, Any]) -> Table:
     return out
 
 
-_BESIDES = ("precision", "recall", "f1", "yes_ratio", "f1_over_kinds", "majority", "consistency")
+_BESIDES = ("precision", "recall", "f1", "yes_ratio", "f1_over_kinds", "majority", "consistency", "circular")
 
 
 def _besides(facts: dict[str, Any]) -> str:
     """What a task tells beside accuracy and gain, in one line; nothing where there is nothing to tell."""
     told = [f"{name} {_percent(facts[name])}" for name in _BESIDES if name in facts]
+    told += [f"{name} {facts[name]:.1f} points" for name in ("perception", "cognition") if name in facts]
     told += [f"{facts[name]} {name}" for name in ("empty", "unparsable") if facts.get(name)]
     later = facts.get("follow_ups", {})
     if "alone" in later:

@@ -19,6 +19,7 @@ from typing import Any, get_type_hints
 from isthmus.config import fit
 from isthmus.data.mix import Mix, Source
 from isthmus.data.sources.annotations import READERS
+from isthmus.data.sources.benchmarks import BENCHMARKS
 from isthmus.data.sources.documents import DocumentSource, JsonPages
 from isthmus.data.sources.files import (
     DELIMITERS,
@@ -215,6 +216,7 @@ SOURCES: dict[str, Callable[..., Rows]] = {
     "folder": _folder,
     "webdataset": _webdataset,
     **READERS,
+    **BENCHMARKS,
     "pope-objects": pope_objects,
 }
 

@@ -7,35 +7,13 @@ Each reader knows the fields of its files, so they need no ``fields`` map; the o
 belong together) is checked when the source is opened; a single bad sample is met, and quarantined, when it is read.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from isthmus.data.sources.files import NamedImages, Names, Root, named_images, once, read_json, read_rows
+from isthmus.data.sources.files import Names, Root, named_images, once, read_json, read_rows
+from isthmus.data.sources.items import LazyRows, each_once, field_of, filled_name, listed_under, one_of
 from isthmus.data.sources.rows import Form, Row, Rows
 from isthmus.errors import ConfigError, DataError, nearest
-
-
-class LazyRows:
-    """Rows made from items when they are asked for; the item itself is checked then.
-
-    ``told``: what else ``make`` looks into, of which, as of the items, a fingerprint must see every change.
-    """
-
-    def __init__(
-        self, items: Sequence[Any], make: Callable[[Any], Row], images: NamedImages, told: Iterable[Any] = ()
-    ) -> None:
-        self.items, self.make, self.images, self.told = items, make, images, told
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def listing(self) -> Iterator[Any]:
-        yield from self.items
-        yield from self.told
-        yield from self.images.listing()
-
-    def __getitem__(self, index: int) -> Row:
-        return self.make(self.items[index])
 
 
 def vqav2(
@@ -55,11 +33,11 @@ def vqav2(
     what scoring reads. ``image_name`` makes the file's name from the image's ``{id}`` and the file's ``{split}``.
     ``by``: the kind of question is its ``answer_type`` or its ``question_type``.
     """
-    _choice("by", by, ("answer_type", "question_type"))
+    one_of("by", by, ("answer_type", "question_type"))
     asked, told = read_json(root.path(questions)), read_json(root.path(annotations))
-    items, answers = _listed(asked, "questions", questions), _listed(told, "annotations", annotations)
-    found = {str(q["question_id"]): q for q in _once(items, "question_id", questions)}
-    for a in _once(answers, "question_id", annotations):
+    items, answers = listed_under(asked, "questions", questions), listed_under(told, "annotations", annotations)
+    found = {str(q["question_id"]): q for q in each_once(items, "question_id", questions)}
+    for a in each_once(answers, "question_id", annotations):
         if str(a["question_id"]) not in found:
             raise DataError(
                 f"{annotations}: question {a['question_id']} is not in {questions}; are the two of one split?"
@@ -76,14 +54,14 @@ def vqav2(
         question, sample = found[number], f"question {number}"
         ten = _ten(sample, annotation)
         values = {
-            "question": _field(sample, question, "question"),
+            "question": field_of(sample, question, "question"),
             "answer": annotation.get("multiple_choice_answer") or max(ten, key=ten.count),
             "kind": annotation.get(by),
         }
-        image = _field(sample, question, "image_id", str | int)
+        image = field_of(sample, question, "image_id", str | int)
         if not str(image).isdecimal():
             raise DataError(f"bad field: {sample}: 'image_id' should be a number and is {image!r}")
-        name = _named(image_name, id=int(image), split=split)
+        name = filled_name(image_name, id=int(image), split=split)
         return Row(f"vqa/{number}", values, (pictures.find(name),), key=number, meta={"answers": tuple(ten)})
 
     return LazyRows(answers, make, pictures, told=found.values())
@@ -103,7 +81,7 @@ def vizwiz(root: Root, form: Form, *, file: str, image_folder: str | None = None
         sample = f"question about {item['image']}"
         ten = _ten(sample, item)
         kind = item.get("answer_type") or ("unanswerable" if item.get("answerable") == 0 else None)
-        values = {"question": _field(sample, item, "question"), "answer": max(ten, key=ten.count), "kind": kind}
+        values = {"question": field_of(sample, item, "question"), "answer": max(ten, key=ten.count), "kind": kind}
         name = str(item["image"])
         return Row(f"vizwiz/{name}", values, (pictures.find(name),), key=name, meta={"answers": tuple(ten)})
 
@@ -121,15 +99,15 @@ def textvqa(
 ) -> Rows:
     """TextVQA: an object whose ``data`` lists question, question_id, image_id and ten answers as texts. OCR tokens are
     not read: the question is asked as it is."""
-    items = _once(_listed(read_json(root.path(file)), "data", file), "question_id", file)
+    items = each_once(listed_under(read_json(root.path(file)), "data", file), "question_id", file)
     pictures = named_images(root, image_folder, images, beside=root.path(file))
 
     def make(item: Mapping[str, Any]) -> Row:
         number = str(item["question_id"])
         sample = f"question {number}"
         ten = _ten(sample, item, bare=True)
-        name = _named(image_name, id=_field(sample, item, "image_id", str | int))
-        values = {"question": _field(sample, item, "question"), "answer": max(ten, key=ten.count)}
+        name = filled_name(image_name, id=field_of(sample, item, "image_id", str | int))
+        values = {"question": field_of(sample, item, "question"), "answer": max(ten, key=ten.count)}
         return Row(f"textvqa/{number}", values, (pictures.find(name),), key=number, meta={"answers": tuple(ten)})
 
     return LazyRows(items, make, pictures)
@@ -137,8 +115,8 @@ def textvqa(
 
 def _ten(sample: str, item: Mapping[str, Any], *, bare: bool = False) -> list[str]:
     """The answers that people gave, as objects with an ``answer`` or ``bare``. Raises DataError for none."""
-    given = _field(sample, item, "answers", list)
-    ten = [str(a if bare else _field(sample, a, "answer", str | int | float)) for a in given]
+    given = field_of(sample, item, "answers", list)
+    ten = [str(a if bare else field_of(sample, a, "answer", str | int | float)) for a in given]
     if not ten:
         raise DataError(f"empty answer: {sample} has no answers; drop it")
     return ten
@@ -156,7 +134,7 @@ def gqa(
 ) -> Rows:
     """GQA: one object of questions by id. The kind is the question's ``structural``, ``semantic`` or ``detailed``
     type; the answer is the short one."""
-    _choice("by", by, ("structural", "semantic", "detailed"))
+    one_of("by", by, ("structural", "semantic", "detailed"))
     content = read_json(root.path(file))
     found = list(content.items()) if isinstance(content, dict) else []
     if not any(isinstance(q, dict) and "question" in q for _, q in found):
@@ -167,10 +145,10 @@ def gqa(
     def make(item: tuple[str, Any]) -> Row:
         name, q = item
         sample = f"question {name}"
-        asked = _field(sample, q, "question")
-        types = _field(sample, q, "types", dict) if q.get("types") else {}
+        asked = field_of(sample, q, "question")
+        types = field_of(sample, q, "types", dict) if q.get("types") else {}
         values = {"question": asked, "answer": q.get("answer"), "kind": types.get(by)}
-        image = _named(image_name, id=_field(sample, q, "imageId", str | int))
+        image = filled_name(image_name, id=field_of(sample, q, "imageId", str | int))
         return Row(f"gqa/{name}", values, (pictures.find(image),), key=name)
 
     return LazyRows(found, make, pictures)
@@ -202,9 +180,9 @@ def scienceqa(
     the problems with a picture (``image``) or without (``text``). ``by``: the kind of question is its ``subject``,
     ``grade`` or ``modality`` (image, text or none).
     """
-    _choice("format", format, FORMATS)
-    _choice("only", only, ("all", "image", "text"))
-    _choice("by", by, ("subject", "grade", "modality"))
+    one_of("format", format, FORMATS)
+    one_of("only", only, ("all", "image", "text"))
+    one_of("by", by, ("subject", "grade", "modality"))
     content, numbers = read_json(root.path(problems)), read_json(root.path(splits))
     if not isinstance(content, dict) or not all(isinstance(p, dict) for p in content.values()):
         raise DataError(f"{problems} is not a ScienceQA file: it needs an object of problems by their numbers")
@@ -226,10 +204,10 @@ def scienceqa(
     def make(number: str) -> Row:
         problem = content[number]
         for name, form in (("question", str), ("choices", list), ("answer", object)):
-            _field(f"problem {number}", problem, name, form)
+            field_of(f"problem {number}", problem, name, form)
         question, answer, letter = scienceqa_texts(problem, format)
         image = problem.get("image")
-        name = _named(image_name, split=problem.get("split", split), id=number, image=image)
+        name = filled_name(image_name, split=problem.get("split", split), id=number, image=image)
         modality = "image" if image else "text" if problem.get("hint") else "none"
         values = {
             "question": question,
@@ -286,7 +264,7 @@ def pope(root: Root, form: Form, *, file: Names, image_folder: str | None = None
     items: list[tuple[str, Mapping[str, Any]]] = []
     for path in root.files(file):
         rows = read_rows(path)
-        _once(rows, "question_id", str(path))
+        each_once(rows, "question_id", str(path))
         items += [(path.stem, row) for row in rows]
 
     pictures = named_images(root, image_folder, images, beside=root.files(file)[0])
@@ -297,9 +275,9 @@ def pope(root: Root, form: Form, *, file: Names, image_folder: str | None = None
         sample = f"question {number}"
         if row.get("label") not in ("yes", "no"):
             raise DataError(f"bad label: {sample}: POPE knows yes and no, not {row.get('label')!r}")
-        values = {"question": _field(sample, row, "text"), "answer": row["label"], "kind": stem.rsplit("_", 1)[-1]}
+        values = {"question": field_of(sample, row, "text"), "answer": row["label"], "kind": stem.rsplit("_", 1)[-1]}
         return Row(
-            f"{stem}/{number}", values, (pictures.find(str(_field(sample, row, "image", str | int))),), key=number
+            f"{stem}/{number}", values, (pictures.find(str(field_of(sample, row, "image", str | int))),), key=number
         )
 
     return LazyRows(items, make, pictures)
@@ -319,24 +297,24 @@ def karpathy(
 
     ``split``: train, val, test or restval, several joined by ``+``.
     """
-    content = _listed(read_json(root.path(file)), "images", file)
+    content = listed_under(read_json(root.path(file)), "images", file)
     wanted = split.split("+")
     known = sorted({str(i.get("split")) for i in content})
     for name in wanted:
         if name not in known:
             raise ConfigError(f"{file} has no split {name!r}; {nearest(name, known)}")
     chosen = [i for i in content if i.get("split") in wanted]
-    _once(chosen, "imgid" if "imgid" in chosen[0] else "filename", file)
+    each_once(chosen, "imgid" if "imgid" in chosen[0] else "filename", file)
 
     pictures = named_images(root, image_folder, images, beside=root.path(file))
 
     def make(item: Mapping[str, Any]) -> Row:
         sample = f"picture {item.get('imgid', item.get('filename'))}"
-        file_name = _field(sample, item, "filename")
-        folder = _field(sample, item, "filepath") if item.get("filepath") else ""
+        file_name = field_of(sample, item, "filename")
+        folder = field_of(sample, item, "filepath") if item.get("filepath") else ""
         name = "/".join(p for p in (folder, file_name) if p)
-        values = {"caption": [_field(sample, s, "raw") for s in _field(sample, item, "sentences", list)]}
-        return Row(f"karpathy/{file_name}", values, (pictures.find(_named(image_name, name=name)),), key=name)
+        values = {"caption": [field_of(sample, s, "raw") for s in field_of(sample, item, "sentences", list)]}
+        return Row(f"karpathy/{file_name}", values, (pictures.find(filled_name(image_name, name=name)),), key=name)
 
     return LazyRows(chosen, make, pictures)
 
@@ -352,7 +330,7 @@ def nlvr(
     if not 1 <= permutations <= 6:
         raise ConfigError(f"source of kind 'nlvr': permutations is 1 to 6, not {permutations}")
     path = root.path(file)
-    rows = _once(read_rows(path), "identifier", str(path))
+    rows = each_once(read_rows(path), "identifier", str(path))
     split = path.stem
 
     pictures = named_images(root, image_folder, images, beside=root.path(file))
@@ -366,7 +344,7 @@ def nlvr(
         stem = f"{split}-{row['identifier']}-{k}"
         folder = f"{row['directory']}/" if "directory" in row else ""
         picture = pictures.find_first((f"{folder}{stem}.png", f"{stem}.png"))
-        values = {"question": _field(sample, row, "sentence"), "answer": label}
+        values = {"question": field_of(sample, row, "sentence"), "answer": label}
         return Row(f"nlvr/{stem}", values, (picture,), key=stem, meta={"group": str(row["identifier"])})
 
     return LazyRows([(row, k) for row in rows for k in range(permutations)], make, pictures)
@@ -383,48 +361,3 @@ READERS: dict[str, Callable[..., Rows]] = {
     "karpathy": karpathy,
     "nlvr": nlvr,
 }
-
-
-def _listed(content: Any, key: str, file: str) -> list[Any]:
-    found = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(found, list) or not found or not all(isinstance(item, dict) for item in found):
-        raise DataError(f"{file} is not of the expected format: it needs a list {key!r} with entries")
-    return found
-
-
-def _once(items: Iterable[Mapping[str, Any]], key: str, file: str) -> list[Any]:
-    """The items, each id once. Raises DataError for a missing id or one that comes twice."""
-    found = list(items)
-    for number, item in enumerate(found):
-        if key not in item:
-            raise DataError(f"{file}: entry {number} has no {key!r}; is it a file of this format?")
-    once((item[key] for item in found), file, key)
-    return found
-
-
-def _field(sample: str, item: Any, name: str, form: Any = str) -> Any:
-    """A field of one sample. Raises DataError, which names both, where it is missing or has another form."""
-    if not isinstance(item, Mapping) or name not in item:
-        raise DataError(f"missing field: {sample} has no {name!r}")
-    if not isinstance(item[name], form):
-        raise DataError(
-            f"bad field: {sample}: {name!r} should not be {str(item[name])[:60]!r} ({type(item[name]).__name__})"
-        )
-    return item[name]
-
-
-def _choice(option: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"source: {option} {value!r} is unknown; {nearest(value, allowed)}")
-
-
-def _named(image_name: str, **known: Any) -> str:
-    """The option ``image_name`` filled in. Raises ConfigError when it names something else, or in another form."""
-    try:
-        return image_name.format(**known)
-    except (KeyError, IndexError, ValueError) as error:
-        places = ", ".join(f"{{{name}}}" for name in known)
-        raise ConfigError(
-            f"source: image_name {image_name!r} cannot be filled in ({error}); it may hold {places}, here "
-            f"{', '.join(repr(value) for value in known.values())}"
-        ) from None

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.data.mix import key, permutation
-from isthmus.data.sources.annotations import LazyRows
 from isthmus.data.sources.files import Names, Root, named_images, once, read_json, read_rows
+from isthmus.data.sources.items import LazyRows
 from isthmus.data.sources.rows import Form, Row, Rows
 from isthmus.errors import ConfigError, DataError, nearest
 

@@ -1,0 +1,76 @@
+"""What readers of official files share: rows made from items when they are asked for, and fields that are checked."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from isthmus.data.sources.files import NamedImages, once
+from isthmus.data.sources.rows import Row
+from isthmus.errors import ConfigError, DataError, nearest
+
+
+class LazyRows:
+    """Rows made from items when they are asked for; the item itself is checked then.
+
+    ``told``: what else ``make`` looks into, of which, as of the items, a fingerprint must see every change.
+    """
+
+    def __init__(
+        self, items: Sequence[Any], make: Callable[[Any], Row], images: NamedImages, told: Iterable[Any] = ()
+    ) -> None:
+        self.items, self.make, self.images, self.told = items, make, images, told
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def listing(self) -> Iterator[Any]:
+        yield from self.items
+        yield from self.told
+        yield from self.images.listing()
+
+    def __getitem__(self, index: int) -> Row:
+        return self.make(self.items[index])
+
+
+def listed_under(content: Any, key: str, file: str) -> list[Any]:
+    found = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(found, list) or not found or not all(isinstance(item, dict) for item in found):
+        raise DataError(f"{file} is not of the expected format: it needs a list {key!r} with entries")
+    return found
+
+
+def each_once(items: Iterable[Mapping[str, Any]], key: str, file: str) -> list[Any]:
+    """The items, each id once. Raises DataError for a missing id or one that comes twice."""
+    found = list(items)
+    for number, item in enumerate(found):
+        if key not in item:
+            raise DataError(f"{file}: entry {number} has no {key!r}; is it a file of this format?")
+    once((item[key] for item in found), file, key)
+    return found
+
+
+def field_of(sample: str, item: Any, name: str, form: Any = str) -> Any:
+    """A field of one sample. Raises DataError, which names both, where it is missing or has another form."""
+    if not isinstance(item, Mapping) or name not in item:
+        raise DataError(f"missing field: {sample} has no {name!r}")
+    if not isinstance(item[name], form):
+        raise DataError(
+            f"bad field: {sample}: {name!r} should not be {str(item[name])[:60]!r} ({type(item[name]).__name__})"
+        )
+    return item[name]
+
+
+def one_of(option: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"source: {option} {value!r} is unknown; {nearest(value, allowed)}")
+
+
+def filled_name(image_name: str, **known: Any) -> str:
+    """The option ``image_name`` filled in. Raises ConfigError when it names something else, or in another form."""
+    try:
+        return image_name.format(**known)
+    except (KeyError, IndexError, ValueError) as error:
+        places = ", ".join(f"{{{name}}}" for name in known)
+        raise ConfigError(
+            f"source: image_name {image_name!r} cannot be filled in ({error}); it may hold {places}, here "
+            f"{', '.join(repr(value) for value in known.values())}"
+        ) from None
