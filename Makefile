@@ -17,15 +17,15 @@ test-slow: $(READY)
 	$(BIN)/pytest -m slow $(ARGS)
 
 check: $(READY)
-	$(BIN)/ruff format --check src tests benchmarks tools
-	$(BIN)/ruff check src tests benchmarks tools
+	$(BIN)/ruff format --check src tests benchmarks tools examples
+	$(BIN)/ruff check src tests benchmarks tools examples
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/zensical build --strict --clean
 
 format: $(READY)
-	$(BIN)/ruff format src tests benchmarks tools
-	$(BIN)/ruff check --fix src tests benchmarks tools
+	$(BIN)/ruff format src tests benchmarks tools examples
+	$(BIN)/ruff check --fix src tests benchmarks tools examples
 
 docs: $(READY)
 	$(BIN)/zensical serve

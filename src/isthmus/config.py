@@ -4,8 +4,9 @@ Every configuration of the project is a frozen, keyword-only dataclass. :func:`s
 YAML gives (dicts, lists, numbers, strings), :func:`plain` turns one back.
 """
 
+import inspect
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -71,6 +72,38 @@ def fit(hint: Any, value: Any, where: str) -> Any:
             else _fit_tuple((arguments[0], ...), value, where)
         )
     return _fit_scalar(hint, value, where)
+
+
+def check_options(
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    where: str,
+    *,
+    given: Collection[str] | int = (),
+    also: Collection[str] = (),
+) -> None:
+    """Do the ``options`` of a description fit what a function or class takes by name?
+
+    ``given`` are parameters that the caller fills (names, or how many from the front), ``also`` names that are known
+    besides. Raises ConfigError for an unknown option (the nearest is named), one that is missing, or one of a wrong
+    type; parameters without an annotation take anything, and a function with ``**`` checks its own.
+    """
+    target = function.__init__ if isinstance(function, type) else function
+    every = inspect.signature(function).parameters
+    filled = list(every)[:given] if isinstance(given, int) else given
+    parameters = {n: p for n, p in every.items() if n not in filled and p.kind is not p.VAR_POSITIONAL}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for option in options:
+        if option not in parameters:
+            raise ConfigError(f"{where}: unknown option {option!r}; {nearest(str(option), (*parameters, *also))}")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise ConfigError(f"{where} needs the option {name!r}")
+    hints = get_type_hints(target)
+    for name, value in options.items():
+        if name in hints:
+            fit(hints[name], value, f"{where}: {name}")
 
 
 def _fit_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:

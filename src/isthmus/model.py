@@ -50,6 +50,7 @@ from isthmus.nn.precision import cast_weights
 from isthmus.streaming import pieces
 from isthmus.systems import SYSTEMS, system
 from isthmus.systems.base import System
+from isthmus.user_code import vetted
 from isthmus.version import __version__
 
 FORMAT = "isthmus-1"
@@ -433,12 +434,13 @@ def load(
     tokenizer: str | Path | None = None,
     activation: str | None = None,
     head_width: int | None = None,
+    code: str | Path | Sequence[str | Path] = (),
 ) -> Model:
     """Open a model: a run folder, a model folder of ours, or a checkpoint of another code base.
 
     Those of transformers (CLIP, SigLIP and their towers, LLaVA, BLIP-2, InstructBLIP, causal LMs), open_clip, OpenAI,
-    OpenFlamingo and the original LLaVA are told by their content, never by name. Loading is strict, runs no code and
-    verifies the manifest of our own folders. ``dtype`` casts the weights (:meth:`Model.cast`).
+    OpenFlamingo and the original LLaVA are told by their content, never by name. Loading is strict, runs no code
+    of a checkpoint's and verifies the manifest of our own folders. ``dtype`` casts the weights (:meth:`Model.cast`).
 
     Args:
         revision: branch, tag or commit of a hub id ``owner/name``, which is then fetched; nothing else is.
@@ -446,6 +448,8 @@ def load(
         tokenizer: a tokenizer's folder, or OpenAI's merge table, where a checkpoint comes without.
         activation: of a CLIP whose weights do not tell it, ``quick_gelu`` or ``gelu``.
         head_width: of a CLIP whose weights do not tell it and whose size is none that was published.
+        code: files with the user's own classes (a connector, a system), for a model whose own have moved or changed.
+            Others are imported only as they were when the model was trained, and never from the model's folder.
 
     Raises CheckpointError: nothing there, damaged, unknown format, a weight missing or left over, or one of the
     arguments missing or of no use.
@@ -464,12 +468,22 @@ def load(
             from isthmus.interop.foreign import open_foreign
             from isthmus.interop.given import Given
 
+            if code:
+                raise CheckpointError(f"{folder} names no class of yours and needs no code: leave it out.")
             net, processor, forbidden = open_foreign(folder, config, Given(open=load, **given))
             model = Model(net, processor, prompts=published_request(processor), forbidden=forbidden)
         else:
-            model = _own(folder, config)
+            model = _own(folder, vetted(config, _outermost(folder), [code] if isinstance(code, str | Path) else code))
         model.report = account.report()
     return (model if dtype is None else model.cast(dtype)).to(device)
+
+
+def _outermost(folder: Path) -> Path:
+    """The run folder that a model folder is in; else itself. What lies in there came with the model."""
+    for run in (folder.parent, *folder.parent.parents[1:2]):  # RUN/model and RUN/stages/NAME/model
+        if folder.name == "model" and (run / "run.json").is_file():
+            return run
+    return folder
 
 
 def _own(folder: Path, config: Mapping[str, Any]) -> Model:

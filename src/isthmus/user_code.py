@@ -21,8 +21,9 @@ from typing import Any
 
 from isthmus.errors import CheckpointError, ConfigError, nearest
 
-_FILE = re.compile(r"(?P<file>[^:#\n]+\.py):(?P<cls>[A-Za-z_]\w*)(?:#sha256=(?P<sha>[0-9a-f]{64}))?")
+_FILE = re.compile(r"(?P<file>[^:#{}\n]+\.py):(?P<cls>[A-Za-z_]\w*)(?:#sha256=(?P<sha>[0-9a-f]{64}))?")
 _SHORT = re.compile(r"(?P<file>[A-Za-z_]\w*):(?P<cls>[A-Za-z_]\w*)")
+_SHA = "__sha256__"
 _KEYS = ("model", "projector", "kind", "task")
 """Where a recipe names code; the short form, which other texts may look like, counts only there."""
 
@@ -115,6 +116,7 @@ def _imported(path: Path, sha: str, name: str) -> ModuleType:
         )
     module = ModuleType(_module_name(path, sha))
     module.__file__ = str(path)
+    vars(module)[_SHA] = sha
     sys.modules[module.__name__] = module  # before it runs: dataclasses look their module up
     try:
         exec(compile(content, str(path), "exec"), vars(module))
@@ -124,12 +126,20 @@ def _imported(path: Path, sha: str, name: str) -> ModuleType:
     return module
 
 
+def code_of(cls: type) -> str | None:
+    """``file.py:Class#sha256=…`` of a class that :func:`resolve` gave; None for any other."""
+    module = sys.modules.get(cls.__module__)
+    sha = vars(module).get(_SHA) if module is not None else None
+    return f"{Path(str(vars(module)['__file__'])).name}:{cls.__name__}#sha256={sha}" if module and sha else None
+
+
 def vetted(values: Any, folder: Path, code: Iterable[str | Path] = ()) -> Any:
     """What was read from a model's folder, fit to be resolved: names of code that the user gave in ``code`` (files)
-    lead to those, whatever they say now; the others must match their stored hash and lie outside ``folder``.
+    lead to those, whatever they say now; the others must be pinned and lie outside ``folder``, and :func:`resolve`
+    wants them unchanged.
 
-    Raises CheckpointError for a file inside the folder, or one that is not there or has changed, and ConfigError for a
-    file of ``code`` that is not there.
+    Raises CheckpointError for a file inside the folder or a name that is not pinned, ConfigError for a file of ``code``
+    that is not there.
     """
     files = {Path(file).stem: Path(file) for file in code}
     return _vetted(values, folder.resolve(), files, "")
@@ -146,10 +156,24 @@ def _vetted(values: Any, folder: Path, files: Mapping[str, Path], key: str) -> A
     if (file := files.get(Path(found["file"]).stem)) is not None:
         return pin(f"{file.absolute()}:{found['cls']}")
     path = Path(found["file"])
-    if path.suffix == ".py" and path.resolve().is_relative_to(folder):
+    if "sha" not in found.groupdict() or not found["sha"]:
+        raise CheckpointError(
+            f"{folder} names code, {values}, without saying what it was when the model was trained. If you know the "
+            "file, name it: --code FILE, or load(..., code=[FILE])."
+        )
+    if path.resolve().is_relative_to(folder):
         raise CheckpointError(
             f"{folder} names code that lies in the model's own folder, {path}: nothing is ever imported from there. "
             "Read the file, copy it elsewhere, and name it: --code FILE, or load(..., code=[FILE])."
         )
-    resolve(values)
     return values
+
+
+def placeless(tree: Any) -> Any:
+    """A tree with pinned names reduced to file, class and hash: what a run is compared by, wherever its code lies."""
+    if isinstance(tree, Mapping):
+        return {k: placeless(v) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [placeless(v) for v in tree]
+    found = _FILE.fullmatch(tree) if isinstance(tree, str) else None
+    return f"{label(tree)}#sha256={found['sha']}" if found and found["sha"] else tree

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from isthmus.data.fingerprint import SAMPLES, fingerprint
+from isthmus.data.mix import Source
 from isthmus.data.record import Record, Text
 from isthmus.data.sources import open_source
 
@@ -127,7 +128,7 @@ def test_annotations_and_pages_count_beyond_the_samples_looked_at(tmp_path, monk
 
 
 def test_any_source_has_one_and_scenes_have_their_parameters_in_it():
-    class Mine:
+    class Mine(Source):
         name = "mine"
 
         def __init__(self, words):

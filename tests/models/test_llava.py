@@ -1,5 +1,6 @@
 """LLaVA: exact sizes, one path for any number of pictures, gradients per stage, generation."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from isthmus.language import Decoding
 from isthmus.models.llava import STAGES, Llava, LlavaConfig
 from isthmus.nn.vit import VisionConfig
 from isthmus.stage import apply_stage, named_parameters
-from tests.models.tiny_llava import LANGUAGE, PATCHES, ROWS, VISION, V, batch, tiny
+from tests.models.tiny_llava import LANGUAGE, PATCHES, ROWS, SIZE, VISION, V, batch, tiny
 
 TOWER_224, TOWER_336, PROJECTOR = 303_179_776, 303_507_456, {"7b": 20_979_712, "13b": 31_467_520}
 
@@ -313,8 +314,36 @@ class Pooled(torch.nn.Module):
 def test_tokens_that_are_no_patches_have_no_map() -> None:
     net = tiny()
     net.connector = Pooled(24, 32)
-    with pytest.raises(CapabilityError, match="one token per patch"):
+    with pytest.raises(CapabilityError, match="derive it from"):
         net.attention(batch([ROWS["one"]], per_picture=1))
+
+
+CONNECTORS = (
+    ({"kind": "mlp", "depth": 1}, 16),
+    ({"kind": "resampler", "latents": 3, "layers": 1, "heads": 2, "head_width": 8}, 3),
+    ({"kind": "qformer", "queries": 5, "width": 16, "layers": 2, "heads": 2, "mlp_width": 32, "dropout": 0.0}, 5),
+    ({"kind": "pixel_shuffle", "factor": 2}, 4),
+    ({"kind": "average_pool", "factor": 2}, 4),
+    ({"kind": "attention_pool", "queries": 2, "heads": 4}, 2),
+)
+
+
+@pytest.mark.parametrize(("projector", "tokens"), CONNECTORS, ids=[p["kind"] for p, _ in CONNECTORS])
+def test_any_connector_stands_before_the_language_model(projector, tokens):
+    """Its tokens fit their places; rows alone = rows together; it learns; maps are told; the configuration survives."""
+    net = tiny(projector=projector)
+    assert net.num_tokens(SIZE, SIZE) == tokens
+    rows = batch([ROWS["one"], ROWS["two"], ROWS["none"]], per_picture=tokens)
+    alone = [net.score(batch([ROWS[name]], per_picture=tokens)) for name in ("one", "two", "none")]
+    torch.testing.assert_close(net.score(rows), torch.cat(alone), atol=1e-4, rtol=1e-4)
+    net.loss(rows)["lm"].total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.connector.parameters())
+    assert any(p.grad.abs().max() > 0 for p in net.connector.parameters())
+    ((found,),) = net.attention(batch([ROWS["one"]], per_picture=tokens))
+    torch.testing.assert_close(found[:, -1].sum((-1, -2)), torch.ones(2))
+    again = Llava.from_config(json.loads(json.dumps(net.config.to_dict())))
+    again.load_state_dict(net.state_dict())
+    torch.testing.assert_close(again.eval().score(rows), net.score(rows))
 
 
 def test_attention_maps_are_the_lms_own_attention_to_the_patches():

@@ -1,6 +1,7 @@
 """The commands and their options; each hands over to a module of its own."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,13 +19,42 @@ data_app = typer.Typer(help="Write scenes as files; instruction data; better cap
 app.add_typer(data_app, name="data")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the facts to this file as JSON.")]
-Vision = Annotated[str | None, typer.Option(help="The vision encoder's model, where a checkpoint holds none.")]
-Language = Annotated[str | None, typer.Option(help="The language model, where a checkpoint holds none.")]
-Vocabulary = Annotated[str | None, typer.Option(help="A tokenizer's folder, where a checkpoint comes without.")]
-Activation = Annotated[str | None, typer.Option(help="quick_gelu or gelu, where a CLIP's weights do not tell.")]
-HeadWidth = Annotated[int | None, typer.Option(help="Width of a CLIP's attention heads, where nothing tells it.")]
-Revision = Annotated[str | None, typer.Option(help="Of a hub id owner/name: main, a tag or a commit; it is fetched.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value changes, e.g. stages.align.steps=100.")]
+LOADING: dict[str, Any] = {
+    "vision": Annotated[str | None, typer.Option(help="The vision encoder's model, where a checkpoint holds none.")],
+    "language": Annotated[str | None, typer.Option(help="The language model, where a checkpoint holds none.")],
+    "tokenizer": Annotated[str | None, typer.Option(help="A tokenizer's folder, where a checkpoint comes without.")],
+    "activation": Annotated[str | None, typer.Option(help="quick_gelu or gelu, where a CLIP's weights do not tell.")],
+    "head_width": Annotated[
+        int | None, typer.Option(help="Width of a CLIP's attention heads, where nothing tells it.")
+    ],
+    "revision": Annotated[
+        str | None, typer.Option(help="Of a hub id owner/name: main, a tag or a commit; it is fetched.")
+    ],
+    "code": Annotated[
+        list[Path] | None, typer.Option(help="Your file with the model's own classes, where it has moved or changed.")
+    ],
+}
+"""The options of every command that opens a model: the further arguments of ``isthmus.load``, by their names there."""
+
+
+def opens_a_model(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of LOADING besides its own; it gets those that the user gave as ``given``."""
+
+    def call(**options: Any) -> None:
+        given = {name: value for name in LOADING if (value := options.pop(name)) not in (None, [])}
+        command(**options, given=given)
+
+    before = inspect.signature(command)
+    own = [p for p in before.parameters.values() if p.name != "given"]
+    more = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for n, a in LOADING.items()
+    ]
+    # Typer reads a command's options from its signature and its annotations.
+    call.__signature__ = before.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in (*own, *more)} | {"return": None}
+    call.__name__, call.__doc__ = command.__name__, command.__doc__
+    return call
 
 
 def _version(value: bool) -> None:
@@ -33,12 +63,6 @@ def _version(value: bool) -> None:
 
         typer.echo(f"isthmus {__version__}")
         raise typer.Exit
-
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the user gave, among a command's options, of the further arguments of ``isthmus.load``."""
-    names = ("vision", "language", "tokenizer", "activation", "head_width", "revision")
-    return {name: options[name] for name in names if options.get(name) is not None}
 
 
 @app.callback()
@@ -79,21 +103,17 @@ def train(
 
 
 @app.command()
+@opens_a_model
 def show(
     what: Annotated[str, typer.Argument(help="A recipe, a model folder or a checkpoint file.")],
     overrides: Overrides = None,
-    vision: Vision = None,
-    language: Language = None,
-    tokenizer: Vocabulary = None,
-    activation: Activation = None,
-    head_width: HeadWidth = None,
-    revision: Revision = None,
     json_file: Json = None,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Parts, exact parameter counts, what each stage trains, tokens per image, the compute rule, memory."""
     from isthmus.cli.show import run
 
-    given = _given(locals())
     run(what, overrides or [], json_file, given)
 
 
@@ -112,6 +132,7 @@ def check(
 
 
 @app.command(name="eval")
+@opens_a_model
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="A model, or hf:FOLDER to run transformers' own.")] = None,
     task: Annotated[
@@ -130,18 +151,13 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of shuffles and intervals.")] = 0,
     rescore: Annotated[Path | None, typer.Option(help="Score this folder's outputs again, without a model.")] = None,
     against: Annotated[Path | None, typer.Option(help="With --rescore: the folder to compare it with, paired.")] = None,
-    vision: Vision = None,
-    language: Language = None,
-    tokenizer: Vocabulary = None,
-    activation: Activation = None,
-    head_width: HeadWidth = None,
-    revision: Revision = None,
     json_file: Json = None,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Score a model: with intervals, raw outputs, and the best score without looking. No task: the recipe's own."""
     from isthmus.cli.evaluate import run, run_rescore
 
-    loaded = _given(locals())
     if rescore is not None or against is not None or model is None:
         asking = {
             "--task": task,
@@ -152,8 +168,8 @@ def evaluate(
             "--limit": limit,
             "--out": out,
         }
-        given = [*(name for name, value in asking.items() if value), *(f"--{n}".replace("_", "-") for n in loaded)]
-        run_rescore(rescore, against, model=model, options=option or [], given=given, seed=seed, json_file=json_file)
+        named = [*(name for name, value in asking.items() if value), *(f"--{n}".replace("_", "-") for n in given)]
+        run_rescore(rescore, against, model=model, options=option or [], given=named, seed=seed, json_file=json_file)
         return
     run(
         model,
@@ -168,7 +184,7 @@ def evaluate(
         out=out,
         seed=seed,
         json_file=json_file,
-        given=loaded,
+        given=given,
     )
 
 
@@ -255,6 +271,7 @@ def score(
 
 
 @app.command()
+@opens_a_model
 def chat(
     model: Annotated[str, typer.Argument(help="A model: anything `isthmus.load` opens.")],
     question: Annotated[str | None, typer.Argument(help="One question; without it a conversation starts.")] = None,
@@ -262,10 +279,8 @@ def chat(
     video: Annotated[list[Path] | None, typer.Option(help="A clip: a folder of frames or a video file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    vision: Vision = None,
-    language: Language = None,
-    tokenizer: Vocabulary = None,
-    revision: Revision = None,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """One answer about pictures, or a conversation."""
     from isthmus.cli.chat import run
@@ -277,11 +292,12 @@ def chat(
         videos=video or [],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        given=_given(locals()),
+        given=given,
     )
 
 
 @app.command()
+@opens_a_model
 def serve(
     models: Annotated[
         list[str] | None, typer.Argument(help="MODEL or NAME=MODEL ...; none: those that came with the package.")
@@ -295,17 +311,12 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, max=65536, help="Texts that may wait; beyond it clients get 429.")] = 64,
     deadline: Annotated[float, typer.Option(min=1, max=86400, help="Seconds that a request may take.")] = 120.0,
     log_requests: Annotated[bool, typer.Option(help="A line per request: address, route, status.")] = False,
-    vision: Vision = None,
-    language: Language = None,
-    tokenizer: Vocabulary = None,
-    activation: Activation = None,
-    head_width: HeadWidth = None,
-    revision: Revision = None,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Models behind an OpenAI-compatible API. The environment's ISTHMUS_API_KEY, where it is set, must be sent."""
     from isthmus.cli.serve import run
 
-    given = _given(locals())
     run(
         models or [],
         host=host,
@@ -318,6 +329,7 @@ def serve(
 
 
 @app.command()
+@opens_a_model
 def convert(
     source: Annotated[str, typer.Argument(help="A model: anything `isthmus.load` opens.")],
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -326,18 +338,13 @@ def convert(
     lossy: Annotated[bool, typer.Option(help="Leave out what the format has no place for.")] = False,
     shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 5GB.")] = "5GB",
     dtype: Annotated[str, typer.Option(help="stored (as the weights were), float32, bfloat16 or float16.")] = "stored",
-    vision: Vision = None,
-    language: Language = None,
-    tokenizer: Vocabulary = None,
-    activation: Activation = None,
-    head_width: HeadWidth = None,
-    revision: Revision = None,
     json_file: Json = None,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Write a model in another project's form; what that cannot hold is an error that names the field."""
     from isthmus.cli.convert import run
 
-    given = _given(locals())
     run(
         source,
         destination,
@@ -352,21 +359,17 @@ def convert(
 
 
 @app.command()
+@opens_a_model
 def verify(
     model: Annotated[str, typer.Argument(help="A model: anything `isthmus.load` opens.")],
     only: Annotated[list[str] | None, typer.Option(help="Only this contract (repeat for several).")] = None,
-    vision: Vision = None,
-    language: Language = None,
-    tokenizer: Vocabulary = None,
-    activation: Activation = None,
-    head_width: HeadWidth = None,
-    revision: Revision = None,
     json_file: Json = None,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Contracts on any checkpoint: batch = single, cached = uncached, save = load, the picture matters, ..."""
     from isthmus.cli.verify import run
 
-    given = _given(locals())
     run(model, json_file, only=only or [], given=given)
 
 

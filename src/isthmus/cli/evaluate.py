@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
 from isthmus.errors import ConfigError
+from isthmus.user_code import is_user_code, label, pin, pinned_in
 
 
 def run(
@@ -42,7 +43,7 @@ def run(
     if data is None and model.startswith(_PEER):
         raise ConfigError(f"{model} has no tasks of its own: give --task and --data.")
     if data is None:
-        specs = [s for s in own_tasks(folder) if task in (None, s.task, s.name)]
+        specs = [s for s in own_tasks(folder, (given or {}).get("code", ())) if task in (None, s.task, s.name)]
         if not specs:
             raise ConfigError(f"{folder} names no {task or ''} task of its own: give --task and --data.")
     else:
@@ -203,8 +204,8 @@ def spec_of(kind: str, data: str, train: str | None, options: Sequence[str]) -> 
         raise ConfigError(f"--set train.{next(iter(apart))} is about --train, which is not given.")
     allowed = {"bad_samples": own.pop("bad_samples")} if "bad_samples" in own else {}
     return EvalSpec(
-        name=kind,
-        task=kind,
+        name=label(kind).rpartition(":")[2],  # of a user's class its name
+        task=pinned_in(kind, key="task"),
         data=source_of(data) | source,
         train=source_of(train) | source | apart if train else None,
         options=own,
@@ -225,7 +226,9 @@ def source_of(data: str) -> dict[str, Any]:
             raise ConfigError(
                 f"{path} holds a recipe's list `data:`; give one source's keys alone, such as `kind: llava`."
             )
-        return tree
+        return pinned_in(tree, path.parent)
+    if is_user_code(data):
+        return {"kind": pin(data)}
     from isthmus.data.sources.guess import guess
 
     return guess(path)

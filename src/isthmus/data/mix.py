@@ -6,8 +6,8 @@ resume one pair of numbers.
 
 import hashlib
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,13 +15,19 @@ from isthmus.data.record import Record
 from isthmus.errors import ConfigError, DataError
 
 
+@runtime_checkable
 class Source(Protocol):
-    """Records by number. Reading one is cheap: its pictures stay undecoded."""
+    """Records by number. Reading one is cheap: its pictures stay undecoded. A source of one's own derives from this
+    class and gives ``name``, ``len()`` and the i-th record; the rest has defaults."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
+
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Record: ...
+
+    def listing(self) -> Iterable[Any]:
+        """All that the source keeps in memory anyway, for its fingerprint: rows of text, names and sizes."""
+        return ()
 
 
 class Visit(NamedTuple):

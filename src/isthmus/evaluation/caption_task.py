@@ -15,7 +15,7 @@ from isthmus.evaluation.captions import CaptionScores, score_captions
 from isthmus.evaluation.captions.bleu import ngrams
 from isthmus.evaluation.captions.tokens import tokens
 from isthmus.evaluation.protocols import Answers, Records, TextPart
-from isthmus.evaluation.tasks import Row, fingerprint, listed, unique
+from isthmus.evaluation.tasks import Row, Task, fingerprint, listed, unique
 from isthmus.evaluation.turns import captions_of
 from isthmus.evaluation.vqa import controls_of
 
@@ -91,7 +91,7 @@ def score(rows: Sequence[Row], *, seed: int = 0) -> CaptionTaskScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionTask:
+class CaptionTask(Task):
     """Captions scored by BLEU, ROUGE-L and CIDEr-D; the records of one picture count as one with all their captions.
 
     ``prompt`` is what the user asks; empty for models that caption a bare picture, which cannot be asked blind.

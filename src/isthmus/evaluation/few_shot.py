@@ -18,8 +18,8 @@ from torch.nn.functional import normalize
 from isthmus.data.record import Image, Part, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation.caption_task import CaptionTask
-from isthmus.evaluation.protocols import Records
-from isthmus.evaluation.tasks import Row, Scores, VqaTask, fingerprint
+from isthmus.evaluation.protocols import Records, Sees
+from isthmus.evaluation.tasks import Row, Scores, Task, VqaTask, fingerprint
 from isthmus.evaluation.turns import last_turn
 
 POOL = 2048
@@ -119,7 +119,7 @@ def orders(shots: Sequence[Record], count: int, seed: str) -> list[list[Record]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewShotTask:
+class FewShotTask(Task):
     """A task of questions or captions with ``shots`` examples before each.
 
     Args:
@@ -197,7 +197,7 @@ class FewShotTask:
         return self.task.asked()
 
     def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        if self.select == "rices" and not hasattr(model, "vision_features"):
+        if self.select == "rices" and not isinstance(model, Sees):
             raise CapabilityError("RICES needs a model that can give vision_features; take select: random.")
         return self.task.rows(_Shown(self, model), done, chunk=chunk)
 

@@ -19,7 +19,7 @@ from isthmus.evaluation.binary import parse
 from isthmus.evaluation.bootstrap import Array, Interval
 from isthmus.evaluation.embedding import embed
 from isthmus.evaluation.protocols import Embeds, Matches, Records
-from isthmus.evaluation.tasks import Row, fingerprint, known, listed, unique
+from isthmus.evaluation.tasks import Row, Task, fingerprint, known, listed, unique
 from isthmus.evaluation.turns import captions_of
 from isthmus.nn.losses import Similarity, similarity
 
@@ -81,7 +81,7 @@ def score(rows: Sequence[Row], *, seed: int = 0) -> MatchingScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchingTask:
+class MatchingTask(Task):
     """A pair's score is the similarity of the model's embeddings: cosine, dot or euclidean, as it was trained.
 
     ``pairs``: made here, or ``given`` by the records.

@@ -3,7 +3,7 @@
 Shapes: N pictures, M texts, D width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -73,6 +73,15 @@ class Sees(Protocol):
 
     def vision_features(self, images: Sequence[Any]) -> Tensor:
         """(N, D); ``images`` are the picture parts of records."""
+        ...
+
+
+@runtime_checkable
+class Tells(Protocol):
+    """Says what its outputs depend on beside the weights, for an evaluation's manifest."""
+
+    def provenance(self, records: Iterable[Any], decoding: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Image transform, template, prompts of the ``records``, decoding in full."""
         ...
 
 

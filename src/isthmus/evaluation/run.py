@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import CapabilityError, ConfigError, DataError
+from isthmus.evaluation.protocols import Tells
 from isthmus.evaluation.results import versions, write_json
 from isthmus.evaluation.scorers import scorer_of
 from isthmus.evaluation.tasks import CLOSE, Row, Scores, Task
+from isthmus.user_code import code_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +100,16 @@ def _manifest(task: Task, model: Any, model_hash: str) -> dict[str, Any]:
         **_provenance(task, model),
         "versions": versions(),
     }
+    if (code := code_of(type(task))) is not None:  # a user's task: its rows are its code's
+        facts["code"] = code
     return json.loads(json.dumps(facts))
 
 
 def _provenance(task: Task, model: Any) -> dict[str, Any]:
     """What the model tells of itself, and of its prompts the first one and the hash of all."""
-    tell = getattr(model, "provenance", None)
-    if tell is None:
+    if not isinstance(model, Tells):
         return {}
-    asked = getattr(task, "asked", None)
-    facts = dict(tell(asked() if asked else (), getattr(task, "decoding", {})))
+    facts = dict(model.provenance(task.asked(), task.decoding))
     prompts = facts.pop("prompts", None)
     if prompts:
         sha256 = hashlib.sha256()

@@ -6,9 +6,11 @@ interrupted evaluation continues, and a finished one can be scored again without
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, get_args
 
 import torch
@@ -35,21 +37,42 @@ class Scores(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
-class Task(Protocol):
-    """See the head of this file. ``kind`` names the scoring rule."""
+class Task(ABC):
+    """See the head of this file. A task of one's own derives from this class, as a keyword-only dataclass with
+    ``name``, ``records`` and ``seed`` (and ``train``, where it takes training data), and gives ``rows`` and ``score``;
+    the rest has defaults.
 
-    kind: ClassVar[str]
-    needs: ClassVar[type]
+    ``kind`` names the scoring rule, ``needs`` the protocol of models that can do it, ``decoding`` is what the model is
+    asked with.
+    """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
+    kind: ClassVar[str] = "own"
+    needs: ClassVar[type] = Answers
+    name: str
+    records: Records
+    seed: int
+    decoding: Mapping[str, Any] = MappingProxyType({})
+
     @cached_property
-    def ids(self) -> Sequence[str]: ...
-    def describe(self) -> dict[str, Any]: ...
-    def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]: ...
-    def score(self, rows: Sequence[Row]) -> Scores: ...
+    def ids(self) -> Sequence[str]:
+        """An id per output row: the records'. Raises DataError when two are alike."""
+        return unique([r.id for r in listed(self.records)], self.name)
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the evaluation beside name, kind and seed; an output folder goes on only with the same."""
+        return {"data": fingerprint(self.records)}
+
+    def asked(self) -> Iterable[Any]:
+        """The records as the model gets them, for the manifest; nothing where it gets none."""
+        return ()
+
+    @abstractmethod
+    def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+        """Output rows, each with its ``id``, for the ids that are not ``done``, some ``chunk`` at a time."""
+
+    @abstractmethod
+    def score(self, rows: Sequence[Row]) -> Scores:
+        """Scores from the rows alone, in the order of the ids."""
 
 
 def fingerprint(records: Records) -> str:
@@ -96,7 +119,7 @@ def _picture(record: Sample, task: str) -> Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Questions:
+class Questions(Task):
     """What all tasks of questions share: the controls of :mod:`.vqa` and the prior, from the training records.
 
     ``controls`` chooses among ``blind`` and ``shuffled``; for questions without pictures (a bare language model) leave
@@ -111,10 +134,6 @@ class Questions:
 
     def __post_init__(self) -> None:
         check_controls(self.controls)
-
-    @cached_property
-    def ids(self) -> list[str]:
-        return unique([r.id for r in listed(self.records)], self.name)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -202,7 +221,7 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalTask:
+class RetrievalTask(Task):
     """Recall@1/5/10 both ways. A caption is any text to be learnt (an answer, not its question) or alternative of one;
     records of the same picture count as one picture with all their captions, and captions of equal text as one caption.
     ``similarity``: cosine, dot or euclidean, as the model was trained."""
@@ -267,16 +286,12 @@ class RetrievalTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Classified:
+class _Classified(Task):
     """Records of one picture each, with their class in ``meta["class"]``."""
 
     name: str
     records: Records
     seed: int = 0
-
-    @cached_property
-    def ids(self) -> list[str]:
-        return unique([r.id for r in listed(self.records)], self.name)
 
     def _labels(self, records: Records) -> list[str]:
         labels = []

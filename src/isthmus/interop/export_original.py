@@ -31,6 +31,7 @@ from isthmus.interop.timm_siglip import trunk_name
 from isthmus.language import vocabulary_tables
 from isthmus.models.clip import ClipConfig
 from isthmus.models.llava import LlavaConfig
+from isthmus.nn.connectors import named_mlp
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
 from isthmus.nn.text_tower import TextConfig
@@ -186,7 +187,7 @@ def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
     kind = config.language["model_type"]
     must(kind in bases, "language.model_type", kind, who, " or ".join(bases))
     must(isinstance(config.feature_layer, int), "feature_layer", config.feature_layer, who, "one number")
-    must(":" not in config.projector, "projector", config.projector, who, "linear or mlpNx_gelu")
+    must(named_mlp(config.projector) is not None, "projector", config.projector, who, "linear or mlpNx_gelu")
     modes = ("square", "pad", "anyres")
     must(image.mode in modes, "processor.image.mode", image.mode, who, "square, pad or anyres")
     around = model.processor.around

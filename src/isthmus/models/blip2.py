@@ -432,7 +432,9 @@ class Blip2(StagedNet):
         made_of: dict[int, Tensor] = {}
         for group in batch.visuals:
             text = batch.text[TEXT].rows(batch.owner[group.index]) if self.config.instruct else None
-            made_of |= zip(group.index.tolist(), self.connector.patch_weights(self._features(group), text), strict=True)
+            shares = self.connector.patch_weights(self._features(group), text)[..., 1:]  # the class token is no place
+            shares = shares / shares.sum((-2, -1), keepdim=True).clamp(min=1e-12)
+            made_of |= zip(group.index.tolist(), shares, strict=True)
         seen = self_attention(self.language.lm, self.embed_prompt(batch))
         places, lengths = batch.places.get("lm", Places.none()), batch.text["lm"].lengths.tolist()
         return patch_maps(seen, places, lengths, [made_of[n] for n in range(len(made_of))])

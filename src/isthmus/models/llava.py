@@ -34,7 +34,7 @@ from isthmus.config import plain, strict
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding, LanguageModel, Prompt
 from isthmus.models.published import tiny_llama, vicuna
-from isthmus.nn.connectors import build_connector
+from isthmus.nn.connectors import Connector, build_connector
 from isthmus.nn.looking import patch_maps, self_attention
 from isthmus.nn.splice import at_places, splice
 from isthmus.nn.tiles import PINPOINTS, arrange, check_pinpoints
@@ -50,13 +50,14 @@ class LlavaConfig:
 
     ``feature_layer`` counts over the L+1 hidden states of the encoder (-2: the input of the last block); several are
     joined on channels. ``feature_select`` keeps the ``patch`` features or also the class token (``cls_patch``).
-    ``projector`` names a connector; ``language`` is the configuration of a causal LM of transformers. ``pinpoints``
-    are the canvases (height, width) of AnyRes; without them a picture is one view.
+    ``projector`` names a connector, alone or as ``kind`` with options beside it; ``language`` is the configuration of
+    a causal LM of transformers. ``pinpoints`` are the canvases (height, width) of AnyRes; without them a picture is one
+    view.
     """
 
     vision: VisionConfig
     language: Mapping[str, Any]
-    projector: str = "mlp2x_gelu"
+    projector: str | Mapping[str, Any] = "mlp2x_gelu"
     feature_layer: int | tuple[int, ...] = -2
     feature_select: Literal["patch", "cls_patch"] = "patch"
     pinpoints: tuple[tuple[int, int], ...] = ()
@@ -239,24 +240,24 @@ class Llava(StagedNet):
     @torch.no_grad()
     def attention(self, batch: Batch) -> list[list[Tensor]]:
         """Per row and per its visual a map (layers, T, F, P): how the language model's attention to the visual, mean
-        over heads, was shared among its patches. Raises CapabilityError for a connector that gives other tokens than
-        one per feature, which cannot be traced back."""
+        over heads, was shared among its patches. Raises CapabilityError for a connector that does not tell which
+        patches its tokens are made of."""
         made_of: dict[int, Tensor] = {}
         for group in batch.visuals:
             features = self._features(group)
-            count, frames, own = features.shape[:3]
-            if self.connector(features).shape[1] != frames * own:
+            frames, own = features.shape[1:3]
+            if not isinstance(self.connector, Connector):
                 raise CapabilityError(
-                    f"The connector {self.config.projector!r} does not make one token per patch, so where the model "
-                    "looked cannot be told."
+                    f"The connector {type(self.connector).__name__} does not tell which patches its tokens are made "
+                    "of: derive it from isthmus.nn.connectors.Connector and give it patch_weights."
                 )
-            tokens = torch.eye(frames * own, device=features.device).unflatten(-1, (frames, own))
+            tokens = self.connector.patch_weights(features)
             if self.config.feature_select == "cls_patch":
                 tokens = tokens[..., 1:]
-            made = [tokens] * count
+            made = list(tokens)
             if self.config.pinpoints:
-                alike = tokens.flatten(1).expand(count, -1, -1)
-                arranged = self._arranged(alike, group, frames, alike.new_zeros(alike.shape[-1]))
+                flat = tokens.flatten(2)
+                arranged = self._arranged(flat, group, frames, flat.new_zeros(flat.shape[-1]))
                 made = [each.unflatten(-1, (frames, own)) for each in arranged]
             made_of.update(zip(group.index.tolist(), made, strict=True))
         weights = self_attention(self.language.lm, self.embed_prompt(batch))

@@ -39,6 +39,7 @@ from isthmus.recipes.scoring import model_hash
 from isthmus.stage import BOOKKEEPING, apply_stage
 from isthmus.training import train as train_stage
 from isthmus.training.lock import RunLock
+from isthmus.user_code import pinned_in, placeless
 from isthmus.version import __version__
 
 
@@ -60,7 +61,7 @@ def train(
     if overrides and not isinstance(recipe, str | Path):
         raise ConfigError("overrides are for a recipe read by name or file; change the mapping or Recipe itself.")
     if isinstance(recipe, Mapping):
-        recipe = parse_recipe(recipe)
+        recipe = parse_recipe(pinned_in(recipe))
     elif not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / Path(name).stem
@@ -276,7 +277,7 @@ def _defining(run: dict[str, Any]) -> dict[str, Any]:
         stage.pop("bad_samples", None)
         for name in BOOKKEEPING:
             stage.get("stage", {}).pop(name, None)
-    return run
+    return placeless(run)
 
 
 def _fingerprint(part: str) -> str:

@@ -21,6 +21,7 @@ from isthmus.data.images import Mode
 from isthmus.errors import ConfigError, nearest
 from isthmus.stage import Stage
 from isthmus.systems import SYSTEMS, system
+from isthmus.user_code import pinned_in
 
 _STAGE_KEYS = frozenset(f.name for f in fields(Stage))
 
@@ -254,6 +255,8 @@ def read_tree(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool 
         raise ConfigError(f"No shipped recipe {str(name)!r}; {nearest(str(name), shipped())} (A file ends in .yaml.)")
     if not isinstance(tree, dict):
         raise ConfigError(f"Recipe {name} must be a mapping of keys, got {type(tree).__name__}.")
+    beside = path.parent if path.suffix in {".yaml", ".yml"} else None
+    tree = pinned_in(tree, beside)  # before overrides, whose names of code are relative to the working folder
     variables: dict[str, str] = {}
     for override in overrides:
         key, sep, value = override.partition("=")
@@ -262,12 +265,17 @@ def read_tree(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool 
         if re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
             variables[key] = value
         else:
-            _set(tree, key, option_value(value, f"Override {override!r}"), where=str(name))
+            _set(
+                tree,
+                key,
+                pinned_in(option_value(value, f"Override {override!r}"), key=key.rpartition(".")[2]),
+                where=str(name),
+            )
     for key in variables.keys() - _mentioned(tree):
         raise ConfigError(f"Recipe {name} does not use {{{key}}}; {nearest(key, _mentioned(tree))}")
     if not to_show:
         _demand(tree, variables, tree.get("variables") or {}, str(name))
-    return _fill(tree, variables)
+    return pinned_in(_fill(tree, variables), beside)
 
 
 def read_yaml(path: Path) -> Any:

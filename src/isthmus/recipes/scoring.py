@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 from isthmus import checkpoint
+from isthmus.config import check_options
+from isthmus.data.mix import Source
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, nearest
@@ -23,17 +26,17 @@ from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTa
 from isthmus.evaluation.vqa import AnswerPrior
 from isthmus.model import Model, load
 from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe
+from isthmus.user_code import is_user_code, label, resolve, vetted
 
 Progress = Callable[[str, int, int], None]
 """Called with (task, items done, items in all)."""
 
 
-class First:
+class First(Source):
     """The first ``limit`` records of a source."""
 
-    def __init__(self, source: Any, limit: int) -> None:
-        self.source, self.limit = source, min(limit, len(source))
-        self.name: str = getattr(source, "name", "")
+    def __init__(self, source: Source, limit: int) -> None:
+        self.source, self.limit, self.name = source, min(limit, len(source)), source.name
 
     def __len__(self) -> int:
         return self.limit
@@ -50,8 +53,11 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quaran
 
     Raises ConfigError for an unknown task or option, DataError when too much is bad.
     """
-    if spec.task not in TASKS:
-        raise ConfigError(f"There is no task {spec.task!r}; {nearest(spec.task, TASKS)}")
+    if spec.task not in TASKS and not is_user_code(spec.task):
+        raise ConfigError(
+            f"There is no task {spec.task!r}; {nearest(spec.task, TASKS)} A class of your own is named "
+            "my_file.py:MyTask."
+        )
     records: Any = open_source(spec.data)
     if limit is not None:
         records = First(records, limit)
@@ -65,6 +71,8 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quaran
         demand = answered if shown else _demand(spec)
         train = Sound(train, own, demand=demand, pictures=shown or spec.task == "linear-probe")
     options = dict(spec.options)
+    if is_user_code(spec.task):
+        return _users(spec, records, train, seed)
     try:
         return TASKS[spec.task](spec, records, train, seed, options)
     except TypeError as error:
@@ -72,6 +80,22 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quaran
         if not unknown:
             raise
         raise ConfigError(f"Task {spec.name!r} ({spec.task}) has no option {unknown[0]!r}.") from None
+
+
+def _users(spec: EvalSpec, records: Any, train: Any, seed: int) -> Task:
+    """The task of a user's class, made with name, records, seed, the options, and ``train`` where it takes that."""
+    cls, shown = resolve(spec.task), label(spec.task)
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
+        raise ConfigError(f"Task {shown!r} must be a class that derives from isthmus.evaluation.tasks.Task.")
+    given = {"name": spec.name, "records": records, "seed": seed}
+    if train is not None:
+        if "train" not in signature(cls).parameters:
+            raise ConfigError(f"Task {shown!r} takes no training data; leave `train` (--train) out.")
+        given["train"] = train
+    elif "train" in signature(cls).parameters and signature(cls).parameters["train"].default is Parameter.empty:
+        raise ConfigError(f"Task {shown!r} needs training data: give `train` (--train).")
+    check_options(cls, spec.options, f"task {shown!r}", given=(*given, "train"))
+    return cls(**given, **spec.options)
 
 
 _BY_SIMILARITY = ("retrieval", "zero-shot", "matching")
@@ -199,6 +223,8 @@ def needs(spec: EvalSpec) -> type:
         "zero-shot": ZeroShotTask,
         "linear-probe": LinearProbeTask,
     }
+    if is_user_code(spec.task):
+        return resolve(spec.task).needs
     return own[spec.task].needs if spec.task in own else Answers
 
 
@@ -268,20 +294,21 @@ def with_shots(specs: Sequence[EvalSpec], counts: Sequence[int], select: str = "
     ]
 
 
-def own_tasks(folder: Path) -> list[EvalSpec]:
-    """The tasks of the recipe that a model folder (or run folder) was trained with; empty without one."""
-    recipe = recipe_of(folder)
+def own_tasks(folder: Path, code: Sequence[str | Path] = ()) -> list[EvalSpec]:
+    """The tasks of the recipe that a model folder (or run folder) was trained with; empty without one. ``code`` as
+    :func:`isthmus.load` takes it."""
+    recipe = recipe_of(folder, code)
     return list(recipe.evaluate) if recipe is not None else []
 
 
-def recipe_of(folder: Path) -> Recipe | None:
+def recipe_of(folder: Path, code: Sequence[str | Path] = ()) -> Recipe | None:
     """The recipe that a model folder (or run folder) was trained with, if it holds one."""
     for place in (folder / "model" / "recipe.yaml", folder / "recipe.yaml"):
         if place.is_file():
             import yaml
 
             tree: Mapping[str, Any] = yaml.safe_load(place.read_text(encoding="utf-8"))
-            return parse_recipe(tree, where=str(place))
+            return parse_recipe(vetted(tree, folder, code), where=str(place))
     return None
 
 

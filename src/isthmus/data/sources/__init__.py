@@ -7,7 +7,6 @@ Options that most kinds share: ``name``, ``limit`` (first rows only) and those o
 ``templates`` and ``captions`` (a side file: ``{file, key, fields}``).
 """
 
-import inspect
 import itertools
 import json
 import warnings
@@ -16,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from isthmus.config import fit
+from isthmus.config import check_options, fit
 from isthmus.data.mix import Mix, Source
 from isthmus.data.sources.annotations import READERS
 from isthmus.data.sources.benchmarks import BENCHMARKS
@@ -42,6 +41,7 @@ from isthmus.data.sources.rows import KNOWN, Form, Row, Rows, RowSource, flat, p
 from isthmus.data.sources.webdataset import IMAGE_ENDINGS, WebDatasetRows
 from isthmus.data.video import FileFrames, FolderFrames
 from isthmus.errors import ConfigError, DataError, IsthmusWarning, nearest
+from isthmus.user_code import is_user_code, label, pin, resolve
 
 
 def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None) -> Source:
@@ -52,7 +52,7 @@ def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None)
     """
     options = _without_paths(dict(spec))
     kind = str(options.pop("kind", ""))
-    if kind in BY_NAME:
+    if kind in BY_NAME or is_user_code(kind):
         return _made(kind, options)
     if kind not in (*SOURCES, *DOCUMENTS):
         raise ConfigError(f"source: unknown kind {kind!r}; {nearest(kind, (*SOURCES, *DOCUMENTS, *BY_NAME))}")
@@ -333,31 +333,25 @@ def _side_captions(root: Root, *, file: str, key: str, fields: Names) -> dict[st
 
 def _made(kind: str, options: dict[str, Any]) -> Source:
     """The source class that the kind names, made with the options; they are checked against what it takes."""
-    module, _, name = BY_NAME[kind].partition(":")
-    maker = getattr(import_module(module), name)
-    _check_options(kind, maker.__init__, options, given=("self",))
-    return maker(**options)
+    if kind in BY_NAME:
+        module, _, name = BY_NAME[kind].partition(":")
+        maker = getattr(import_module(module), name)
+    else:
+        kind, maker = label(kind), resolve(pin(kind))
+    check_options(maker, options, f"source of kind {kind!r}")
+    made = maker(**options)
+    if not isinstance(made, Source):
+        raise ConfigError(
+            f"source of kind {kind!r} must have name, len() and records by index: derive it from "
+            "isthmus.data.mix.Source."
+        )
+    return made
 
 
 def _call(kind: str, function: Callable[..., Any], options: dict[str, Any], **given: Any) -> Any:
-    _check_options(kind, function, options, given=tuple(given))
+    shared = () if kind in ("captions", *DOCUMENTS) else (*Form.__dataclass_fields__, "name", "limit")
+    check_options(function, options, f"source of kind {kind!r}", given=tuple(given), also=shared)
     return function(**given, **options)
-
-
-def _check_options(kind: str, function: Callable[..., Any], options: Mapping[str, Any], given: Sequence[str]) -> None:
-    parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in given}
-    shared = () if kind in ("captions", *DOCUMENTS, *BY_NAME) else (*Form.__dataclass_fields__, "name", "limit")
-    for option in options:
-        if option not in parameters:
-            raise ConfigError(
-                f"source of kind {kind!r}: unknown option {option!r}; {nearest(option, (*parameters, *shared))}"
-            )
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in options:
-            raise ConfigError(f"source of kind {kind!r} needs the option {name!r}")
-    hints = get_type_hints(function)
-    for name, value in options.items():
-        fit(hints[name], value, f"source of kind {kind!r}: {name}")
 
 
 def _without_paths(value: Any) -> Any:

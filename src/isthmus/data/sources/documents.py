@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from isthmus.data.images import BytesImage
+from isthmus.data.mix import Source
 from isthmus.data.record import Image, ImageSource, Part, Record, Text
 from isthmus.data.sources.files import NamedImages
 from isthmus.data.sources.members import called, in_order
@@ -21,7 +22,7 @@ from isthmus.data.sources.rows import Row, Rows
 from isthmus.errors import ConfigError, DataError
 
 
-class DocumentSource:
+class DocumentSource(Source):
     """Records of running text, all of it learnt, with pictures in their places.
 
     Args:

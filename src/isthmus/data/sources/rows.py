@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal, Protocol
 
+from isthmus.data.mix import Source
 from isthmus.data.record import FrameSource, ImageSource, Part, Record, Role, Text
 from isthmus.data.sources.cells import string, unpacked
 from isthmus.data.sources.files import once
@@ -268,7 +269,7 @@ class Form:
         return number
 
 
-class RowSource:
+class RowSource(Source):
     """A source over rows. Where a list of questions makes several records, all rows are read once to count them."""
 
     def __init__(self, name: str, rows: Rows, form: Form, *, limit: int | None = None) -> None:

@@ -26,6 +26,7 @@ symbol_clips   text only: where things stand first and last, then such a questio
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
+from isthmus.data.mix import Source
 from isthmus.data.record import Image, Part, Record, Role, Text, Video
 from isthmus.demo.scenes.dice import Dice
 from isthmus.demo.scenes.draw import ScenePicture
@@ -78,7 +79,7 @@ _FEWEST_SHOTS = 4
 _MOST_REDRAWS = 10_000
 
 
-class SceneSource:
+class SceneSource(Source):
     """``count`` records of one form, a pure function of (form, split, seed, side, index); drawing waits for ``read()``.
 
     ``shots`` are a lesson's examples (none given: 4 to 8), the first ``told`` of them in words; ``frames`` a clip's;

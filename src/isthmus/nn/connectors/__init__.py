@@ -1,83 +1,94 @@
-"""Connectors: the isthmus between a vision encoder and a language model.
+"""Connectors: the isthmus between a vision encoder and a language model, all of them by name, with options.
 
-Legend: N visuals, F frames, P patches, D width of the features, R visual tokens per visual, D_out width handed on.
+    projector: mlp2x_gelu                                        a name alone
+    projector: {kind: resampler, latents: 8, layers: 2}          with options
+    projector: {kind: my_connector.py:MyConnector, width: 32}    a class of the user's, relative to the recipe
+
+Legend: D width of the features, D_out width of the language model.
 """
 
-import importlib.util
 import re
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from isthmus.config import check_options, strict
 from isthmus.errors import ConfigError, nearest
+from isthmus.nn.connectors.base import Connector
+from isthmus.nn.connectors.pooling import AttentionPool, AveragePool, PixelShuffle
 from isthmus.nn.connectors.projector import Projector
+from isthmus.nn.connectors.qformer import QFormerConfig, QFormerConnector
+from isthmus.nn.connectors.resampler import ResamplerConfig, ResamplerConnector
+from isthmus.user_code import is_user_code, label, resolve
+
+__all__ = ["CONNECTORS", "Connector", "build_connector", "named_mlp"]
 
 
-@runtime_checkable
-class Connector(Protocol):
-    """What a connector must answer; any ``nn.Module`` with these two methods is one."""
-
-    def forward(
-        self, features: Tensor, mask: Tensor | None = None, times: Tensor | None = None, text: Any = None
-    ) -> Tensor:
-        """(N, F, P, D) features -> (N, R, D_out). ``mask`` (N, F, P) is true on real patches, ``times`` (N, F) are
-        the frames' positions in seconds, ``text`` is for connectors that read a question."""
-        ...
-
-    def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
-        """R for a visual of that many frames, each with ``grid`` rows and columns of patches."""
-        ...
+def _linear(vision_width: int, out_width: int) -> nn.Module:
+    return Projector(vision_width, out_width, depth=1)
 
 
-CONNECTORS: dict[str, Callable[[int, int], nn.Module]] = {
-    "linear": partial(Projector, depth=1),
-    "mlp2x_gelu": partial(Projector, depth=2),
+def _resampler(vision_width: int, out_width: int, **options: Any) -> nn.Module:
+    return ResamplerConnector(vision_width, out_width, strict(ResamplerConfig, options, "projector resampler"))
+
+
+def _qformer(vision_width: int, out_width: int, **options: Any) -> nn.Module:
+    options = {"vision_width": vision_width, **options}
+    return QFormerConnector(strict(QFormerConfig, options, "projector qformer"), out_width, text=False)
+
+
+CONNECTORS: dict[str, Callable[..., nn.Module]] = {
+    "linear": _linear,
+    "mlp": Projector,
+    "resampler": _resampler,
+    "qformer": _qformer,
+    "pixel_shuffle": PixelShuffle,
+    "average_pool": AveragePool,
+    "attention_pool": AttentionPool,
 }
-"""Name -> maker (feature width, width handed on). ``mlpNx_gelu`` with another N works as well."""
+"""Name -> maker of (D, D_out) and options by name. ``mlpNx_gelu`` is ``mlp`` of that depth, as LLaVA's files say it."""
 
 
-def build_connector(name: str, vision_width: int, out_width: int) -> Any:
-    """The connector called ``name``: one of CONNECTORS, ``mlpNx_gelu``, or ``my_file:MyConnector``.
+def named_mlp(projector: str | Mapping[str, Any]) -> int | None:
+    """Layers of a connector that is LLaVA's linear layer or MLP and is named as its files name it; None for others."""
+    deeper = re.fullmatch(r"mlp([1-9]\d?)x_gelu", projector) if isinstance(projector, str) else None
+    return 1 if projector == "linear" else int(deeper[1]) if deeper else None
 
-    The last is class ``MyConnector`` of ``my_file.py`` in the current folder, made with (vision_width, out_width).
-    Raises ConfigError for an unknown name, a missing file or class, and a class that is no connector.
+
+def build_connector(projector: str | Mapping[str, Any], vision_width: int, out_width: int) -> Any:
+    """The connector of a recipe's ``projector``: a name, or a mapping with ``kind`` and options.
+
+    A class of a user's file goes by its pinned name (:mod:`isthmus.user_code`) and is made with (vision_width,
+    out_width, options). Raises ConfigError for an unknown name or option, an option of a wrong type, and a class that
+    is no connector.
     """
-    if ":" in name:
-        made = _from_file(name)(vision_width, out_width)
-        if not isinstance(made, nn.Module) or not isinstance(made, Connector):
-            raise ConfigError(
-                f"connector {name!r} must be an nn.Module with forward(features, ...) and num_tokens(frames, grid)."
-            )
-        return made
-    deeper = re.fullmatch(r"mlp([1-9]\d?)x_gelu", name)
-    if deeper:
-        return Projector(vision_width, out_width, depth=int(deeper[1]))
-    if name not in CONNECTORS:
-        raise ConfigError(
-            f"unknown connector {name!r}; {nearest(name, CONNECTORS)} A class of your own is named my_file:MyConnector."
+    options = {"kind": projector} if isinstance(projector, str) else dict(projector)
+    kind = options.pop("kind", None)
+    if not isinstance(kind, str):
+        raise ConfigError(f"projector: give the connector's name as kind; {nearest(str(kind), CONNECTORS)}")
+    if is_user_code(kind):
+        return _users(kind, vision_width, out_width, options)
+    if (depth := named_mlp(kind)) is not None:
+        kind, options = (
+            "linear" if kind == "linear" else "mlp",
+            options | ({} if kind == "linear" else {"depth": depth}),
         )
-    return CONNECTORS[name](vision_width, out_width)
+    if kind not in CONNECTORS:
+        raise ConfigError(
+            f"unknown connector {kind!r}; {nearest(kind, (*CONNECTORS, 'mlp2x_gelu'))} A class of your own is named "
+            "my_file.py:MyConnector."
+        )
+    check_options(CONNECTORS[kind], options, f"projector {kind}", given=("vision_width", "out_width"))
+    return CONNECTORS[kind](vision_width, out_width, **options)
 
 
-def _from_file(name: str) -> Callable[[int, int], Any]:
-    """The class behind ``my_file:MyConnector``. Only plain names: a configuration cannot point elsewhere."""
-    stem, _, cls = name.partition(":")
-    file = Path(f"{stem}.py")
-    if not stem.isidentifier() or not cls.isidentifier():
-        raise ConfigError(f"connector {name!r}: write my_file:MyConnector, with my_file.py in the current folder.")
-    if not file.is_file():
-        raise ConfigError(f"connector {name!r}: there is no {file} in the current folder {Path.cwd()}.")
-    spec = importlib.util.spec_from_file_location(stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, cls):
+def _users(kind: str, vision_width: int, out_width: int, options: Mapping[str, Any]) -> Any:
+    cls = resolve(kind)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and callable(getattr(cls, "num_tokens", None))):
         raise ConfigError(
-            f"connector {name!r}: {file} has no class {cls}; "
-            f"{nearest(cls, [n for n in vars(module) if not n.startswith('_')])}"
+            f"connector {label(kind)!r} must be a class that derives from isthmus.nn.connectors.Connector, or an "
+            "nn.Module with forward(features) and num_tokens(frames, grid)."
         )
-    return getattr(module, cls)
+    check_options(cls, options, f"projector {label(kind)}", given=2)
+    return cls(vision_width, out_width, **options)

@@ -20,6 +20,7 @@ from isthmus.batch import Tokens
 from isthmus.errors import ConfigError, DataError
 from isthmus.nn.attention import Attention, attend, cast_once
 from isthmus.nn.block import Mlp
+from isthmus.nn.connectors.base import Connector, by_frame
 from isthmus.nn.lengths import Rows, in_blocks
 from isthmus.nn.precision import KeptFloat32
 
@@ -278,7 +279,7 @@ def _init_as_bert(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
 
 
-class QFormerConnector(KeptFloat32):
+class QFormerConnector(KeptFloat32, Connector):
     """What stands between the encoder and the LM in BLIP-2: ``ln_vision``, the queries, the Q-Former, a projection.
 
     ``norm`` is one LayerNorm over all vision tokens, class token included; it trains with the rest. Without
@@ -323,12 +324,10 @@ class QFormerConnector(KeptFloat32):
 
         return in_blocks(text.lengths, alone)
 
-    def forward(
-        self, features: Tensor, mask: Tensor | None = None, times: Tensor | None = None, text: Tokens | None = None
-    ) -> Tensor:
+    def forward(self, features: Tensor, text: Tokens | None = None) -> Tensor:
         """(N, F, P, Dv) -> (N, F·Q, D_out): each frame by itself, its query outputs one behind the other.
 
-        ``text`` holds one row per visual (InstructBLIP's instruction). The other arguments are not looked at.
+        ``text`` holds one row per visual (InstructBLIP's instruction).
         """
         visuals, frames = features.shape[:2]
         vision = self.vision_tokens(features).flatten(0, 1)
@@ -340,8 +339,8 @@ class QFormerConnector(KeptFloat32):
         return out.unflatten(0, (visuals, frames)).flatten(1, 2)
 
     def patch_weights(self, features: Tensor, text: Tokens | None = None) -> Tensor:
-        """(N, R, F, P - 1): which patches each visual token was made of, by the last cross-attention; the class token,
-        which comes first, is left out. A token is made of its own frame alone."""
+        """(N, R, F, P): which vision tokens each visual token was made of, by the last cross-attention. A token is made
+        of its own frame alone."""
         visuals, frames = features.shape[:2]
         vision = self.vision_tokens(features).flatten(0, 1)
         queries = self.queries.expand(len(vision), -1, -1)
@@ -350,10 +349,7 @@ class QFormerConnector(KeptFloat32):
         else:
             rows = text.rows(torch.arange(visuals, device=vision.device).repeat_interleave(frames))
             seen = self.qformer.patch_weights(queries, rows.ids, vision=vision, text_mask=rows.mask)
-        seen = seen[..., 1:]
-        seen = (seen / seen.sum(-1, keepdim=True).clamp(min=1e-12)).unflatten(0, (visuals, frames))
-        own = torch.eye(frames, device=seen.device)
-        return torch.einsum("nfqp,fg->nfqgp", seen, own).flatten(1, 2)
+        return by_frame(seen.unflatten(0, (visuals, frames)))
 
     def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
         """Q for every frame, whatever its size."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from isthmus.errors import ConfigError
 from isthmus.nn.attention import CrossAttention
 from isthmus.nn.block import Mlp
+from isthmus.nn.connectors.base import Connector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +75,17 @@ class ResamplerLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = Mlp(width, 4 * width, config.activation, bias=False)
 
-    def forward(self, x: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
-        """(N, R, D) from latents ``x`` and ``features`` (N, S, D); ``mask`` (N, 1, 1, S+R) is true on real keys."""
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        """(N, R, D) from latents ``x`` and ``features`` (N, S, D)."""
         queries, context = self._inputs(x, features)
-        x = x + self.attn(queries, *self.attn.keys_values(context), mask=mask)
+        x = x + self.attn(queries, *self.attn.keys_values(context))
         return x + self.mlp(self.mlp_norm(x))
 
-    def weights(self, x: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+    def weights(self, x: Tensor, features: Tensor) -> Tensor:
         """(N, R, S): how much each latent looks at each feature, mean over heads, each row a distribution."""
         queries, context = self._inputs(x, features)
         keys, _ = self.attn.keys_values(context)
-        seen = self.attn.weights(queries, keys, mask=mask).mean(1)[:, :, : features.shape[1]]
+        seen = self.attn.weights(queries, keys).mean(1)[:, :, : features.shape[1]]
         return seen / seen.sum(-1, keepdim=True).clamp(min=1e-12)
 
     def _inputs(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,8 +93,10 @@ class ResamplerLayer(nn.Module):
         return queries, torch.cat([self.media_norm(features), queries], dim=1)
 
 
-class Resampler(nn.Module):
-    """The connector of Flamingo. Latents start from N(0, 1), time embeddings from N(0, 1) as in OpenFlamingo's."""
+class Resampler(Connector):
+    """The connector of Flamingo, whose tokens are as wide as the features.
+
+    Latents start from N(0, 1), time embeddings from N(0, 1) as in OpenFlamingo's."""
 
     def __init__(self, width: int, config: ResamplerConfig) -> None:
         super().__init__()
@@ -103,35 +106,32 @@ class Resampler(nn.Module):
         self.layers = nn.ModuleList(ResamplerLayer(width, config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width) if config.final_norm else nn.Identity()
 
-    def forward(
-        self, features: Tensor, mask: Tensor | None = None, times: Tensor | None = None, text: Any = None
-    ) -> Tensor:
-        """(N, F, P, D) -> (N, R, D). ``mask`` (N, F, P) is true on real features, so padded ones change nothing.
+    def forward(self, features: Tensor, text: Any = None) -> Tensor:
+        """(N, F, P, D) -> (N, R, D). Frames are taken as equally spaced.
 
-        Frames are taken as equally spaced; ``times`` and ``text`` are not looked at. Raises ConfigError for a clip of
-        several frames without time embeddings, and for no frame at all.
+        Raises ConfigError for a clip of several frames without time embeddings, and for no frame at all.
         """
-        x, features, keys = self._start(features, mask)
+        x, features = self._start(features)
         for layer in self.layers:
-            x = layer(x, features, keys)
+            x = layer(x, features)
         return self.norm(x)
 
-    def patch_weights(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+    def patch_weights(self, features: Tensor, text: Any = None) -> Tensor:
         """(N, R, F, P): which patches each visual token was made of, by the last layer's attention."""
         frames, patches = features.shape[1:3]
-        x, features, keys = self._start(features, mask)
+        x, features = self._start(features)
         *first, last = self.layers
         for layer in first:
-            x = layer(x, features, keys)
+            x = layer(x, features)
         assert isinstance(last, ResamplerLayer)
-        return last.weights(x, features, keys).unflatten(-1, (frames, patches))
+        return last.weights(x, features).unflatten(-1, (frames, patches))
 
     def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
         """R, whatever the clip's length and the picture's size."""
         return self.config.latents
 
-    def _start(self, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Latents (N, R, D), features with their time (N, F·P, D), key mask or none."""
+    def _start(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (N, R, D), features with their time (N, F·P, D)."""
         count, frames = features.shape[:2]
         if frames < 1:
             raise ConfigError("a clip of 0 frames has nothing to look at; give at least one frame.")
@@ -142,11 +142,27 @@ class Resampler(nn.Module):
                 f"a clip of {frames} frames needs time embeddings, and this resampler has none: without them the order "
                 "of frames is invisible. Set resampler.frames to the frames of a training clip."
             )
-        keys = None
-        if mask is not None:
-            own = mask.new_ones(count, self.config.latents)
-            keys = torch.cat([mask.flatten(1), own], dim=1)[:, None, None]
-        return self.latents.expand(count, -1, -1), features.flatten(1, 2), keys
+        return self.latents.expand(count, -1, -1), features.flatten(1, 2)
+
+
+class ResamplerConnector(Connector):
+    """A resampler whose tokens are projected to the language model's width, to be spliced (as Idefics2 does,
+    2405.02246, sec. 3.2)."""
+
+    def __init__(self, vision_width: int, out_width: int, config: ResamplerConfig) -> None:
+        super().__init__()
+        self.resampler = Resampler(vision_width, config)
+        self.projection = nn.Linear(vision_width, out_width)
+
+    def forward(self, features: Tensor, text: Any = None) -> Tensor:
+        """(N, F, P, D) -> (N, R, D_out)."""
+        return self.projection(self.resampler(features))
+
+    def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
+        return self.resampler.num_tokens(frames, grid)
+
+    def patch_weights(self, features: Tensor, text: Any = None) -> Tensor:
+        return self.resampler.patch_weights(features)
 
 
 def stretch(table: Tensor, frames: int, align: Literal["ends", "cells"]) -> Tensor:

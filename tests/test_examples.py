@@ -1,0 +1,164 @@
+"""The examples through the real program: trained, loaded, scored; what a changed or moved file says."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from isthmus.cli import main
+from isthmus.errors import CheckpointError, ConfigError
+from isthmus.model import load
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SHORT = [
+    "stages.describe.steps=2",
+    "stages.describe.warmup=0",
+    "stages.describe.batch_size=4",
+    "stages.describe.save_every=1",
+    "tokenizer.samples=60",
+    "tokenizer.vocab_size=320",
+    "config.language.vocab_size=320",
+]
+
+
+def run(*arguments: object, code: int = 0) -> None:
+    """``isthmus ARGUMENTS`` in this process, which ends with the exit code."""
+    before, sys.argv = sys.argv, ["isthmus", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main()
+    finally:
+        sys.argv = before
+    assert (stop.value.code or 0) == code
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with the user's files and a model trained with the connector among them."""
+    folder = tmp_path_factory.mktemp("user")
+    for name in ("my_connector.py", "my_connector.yaml", "my_source.py", "my_task.py"):
+        shutil.copy(EXAMPLES / name, folder / name)
+    run("train", folder / "my_connector.yaml", *SHORT, "--out", folder / "runs" / "mine")
+    return folder
+
+
+def test_a_connector_is_named_relative_to_the_recipe(place, capsys):
+    """By the recipe's folder, not the working folder; options come from the recipe; `show` counts its tokens."""
+    model = load(place / "runs" / "mine")
+    assert type(model.net.connector).__name__ == "ConvPool"
+    assert model.net.connector.after.in_channels == 96
+    run("show", place / "runs" / "mine", "--json", place / "facts.json")
+    assert json.loads((place / "facts.json").read_text())["visual_tokens"] == 4
+    config = json.loads((place / "runs" / "mine" / "model" / "config.json").read_text())["config"]
+    name, _, sha = config["projector"]["kind"].partition("#sha256=")
+    assert name == f"{place / 'my_connector.py'}:ConvPool"
+    assert len(sha) == 64
+    assert "4 visual tokens" in capsys.readouterr().out
+
+
+def test_a_source_and_a_task_are_named_on_the_command_line(place, monkeypatch):
+    """Relative to the working folder. Another task's code does not go on in the first one's folder."""
+    monkeypatch.chdir(place)
+    words = [
+        "--task",
+        "my_task.py:Counting",
+        "--data",
+        "my_source.py:Cards",
+        "--set",
+        "count=12",
+        "--set",
+        "task.near=9",
+    ]
+    run("eval", "runs/mine", *words, "--out", "scores", "--json", "scores.json")
+    scores = json.loads((place / "scores.json").read_text())["Counting"]
+    manifest = json.loads((place / "scores" / "Counting" / "manifest.json").read_text())
+    assert 0 < scores["n"] == manifest["items"] < 12
+    assert manifest["near"] == 9
+    assert manifest["code"].startswith("my_task.py:Counting#sha256=")
+    text = (place / "my_task.py").read_text()
+    (place / "my_task.py").write_text(text.replace("{1,3}", "{1,2}") + "# changed\n")
+    run("eval", "runs/mine", *words, "--out", "scores", code=2)
+    (place / "my_task.py").write_text(text)
+    run("eval", "runs/mine", *words, "--out", "scores")  # nothing to do
+
+
+def test_a_source_and_a_task_in_a_recipe(place, capsys):
+    """Trained on and scored by what the recipe names, relative to it; the finished run's own tasks are found again."""
+    recipe = (
+        (place / "my_connector.yaml")
+        .read_text()
+        .replace("- {kind: scenes, form: captions, count: 20000}", "- {kind: my_source.py:Cards, count: 40}")
+    )
+    recipe += """
+evaluate:
+  - name: counting
+    task: my_task.py:Counting
+    data: {kind: my_source.py:Cards, count: 12, seed: 1}
+    options: {near: 2}
+"""
+    (place / "cards.yaml").write_text(recipe)
+    run("train", place / "cards.yaml", *SHORT, "--out", place / "runs" / "cards")
+    run("eval", place / "runs" / "cards", "--json", place / "own.json")
+    assert set(json.loads((place / "own.json").read_text())["counting"]) == {"n", "exact", "near", "unread"}
+    capsys.readouterr()
+    run(
+        "train", place / "cards.yaml", *SHORT, "stages.describe.data.0.cuont=3", "--out", place / "runs" / "bad", code=2
+    )
+    assert "my_source.py:Cards': unknown option 'cuont'; did you mean 'count'" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_a_run_goes_on_only_with_the_code_it_began_with(place, tmp_path, capsys):
+    """A moved file that says the same is the same code."""
+    shutil.copy(place / "my_connector.py", tmp_path / "my_connector.py")
+    shutil.copy(place / "my_connector.yaml", tmp_path / "my_connector.yaml")
+    run("train", tmp_path / "my_connector.yaml", *SHORT, "--out", place / "runs" / "mine")
+    (tmp_path / "my_connector.py").write_text((place / "my_connector.py").read_text() + "# changed\n")
+    capsys.readouterr()
+    run("train", tmp_path / "my_connector.yaml", *SHORT, "--out", place / "runs" / "mine", code=2)
+    assert "holds a run of another recipe" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_that_moved_or_changed_is_named_with_code(place, tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("isthmus_user_")]:
+        monkeypatch.delitem(sys.modules, name)  # as in a program that has not imported it yet
+    model = tmp_path / "model"
+    shutil.copytree(place / "runs" / "mine" / "model", model)
+    own = place / "my_connector.py"
+    text = own.read_text()
+    try:
+        own.write_text(text + "# changed\n")
+        with pytest.raises(ConfigError, match=r"my_connector\.py has changed since .*--code FILE"):
+            load(model)
+        own.unlink()
+        with pytest.raises(ConfigError, match=r"is not at .* any more.*--code FILE"):
+            load(model)
+        shutil.copy(EXAMPLES / "my_connector.py", tmp_path / "my_connector.py")
+        assert load(model, code=tmp_path / "my_connector.py").net.num_tokens(64, 64) == 4
+        run("show", model, "--code", tmp_path / "my_connector.py")
+        assert "4 visual tokens" in capsys.readouterr().out
+    finally:
+        own.write_text(text)
+
+
+def test_code_in_a_models_folder_is_never_imported(place, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(place / "runs" / "mine" / "model", model)
+    shutil.copy(place / "my_connector.py", model / "my_connector.py")
+    file = model / "config.json"
+    file.write_text(file.read_text().replace(str(place / "my_connector.py"), str(model / "my_connector.py")))
+    with pytest.raises(CheckpointError, match="the model's own folder"):
+        load(model)
+    config = json.loads(file.read_text())
+    config["config"]["projector"] = "my_connector:ConvPool"  # as runs of earlier versions have it
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"without saying what it was.*--code FILE"):
+        load(model)
+
+
+@pytest.mark.parametrize("name", [p.name for p in sorted(EXAMPLES.glob("my_*.py"))])
+def test_examples_are_short(name):
+    assert len((EXAMPLES / name).read_text().splitlines()) < (150 if name == "my_system.py" else 100)
