@@ -146,6 +146,9 @@ def evaluate(
     shots: Annotated[str | None, typer.Option(help="Examples before each question, from --train: 0 4 8.")] = None,
     more_shots: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
     select: Annotated[str, typer.Option(help="How shots are chosen: random or rices.")] = "random",
+    judge: Annotated[str | None, typer.Option(help="URL of a judge, for --task llava-bench.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
+    judge_prompt: Annotated[Path | None, typer.Option(help="What it is told: a file like judge.yaml.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of raw outputs and scores.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of shuffles and intervals.")] = 0,
@@ -158,6 +161,7 @@ def evaluate(
     """Score a model: with intervals, raw outputs, and the best score without looking. No task: the recipe's own."""
     from isthmus.cli.evaluate import run, run_rescore
 
+    asked = {"url": judge, "model": judge_model, "prompt": str(judge_prompt) if judge_prompt else None}
     if rescore is not None or against is not None or model is None:
         asking = {
             "--task": task,
@@ -165,6 +169,7 @@ def evaluate(
             "--train": train,
             "--shots": shots,
             "--select": select != "random",
+            "--judge": judge,
             "--limit": limit,
             "--out": out,
         }
@@ -185,6 +190,7 @@ def evaluate(
         seed=seed,
         json_file=json_file,
         given=given,
+        judge={k: v for k, v in asked.items() if v is not None},
     )
 
 

@@ -28,15 +28,21 @@ def run(
     seed: int,
     json_file: Path | None,
     given: Mapping[str, Any] | None = None,
+    judge: Mapping[str, Any] | None = None,
 ) -> None:
     """Print a table per task; outputs, manifest and scores go into ``out``. ``given``: further arguments of
-    :func:`isthmus.load`, which belong to the model's identity."""
+    :func:`isthmus.load`, which belong to the model's identity. ``judge``: who scores open answers, by the fields of
+    :class:`isthmus.evaluation.judge.Judge`."""
     from isthmus.recipes.scoring import SHOWABLE, model_hash, own_tasks, score_model, with_shots
     from isthmus.recipes.tables import score_table
 
     counts = counted(shots, more_shots)
     if data is None and (options or train):
         raise ConfigError("--set and --train go with --data; without it the recipe's own tasks are asked as they are.")
+    if judge:
+        task = task or "llava-bench"
+        if data is None or task != "llava-bench":
+            raise ConfigError("A judge scores questions with references: give --task llava-bench and --data.")
     folder = Path(model.removeprefix(_PEER))
     loaded = _load(model, given or {})
     identity = " ".join([model_hash(folder) or model, *(f"{name}={value}" for name, value in (given or {}).items())])
@@ -48,6 +54,8 @@ def run(
             raise ConfigError(f"{folder} names no {task or ''} task of its own: give --task and --data.")
     else:
         specs = [spec_of(task or _task_for(loaded), data, train, options)]
+        if judge:
+            specs[0].options["judge"] = dict(judge)
     if counts and not any(spec.task in SHOWABLE for spec in specs):
         names = ", ".join(spec.task for spec in specs)
         raise ConfigError(f"--shots go before questions and captions ({', '.join(SHOWABLE)}); {names} takes none.")

@@ -17,6 +17,7 @@ from isthmus.evaluation import (
     caption_task,
     choice,
     grouped,
+    judged,
     matching,
     rerank,
     retrieval,
@@ -121,6 +122,11 @@ SCORERS: dict[str, Scorer] = {
         version=1,
         score=lambda rows, m: grouped.score_circular(rows, seed=_seed(m)),
         outcomes=lambda rows, m: _points(_rule(m), rows),
+    ),
+    "judged": Scorer(
+        version=1,
+        score=lambda rows, m: judged.score(rows, seed=_seed(m)),
+        outcomes=lambda rows, m: Outcomes(judged.columns(rows), lambda s: judged.ratio(s), ("relative",)),
     ),
     "caption": Scorer(
         version=CAPTION_VERSION,

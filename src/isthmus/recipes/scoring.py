@@ -17,6 +17,7 @@ from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, Likeli
 from isthmus.evaluation.caption_task import CaptionTask, typical_caption
 from isthmus.evaluation.few_shot import FewShotTask
 from isthmus.evaluation.grouped import CircularTask, MmeTask
+from isthmus.evaluation.judged import JudgedTask
 from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
 from isthmus.evaluation.protocols import Answers
 from isthmus.evaluation.rerank import RerankTask
@@ -109,7 +110,7 @@ _QUESTIONS = (
 SHOWABLE = (*_QUESTIONS, "caption")
 """Tasks whose questions, or pictures to caption, may stand behind examples."""
 
-UNTRAINED = ("matching", "matching-head", "retrieval", "zero-shot")
+UNTRAINED = ("llava-bench", "matching", "matching-head", "retrieval", "zero-shot")
 """Tasks that take nothing from training data."""
 
 
@@ -117,7 +118,7 @@ def _demand(spec: EvalSpec) -> Demand | None:
     """What the task needs of a record beside its pictures."""
     if spec.task == "conversation":
         return all_answered
-    return answered if spec.task in (*_QUESTIONS, "choice-likelihood") else None
+    return answered if spec.task in (*_QUESTIONS, "choice-likelihood", "llava-bench") else None
 
 
 def _answers(kind: Callable[..., Task], **defaults: Any) -> Callable[..., Task]:
@@ -166,6 +167,10 @@ def _matching_head(spec: EvalSpec, records: Any, train: Any, seed: int, options:
     return MatchingHeadTask(name=spec.name, records=records, seed=seed, **options)
 
 
+def _judged(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+    return JudgedTask(name=spec.name, records=records, seed=seed, **options)
+
+
 def _retrieval(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
     if "rerank" in options:
         return RerankTask(name=spec.name, records=records, seed=seed, **options)
@@ -204,6 +209,7 @@ TASKS: dict[str, Callable[[EvalSpec, Any, Any, int, dict[str, Any]], Task]] = {
     "nlvr": _answers(BinaryTask),
     "conversation": _answers(ConversationTask),
     "caption": _caption,
+    "llava-bench": _judged,
     "matching": _matching,
     "matching-head": _matching_head,
     "retrieval": _retrieval,

@@ -12,6 +12,8 @@ def score_table(name: str, facts: dict[str, Any]) -> Table:
     """A task's scores for the console: by kind of question, by direction of retrieval, else one row per fact."""
     if "image_to_text" in facts:
         return _retrieval_table(name, facts)
+    if "relative" in facts:
+        return _judged_table(name, facts)
     if "kinds" not in facts:
         out = Table("score", "value", title=name)
         for key, value in _flat(facts):
@@ -55,6 +57,21 @@ def _retrieval_table(name: str, facts: dict[str, Any]) -> Table:
         for way, gain in facts.get("gain_at_1", {}).items()
     ]
     out.caption = f"{names[0]} gained by reranking: {', '.join(gains)}" if gains else None
+    return out
+
+
+def _judged_table(name: str, facts: dict[str, Any]) -> Table:
+    """A judge's mean scores and their ratio, by category."""
+    out = Table(title=name)
+    for column in ("questions", "n", "relative", "95 %", "candidate", "reference", "excluded"):
+        out.add_column(column, justify="left" if column == "questions" else "right")
+    for kind, row in [*facts["kinds"].items(), ("all", facts)]:
+        span = _span(row["relative_interval"]) if row["relative_interval"] else "–"
+        means = ["–" if row[c] is None else f"{row[c]:.2f}" for c in ("candidate", "reference")]
+        cells = [str(row["n"]), _percent(row["relative"]), span, *means, str(row["excluded"])]
+        out.add_row(kind, *cells, style="bold" if kind == "all" else "")
+    orders = ", ".join(f"{name} {count}" for name, count in facts["orders"].items())
+    out.caption = f"the winner when the order is turned: {orders}; {facts['retried']} reviews asked for again"
     return out
 
 

@@ -21,6 +21,7 @@ from isthmus.data.sources.annotations import LETTER
 from isthmus.data.sources.cells import unpacked
 from isthmus.data.sources.files import Names, Root, named_images, read_json, read_rows, read_table
 from isthmus.data.sources.items import LazyRows, each_once, field_of, filled_name, listed_under, one_of
+from isthmus.data.sources.llava_bench import llava_bench
 from isthmus.data.sources.rows import MARK, Form, Row, Rows
 from isthmus.data.sources.webdataset import IMAGE_ENDINGS
 from isthmus.errors import DataError
@@ -365,6 +366,7 @@ def _all(value: Any, what: str) -> list[Any]:
 BENCHMARKS: dict[str, Callable[..., Rows]] = {
     "a-okvqa": aokvqa,
     "docvqa": docvqa,
+    "llava-bench": llava_bench,
     "mmbench": mmbench,
     "mme": mme,
     "mmmu": mmmu,
