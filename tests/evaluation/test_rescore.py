@@ -9,6 +9,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import AnswerPrior, LinearProbeTask, RetrievalTask, VqaTask, ZeroShotTask, evaluate
 from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, LikelihoodTask
 from isthmus.evaluation.caption_task import CaptionTask
+from isthmus.evaluation.grouped import CircularTask, MmeTask
 from isthmus.evaluation.matching import MatchingTask
 from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.rescore import compare, read_folder, rescore
@@ -21,9 +22,12 @@ from tests.evaluation.test_run import pictured
 
 CAPTIONED = [Record(id=w, parts=(Image(Word(w)), Text((f"a {w} here", w), learn=True))) for w in ("cat", "dog")]
 CHOSEN = [question(i, w, choices=["cat", "dog"], answers=[w]) for i, w in enumerate(["cat", "dog"])]
+GROUPED = {"group": "g", "choices": ["cat", "dog"]}
 TASKS = [
     (Reader(), VqaTask(name="t", records=animals(), prior=AnswerPrior.fit(animals()))),
     (Reader("no"), BinaryTask(name="t", records=[question(i, w, answers=[w]) for i, w in enumerate(["yes", "no"])])),
+    (Reader("no"), MmeTask(name="t", records=[question(i, w, group="g") for i, w in enumerate(["yes", "no"])])),
+    (Reader(), CircularTask(name="t", records=[question(i, w, **GROUPED) for i, w in enumerate(["cat", "dog"])])),
     (Weigher(), LikelihoodTask(name="t", records=CHOSEN)),
     (Remembers("dog"), ConversationTask(name="t", records=[talk(0, "cat", ""), talk(1, "dog", "")])),
     (Reader("?"), CaptionTask(name="t", records=CAPTIONED, prompt="What?", prior="a bird")),
@@ -55,7 +59,8 @@ def test_every_kind_of_task_is_scored_again_without_its_model(tmp_path, model, t
 
 
 def test_all_kinds_are_tried():
-    assert {t.kind for _, t in TASKS} == set(SCORERS)
+    """Answers that are judged need an endpoint: see test_judge.py."""
+    assert {t.kind for _, t in TASKS} == set(SCORERS) - {"judged"}
 
 
 def test_another_rule_stands_beside_the_first(tmp_path):
