@@ -43,6 +43,8 @@ def test_cleaning_follows_the_published_rules() -> None:
     assert clean_caption('A "red" cube.A (big)  ring!; *x* #1: ~y') == "a red cube a big ring x 1 y"
     assert clean_question("What's this: a (red) Cube?!") == "what's this a red cube?"
     assert clean_question("a.b") == "ab"
+    assert clean_question("How  many\nred  cubes ?  ") == "how  many\nred  cubes ?"
+    assert clean_question("a " * 60) == " ".join("a" * 50)
     assert len(clean_caption("word " * 70).split()) == 50
 
 

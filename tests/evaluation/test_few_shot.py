@@ -162,6 +162,21 @@ def test_candidates_are_ranked_over_permutations():
     assert next(iter(many.rows(Fake(), (), chunk=1)))[0]["answer"] in chosen
 
 
+def test_ranking_with_zero_shots_has_no_examples():
+    """The candidates say already what an answer looks like (2204.14198, table of prompts)."""
+    seen: list[tuple[int, int]] = []
+
+    class Ranks(Fake):
+        def score(self, parts, candidates):
+            seen.append((len(parts), sum(isinstance(p, Image) for p in parts)))
+            return super().score(parts, candidates)
+
+    rows = next(iter(task(shots=0, candidates=["a1", "a2"], controls=[]).rows(Ranks(), (), chunk=8)))
+    assert {row["answer"] for row in rows} == {"a1"}
+    assert set(seen) == {(2, 1)}  # the question's own picture and words
+    assert len(seen) == 4
+
+
 def test_bad_options_are_explained():
     for options, words in (
         ({"select": "nearest"}, "known: random, rices"),

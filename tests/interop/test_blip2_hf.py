@@ -17,9 +17,10 @@ from isthmus.data.record import Record, Text
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.convert import write_model
-from isthmus.interop.hf_blip2 import config_to_hf, from_hf, read_blip2_folder, to_hf
+from isthmus.interop.hf_blip2 import config_from_hf, config_to_hf, from_hf, read_blip2_folder, to_hf
 from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.language import Decoding, Seq2SeqLM
+from isthmus.load_report import accounting
 from isthmus.model import load
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.vit import VisionConfig, VisionTransformer
@@ -35,6 +36,7 @@ from tests.models.tiny_blip2 import (
     V,
     generation_peer,
     pairs,
+    peer_config,
     prompts,
     redraw,
     retrieval_peer,
@@ -275,6 +277,14 @@ def test_a_tied_t5_comes_back_tied_and_scaled_as_it_was(scaled: bool, tmp_path) 
     )
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(again(**given).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_a_rate_of_dropout_that_has_no_place_is_noted() -> None:
+    values = peer_config(OPT, qformer={"attention_probs_dropout_prob": 0.3}).to_dict()
+    with accounting() as account:
+        assert config_from_hf(values).qformer.dropout == 0.1
+    (note,) = account.report().notes
+    assert note.startswith("qformer_config.attention_probs_dropout_prob 0.3: in training attention drops 0.1")
 
 
 def test_a_retrieval_folder_goes_back_as_it_came(tmp_path) -> None:

@@ -110,6 +110,20 @@ def test_openflamingos_stage() -> None:
     assert {decay for pattern, decay in decays.items() if pattern != "xattn.*"} == {0.0}
 
 
+def test_blip2s_stages() -> None:
+    """2301.12597, section 3.4: betas (0.9, 0.98), decay 0.05, 2,000 steps of warm-up; the second falls to 5e-5."""
+    stages = read_recipe("blip2-vit-l-opt-2.7b", to_show=True).stages
+    assert [(s.stage.steps, s.batch_size, s.image_mode) for s in stages] == [
+        (250_000, 2320, "squash"),
+        (80_000, 1920, "squash"),
+    ]
+    assert [[g.pattern for g in s.stage.train] for s in stages] == [["connector.*", "heads.*"], ["connector.*"]]
+    for stage in (s.stage for s in stages):
+        assert (stage.betas, stage.warmup_count, stage.decay) == ((0.9, 0.98), 2_000, "cosine")
+        assert {(g.lr, g.weight_decay) for g in stage.train} == {(1e-4, 0.05)}
+    assert [s.stage.floor * 1e-4 for s in stages] == [0.0, 5e-5]
+
+
 def test_clips_stage() -> None:
     """2103.00020, appendix F: 32 epochs of 400 M pairs in batches of 32,768, decay 0.2, half a cosine."""
     (spec,) = read_recipe("clip-vit-b-32", to_show=True).stages

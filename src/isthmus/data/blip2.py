@@ -31,8 +31,8 @@ def clean_caption(text: str) -> str:
 
 
 def clean_question(text: str) -> str:
-    """The same on questions, where the punctuation vanishes without a space."""
-    return " ".join(_PUNCTUATION.sub("", text.lower()).split()[:MOST_WORDS])
+    """LAVIS's code on questions: punctuation vanishes without a space, spaces within stay as they are, 50 words."""
+    return " ".join(_PUNCTUATION.sub("", text.lower()).rstrip(" ").split(" ")[:MOST_WORDS])
 
 
 class PairProcessor:

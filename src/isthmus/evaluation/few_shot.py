@@ -2,7 +2,8 @@
 
 Shots are drawn from a pool of support samples, by chance or by RICES: those whose pictures are nearest to the
 question's by the frozen vision features, the nearest last. Zero shots means two examples in words alone, pictures taken
-out. With given candidates the answer is the likeliest one, its log-likelihood averaged over permutations of the shots.
+out. With given candidates the answer is the likeliest one, its log-likelihood averaged over permutations of the shots,
+and zero shots means none at all: the candidates already say what an answer looks like.
 """
 
 import random
@@ -212,6 +213,8 @@ class FewShotTask(Task):
         return [self._likeliest(model, prompts) for prompts in asked]
 
     def _shots(self, model: Any, record: Any) -> list[Record]:
+        if not self.shots and self.candidates:
+            return []
         if not self.shots:
             return self.pool.choose(record, min(TEXT_SHOTS, len(self.pool.records)))
         features = model.vision_features if self.select == "rices" else None

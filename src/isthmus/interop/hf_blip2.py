@@ -113,6 +113,12 @@ def config_from_hf(config: Mapping[str, Any]) -> Blip2Config:
     width = vision.get("hidden_size", 1408)
     eps = vision.get("layer_norm_eps", 1e-6)
     text = config["text_config"]
+    hidden, attention = (qformer.get(f"{name}_dropout_prob", 0.1) for name in ("hidden", "attention_probs"))
+    if hidden != attention:
+        load_report.noted(
+            f"qformer_config.attention_probs_dropout_prob {attention:g}: in training attention drops {hidden:g} here, "
+            "as everything in the Q-Former; answers are the same"
+        )
     return Blip2Config(
         vision=VisionConfig(
             image_size=image,
@@ -141,7 +147,7 @@ def config_from_hf(config: Mapping[str, Any]) -> Blip2Config:
             dec_id=qformer.get("vocab_size", 30522) - 1,
             activation=qformer.get("hidden_act", "gelu"),
             eps=qformer.get("layer_norm_eps", 1e-12),
-            dropout=qformer.get("hidden_dropout_prob", 0.1),
+            dropout=hidden,
         ),
         language=known_fields(text) | {k: text[k] for k in ("dense_act_fn",) if k in text},
         instruct=config.get("model_type") == "instructblip",

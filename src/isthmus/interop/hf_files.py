@@ -212,7 +212,7 @@ def question_template(question: str, *, clean: bool) -> str:
     tidy = "{%- set text = text | trim -%}"
     if clean:
         marks = "".join(f" | replace({json.dumps(mark)}, '')" for mark in '.!"()*#:;~')
-        tidy = "{%- set text = (text | lower" + marks + ").split()[:50] | join(' ') -%}"
+        tidy = "{%- set text = (text | lower" + marks + ").rstrip(' ').split(' ')[:50] | join(' ') -%}"
     return (
         f"{_TEXT}{{%- for message in messages if message['role'] != 'system' -%}}"
         "{%- set text = said(message['content']) -%}{%- set gap = '' if loop.first else ' ' -%}"
