@@ -124,6 +124,13 @@ def took(plan: Iterable[tuple[Tensor, Tensor]]) -> None:
             account.held[_place(target)] = target
 
 
+def converted(tensors: Iterable[Tensor]) -> None:
+    """These were taken and are about to be changed: an adapter is merged into them."""
+    if (account := _current.get()) is not None:
+        places = {_place(tensor) for tensor in tensors}
+        account.taken = [(-1, place[1]) if place in places else place for place in account.taken]
+
+
 def absent(names: Iterable[str], why: str) -> None:
     """Tensors of the net that no file holds, and that are right without."""
     if (account := _current.get()) is not None:

@@ -234,7 +234,16 @@ def test_a_document_learns_across_its_pieces():
 
 
 def test_templates_are_the_written_ones():
-    assert set(TEMPLATES) == {"plain", "vicuna_v1", "llava_v1", "vicuna_bare", "mistral_instruct", "document"}
+    conversations = {"vicuna_v1", "llava_v1", "vicuna_bare", "llava_hf", "mistral_instruct"}
+    assert set(TEMPLATES) == {"plain", "document", *conversations}
+
+
+def test_transformers_llava_writes_a_space_between_turns_and_an_end_behind_the_last():
+    turns = (picture(), user("what?"), assistant("a cat"), user("where?"), assistant("here"))
+    said = str(render(record(*turns), "llava_hf"))
+    assert said == "USER: <image>\nwhat? ASSISTANT: a cat USER: where? ASSISTANT: here</s>"
+    asked = str(render(record(*turns), "llava_hf", prompt=True))
+    assert asked == "USER: <image>\nwhat? ASSISTANT: a cat USER: where? ASSISTANT:"
 
 
 def test_mistral_s_grammar_is_the_published_one():

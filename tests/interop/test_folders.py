@@ -171,6 +171,11 @@ def test_llava_forbids_its_image_token(tmp_path, tokenizer):
     assert again.forbidden == (310,)
 
 
+MISTRAL = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}{% for c in m['content'] %}{{ '<image>\n' if "
+    "c['type'] == 'image' else c['text'] }}{% endfor %}{{ ' [/INST]' }}{% else %}{{ ' ' + m['content'][0]['text'] }}"
+    "{{ ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 SHAPES = [(20, 30), (100, 33), (64, 64), (31, 97), (32, 32)]
 PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96], [32, 32]]
 """The last of one tile: the library has such a picture twice."""
@@ -191,7 +196,7 @@ def test_llava_next_of_the_library_gives_its_logits_and_tokens(tmp_path, tokeniz
     peer = redraw(LlavaNextForConditionalGeneration(config)).eval()
     peer.save_pretrained(tmp_path)
     finish(tmp_path, tokenizer, PICTURES | {"do_pad": True, "image_grid_pinpoints": PINPOINTS})
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ '[INST] ' + text + ' [/INST]' }}"}))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": MISTRAL}))
     model = isthmus.load(tmp_path)
     assert model.processor.template == "mistral_instruct"
     their_eyes = LlavaNextImageProcessorPil.from_pretrained(tmp_path, size={"shortest_edge": 32})

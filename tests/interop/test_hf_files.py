@@ -101,7 +101,7 @@ CONVERSATIONS = [
 
 
 @pytest.mark.parametrize("turns", CONVERSATIONS)
-@pytest.mark.parametrize("name", ["vicuna_v1", "llava_v1", "vicuna_bare"])
+@pytest.mark.parametrize("name", ["vicuna_v1", "llava_v1", "vicuna_bare", "llava_hf"])
 def test_chat_templates_say_what_ours_say(name: str, turns: list[tuple[Any, int, str]], tmp_path: Path) -> None:
     tiny_models.tokenizer().save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)

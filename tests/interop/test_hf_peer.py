@@ -29,13 +29,14 @@ from tests.interop.test_folders import LANGUAGE, PICTURES, VISION, finish, redra
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(["a red cube and a blue ring, what colour is it? USER: ASSISTANT:"] * 3, 300)
+    words = Tokenizer.train(["a red cube and a blue ring, what colour is it? USER: ASSISTANT:"] * 3, 299)
+    return words.with_tokens("<image>")
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("llava")
-    image_token = LANGUAGE["vocab_size"] - 1
+    image_token = tokenizer.id_of("<image>")
     config = LlavaConfig(
         vision_config={**VISION, "model_type": "clip_vision_model"},
         text_config={**LANGUAGE, "model_type": "llama", "eos_token_id": tokenizer.eos_id},
@@ -44,7 +45,7 @@ def llava(tmp_path_factory, tokenizer):
     )
     model = redraw(LlavaForConditionalGeneration(config))
     model.generation_config.eos_token_id = tokenizer.eos_id
-    model.generation_config.suppress_tokens = list(range(tokenizer.vocab_size, LANGUAGE["vocab_size"]))
+    model.generation_config.suppress_tokens = list(range(image_token, LANGUAGE["vocab_size"]))
     model.save_pretrained(folder)
     finish(folder, tokenizer, {**PICTURES, "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}})
     return folder
@@ -70,7 +71,7 @@ def test_llava_answers_like_ours(llava):
     pixels = ours.processor.image(pictures(1)[0])
     torch.testing.assert_close(peer.pixels(pictures(1))[0], pixels, atol=1e-6, rtol=0)
     found = peer.answer_records(records(), max_new_tokens=6)
-    allowed = {"max_new_tokens": 6, "forbidden_ids": tuple(range(300, LANGUAGE["vocab_size"]))}
+    allowed = {"max_new_tokens": 6, "forbidden_ids": tuple(range(ours.forbidden[0], LANGUAGE["vocab_size"]))}
     assert found == ours.answer_records(records(), **allowed)
     assert len(set(found)) > 1, "the pictures are looked at"
     blind = [Record(r.id, r.texts) for r in records()]

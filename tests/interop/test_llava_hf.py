@@ -1,5 +1,6 @@
 """LLaVA against transformers: tiny random models, both ways, all four layouts of keys."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -320,3 +321,28 @@ def test_the_published_configuration_is_understood() -> None:
     assert sum(p.numel() for p in net.parameters()) == 7_063_427_072
     assert net.num_tokens(336, 336) == 576
     assert llava_config_from_hf({"model_type": "llava"}).vision == config.vision
+
+
+@torch.no_grad()
+def test_heads_are_tied_where_either_configuration_says_so(tmp_path: Path) -> None:
+    """Told in text_config alone, a head that is not stored is the table; one that is stored and differs is not tied."""
+    theirs = hf_model(tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    del values["tie_word_embeddings"]
+    values["text_config"]["tie_word_embeddings"] = True
+    file.write_text(json.dumps(values))
+    weights = {n: t for n, t in load_file(tmp_path / "model.safetensors").items() if "lm_head" not in n}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    for own_head in (False, True):
+        if own_head:
+            head = torch.randn(V, theirs.config.text_config.hidden_size)
+            save_file(
+                {**weights, "language_model.lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"}
+            )
+        again, net = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval(), ours(tmp_path)
+        assert net.config.language["tie_word_embeddings"] is not own_head
+        row = ROWS[next(iter(ROWS))]
+        logits = net.language.logits(net.embed_prompt(batch([row])))
+        torch.testing.assert_close(logits, again(**hf_inputs(row)).logits, atol=1e-4, rtol=0)

@@ -122,15 +122,16 @@ def drawn(record: Record, draw: int) -> Record:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar:
     """How a conversation is written: ``{}`` in ``head`` is the system's text, in ``asked`` the user's; the answer
-    stands between ``before`` and ``after``. The default ``system`` is said where the record says none; without any
-    there is no head. A turn's only picture is put ``first``, as LLaVA's published code does, or stays where it
-    stands, as several do."""
+    stands between ``before`` and ``after``, or ``between`` where a question follows it. The default ``system`` is said
+    where the record says none; without any there is no head. A turn's only picture is put ``first``, as LLaVA's
+    published code does, or stays where it stands, as several do."""
 
     system: str = ""
     head: str = "{} "
     asked: str = "USER: {} ASSISTANT:"
     before: str = " "
     after: str = END
+    between: str | None = None
     first: bool = False
 
     def __call__(self, record: Record, prompt: bool) -> Rendered:
@@ -156,7 +157,8 @@ class Grammar:
                         f"empty answer: turn {number + 1} of the conversation says nothing; "
                         "write an answer or drop the turn"
                     )
-                _say(out, ((self.before, turn.said[0][1]), *turn.said, (self.after, turn.said[-1][1])), prompt)
+                after = self.after if turn is turns[-1] or self.between is None else self.between
+                _say(out, ((self.before, turn.said[0][1]), *turn.said, (after, turn.said[-1][1])), prompt)
         if not turns or (prompt and turns[-1].role != "user"):
             raise DataError("bad conversation: it has no question to answer; end it with a user's turn")
         if not prompt and turns[-1].role != "assistant":
@@ -255,11 +257,13 @@ TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Grammar(system=_VICUNA),
     "llava_v1": Grammar(system=_LLAVA, first=True),
     "vicuna_bare": Grammar(),
+    "llava_hf": Grammar(between=" ", first=True),
     "mistral_instruct": Grammar(head="<<SYS>>\n{}\n<</SYS>>\n\n", asked="[INST] {} [/INST]", after=f" {END}"),
     "document": _document,
 }
 """Written out: ``vicuna_v1`` is ``SYS USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>``, no space after ``</s>``;
-``vicuna_bare`` the same without the system sentence and its space; ``mistral_instruct`` (LLaVA 1.6 over Mistral)
+``vicuna_bare`` the same without the system sentence and its space; ``llava_hf`` (transformers' own LLaVA 1.5 folders)
+that with a space for every ``</s>`` but the last; ``mistral_instruct`` (LLaVA 1.6 over Mistral)
 ``[INST] q1 [/INST] a1 </s>[INST] q2 [/INST] a2 </s>``."""
 
 

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from isthmus.checkpoint import load_into, read_json
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.images import ImageTransform, Mode
@@ -21,19 +23,23 @@ from isthmus.data.processor import (
     TextProcessor,
     TextsProcessor,
 )
+from isthmus.data.text import TEMPLATES, Grammar
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.wordpiece import load_wordpiece
 from isthmus.errors import CheckpointError, IsthmusWarning
+from isthmus.interop.archives import read_state
 from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_blip2 import read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
-from isthmus.interop.hf_files import CHAT_TEMPLATE, RESAMPLE, further_stops, template_named
+from isthmus.interop.hf_files import RESAMPLE, further_stops
 from isthmus.interop.hf_idefics import TOKENS as IDEFICS_TOKENS
 from isthmus.interop.hf_idefics import read_idefics_folder
 from isthmus.interop.hf_language import read_language_folder
-from isthmus.interop.hf_llava import read_llava_folder
+from isthmus.interop.hf_llava import llava_from_folder
 from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.interop.hf_towers import read_image_encoder_folder, read_text_encoder_folder
+from isthmus.interop.special_ids import must_agree, must_agree_on_image
+from isthmus.interop.told_template import chat_template_of, told_template
 from isthmus.language import Seq2SeqLM
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip
@@ -116,7 +122,12 @@ def _text_encoder(folder: Path, words: Path) -> Opened:
 
 
 def _llava(folder: Path, words: Path) -> Opened:
-    config, state, image_token = read_llava_folder(folder)
+    return llava_of(folder, words, read_state(folder))
+
+
+def llava_of(folder: Path, words: Path, stored: Mapping[str, Tensor]) -> Opened:
+    """A LLaVA from its weights under transformers' names, which may be others than those in ``folder``."""
+    config, state, image_token = llava_from_folder(folder, stored)
     net = Llava(config)  # not from the meta device: ties and computed buffers (rotary frequencies) would be lost
     load_into(net, state, where=folder)
     if not net.language.plain_head():
@@ -127,10 +138,13 @@ def _llava(folder: Path, words: Path) -> Opened:
     siglip = not config.vision.class_token
     transform = image_transform(folder, config.vision.image_size, config.pinpoints, siglip=siglip)
     tokenizer = open_tokenizer(words)
+    must_agree(folder, words, tokenizer, net.language.vocab_size)
+    must_agree_on_image(folder, words, tokenizer)
+    template, tokenizer = _template(folder, tokenizer, otherwise="vicuna_v1", pictures=True)
     processor = SpliceProcessor(
         tokenizer,
         image=transform,
-        template=_llava_template(folder),
+        template=template,
         max_length=net.language.context or 2048,
         num_tokens=net.num_tokens(transform.size, transform.size),
         stop_ids=further_stops(folder, tokenizer),
@@ -143,6 +157,7 @@ def _idefics(folder: Path, words: Path) -> Opened:
     net = Flamingo(config)  # not from the meta device, as LLaVA's
     load_into(net, state, where=folder)
     tokenizer = open_tokenizer(words)
+    must_agree(folder, words, tokenizer, net.language.vocab_size)
     tokens = IDEFICS_TOKENS[: len(config.new_ids)]
     ids = tuple(tokenizer.id_of(token) for token in tokens)
     if ids != config.new_ids:
@@ -168,7 +183,9 @@ def _blip2(folder: Path, words: Path) -> Opened:
     load_into(net, state, where=folder)
     transform = replace(image_transform(folder, config.vision.image_size), mode="squash")
     qformer = load_wordpiece(folder / "qformer_tokenizer") if config.instruct else None
-    processor = published_prompts(net, open_tokenizer(words), transform, qformer)
+    tokenizer = open_tokenizer(words)
+    must_agree_on_image(folder, words, tokenizer)  # its other ids are told otherwise: OPT's end here is a newline
+    processor = published_prompts(net, tokenizer, transform, qformer)
     return (
         net,
         processor,
@@ -218,44 +235,43 @@ def _language(folder: Path, words: Path) -> Opened:
     net = BareLM(LmConfig(language=config))
     load_into(net.language.lm, state, where=folder)
     tokenizer = open_tokenizer(words)
+    must_agree(folder, words, tokenizer, net.language.vocab_size)
+    template, tokenizer = _template(folder, tokenizer, otherwise="document", pictures=False)
     processor = TextProcessor(
         tokenizer,
-        template=_template(folder, "document"),
+        template=template,
         max_length=net.language.context or 2048,
         stop_ids=further_stops(folder, tokenizer),
     )
     return net, processor, ()
 
 
-def _template(folder: Path, otherwise: str) -> str:
-    """The template that the folder's chat template is the Jinja form of (we wrote it then), or ``otherwise``."""
-    return template_named(_chat_template(folder)) or otherwise
-
-
-def _llava_template(folder: Path) -> str:
-    """The same for LLaVA's published folders, told by the words of theirs. Warns of one that is not known here."""
-    told = _chat_template(folder)
-    known = {"[INST]": "mistral_instruct", "curious human": "llava_v1", "USER:": "vicuna_v1"}
-    found = template_named(told) or next((name for mark, name in known.items() if mark in told), None)
-    if found is None and told:
+def _template(folder: Path, tokenizer: Tokenizer, *, otherwise: str, pictures: bool) -> tuple[str, Tokenizer]:
+    """The template of ours that the folder's chat template is, and the tokenizer as it begins a conversation there:
+    once, whether the template writes its beginning or the tokenizer does. Warns of a template that none of ours is."""
+    text = chat_template_of(folder)
+    if not text:
+        return otherwise, tokenizer
+    told = told_template(text, tokenizer, pictures=pictures)
+    if told.name is None and pictures:
         warnings.warn(
-            f"{folder}: its chat template is none that is known here ({', '.join(known.values())}); questions are "
-            "asked in vicuna_v1, which this model may not have been trained with.",
+            f"{folder}: its chat template is none that is known here (what it makes of a question is none of "
+            f"{', '.join(n for n, t in TEMPLATES.items() if isinstance(t, Grammar))}); questions are asked in "
+            f"{otherwise}, which this model may not have been trained with.",
             IsthmusWarning,
             stacklevel=2,
         )
-    return found or "vicuna_v1"
-
-
-def _chat_template(folder: Path) -> str:
-    """The folder's chat template in Jinja, from a file of its own or within another; empty without one."""
-    if (folder / CHAT_TEMPLATE).is_file():
-        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        found = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
-        if isinstance(found, str):
-            return found
-    return ""
+    elif told.name is not None and not told.further:
+        warnings.warn(
+            f"{folder}: its chat template asks a first question as {told.name} does and writes further turns "
+            f"otherwise; here they are written as {told.name} writes them.",
+            IsthmusWarning,
+            stacklevel=2,
+        )
+    bos = tokenizer.specials["bos_token"]
+    if told.name is not None and told.begins and bos is not None and not tokenizer.begins:
+        tokenizer = tokenizer.beginning(bos)
+    return told.name or otherwise, tokenizer
 
 
 def _resample(number: Any, folder: Path) -> str:

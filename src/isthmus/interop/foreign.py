@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import CheckpointError, IsthmusError, nearest
-from isthmus.interop import folders, origins
+from isthmus.interop import adapters, folders, origins
 from isthmus.interop.given import Given, Opened
 from isthmus.interop.hub import looks_like_id
 
@@ -36,7 +36,11 @@ def _told(path: Path, config: Mapping[str, Any] | None, named: Given) -> Opened:
     """A file, the original LLaVA, open_clip, or what transformers wrote."""
     if path.is_file():
         return origins.open_file(path, named)
-    if config is not None and "mm_vision_tower" in config:
+    original = config is not None and "mm_vision_tower" in config
+    if not original and adapters.is_adapter(path):
+        return adapters.open_adapter(path, named)
+    adapters.warn_of_leftover(path)
+    if config is not None and original:
         return origins.open_original_llava(path, config, named)
     of_open_clip = origins.open_clip_config(path) if path.is_dir() else None
     if of_open_clip is not None:

@@ -173,7 +173,11 @@ def chat_template(name: str, *, first: bool = False) -> str | None:
     opening = json.dumps(grammar.head.replace("{}", grammar.system) if grammar.system else "")
     system = _sum(*grammar.head.partition("{}"), {"{}": "own.seen"})
     asked, closing = map(_quoted, grammar.asked.split("{}"))
-    answer = _sum(grammar.before, "{}", *grammar.after.partition(END), {"{}": "text", END: "eos_token"})
+    names = {"{}": "text", END: "eos_token"}
+    answer = f"{{{{- {_sum(grammar.before, '{}', *grammar.after.partition(END), names)} -}}}}"
+    if grammar.between is not None:
+        further = f"{{{{- {_sum(grammar.before, '{}', grammar.between, names)} -}}}}"
+        answer = f"{{%- if loop.last -%}}{answer}{{%- else -%}}{further}{{%- endif -%}}"
     return (
         f"{_TEXT}{{%- set own = namespace(system={opening}, seen='') -%}}"
         "{%- for message in messages if message['role'] == 'system' -%}"
@@ -184,7 +188,7 @@ def chat_template(name: str, *, first: bool = False) -> str | None:
         + _PICTURES
         + f"{{%- if seen.n -%}}{pictures}{{%- endif -%}}"
         f"{{{{- text -}}}}{{%- if not loop.last or add_generation_prompt -%}}{{{{- {closing} -}}}}{{%- endif -%}}"
-        f"{{%- else -%}}{{{{- {answer} -}}}}{{%- endif -%}}{{%- endfor -%}}"
+        f"{{%- else -%}}{answer}{{%- endif -%}}{{%- endfor -%}}"
     )
 
 

@@ -5,6 +5,7 @@ four are read, the first, which every version reads, is written.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,9 @@ def llava_config_from_hf(config: Mapping[str, Any]) -> LlavaConfig:
             )
         pinpoints = tuple((int(h), int(w)) for h, w in config.get("image_grid_pinpoints") or PINPOINTS)
     layer = config.get("vision_feature_layer", -2)
-    tied = bool(config.get("tie_word_embeddings", False))
     text = known_fields({"model_type": "llama", **(config.get("text_config") or {})})
+    # transformers' LLaVA ties where either says so, the text's class by default among them (Gemma).
+    tied = bool(config.get("tie_word_embeddings") or getattr(library_config(text), "tie_word_embeddings", False))
     return LlavaConfig(
         vision=vision,
         language=_bare({**text, "tie_word_embeddings": tied}),
@@ -223,13 +225,26 @@ def read_llava_folder(path: str | Path) -> tuple[LlavaConfig, dict[str, Tensor],
 
     Raises CheckpointError when something is missing or does not fit.
     """
+    return llava_from_folder(path, read_state(path))
+
+
+def llava_from_folder(path: str | Path, stored: Mapping[str, Tensor]) -> tuple[LlavaConfig, dict[str, Tensor], int]:
+    """The same with the weights given, in any of the four layouts. A head that is stored beside another table of
+    embeddings is not tied, whatever config.json says, as in transformers."""
     values = read_json(Path(path) / "config.json")
     config = llava_config_from_hf(values)
-    stored = read_state(path)
     if not _as_written(stored):
         load_report.noted(
             "its tensors have names of transformers 4.52 or later; a folder written from it has those of older files "
             "(language_model.model.…, vision_tower.vision_model.…), which all versions and other engines read"
         )
+    if config.language["tie_word_embeddings"] and _head_of_its_own(stored):
+        config = replace(config, language={**config.language, "tie_word_embeddings": False})
     token = values.get("image_token_index", values.get("image_token_id", 32000))
     return config, llava_from_hf(stored, config), token
+
+
+def _head_of_its_own(stored: Mapping[str, Tensor]) -> bool:
+    ends = ("lm_head.weight", "language_model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
+    found = [tensor for name, tensor in stored.items() if name.endswith(ends)]
+    return len(found) == 2 and not torch.equal(*found)

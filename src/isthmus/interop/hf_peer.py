@@ -21,7 +21,8 @@ from isthmus.checkpoint import read_json
 from isthmus.data.images import as_image, open_image
 from isthmus.data.record import Image, Part, Record, Text, without_answer
 from isthmus.data.text import TEMPLATES, render
-from isthmus.errors import CapabilityError, CheckpointError, ConfigError, nearest
+from isthmus.errors import CapabilityError, CheckpointError, ConfigError, IsthmusError, nearest
+from isthmus.interop.hf_tokenizer import quiet
 
 _DECODING = {
     "max_new_tokens": "max_new_tokens",
@@ -48,15 +49,25 @@ def load_peer(folder: str | Path, *, template: str = "vicuna_v1") -> "Peer":
         raise CheckpointError(f"{folder} is not a folder of transformers; give it to isthmus eval without hf:.")
     if template not in TEMPLATES:
         raise ConfigError(f"unknown template {template!r}; {nearest(template, TEMPLATES)}")
-    try:
+    with _told(f"transformers {transformers.__version__} cannot open {folder}"), quiet():
         if kind in ("clip", "siglip"):
             return EmbeddingPeer(transformers.AutoModel.from_pretrained(folder), *_tools(folder), kind)
         model = _generator(folder)
-        return AnsweringPeer(model, *_tools(folder), str(kind), template)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"transformers {transformers.__version__} cannot open {folder}: {str(error).splitlines()[0]}"
-        ) from error
+        tokenizer, images = _tools(folder)
+        processor = None if images is None else _processor(folder, model)
+        return AnsweringPeer(model, tokenizer, images, str(kind), template, processor)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Whatever the library raises as one line of ours: CheckpointError."""
+    try:
+        yield
+    except IsthmusError:
+        raise
+    except Exception as error:
+        said = (str(error).strip().splitlines() or ["no more is said"])[0]
+        raise CheckpointError(f"{what}: {type(error).__name__}: {said[:300]}") from error
 
 
 def open_class(folder: Path) -> Any:
@@ -68,28 +79,12 @@ def open_class(folder: Path) -> Any:
     kind = getattr(transformers, name, None)
     if kind is None:
         raise CheckpointError(f"{folder}: transformers {transformers.__version__} has no class {name}.")
-    with _quiet():
+    with quiet():  # what is wrong is in its report
         model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     wrong = {why: sorted(map(str, names)) for why, names in report.items() if names}
     if wrong:
         raise CheckpointError(f"{folder}: {name} does not take these weights as they are: {wrong}.")
     return model.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The library's progress bar and advice off for a while: what is wrong is in its report."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _generator(folder: Path) -> Any:
@@ -104,6 +99,17 @@ def _tools(folder: Path) -> tuple[Any, Any]:
     if not any((folder / f).is_file() for f in ("preprocessor_config.json", "processor_config.json")):
         return tokenizer, None
     return tokenizer, transformers.AutoImageProcessor.from_pretrained(folder)
+
+
+def _processor(folder: Path, model: Any) -> Any:
+    """The folder's own processor, with what old folders leave to the model's configuration (the library's advice)."""
+    processor: Any = transformers.AutoProcessor.from_pretrained(folder)
+    if getattr(processor, "patch_size", 0) is None:
+        vision = model.config.vision_config
+        processor.patch_size = vision.patch_size
+        processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = int("clip" in vision.model_type)
+    return processor
 
 
 class Peer:
@@ -162,20 +168,26 @@ class AnsweringPeer(Peer):
 
     capabilities = ("answer",)
 
-    def __init__(self, model: Any, tokenizer: Any, images: Any, kind: str, template: str) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, images: Any, kind: str, template: str, processor: Any = None
+    ) -> None:
         super().__init__(model, tokenizer, images, kind)
-        self.template = template
+        self.template, self.processor = template, processor
 
     def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
         """One answer per record, asked one at a time. Raises ConfigError for decoding settings it does not have."""
         settings = self._settings(decoding)
-        return [self._answer(without_answer(record), settings) for record in records]
+        answers = []
+        for record in records:
+            with _told(f"{record.id}: transformers fails at this sample"):
+                answers.append(self._answer(without_answer(record), settings))
+        return answers
 
     @torch.inference_mode()
     def score(self, parts: Sequence[Part], candidates: Sequence[str]) -> list[float]:
         """Log-likelihood of each candidate as the answer: of the tokens that it adds to the prompt."""
-        prompt = Record(id="scored", parts=tuple(parts))
-        asked = self._inputs(prompt)
+        with _told("transformers fails at this prompt"):
+            asked = self._inputs(Record(id="scored", parts=tuple(parts)))
         start = asked["input_ids"].shape[1]
         scores = []
         for candidate in candidates:
@@ -209,50 +221,44 @@ class AnsweringPeer(Peer):
         return self.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def _inputs(self, record: Record) -> dict[str, Tensor]:
-        """Token ids with the placeholders of the pictures, one per visual token, and pixels."""
-        text = self._prompt(record)
-        if not record.images:
-            return dict(self.tokenizer(text, return_tensors="pt"))
-        seen = self.seen(record.images)
-        token = self.model.config.image_token_id
-        pieces = [
-            self.tokenizer(p, add_special_tokens=n == 0)["input_ids"] for n, p in enumerate(text.split("<image>"))
-        ]
-        if len(pieces) != len(record.images) + 1:
-            raise CapabilityError(
-                f"{record.id}: the prompt has {len(pieces) - 1} places for pictures and the record has "
-                f"{len(record.images)} pictures."
-            )
-        ids = list(pieces[0])
-        for count, piece in zip(self._tokens_of(seen), pieces[1:], strict=True):
-            ids += [token] * count + piece
-        return {
-            "input_ids": torch.tensor([ids]),
-            "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-            **seen,
-        }
-
-    def _tokens_of(self, seen: Mapping[str, Tensor]) -> list[int]:
-        """Visual tokens of each picture: what the model itself makes of them."""
-        features = self.model.get_image_features(**seen)
-        return [len(tokens) for tokens in getattr(features, "pooler_output", features)]
+        """What the library's own processor (of a bare LM its tokenizer) makes of the record."""
+        if record.images and self.processor is None:
+            raise CapabilityError(f"This {self.kind} model has no image processor: it reads only text.")
+        own, tool = self._own_template(), self.processor or self.tokenizer
+        if own is not None:
+            how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+            return dict(tool.apply_chat_template(self._messages(record), chat_template=own, return_tensors="pt", **how))
+        if self.processor is None:
+            return dict(self.tokenizer(self._prompt(record), return_tensors="pt"))
+        pictures = [open_image(image.source) for image in record.images] or None
+        return dict(self.processor(text=self._prompt(record), images=pictures, return_tensors="pt"))
 
     def _prompt(self, record: Record) -> str:
         own = self._own_template()
         if own is None:
             return str(render(record, self.template, prompt=True)).replace("</s>", self.tokenizer.eos_token or "")
+        tool, messages = self.processor or self.tokenizer, self._messages(record)
+        return tool.apply_chat_template(messages, chat_template=own, add_generation_prompt=True, tokenize=False)
+
+    def _messages(self, record: Record) -> list[dict[str, Any]]:
+        """The library's form: parts where a processor reads, one text a turn where only a tokenizer does."""
         messages: list[dict[str, Any]] = []
         for part in record.parts:
             role = "user" if part.role == "text" else part.role
-            piece = {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": _first(part)}
+            if isinstance(part, Image):
+                piece = {"type": "image", "image": open_image(part.source)}
+            else:
+                piece = {"type": "text", "text": _first(part)}
             if messages and messages[-1]["role"] == role:
                 messages[-1]["content"].append(piece)
             else:
                 messages.append({"role": role, "content": [piece]})
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if self.processor is None:
+            return [{**m, "content": "".join(piece["text"] for piece in m["content"])} for m in messages]
+        return messages
 
-    def _own_template(self) -> str | None:
-        return getattr(self.tokenizer, "chat_template", None)
+    def _own_template(self) -> Any:
+        return getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
 
 
 def _first(part: Text) -> str:

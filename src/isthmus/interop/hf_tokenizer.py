@@ -4,7 +4,7 @@ Which special tokens a text gets stands in a class's code, in ``tokenizer.json``
 classes rebuild what the file holds; so nothing is guessed from names: a text is encoded with and without them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,19 @@ def _begun(tokenizer: Tokenizer, added: list[int], bare: list[int], folder: Path
         f"{folder}: its tokenizer makes {added} of {_PROBE!r} with special tokens and {bare} without, which is no text "
         "with tokens around it; such a tokenizer is not read here"
     )
+
+
+def rendered(template: str, messages: list[dict[str, Any]], names: Mapping[str, str]) -> str | None:
+    """What transformers makes of a conversation by a chat template, up to the answer; none where the template refuses
+    it or is no Jinja."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        with quiet():
+            found, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **names)
+    except Exception:  # whatever a template raises; who asks says what follows
+        return None
+    return found[0]
 
 
 @contextmanager

@@ -1,47 +1,165 @@
-"""LoRA adapters of peft, merged into the weights they belong to: W + B A · alpha / r (Hu et al. 2021, eq. 3)."""
+"""LoRA adapters of peft, merged by peft into the weights they belong to (Hu et al. 2021, eq. 3, and its variants).
 
-import math
+What an adapter says is honoured exactly or refused by name: ranks and scales per layer, rsLoRA, DoRA, biases, whole
+trained modules, PiSSA and OLoRA, whose start takes the adapter out of the base, are peft's own arithmetic.
+"""
+
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from isthmus import load_report
 from isthmus.checkpoint import read_json
-from isthmus.errors import CheckpointError
+from isthmus.errors import CheckpointError, MissingExtraError
 from isthmus.interop.archives import read_archive, tensors_of
 
-_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "pissa", "olora")
+"""Starts that leave the base as it is, and two that change it in a way that follows from the base alone. What starts
+from data or chance (CorDA, LoftQ, LoRA-GA, PiSSA by a random decomposition) cannot be taken out of it again."""
+_BOOKKEEPING = {
+    *("peft_type", "peft_version", "task_type", "inference_mode", "base_model_name_or_path", "revision"),
+    *("auto_mapping", "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size"),
+    *("eva_config", "loftq_config", "corda_config", "lora_ga_config"),
+}
+"""Fields that say nothing of what is merged; those of a start count only with that start."""
+_MERGED = {
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "bias", "fan_in_fan_out", "use_rslora", "use_dora"),
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layers_pattern"),
+    *("init_lora_weights", "lora_bias", "target_parameters", "trainable_token_indices", "ensure_weight_tying"),
+}
+
+_LAYOUTS = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head", "lm_head"),
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("model.vision_tower.vision_model.", "model.vision_tower."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+"""Names of modules in adapters of a LLaVA, by version of the library, and here or in its language model alone."""
 
 
-def merged_state(state: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """``state`` (a language model's, under transformers' names) with the adapter in ``folder``; without one, itself.
+def adapter_file(folder: Path) -> Path | None:
+    """The weights of the adapter in a folder, if it holds one."""
+    return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
-    Raises CheckpointError for an adapter that is not plain LoRA, lacks a half, or belongs to another model.
+
+def merge_adapter(lm: nn.Module, folder: Path) -> None:
+    """Merges the adapter in ``folder`` into ``lm``, a model of transformers, in place; without an adapter, nothing.
+
+    Raises CheckpointError for an adapter that cannot be merged exactly, lacks a tensor, or belongs to another model;
+    MissingExtraError without peft.
     """
-    file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    file = adapter_file(folder)
     if file is None:
-        return dict(state)
-    values = read_json(folder / "adapter_config.json")
-    for name, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("fan_in_fan_out", False)):
-        if values.get(name, plain) != plain:
-            raise CheckpointError(f"{folder}/adapter_config.json: {name} {values[name]!r} is not merged here.")
-    if values.get("rank_pattern") or values.get("alpha_pattern") or values.get("modules_to_save"):
-        raise CheckpointError(f"{folder}/adapter_config.json: ranks per layer and further modules are not merged here.")
-    rank, alpha = int(values["r"]), float(values["lora_alpha"])
-    scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
-    halves: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors_of(read_archive(file), file).items():
-        bare, _, half = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-        halves.setdefault(f"{bare.removesuffix('.default')}.weight", {})[half.removesuffix(".default")] = tensor
-    merged = dict(state)
-    for name, pair in halves.items():
-        if set(pair) != {"A", "B"} or name not in merged:
-            raise CheckpointError(
-                f"{file}: the adapter of {name!r} lacks a half, or its base model has no such weight."
+        return
+    values = _mergeable(folder)
+    stored = tensors_of(read_archive(file), file)
+    state, values = _named_as_in(lm, stored, values, folder)
+    try:
+        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    except ImportError:
+        raise MissingExtraError(
+            f"{folder} is a LoRA adapter; merging one needs peft: pip install 'isthmus[lora]'"
+        ) from None
+    named = dict(lm.named_modules())
+    changed = [p for name in {_module(key) for key in state} & set(named) for p in named[name].parameters()]
+    load_report.converted(changed)
+    for parameter in changed:  # weights may be pages of a file, and peft adds in place
+        parameter.data = parameter.data.clone()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of peft to its developers; what does not fit is an error below
+            config = LoraConfig(
+                **{k: v for k, v in values.items() if k in _MERGED and v is not None}, inference_mode=True
             )
-        a, b = pair["A"].float(), pair["B"].float()
-        if (len(b), a.shape[1]) != tuple(merged[name].shape) or len(a) != rank:
-            raise CheckpointError(f"{file}: the adapter of {name!r} has another shape than the base model's weight.")
-        merged[name] = (merged[name].float() + scale * torch.matmul(b, a)).to(merged[name].dtype)
-    return merged
+            model: Any = get_peft_model(lm, config)  # type: ignore[arg-type]
+            result = set_peft_model_state_dict(model, state)
+            _fits(result, file)
+            model.merge_and_unload()
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{folder}: peft cannot merge this adapter into its base model: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _fits(result: Any, file: Path) -> None:
+    """Raises CheckpointError for tensors of an adapter that its base has no place for, and places left empty."""
+    marks = ("lora_", ".modules_to_save.", ".token_adapter.")
+    missing, strange = [k for k in result.missing_keys if any(m in k for m in marks)], result.unexpected_keys
+    for what, names in (("lacks", missing), ("holds tensors without a place in its base model:", strange)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{file}: the adapter {what} {names[0]!r}{more}. Is it this base's?")
+
+
+def _mergeable(folder: Path) -> dict[str, Any]:
+    """adapter_config.json. Raises CheckpointError, naming the field, for what would not be merged exactly."""
+    values, where = read_json(folder / CONFIG), f"{folder}/{CONFIG}"
+    if values.get("peft_type", "LORA") != "LORA":
+        raise CheckpointError(f"{where}: peft_type {values['peft_type']!r} is not merged here, only LORA.")
+    start = values.get("init_lora_weights", True)
+    if start not in _STARTS or (isinstance(start, int) and not isinstance(start, bool)):
+        raise CheckpointError(
+            f"{where}: init_lora_weights {start!r} changed the base model when training began, in a way that does not "
+            "follow from it: merged into the base named, the adapter would give other outputs. Convert it to plain "
+            "LoRA when it is saved (peft: save_pretrained with path_initial_model_for_weight_conversion)."
+        )
+    for name, value in values.items():
+        if name not in _BOOKKEEPING | _MERGED and value not in (None, False, [], {}, ""):
+            raise CheckpointError(f"{where}: {name} {value!r} is not known here, so the adapter is not merged.")
+    return values
+
+
+def _named_as_in(
+    lm: nn.Module, stored: Mapping[str, Tensor], values: dict[str, Any], folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The adapter's tensors and configuration in the names of the modules of ``lm``; both as they are where they fit.
+
+    An adapter of a LLaVA names its modules as the version it was made with, and may be given its language model alone.
+    """
+    modules = {name for name, _ in lm.named_modules()}
+    prefix = "base_model.model."
+    bare = {name.removeprefix(prefix).replace(".default.", "."): tensor for name, tensor in stored.items()}
+    targets = sorted({_module(name) for name in bare if ".lora_" in name})
+    if not values.get("target_modules") and not values.get("target_parameters"):
+        values = {**values, "target_modules": targets}  # what peft would fill in by the kind of model
+    if all(_module(name) in modules for name in bare):
+        return {f"{prefix}{name}": tensor for name, tensor in bare.items()}, values
+    renamed = {_renamed(name, modules): tensor for name, tensor in bare.items()}
+    named = [n for field in ("rank_pattern", "alpha_pattern") for n in values.get(field) or {}]
+    named += [values[n] for n in ("target_modules", "exclude_modules") if isinstance(values.get(n), str)]
+    if any(re.search(r"[^\w.\-]", pattern) for pattern in named if pattern != "all-linear"):
+        raise CheckpointError(
+            f"{folder}/{CONFIG} names modules by patterns ({named[0]!r}) in another layout than its base model's; "
+            "save the adapter anew with this version of transformers."
+        )
+    patterns = {
+        field: {
+            _renamed(f"{name}.weight", modules).removesuffix(".weight"): value for name, value in values[field].items()
+        }
+        for field in ("rank_pattern", "alpha_pattern")
+        if values.get(field)
+    }
+    targets = sorted({_module(name) for name in renamed if ".lora_" in name})
+    names = {"target_modules": targets, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    return {f"{prefix}{name}": tensor for name, tensor in renamed.items()}, {**values, **patterns, **names}
+
+
+def _renamed(name: str, modules: set[str]) -> str:
+    found = (new + name.removeprefix(old) for old, new in _LAYOUTS if name.startswith(old))
+    return name if _module(name) in modules else next((n for n in found if _module(n) in modules), name)
+
+
+def _module(name: str) -> str:
+    """The module that a tensor of an adapter belongs to, ``base_model.model.`` or not."""
+    name = name.removeprefix("base_model.model.")
+    return name.partition(".lora_")[0] if ".lora_" in name else name.removesuffix(".base_layer").rpartition(".")[0]

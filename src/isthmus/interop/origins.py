@@ -25,7 +25,7 @@ from isthmus.interop.archives import read_archive, read_state, tensors_of, unwra
 from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_files import further_stops
 from isthmus.interop.hf_tokenizer import open_tokenizer
-from isthmus.interop.lora import merged_state
+from isthmus.interop.lora import merge_adapter
 from isthmus.interop.open_clip import CANONICAL, clip_config_from_open_clip, clip_from_open_clip
 from isthmus.interop.open_flamingo import config_from_open_flamingo, trained_from_open_flamingo
 from isthmus.interop.open_lavis import open_lavis
@@ -257,7 +257,9 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
 def _base(folder: Path, given: Given) -> dict[str, Tensor]:
     """The language model that a projector or a LoRA belongs to, LoRA merged in, under transformers' names."""
     base = Path(given.need("language", folder, "holds no language model, only what was trained beside it"))
-    return merged_state(given.open(base).net.language.lm.state_dict(), folder)
+    lm = given.open(base).net.language.lm
+    merge_adapter(lm, folder)
+    return lm.state_dict()
 
 
 def _completed(

@@ -1,0 +1,100 @@
+"""Ids that a folder tells more than once, held against each other: image, end, beginning and padding.
+
+A model and a tokenizer that do not belong together load without a sound and answer nonsense. That they do is shown by
+the same ids in the files of configuration, tokenizer, decoding and processor.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from isthmus.checkpoint import read_json
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import CheckpointError, ConfigError
+from isthmus.language import library_config
+
+_IMAGE = "<image>"
+
+
+def must_agree(folder: Path, words: Path, tokenizer: Tokenizer, rows: int) -> None:
+    """Raises CheckpointError, naming both, where two sources tell different ids.
+
+    ``rows`` is the length of the table of embeddings. An id beyond it, or the default of the model's class, was never
+    set: the library writes its defaults into every file. Ends may be several: one source must tell the tokenizer's own,
+    and another may tell special tokens alone (a chat model's end of turn). A beginning counts where texts get it.
+    Padding may be told as ``<unk>`` or the end, which is what many files without one say.
+    """
+    special = {number for number, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    named = {name: token and tokenizer.id_of(token) for name, token in tokenizer.specials.items()}
+    own = {number for name, number in named.items() if name != "eos_token"}
+    sources, unset = list(_sources(folder)), _defaults(folder)
+    ends = {number for _, values in sources for number in _ids(values.get("eos_token_id"))}
+    for where, values in sources:
+        for kind in ("bos", "pad", "eos"):
+            mine = named[f"{kind}_token"]
+            if kind == "bos" and mine not in tokenizer.begin_ids:
+                continue  # nobody reads it: configurations are full of their class's default
+            told = [i for i in _ids(values.get(f"{kind}_token_id")) if 0 <= i < rows]
+            if not told or mine is None or mine in told or told == unset[kind]:
+                continue
+            if kind == "eos" and mine in ends and set(told) <= special - own:
+                continue
+            if kind == "pad" and set(told) <= {named["unk_token"], named["eos_token"]}:
+                continue
+            beside = "" if words == folder else f" in {words}"
+            raise CheckpointError(
+                f"{folder}: {where} has {kind}_token_id {', '.join(map(str, told))} "
+                f"({_token(tokenizer, told[0])}), the tokenizer{beside} has {tokenizer.specials[f'{kind}_token']!r} at "
+                f"{mine}: they do not belong together, or one of them is wrong. Correct the file that is."
+            )
+
+
+def must_agree_on_image(folder: Path, words: Path, tokenizer: Tokenizer) -> None:
+    """Raises CheckpointError, naming both, where the configuration has its image token at another id than the token
+    that the processor writes (``image_token``, else ``<image>``) has in the tokenizer."""
+    config = read_json(folder / "config.json")
+    told = {config[name] for name in ("image_token_index", "image_token_id") if config.get(name) is not None}
+    if len(told) > 1:
+        raise CheckpointError(f"{folder}/config.json has two ids of its image token: {', '.join(map(str, told))}.")
+    files = [words / "processor_config.json", words / "tokenizer_config.json", folder / "processor_config.json"]
+    names = [read_json(file).get("image_token") for file in files if file.is_file()]
+    name = next((n.get("content") if isinstance(n, Mapping) else n for n in names if n), _IMAGE)
+    mine = tokenizer.backend.token_to_id(str(name))
+    if told and mine is not None and mine not in told:
+        (index,) = told
+        raise CheckpointError(
+            f"{folder}: config.json has its image token at {index} ({_token(tokenizer, index)}), the processor's "
+            f"{name!r} is at {mine} in the tokenizer: pictures would be put where the model does not look. Correct the "
+            "file that is wrong."
+        )
+
+
+def _sources(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    config = read_json(folder / "config.json")
+    yield "config.json", config
+    if isinstance(config.get("text_config"), Mapping):
+        yield "config.json's text_config", config["text_config"]
+    if (folder / "generation_config.json").is_file():
+        yield "generation_config.json", read_json(folder / "generation_config.json")
+
+
+def _defaults(folder: Path) -> dict[str, list[int]]:
+    """The ids that the class of the language model has where nobody says any."""
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    kind = (text if isinstance(text, Mapping) else config).get("model_type", "llama")
+    try:
+        known: Any = library_config({"model_type": kind})
+    except ConfigError:  # no causal LM, or one that its fields cannot do without
+        known = None
+    return {name: _ids(getattr(known, f"{name}_token_id", None)) for name in ("bos", "eos", "pad")}
+
+
+def _ids(told: Any) -> list[int]:
+    """One id or several; what is no id is said by who uses it."""
+    return [i for i in (told if isinstance(told, list) else [told]) if isinstance(i, int) and not isinstance(i, bool)]
+
+
+def _token(tokenizer: Tokenizer, number: Any) -> str:
+    token = tokenizer.backend.id_to_token(number) if isinstance(number, int) and number >= 0 else None
+    return "no token of the tokenizer's" if token is None else repr(token)

@@ -1,0 +1,99 @@
+"""Which template of ours a folder's chat template is: told by what it renders of known conversations, not by its words.
+
+A template is rendered in Jinja's sandbox, as transformers does; nothing else of the folder is run.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus.checkpoint import read_json
+from isthmus.data.images import as_image
+from isthmus.data.record import Part, Record, Text
+from isthmus.data.text import TEMPLATES, Grammar, render
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import CheckpointError
+from isthmus.interop.hf_files import CHAT_TEMPLATE, template_named
+from isthmus.interop.hf_tokenizer import rendered
+
+_QUESTION, _ANSWER, _FURTHER = "Is it red?", "A cube.", "And this?"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToldTemplate:
+    """``name``: ours that asks a question in the same words, none if no one does; ``further``: it writes further turns
+    alike; ``begins``: it writes the beginning of sequence itself."""
+
+    name: str | None
+    further: bool = True
+    begins: bool = False
+
+
+def told_template(text: str, tokenizer: Tokenizer, *, pictures: bool) -> ToldTemplate:
+    """What of :data:`isthmus.data.text.TEMPLATES` a chat template in Jinja is."""
+    if (own := template_named(text)) is not None:
+        return ToldTemplate(name=own)
+    asked = _asked(text, tokenizer, pictures)
+    if (first := asked(1)) is None:
+        return ToldTemplate(name=None)
+    bos = tokenizer.specials["bos_token"]
+    begins = bool(bos) and first.startswith(str(bos))
+    alike = [name for name in _conversations() if _ours(name, 1, pictures) == _bare(first, tokenizer)]
+    whole = asked(3)
+    found = [n for n in alike if whole is not None and _ours(n, 3, pictures) == _bare(whole, tokenizer)]
+    if found or alike:
+        return ToldTemplate(name=(found or alike)[0], further=bool(found), begins=begins)
+    return ToldTemplate(name=None, begins=begins)
+
+
+def chat_template_of(folder: Path) -> str:
+    """The folder's chat template in Jinja, from a file of its own or within another; empty without one. Raises
+    CheckpointError for one that is no text."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        found = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(found, list):  # several by name
+            found = {t.get("name"): t.get("template") for t in found if isinstance(t, Mapping)}
+        if isinstance(found, Mapping):
+            found = found.get("default")
+        if found is not None and not isinstance(found, str):
+            raise CheckpointError(f"{folder / name}: its chat_template is no text, but a {type(found).__name__}.")
+        if found is not None:
+            return found
+    return ""
+
+
+def _conversations() -> Sequence[str]:
+    return [name for name, template in TEMPLATES.items() if isinstance(template, Grammar)]
+
+
+def _ours(name: str, turns: int, pictures: bool) -> str:
+    first: tuple[Part, ...] = (Text(_QUESTION, role="user"),)
+    if pictures:
+        first = (as_image("probe.png"), *first)  # never opened
+    more = (Text(_ANSWER, role="assistant"), Text(_FURTHER, role="user"))
+    return str(render(Record("probe", first + more * (turns > 1)), name, prompt=True))
+
+
+def _asked(text: str, tokenizer: Tokenizer, pictures: bool) -> Callable[[int], str | None]:
+    """What the template makes of the first ``turns`` of the probe; none where it makes nothing of it."""
+    names = {name: token or "" for name, token in tokenizer.specials.items()}
+
+    def asked(turns: int) -> str | None:
+        said = (("user", _QUESTION), ("assistant", _ANSWER), ("user", _FURTHER))[:turns]
+        parts: list[dict[str, Any]] = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in said]
+        if pictures:
+            parts[0]["content"].insert(0, {"type": "image"})
+            return rendered(text, parts, names)
+        plain = [{"role": role, "content": t} for role, t in said]
+        return rendered(text, plain, names) or rendered(text, parts, names)
+
+    return asked
+
+
+def _bare(text: str, tokenizer: Tokenizer) -> str:
+    """Without the beginning of sequence, and its end as people write it."""
+    bos, eos = tokenizer.specials["bos_token"], str(tokenizer.specials["eos_token"])
+    return (text.removeprefix(bos) if bos else text).replace(eos, "</s>")
