@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from isthmus.errors import ConfigError, DataError
+from isthmus.errors import ConfigError, DataError, IsthmusWarning
 from isthmus.evaluation import official
 from isthmus.evaluation.rescore import compare, read_folder, rescore
 from isthmus.evaluation.scored_files import score_files, write_folder
@@ -120,7 +120,8 @@ def test_bad_references(write, references, task, words):
 
 
 def test_a_subset_is_scored_only_when_asked_for_and_said(write):
-    facts = score_files(write("r.json", CAPTIONS), write("p.json", GIVEN[:1]), "caption", subset=True).facts
+    with pytest.warns(IsthmusWarning, match="with one picture all weights are 0, and so is CIDEr"):
+        facts = score_files(write("r.json", CAPTIONS), write("p.json", GIVEN[:1]), "caption", subset=True).facts
     assert (facts["n"], facts["left_out"]) == (1, 1)
     with pytest.raises(DataError, match="no item has a prediction"):
         score_files(write("r.json", CAPTIONS), write("p.json", ""), "caption", subset=True)
@@ -187,3 +188,42 @@ def test_deep_nesting_is_said_in_words(write):
         score_files(deep, write("p.json", ANSWERS), "vqa")
     with pytest.raises(DataError, match="nested too deeply"):
         score_files(write("r.json", VQA), deep, "vqa")
+
+
+@pytest.mark.parametrize("written", [["A surfer", "A man, riding"], "['A surfer', 'A man, riding']"])
+def test_references_in_a_list_count_one_by_one(write, written):
+    listed = {"annotations": [{"id": 1, "image_id": 1, "caption": written}, CAPTIONS["annotations"][2]]}
+    assert official.caption_references(write("r.json", listed))["1"] == ["A surfer", "A man, riding"]
+    alone = [{"image_id": 1, "caption": '["a man"]'}]
+    assert official.predictions(write("p.json", alone), "image_id", "caption") == {"1": "a man"}
+    with pytest.raises(DataError, match="the caption of 1 is a list of 2 texts; one is scored"):
+        official.predictions(write("p.json", [{"image_id": 1, "caption": written}]), "image_id", "caption")
+    with pytest.raises(DataError, match=r"r.json: caption of 1: bad list: .* cannot be read as one"):
+        official.caption_references(write("r.json", {"annotations": [{"image_id": 1, "caption": "['a', 'b"}]}))
+
+
+def test_vizwiz_and_textvqa_are_scored_in_their_own_forms(write):
+    viz = [{"image": f"{n}.jpg", "question": "q", "answers": question(n, *["red"] * 10)["answers"]} for n in (1, 2)]
+    given = [{"image": "1.jpg", "answer": "red"}, {"image": "2.jpg", "answer": "blue"}]
+    facts = score_files(write("r.json", viz), write("p.json", given), "vqa").facts
+    assert facts["per_item"] == {"1.jpg": {"vqa_accuracy": 1.0}, "2.jpg": {"vqa_accuracy": 0.0}}
+    text = {"data": [{"question_id": 1, "image_id": "x", "question": "q", "answers": ["red"] * 10}]}
+    facts = score_files(write("r.json", text), write("p.json", [{"question_id": 1, "answer": "red"}]), "vqa").facts
+    assert facts["corpus"] == {"vqa_accuracy": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        (
+            ["yes<|im_end|>\n<|endoftext|>", "no</s>", "no"],
+            r"2 of 3 answers end in the text of a stop token \(<\|endof",
+        ),
+        (["", " ", ""], "All 3 answers are empty"),
+    ],
+)
+def test_what_says_little_is_said_once(write, answers, words):
+    given = [{"question_id": n, "answer": a} for n, a in enumerate(answers, start=1)]
+    with pytest.warns(IsthmusWarning, match=words) as said:
+        score_files(write("r.json", VQA), write("p.json", given), "vqa")
+    assert len(said) == 1

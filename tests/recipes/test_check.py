@@ -115,3 +115,20 @@ def test_bad_evaluation_data_is_a_problem_that_names_the_evaluation_unless_it_ma
     (problem,) = checked.problems
     assert problem.startswith("Evaluation strict: 2 of 100 samples are bad")
     assert str(tmp_path / "0.png") in problem
+
+
+def test_a_stage_of_mostly_text_is_tried_with_a_picture_too(story, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    turns = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+    rows = [{"id": f"t{n}", "conversations": turns} for n in range(30)]
+    seen = [{"from": "human", "value": "and <image>?"}, turns[1]]
+    rows.append({"id": "p", "image": "a.png", "conversations": seen})
+    (tmp_path / "mostly.json").write_text(json.dumps(rows))
+    mine = tree("llava", story)
+    mine["stages"], mine["evaluate"] = mine["stages"][1:], []
+    mine["stages"][0] |= {"data": [{"kind": "llava", "file": str(tmp_path / "mostly.json")}], "batch_size": 1}
+    checked = check(parse_recipe(mine), samples=2)
+    assert checked.problems == ()
+    text, picture = (sample.streams["lm"] for sample in checked.stages[0].shown)
+    assert [p.kind for p in text] == ["read", "learnt"]
+    assert [p.kind for p in picture] == ["read", "picture", "read", "learnt"], "the picture's place is shown"

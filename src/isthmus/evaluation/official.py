@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isthmus.data.sources.cells import unpacked
 from isthmus.data.sources.files import once, read_json, read_rows
 from isthmus.errors import DataError
 
@@ -27,24 +28,34 @@ def caption_references(path: Path) -> dict[str, list[str]]:
     once((a["id"] for a in annotations if "id" in a), path, "annotation id")
     found: dict[str, list[str]] = {}
     for a in annotations:
-        found.setdefault(str(a["image_id"]), []).append(_text(a["caption"], path, "caption", a["image_id"]))
+        texts = _texts(a["caption"], path, "caption", a["image_id"])
+        found.setdefault(str(a["image_id"]), []).extend(texts)
     return found
 
 
 def vqa_references(path: Path) -> dict[str, Question]:
-    """Question id -> human answers, of a VQA annotation file. Raises DataError: other content, or an id twice."""
-    annotations = _annotations(path, "a VQA annotation file", "question_id", "answers")
-    once((a["question_id"] for a in annotations), path, "question id")
+    """Question id -> human answers, of annotations of VQA, VizWiz (a list; ids are the images' names) or TextVQA (under
+    ``data``, answers are texts). Raises DataError: other content, or an id twice."""
+    key = vqa_key(path)
+    annotations = _annotations(path, "a VQA annotation file", key, "answers")
+    once((a[key] for a in annotations), path, "question id" if key == "question_id" else key)
     found: dict[str, Question] = {}
     for a in annotations:
-        given = a["answers"]
-        if not isinstance(given, list) or not given or not all(isinstance(g, Mapping) and "answer" in g for g in given):
-            raise DataError(f"{path}: question {a['question_id']} has no list of answers, each with an `answer`.")
-        answers = tuple(_text(g["answer"], path, "answer", a["question_id"]) for g in given)
-        found[str(a["question_id"])] = Question(
-            answers, str(a.get("answer_type", "other")), str(a.get("question_type", "other"))
-        )
+        given = unpacked(a["answers"], "answers")
+        told = [g.get("answer") if isinstance(g, Mapping) else g for g in given] if isinstance(given, list) else []
+        if not told or None in told:
+            raise DataError(f"{path}: question {a[key]} has no list of answers, each with an `answer`.")
+        answers = tuple(_text(answer, path, "answer", a[key]) for answer in told)
+        found[str(a[key])] = Question(answers, str(a.get("answer_type", "other")), str(a.get("question_type", "other")))
     return found
+
+
+def vqa_key(path: Path) -> str:
+    """What the annotations and the predictions for them name a question by: its image in VizWiz, else its id."""
+    content = read_json(path)
+    first = content[0] if isinstance(content, list) and content else None
+    vizwiz = isinstance(first, dict) and "image" in first and "question_id" not in first
+    return "image" if vizwiz else "question_id"
 
 
 def predictions(path: Path, key: str, value: str) -> dict[str, str]:
@@ -60,7 +71,7 @@ def predictions(path: Path, key: str, value: str) -> dict[str, str]:
                 f"{', '.join(map(str, row)) or 'nothing'}."
             )
     once((row[key] for row in rows), path, key)
-    return {str(row[key]): _text(row[value], path, value, row[key]) for row in rows}
+    return {str(row[key]): _one_text(row[value], path, value, row[key]) for row in rows}
 
 
 def match(references: Mapping[str, Any], given: Mapping[str, str], *, what: str, subset: bool = False) -> list[str]:
@@ -87,7 +98,7 @@ def match(references: Mapping[str, Any], given: Mapping[str, str], *, what: str,
 
 def _annotations(path: Path, what: str, *needed: str) -> list[dict[str, Any]]:
     content = read_json(path)
-    found = content.get("annotations") if isinstance(content, dict) else None
+    found = content.get("annotations", content.get("data")) if isinstance(content, dict) else content
     if not isinstance(found, list) or not found or not all(isinstance(a, dict) for a in found):
         raise DataError(f"{path} is not {what}: it needs a list `annotations` with entries.")
     for number, annotation in enumerate(found):
@@ -95,6 +106,22 @@ def _annotations(path: Path, what: str, *needed: str) -> list[dict[str, Any]]:
             if field not in annotation:
                 raise DataError(f"{path} is not {what}: annotation {number} has no `{field}`.")
     return found
+
+
+def _texts(value: Any, path: Path, what: str, name: Any) -> list[str]:
+    """One text, or a list of them, also one that is written into one text."""
+    try:
+        given = unpacked(value, what)
+    except DataError as error:
+        raise DataError(f"{path}: {what} of {name}: {error}.") from None
+    return [_text(text, path, what, name) for text in (given if isinstance(given, list) else [given])]
+
+
+def _one_text(value: Any, path: Path, what: str, name: Any) -> str:
+    texts = _texts(value, path, what, name)
+    if len(texts) != 1:
+        raise DataError(f"{path}: the {what} of {name} is a list of {len(texts)} texts; one is scored, so give one.")
+    return texts[0]
 
 
 def _text(value: Any, path: Path, what: str, name: Any) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import rules
 from isthmus.evaluation.bootstrap import resampled_sums
+from isthmus.evaluation.doubts import warn_of
 from isthmus.evaluation.results import write_json
 from isthmus.evaluation.run import Result, counts
 from isthmus.evaluation.scorers import scorer, scorer_of
@@ -76,6 +77,7 @@ def rescore(path: str | Path, *, rule: str | None = None) -> Result:
     manifest = folder.manifest
     target = "scores.json" if folder is own else f"scores.{rule}.json"
     scores = scorer(folder.kind).score(folder.rows, manifest)
+    warn_of(folder.rows, captions=folder.kind == "caption")
     name = str(manifest.get("task", folder.path.name))
     left_out = int(manifest.get("left_out", 0))
     facts = {"task": name, "kind": folder.kind, **counts(left_out, folder.rows), **scores.to_dict()}

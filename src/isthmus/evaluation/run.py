@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import CapabilityError, ConfigError, DataError
+from isthmus.evaluation.doubts import warn_of
 from isthmus.evaluation.protocols import Tells
 from isthmus.evaluation.results import versions, write_json
 from isthmus.evaluation.scorers import scorer_of
@@ -76,6 +77,7 @@ def evaluate(
                 report(len(rows), len(task.ids))
     ordered = [rows[i] for i in task.ids]
     scores = task.score(ordered)
+    warn_of(ordered, captions=task.kind == "caption")
     facts = {"task": task.name, "kind": task.kind, **counts(left_out, ordered), **scores.to_dict()}
     write_json(folder / "scores.json", facts)
     return Result(task.name, task.kind, scores, ordered, folder, left_out)

@@ -15,6 +15,7 @@ from isthmus.evaluation import official, rules
 from isthmus.evaluation.bootstrap import intervals
 from isthmus.evaluation.captions import java, score_captions
 from isthmus.evaluation.captions.score import VERSION as CAPTION_VERSION
+from isthmus.evaluation.doubts import warn_of
 from isthmus.evaluation.results import versions, write_json, write_text
 from isthmus.evaluation.scorers import scorer, scorer_of
 from isthmus.evaluation.vqa import Rule
@@ -69,15 +70,18 @@ def _captions(references: Path, predictions: Path, subset: bool, metrics: Sequen
     extra = {name: java.java_scores(name, chosen, given) for name in metrics}
     scores = score_captions(chosen, given, extra=extra, seed=seed).to_dict()
     rows = [{"id": i, "kind": "other", "truth": theirs[i], "answer": given[i]} for i in ids]
+    warn_of(rows, captions=True)
     facts = {"task": "caption", "left_out": len(theirs) - len(ids), **scores}
     return FileScores(facts | _made_by("caption", CAPTION_VERSION), rows)
 
 
 def _vqa(references: Path, predictions: Path, rule: Rule, subset: bool, seed: int) -> FileScores:
     theirs = official.vqa_references(references)
-    given = official.predictions(predictions, "question_id", "answer")
-    ids = official.match(theirs, given, what="question_id", subset=subset)
+    key = official.vqa_key(references)
+    given = official.predictions(predictions, key, "answer")
+    ids = official.match(theirs, given, what=key, subset=subset)
     rows = [{"id": i, "kind": theirs[i].answer_type, "truth": list(theirs[i].answers), "answer": given[i]} for i in ids]
+    warn_of(rows)
     points = np.array([rule.points(row["answer"], row) for row in rows])
     spread = intervals(points[:, None], lambda sums: sums / len(ids), seed=seed)
     groups: dict[str, defaultdict[str, list[float]]] = {

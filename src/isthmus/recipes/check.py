@@ -12,7 +12,7 @@ import resource
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from isthmus import checkpoint
-from isthmus.batch import IGNORE
+from isthmus.batch import IGNORE, Batch
 from isthmus.data.collate import load_pixels
 from isthmus.data.mix import key
 from isthmus.data.quarantine import Quarantine
-from isthmus.data.record import Example
+from isthmus.data.record import Example, Video
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import DataError, StageError
 from isthmus.model import load
@@ -161,10 +161,14 @@ def _items(spec: EvalSpec, seed: int) -> int:
 def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, steps: int) -> StageCheck:
     loader = make_loader(built, spec)
     sources, shown = [], []
+    kinds: set[str] = set()
     for number in range(len(loader.sources)):
         found, examples = _look(built, spec, loader, number)
         sources.append(found)
-        shown += [show(example, built.tokenizer, built.tokenizers.others) for example in examples[:samples]]
+        shown += [
+            show(example, built.tokenizer, built.tokenizers.others) for example in _varied_first(examples)[:samples]
+        ]
+        kinds |= {kind for example in examples for kind in _kinds(example)}
     problems = [
         f"Stage {spec.name}, source {s.name}: {sum(s.bad.values())} of {s.looked} samples looked at are bad "
         f"(allowed: {spec.bad_samples:.1%}), for example: {s.example}."
@@ -177,7 +181,7 @@ def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, step
     losses: Mapping[str, float] = {}
     seconds = 0.0
     try:
-        losses, seconds = _two_runs(built, spec, folder, steps)
+        losses, seconds = _two_runs(built, spec, folder, max(steps, len(kinds)), kinds)
     except (StageError, DataError) as error:
         problems.append(f"Stage {spec.name}: {error}")
     return StageCheck(
@@ -245,6 +249,53 @@ class _Stopped(Exception):
     """Raised in the middle of the run that is to be resumed."""
 
 
+class _Varied:
+    """A loader that passes over steps without anything new until each of ``kinds`` was in one: two steps of mostly
+    text would say nothing of the parts that read pictures.
+
+    ``seen`` remembers, over several loaders of one stage, what had been in the steps up to a position. As many steps
+    as there are samples are passed over at most.
+    """
+
+    def __init__(self, loader: Any, kinds: Set[str], seen: dict[str, frozenset[str]]) -> None:
+        self.loader, self.kinds, self.seen = loader, kinds, seen
+        self.position = loader.position
+
+    def steps(self, start: Any) -> Iterator[Any]:
+        stream = self.loader.steps(start)
+        found, left = self.seen.get(str(start.to_dict()), frozenset()), sum(map(len, self.loader.sources))
+        try:
+            for after, batches in stream:
+                new = frozenset(kind for batch in batches for kind in _kinds_of(batch))
+                if left > 0 and not self.kinds <= found and new <= found:
+                    left -= 1
+                    continue
+                found = self.seen[str(after.to_dict())] = found | new
+                yield after, batches
+        finally:
+            stream.close()
+
+
+def _kinds(example: Example) -> set[str]:
+    """What a sample is read with: ``clip``, ``picture``, or neither: ``text``."""
+    return {"clip" if isinstance(v, Video) else "picture" for v in example.visuals} or {"text"}
+
+
+def _kinds_of(batch: Batch) -> set[str]:
+    """The same of all rows. Frames whose sizes are told are views of one picture."""
+    alone = len(set(batch.owner.tolist())) < len(batch)
+    told = [(v, v.pixels if v.pixels is not None else v.features) for v in batch.visuals]
+    clips = {x is not None and x.shape[1] > 1 and v.sizes is None for v, x in told}
+    return ({"text"} if alone else set()) | {"clip" if clip else "picture" for clip in clips}
+
+
+def _varied_first(examples: Sequence[Example]) -> list[Example]:
+    """The first sample of each kind, then the others."""
+    firsts = {min(_kinds(example)): example for example in reversed(examples)}
+    shown = sorted(firsts.values(), key=examples.index)
+    return [*shown, *(example for example in examples if all(example is not first for first in shown))]
+
+
 class _OneStep:
     """A loader that breaks off after its first step."""
 
@@ -260,18 +311,21 @@ class _OneStep:
         raise _Stopped
 
 
-def _two_runs(built: Built, spec: StageSpec, folder: Path, steps: int) -> tuple[Mapping[str, float], float]:
+def _two_runs(
+    built: Built, spec: StageSpec, folder: Path, steps: int, kinds: Set[str]
+) -> tuple[Mapping[str, float], float]:
     """Losses of ``steps`` steps and the seconds of the last; raises StageError when a resumed run ends otherwise.
 
     The weights are as before afterwards: each run begins with a copy of what the stage trains.
     """
     stage = replace(spec.stage, steps=steps, samples=None, warmup=0.0, save_every=1, log_every=1)
     net, seed = built.net, built.recipe.seed
+    seen: dict[str, frozenset[str]] = {}
     before = _trained(net, spec)
 
     def once(name: str, *, stops: bool = False) -> Any:
         _restore(net, before)
-        loader: Any = make_loader(built, spec)
+        loader: Any = _Varied(make_loader(built, spec), kinds, seen)
         return train_stage(net, _OneStep(loader) if stops else loader, stage, folder / name, seed=seed, progress=False)
 
     try:

@@ -365,5 +365,5 @@ def _without_paths(value: Any) -> Any:
 
 def _name(kind: str, spec: Mapping[str, Any]) -> str:
     files = spec.get("file") or spec.get("shards") or spec.get("folder")
-    first = files if isinstance(files, str) else files[0] if files else ""
-    return f"{kind}:{Path(first).stem}"
+    first = files[0] if isinstance(files, list | tuple) and files else files or ""
+    return f"{kind}:{Path(str(first)).stem}"
