@@ -5,7 +5,7 @@ import pytest
 from PIL import Image as PilImage
 
 from isthmus.batch import IGNORE
-from isthmus.data.blip2 import PairProcessor, PromptProcessor, clean_caption, clean_question
+from isthmus.data.blip2 import PairProcessor, PromptProcessor, clean_caption, clean_question, newline_id
 from isthmus.data.collate import collate
 from isthmus.data.images import ImageTransform, as_image
 from isthmus.data.processors import processor_from_dict
@@ -261,3 +261,11 @@ def test_a_scored_sample_is_whole_or_refused(start_id: int | None) -> None:
         scored(fits, Record("candidate 1", question("what?", "two " + "and so on " * 30).parts), "two and so on")
     with pytest.raises(DataError, match=r"prompt too long: .* no room for candidate 1"):
         scored(fits, Record("candidate 1", question("what? " * 40, "two").parts), "two")
+
+
+def test_a_tokenizer_without_a_newline_is_named_and_stops_at_nothing_else():
+    assert newline_id(LM) == LM.encode("\n")[-1]
+    assert newline_id(BERT) is None
+    with pytest.raises(ConfigError, match="end: newline ends no text, for the tokenizer has no token for one"):
+        PromptProcessor(BERT, IMAGE, num_tokens=2, end="newline")
+    assert PromptProcessor(BERT, IMAGE, num_tokens=2, end="eos").stop_ids == ()

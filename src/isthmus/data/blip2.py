@@ -94,6 +94,13 @@ class PairProcessor:
         return {"kind": self.kind, "max_text": self.max_text, "clean": self.clean, "image": self.image.to_dict()}
 
 
+def newline_id(tokenizer: Tokenizer) -> int | None:
+    """The id that a newline ends in; none where the tokenizer drops it or has no token for it."""
+    ids = tokenizer.encode("\n")
+    unknown = tokenizer.specials.get("unk_token")
+    return ids[-1] if ids and (unknown is None or ids[-1] != tokenizer.id_of(unknown)) else None
+
+
 class PromptProcessor:
     """Phase generate: the soft prompt of ``num_tokens`` places, then text.
 
@@ -130,6 +137,8 @@ class PromptProcessor:
             raise ConfigError(f"question: {question!r} has {places or 'no'} {{}} for the question and needs one")
         if end not in ("newline", "eos"):
             raise ConfigError(f"end: {end!r} is neither newline nor eos")
+        if end == "newline" and newline_id(tokenizer) is None:
+            raise ConfigError("end: newline ends no text, for the tokenizer has no token for one; take `end: eos`")
         self.tokenizer, self.image, self.num_tokens = tokenizer, image, num_tokens
         self.prompt_text, self.question, self.end, self.clean = prompt, question, end, clean
         self.max_text, self.max_question, self.start_id = _room(max_text), _room(max_question), start_id
@@ -139,7 +148,8 @@ class PromptProcessor:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer besides end-of-sequence."""
-        return (self.tokenizer.encode("\n")[-1],) if self.end == "newline" else ()
+        newline = newline_id(self.tokenizer) if self.end == "newline" else None
+        return () if newline is None else (newline,)
 
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError without exactly one picture, with an empty text, or when nothing would be learnt."""

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from isthmus.checkpoint import load_into, read_json
-from isthmus.data.blip2 import PairProcessor, PromptProcessor
+from isthmus.data.blip2 import PairProcessor, PromptProcessor, newline_id
 from isthmus.data.images import ImageTransform, Mode
 from isthmus.data.interleave import InterleaveProcessor
 from isthmus.data.processor import (
@@ -204,7 +204,7 @@ def published_prompts(
         num_tokens=net.num_tokens(image.size, image.size),
         prompt="" if instruct else "a photo of",
         question="{}" if instruct else "Question: {} Short answer:" if seq2seq else "Question: {} Answer:",
-        end="eos" if instruct or seq2seq else "newline",
+        end="eos" if instruct or seq2seq or newline_id(tokenizer) is None else "newline",
         max_text=256 if instruct else 64,
         start_id=net.language.start_id if isinstance(net.language, Seq2SeqLM) else None,
         qformer=qformer,

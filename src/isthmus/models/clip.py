@@ -113,8 +113,8 @@ class ClipConfig:
         )
 
     @classmethod
-    def tiny(cls, *, vocab_size: int, eot_id: int, context: int = 64, image_size: int = 64) -> "ClipConfig":
-        """Towers that learn the scenes on two CPU cores within minutes."""
+    def tiny(cls, *, vocab_size: int = 2048, eot_id: int = 2, context: int = 64, image_size: int = 64) -> "ClipConfig":
+        """Towers that learn the scenes on two CPU cores within minutes. A recipe's tokenizer brings its vocabulary."""
         vision = VisionConfig(image_size=image_size, patch_size=16, width=160, layers=5, heads=5, mlp_width=640)
         text = TextConfig(
             context=context, vocab_size=vocab_size, width=160, layers=3, heads=5, mlp_width=640, eot_id=eot_id
