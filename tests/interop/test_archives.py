@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from isthmus.errors import CheckpointError
-from isthmus.interop.archives import read_archive, read_state
+from isthmus.interop.archives import read_archive, read_state, unwrapped
 
 TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.arange(3), "fp16": torch.ones(2, 2).half()}
 
@@ -167,3 +167,32 @@ def test_several_files_without_an_index_are_not_guessed_from(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "2.safetensors")
     with pytest.raises(CheckpointError, match="several files"):
         read_state(tmp_path)
+
+
+@pytest.mark.parametrize("wrapped", ["_orig_mod.", "module.", "model.", "module._orig_mod.", "model.module."])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.embed_tokens.weight", "model.layers.0.mlp.weight", "lm_head.weight"],
+        ["vision_model.post_layernorm.weight", "text_model.final_layer_norm.weight", "logit_scale"],
+        ["visual.conv1.weight", "logit_scale", "transformer.resblocks.0.ln_1.weight"],
+        ["perceiver.latents", "lang_encoder.gated_cross_attn_layers.0.ff_gate"],
+        ["Qformer.bert.embeddings.weight", "query_tokens"],
+    ],
+)
+def test_a_prefix_that_all_names_have_is_taken_off(wrapped, names):
+    """As torch.compile, DistributedDataParallel and training frameworks put it there."""
+    assert list(unwrapped({"state_dict": {f"{wrapped}{name}": 0 for name in names}, "epoch": 3})) == names
+    assert list(unwrapped(dict.fromkeys(names, 0))) == names
+
+
+def test_a_prefix_that_belongs_to_the_names_stays():
+    for names in (
+        ["model.embed_tokens.weight", "model.layers.0.mlp.weight"],  # a Llama whose head is tied
+        ["model.language_model.layers.0.mlp.weight", "model.vision_tower.vision_model.post_layernorm.weight"],
+        ["model.vision_model.post_layernorm.weight", "model.embed_tokens.weight", "model.perceiver_resampler.latents"],
+        ["module.a.weight", "b.weight"],
+    ):
+        assert list(unwrapped(dict.fromkeys(names, 0))) == names
+    part = ["vision.blocks.0.weight", "text.weight"]
+    assert list(unwrapped({"vision._orig_mod.blocks.0.weight": 0, "text.weight": 0})) == part

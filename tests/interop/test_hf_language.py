@@ -85,3 +85,13 @@ def test_weights_are_mapped_and_what_is_built_afterwards_is_drawn_as_ever(tmp_pa
     assert torch.equal(drawn, torch.nn.Linear(8, 8).weight)
     assert drawn.std() > 0.05
     assert LanguageModel.build(lm.config).lm.transformer.wte.weight.std() > 0.01
+
+
+@pytest.mark.parametrize("wrapped", ["model.", "module.", "_orig_mod."])
+def test_a_wrapped_state_dict_opens(wrapped: str, tmp_path) -> None:
+    lm = build("llama")
+    lm.lm.save_pretrained(tmp_path)
+    state = {f"{wrapped}{name}": tensor.clone() for name, tensor in lm.lm.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    _, found = read_language_folder(tmp_path)
+    assert all(torch.equal(found[k], v) for k, v in lm.lm.state_dict().items())

@@ -21,6 +21,13 @@ from isthmus.errors import CheckpointError
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _OWN = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_OF_A_BODY = {"embed_tokens", "layers", "norm", "decoder"}
+_OF_A_WHOLE = {
+    *("model", "lm_head", "transformer", "gpt_neox", "visual", "vision_model", "text_model", "visual_projection"),
+    *("text_projection", "logit_scale", "logit_bias", "perceiver", "lang_encoder", "Qformer", "visual_encoder"),
+    *("query_tokens", "qformer", "language_projection", "module"),
+}
+"""First parts of names within the body of a model, which are below ``model.`` by right, and within a whole one."""
 _DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -67,7 +74,7 @@ def read_state(folder: str | Path) -> dict[str, Tensor]:
     folder = Path(folder)
     for name in _INDEXES:
         if (folder / name).is_file():
-            return _shards(folder, folder / name)
+            return without_wrappers(_shards(folder, folder / name))
     for ending in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
         found = sorted(folder.glob(ending))
         own = [f for f in found if f.name in _OWN]
@@ -81,11 +88,27 @@ def read_state(folder: str | Path) -> dict[str, Tensor]:
 
 
 def unwrapped(content: dict[str, Any]) -> dict[str, Any]:
-    """The state dict in a training checkpoint, which keeps it beside optimizer and epoch; another one as it is."""
-    for name in ("state_dict", "model_state_dict", "model"):
+    """The state dict in a training checkpoint, which keeps it beside optimizer and epoch, or the content as it is;
+    names without what wrapped the model."""
+    for name in ("state_dict", "model_state_dict", "model", "module"):
         if isinstance(content.get(name), Mapping):
-            return dict(content[name])
-    return content
+            return without_wrappers(dict(content[name]))
+    return without_wrappers(content)
+
+
+def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
+    """Names without the one prefix that a compiled, distributed or framework's model gave to all of them:
+    ``_orig_mod.``, ``module.``, and ``model.`` where a whole model stands behind it rather than the body of one."""
+    while state:
+        if any("_orig_mod." in name for name in state):  # of a compiled part, too
+            state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+            continue
+        prefix = next((p for p in ("module.", "model.") if all(name.startswith(p) for name in state)), None)
+        inside = {name.split(".")[1] for name in state} if prefix else set()
+        if prefix is None or (prefix == "model." and (inside & _OF_A_BODY or not inside & _OF_A_WHOLE)):
+            return state
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def tensors_of(content: Mapping[str, Any], where: str | Path) -> dict[str, Tensor]:

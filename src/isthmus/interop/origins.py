@@ -53,8 +53,7 @@ def open_file(path: Path, given: Given) -> Opened:
 
     Raises CheckpointError: another kind of file, or something that must be given.
     """
-    content = unwrapped(read_archive(path))
-    state = {name.removeprefix("module."): value for name, value in content.items()}
+    state = unwrapped(read_archive(path))
     if "visual.conv1.weight" in state:
         if "text.token_embedding.weight" in state:  # CustomTextCLIP: the same with its text tower under a name
             state = {name.removeprefix("text."): value for name, value in state.items()}
