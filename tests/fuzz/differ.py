@@ -14,6 +14,7 @@ from isthmus.checkpoint import read_json
 from isthmus.data.collate import collate
 from isthmus.data.images import MadeImage
 from isthmus.data.record import Record, Text
+from isthmus.data.text import render
 from isthmus.interop.convert import write_model
 from isthmus.interop.hf_peer import load_peer, open_class
 from isthmus.language import Decoding
@@ -59,11 +60,16 @@ def _pixels(model: Any, folder: Path, dice: random.Random) -> list[str]:
 
 
 def _ids(model: Any, folder: Path) -> list[str]:
-    if model.kind not in ("lm", "clip"):
+    if model.kind not in ("lm", "clip", "llava"):
         return []
     theirs, found = load_peer(folder), []
     for text in TEXTS:
-        if model.kind == "clip":
+        if model.kind == "llava":
+            asked = Record("t", (Text(text, role="user"),))
+            told = str(render(asked, model.processor.template, prompt=True)).replace("</s>", theirs.tokenizer.eos_token)
+            expected = theirs.tokenizer(told)["input_ids"]
+            ours = list(model.processor.prompt(asked).streams["lm"].ids)
+        elif model.kind == "clip":
             context = model.net.config.text.context
             expected = theirs.tokenizer(text, truncation=True, max_length=context)["input_ids"]
             ours = list(model.processor.text_example(text).streams["text"].ids)

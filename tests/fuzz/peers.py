@@ -149,6 +149,26 @@ def _clip(dice: random.Random, folder: Path) -> Any:
 
 
 def _siglip(dice: random.Random, folder: Path) -> Any:
+    """Padded by its tokenizer, read at its last place."""
+    words = tokenizer(dice, folder, begin=False, end=True)
+    text = {
+        "vocab_size": len(words) + dice.choice((0, 7)),
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": dice.choice((40, 64)),
+        "projection_size": 32,
+        "pad_token_id": dice.choice((1, words.pad_token_id)),
+        "eos_token_id": words.eos_token_id,
+        "bos_token_id": words.bos_token_id,
+    }
+    vision = clip_vision(dice) | {"hidden_size": 32, "num_attention_heads": 4}
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}, do_convert_rgb=True).save_pretrained(folder)
+    return transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+
+
+def _siglip_tower(dice: random.Random, folder: Path) -> Any:
     vision = clip_vision(dice, vision_use_head=dice.random() < 0.7)
     SiglipImageProcessorPil(size={"height": 32, "width": 32}, do_convert_rgb=True).save_pretrained(folder)
     return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision))
@@ -323,7 +343,8 @@ def _idefics(dice: random.Random, folder: Path) -> Any:
 
 FAMILIES: dict[str, Callable[[random.Random, Path], Any]] = {
     "clip": _clip,
-    "siglip tower": _siglip,
+    "siglip": _siglip,
+    "siglip tower": _siglip_tower,
     "clip tower": _tower,
     "lm": _lm,
     "llava": _llava,

@@ -27,10 +27,12 @@ from isthmus.interop.hf_language import read_seq2seq_folder
 from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.language import T5_LIKE, Seq2SeqLM
 from isthmus.models.blip2 import Blip2
+from isthmus.nn.vit import resize_positions
 from isthmus.systems import peers
 from isthmus.systems.base import WRITES, StageOptions, System, Tokenizers, piece_of, recall
 
 QFORMER = "qformer"
+_POSITIONS = "vision.positions"
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Blip2System(System):
     def take(self, net: Any, parts: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """Raises CheckpointError for a part that lacks a tensor."""
         if "init" in parts:
-            tensors = parts["init"].net.state_dict()
+            tensors = _stretched(parts["init"].net, net)
         else:
             tensors = {}
             if "vision" in parts:
@@ -176,6 +178,18 @@ class Blip2System(System):
         matched = peer(**given, use_image_text_matching_head=True)
         rows = [contrast.image_embeds.flatten(1), contrast.text_embeds.flatten(1), matched.logits_per_image]
         return torch.cat(rows, dim=1)[0].float()
+
+
+def _stretched(start: Any, net: Any) -> dict[str, Tensor]:
+    """The tensors to start from; the encoder's position table is stretched where ``net`` reads larger pictures (the
+    papers' fine-tuning at 364 and 490 pixels), bicubic with the class token apart, as LAVIS does."""
+    tensors = dict(start.state_dict())
+    old, new = start.config.vision.grid, net.config.vision.grid
+    if old != new:
+        tensors[_POSITIONS] = resize_positions(
+            tensors[_POSITIONS], (old, old), (new, new), how="hf", class_token=start.config.vision.class_token
+        )
+    return tensors
 
 
 def _cut(own: Mapping[str, Any] | None, theirs: Mapping[str, Any]) -> Mapping[str, Any]:
