@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from isthmus.batch import IGNORE, Tokens
 from isthmus.errors import ConfigError, DataError
@@ -302,6 +303,17 @@ def test_errors_name_what_is_wrong() -> None:
         Decoding(num_beams=2, temperature=1.0)
     with pytest.raises(ConfigError, match=r"\[99\]"):
         lm.generate(torch.zeros(1, 3, 32), torch.tensor([3]), Decoding(max_new_tokens=5, stop_ids=(99,)))
+
+
+def test_a_configuration_costs_the_import_of_its_own_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_of_them(*_: Any) -> None:
+        raise AssertionError("walking the library's configurations imports every one of them")
+
+    for name in ("items", "values", "__iter__"):
+        monkeypatch.setattr(type(CONFIG_MAPPING), name, all_of_them)
+    assert LanguageModel.build({"model_type": "llama", **LLAMA_LIKE}).config["model_type"] == "llama"
+    with pytest.raises(ConfigError, match="did you mean 'qwen2'"):
+        LanguageModel.build({"model_type": "qwen2q"})
 
 
 def test_decoding_from_options_names_the_nearest_field() -> None:

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process as library
 
-from isthmus.errors import CapabilityError, ConfigError, DataError
+from isthmus.errors import CapabilityError, ConfigError, DataError, IsthmusWarning
 from isthmus.language import Decoder, Decoding, LanguageModel, Prompt, Seq2SeqLM
 from tests.language.test_causal import CONFIGS, LLAMA_LIKE, V, stream
 from tests.models.tiny_blip2 import T5, redraw
@@ -218,7 +218,7 @@ def test_an_lm_with_another_state_is_left_to_the_librarys_loop_aloud() -> None:
     fields = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
     lm = LanguageModel.build({"model_type": "mamba", **fields, "bos_token_id": 1, "eos_token_id": 2}).eval()
     given = prompt(lm, [5])
-    with pytest.warns(UserWarning, match=r"MambaForCausalLM keeps more than keys and values .* library's own loop"):
+    with pytest.warns(IsthmusWarning, match=r"MambaForCausalLM keeps more than keys and values .* library's own loop"):
         found = lm.continued(given, Decoding(max_new_tokens=5))
     assert found == [theirs(lm, given.embeds[0], Decoding(max_new_tokens=5))]
     with pytest.raises(CapabilityError, match="MambaForCausalLM keeps more"):

@@ -1,11 +1,14 @@
 """Language models of transformers behind one thin adapter: causal ones, T5's family, and how they write."""
 
-from isthmus.language.causal import LanguageModel, nll
-from isthmus.language.decoder import Decoder, Logprob, Prompt, Read, Written
-from isthmus.language.decoding import Decoding, until_stop, write
-from isthmus.language.library import LibraryLM, known_fields, library_config, unfilled, vocabulary_tables
-from isthmus.language.seq2seq import T5_LIKE, Seq2SeqLM, build_language, safe_dtype
-from isthmus.language.window import Window
+from isthmus.uncollected import uncollected
+
+with uncollected():  # transformers, and what it imports of torch
+    from isthmus.language.causal import LanguageModel, nll
+    from isthmus.language.decoder import Decoder, Logprob, Prompt, Read, Written
+    from isthmus.language.decoding import Decoding, until_stop, write
+    from isthmus.language.library import LibraryLM, known_fields, library_config, unfilled, vocabulary_tables
+    from isthmus.language.seq2seq import T5_LIKE, Seq2SeqLM, build_language, safe_dtype
+    from isthmus.language.window import Window
 
 __all__ = [
     "T5_LIKE",

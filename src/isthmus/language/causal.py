@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from isthmus.batch import IGNORE, Tokens
-from isthmus.errors import CapabilityError, ConfigError, DataError
+from isthmus.errors import CapabilityError, ConfigError, DataError, IsthmusWarning
 from isthmus.language.decoder import Prompt, Read, write_all
 from isthmus.language.decoding import Decoding, check_ids, library_loop
 from isthmus.language.library import SDPA, LibraryLM, known_fields, library_config
@@ -117,7 +117,7 @@ class LanguageModel(LibraryLM):
         """As :meth:`generate`, of rows that may look at more than their embeddings."""
         if self.writable is True:
             return write_all(self, prompt, decoding)
-        warnings.warn(f"{self.writable} The library's own loop writes instead.", stacklevel=3)
+        warnings.warn(f"{self.writable} The library's own loop writes instead.", IsthmusWarning, stacklevel=3)
         decoding = self.settled(decoding, prompt)
         longest = int(prompt.lengths.max())
         source = torch.arange(longest, device=prompt.embeds.device) - (longest - prompt.lengths)[:, None]

@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.nn.attention import full_precision
@@ -84,7 +84,7 @@ def library_config(config: Mapping[str, Any], known: Sequence[str] = ()) -> PreT
     ``known`` are the model types that will do, all causal LMs by default.
     """
     model_type = str(config.get("model_type", ""))
-    known = known or [name for name, kind in CONFIG_MAPPING.items() if kind in MODEL_FOR_CAUSAL_LM_MAPPING]
+    known = known or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)  # names alone: the classes would all be imported
     if model_type not in known:
         raise ConfigError(
             f"language.model_type {model_type!r} is not an LM of transformers that can stand here; "
