@@ -89,7 +89,10 @@ def test_a_source_and_a_task_in_a_recipe(place, capsys):
     recipe = (
         (place / "my_connector.yaml")
         .read_text()
-        .replace("- {kind: scenes, form: captions, count: 20000}", "- {kind: my_source.py:Cards, count: 40}")
+        .replace(
+            "- {kind: scenes, form: captions, count: 20000}",
+            "- {kind: my_source.py:Cards, count: 40}\n      - {kind: my_source.py:Cards, count: 20, seed: 7}",
+        )
     )
     recipe += """
 evaluate:

@@ -152,8 +152,7 @@ class InterleavedLanguageModel(LanguageModel):
         self._look: Look | None = None
         self._blind = False
         if self.new_ids:
-            table.register_forward_pre_hook(self._hide_new)
-            table.register_forward_hook(self._put_new)
+            table.forward = _Reading(self, table)
             head.register_forward_hook(self._add_columns)
 
     @classmethod
@@ -252,16 +251,6 @@ class InterleavedLanguageModel(LanguageModel):
         return self._look.through(self._blocks[number], number, hidden, spare_memory=spare)
 
     # New tokens
-
-    def _hide_new(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Before the LM's table is read: ids it has no rows for become 0, and are kept for after."""
-        self._asked = args[0]
-        return (args[0].masked_fill(self._which(args[0]).any(-1), 0), *args[1:])
-
-    def _put_new(self, _: nn.Module, __: tuple[Tensor, ...], embeds: Tensor) -> Tensor:
-        which = self._which(self._asked)
-        rows = self.new_rows.input[which.int().argmax(-1)].to(embeds.dtype)
-        return torch.where(which.any(-1, keepdim=True), rows, embeds)
 
     def _which(self, ids: Tensor) -> Tensor:
         return ids[..., None] == torch.tensor(self.new_ids, device=ids.device)
@@ -376,3 +365,21 @@ class _BeforeLayer:
         if args:
             return (self.language._before(self.number, layer, args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self.language._before(self.number, layer, kwargs["hidden_states"])}
+
+
+class _Reading:
+    """How the LM's table is read: ids that it has no rows for get the new rows. Everything else is the table's own.
+
+    It stands in the place of the table's ``forward``, and not as a hook before and one after, because the one after
+    would have to be handed the ids that the one before has hidden. An object, as :class:`_BeforeLayer` is.
+    """
+
+    def __init__(self, language: InterleavedLanguageModel, table: nn.Module) -> None:
+        self.language, self.table = language, table
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        which = self.language._which(ids)
+        new = which.any(-1)
+        embeds = type(self.table).forward(self.table, ids.masked_fill(new, 0))
+        rows = self.language.new_rows.input[which.int().argmax(-1)].to(embeds.dtype)
+        return torch.where(new[..., None], rows, embeds)

@@ -116,7 +116,7 @@ DATA = "stages.align.data=[{{kind: {}}}]"
         ("stages.align.train=[{pattern: 'conector.*', lr: 1e-3}]", "did you mean 'connector.*'"),
         ("stages.align.max_length=8", "raise max_length or shorten the sample"),
         ("stages.align.template=vicunna", "did you mean 'vicuna_v1'?"),
-        ("config.projector=nosuch", "known: linear, mlp2x_gelu. A class of your own"),
+        ("config.projector=nosuch", "known: attention_pool, average_pool, linear, mlp, mlp2x_gelu"),
         ("parts.vision=nowhere", "The part nowhere is not a model folder"),
         ("image={mode: [", "is not valid YAML: line 1"),
     ],

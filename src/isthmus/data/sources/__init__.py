@@ -85,7 +85,7 @@ def named_apart(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 IsthmusWarning,
                 stacklevel=2,
             )
-        elif name in taken and kind != "scenes":
+        elif name in taken and kind not in BY_NAME and not is_user_code(kind):  # these name themselves
             name = next(f"{name} ({n})" for n in itertools.count(2) if f"{name} ({n})" not in taken)
             spec["name"] = name
         taken.add(name)
