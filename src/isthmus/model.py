@@ -46,7 +46,6 @@ from isthmus.interop.hub import located
 from isthmus.language import Decoding, unfilled
 from isthmus.load_report import LoadReport, accounting
 from isthmus.nn.losses import similarity
-from isthmus.nn.precision import cast_weights
 from isthmus.streaming import pieces
 from isthmus.systems import SYSTEMS, system
 from isthmus.systems.base import System
@@ -99,10 +98,7 @@ class Model:
 
     def cast(self, dtype: torch.dtype) -> "Model":
         """The weights to ``dtype``; what must not be cast (BLIP-2's Q-Former, rotary frequencies) stays in float32."""
-        if hasattr(self.net, "cast"):
-            self.net.cast(dtype)
-        else:
-            cast_weights(self.net, dtype)
+        self.net.cast(dtype)
         return self
 
     def need(self, capability: str) -> None:
@@ -205,7 +201,7 @@ class Model:
             if getattr(settings, name) != getattr(greedy, name):
                 raise ConfigError(f"Gaps of the two best tokens are those of plain greedy decoding; leave {name} out.")
         self.need("answer")
-        if getattr(self.net, "prompt_stream", "lm") != "lm":
+        if self.net.prompt_stream != "lm":
             raise CapabilityError("Gaps of the two best tokens are told of a causal language model only.")
         prompts = [self.processor.prompt(without_answer(record)) for record in records]
         answers = self._continue(prompts, batch_size, decoding)
@@ -265,7 +261,7 @@ class Model:
             for i, c in enumerate(candidates)
         ]
         examples = [scored(self.processor, r, c) for r, c in zip(records, candidates, strict=True)]
-        beginning = shared_beginning(examples) if hasattr(self.net, "score_endings") else None
+        beginning = shared_beginning(examples) if self.net.shares_beginning else None
         with self._inference():
             if beginning is not None:
                 first, endings, labels = beginning
@@ -302,8 +298,7 @@ class Model:
     def vision_features(self, images: Sequence[AnyImage], *, batch_size: int = 128) -> Tensor:
         """(N, D) pooled features of the encoder alone: for a linear probe, and for finding similar examples."""
         self.need("vision_features")
-        pool = getattr(self.net, "pooled_features", None) or (lambda pixels: self.net.vision(pixels).pooled)
-        return self._over_images(images, pool, batch_size)
+        return self._over_images(images, self.net.pooled_features, batch_size)
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """(M, D) vectors in the joint space, of unit length when the model compares by the cosine."""

@@ -197,7 +197,7 @@ def named_parameters(net: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def apply_stage(net: nn.Module, groups: Sequence[Group]) -> StageTable:
     """Open what the groups name, freeze the rest, set the modes, and say what was done.
 
-    Parameters that ``net.unreachable()`` names (where the net has that method) stay frozen and are listed as unused.
+    Parameters that ``net.unreachable()`` names (a StagedNet has that method) stay frozen and are listed as unused.
 
     Raises StageError when a pattern matches nothing (near names are suggested), is wholly shadowed by earlier
     ones, names only unreachable parameters, or opens one name of a tied tensor and not the other.
@@ -206,7 +206,7 @@ def apply_stage(net: nn.Module, groups: Sequence[Group]) -> StageTable:
     for name, parameter in net.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(canonical(name))
     chosen = _choose([name for tied in names.values() for name in tied], groups)
-    unreachable = {canonical(name) for name in getattr(net, "unreachable", tuple)()}
+    unreachable = {canonical(name) for name in (net.unreachable() if isinstance(net, StagedNet) else ())}
 
     assigned: dict[str, int] = {}
     unused: list[str] = []
@@ -234,6 +234,10 @@ def apply_stage(net: nn.Module, groups: Sequence[Group]) -> StageTable:
 class StagedNet(nn.Module):
     """A net that is frozen and opened by parts: ``train()`` reaches what is open alone (:func:`set_modes`), so that no
     dropout of a frozen encoder or language model starts anew."""
+
+    def unreachable(self) -> tuple[str, ...]:
+        """Parameters that the objective cannot reach: as a rule none."""
+        return ()
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

@@ -8,6 +8,7 @@ from torch import nn
 
 from isthmus.batch import IGNORE, Term, Tokens
 from isthmus.errors import StageError
+from isthmus.net import Net
 from isthmus.stage import Group, Stage
 from isthmus.training import train
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
@@ -95,15 +96,14 @@ def test_two_streams_are_each_weighted_by_their_own_count():
     assert close(gradient(net, [two([1, 2, 3])])[1], gradient(net, [two([1]), two([2, 3])])[1])
 
 
-class Contrastive(nn.Module):
+class Contrastive(Net):
     """Toy contrastive net: the loss of a row depends on all rows."""
 
     def __init__(self, cached=True):
         super().__init__()
         torch.manual_seed(0)
         self.vision, self.text = nn.Embedding(11, 4), nn.Embedding(11, 4)
-        if cached:
-            self.cached_loss = self._cached_loss
+        self.gradient_cache = cached
 
     def features(self, batch):
         ids = batch.text["lm"].ids
@@ -116,7 +116,7 @@ class Contrastive(nn.Module):
     def loss(self, batch):
         return {"itc": self.term(*self.features(batch))}
 
-    def _cached_loss(self, batches):
+    def cached_loss(self, batches):
         with torch.no_grad():
             sides = [
                 torch.cat(side).requires_grad_() for side in zip(*(self.features(b) for b in batches), strict=True)

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from isthmus.batch import IGNORE, Batch, Term, Tokens
+from isthmus.net import Net
 
 VOCAB, WIDTH = 11, 8
 
 
-class ToyNet(nn.Module):
+class ToyNet(Net):
     """``vision`` (a frozen lookup, with dropout), ``connector`` (linear) and ``language`` (norm, dropout, head)."""
 
     def __init__(self, *, dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:

@@ -22,8 +22,7 @@ decay is on tensors of two and more dimensions only (the code decays the tempera
 off. Differs from the code: each process's own rows carry the contrast's gradient wherever they stand.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -36,16 +35,17 @@ from isthmus.config import plain, strict
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding, Prompt, Seq2SeqLM, build_language, safe_dtype, write
 from isthmus.models.published import flan_t5, opt, vicuna
+from isthmus.net import Net
 from isthmus.nn.connectors.qformer import Past, QFormerConfig, QFormerConnector
 from isthmus.nn.lengths import blocks_by_length
 from isthmus.nn.looking import patch_maps, self_attention
 from isthmus.nn.losses import Similarity, gather
 from isthmus.nn.matching import gather_tokens, hard_negatives, query_contrast
-from isthmus.nn.patch_positions import add_patch_positions
 from isthmus.nn.precision import KeptFloat32, cast_weights
 from isthmus.nn.splice import at_places, splice
+from isthmus.nn.tap import Tap
 from isthmus.nn.vit import VisionConfig, VisionTransformer
-from isthmus.stage import Group, Stage, StagedNet
+from isthmus.stage import Group, Stage
 
 TEXT, DECODER = "qformer", "decoder"
 OBJECTIVES = ("itc", "itm", "itg")
@@ -85,12 +85,17 @@ class Blip2Config:
             raise ConfigError("BLIP-2's Q-Former reads the class token too; this vision encoder has none.")
         if self.phase == "generate" and self.language is None:
             raise ConfigError("the phase `generate` needs a language model; name one as the part `language`.")
-        depth = self.vision.layers + 1
-        if not -depth <= self.feature_layer < depth:
-            raise ConfigError(f"feature_layer {self.feature_layer} does not exist among {depth} hidden states.")
+        _ = self.tap  # refuses a hidden state that is not there
         unknown = set(self.objectives) - set(OBJECTIVES)
         if unknown or not self.objectives:
             raise ConfigError(f"objectives {list(self.objectives)}: choose among {', '.join(OBJECTIVES)}.")
+
+    @property
+    def tap(self) -> Tap:
+        """What is read of the encoder: the class token too, before the connector's norm."""
+        return Tap(
+            vision=self.vision, layers=(self.feature_layer,), class_token=True, patch_positions=self.patch_positions
+        )
 
     @property
     def similarity(self) -> Similarity:
@@ -181,7 +186,7 @@ class Heads(KeptFloat32):
         return F.linear(self.lm_ln(F.gelu(self.lm_dense(hidden))), words.weight, self.lm_bias)
 
 
-class Blip2(StagedNet):
+class Blip2(Net):
     """A vision encoder, a Q-Former and, by phase, heads or a language model. See the drawings above."""
 
     KIND = "blip2"
@@ -189,10 +194,11 @@ class Blip2(StagedNet):
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tap = config, config.tap
         generates = config.phase == "generate"
         self.contrasts = not generates
         self.language = build_language(config.language) if generates and config.language is not None else None
+        self.prompt_stream = "encoder" if isinstance(self.language, Seq2SeqLM) else "lm"
         self.vision = VisionTransformer(config.vision)
         self.connector = QFormerConnector(
             config.qformer,
@@ -205,11 +211,6 @@ class Blip2(StagedNet):
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> "Blip2":
         return cls(Blip2Config.from_dict(values))
-
-    @property
-    def prompt_stream(self) -> str:
-        """The stream the soft prompt stands in: ``encoder`` before an encoder-decoder, else ``lm``."""
-        return "encoder" if isinstance(self.language, Seq2SeqLM) else "lm"
 
     def cast(self, dtype: torch.dtype) -> "Blip2":
         """Encoder and LM to ``dtype`` (a T5 in bf16 where fp16 was asked for); connector and heads stay float32."""
@@ -225,46 +226,16 @@ class Blip2(StagedNet):
     def unreachable(self) -> tuple[str, ...]:
         """Parameters that the objective cannot reach: the encoder above the tapped hidden state; what only an
         objective that is left out reads; the last text FFN where nothing reads the text's own output."""
-        depth = self.config.vision.layers
-        dead = [f"vision.blocks.{n}." for n in range(self.config.feature_layer % (depth + 1), depth)]
-        dead += ["vision.ln_post.", "vision.pool."]
+        names = [name for name, _ in self.named_parameters()]
         own = {
             "itc": ("heads.image_proj.", "heads.text_proj.", "heads.temperature"),
             "itm": ("heads.itm.",),
             "itg": ("heads.lm_",),
         }
-        dead += [prefix for name, held in own.items() if name not in self.config.objectives for prefix in held]
+        dead = [prefix for name, held in own.items() if name not in self.config.objectives for prefix in held]
         if self.config.phase == "generate" or self.config.objectives == ("itm",):
             dead.append(f"connector.qformer.layers.{self.config.qformer.layers - 1}.ffn_text.")
-        return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(dead)))
-
-    # Vision
-
-    def visual_features(self, pixels: Tensor) -> Tensor:
-        """(n, F, 3, H, W) normalised pixels -> (n, F, P, Dv) with the class token, before the connector's norm: what
-        a feature cache holds. Without gradient unless a stage has opened a parameter of the encoder."""
-        with nullcontext() if self._sees_gradient() else torch.no_grad():
-            found = self.vision(pixels.flatten(0, 1), layers=(self.config.feature_layer,), pooled=False).layers[0]
-        if self.config.patch_positions:
-            found = add_patch_positions(found, self.vision.grid(*pixels.shape[-2:]))
-        return found.unflatten(0, pixels.shape[:2])
-
-    def _features(self, group: Visuals) -> Tensor:
-        if group.pixels is not None:
-            return self.visual_features(group.pixels)
-        if group.features is None:
-            raise DataError("a group of visuals has neither pixels nor cached features.")
-        if self._sees_gradient():
-            raise DataError("the stage trains the vision encoder; turn the feature cache off or freeze vision.*.")
-        if group.features.shape[-1] != self.config.vision.width:
-            raise DataError(
-                f"cached features are {group.features.shape[-1]} wide, the Q-Former reads {self.config.vision.width}; "
-                "the cache was made for another encoder."
-            )
-        return group.features
-
-    def _sees_gradient(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.vision.parameters())
+        return (*self.tap.unreachable(names), *(name for name in names if name.startswith(tuple(dead))))
 
     # Phase represent
 
@@ -282,11 +253,10 @@ class Blip2(StagedNet):
     def _seen_in_rows(self, batch: Batch, what: str) -> tuple[Tensor, list[str]]:
         """Normed vision tokens (B, P, Dv) in order of rows, and the content key of each row's picture; no clips."""
         order = batch.visual_of_rows(what)
-        groups = [self._features(group) for group in batch.visuals]
-        if (frames := max(group.shape[1] for group in groups)) > 1:
+        groups = batch.per_visual(lambda group: self.tap.read(self.vision, group).unbind(0))
+        if (frames := max(len(group) for group in groups)) > 1:
             raise DataError(f"{what} reads single pictures and this is a clip of {frames} frames; choose one of them.")
-        features = torch.cat(groups)[torch.argsort(torch.cat([group.index for group in batch.visuals])), 0]
-        vision = self.connector.vision_tokens(features[order.to(features.device)])
+        vision = self.connector.vision_tokens(torch.stack([groups[n][0] for n in order.tolist()]))
         return vision, [batch.keys[n] for n in order.tolist()]
 
     def _represent(self, vision: Tensor, text: Tokens, keys: Sequence[str], names: Sequence[str]) -> dict[str, Term]:
@@ -369,12 +339,15 @@ class Blip2(StagedNet):
 
     def visual_tokens(self, batch: Batch) -> list[Tensor]:
         """One (R, D_lm) per visual, in the batch's order; with ``instruct`` the row's ``qformer`` stream is read."""
-        found: dict[int, Tensor] = {}
-        for group in batch.visuals:
-            text = batch.text[TEXT].rows(batch.owner[group.index]) if self.config.instruct else None
-            tokens = self.connector(self._features(group), text=text)
-            found.update(zip(group.index.tolist(), tokens.unbind(0), strict=True))
-        return [found[number] for number in range(len(found))]
+
+        def tokens(group: Visuals) -> Iterable[Tensor]:
+            return self.connector(self.tap.read(self.vision, group), text=self._beside(batch, group)).unbind(0)
+
+        return batch.per_visual(tokens)
+
+    def _beside(self, batch: Batch, group: Visuals) -> Tokens | None:
+        """The text that the Q-Former reads beside a group's visuals."""
+        return batch.text[TEXT].rows(batch.owner[group.index]) if self.config.instruct else None
 
     def embed_prompt(self, batch: Batch) -> Tensor:
         """(B, T, D_lm): the ``lm`` or ``encoder`` stream embedded, the soft prompts in their places.
@@ -429,15 +402,14 @@ class Blip2(StagedNet):
         times what each was made of, by the last cross-attention of the Q-Former. Raises CapabilityError with a T5."""
         if self.language is None or isinstance(self.language, Seq2SeqLM):
             raise CapabilityError("Where BLIP-2 looked is told with a causal language model only.")
-        made_of: dict[int, Tensor] = {}
-        for group in batch.visuals:
-            text = batch.text[TEXT].rows(batch.owner[group.index]) if self.config.instruct else None
-            shares = self.connector.patch_weights(self._features(group), text)[..., 1:]  # the class token is no place
-            shares = shares / shares.sum((-2, -1), keepdim=True).clamp(min=1e-12)
-            made_of |= zip(group.index.tolist(), shares, strict=True)
+
+        def made_of(group: Visuals) -> Iterable[Tensor]:
+            shares = self.connector.patch_weights(self.tap.read(self.vision, group), self._beside(batch, group))[..., 1:]
+            return shares / shares.sum((-2, -1), keepdim=True).clamp(min=1e-12)  # the class token is no place
+
         seen = self_attention(self.language.lm, self.embed_prompt(batch))
         places, lengths = batch.places.get("lm", Places.none()), batch.text["lm"].lengths.tolist()
-        return patch_maps(seen, places, lengths, [made_of[n] for n in range(len(made_of))])
+        return patch_maps(seen, places, lengths, batch.per_visual(made_of))
 
     def _write(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
         """Captions without any LM: the ITG use, from [DEC]."""

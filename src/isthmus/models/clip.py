@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from isthmus.batch import Batch, Term, Tokens
 from isthmus.config import plain, strict
 from isthmus.errors import ConfigError, DataError
+from isthmus.net import Net
 from isthmus.nn.losses import Similarity, info_nce, sigmoid_loss, similarity
 from isthmus.nn.text_tower import TextConfig, TextTower
 from isthmus.nn.vit import Interpolation, VisionConfig, VisionTransformer
 from isthmus.processes import sizes
-from isthmus.stage import StagedNet
 
 WHAT = "contrastive training"
 
@@ -138,11 +138,12 @@ class Heads(nn.Module):
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
 
 
-class Clip(StagedNet):
+class Clip(Net):
     """Two towers and a loss that pulls a picture to its text. See the drawing above."""
 
     KIND = "clip"
     contrasts = True
+    gradient_cache = True
     CONFIG = ClipConfig
 
     def __init__(self, config: ClipConfig) -> None:
@@ -205,16 +206,10 @@ class Clip(StagedNet):
         if self.config.loss == "softmax":
             self.heads.logit_scale.clamp_(max=math.log(self.config.max_scale))
 
-    def unreachable(self) -> tuple[str, ...]:
-        """Parameters that the objective cannot reach: none."""
-        return ()
-
     def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The batch's (B, E) pictures in order of rows, and its (B, E) texts."""
-        order = batch.visual_of_rows(WHAT)
-        parts = [self.embed_images(_single_frames(group.pixels)) for group in batch.visuals]
-        images = torch.cat(parts)[torch.argsort(torch.cat([group.index for group in batch.visuals]))]
-        return images[order.to(images.device)], self.embed_texts(batch.text["text"])
+        images = batch.per_row(lambda group: self.embed_images(_single_frames(group.pixels)).unbind(0), WHAT)
+        return torch.stack(images), self.embed_texts(batch.text["text"])
 
     def _terms(self, images: Tensor, texts: Tensor, keys: Sequence[str]) -> dict[str, Term]:
         kind, scale, bias = self.config.similarity, self.heads.logit_scale, self.heads.logit_bias

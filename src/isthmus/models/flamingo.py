@@ -17,8 +17,7 @@ encoder is a ViT, and Chinchilla's place is taken by any causal LM. Differs from
 train, not the whole table under a mask; a row with other than as many tags as images is refused.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,15 +26,16 @@ from torch import Tensor, nn
 
 from isthmus.batch import Batch, Term, Visuals
 from isthmus.config import plain, strict
-from isthmus.errors import ConfigError, DataError
+from isthmus.errors import ConfigError
 from isthmus.interleave import InterleavedLanguageModel, Look
 from isthmus.language import Decoding, Prompt
 from isthmus.models.published import tiny_llama
+from isthmus.net import Net
 from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig
 from isthmus.nn.gated import GatedBlock, GatedConfig, media_index
-from isthmus.nn.patch_positions import add_patch_positions
+from isthmus.nn.tap import Tap
 from isthmus.nn.vit import VisionConfig, VisionTransformer
-from isthmus.stage import Group, Stage, StagedNet
+from isthmus.stage import Group, Stage
 
 STREAM = "lm"
 
@@ -73,11 +73,18 @@ class FlamingoConfig:
                 f"gated blocks before every {self.every}th layer with offset {self.offset}: give every >= 1 and an "
                 "offset from 0 to every - 1."
             )
-        if self.class_token and not self.vision.class_token:
-            raise ConfigError("class_token: this vision encoder has none.")
-        depth = self.vision.layers + 1
-        if not -depth <= self.feature_layer < depth:
-            raise ConfigError(f"feature_layer {self.feature_layer} does not exist among {depth} hidden states.")
+        _ = self.tap  # refuses a hidden state that is not there
+
+    @property
+    def tap(self) -> Tap:
+        """What is read of the encoder; pictures of other sizes than its own get its position table interpolated."""
+        return Tap(
+            vision=self.vision,
+            layers=(self.feature_layer,),
+            class_token=self.class_token,
+            patch_positions=self.patch_positions,
+            interpolate="hf",
+        )
 
     @property
     def new_ids(self) -> tuple[int, ...]:
@@ -175,15 +182,16 @@ def _mpt(*, width: int, layers: int, heads: int) -> dict[str, Any]:
     return {"model_type": "mpt", "vocab_size": 50432, "d_model": width, "n_layers": layers, "n_heads": heads}
 
 
-class Flamingo(StagedNet):
+class Flamingo(Net):
     """A vision encoder, a resampler, gated blocks and a language model. See the drawing above."""
 
     KIND = "flamingo"
+    shares_beginning = True
     CONFIG = FlamingoConfig
 
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tap = config, config.tap
         language = InterleavedLanguageModel.build(config.language, config.new_ids)
         places = [i for i in range(len(language.decoder_layers())) if i % config.every == config.offset]
         if not places:
@@ -208,26 +216,7 @@ class Flamingo(StagedNet):
 
     def unreachable(self) -> tuple[str, ...]:
         """Parameters that the objective cannot reach: the encoder above the tapped hidden state."""
-        depth = self.config.vision.layers
-        dead = [f"vision.blocks.{n}." for n in range(self.config.feature_layer % (depth + 1), depth)]
-        dead += ["vision.ln_post.", "vision.pool."]
-        return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(dead)))
-
-    def visual_features(self, pixels: Tensor) -> Tensor:
-        """(n, F, 3, H, W) normalised pixels -> (n, F, P, d): patches of the hidden state tapped, never behind the final
-        LayerNorm; the class token before them where the configuration keeps it.
-
-        Pictures of other sizes than the encoder's get its position table interpolated. Without gradient unless a stage
-        has opened a parameter of the encoder.
-        """
-        trains = any(p.requires_grad for p in self.vision.parameters())
-        with nullcontext() if trains else torch.no_grad():
-            layers = (self.config.feature_layer,)
-            (tapped,) = self.vision(pixels.flatten(0, 1), layers=layers, interpolate="hf", pooled=False).layers
-        if self.config.patch_positions:
-            tapped = add_patch_positions(tapped, self.vision.grid(*pixels.shape[-2:]))
-        unread = self.config.vision.class_token and not self.config.class_token
-        return tapped[:, int(unread) :].unflatten(0, pixels.shape[:2])
+        return self.tap.unreachable(name for name, _ in self.named_parameters())
 
     def pooled_features(self, pixels: Tensor) -> Tensor:
         """(n, 3, H, W) -> (n, d): one vector per picture, by which similar examples are found (RICES)."""
@@ -236,10 +225,7 @@ class Flamingo(StagedNet):
 
     def visual_tokens(self, batch: Batch) -> list[Tensor]:
         """One (R, d) per visual, in the batch's order of visuals, whatever their sizes and lengths."""
-        found: dict[int, Tensor] = {}
-        for group in batch.visuals:
-            found.update(zip(group.index.tolist(), self.connector(self._features(group)).unbind(0), strict=True))
-        return [found[number] for number in range(len(found))]
+        return batch.per_visual(lambda group: self.connector(self.tap.read(self.vision, group)).unbind(0))
 
     def media(self, batch: Batch) -> Tensor:
         """(B, N, R, d): each row's visuals in the order of their tags, zeros behind the last; N is at least 1.
@@ -313,11 +299,12 @@ class Flamingo(StagedNet):
         The gated block's attention to the visual tokens (mean over heads) times what each visual token was made of, by
         the resampler's last layer. A token that does not see the visual has zeros, else its map sums to 1.
         """
-        patches: dict[int, Tensor] = {}
-        for group in batch.visuals:
-            weights = self.connector.patch_weights(self._features(group))[..., int(self.config.class_token) :]
-            weights = weights / weights.sum((-2, -1), keepdim=True).clamp(min=1e-12)
-            patches.update(zip(group.index.tolist(), weights.unbind(0), strict=True))
+
+        def shares(group: Visuals) -> Iterable[Tensor]:
+            weights = self.connector.patch_weights(self.tap.read(self.vision, group))[..., int(self.tap.class_token) :]
+            return (weights / weights.sum((-2, -1), keepdim=True).clamp(min=1e-12)).unbind(0)
+
+        patches = batch.per_visual(shares)
         look = self.look(batch)
         look.recorded = []
         with self.language.looking(look):
@@ -332,18 +319,6 @@ class Flamingo(StagedNet):
             ]
             for row, numbers in enumerate(_order(batch))
         ]
-
-    def _features(self, group: Visuals) -> Tensor:
-        if group.pixels is not None:
-            return self.visual_features(group.pixels)
-        if group.features is None:
-            raise DataError("a group of visuals has neither pixels nor cached features.")
-        if group.features.shape[-1] != self.config.vision.width:
-            raise DataError(
-                f"cached features are {group.features.shape[-1]} wide, the resampler reads {self.config.vision.width}; "
-                "the cache was made for another encoder."
-            )
-        return group.features
 
 
 def _order(batch: Batch) -> list[list[int]]:

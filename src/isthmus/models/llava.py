@@ -21,8 +21,7 @@ tapped hidden state are kept but not computed; a row without pictures adds an em
 """
 
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -34,12 +33,14 @@ from isthmus.config import plain, strict
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding, LanguageModel, Prompt
 from isthmus.models.published import tiny_llama, vicuna
+from isthmus.net import Net
 from isthmus.nn.connectors import Connector, build_connector
 from isthmus.nn.looking import patch_maps, self_attention
 from isthmus.nn.splice import at_places, splice
+from isthmus.nn.tap import Tap, trains
 from isthmus.nn.tiles import PINPOINTS, arrange, check_pinpoints
 from isthmus.nn.vit import VisionConfig, VisionTransformer
-from isthmus.stage import Group, Stage, StagedNet
+from isthmus.stage import Group, Stage
 
 STREAM = "lm"
 
@@ -66,26 +67,22 @@ class LlavaConfig:
         check_pinpoints(self.pinpoints, self.vision.image_size)
         if self.pinpoints and self.feature_select != "patch":
             raise ConfigError("pinpoints: tiles are stitched patch by patch, so feature_select must be 'patch'.")
-        depth = self.vision.layers + 1
-        if not self.feature_layers:
-            raise ConfigError("feature_layer names no hidden state; give a number such as -2.")
-        for layer in self.feature_layers:
-            if not -depth <= layer < depth:
-                raise ConfigError(
-                    f"feature_layer {layer} does not exist: a vision encoder of {self.vision.layers} "
-                    f"blocks has {depth} hidden states, 0 to {depth - 1} or -{depth} to -1."
-                )
-        if self.feature_select == "cls_patch" and not self.vision.class_token:
-            raise ConfigError("feature_select cls_patch asks for a class token that this vision encoder lacks.")
+        _ = self.tap  # refuses a hidden state that is not there
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
         return self.feature_layer if isinstance(self.feature_layer, tuple) else (self.feature_layer,)
 
     @property
+    def tap(self) -> Tap:
+        """What is read of the encoder."""
+        cls_patch = self.feature_select == "cls_patch"
+        return Tap(vision=self.vision, layers=self.feature_layers, class_token=cls_patch)
+
+    @property
     def feature_width(self) -> int:
         """Dv: what the connector receives per patch."""
-        return self.vision.width * len(self.feature_layers)
+        return self.tap.width
 
     def to_dict(self) -> dict[str, Any]:
         return plain(self)
@@ -130,7 +127,7 @@ class LlavaConfig:
         )
 
 
-class Llava(StagedNet):
+class Llava(Net):
     """A vision encoder, a projector and a language model. See the drawing above."""
 
     KIND = "llava"
@@ -138,7 +135,7 @@ class Llava(StagedNet):
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tap, self.pinpoints = config, config.tap, config.pinpoints
         language = LanguageModel.build(config.language)
         self.vision = VisionTransformer(config.vision)
         self.connector = build_connector(config.projector, config.feature_width, language.width)
@@ -152,41 +149,24 @@ class Llava(StagedNet):
 
     def num_tokens(self, height: int, width: int, frames: int = 1) -> int:
         """R: the places that a visual of that many pixels needs in a row; with ``pinpoints`` that of one view."""
-        rows, columns = self.vision.grid(height, width)
-        if self.config.feature_select == "cls_patch":
-            return self.connector.num_tokens(frames, (1, rows * columns + 1))
-        return self.connector.num_tokens(frames, (rows, columns))
+        grid = self.vision.grid(height, width)
+        if self.tap.class_token:
+            return self.connector.num_tokens(frames, (1, self.tap.tokens(grid)))
+        return self.connector.num_tokens(frames, grid)
 
     def unreachable(self) -> tuple[str, ...]:
         """Parameters that the objective cannot reach: the encoder above the tapped hidden state."""
-        depth = self.config.vision.layers
-        highest = max(layer % (depth + 1) for layer in self.config.feature_layers)
-        dead = [f"vision.blocks.{number}." for number in range(highest, depth)] + ["vision.ln_post.", "vision.pool."]
-        if highest == 0 and self.config.feature_select == "patch":
-            dead.append("vision.class_token")  # no block has mixed it into the patches yet
-        return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(dead)))
-
-    def visual_features(self, pixels: Tensor) -> Tensor:
-        """(n, F, 3, H, W) normalised pixels -> (n, F, P, Dv), what a feature cache holds.
-
-        Without gradient unless a stage has opened a parameter of the encoder.
-        """
-        with nullcontext() if self._trains(self.vision) else torch.no_grad():
-            found = self.vision(pixels.flatten(0, 1), layers=self.config.feature_layers, pooled=False).layers
-        features = torch.cat(found, dim=-1)
-        if self.config.vision.class_token and self.config.feature_select == "patch":
-            features = features[:, 1:]
-        return features.unflatten(0, pixels.shape[:2])
+        return self.tap.unreachable(name for name, _ in self.named_parameters())
 
     def visual_tokens(self, batch: Batch) -> list[Tensor]:
         """One (R, D) per visual, in the batch's order of visuals."""
-        found: dict[int, Tensor] = {}
-        for group in batch.visuals:
-            features = self._features(group)
-            tokens = self.connector(features)
-            rows = self._arranged(tokens, group, features.shape[1]) if self.config.pinpoints else tokens.unbind(0)
-            found.update(zip(group.index.tolist(), rows, strict=True))
-        return [found[number] for number in range(len(found))]
+
+        def tokens(group: Visuals) -> Iterable[Tensor]:
+            features = self.tap.read(self.vision, group)
+            found = self.connector(features)
+            return self._arranged(found, group, features.shape[1]) if self.pinpoints else found.unbind(0)
+
+        return batch.per_visual(tokens)
 
     def _arranged(self, tokens: Tensor, group: Visuals, views: int, newline: Tensor | None = None) -> list[Tensor]:
         """(n, F·P, D) -> one (R, D) per picture, its tiles stitched by its size."""
@@ -242,66 +222,44 @@ class Llava(StagedNet):
         """Per row and per its visual a map (layers, T, F, P): how the language model's attention to the visual, mean
         over heads, was shared among its patches. Raises CapabilityError for a connector that does not tell which
         patches its tokens are made of."""
-        made_of: dict[int, Tensor] = {}
-        for group in batch.visuals:
-            features = self._features(group)
-            frames, own = features.shape[1:3]
-            if not isinstance(self.connector, Connector):
-                raise CapabilityError(
-                    f"The connector {type(self.connector).__name__} does not tell which patches its tokens are made "
-                    "of: derive it from isthmus.nn.connectors.Connector and give it patch_weights."
-                )
-            tokens = self.connector.patch_weights(features)
-            if self.config.feature_select == "cls_patch":
-                tokens = tokens[..., 1:]
-            made = list(tokens)
-            if self.config.pinpoints:
-                flat = tokens.flatten(2)
-                arranged = self._arranged(flat, group, frames, flat.new_zeros(flat.shape[-1]))
-                made = [each.unflatten(-1, (frames, own)) for each in arranged]
-            made_of.update(zip(group.index.tolist(), made, strict=True))
+        made_of = batch.per_visual(self._made_of)
         weights = self_attention(self.language.lm, self.embed_prompt(batch))
         places = batch.places.get(STREAM, Places.none())
-        return patch_maps(
-            weights, places, batch.text[STREAM].lengths.tolist(), [made_of[n] for n in range(len(made_of))]
-        )
+        return patch_maps(weights, places, batch.text[STREAM].lengths.tolist(), made_of)
 
-    def _features(self, group: Visuals) -> Tensor:
-        if group.pixels is not None:
-            return self.visual_features(group.pixels)
-        if group.features is None:
-            raise DataError("a group of visuals has neither pixels nor cached features.")
-        if self._trains(self.vision):
-            raise DataError(
-                "the stage trains the vision encoder, but the batch brings cached features; turn the "
-                "feature cache off or freeze vision.*."
+    def _made_of(self, group: Visuals) -> list[Tensor]:
+        """Per visual (R, F, P): which patches each of its tokens is made of."""
+        if not isinstance(self.connector, Connector):
+            raise CapabilityError(
+                f"The connector {type(self.connector).__name__} does not tell which patches its tokens are made "
+                "of: derive it from isthmus.nn.connectors.Connector and give it patch_weights."
             )
-        if group.features.shape[-1] != self.config.feature_width:
-            raise DataError(
-                f"cached features are {group.features.shape[-1]} wide, the connector reads "
-                f"{self.config.feature_width}; the cache was made for another encoder or feature_layer."
-            )
-        return group.features
+        features = self.tap.read(self.vision, group)
+        frames, own = features.shape[1:3]
+        tokens = self.connector.patch_weights(features)
+        if self.tap.class_token:
+            tokens = tokens[..., 1:]
+        if not self.pinpoints:
+            return list(tokens)
+        flat = tokens.flatten(2)
+        arranged = self._arranged(flat, group, frames, flat.new_zeros(flat.shape[-1]))
+        return [each.unflatten(-1, (frames, own)) for each in arranged]
 
     def _nothing(self) -> Tensor:
         """A zero that touches what pictures would touch, for batches without any.
 
-        Data-parallel training waits for every open parameter on every process; without this a process whose
-        micro-batch holds text only would leave the others waiting (the original code feeds a dummy picture too).
+        A step of text only is then a step for the connector too (its moments decay, as they do where one row of many
+        has a picture), and parameters that are sharded over processes are gathered by all of them alike. The original
+        code feeds a dummy picture.
         """
         size, parameter = self.config.vision.image_size, next(self.parameters())
-        if self._trains(self.vision):
+        if trains(self.vision):
             features = self.visual_features(parameter.new_zeros(1, 1, 3, size, size))
         else:
-            rows, columns = self.vision.grid(size, size)
-            patches = rows * columns + (self.config.feature_select == "cls_patch")
-            features = parameter.new_zeros(1, 1, patches, self.config.feature_width)
+            patches = self.tap.tokens(self.vision.grid(size, size))
+            features = parameter.new_zeros(1, 1, patches, self.tap.width)
         nothing = self.connector(features)[:0].sum()
-        return nothing + self.image_newline[:0].sum() if self.config.pinpoints else nothing
-
-    @staticmethod
-    def _trains(part: nn.Module) -> bool:
-        return any(parameter.requires_grad for parameter in part.parameters())
+        return nothing + self.image_newline[:0].sum() if self.pinpoints else nothing
 
 
 def _stage(name: str, samples: int, **rates: float) -> Stage:

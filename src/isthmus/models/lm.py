@@ -16,7 +16,7 @@ from isthmus.batch import Batch, Term
 from isthmus.config import plain, strict
 from isthmus.language import Decoding, LanguageModel, Prompt
 from isthmus.models.published import tiny_llama
-from isthmus.stage import StagedNet
+from isthmus.net import Net
 
 STREAM = "lm"
 
@@ -36,7 +36,7 @@ class LmConfig:
         return cls(language=tiny_llama(vocab_size))
 
 
-class BareLM(StagedNet):
+class BareLM(Net):
     """A decoder-only language model; its only part is ``language``."""
 
     KIND = "lm"
@@ -51,10 +51,6 @@ class BareLM(StagedNet):
     def from_config(cls, config: Mapping[str, Any]) -> "BareLM":
         """From plain keys and values. Raises ConfigError for an unknown one."""
         return cls(strict(LmConfig, config, "model"))
-
-    def unreachable(self) -> tuple[str, ...]:
-        """Parameters the objective cannot reach: none."""
-        return ()
 
     def embed_prompt(self, batch: Batch) -> Tensor:
         """The ``lm`` stream embedded, (B, T, D)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from isthmus.batch import Tokens
 from isthmus.config import plain, strict
+from isthmus.net import Net
 from isthmus.nn.losses import Similarity
 from isthmus.nn.text_tower import TextConfig, TextTower
 from isthmus.nn.vit import Interpolation, VisionConfig, VisionTransformer
@@ -57,7 +58,7 @@ class TextEncoderConfig(_TowerConfig):
     projection_bias: bool = False
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(Net):
     """A vision tower alone."""
 
     KIND = "image_encoder"
@@ -78,7 +79,7 @@ class ImageEncoder(nn.Module):
         return self.projection(self.vision(pixels, interpolate=interpolate).pooled)
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Net):
     """A text tower alone."""
 
     KIND = "text_encoder"

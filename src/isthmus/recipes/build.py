@@ -68,7 +68,7 @@ class Built:
         return self.system.processor(self.net, self.tokenizers, self._image(stage), stage)
 
     def _image(self, stage: StageSpec) -> ImageTransform | None:
-        pinpoints, mode = getattr(self.net.config, "pinpoints", ()), stage.image_mode
+        pinpoints, mode = self.net.pinpoints, stage.image_mode
         if pinpoints and mode in (None, "anyres") and self.image is not None:
             return replace(self.image, mode="anyres", pinpoints=pinpoints)
         if pinpoints or mode == "anyres":
@@ -177,7 +177,6 @@ def _image_of(recipe: Recipe, parts: Mapping[str, Any], net: Any) -> ImageTransf
         if name in parts:
             inherited = parts[name].processor.image
             return ImageTransform.from_dict(inherited.to_dict() | (recipe.image or {})) if inherited else None
-    vision = getattr(net.config, "vision", None)
-    if vision is None:
+    if not net.image_size:
         return None
-    return ImageTransform.from_dict(ImageTransform.clip(vision.image_size).to_dict() | (recipe.image or {}))
+    return ImageTransform.from_dict(ImageTransform.clip(net.image_size).to_dict() | (recipe.image or {}))

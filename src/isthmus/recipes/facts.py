@@ -117,7 +117,7 @@ def stage_cost(built: Built, spec: StageSpec) -> StageCost:
         started = time.perf_counter()  # the first pass has warmed up
         built.net.loss(batches[0])
         seconds = time.perf_counter() - started
-    passes = 4 if len(batches) > 1 and hasattr(built.net, "cached_loss") else 3
+    passes = 4 if len(batches) > 1 and built.net.gradient_cache else 3
     tokens = sum(int(stream.lengths.sum()) for batch in batches for stream in batch.text.values())
     return StageCost(tokens, sum(kept.values()), passes * len(batches) * seconds, steps_of(spec))
 
@@ -158,17 +158,17 @@ def parts_of(net: Any) -> dict[str, int]:
 
 def visual_tokens(net: Any) -> int | None:
     """R for a picture, with AnyRes the most it can be; none for a net that splices none in."""
-    if not hasattr(net, "num_tokens"):
-        return None
-    size = net.config.vision.image_size
+    size = net.image_size
     own: int = net.num_tokens(size, size)
-    pinpoints, side = getattr(net.config, "pinpoints", ()), math.isqrt(own)
-    return max((num_tokens(canvas, (canvas,), tile=size, side=side) for canvas in pinpoints), default=own)
+    if own == 0:
+        return None
+    side = math.isqrt(own)
+    return max((num_tokens(canvas, (canvas,), tile=size, side=side) for canvas in net.pinpoints), default=own)
 
 
 def visual_tokens_text(net: Any) -> str:
     """The same in words."""
-    at_most = "at most " if getattr(net.config, "pinpoints", ()) else ""
+    at_most = "at most " if net.pinpoints else ""
     return f"{at_most}{visual_tokens(net):,} visual tokens per picture"
 
 

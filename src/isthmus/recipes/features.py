@@ -25,8 +25,6 @@ from isthmus.stage import apply_stage
 from isthmus.training.optim import autocast
 
 GIB = 2**30
-_READ = ("feature_layer", "feature_select", "class_token", "patch_positions")
-"""What a net's configuration says of the features it takes from its encoder."""
 
 
 def open_cache(net: Any, transform: ImageTransform | None, stage: StageSpec, folder: Path) -> FeatureCache:
@@ -43,7 +41,7 @@ def open_cache(net: Any, transform: ImageTransform | None, stage: StageSpec, fol
 
 def demand_frozen(net: Any, transform: ImageTransform | None, stage: StageSpec) -> None:
     """Raises ConfigError for a model whose pictures cannot be cached, and a stage that trains its vision encoder."""
-    if not hasattr(net, "visual_features") or transform is None:
+    if net.tap is None or transform is None:
         raise ConfigError(f"Stage {stage.name!r}: a {net.KIND} has no feature cache; take `feature_cache` out.")
     opened = [name for name in apply_stage(net, stage.stage.train).assigned if name.startswith("vision.")]
     if opened:
@@ -58,8 +56,7 @@ def identity(net: Any, transform: ImageTransform, stage: StageSpec) -> str:
     device = next(net.parameters()).device
     facts = {
         "kind": net.KIND,
-        "vision": plain(net.config.vision),
-        "read": [plain(getattr(net.config, name, None)) for name in _READ],
+        "read": plain(net.tap),
         "image": transform.to_dict(),
         "precision": [autocast(stage.stage, device)[0], device.type],
     }

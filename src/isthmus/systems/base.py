@@ -22,8 +22,8 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import ConfigError, nearest
 from isthmus.systems import peers
 
-WRITES = ("generate", "answer", "chat", "score")
-"""What a model that continues text can do."""
+WRITES = ("generate", "caption", "answer", "chat", "score")
+"""What a model that writes about pictures can do."""
 
 
 class StageOptions(Protocol):
@@ -72,7 +72,7 @@ class System:
     def capabilities(self, net: Any) -> tuple[str, ...]:
         """What a model of this net can do, as :class:`isthmus.model.Model` calls its methods."""
         del net
-        return ("caption", *WRITES)
+        return WRITES
 
     # From a recipe to a net
 

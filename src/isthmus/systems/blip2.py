@@ -62,7 +62,7 @@ class Blip2System(System):
         if net.config.phase == "represent":
             writes = ("generate", "caption") if "itg" in net.config.objectives else ()
             return (*writes, "embed_images", "embed_texts", "similarity", "match")
-        return ("caption", *WRITES, *(("attend",) if net.prompt_stream == "lm" else ()))
+        return (*WRITES, *(("attend",) if net.prompt_stream == "lm" else ()))
 
     def open_part(self, name: str, path: str, load: Callable[[str], Any]) -> Any:
         """``bert`` is a folder of transformers; ``language`` may be one of a T5, which is no model of ours alone."""

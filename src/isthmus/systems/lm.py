@@ -7,7 +7,7 @@ from isthmus.config import merged
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import Processor, TextProcessor
 from isthmus.models.lm import BareLM
-from isthmus.systems.base import WRITES, StageOptions, System, Tokenizers
+from isthmus.systems.base import StageOptions, System, Tokenizers
 
 
 class LmSystem(System):
@@ -22,7 +22,7 @@ class LmSystem(System):
     compute_rule = True
 
     def capabilities(self, net: Any) -> tuple[str, ...]:
-        return WRITES
+        return ("generate", "answer", "chat", "score")
 
     def configuration(self, own: dict[str, Any], parts: Mapping[str, Any], tokenizers: Tokenizers) -> dict[str, Any]:
         tokenizer = tokenizers.main

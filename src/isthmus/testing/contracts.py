@@ -175,7 +175,7 @@ def saved(model: Any) -> _Outcome:
 def frozen(model: Any) -> _Outcome:
     """One training step of a part: the others stay to the bit, and the part moves."""
     net = model.net
-    if not hasattr(net, "loss"):
+    if not model.system.parts:
         return _absent("the model has no objective to train by")
     flags = [(p, p.requires_grad) for p in net.parameters()]
     pattern = _part_to_train(net)
@@ -188,8 +188,7 @@ def frozen(model: Any) -> _Outcome:
         optimizer = build_optimizer(opened, table, Stage(name="verify", train=(Group(pattern, 1e-3),), steps=1))
         backward(net, [batch], nullcontext())
         optimizer.step()
-        if hasattr(net, "after_step"):
-            net.after_step()
+        net.after_step()
         after = frozen_tensors(net)
         moved = sum(not torch.equal(p, kept[name]) for name, p in opened.items())
     finally:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from isthmus.batch import Batch
 from isthmus.errors import StageError
+from isthmus.net import Net
 from isthmus.stage import canonical, named_parameters
-from isthmus.training.protocols import Net, as_module
 
 
 class NonFiniteError(StageError):
@@ -20,7 +20,7 @@ class NonFiniteError(StageError):
 
 def first_bad_gradient(net: Net) -> str | None:
     """The first parameter, in the net's order, whose gradient holds a non-finite value, with its dtype."""
-    for name, parameter in named_parameters(as_module(net)):
+    for name, parameter in named_parameters(net):
         if parameter.grad is not None and not _finite(parameter.grad):
             return f"the gradient of {name!r} ({_dtype(parameter.grad)})"
     return None
@@ -33,7 +33,7 @@ def first_bad_value(
 
     Answers with a description of the first non-finite parameter, input or module output, and its micro-batch.
     """
-    module = as_module(net)
+    module = net
     for name, parameter in named_parameters(module):
         if not _finite(parameter):
             return f"the parameter {name!r} ({_dtype(parameter)})", None

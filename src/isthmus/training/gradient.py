@@ -17,8 +17,8 @@ from torch import Tensor
 
 from isthmus.batch import IGNORE, Batch, Term
 from isthmus.errors import StageError
+from isthmus.net import Net
 from isthmus.processes import sum_gradients, told, world
-from isthmus.training.protocols import Net, as_module
 
 
 class NonFiniteLoss(Exception):
@@ -69,15 +69,15 @@ def backward(
     Raises NonFiniteLoss, and StageError when terms cannot be split, nothing is learnt, or nothing open is reached.
     """
     most = max(told(len(batches))) if most is None else most
-    if most > 1 and hasattr(net, "cached_loss"):
+    if most > 1 and net.gradient_cache:
         with autocast:
-            terms: Mapping[str, Term] = net.cached_loss(batches)  # type: ignore[attr-defined]
+            terms: Mapping[str, Term] = net.cached_loss(batches)
         means = _Sums.of(terms).agreed().means(batches)
     elif most == 1:
         means = _at_once(net, batches, autocast)
     else:
         means = _accumulate(net, batches, autocast)
-    sum_gradients(as_module(net).parameters())
+    sum_gradients(net.parameters())
     return means
 
 
@@ -198,7 +198,7 @@ def _correct(net: Net, counts: Mapping[str, int], expected: Mapping[str, int]) -
             f"The term {name!r} counts {counts[name]} items, its labels {expected[name]}; with several "
             "terms and several micro-batches the step cannot be weighted. Use one micro-batch per step."
         )
-    for parameter in as_module(net).parameters():
+    for parameter in net.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(max(1, expected[name]) / counts[name])
 

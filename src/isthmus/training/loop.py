@@ -31,6 +31,7 @@ from rich.progress import Progress
 from isthmus.allocator import keep_freed_memory, relieve
 from isthmus.batch import Batch
 from isthmus.errors import DataError, IsthmusError, StageError
+from isthmus.net import Net
 from isthmus.processes import first, rank, told, wait, world
 from isthmus.stage import Stage, StageTable, apply_stage
 from isthmus.training import optim, proof
@@ -38,7 +39,7 @@ from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_ba
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
 from isthmus.training.lock import RunLock
 from isthmus.training.log import Bar, MetricLog, progress_bar
-from isthmus.training.protocols import Loader, Net, as_module
+from isthmus.training.protocols import Loader
 from isthmus.training.state import RunState, check_same, checkpoints, newest_state, restore, rng_state, save_state
 
 Skipped = Callable[[tuple[str, ...], str], None]
@@ -97,7 +98,7 @@ def train(
     progress = progress if first() else False
     with RunLock(folder) if first() else nullcontext():
         wait()  # no process reads the folder before the first one has it
-        table = apply_stage(as_module(net), stage.train)
+        table = apply_stage(net, stage.train)
         if progress is True:
             Console(stderr=True).print(table.render(f"stage {stage.name}"))
         run = _Run(net, loader, stage, folder, table, seed, dict(identity or {}), on_quarantine)
@@ -126,7 +127,7 @@ class _Run:
         identity: dict[str, Any],
         on_quarantine: Skipped | None,
     ) -> None:
-        self.net, self.module, self.loader = net, as_module(net), loader
+        self.net, self.module, self.loader = net, net, loader
         self.stage, self.folder, self.table, self.on_quarantine = stage, folder, table, on_quarantine
         self.parameters = optim.open_parameters(self.module, table)
         widened = optim.to_master_weights(self.parameters)
@@ -238,7 +239,7 @@ class _Run:
         """What all processes know before a step: a signal that came, what the step carries, its samples in order."""
         ids = [i for batch in batches for i in batch.ids]
         met = told((note, Traffic.of(batches), ids))
-        if getattr(self.net, "contrasts", False) and (empty := [n for n, (_, t, _) in enumerate(met) if not t.samples]):
+        if self.net.contrasts and (empty := [n for n, (_, t, _) in enumerate(met) if not t.samples]):
             raise DataError(
                 f"Process {empty[0]} of {world()} has no sample in the step after {self.state.step}, and stage "
                 f"{self.stage.name!r} contrasts the rows of all: raise batch_size, or start fewer processes."
@@ -281,16 +282,14 @@ class _Run:
         self.gradients.see(self.parameters)
         optim.clip_gradients(self.parameters, total, self.stage.clip_norm)
         self.optimizer.step()
-        after_step = getattr(self.net, "after_step", None)
-        if after_step is not None:
-            after_step()
+        self.net.after_step()
 
     def _pass_over(self, problem: NonFiniteLoss, batches: list[Batch], generator: torch.Tensor, skipped: int) -> None:
         """Raise NonFiniteError with all that is known, or report a step that may be skipped."""
         gradient = first_bad_gradient(self.net) if problem.micro is None else None
         self.optimizer.zero_grad(set_to_none=True)
         where, micro = None, None
-        if world() == 1 or not getattr(self.net, "contrasts", False):  # alone in a forward pass it would wait for ever
+        if world() == 1 or not self.net.contrasts:  # alone in a forward pass it would wait for ever
             where, micro = first_bad_value(self.net, batches, self.autocast, generator)
         micro = problem.micro if problem.micro is not None else micro
         ids = tuple(i for n, batch in enumerate(batches) if micro in (None, n) for i in batch.ids)

@@ -1,0 +1,81 @@
+"""Net: what training, evaluation and models see of a system's ``nn.Module``, with a default for all that it may lack.
+
+A net of a user's own inherits from it and says ``KIND``, ``CONFIG``, ``loss`` and what else it can do.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from isthmus.batch import Batch, Term
+from isthmus.errors import CapabilityError
+from isthmus.nn.precision import cast_weights
+from isthmus.nn.tap import Tap
+from isthmus.stage import StagedNet
+
+
+class Net(StagedNet):
+    """A net of parts, called ``vision``, ``connector``, ``language``, ``heads`` and ``text`` where it has them."""
+
+    KIND: ClassVar[str] = "net"
+    """The name of its system."""
+    CONFIG: ClassVar[type[Any]]
+    """The class of its configuration, a frozen dataclass."""
+    config: Any
+    contrasts: bool = False
+    """Whether its loss needs the rows of all processes at once."""
+    gradient_cache: bool = False
+    """Whether it has :meth:`cached_loss`."""
+    shares_beginning: bool = False
+    """Whether it has ``score_endings``: several endings of one row without computing the row anew."""
+    prompt_stream: str = "lm"
+    """The stream that its visual tokens stand in: ``encoder`` before an encoder-decoder."""
+    tap: Tap | None = None
+    """What it reads of its vision encoder; none: features cannot be cached."""
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    """Canvases of AnyRes; without them a picture is one view."""
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of the pictures that its vision encoder was made for; 0 of a net without one."""
+        return self.vision.config.image_size if "vision" in self._modules else 0
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> Self:
+        """From plain keys and values. Raises ConfigError for an unknown one."""
+        from isthmus.config import strict
+
+        return cls(strict(cls.CONFIG, values, cls.KIND))
+
+    def loss(self, batch: Batch) -> Mapping[str, Term]:
+        """Named terms of one batch."""
+        raise CapabilityError(f"A {self.KIND} has no objective to train by.")
+
+    def cached_loss(self, batches: Sequence[Batch]) -> Mapping[str, Term]:
+        """Exact loss and gradients of the joined micro-batches of a loss that cannot be split; adds to ``.grad``."""
+        raise CapabilityError(f"A {self.KIND} has no exact gradient cache.")
+
+    def after_step(self) -> None:
+        """Called after each update, for what must be held within bounds."""
+
+    def num_tokens(self, height: int, width: int, frames: int = 1) -> int:
+        """R: visual tokens of a visual of that many pixels; 0 of a net that has none."""
+        del height, width, frames
+        return 0
+
+    def visual_features(self, pixels: Tensor) -> Tensor:
+        """(n, F, 3, H, W) normalised pixels -> (n, F, P, Dv): what the connector reads, and a feature cache holds."""
+        if self.tap is None:
+            raise CapabilityError(f"A {self.KIND} reads no features that could be kept.")
+        return self.tap.features(self.vision, pixels)
+
+    def pooled_features(self, pixels: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, D): one vector per picture by the encoder alone."""
+        return self.vision(pixels).pooled
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        """The weights to ``dtype``; what must not be cast stays in float32."""
+        cast_weights(self, dtype)
+        return self
