@@ -49,7 +49,7 @@ from isthmus.nn.losses import similarity
 from isthmus.streaming import pieces
 from isthmus.systems import SYSTEMS, system
 from isthmus.systems.base import System
-from isthmus.user_code import vetted
+from isthmus.user_code import is_user_code, vetted
 from isthmus.version import __version__
 
 FORMAT = "isthmus-1"
@@ -402,7 +402,7 @@ class Model:
         config = {
             "format": FORMAT,
             "isthmus": __version__,
-            "kind": self.kind,
+            "kind": self.system.name,
             "config": plain(self.net.config),
             "prompts": self.prompts,
             "forbidden": list(self.forbidden),
@@ -463,8 +463,6 @@ def load(
             from isthmus.interop.foreign import open_foreign
             from isthmus.interop.given import Given
 
-            if code:
-                raise CheckpointError(f"{folder} names no class of yours and needs no code: leave it out.")
             net, processor, forbidden = open_foreign(folder, config, Given(open=load, **given))
             model = Model(net, processor, prompts=published_request(processor), forbidden=forbidden)
         else:
@@ -485,9 +483,10 @@ def _own(folder: Path, config: Mapping[str, Any]) -> Model:
     if config["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']!r}; this version reads {FORMAT!r}.")
     files = checkpoint.read_folder(folder)
-    if config.get("kind") not in SYSTEMS:
-        raise CheckpointError(f"{folder}: unknown kind of model {config.get('kind')!r}; known: {', '.join(SYSTEMS)}.")
-    kind = system(config["kind"])
+    name = config.get("kind")
+    if name not in SYSTEMS and not is_user_code(name):
+        raise CheckpointError(f"{folder}: unknown kind of model {name!r}; known: {', '.join(SYSTEMS)}.")
+    kind = system(name)
     net = kind.net.from_config(config["config"])
     checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"]), where=folder)
     described = checkpoint.read_json(files["processor.json"])

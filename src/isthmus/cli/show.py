@@ -73,13 +73,15 @@ def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, 
         visual_tokens_text,
     )
     from isthmus.recipes.schema import read_recipe
+    from isthmus.systems import system
 
     recipe = read_recipe(name, overrides, to_show=True)
     net, built = net_of(recipe)
+    kind = system(recipe.model).kind
     parts, tokens, stages = parts_of(net), visual_tokens(net), stage_facts(recipe, net)
     if recipe.about:
         console.print(recipe.about)
-    console.print(_parts(f"{name}: {recipe.model}", parts))
+    console.print(_parts(f"{name}: {kind}", parts))
     costs: list[StageCost] = []
     try:
         costs = stage_costs(built) if built is not None else []
@@ -99,7 +101,7 @@ def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, 
                 highlight=False,
             )
     facts: dict[str, Any] = {
-        "kind": recipe.model,
+        "kind": kind,
         "parts": parts,
         "visual_tokens": tokens,
         "stages": [

@@ -31,6 +31,7 @@ from isthmus.model import Model, load
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import EvalSpec, Recipe
 from isthmus.recipes.scoring import model_hash, with_shots
+from isthmus.user_code import label
 
 Told = Callable[[str, str, int, int], None]
 """Called with (arm and seed, task, items done, items in all)."""
@@ -180,11 +181,20 @@ def _arms(plan: Comparison, rivals: Sequence[Contestant]) -> Listing:
         caption="What is an arm's own; everything else is shared.",
         head=("arm", "design", "about", "seeds"),
         rows=[
-            (arm.name, str(plan.whole(arm.name).model), arm.about, f"{seeds.get(arm.name, 0)} of {len(plan.seeds)}")
+            (
+                arm.name,
+                label(str(plan.whole(arm.name).model)),
+                arm.about,
+                f"{seeds.get(arm.name, 0)} of {len(plan.seeds)}",
+            )
             for arm in plan.arms
         ],
         numeric=3,
     )
+
+
+def _design(plan: Comparison, arm: str) -> str:
+    return label(str(plan.whole(arm).model))
 
 
 def _tested(plan: Comparison, statement: Statement, rivals: Sequence[Contestant]) -> Listing:
@@ -239,6 +249,6 @@ def _by_size(plan: Comparison, statement: Statement, rivals: Sequence[Contestant
         score = whole(rival, plan.evaluate[0].name)
         if rival.recipe is not None and rival.cost is not None and rival.cost.trained and score is not None:
             point = (float(rival.cost.trained), 100 * score["score"])
-            lines.setdefault(rival.recipe.model, []).append(point)
+            lines.setdefault(label(rival.recipe.model), []).append(point)
     series = {kind: sorted(points) for kind, points in lines.items()}
     return [Chart(title=statement.text, series=series, x_label="parameters trained", y_label="score, percent")]

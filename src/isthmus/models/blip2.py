@@ -404,7 +404,9 @@ class Blip2(Net):
             raise CapabilityError("Where BLIP-2 looked is told with a causal language model only.")
 
         def made_of(group: Visuals) -> Iterable[Tensor]:
-            shares = self.connector.patch_weights(self.tap.read(self.vision, group), self._beside(batch, group))[..., 1:]
+            shares = self.connector.patch_weights(self.tap.read(self.vision, group), self._beside(batch, group))[
+                ..., 1:
+            ]
             return shares / shares.sum((-2, -1), keepdim=True).clamp(min=1e-12)  # the class token is no place
 
         seen = self_attention(self.language.lm, self.embed_prompt(batch))

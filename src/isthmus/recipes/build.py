@@ -86,7 +86,7 @@ class Built:
         stage = stage or self.recipe.stages[-1]
         if self.system.prompt_limit(self.net):
             stage = stage.model_copy(update={"max_length": None})
-        return Model(self.net, self.processor(stage), prompts=self.recipe.prompts)
+        return Model(self.net, self.processor(stage), prompts=self.recipe.prompts, kind=self.system)
 
 
 def build(recipe: Recipe) -> Built:
@@ -97,8 +97,8 @@ def build(recipe: Recipe) -> Built:
     check_parts(recipe)
     kind, described = system(recipe.model), recipe.tokenizer
     parts = {name: kind.open_part(name, path, load) for name, path in recipe.parts.items()}
-    if "init" in parts and parts["init"].kind != recipe.model:
-        raise ConfigError(f"The part 'init' is a {parts['init'].kind} model, the recipe trains a {recipe.model}.")
+    if "init" in parts and parts["init"].kind != kind.kind:
+        raise ConfigError(f"The part 'init' is a {parts['init'].kind} model, the recipe trains a {kind.kind}.")
     tokenizers = kind.tokenizers(parts, None if described is None else lambda: make_tokenizer(described))
     config = merged(_config(recipe, parts, tokenizers), recipe.stages[0].config)
     net = fresh(recipe, config)
@@ -125,10 +125,10 @@ def fresh(recipe: Recipe, config: Mapping[str, Any]) -> Any:
 
 def check_parts(recipe: Recipe) -> None:
     """Raises ConfigError for a part that this kind of model is not built from."""
-    known = system(recipe.model).parts
+    kind = system(recipe.model)
     for name in recipe.parts:
-        if name not in known:
-            raise ConfigError(f"A {recipe.model} recipe has no part {name!r}; {nearest(name, known)}")
+        if name not in kind.parts:
+            raise ConfigError(f"A {kind.kind} recipe has no part {name!r}; {nearest(name, kind.parts)}")
 
 
 def _config(recipe: Recipe, parts: Mapping[str, Any], tokenizers: Tokenizers) -> dict[str, Any]:

@@ -21,20 +21,24 @@ from isthmus.data.images import Mode
 from isthmus.errors import ConfigError, nearest
 from isthmus.stage import Stage
 from isthmus.systems import SYSTEMS, system
-from isthmus.user_code import pinned_in
+from isthmus.user_code import is_user_code, pin, pinned_in
 
 _STAGE_KEYS = frozenset(f.name for f in fields(Stage))
 
 
 def _trained(kind: str) -> str:
+    if is_user_code(kind):
+        return pin(kind)
     known = [name for name in SYSTEMS if system(name).parts]
     if kind not in known:
-        raise ValueError(f"unknown kind of model {kind!r}; {nearest(kind, known)}")
+        raise ValueError(
+            f"unknown kind of model {kind!r}; {nearest(kind, known)} Your own is named path/file.py:MySystem"
+        )
     return kind
 
 
 Kind = Annotated[str, AfterValidator(_trained)]
-"""A system that a recipe can train."""
+"""A system that a recipe can train: one of ours, or a user's class, which is pinned to what its file says now."""
 
 
 class _Yaml(yaml.SafeLoader):

@@ -20,6 +20,7 @@ from isthmus.data.processors import processor_from_dict
 from isthmus.data.record import Example
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import ConfigError, nearest
+from isthmus.net import Net
 from isthmus.systems import peers
 
 WRITES = ("generate", "caption", "answer", "chat", "score")
@@ -51,13 +52,13 @@ class System:
     """One kind of model. Override what differs; the defaults are those of LLaVA."""
 
     kind: ClassVar[str]
-    """The word after ``model:`` in a recipe, kept in a model folder; equal to the net's ``KIND``."""
-    title: ClassVar[str]
+    """One word for it in tables and messages."""
+    title: ClassVar[str] = "Model"
     """How a model card calls it."""
     pipeline: ClassVar[str] = "image-text-to-text"
     """The hub's name of what it does."""
-    net: ClassVar[type[Any]]
-    """Its net, an ``nn.Module`` with ``KIND``, ``CONFIG`` and ``from_config``."""
+    net: ClassVar[type[Net]]
+    """Its net, a class of :class:`isthmus.net.Net`."""
     parts: ClassVar[tuple[str, ...]] = ("vision", "language", "init")
     """What a recipe may build it from. ``init`` is a finished model of this kind to go on from."""
     new_tokens: ClassVar[tuple[str, ...]] = ()
@@ -68,6 +69,10 @@ class System:
     """Whether it takes a clip as one visual."""
     compute_rule: ClassVar[bool] = False
     """Whether its size and its tokens are held against the compute-optimal rule for language models."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name or self.kind
+        """What stands after ``model:`` in a recipe and in a model folder: the kind, or where a user's class is."""
 
     def capabilities(self, net: Any) -> tuple[str, ...]:
         """What a model of this net can do, as :class:`isthmus.model.Model` calls its methods."""
@@ -99,14 +104,15 @@ class System:
         return tokenizer.with_tokens(*self.new_tokens) if self.new_tokens else tokenizer
 
     def configuration(self, own: dict[str, Any], parts: Mapping[str, Any], tokenizers: Tokenizers) -> dict[str, Any]:
-        """The net's configuration from the recipe's ``own`` and the parts. Raises ConfigError for a part that lacks
-        what is wanted of it."""
-        del tokenizers
+        """The net's configuration from the recipe's ``own`` and the parts; the vocabulary of a language model that is
+        made from nothing is the tokenizer's. Raises ConfigError for a part that lacks what is wanted of it."""
         for name in ("vision", "language"):
             if name in parts:
                 own[name] = piece_of(name, parts[name])
             elif name not in own:
                 raise ConfigError(f"A {self.kind} recipe needs the part {name!r}: a model folder under `parts`.")
+        if "language" not in parts and not self.new_tokens:  # which have rows of their own, beside the vocabulary
+            own["language"] = vocabulary(tokenizers.main) | own["language"]
         return own
 
     def take(self, net: Any, parts: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -175,6 +181,16 @@ class System:
     def peer_outputs(self, model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
         """What transformers' class makes of an example, as :meth:`outputs` has it for ours."""
         return peers.logits(peer, self.peer_inputs(model, example, token), example)
+
+
+def vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a language model's configuration says of its vocabulary."""
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
 
 
 def piece_of(name: str, part: Any) -> Any:

@@ -7,7 +7,7 @@ from isthmus.config import merged
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import Processor, TextProcessor
 from isthmus.models.lm import BareLM
-from isthmus.systems.base import StageOptions, System, Tokenizers
+from isthmus.systems.base import StageOptions, System, Tokenizers, vocabulary
 
 
 class LmSystem(System):
@@ -25,14 +25,7 @@ class LmSystem(System):
         return ("generate", "answer", "chat", "score")
 
     def configuration(self, own: dict[str, Any], parts: Mapping[str, Any], tokenizers: Tokenizers) -> dict[str, Any]:
-        tokenizer = tokenizers.main
-        facts = {
-            "vocab_size": tokenizer.vocab_size,
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.pad_id,
-        }
-        return merged(own, {"language": facts})
+        return merged(own, {"language": vocabulary(tokenizers.main)})
 
     def processor(
         self, net: Any, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions

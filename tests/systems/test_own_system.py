@@ -1,0 +1,106 @@
+"""A user's own system, the one of the examples: trained, opened, asked, evaluated and compared, by nothing but a name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from isthmus.cli.app import app
+from isthmus.data.sources import open_source
+from isthmus.errors import CheckpointError, ConfigError
+from isthmus.model import load
+from isthmus.recipes.run import train
+from isthmus.recipes.schema import read_recipe
+from isthmus.systems import system
+from tests.interop import tiny_models
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+QUESTIONS = {"kind": "scenes", "form": "questions", "split": "test", "count": 6}
+LITTLE = [
+    "threads=1",
+    "tokenizer.samples=60",
+    "evaluate.vqa.data.count=6",
+    "evaluate.vqa.train.count=12",
+    *(f"stages.{name}.{key}" for name in ("describe", "answer") for key in ("steps=3", "warmup=1", "batch_size=4")),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the example with its run; tests that change something take a copy of their own."""
+    place = tmp_path_factory.mktemp("own")
+    for name in ("my_system.py", "my_system.yaml"):
+        shutil.copy(EXAMPLES / name, place)
+    train(place / "my_system.yaml", place / "run", overrides=LITTLE, progress=False)
+    return place
+
+
+def test_the_example_is_short_and_its_recipe_needs_no_other_model() -> None:
+    assert len((EXAMPLES / "my_system.py").read_text(encoding="utf-8").splitlines()) < 150
+    recipe = read_recipe(EXAMPLES / "my_system.yaml")
+    assert not recipe.parts
+    assert system(recipe.model).kind == "my-system"
+
+
+def test_it_is_opened_and_asked(place: Path) -> None:
+    stored = json.loads((place / "run" / "model" / "config.json").read_text(encoding="utf-8"))["kind"]
+    assert stored.startswith(f"{place / 'my_system.py'}:MySystem#sha256=")
+    model = load(place / "run")
+    assert (model.kind, model.net.tap.layers) == ("my-system", (-1,))
+    record = open_source(QUESTIONS)[0]
+    (answer,) = model.answer_records([record], max_new_tokens=3)
+    assert isinstance(answer, str)
+    assert len(model.score(record.parts[:-1], ["red", "blue"])) == 2
+
+
+def test_it_is_evaluated_and_compared(place: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["eval", str(place / "run"), "--out", str(tmp_path / "scores")])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "scores" / "vqa" / "scores.json").read_text(encoding="utf-8"))["items"] == 6
+    tiny_models.MODELS["llava"]().save(tmp_path / "other")
+    source = tmp_path / "questions.yaml"
+    source.write_text(json.dumps(QUESTIONS), encoding="utf-8")
+    words = ["compare", str(place / "run"), str(tmp_path / "other"), "--task", "vqa", "--data", str(source)]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "compared")])
+    assert done.exit_code == 0, done.output
+    assert {"run", "other"} <= set(json.loads((tmp_path / "compared" / "results.json").read_text())["models"])
+
+
+def test_changed_code_is_imported_only_when_it_is_named(place: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(place, own)
+    recipe = own / "my_system.yaml"
+    with pytest.raises(ConfigError, match="another recipe"):  # the same words of another file
+        train(recipe, own / "run", overrides=LITTLE, progress=False)
+    moved = tmp_path / "elsewhere" / "my_system.py"
+    moved.parent.mkdir()
+    shutil.copy(own / "my_system.py", moved)
+    model = load(own / "run", code=[moved])
+    assert str(moved) in model.system.name
+    config = own / "run" / "model" / "config.json"
+    assert str(place) in config.read_text(encoding="utf-8")
+
+
+def test_code_in_a_models_own_folder_is_never_imported(place: Path, tmp_path: Path) -> None:
+    model = load(place / "run")
+    folder = tmp_path / "run"
+    inside = folder / "my_system.py"
+    model.system = type(model.system)(model.system.name.replace(str(place / "my_system.py"), str(inside)))
+    model.save(folder / "model")
+    shutil.copy(place / "my_system.py", inside)
+    for opened in (folder, folder / "model"):
+        with pytest.raises(CheckpointError, match="in the model's own folder"):
+            load(opened)
+
+
+def test_a_class_that_is_no_system_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from isthmus.systems.base import System\nclass A: pass\nclass B(System): kind = 'b'\n")
+    recipe = tmp_path / "r.yaml"
+    text = (EXAMPLES / "my_system.yaml").read_text(encoding="utf-8")
+    for name, fault in (("A", "is no system"), ("B", "does not say its 'net'"), ("C", "has no class C")):
+        recipe.write_text(text.replace("my_system.py:MySystem", f"mine.py:{name}"), encoding="utf-8")
+        with pytest.raises(ConfigError, match=fault):
+            system(read_recipe(recipe).model)
