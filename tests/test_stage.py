@@ -30,7 +30,7 @@ class Net(nn.Module):
         self.language = nn.ModuleDict({"embed": nn.Embedding(7, 6), "head": nn.Linear(6, 7, bias=False)})
 
 
-class Deep(Net):
+class Deep(Net, StagedNet):
     def unreachable(self) -> tuple[str, ...]:
         return tuple(n for n, _ in self.named_parameters() if n.startswith("vision.blocks.2."))
 

@@ -373,7 +373,7 @@ def test_cached_features_stand_before_the_norm() -> None:
             net.loss(cached)
         net.vision.requires_grad_(False)
         narrow = replace(batch, visuals=(Visuals(index=group.index, features=features[..., :8]),))
-        with pytest.raises(DataError, match="8 wide, the Q-Former reads 24"):
+        with pytest.raises(DataError, match="8 wide, the connector reads 24"):
             net.loss(narrow)
 
 

@@ -220,7 +220,7 @@ def test_another_hidden_state_can_be_read():
     torch.testing.assert_close(found, state[:, 1:])
     dead = {name for name, _ in net.named_parameters() if name.startswith(("vision.blocks.1.", "vision.ln_post."))}
     assert set(net.unreachable()) == dead
-    with pytest.raises(ConfigError, match="feature_layer 3 does not exist among 3 hidden states"):
+    with pytest.raises(ConfigError, match=r"feature_layer 3 does not exist: .* has 3 hidden states"):
         tiny(feature_layer=3)
 
 
@@ -273,11 +273,15 @@ def test_all_previous_images_when_asked_for():
 
 def test_cached_features_equal_pixels():
     net, rows = tiny(), batch([ROWS["one"], ROWS["clip"]])
+    net.vision.requires_grad_(False)
     visuals = tuple(Visuals(index=g.index, features=net.visual_features(g.pixels).detach()) for g in rows.visuals)
     torch.testing.assert_close(net.score(replace(rows, visuals=visuals)), net.score(rows))
     narrow = tuple(replace(g, features=g.features[..., :8]) for g in visuals)
-    with pytest.raises(DataError, match="8 wide, the resampler reads 24"):
+    with pytest.raises(DataError, match="8 wide, the connector reads 24"):
         net.score(replace(rows, visuals=narrow))
+    net.vision.requires_grad_(True)
+    with pytest.raises(DataError, match="trains the vision encoder"):
+        net.score(replace(rows, visuals=visuals))
 
 
 def test_bad_configurations_are_explained():

@@ -1,4 +1,4 @@
-"""A user's own system, the one of the examples: trained, opened, asked, evaluated and compared, by nothing but a name."""
+"""A user's own system, the one of the examples: trained, opened, asked, evaluated and compared by its name alone."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def test_it_is_opened_and_asked(place: Path) -> None:
 def test_it_is_evaluated_and_compared(place: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["eval", str(place / "run"), "--out", str(tmp_path / "scores")])
     assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "scores" / "vqa" / "scores.json").read_text(encoding="utf-8"))["items"] == 6
+    assert "gain" in json.loads((tmp_path / "scores" / "vqa" / "scores.json").read_text(encoding="utf-8"))
     tiny_models.MODELS["llava"]().save(tmp_path / "other")
     source = tmp_path / "questions.yaml"
     source.write_text(json.dumps(QUESTIONS), encoding="utf-8")
