@@ -452,6 +452,7 @@ def load(
     given: dict[str, Any] = {"vision": vision, "language": language, "tokenizer": tokenizer}
     given |= {"activation": activation, "head_width": head_width}
     folder = located(path, revision)
+    outer = _outermost(folder)
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     config = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
@@ -466,13 +467,13 @@ def load(
             net, processor, forbidden = open_foreign(folder, config, Given(open=load, **given))
             model = Model(net, processor, prompts=published_request(processor), forbidden=forbidden)
         else:
-            model = _own(folder, vetted(config, _outermost(folder), [code] if isinstance(code, str | Path) else code))
+            model = _own(folder, vetted(config, outer, [code] if isinstance(code, str | Path) else code))
         model.report = account.report()
     return (model if dtype is None else model.cast(dtype)).to(device)
 
 
 def _outermost(folder: Path) -> Path:
-    """The run folder that a model folder is in; else itself. What lies in there came with the model."""
+    """The run folder that a model folder is in; else what the user named. What lies in there came with the model."""
     for run in (folder.parent, *folder.parent.parents[1:2]):  # RUN/model and RUN/stages/NAME/model
         if folder.name == "model" and (run / "run.json").is_file():
             return run

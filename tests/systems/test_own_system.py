@@ -23,6 +23,7 @@ LITTLE = [
     "tokenizer.samples=60",
     "evaluate.vqa.data.count=6",
     "evaluate.vqa.train.count=12",
+    "evaluate.vqa.options.decoding.min_new_tokens=2",  # so little trained, it would say nothing
     *(f"stages.{name}.{key}" for name in ("describe", "answer") for key in ("steps=3", "warmup=1", "batch_size=4")),
 ]
 
@@ -63,6 +64,7 @@ def test_it_is_evaluated_and_compared(place: Path, tmp_path: Path) -> None:
     source = tmp_path / "questions.yaml"
     source.write_text(json.dumps(QUESTIONS), encoding="utf-8")
     words = ["compare", str(place / "run"), str(tmp_path / "other"), "--task", "vqa", "--data", str(source)]
+    words += ["--set", "task.decoding={min_new_tokens: 2, max_new_tokens: 4}"]
     done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "compared")])
     assert done.exit_code == 0, done.output
     assert {"run", "other"} <= set(json.loads((tmp_path / "compared" / "results.json").read_text())["models"])
@@ -71,9 +73,10 @@ def test_it_is_evaluated_and_compared(place: Path, tmp_path: Path) -> None:
 def test_changed_code_is_imported_only_when_it_is_named(place: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     shutil.copytree(place, own)
-    recipe = own / "my_system.yaml"
-    with pytest.raises(ConfigError, match="another recipe"):  # the same words of another file
-        train(recipe, own / "run", overrides=LITTLE, progress=False)
+    changed = own / "my_system.py"
+    changed.write_text(changed.read_text(encoding="utf-8") + "\n# another\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="another recipe"):
+        train(own / "my_system.yaml", own / "run", overrides=LITTLE, progress=False)
     moved = tmp_path / "elsewhere" / "my_system.py"
     moved.parent.mkdir()
     shutil.copy(own / "my_system.py", moved)
@@ -90,6 +93,7 @@ def test_code_in_a_models_own_folder_is_never_imported(place: Path, tmp_path: Pa
     model.system = type(model.system)(model.system.name.replace(str(place / "my_system.py"), str(inside)))
     model.save(folder / "model")
     shutil.copy(place / "my_system.py", inside)
+    shutil.copy(place / "run" / "run.json", folder)
     for opened in (folder, folder / "model"):
         with pytest.raises(CheckpointError, match="in the model's own folder"):
             load(opened)
