@@ -201,7 +201,7 @@ def _told(o: Options, report: Any, folder: Path | None) -> None:
     """What came out, what it cost, and how a recipe reads it."""
     console = Console(emoji=False)
     rows = ", ".join(f"{count} {kind}" for kind, count in report.rows.items()) or "nothing"
-    console.print(f"{sum(report.rows.values())} samples ({rows}) in [bold]{o.out}/instruct.json[/].")
+    console.print(f"{sum(report.rows.values())} samples ({rows}) in [bold]{o.out}/instruct.json[/].", soft_wrap=True)
     if not o.offline:
         console.print(_spent(report.to_dict()))
     if report.refused:
@@ -213,7 +213,7 @@ def _told(o: Options, report: Any, folder: Path | None) -> None:
         console.print(f"[yellow]Not all was asked: {report.stopped}. The same command with more goes on.[/]")
     place = f"{o.out}/images" if folder == Path("images") else folder
     images = f", image_folder: {place}" if place is not None else ""
-    console.print(f"In a recipe: {{kind: llava, file: {o.out}/instruct.json{images}}}", highlight=False)
+    console.print(f"In a recipe: {{kind: llava, file: {o.out}/instruct.json{images}}}", highlight=False, soft_wrap=True)
     if o.json_file is not None:
         o.json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 
