@@ -186,7 +186,7 @@ FACTS = (
         "pixels scale in float64 first",
         "data/images.py",
         "(np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)",
-        "np.arange(256, dtype=np.float32) / np.float32(255)",
+        "np.arange(256, dtype=np.float32) * np.float32(1 / 255)",
         "data/test_images.py",
     ),
     Fact(
@@ -296,7 +296,10 @@ def main() -> None:
         started = time.monotonic()
         found, test = guarded(fact)
         rows.append(f"| {fact.name} | `{fact.file}` | {f'`{test}`' if found else '**no test**'} |")
-        print(f"{'guarded' if found else 'UNGUARDED':9} {time.monotonic() - started:5.0f} s  {fact.name}", flush=True)
+        print(
+            f"{'guarded' if found else 'UNGUARDED':9} {time.monotonic() - started:5.0f} s  {fact.name}  {test}",
+            flush=True,
+        )
     if not given.only:
         held = sum("no test" not in row for row in rows)
         head = (
