@@ -335,6 +335,32 @@ def serve(
 
 
 @app.command()
+def batch(
+    requests: Annotated[Path, typer.Argument(help="Requests in OpenAI's batch form, one JSON object a line.")],
+    out: Annotated[Path | None, typer.Option(help="Answers (default: REQUESTS with .answers.jsonl).")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="NAME=MODEL: what requests call NAME (repeat); else a name is a MODEL.")
+    ] = None,
+    together: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")] = 16,
+    allow_image_domain: Annotated[
+        list[str] | None, typer.Option(help="Fetch pictures from this host (repeat for several); none otherwise.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Answer a file of API requests offline, through the server's checks; the same command resumes."""
+    from isthmus.cli.batch import run
+
+    run(
+        requests,
+        out,
+        named=model or [],
+        together=together,
+        domains=allow_image_domain or [],
+        json_file=json_file,
+    )
+
+
+@app.command()
 @opens_a_model
 def convert(
     source: Annotated[str, typer.Argument(help="A model: anything `isthmus.load` opens.")],
@@ -369,14 +395,21 @@ def convert(
 def verify(
     model: Annotated[str, typer.Argument(help="A model: anything `isthmus.load` opens.")],
     only: Annotated[list[str] | None, typer.Option(help="Only this contract (repeat for several).")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="An engine's http://host/v1 that serves the same model: token by token.")
+    ] = None,
+    served_as: Annotated[str | None, typer.Option(help="The model's name at --against, where it has several.")] = None,
     json_file: Json = None,
     *,
     given: dict[str, Any],
 ) -> None:
     """Contracts on any checkpoint: batch = single, cached = uncached, save = load, the picture matters, ..."""
-    from isthmus.cli.verify import run
+    from isthmus.cli.verify import run, run_against
 
-    run(model, json_file, only=only or [], given=given)
+    if against is not None:
+        run_against(model, against, json_file, served_as=served_as, only=only or [], given=given)
+        return
+    run(model, json_file, only=only or [], given=given, served_as=served_as)
 
 
 @app.command()
