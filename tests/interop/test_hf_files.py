@@ -14,6 +14,7 @@ from isthmus.data.record import Record, Text
 from isthmus.data.text import TEMPLATES, render
 from isthmus.interop.convert import write_model
 from isthmus.interop.hf_files import chat_template, swapped, template_named
+from isthmus.model import load
 from isthmus.testing import probe
 from tests.interop import tiny_models
 
@@ -140,6 +141,28 @@ def test_templates_are_told_apart_by_their_text() -> None:
     assert template_named("{{ messages }}") is None
     assert template_named(f"{chat_template('vicuna_v1', first=True)}\n") == "vicuna_v1", "as folders of before have it"
     assert chat_template("document") is None
+
+
+@pytest.mark.parametrize("kind", ["lm", "llava"])
+def test_a_written_folder_reads_a_conversation_from_its_beginning_once(kind: str, tmp_path: Path) -> None:
+    """Readers of a chat template add nothing to it: what a text begins with must stand in it."""
+    model = getattr(tiny_models, kind)()
+    folder = tmp_path / "hf"
+    write_model(model, folder, "hf", lossy=True)
+    question = Record("r", (Text("how many?", role="user"), Text("two", "assistant"), Text("red?", role="user")))
+    messages = [{"role": p.role, "content": str(p.text)} for p in question.texts]
+    ids = model.processor.prompt(question).streams["lm"].ids
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if kind == "lm":
+        assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == ids
+    else:
+        parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        processor = AutoProcessor.from_pretrained(folder)
+        found = processor.apply_chat_template(parts, add_generation_prompt=True, tokenize=True, return_dict=True)
+        assert found["input_ids"][0] == ids
+    opened = load(folder)
+    assert opened.processor.template == model.processor.template
+    assert opened.processor.prompt(question).streams["lm"].ids == ids
 
 
 def test_swapped_ids_change_nothing_else() -> None:

@@ -90,8 +90,7 @@ def test_a_llava_is_asked_as_its_processor_asks(file: str, begins: bool, tmp_pat
 
 def test_an_lm_whose_template_writes_the_beginning_begins_once(tmp_path: Path) -> None:
     write_model(tiny_models.lm(template="vicuna_bare"), tmp_path / "m", "hf")
-    file = tmp_path / "m" / "chat_template.jinja"
-    file.write_text("{{ bos_token }}" + file.read_text())
+    (tmp_path / "m" / "chat_template.jinja").write_text("{{ bos_token }}" + str(chat_template("vicuna_bare")))
     words = AutoTokenizer.from_pretrained(tmp_path / "m")
     theirs = words.apply_chat_template([{"role": "user", "content": "a cube?"}], add_generation_prompt=True)
     ids = isthmus.load(tmp_path / "m").processor.prompt(Record("r", (Text("a cube?", role="user"),))).streams["lm"].ids

@@ -21,6 +21,7 @@ from isthmus.interop.hf_blip2 import TEMPERATURE, config_to_hf, to_hf
 from isthmus.interop.hf_clip import clip_config_to_hf, clip_to_hf
 from isthmus.interop.hf_files import (
     CHAT_TEMPLATE,
+    begun,
     chat_template,
     generation_config,
     image_processor,
@@ -108,7 +109,7 @@ def last_eot(
 
 def lm_export(model: Source, *, shard_bytes: int) -> Export:
     weights = language_tensors(model.net.language.lm)
-    template = chat_template(getattr(model.processor, "template", ""))
+    template = begun(chat_template(getattr(model.processor, "template", "")), model.processor.tokenizer)
     files = {
         **language_files(model, weights),
         **shards(weights, shard_bytes),

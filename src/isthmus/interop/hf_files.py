@@ -5,6 +5,7 @@ model was trained on.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ _PLACED = (
 def chat_template(name: str, *, first: bool = False) -> str | None:
     """One of :data:`isthmus.data.text.TEMPLATES` in Jinja for the messages form; none where it has no conversation.
 
-    Beginning-of-sequence is not in it: the tokenizer puts it in front, and twice would be once too often. ``first``:
+    Beginning-of-sequence is not in it (see :func:`begun`): twice would be once too often. ``first``:
     the form of folders written before pictures kept their places.
     """
     if name not in TEMPLATES or name == "document":
@@ -192,6 +193,15 @@ def chat_template(name: str, *, first: bool = False) -> str | None:
     )
 
 
+def begun(template: str | None, tokenizer: Tokenizer) -> str | None:
+    """A chat template that writes what every text begins with itself, as those of language models do: who reads one
+    asks the tokenizer to add nothing. A processor of pictures does let it add something, so theirs do not."""
+    return f"{{{{- {_quoted(''.join(tokenizer.begins))} -}}}}{template}" if template and tokenizer.begins else template
+
+
+_BEGUN = re.compile(r"\{\{- '[^'{}]*' -\}\}(?=\{%- macro said|\{%- for message)")
+
+
 def _quoted(text: str) -> str:
     """As a Jinja string."""
     return "'" + text.replace("\n", "\\n") + "'"
@@ -205,9 +215,8 @@ def _sum(*pieces: Any) -> str:
 
 def template_named(text: str) -> str | None:
     """The name of the template whose Jinja this is; none for another one."""
-    return next(
-        (name for name in TEMPLATES if text.strip() in (chat_template(name), chat_template(name, first=True))), None
-    )
+    bare = _BEGUN.sub("", text.strip(), count=1) if _BEGUN.match(text.strip()) else text.strip()
+    return next((name for name in TEMPLATES if bare in (chat_template(name), chat_template(name, first=True))), None)
 
 
 def question_template(question: str, *, clean: bool) -> str:
