@@ -10,6 +10,7 @@ names it, so the same class serves CLIP, a bare language model and LLaVA.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from isthmus import checkpoint
 from isthmus.batch import Tokens
 from isthmus.config import plain
-from isthmus.data.attention import Attention, with_answer
+from isthmus.data.attention import Attention
 from isthmus.data.blip2 import PairProcessor
 from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.collate import collate
@@ -46,9 +47,11 @@ from isthmus.interop.hub import located
 from isthmus.language import Decoding, unfilled
 from isthmus.load_report import LoadReport, accounting
 from isthmus.nn.losses import similarity
+from isthmus.placement import device_of, dtype_of
 from isthmus.streaming import pieces
 from isthmus.systems import SYSTEMS, system
 from isthmus.systems.base import System
+from isthmus.tracing import attention_of, check_gaps, gap_of
 from isthmus.user_code import is_user_code, vetted
 from isthmus.version import __version__
 
@@ -174,48 +177,19 @@ class Model:
         prompts = [self.processor.prompt(record) for record in records]
         answers = self._continue(prompts, batch_size, decoding)
         with self._inference():
-            return [self._attention(prompt, ids) for prompt, ids in zip(prompts, answers, strict=True)]
-
-    def _attention(self, prompt: Example, answer: list[int]) -> Attention:
-        tokenizer = self.processor.tokenizer
-        batch = collate([with_answer(prompt, answer)]).to(self.device)
-        grids = {}
-        for group in batch.visuals:
-            assert group.pixels is not None  # collate decodes
-            grids |= dict.fromkeys(group.index.tolist(), self.net.vision.grid(*group.pixels.shape[-2:]))
-        start = len(prompt.streams["lm"].ids) - 1  # the position before a token is the one that chose it
-        maps = [m[:, start : start + len(answer)].cpu() for m in self.net.attention(batch)[0]]
-        return Attention(
-            text=tokenizer.decode(answer).strip(),
-            tokens=tuple(tokenizer.decode([i]) for i in answer),
-            maps=tuple(m.unflatten(-1, grids[n]) for n, m in enumerate(maps)),
-        )
+            return [attention_of(self, prompt, ids) for prompt, ids in zip(prompts, answers, strict=True)]
 
     def gaps(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[float]:
         """For each record the smallest distance (in logits) of the two best tokens at any step of its answer: where it
         is tiny, a sum taken in another order may answer otherwise. Plain greedy decoding only (ConfigError), and no
         encoder-decoder (CapabilityError)."""
         must_be_records(records, "gaps")
-        settings, greedy = self.ended(Decoding.of(decoding)), Decoding()
-        for name in ("min_new_tokens", "temperature", "num_beams", "repetition_penalty", "no_repeat_ngram"):
-            if getattr(settings, name) != getattr(greedy, name):
-                raise ConfigError(f"Gaps of the two best tokens are those of plain greedy decoding; leave {name} out.")
-        self.need("answer")
-        if self.net.prompt_stream != "lm":
-            raise CapabilityError("Gaps of the two best tokens are told of a causal language model only.")
+        settings = self.ended(Decoding.of(decoding))
+        check_gaps(self, settings)
         prompts = [self.processor.prompt(without_answer(record)) for record in records]
         answers = self._continue(prompts, batch_size, decoding)
-        found = []
         with self._inference():
-            for prompt, ids in zip(prompts, answers, strict=True):
-                batch = collate([with_answer(prompt, ids)]).to(self.device)
-                steps = self.net.logits(batch)[0, len(prompt.streams["lm"].ids) - 1 :][
-                    : settings.max_new_tokens
-                ].float()
-                steps[:, list(settings.forbidden_ids)] = -torch.inf
-                best = steps.topk(2).values
-                found.append(float((best[:, 0] - best[:, 1]).min()))
-        return found
+            return [gap_of(self, prompt, ids, settings) for prompt, ids in zip(prompts, answers, strict=True)]
 
     def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
         """Answers to question records: what evaluation asks of a model. A trailing assistant turn is cut off."""
@@ -422,8 +396,8 @@ def load(
     path: str | Path,
     *,
     revision: str | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
     vision: str | Path | None = None,
     language: str | Path | None = None,
     tokenizer: str | Path | None = None,
@@ -435,9 +409,11 @@ def load(
 
     Those of transformers (CLIP, SigLIP and their towers, LLaVA, BLIP-2, InstructBLIP, causal LMs), open_clip, OpenAI,
     OpenFlamingo and the original LLaVA are told by their content, never by name. Loading is strict, runs no code
-    of a checkpoint's and verifies the manifest of our own folders. ``dtype`` casts the weights (:meth:`Model.cast`).
+    of a checkpoint's and verifies the manifest of our own folders.
 
     Args:
+        device: ``auto`` (a GPU where torch sees one, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        dtype: casts the weights (:meth:`Model.cast`): ``float32``, ``bfloat16`` or ``float16``.
         revision: branch, tag or commit of a hub id ``owner/name``, which is then fetched; nothing else is.
         vision, language: models that a checkpoint was trained with and does not hold.
         tokenizer: a tokenizer's folder, or OpenAI's merge table, where a checkpoint comes without.
@@ -447,8 +423,9 @@ def load(
             Others are imported only as they were when the model was trained, and never from the model's folder.
 
     Raises CheckpointError: nothing there, damaged, unknown format, a weight missing or left over, or one of the
-    arguments missing or of no use.
+    arguments missing or of no use. Raises ConfigError for a device that is not there.
     """
+    place, dtype = device_of(device), dtype_of(dtype)
     given: dict[str, Any] = {"vision": vision, "language": language, "tokenizer": tokenizer}
     given |= {"activation": activation, "head_width": head_width}
     folder = located(path, revision)
@@ -464,12 +441,12 @@ def load(
             from isthmus.interop.foreign import open_foreign
             from isthmus.interop.given import Given
 
-            net, processor, forbidden = open_foreign(folder, config, Given(open=load, **given))
+            net, processor, forbidden = open_foreign(folder, config, Given(open=partial(load, device="cpu"), **given))
             model = Model(net, processor, prompts=published_request(processor), forbidden=forbidden)
         else:
             model = _own(folder, vetted(config, outer, [code] if isinstance(code, str | Path) else code))
         model.report = account.report()
-    return (model if dtype is None else model.cast(dtype)).to(device)
+    return (model if dtype is None else model.cast(dtype)).to(place)
 
 
 def _outermost(folder: Path) -> Path:

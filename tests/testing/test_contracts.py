@@ -60,13 +60,16 @@ def broken_padding(model: Any) -> None:
 
 
 def broken_left(model: Any) -> None:
-    """Generation forgets the mask of its left padding."""
-    generate = model.net.language.lm.generate
+    """Generation forgets the mask of what lies left of a shorter row."""
+    make = model.net.language._window
 
-    def blind(**kwargs: Any) -> Any:
-        return generate(**{**kwargs, "attention_mask": torch.ones_like(kwargs["attention_mask"])})
+    def blind() -> Any:
+        window = make()
+        mask = window.mask
+        window.mask = lambda: None if (found := mask()) is None else torch.ones_like(found)
+        return window
 
-    model.net.language.lm.generate = blind
+    model.net.language._window = blind
 
 
 def broken_cache(model: Any) -> None:

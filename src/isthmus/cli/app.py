@@ -1,11 +1,11 @@
 """The commands and their options; each hands over to a module of its own."""
 
-import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from isthmus.cli.options import Device, Dtype, Json, Overrides, opens_a_model
 
 app = typer.Typer(
     name="isthmus",
@@ -17,44 +17,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Write scenes as files; instruction data; better captions.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the facts to this file as JSON.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value changes, e.g. stages.align.steps=100.")]
-LOADING: dict[str, Any] = {
-    "vision": Annotated[str | None, typer.Option(help="The vision encoder's model, where a checkpoint holds none.")],
-    "language": Annotated[str | None, typer.Option(help="The language model, where a checkpoint holds none.")],
-    "tokenizer": Annotated[str | None, typer.Option(help="A tokenizer's folder, where a checkpoint comes without.")],
-    "activation": Annotated[str | None, typer.Option(help="quick_gelu or gelu, where a CLIP's weights do not tell.")],
-    "head_width": Annotated[
-        int | None, typer.Option(help="Width of a CLIP's attention heads, where nothing tells it.")
-    ],
-    "revision": Annotated[
-        str | None, typer.Option(help="Of a hub id owner/name: main, a tag or a commit; it is fetched.")
-    ],
-    "code": Annotated[
-        list[Path] | None, typer.Option(help="Your file with the model's own classes, where it has moved or changed.")
-    ],
-}
-"""The options of every command that opens a model: the further arguments of ``isthmus.load``, by their names there."""
-
-
-def opens_a_model(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of LOADING besides its own; it gets those that the user gave as ``given``."""
-
-    def call(**options: Any) -> None:
-        given = {name: value for name in LOADING if (value := options.pop(name)) not in (None, [])}
-        command(**options, given=given)
-
-    before = inspect.signature(command)
-    own = [p for p in before.parameters.values() if p.name != "given"]
-    more = [
-        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for n, a in LOADING.items()
-    ]
-    # Typer reads a command's options from its signature and its annotations.
-    call.__signature__ = before.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
-    call.__annotations__ = {p.name: p.annotation for p in (*own, *more)} | {"return": None}
-    call.__name__, call.__doc__ = command.__name__, command.__doc__
-    return call
 
 
 def _version(value: bool) -> None:
@@ -212,6 +174,8 @@ def compare(
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Of a recipe, run only this arm (repeat for several).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report, scores and raw outputs.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of shuffles and intervals (default: 0).")] = None,
     json_file: Json = None,
 ) -> None:
@@ -227,6 +191,8 @@ def compare(
             "--shots": shots,
             "--select": select,
             "--limit": limit,
+            "--device": device,
+            "--dtype": dtype,
             "--seed": seed,
         }
         given = [name for name, value in options.items() if value not in (None, [])]
@@ -245,6 +211,7 @@ def compare(
         out=out,
         seed=seed,
         json_file=json_file,
+        given={name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None},
     )
 
 

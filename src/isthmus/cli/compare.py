@@ -1,7 +1,8 @@
 """``isthmus compare``: models side by side on the same tasks, or a comparison recipe that trains them first."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ def run(
     out: Path | None,
     seed: int | None,
     json_file: Path | None,
+    given: Mapping[str, Any] | None = None,
 ) -> None:
-    """Score and measure one model after the other; print the tables and write everything below ``out``."""
+    """Score and measure one model after the other; print the tables and write everything below ``out``. ``given``:
+    further arguments of :func:`isthmus.load`."""
     from isthmus.comparison.compare import ask, contestants, measure, shared_tasks
     from isthmus.comparison.report import write_report
     from isthmus.comparison.side_by_side import write_comparison
@@ -44,7 +47,7 @@ def run(
     if len(models) < 2:
         recipe = f" A comparison recipe is a .yaml file or shipped: {', '.join(shipped('comparisons'))}."
         raise ConfigError("A comparison needs at least two models; `isthmus eval MODEL` scores one." + recipe)
-    rivals = contestants(models)
+    rivals = [replace(rival, dtype=(given or {}).get("dtype", "")) for rival in contestants(models)]
     out = out if out is not None else Path("runs/compare")
     if data is not None:
         specs = [spec_of(task or "vqa", data, train, options)]
@@ -65,7 +68,7 @@ def run(
             bar.update(shown[place], completed=done)
 
         for rival in rivals:
-            model = load(rival.folder)
+            model = load(rival.folder, **(given or {}))
             ask(rival, model, specs, out / "scores" / rival.name, seed=seed, limit=limit, progress=progress)
             measure(rival, model, out / "scores" / rival.name)
     if not any(rival.results for rival in rivals):

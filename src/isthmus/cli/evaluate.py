@@ -45,7 +45,8 @@ def run(
             raise ConfigError("A judge scores questions with references: give --task llava-bench and --data.")
     folder = Path(model.removeprefix(_PEER))
     loaded = _load(model, given or {})
-    identity = " ".join([model_hash(folder) or model, *(f"{name}={value}" for name, value in (given or {}).items())])
+    own = {name: value for name, value in (given or {}).items() if name != "device"}
+    identity = " ".join([model_hash(folder) or model, *(f"{name}={value}" for name, value in own.items())])
     if data is None and model.startswith(_PEER):
         raise ConfigError(f"{model} has no tasks of its own: give --task and --data.")
     if data is None:

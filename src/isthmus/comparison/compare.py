@@ -53,6 +53,13 @@ class Contestant:
     looks: Mapping[str, bytes] = field(default_factory=dict)
     looked: str = ""
     by_seed: Mapping[int, Sequence[Result]] = field(default_factory=dict)
+    dtype: str = ""
+
+    @property
+    def identity(self) -> str | None:
+        """Of the model that is asked: its weights, and the numbers they were cast to (``dtype``)."""
+        own = model_hash(self.folder)
+        return f"{own} dtype={self.dtype}" if own and self.dtype else own
 
     def label(self, task: str) -> str:
         """The name of a task's scores."""
@@ -123,7 +130,7 @@ def ask(
         model,
         rival.specs,
         out,
-        model_hash=model_hash(rival.folder),
+        model_hash=rival.identity,
         seed=seed,
         limit=limit,
         progress=progress,
@@ -167,7 +174,7 @@ def measure(rival: Contestant, model: Model, out: Path) -> None:
         written = needs(seeing) is Answers and "shots" not in seeing.options  # else the map would be of another prompt
         rival.looked = seeing.name
         rival.looks = looks(model, pictured(seeing), seeing.options.get("decoding", {})) if written else {}
-    own = model_hash(rival.folder)
+    own = rival.identity
     write_json(out / "cost.json", {"model": own, "found": rival.cost.to_dict()})
     pictures = {name: base64.b64encode(raw).decode("ascii") for name, raw in rival.looks.items()}
     write_json(out / "looks.json", {"model": own, "task": rival.looked, "found": pictures})
@@ -175,7 +182,7 @@ def measure(rival: Contestant, model: Model, out: Path) -> None:
 
 def recall(rival: Contestant, out: Path) -> bool:
     """Cost and maps from where :func:`measure` left them; False when they are not there, or of another model."""
-    own = model_hash(rival.folder)
+    own = rival.identity
     cost, pictures = (_kept(out / name, own) for name in ("cost.json", "looks.json"))
     if cost is None or pictures is None:
         return False

@@ -131,7 +131,7 @@ def _redrawn(part: Path, seed: int, out: Path) -> Path:
         if read_json(out / "origin.json")["model"] == origin:
             return out
         raise ConfigError(f"{out} was made of another {part}; remove the folder to start over.")
-    model = load(part)
+    model = load(part, device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = type(model.net).from_config(plain(model.net.config))

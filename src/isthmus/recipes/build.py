@@ -7,6 +7,7 @@ in :mod:`isthmus.systems`.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def build(recipe: Recipe) -> Built:
     """
     check_parts(recipe)
     kind, described = system(recipe.model), recipe.tokenizer
-    parts = {name: kind.open_part(name, path, load) for name, path in recipe.parts.items()}
+    parts = {name: kind.open_part(name, path, partial(load, device="cpu")) for name, path in recipe.parts.items()}
     if "init" in parts and parts["init"].kind != kind.kind:
         raise ConfigError(f"The part 'init' is a {parts['init'].kind} model, the recipe trains a {kind.kind}.")
     tokenizers = kind.tokenizers(parts, None if described is None else lambda: make_tokenizer(described))

@@ -366,7 +366,7 @@ def _saves(built: Built, folder: Path) -> list[str]:
     """The finished model as a folder: written, loaded, compared."""
     model = built.model()
     model.save(folder, extra={"recipe.yaml": json.dumps(built.recipe.model_dump(mode="json"))})
-    again = load(folder)
+    again = load(folder, device=model.device)
     saved = checkpoint.state_tensors(model.net)
     other = checkpoint.state_tensors(again.net)
     if saved.keys() != other.keys() or any(not torch.equal(t, other[n]) for n, t in saved.items()):

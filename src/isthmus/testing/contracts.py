@@ -124,7 +124,7 @@ def batched(model: Any) -> _Outcome:
 
 
 def padded(model: Any) -> _Outcome:
-    """Rows of several lengths together: right padding in one pass, and left padding in generation."""
+    """Rows of several lengths together: right padding in one pass; in generation, where all rows end together, left."""
     if not probe.reads(model):
         return _absent("the model reads no text")
     asked = probe.prompts(model, probe.WORDS, (1, 2, 3))
@@ -162,7 +162,7 @@ def packed(model: Any) -> _Outcome:
 def saved(model: Any) -> _Outcome:
     """Saved and opened again: every tensor to the bit, the processor word for word."""
     with tempfile.TemporaryDirectory() as place:
-        again = load(model.save(Path(place) / "model"), dtype=_dtype(model))
+        again = load(model.save(Path(place) / "model"), device=model.device, dtype=_dtype(model))
         ours, theirs = model.net.state_dict(), again.net.state_dict()
         differ = [n for n in ours.keys() | theirs.keys() if not _same(ours.get(n), theirs.get(n))]
         words = model.processor.to_dict() == again.processor.to_dict()

@@ -1,0 +1,49 @@
+"""An answer run once more, whole: where the model looked for each token, and how near the choice was."""
+
+from typing import Any
+
+import torch
+
+from isthmus.data.attention import Attention, with_answer
+from isthmus.data.collate import collate
+from isthmus.data.record import Example
+from isthmus.errors import CapabilityError, ConfigError
+from isthmus.language import Decoding
+
+
+def attention_of(model: Any, prompt: Example, answer: list[int]) -> Attention:
+    """Where ``model`` looked for each token of the ``answer`` that it gave to ``prompt``."""
+    tokenizer = model.processor.tokenizer
+    batch = collate([with_answer(prompt, answer)]).to(model.device)
+    grids = {}
+    for group in batch.visuals:
+        assert group.pixels is not None  # collate decodes
+        grids |= dict.fromkeys(group.index.tolist(), model.net.vision.grid(*group.pixels.shape[-2:]))
+    start = len(prompt.streams["lm"].ids) - 1  # the position before a token is the one that chose it
+    maps = [m[:, start : start + len(answer)].cpu() for m in model.net.attention(batch)[0]]
+    return Attention(
+        text=tokenizer.decode(answer).strip(),
+        tokens=tuple(tokenizer.decode([i]) for i in answer),
+        maps=tuple(m.unflatten(-1, grids[n]) for n, m in enumerate(maps)),
+    )
+
+
+def check_gaps(model: Any, settings: Decoding) -> None:
+    """Raises ConfigError for any but plain greedy decoding, CapabilityError for a model without a causal LM."""
+    greedy = Decoding()
+    for name in ("min_new_tokens", "temperature", "num_beams", "repetition_penalty", "no_repeat_ngram"):
+        if getattr(settings, name) != getattr(greedy, name):
+            raise ConfigError(f"Gaps of the two best tokens are those of plain greedy decoding; leave {name} out.")
+    model.need("answer")
+    if model.net.prompt_stream != "lm":
+        raise CapabilityError("Gaps of the two best tokens are told of a causal language model only.")
+
+
+def gap_of(model: Any, prompt: Example, answer: list[int], settings: Decoding) -> float:
+    """The smallest distance (in logits) of the two best tokens at any step of the ``answer`` to ``prompt``."""
+    batch = collate([with_answer(prompt, answer)]).to(model.device)
+    start = len(prompt.streams["lm"].ids) - 1
+    steps = model.net.logits(batch)[0, start:][: settings.max_new_tokens].float()
+    steps[:, list(settings.forbidden_ids)] = -torch.inf
+    best = steps.topk(2).values
+    return float((best[:, 0] - best[:, 1]).min())
