@@ -1,0 +1,141 @@
+"""Models that come with the package: packed from a demo's folder, opened by name, served, and in the wheel."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+import isthmus
+from isthmus import pretrained
+from isthmus.cli.serve import opened
+from isthmus.errors import CheckpointError
+from tests.cli.test_cli import run
+from tests.serving.helpers import encoded, models, picture
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def packer():
+    spec = importlib.util.spec_from_file_location("pack_weights", ROOT / "tools" / "pack_weights.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def demo_folder(folder: Path) -> Path:
+    for name in packer().NAMES:
+        models()[name].save(folder / name / "model", extra={"recipe.yaml": "model: x\n"})
+    (folder / "results.json").write_text(json.dumps({"llava": {}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    runs, out = demo_folder(tmp_path_factory.mktemp("demo")), tmp_path_factory.mktemp("package") / "pretrained"
+    out.mkdir()
+    packer().pack(runs, out)
+    return out
+
+
+@pytest.fixture
+def shipped(packed, monkeypatch):
+    monkeypatch.setattr(pretrained, "FOLDER", packed)
+    return packed
+
+
+def test_packed_models_hold_what_opening_needs_in_bf16(packed):
+    assert sorted(f.name for f in packed.iterdir()) == ["blip2", "clip", "flamingo", "llava", "lm", "results.json"]
+    for name in packer().NAMES:
+        held = {str(f.relative_to(packed / name)) for f in (packed / name).rglob("*") if f.is_file()}
+        assert {"config.json", "manifest.json", "model.safetensors", "processor.json"} <= held
+        assert "recipe.yaml" not in held
+        dtypes = {t.dtype for t in isthmus.checkpoint.load_tensors(packed / name / "model.safetensors").values()}
+        assert torch.float32 not in dtypes
+        ours, opened = models()[name].net.state_dict(), isthmus.load(packed / name).net.state_dict()
+        assert all(torch.equal(opened[n], t.to(torch.bfloat16).to(t.dtype)) for n, t in ours.items())
+        assert {t.dtype for t in opened.values()} == {t.dtype for t in ours.values()}
+
+
+def test_a_model_of_the_package_is_opened_by_its_name(shipped, tmp_path, monkeypatch, capsys):
+    model = isthmus.load("isthmus:llava")
+    said = model.answer(picture(1), "what?", max_new_tokens=6)
+    assert said == isthmus.load(shipped / "llava").answer(picture(1), "what?", max_new_tokens=6)
+    (tmp_path / "p.png").write_bytes(encoded(picture(1)))
+    arguments = ("chat", "isthmus:llava", "what?", "--image", tmp_path / "p.png", "--max-new-tokens", 6)
+    code, out, told = run(monkeypatch, capsys, *arguments)
+    assert (code, out.split()) == (0, said.split()), told
+
+
+def test_what_is_not_there_is_told(shipped, tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match=r"isthmus:lava is no model of this installation; did you mean 'llava'"):
+        isthmus.load("isthmus:lava")
+    for name in ("isthmus:", "isthmus:../llava", "isthmus:/etc"):
+        with pytest.raises(CheckpointError, match="no model of this installation"):
+            isthmus.load(name)
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path)
+    with pytest.raises(CheckpointError, match=r"came without trained models. `isthmus demo` trains them"):
+        isthmus.load("isthmus:llava")
+    with pytest.raises(CheckpointError, match="came without trained models"):
+        opened([], {})
+
+
+def test_serving_without_a_model_serves_those_of_the_package(shipped):
+    assert sorted(opened([], {})) == ["blip2", "clip", "flamingo", "llava", "lm"]
+    found = opened(["isthmus:clip", f"mine={shipped / 'llava'}", str(shipped / "lm")], {})
+    assert list(found) == ["clip", "mine", "lm"]
+
+
+def test_packing_refuses_what_is_not_whole_or_too_large(tmp_path, monkeypatch):
+    runs, out, tool = demo_folder(tmp_path / "demo"), tmp_path / "out", packer()
+    out.mkdir()
+    monkeypatch.setattr(tool, "MOST", 10_000)
+    with pytest.raises(CheckpointError, match="are more than the 10,000 of the package: clip"):
+        tool.pack(runs, out)
+    (runs / "lm" / "model" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="its manifest says"):
+        tool.pack(runs, out)
+    (runs / "results.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no results.json"):
+        tool.pack(runs, out)
+    assert not list(out.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_wheel_answers_in_a_fresh_environment(packed, tmp_path):
+    """Built and installed as a user would (the build fetches its backend), asked in a folder of its own."""
+    tree = tmp_path / "tree"
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(["cp", "-r", ROOT / "src", tree / "src"], check=True)
+    subprocess.run(["cp", "-r", *packed.iterdir(), tree / "src/isthmus/pretrained"], check=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path / "dist", tree], check=True, timeout=600)
+    (wheel,) = (tmp_path / "dist").glob("isthmus-*.whl")
+    venv.create(tmp_path / "env", with_pip=False)
+    site = next((tmp_path / "env").glob("lib/python*/site-packages"))
+    (site / "shared.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
+    python = tmp_path / "env/bin/python"
+    subprocess.run(
+        [*pip, "--python", python, "install", "--no-deps", "--no-index", "--force-reinstall", wheel], check=True
+    )
+    (tmp_path / "p.png").write_bytes(encoded(picture(1)))
+    where = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    ask = [python, "-m", "isthmus", "chat", "isthmus:llava", "--image", "p.png", "what?", "--max-new-tokens", "6"]
+    done = subprocess.run(ask, cwd=tmp_path, env=where, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    expected = isthmus.load(packed / "llava").answer(picture(1), "what?", max_new_tokens=6)
+    assert done.stdout.split() == expected.split()
+    found = subprocess.run(
+        [python, "-c", "import isthmus; print(isthmus.__file__)"], capture_output=True, text=True, env=where
+    )
+    assert str(tmp_path / "env") in found.stdout

@@ -1,0 +1,87 @@
+"""The demo's five models into the package: what `isthmus.load("isthmus:llava")` opens.
+
+    python tools/pack_weights.py runs/demo                  # into src/isthmus/pretrained
+
+Each model folder is copied without its recipe, its weights in bfloat16 (they become float32 again when they are
+opened), with a manifest of its own; beside them the demo's results.json. Nothing is written when a model is missing or
+all of it together would be larger than the package allows.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus import checkpoint
+from isthmus.errors import CheckpointError, IsthmusError
+from isthmus.model import load
+
+NAMES = ("clip", "lm", "flamingo", "blip2", "llava")
+MOST = 25 * 10**6
+"""Bytes of all models together."""
+
+LEFT_OUT = ("recipe.yaml",)
+HERE = Path(__file__).resolve().parents[1] / "src" / "isthmus" / "pretrained"
+
+
+def pack(runs: Path, out: Path) -> dict[str, int]:
+    """Write one folder per model below ``out``; the bytes of each. Raises CheckpointError: a model or the results are
+    missing or damaged, or the models are too large."""
+    if not (runs / "results.json").is_file():
+        raise CheckpointError(f"{runs} holds no results.json: let the demo finish.")
+    sizes: dict[str, int] = {}
+    with tempfile.TemporaryDirectory(dir=out.parent) as aside:
+        for name in NAMES:
+            sizes[name] = _pack_one(runs / name / "model", Path(aside) / name)
+        if sum(sizes.values()) > MOST:
+            told = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+            raise CheckpointError(f"{sum(sizes.values()):,} bytes are more than the {MOST:,} of the package: {told}.")
+        for name in NAMES:
+            shutil.rmtree(out / name, ignore_errors=True)
+            shutil.move(Path(aside) / name, out / name)
+    shutil.copyfile(runs / "results.json", out / "results.json")
+    return sizes
+
+
+def _pack_one(folder: Path, target: Path) -> int:
+    """One model folder, opened again to see that it is whole; its bytes."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no model at {folder}: let the demo finish.")
+    files: dict[str, Any] = {}
+    for name, path in checkpoint.read_folder(folder).items():
+        if name.endswith(".safetensors"):
+            files[name] = {n: _small(t) for n, t in checkpoint.load_tensors(path).items()}
+        elif name not in LEFT_OUT:
+            files[name] = path.read_text(encoding="utf-8")
+    checkpoint.write_folder(target, files)
+    load(target)
+    return sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
+
+
+def _small(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("runs", type=Path, help="the demo's folder, such as runs/demo")
+    parser.add_argument("--out", type=Path, default=HERE, help="the folder of the package's models")
+    given = parser.parse_args()
+    try:
+        sizes = pack(given.runs, given.out)
+    except IsthmusError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for name, size in sizes.items():
+        print(f"{name:10}{size / 1e6:8.2f} MB")
+    print(f"{'together':10}{sum(sizes.values()) / 1e6:8.2f} MB in {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
