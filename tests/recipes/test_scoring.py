@@ -44,7 +44,8 @@ def test_what_a_task_needs_is_known_without_its_data(task, options, protocol):
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_what_a_task_needs_is_what_the_task_says(name):
     data = {"kind": "scenes", "form": "captions" if name in ("caption", "retrieval", "matching") else "questions"}
-    spec = EvalSpec(name="x", task=name, data=data | {"count": 4}, train=data | {"count": 4})
+    judge = {"judge": {"url": "http://127.0.0.1:9", "model": "none"}} if name == "llava-bench" else {}
+    spec = EvalSpec(name="x", task=name, data=data | {"count": 4}, train=data | {"count": 4}, options=judge)
     assert make_task(spec).needs is needs(spec)
 
 
