@@ -22,20 +22,18 @@ from isthmus import checkpoint
 from isthmus.batch import Tokens
 from isthmus.config import plain
 from isthmus.data.attention import Attention
-from isthmus.data.blip2 import PairProcessor
 from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.collate import collate
 from isthmus.data.images import AnyImage, as_image
 from isthmus.data.interleave import STYLES
 from isthmus.data.messages import Message, conversation, part_of
-from isthmus.data.processor import ContrastiveProcessor, ImagesProcessor, Processor, tokenizer_files
+from isthmus.data.processor import ImagesProcessor, Processor, tokenizer_files
 from isthmus.data.reading import (
     listed_texts,
     must_be_records,
     published_request,
     scored,
     shared_beginning,
-    whole,
     words,
 )
 from isthmus.data.record import Example, Image, Part, Record, Text, without_answer
@@ -201,14 +199,14 @@ class Model:
         """What a score's manifest keeps of the model beside its weights: image transform, the processor's settings
         (BLIP-2's words for questions and captions among them), and of a model that writes template, decoding in full
         and the prompts of ``records`` as the model reads them."""
-        settings, template = self.processor.to_dict(), getattr(self.processor, "template", None)
+        settings, template = self.processor.to_dict(), self.processor.template
         facts: dict[str, Any] = {"image": settings.pop("image", None), "processor": settings}
         if "generate" not in self.capabilities:
             return facts
         if template in TEMPLATES:
             prompts = [str(render(record, template, prompt=True)) for record in records]
         else:
-            uncut = whole(self.processor)  # a prompt that is too long is the answer's trouble, not the manifest's
+            uncut = self.processor.uncut()  # a prompt that is too long is the answer's trouble, not the manifest's
             prompts = [words(uncut.prompt(record), self.processor.tokenizer) for record in records]
         if template is not None:
             facts["template"] = template
@@ -250,11 +248,10 @@ class Model:
         """The decoding with this model's end of answer among the stops, and its other special tokens forbidden."""
         tokenizer = self.processor.tokenizer
         ends = {tokenizer.eos_id}
-        if getattr(self.processor, "template", "") == "plain":
+        if self.processor.template == "plain":
             ends.add(tokenizer.encode("\n")[-1])  # ends a caption, not </s>; SentencePiece has a "▁" before it
-        ends.update(getattr(self.processor, "stop_ids", ()))
-        never = getattr(self.processor, "forbidden_ids", ())
-        special = {*tokenizer.begin_ids, tokenizer.pad_id, *self.forbidden, *never} - ends
+        ends.update(self.processor.stop_ids)
+        special = {*tokenizer.begin_ids, tokenizer.pad_id, *self.forbidden, *self.processor.forbidden_ids} - ends
         return replace(
             decoding,
             stop_ids=(*decoding.stop_ids, *sorted(ends)),
@@ -287,8 +284,7 @@ class Model:
 
     def _text_tokens(self, texts: Sequence[str]) -> Tokens:
         """Texts alone as the processor's one text stream."""
-        processor = cast(ContrastiveProcessor | PairProcessor, self.processor)
-        (tokens,) = collate([processor.text_example(text) for text in texts]).to(self.device).text.values()
+        (tokens,) = collate([self.processor.text_example(text) for text in texts]).to(self.device).text.values()
         return tokens
 
     def match(self, image: AnyImage, text: str) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.batch import Batch, Term
 from isthmus.errors import CapabilityError
@@ -40,7 +40,11 @@ class Net(StagedNet):
     @property
     def image_size(self) -> int:
         """Height and width in pixels of the pictures that its vision encoder was made for; 0 of a net without one."""
-        return self.vision.config.image_size if "vision" in self._modules else 0
+        return self.vision.config.image_size if self.part("vision") is not None else 0
+
+    def part(self, name: str) -> nn.Module | None:
+        """The part of this name, such as ``language``; none where the net has no such part (now)."""
+        return self._modules.get(name)
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> Self:

@@ -23,7 +23,7 @@ def pieces(net: Any, tokenizer: Tokenizer, batch: Batch, decoding: Decoding) -> 
 
 
 def _ids(net: Any, batch: Batch, decoding: Decoding) -> Iterator[tuple[int, ...]]:
-    language = getattr(net, "language", None)
+    language = net.part("language")
     if language is None or language.writable is not True:
         with torch.inference_mode():
             (ids,) = net.generate(batch, decoding)

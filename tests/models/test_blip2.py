@@ -15,7 +15,7 @@ from isthmus.data.augment import Augment
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.language import Decoding
-from isthmus.models.blip2 import STAGES, Blip2, Blip2Config, layer_decay
+from isthmus.models.blip2 import Blip2, Blip2Config, layer_decay
 from isthmus.nn.lengths import blocks_by_length
 from isthmus.nn.patch_positions import add_patch_positions
 from isthmus.nn.vit import VisionConfig, VisionTransformer
@@ -45,6 +45,9 @@ from tests.models.tiny_blip2 import (
 NORM = {"l": 2_048, "g": 2_816}
 ROWS = [[2, 5, 6, 7, 8], [2, 9, 10]]
 UNLIKE = [[CLS, *range(7, 8 + n % 7), SEP] for n in range(20)]
+
+STAGES = read_recipe("blip2-vit-l-opt-2.7b", to_show=True).stages
+"""The paper's two stages."""
 
 
 def on_meta(config: Blip2Config) -> Blip2:
@@ -102,8 +105,7 @@ def test_what_stage_one_trains(name: str, total: int) -> None:
     net = on_meta(replace(getattr(Blip2Config, name)(), phase="represent"))
     assert net.language is None
     assert net.heads is not None
-    stage = STAGES[name[:5]][0]["stage"]
-    assert apply_stage(net, stage.train).trained == total
+    assert apply_stage(net, STAGES[0].stage.train).trained == total
     assert name != "vit_g_opt_2_7b" or abs(total / 188e6 - 1) < 0.02
     if name == "vit_g_opt_2_7b":
         parts = net.connector
@@ -128,13 +130,9 @@ def test_the_published_recipe_augments_as_the_paper() -> None:
 
 
 def test_the_papers_stages() -> None:
-    represent, generate = (entry["stage"] for entry in STAGES["vit_g"])
+    represent, generate = (spec.stage for spec in STAGES)
     assert (represent.steps, generate.steps) == (250_000, 80_000)
-    assert [entry["batch_size"] for key in ("vit_l", "vit_g", "vit_g_flan_t5") for entry in STAGES[key]] == [
-        *(2320, 1920),
-        *(1680, 1920),
-        *(1680, 1520),
-    ]
+    assert [spec.batch_size for spec in STAGES] == [2320, 1920]
     for stage in (represent, generate):
         assert stage.betas == (0.9, 0.98)
         assert stage.warmup == 2000
@@ -384,7 +382,7 @@ def test_cached_features_stand_before_the_norm() -> None:
 def test_one_step_moves_the_connector_with_its_norm_and_nothing_else(phase: str) -> None:
     net = tiny(phase, LLAMA)
     key = 0 if phase == "represent" else 1
-    apply_stage(net, STAGES["vit_g"][key]["stage"].train)
+    apply_stage(net, STAGES[key].stage.train)
     net.train()
     before = copy.deepcopy(net.state_dict())
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)

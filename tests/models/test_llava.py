@@ -9,8 +9,9 @@ import torch
 from isthmus.batch import IGNORE, Batch, Visuals
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding
-from isthmus.models.llava import STAGES, Llava, LlavaConfig
+from isthmus.models.llava import Llava, LlavaConfig
 from isthmus.nn.vit import VisionConfig
+from isthmus.recipes.schema import read_recipe
 from isthmus.stage import apply_stage, named_parameters
 from tests.models.tiny_llava import LANGUAGE, PATCHES, ROWS, SIZE, VISION, V, batch, tiny
 
@@ -55,9 +56,10 @@ def test_published_sizes_and_counts(config: LlavaConfig, tower: int, connector: 
 )
 def test_stages_open_the_published_numbers(size: str, trained: tuple[int, int]) -> None:
     net = on_meta(getattr(LlavaConfig, f"v1_5_{size}")())
-    found = [apply_stage(net, entry["stage"].train).trained for entry in STAGES["v1_5"]]
+    stages = [spec.stage for spec in read_recipe("llava-1.5-7b", to_show=True).stages]
+    found = [apply_stage(net, stage.train).trained for stage in stages]
     assert tuple(found) == trained
-    align, instruct = (entry["stage"] for entry in STAGES["v1_5"])
+    align, instruct = stages
     assert (align.samples // 256, -(-instruct.samples // 128)) == (2_179, 5_196)  # papers' exact sets: 2,181, 5,198
 
 

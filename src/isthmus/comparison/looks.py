@@ -17,7 +17,7 @@ def looks(model: Model, records: Sequence[Record], decoding: Mapping[str, Any]) 
 
     Empty for a model without maps; an answer without a token has none.
     """
-    transform = getattr(model.processor, "image", None)
+    transform = model.processor.image
     seeing = [r for r in records if r.images]
     if transform is None or "attend" not in model.capabilities or not seeing:
         return {}

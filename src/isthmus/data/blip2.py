@@ -14,7 +14,7 @@ from typing import Any, Literal
 from isthmus.batch import IGNORE
 from isthmus.data.images import ImageTransform
 from isthmus.data.mix import key
-from isthmus.data.processor import must_fit, must_learn, pixels_of
+from isthmus.data.processor import Processor, must_fit, must_learn, pixels_of
 from isthmus.data.record import Example, Place, Record, Span, Text
 from isthmus.data.text import Rendered, drawn, encode
 from isthmus.data.tokenizer import END, Tokenizer
@@ -35,7 +35,7 @@ def clean_question(text: str) -> str:
     return " ".join(_PUNCTUATION.sub("", text.lower()).rstrip(" ").split(" ")[:MOST_WORDS])
 
 
-class PairProcessor:
+class PairProcessor(Processor):
     """Phase represent: one picture and one caption of at most ``max_text`` tokens, [CLS] and [SEP] included.
 
     A longer caption loses its end, [SEP] stays. ``clean`` applies :func:`clean_caption`. Raises ConfigError for a
@@ -43,6 +43,8 @@ class PairProcessor:
     """
 
     kind = "blip2-pairs"
+    limits = ("max_text",)
+    text_limit = True
     contrasts = True
     full_batches = True  # the matching head's negatives come from the batch, which must not be a remnant of few rows
 
@@ -51,7 +53,7 @@ class PairProcessor:
         self._cls = cls_id(tokenizer)
 
     @property
-    def forbidden_ids(self) -> tuple[int, ...]:
+    def forbidden_ids(self) -> tuple[int, ...]:  # type: ignore[override]
         """What a caption never holds, besides [DEC] and [PAD]."""
         return other_specials(self.tokenizer)
 
@@ -101,7 +103,7 @@ def newline_id(tokenizer: Tokenizer) -> int | None:
     return ids[-1] if ids and (unknown is None or ids[-1] != tokenizer.id_of(unknown)) else None
 
 
-class PromptProcessor:
+class PromptProcessor(Processor):
     """Phase generate: the soft prompt of ``num_tokens`` places, then text.
 
     Args:
@@ -117,6 +119,8 @@ class PromptProcessor:
     """
 
     kind = "blip2-prompts"
+    limits = ("max_text",)
+    text_limit = True
 
     def __init__(
         self,
@@ -146,7 +150,7 @@ class PromptProcessor:
         self._cls = None if qformer is None else cls_id(qformer)
 
     @property
-    def stop_ids(self) -> tuple[int, ...]:
+    def stop_ids(self) -> tuple[int, ...]:  # type: ignore[override]
         """Ids that end an answer besides end-of-sequence."""
         newline = newline_id(self.tokenizer) if self.end == "newline" else None
         return () if newline is None else (newline,)

@@ -17,6 +17,7 @@ import torch
 from isthmus.batch import IGNORE
 from isthmus.data.images import ImageTransform
 from isthmus.data.mix import key
+from isthmus.data.processor import Processor
 from isthmus.data.record import Example, Image, Part, Place, Record, Role, Span, Text, without_answer
 from isthmus.data.text import Chunk, drawn, encode_chunk
 from isthmus.data.tokenizer import END, Tokenizer
@@ -53,7 +54,7 @@ STYLES = {
 """2204.14198, appendix B.2; open_flamingo 2.0.1's evaluation; IDEFICS-instruct's; ours, nothing but what was said."""
 
 
-class InterleaveProcessor:
+class InterleaveProcessor(Processor):
     """Records of any order of text and pictures to stream ``lm``.
 
     Running text is a document: ``<|endofchunk|>`` before each picture that follows text, and at its end. Turns of user
@@ -74,6 +75,7 @@ class InterleaveProcessor:
     """
 
     kind = "interleave"
+    limits = ("max_length", "max_images")
 
     def __init__(
         self,

@@ -6,10 +6,13 @@ or embeds, without labels.
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
 
 from isthmus.batch import IGNORE
 from isthmus.data.images import ImageTransform, image_size
@@ -20,26 +23,67 @@ from isthmus.errors import CapabilityError, ConfigError, DataError, nearest
 from isthmus.nn.tiles import num_tokens
 
 
-class Processor(Protocol):
-    """What loaders, evaluation and serving see of a processor."""
+class Processor:
+    """What loaders, evaluation and serving see of a processor, with a default for all that one may lack."""
 
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def image(self) -> ImageTransform | None: ...
-    def example(self, record: Record, draw: int) -> Example: ...
-    def prompt(self, record: Record) -> Example: ...
-    def to_dict(self) -> dict[str, Any]: ...
+    kind: ClassVar[str]
+    """Its name in ``processor.json``."""
+    contrasts: ClassVar[bool] = False
+    """Whether a batch's samples are each other's negatives, so that like lengths must not meet on purpose."""
+    full_batches: ClassVar[bool] = False
+    """Whether a batch of fewer rows, at an epoch's end, is left out."""
+    limits: ClassVar[tuple[str, ...]] = ()
+    """Its attributes that cut training samples or refuse prompts; the first is its length in tokens."""
+    text_limit: ClassVar[bool] = False
+    """Whether that length leaves the visual places out."""
+
+    tokenizer: Tokenizer
+    others: Mapping[str, Tokenizer] = MappingProxyType({})
+    """Further tokenizers by option name."""
+    image: Any = None
+    """Its :class:`~isthmus.data.images.ImageTransform`; none: it reads no pictures."""
+    template: str | None = None
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end an answer besides end-of-sequence."""
+    forbidden_ids: tuple[int, ...] = ()
+    """Special ids that an answer never holds."""
+
+    def example(self, record: Record, draw: int) -> Example:
+        """A training sample. Raises DataError for a record that does not fit."""
+        raise NotImplementedError
+
+    def prompt(self, record: Record) -> Example:
+        """What a model continues or embeds, without labels. Raises DataError for a record that does not fit."""
+        raise NotImplementedError
+
+    def scored(self, record: Record, draw: int = 0) -> Example:
+        """An example for the score of its answer, where that may be another than a training sample."""
+        return self.example(record, draw)
+
+    def text_example(self, text: str) -> Example:
+        """A text alone, for its embedding."""
+        raise CapabilityError(f"A processor of kind {self.kind!r} lays out no text for embedding.")
+
+    def uncut(self) -> Self:
+        """The same without its limits."""
+        found = copy(self)
+        for limit in self.limits:
+            setattr(found, limit, sys.maxsize)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a model folder keeps of it beside its tokenizers."""
+        raise NotImplementedError
 
 
-class ContrastiveProcessor:
+class ContrastiveProcessor(Processor):
     """One picture and one caption (stream ``text``): bos where the tokenizer has one (CLIP's, not SigLIP's), ids, eos.
 
     An over-long caption keeps its first ``context`` tokens, the last of them overwritten by eos (CLIP).
     """
 
     kind = "contrastive"
-    contrasts = True  # a batch's samples are each other's negatives, so like lengths must not meet on purpose
+    contrasts = True
 
     def __init__(self, tokenizer: Tokenizer, image: ImageTransform, *, context: int = 77) -> None:
         self.tokenizer, self.image, self.context = tokenizer, image, _context(context)
@@ -78,11 +122,10 @@ class ContrastiveProcessor:
         return {"kind": self.kind, "context": self.context, "image": self.image.to_dict()}
 
 
-class TextsProcessor:
+class TextsProcessor(Processor):
     """Texts alone for a text tower (stream ``text``), as :class:`ContrastiveProcessor` reads a caption."""
 
     kind = "texts"
-    image = None
 
     def __init__(self, tokenizer: Tokenizer, *, context: int = 77) -> None:
         self.tokenizer, self.context = tokenizer, _context(context)
@@ -109,7 +152,7 @@ class TextsProcessor:
         return {"kind": self.kind, "context": self.context}
 
 
-class ImagesProcessor:
+class ImagesProcessor(Processor):
     """Pictures alone for a vision tower, which has no text stream."""
 
     kind = "images"
@@ -118,7 +161,7 @@ class ImagesProcessor:
         self.image = image
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
         raise CapabilityError("an image encoder reads no text, so it has no tokenizer")
 
     def example(self, record: Record, draw: int = 0) -> Example:
@@ -143,7 +186,7 @@ class ImagesProcessor:
         return {"kind": self.kind, "image": self.image.to_dict()}
 
 
-class SpliceProcessor:
+class SpliceProcessor(Processor):
     """Conversations with pictures for a decoder that takes visual tokens in its sequence (stream ``lm``).
 
     Args:
@@ -156,6 +199,7 @@ class SpliceProcessor:
     """
 
     kind = "splice"
+    limits = ("max_length",)
 
     def __init__(
         self,
@@ -247,14 +291,14 @@ class SpliceProcessor:
         }
 
 
-class TextProcessor:
+class TextProcessor(Processor):
     """Text for a language model without eyes (stream ``lm``): running text, or conversations in ``template``.
 
     ``stop_ids`` end an answer besides end-of-sequence.
     """
 
     kind = "text"
-    image = None
+    limits = ("max_length",)
 
     def __init__(
         self,
@@ -347,5 +391,6 @@ def must_fit(length: int, max_length: int) -> None:
 def tokenizer_files(processor: Processor) -> dict[str, str]:
     """The tokenizer's files, where the processor reads text; those of further ones each in a folder of its name."""
     own = {} if isinstance(processor, ImagesProcessor) else processor.tokenizer.files()
-    others: Mapping[str, Tokenizer] = getattr(processor, "others", {})
-    return own | {f"{name}/{file}": text for name, tok in others.items() for file, text in tok.files().items()}
+    return own | {
+        f"{name}/{file}": text for name, tok in processor.others.items() for file, text in tok.files().items()
+    }

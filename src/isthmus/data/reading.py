@@ -1,8 +1,6 @@
 """What a model reads: a prompt in words, a candidate behind it in full, and the beginning that candidates share."""
 
-import sys
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +8,7 @@ import torch
 from torch import Tensor
 
 from isthmus.batch import IGNORE
-from isthmus.data.processor import SpliceProcessor
+from isthmus.data.processor import Processor, SpliceProcessor
 from isthmus.data.record import Example, Record, Span
 from isthmus.data.text import TEMPLATES, Grammar
 from isthmus.data.tokenizer import Tokenizer
@@ -18,8 +16,6 @@ from isthmus.errors import ConfigError, DataError
 
 CAPTION_REQUEST = "Provide a brief description of the given image."
 """One of LLaVA's requests for brief descriptions (2304.08485, appendix)."""
-
-_LIMITS = ("max_length", "max_images", "max_text")
 
 
 def must_be_records(records: Any, method: str) -> None:
@@ -57,26 +53,15 @@ def shared_beginning(examples: Sequence[Example]) -> tuple[Example, list[Tensor]
     )
 
 
-def whole(processor: Any) -> Any:
-    """The processor without the limits at which it cuts training samples or refuses prompts."""
-    found = copy(processor)
-    for limit in _LIMITS:
-        if hasattr(found, limit):
-            setattr(found, limit, sys.maxsize)
-    return found
-
-
-def scored(processor: Any, record: Record, candidate: str) -> Example:
+def scored(processor: Processor, record: Record, candidate: str) -> Example:
     """A record that ends with a candidate answer, for its score: whole, and with the pictures that a prompt may have.
 
     Raises DataError, naming the candidate, when it does not fit: cut off, it would score as another text.
     """
-    uncut = whole(processor)
-    example: Example = getattr(uncut, "scored", uncut.example)(record, 0)
-    text_only = hasattr(processor, "max_text")  # BLIP-2's limit leaves the visual places out
-    limit = processor.max_text if text_only else processor.max_length
+    example = processor.uncut().scored(record)
+    limit: int = getattr(processor, processor.limits[0])
     for name, span in example.streams.items():
-        places = sum(p.length for p in example.places if p.stream == name) if text_only else 0
+        places = sum(p.length for p in example.places if p.stream == name) if processor.text_limit else 0
         tokens = len(span.ids) - places
         if name == "qformer" or tokens <= limit:  # the Q-Former's question has a limit of its own
             continue

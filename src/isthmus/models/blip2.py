@@ -45,7 +45,7 @@ from isthmus.nn.precision import KeptFloat32, cast_weights
 from isthmus.nn.splice import at_places, splice
 from isthmus.nn.tap import Tap
 from isthmus.nn.vit import VisionConfig, VisionTransformer
-from isthmus.stage import Group, Stage
+from isthmus.stage import Group
 
 TEXT, DECODER = "qformer", "decoder"
 OBJECTIVES = ("itc", "itm", "itg")
@@ -431,20 +431,6 @@ class Blip2(Net):
         return write(step, start, decoding)
 
 
-def _stage(name: str, steps: int, *, lr: float = 1e-4, warmup: int = 2000, floor: float = 0.0) -> Stage:
-    """AdamW with the paper's betas and decay, linear warm-up, cosine (sec. 3.4)."""
-    parts = ("connector.*", "heads.*") if name == "represent" else ("connector.*",)
-    return Stage(
-        name=name,
-        train=tuple(Group(part, lr, 0.05) for part in parts),
-        steps=steps,
-        warmup=warmup,
-        floor=floor,
-        betas=(0.9, 0.98),
-        clip_norm=None,
-    )
-
-
 def layer_decay(vision: VisionConfig, lr: float, factor: float, weight_decay: float = 0.05) -> tuple[Group, ...]:
     """The encoder opened with a rate that falls by ``factor`` from block to block downwards (fine-tuning, table 10)."""
     blocks = [
@@ -452,29 +438,3 @@ def layer_decay(vision: VisionConfig, lr: float, factor: float, weight_decay: fl
         for n in reversed(range(vision.layers))
     ]
     return (*blocks, Group("vision.*", lr * factor**vision.layers, weight_decay))
-
-
-STAGES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
-    "vit_l": (
-        {"stage": _stage("represent", 250_000), "batch_size": 2320, "config": {"phase": "represent"}},
-        {"stage": _stage("generate", 80_000, floor=0.5), "batch_size": 1920, "config": {"phase": "generate"}},
-    ),
-    "vit_g": (
-        {"stage": _stage("represent", 250_000), "batch_size": 1680, "config": {"phase": "represent"}},
-        {"stage": _stage("generate", 80_000, floor=0.5), "batch_size": 1920, "config": {"phase": "generate"}},
-    ),
-    "vit_g_flan_t5": (
-        {"stage": _stage("represent", 250_000), "batch_size": 1680, "config": {"phase": "represent"}},
-        {"stage": _stage("generate", 80_000, floor=0.5), "batch_size": 1520, "config": {"phase": "generate"}},
-    ),
-    "instruct": (
-        {
-            "stage": _stage("instruct", 60_000, lr=1e-5, warmup=1000),
-            "batch_size": 128,
-            "config": {"phase": "generate", "instruct": True},
-        },
-    ),
-}
-"""The papers' stages (2301.12597 sec. 3.4 and 4; 2305.06500 sec. 2.5) as a recipe's stage has them. Rates fall to
-5e-5 in stage 2, half of its peak. Encoder and LM are named nowhere, so they are frozen; ``connector.norm`` (ln_vision)
-trains in both."""

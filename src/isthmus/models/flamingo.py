@@ -35,7 +35,6 @@ from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig
 from isthmus.nn.gated import GatedBlock, GatedConfig, media_index
 from isthmus.nn.tap import Tap
 from isthmus.nn.vit import VisionConfig, VisionTransformer
-from isthmus.stage import Group, Stage
 
 STREAM = "lm"
 
@@ -332,41 +331,3 @@ def _order(batch: Batch) -> list[list[int]]:
         for visual, row in enumerate(batch.owner.tolist()):
             rows[row].append(visual)
     return rows
-
-
-def _stage(name: str, *, steps: int | None = None, samples: int | None = None, warmup: int, rows_decay: float) -> Stage:
-    """AdamW, rate 1e-4 after a linear warm-up and then constant, gradients clipped at 1, no decay of the resampler."""
-    return Stage(
-        name=name,
-        train=(
-            Group("connector.*", 1e-4),
-            Group("xattn.*", 1e-4, weight_decay=0.1),
-            Group("language.new_rows.*", 1e-4, weight_decay=rows_decay),
-        ),
-        steps=steps,
-        samples=samples,
-        warmup=warmup,
-        decay="constant",
-    )
-
-
-STAGES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
-    "flamingo": (
-        {
-            "stage": _stage("flamingo", steps=500_000, warmup=5_000, rows_decay=0.1),
-            "image_mode": "aspect",
-            "max_length": 256,
-        },
-    ),
-    "open_flamingo": (
-        {
-            "stage": _stage("open_flamingo", samples=180_000_000, warmup=1_875 * 6_144, rows_decay=0.0),
-            "image_mode": "square",
-            "max_length": 256,
-        },
-    ),
-}
-"""The one joint stage (2204.14198, sec. 3.3 and appendix B.1; 2308.01390, sec. 3): resampler, gated blocks and the new
-tokens' rows train, everything else is frozen. The losses of the sources are weighted, 1.0 for interleaved pages, 0.2
-for image-text pairs, 0.03 for video-text pairs, and accumulated in every step: `loss_weight` and `batch_size` of each
-entry of a recipe's data. OpenFlamingo's steps are of 64 x (32 + 64) samples. Keys are those of a recipe's stage."""

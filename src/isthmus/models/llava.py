@@ -40,7 +40,6 @@ from isthmus.nn.splice import at_places, splice
 from isthmus.nn.tap import Tap, trains
 from isthmus.nn.tiles import PINPOINTS, arrange, check_pinpoints
 from isthmus.nn.vit import VisionConfig, VisionTransformer
-from isthmus.stage import Group, Stage
 
 STREAM = "lm"
 
@@ -260,49 +259,3 @@ class Llava(Net):
             features = parameter.new_zeros(1, 1, patches, self.tap.width)
         nothing = self.connector(features)[:0].sum()
         return nothing + self.image_newline[:0].sum() if self.pinpoints else nothing
-
-
-def _stage(name: str, samples: int, **rates: float) -> Stage:
-    """AdamW without decay, 3 % warm-up, cosine to zero, gradients clipped at 1: common to all of the papers' stages."""
-    return Stage(
-        name=name, train=tuple(Group(f"{part}.*", lr) for part, lr in rates.items()), samples=samples, warmup=0.03
-    )
-
-
-STAGES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
-    "v1": (
-        {
-            "stage": _stage("align", 595_000, connector=2e-3),
-            "batch_size": 128,
-            "template": "plain",
-            "image_mode": "square",
-            "max_length": 2048,
-        },
-        {
-            "stage": _stage("instruct", 3 * 158_000, connector=2e-5, language=2e-5),
-            "batch_size": 32,
-            "template": "vicuna_v1",
-            "image_mode": "square",
-            "max_length": 2048,
-        },
-    ),
-    "v1_5": (
-        {
-            "stage": _stage("align", 558_000, connector=1e-3),
-            "batch_size": 256,
-            "template": "plain",
-            "image_mode": "square",
-            "max_length": 2048,
-        },
-        {
-            "stage": _stage("instruct", 665_000, connector=2e-5, language=2e-5),
-            "batch_size": 128,
-            "template": "vicuna_v1",
-            "image_mode": "pad",
-            "max_length": 2048,
-        },
-    ),
-}
-"""The papers' two stages (2304.08485 sec. 4.2; 2310.03744 sec. 3): feature alignment trains the projector alone,
-visual instruction tuning the projector and the language model; the vision encoder is frozen in both. Pictures are
-cropped square except in v1.5's second stage, which pads them. Keys are those of a recipe's stage."""

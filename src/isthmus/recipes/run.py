@@ -215,7 +215,7 @@ def make_loader(
             cache=cache,
             part=(rank(), world()),
         )
-    contrasts = getattr(processor, "contrasts", False)
+    contrasts = processor.contrasts
     return Loader(
         data,
         processor,
@@ -224,7 +224,7 @@ def make_loader(
         accumulate=stage.accumulate,
         seed=built.recipe.seed,
         group=not contrasts,
-        whole=getattr(processor, "full_batches", False),
+        whole=processor.full_batches,
         quarantine=quarantine,
         augment=stage.augment,
         cache=cache,

@@ -30,7 +30,7 @@ def embeds(model: Any) -> bool:
 
 
 def sees(model: Any) -> bool:
-    return getattr(model.processor, "image", None) is not None
+    return model.processor.image is not None
 
 
 def reads(model: Any) -> bool:
@@ -54,7 +54,7 @@ def records(model: Any, texts: Sequence[str], pictures: Sequence[int]) -> list[R
         parts: list[Part] = [picture(shown)] if sees(model) else []
         if embeds(model):
             parts += [Text(text, learn=True)] if reads(model) else []
-        elif getattr(model.processor, "template", None) == "document":
+        elif model.processor.template == "document":
             parts += [Text(f"{text} is", learn=False), Text(f" {text}", learn=True)]
         else:
             parts = [replace(p, role="user") for p in parts]
