@@ -104,3 +104,17 @@ def test_features_of_pictures_stay_within_their_bytes():
         small.encoded(example)
     assert small.held == 2 * one.held == sum(t.nbytes for t in small.kept.values())
     assert list(small.kept) == [examples[n].visuals[0].content_key() for n in (2, 3)]
+
+
+def test_a_conversation_that_goes_on_is_read_from_where_it_went_on(served):
+    steps = served.app.state.server.scheduler.speakers["llava"].decoder.language
+    turns = asked("what is beside the large blue cube?", 81)
+    body = {"model": "llava", "max_tokens": 6}
+    said = served.post(CHAT, body | {"messages": turns}).json["choices"][0]["message"]["content"]
+    before = steps.taken
+    turns += [{"role": "assistant", "content": said}, {"role": "user", "content": "and its colour?"}]
+    found = served.post(CHAT, body | {"messages": turns}).json
+    assert steps.taken - before > 40  # the question, its picture among them
+    own = [dict(t) for t in turns]
+    own[0] = {"role": "user", "content": [{"type": "image", "image": picture(81)}, turns[0]["content"][1]]}
+    assert found["choices"][0]["message"]["content"] == models()["llava"].chat(own, max_new_tokens=6)

@@ -25,7 +25,7 @@ from isthmus.errors import CapabilityError, ConfigError, DataError, IsthmusWarni
 from isthmus.language.decoder import Prompt, Read, write_all
 from isthmus.language.decoding import Decoding, check_ids, library_loop
 from isthmus.language.library import SDPA, LibraryLM, known_fields, library_config
-from isthmus.language.window import Window
+from isthmus.language.window import Layers, Window
 
 LOGITS_AT_ONCE = 2**25
 """Most logits (positions x vocabulary) that a loss holds at a time: 128 MiB in fp32, 1,048 positions of 32,000."""
@@ -232,6 +232,24 @@ class LanguageModel(LibraryLM):
         rows = torch.arange(len(lengths), device=logits.device)
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         return Read(logits[rows, place], layers, lengths)  # type: ignore[arg-type]
+
+    def read_on(self, before: Layers, prompt: Prompt) -> Read:
+        """As :meth:`read`, of one row whose beginning was read before: ``before`` holds its keys and values, at least
+        one token less than the row. Only what follows is computed."""
+        known, length = before[0][0].shape[2], int(prompt.lengths[0])
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(before):
+            cache.update(keys, values, number)
+        places = torch.arange(known, length, device=prompt.embeds.device)[None]
+        logits = self.lm(
+            inputs_embeds=prompt.embeds[:, known:length],
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            logits_to_keep=1,
+            **({"position_ids": places} if self.writable is True and self._positioned else {}),
+        ).logits[:, -1]
+        return Read(logits, [(layer.keys, layer.values) for layer in cache.layers], [length])  # type: ignore[arg-type]
 
     def next(self, ids: Tensor, positions: Tensor, window: Window, beside: Any) -> Tensor:
         """(n, V) logits behind one more token (n,) of each running row of the window."""

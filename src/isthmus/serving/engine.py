@@ -19,6 +19,7 @@ from isthmus.errors import CapabilityError
 from isthmus.language import Decoder, Decoding, LanguageModel
 from isthmus.model import Model
 from isthmus.serving.limits import Limits
+from isthmus.serving.prefix import Remembering
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +65,20 @@ class Speaker(Protocol):
 class Together:
     """Rows that are decoded together and come and go, over the decoder's static cache.
 
-    What the vision encoder made of a picture is kept, and serves whoever shows the same picture again. Raises
-    CapabilityError for a model whose texts no decoder can write.
+    What the vision encoder made of a picture is kept, and serves whoever shows the same picture again; so are keys and
+    values of prompts, for those that begin alike. Raises CapabilityError for a model whose texts no decoder can write.
     """
 
     tells_logprobs = True
 
     def __init__(self, model: Model, limits: Limits) -> None:
-        if model.net.language is None:
+        language = model.net.language
+        if language is None:
             raise CapabilityError("a model without a language model has nothing for a decoder")
         self.model, self.limits = model, limits
-        self.decoder = Decoder(model.net.language)
+        if isinstance(language, LanguageModel):
+            language = Remembering(language, limits.prefixes)
+        self.decoder = Decoder(language)
         self.pictures = PictureFeatures(model, limits.features)
         self._numbers: dict[Hashable, int] = {}
         self._rows: dict[int, Hashable] = {}

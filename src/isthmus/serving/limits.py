@@ -27,7 +27,7 @@ class Limits:
         deadline: from a request's arrival to its last token, waiting included.
         reading: until a request has arrived in full, and for an idle connection.
         connections: at the same time; beyond them 503.
-        features: what encoded pictures may keep in memory, per model.
+        features: what encoded pictures may keep in memory, per model; ``prefixes`` what prompts may.
     """
 
     body: int = 20 * 2**20
@@ -42,3 +42,4 @@ class Limits:
     reading: float = 20.0
     connections: int = 512
     features: int = 64 * 2**20
+    prefixes: int = 256 * 2**20

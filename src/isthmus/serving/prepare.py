@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from isthmus.data.collate import load_pixels
 from isthmus.data.images import BytesImage, ImageLimits, image_size, open_image
 from isthmus.data.messages import NO_ANSWER
-from isthmus.data.reading import whole
 from isthmus.data.record import Example, Image, Part, Record, Role, Text
 from isthmus.data.tokenizer import END
 from isthmus.errors import DataError
@@ -138,7 +137,7 @@ class Reader:
 
     def _unfit(self, model: Model, record: Record) -> ApiError:
         try:
-            whole(model.processor).prompt(record)
+            model.processor.uncut().prompt(record)
         except DataError:
             return bad_request(
                 "invalid_prompt",
