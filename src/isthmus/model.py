@@ -368,7 +368,13 @@ class Model:
     # Folders
 
     def save(self, folder: str | Path, *, extra: Mapping[str, Any] | None = None, replace: bool = False) -> Path:
-        """Write one model folder: config, safetensors, tokenizer, processor, manifest. Never over another one."""
+        """Write one model folder: config, safetensors, tokenizer, processor, manifest. Never over another one. Raises
+        ConfigError for a system of a user's own that was not found by its file's name: none could open it again."""
+        if self.system.name not in SYSTEMS and not is_user_code(self.system.name):
+            raise ConfigError(
+                f"{type(self.system).__name__} does not say in which file it is, so the model could not be opened "
+                "again: take isthmus.systems.system(isthmus.user_code.pin('path/file.py:MySystem'))."
+            )
         config = {
             "format": FORMAT,
             "isthmus": __version__,

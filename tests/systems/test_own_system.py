@@ -14,6 +14,7 @@ from isthmus.model import load
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import read_recipe
 from isthmus.systems import system
+from isthmus.testing.contracts import verify
 from tests.interop import tiny_models
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -54,6 +55,14 @@ def test_it_is_opened_and_asked(place: Path) -> None:
     (answer,) = model.answer_records([record], max_new_tokens=3)
     assert isinstance(answer, str)
     assert len(model.score(record.parts[:-1], ["red", "blue"])) == 2
+
+
+def test_it_holds_every_contract_and_is_saved_only_with_its_place(place: Path, tmp_path: Path) -> None:
+    model = load(place / "run")
+    assert {row.name for row in verify(model) if row.verdict == "FAIL"} == set()
+    model.system = type(model.system)()
+    with pytest.raises(ConfigError, match="does not say in which file it is"):
+        model.save(tmp_path / "saved")
 
 
 def test_it_is_evaluated_and_compared(place: Path, tmp_path: Path) -> None:

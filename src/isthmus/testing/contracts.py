@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from isthmus.batch import Tokens
+from isthmus.config import plain
 from isthmus.data.collate import collate
 from isthmus.errors import CheckpointError, ConfigError, IsthmusError, nearest
 from isthmus.interop.convert import write_model
@@ -96,7 +97,7 @@ def _apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 def tensors(model: Any) -> _Outcome:
     """A net built from the configuration alone has exactly these tensors; all are finite numbers."""
     with torch.device("meta"):
-        fresh = type(model.net).from_config(model.net.config.to_dict()).state_dict()
+        fresh = type(model.net).from_config(plain(model.net.config)).state_dict()
     held = model.net.state_dict()
     strange = sorted(n for n in held.keys() | fresh.keys() if n not in held or n not in fresh)
     strange += sorted(n for n in held.keys() & fresh.keys() if held[n].shape != fresh[n].shape)
