@@ -24,6 +24,7 @@ class Net(StagedNet):
     CONFIG: ClassVar[type[Any]]
     """The class of its configuration, a frozen dataclass."""
     config: Any
+    vision: Any
     contrasts: bool = False
     """Whether its loss needs the rows of all processes at once."""
     gradient_cache: bool = False
@@ -40,7 +41,8 @@ class Net(StagedNet):
     @property
     def image_size(self) -> int:
         """Height and width in pixels of the pictures that its vision encoder was made for; 0 of a net without one."""
-        return self.vision.config.image_size if self.part("vision") is not None else 0
+        vision: Any = self.part("vision")
+        return 0 if vision is None else vision.config.image_size
 
     def part(self, name: str) -> nn.Module | None:
         """The part of this name, such as ``language``; none where the net has no such part (now)."""

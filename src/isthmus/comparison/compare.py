@@ -56,10 +56,10 @@ class Contestant:
     dtype: str = ""
 
     @property
-    def identity(self) -> str | None:
+    def identity(self) -> str:
         """Of the model that is asked: its weights, and the numbers they were cast to (``dtype``)."""
         own = model_hash(self.folder)
-        return f"{own} dtype={self.dtype}" if own and self.dtype else own
+        return f"{own} dtype={self.dtype}" if self.dtype else own
 
     def label(self, task: str) -> str:
         """The name of a task's scores."""

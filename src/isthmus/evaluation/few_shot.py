@@ -176,7 +176,7 @@ class FewShotTask(Task):
         return self.task.decoding
 
     @property
-    def ids(self) -> list[str]:
+    def ids(self) -> Sequence[str]:
         return self.task.ids
 
     @cached_property

@@ -17,7 +17,7 @@ from isthmus.evaluation.asking import ask
 from isthmus.evaluation.bootstrap import Array, Interval, intervals
 from isthmus.evaluation.judge import Judge, Pair, Review
 from isthmus.evaluation.protocols import Answers, Records, Sample
-from isthmus.evaluation.tasks import Row, fingerprint, listed, unique
+from isthmus.evaluation.tasks import Row, Task, fingerprint, listed
 from isthmus.evaluation.turns import kind_of, last_turn, prompt
 
 _CHUNK = 4
@@ -26,7 +26,7 @@ _PROBES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedTask:
+class JudgedTask(Task):
     """The last question of each record, answered and judged beside the record's own answer, the reference.
     ``meta["context"]`` is what the judge is told of the picture. ``judge``: the fields of :class:`.judge.Judge`,
     ``url`` and ``model`` among them. With ``sanity`` the judge is tried first, on references beside those of other
@@ -55,10 +55,6 @@ class JudgedTask:
             return Judge(**self.judge)
         except TypeError as error:
             raise ConfigError(f"Task {self.name!r}: judge: {str(error).rpartition('__() ')[2]}") from None
-
-    @cached_property
-    def ids(self) -> list[str]:
-        return unique([r.id for r in listed(self.records)], self.name)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -78,7 +78,8 @@ def rendered(template: str, messages: list[dict[str, Any]], names: Mapping[str, 
 
     try:
         with quiet():
-            found, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **names)
+            own: dict[str, Any] = dict(names)  # the template's own words, beside the function's
+            found, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **own)
     except Exception:  # whatever a template raises; who asks says what follows
         return None
     return found[0]

@@ -25,7 +25,7 @@ from isthmus.errors import CapabilityError, ConfigError, DataError, IsthmusWarni
 from isthmus.language.decoder import Prompt, Read, write_all
 from isthmus.language.decoding import Decoding, check_ids, library_loop
 from isthmus.language.library import SDPA, LibraryLM, known_fields, library_config
-from isthmus.language.window import Layers, Window
+from isthmus.language.window import Layers, Window, tensors_of
 
 LOGITS_AT_ONCE = 2**25
 """Most logits (positions x vocabulary) that a loss holds at a time: 128 MiB in fp32, 1,048 positions of 32,000."""
@@ -230,8 +230,7 @@ class LanguageModel(LibraryLM):
             logits_to_keep=last,
         ).logits
         rows = torch.arange(len(lengths), device=logits.device)
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
-        return Read(logits[rows, place], layers, lengths)  # type: ignore[arg-type]
+        return Read(logits[rows, place], tensors_of(cache), lengths)
 
     def read_on(self, before: Layers, prompt: Prompt) -> Read:
         """As :meth:`read`, of one row whose beginning was read before: ``before`` holds its keys and values, at least
@@ -249,7 +248,7 @@ class LanguageModel(LibraryLM):
             logits_to_keep=1,
             **({"position_ids": places} if self.writable is True and self._positioned else {}),
         ).logits[:, -1]
-        return Read(logits, [(layer.keys, layer.values) for layer in cache.layers], [length])  # type: ignore[arg-type]
+        return Read(logits, tensors_of(cache), [length])
 
     def next(self, ids: Tensor, positions: Tensor, window: Window, beside: Any) -> Tensor:
         """(n, V) logits behind one more token (n,) of each running row of the window."""

@@ -22,7 +22,7 @@ from isthmus.language.causal import LanguageModel, nll
 from isthmus.language.decoder import Prompt, Read, write_all
 from isthmus.language.decoding import Decoding, check_ids
 from isthmus.language.library import LibraryLM, library_config
-from isthmus.language.window import Layers, Window
+from isthmus.language.window import Layers, Window, tensors_of
 
 T5_LIKE = ("t5", "mt5", "umt5")
 """Model types read here: one family, in which the start token is the pad token."""
@@ -123,8 +123,7 @@ class Seq2SeqLM(LibraryLM):
             use_cache=True,
             return_dict=True,
         ).logits[:, -1]
-        parts = (cache.self_attention_cache, cache.cross_attention_cache)
-        own, across = ([(c.keys, c.values) for c in part.layers] for part in parts)
+        own, across = tensors_of(cache.self_attention_cache), tensors_of(cache.cross_attention_cache)
         return Read(logits, own, [1] * len(embeds), Source(across, mask.bool()))
 
     def next(self, ids: Tensor, positions: Tensor, window: Window, beside: "Source") -> Tensor:

@@ -10,6 +10,7 @@ one mask that is made when the row joins. Rows are the first of the tensors' row
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ from transformers.cache_utils import Cache, StaticLayer
 
 Layers = Sequence[tuple[Tensor, Tensor]]
 """Keys and values (G, H, T, head_width) of each layer."""
+
+
+def tensors_of(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer of a cache that was read into."""
+    layers: list[Any] = cache.layers  # the library's base class names no tensors
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 class Window:
@@ -29,7 +36,8 @@ class Window:
     """
 
     def __init__(self, sliding: Sequence[int | None], *, kinds: Sequence[str] = (), masked: bool = True) -> None:
-        self.cache = Cache(layers=[_Layer(self, own if masked else None) for own in sliding])
+        self.layers = [_Layer(self, own if masked else None) for own in sliding]
+        self.cache = Cache(layers=list(self.layers))
         self.masked = masked  # the library takes masks that are ready, else what is padding
         self.kinds = dict(zip(kinds, sliding, strict=True)) if len(set(kinds)) > 1 else {}
         self.only = sliding[0] if len(set(sliding)) == 1 else None
@@ -60,8 +68,8 @@ class Window:
         source = (torch.arange(longest, device=device) - (longest - own)[:, None]).clamp(min=0)
         numbers = torch.arange(count, device=device)[:, None]
         ragged = min(lengths) < longest
-        for layer, pair in zip(self.cache.layers, layers, strict=True):
-            for kept, new in zip((layer.keys, layer.values), pair, strict=True):
+        for layer, pair in zip(self.layers, layers, strict=True):
+            for kept, new in zip(layer.pair, pair, strict=True):
                 new = new[:, :, :longest]
                 new = new.transpose(1, 2)[numbers, source].transpose(1, 2) if ragged else new
                 kept[rows, :, end - longest : end] = new
@@ -85,7 +93,7 @@ class Window:
             rows if rows <= height or not height else max(rows, 2 * height),
             need + need // 2 if self.rows else need,
         )
-        for layer, (keys, values) in zip(self.cache.layers, layers, strict=True):
+        for layer, (keys, values) in zip(self.layers, layers, strict=True):
             for name, like in (("keys", keys), ("values", values)):
                 # Zeros, since a masked column weighs nothing only while it is finite.
                 new = torch.zeros(size[0], like.shape[1], size[1], like.shape[3], dtype=like.dtype, device=like.device)
@@ -118,8 +126,8 @@ class Window:
 
     def copy(self, targets: Tensor, sources: Tensor, columns: int) -> None:
         """The last ``columns`` columns of some rows from those of others."""
-        for layer in self.cache.layers:
-            for kept in (layer.keys, layer.values):
+        for layer in self.layers:
+            for kept in layer.pair:
                 part = kept[:, :, self.column - columns : self.column]
                 part[targets] = part[sources]
 
@@ -149,14 +157,20 @@ class _Layer(StaticLayer):
         super().__init__(max_cache_len=0)
         self.window, self.sliding = window, sliding
 
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, once room was made for them."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         rows, stop = len(key_states), self.window.column + key_states.shape[2]
         first = self.window.first if self.sliding is None else max(self.window.first, stop - self.sliding)
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys[:rows, :, self.window.column : stop] = key_states
-        self.values[:rows, :, self.window.column : stop] = value_states
-        return self.keys[:rows, :, first:stop], self.values[:rows, :, first:stop]
+        keys, values = self.pair
+        keys[:rows, :, self.window.column : stop] = key_states
+        values[:rows, :, self.window.column : stop] = value_states
+        return keys[:rows, :, first:stop], values[:rows, :, first:stop]
 
     def get_seq_length(self) -> int:
         return self.window.column - self.window.first

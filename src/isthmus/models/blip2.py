@@ -190,6 +190,7 @@ class Blip2(Net):
     """A vision encoder, a Q-Former and, by phase, heads or a language model. See the drawings above."""
 
     KIND = "blip2"
+    tap: Tap
     CONFIG = Blip2Config
 
     def __init__(self, config: Blip2Config) -> None:

@@ -185,6 +185,7 @@ class Flamingo(Net):
     """A vision encoder, a resampler, gated blocks and a language model. See the drawing above."""
 
     KIND = "flamingo"
+    tap: Tap
     shares_beginning = True
     CONFIG = FlamingoConfig
 

@@ -130,6 +130,7 @@ class Llava(Net):
     """A vision encoder, a projector and a language model. See the drawing above."""
 
     KIND = "llava"
+    tap: Tap
     CONFIG = LlavaConfig
 
     def __init__(self, config: LlavaConfig) -> None:

@@ -61,7 +61,7 @@ class CapfiltReport:
         return asdict(self)
 
 
-class Mislabelled:
+class Mislabelled(Source):
     """A source in which a ``share`` of the records carries the caption of another picture; the truth stays in meta.
 
     Which records, and whose caption, is a function of the seed.
