@@ -228,3 +228,31 @@ def test_a_picture_is_refused_by_what_it_is(small, served):
     assert served.post(CHAT, with_url("data:,", 9)).code == "too_many_pictures"
     blind = with_url("data:,", 1) | {"model": "lm"}
     assert small.post(CHAT, blind, headers=KEY).status == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "invalid_value"),
+        (b"null", "invalid_value"),
+        (b"{", "invalid_json"),
+        (b'{"model": "lm", "messages": NaN}', "invalid_json"),
+        (b'{"model": "lm", "temperature": 1e999, "messages": []}', "invalid_number"),
+        (b'{"model": "lm\xff"}', "invalid_utf8"),
+        (b'{"model": "lm", "messages": [{"role": "user", "content": "\\ud83d"}]}', "lone_surrogate"),
+        (b'{"model": "lm", "messages": ' + b"[" * 5_000 + b"]" * 5_000 + b"}", "too_deep"),
+    ],
+)
+def test_bodies_that_are_no_sound_json_are_refused(small, body, code):
+    found = small.post(CHAT, raw=body, headers=KEY)
+    assert (found.status, found.code) == (400, code)
+    assert small.post(CHAT, ask(), headers=KEY).status == 200
+
+
+def test_what_is_said_is_logged_nowhere(small, caplog):
+    caplog.set_level("DEBUG")
+    secret = "word-that-nobody-logs"
+    for body in (ask(messages=asked(secret)), ask(messages=asked(secret * 40)), ask(user=secret, max_tokens=0)):
+        small.post(CHAT, body, headers=KEY | {"x-more": secret})
+    small.post(CHAT, raw=f'{{"{secret}": '.encode(), headers=KEY)
+    assert secret not in caplog.text

@@ -9,7 +9,6 @@ from fastapi import Request
 from fastapi.routing import APIRoute
 
 from isthmus.serving.errors import ApiError, bad_request
-from isthmus.serving.limits import Limits
 
 _FIXED = {
     "missing": "This field is required.",
@@ -33,10 +32,11 @@ _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less tha
 class StrictRequest(Request):
     """A request whose JSON is UTF-8, finite, not too deep and without halves of surrogate pairs."""
 
-    limits = Limits()
+    value: Any = None
 
     async def json(self) -> Any:
-        return parsed(await self.body(), self.limits.depth)
+        """Parsed once, by :class:`StrictRoute`, whose errors are not the framework's to reword."""
+        return self.value
 
 
 class StrictRoute(APIRoute):
@@ -46,7 +46,10 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def strict(request: Request) -> Any:
-            return await handle(StrictRequest(request.scope, request.receive, request._send))
+            own = StrictRequest(request.scope, request.receive, request._send)
+            if body := await own.body():
+                own.value = parsed(body, request.app.state.server.limits.depth)
+            return await handle(own)
 
         return strict
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from isthmus.data.collate import load_pixels
-from isthmus.data.images import BytesImage, ImageLimits, image_size, open_image
+from isthmus.data.images import BytesImage, ImageLimits, image_size
 from isthmus.data.messages import NO_ANSWER
 from isthmus.data.record import Example, Image, Part, Record, Role, Text
 from isthmus.data.tokenizer import END
@@ -146,14 +146,6 @@ class Reader:
                 "messages",
             )
         return too_long()
-
-    def sound(self, images: Sequence[Image]) -> None:
-        """Decodes pictures that are about to be computed with. Raises ApiError for a damaged one."""
-        try:
-            for image in images:
-                open_image(image.source, ImageLimits(file_bytes=self.limits.picture, pixels=self.limits.pixels))
-        except DataError:
-            raise self._unreadable() from None
 
 
 def too_long() -> ApiError:
