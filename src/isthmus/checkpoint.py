@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from isthmus import load_report
 from isthmus.errors import CheckpointError, nearest
+from isthmus.file_kind import but_is, start_of
 
 MANIFEST = "manifest.json"
 FORMAT = "isthmus-folder-1"
@@ -137,7 +138,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON. {_REPAIR}") from error
+        raise CheckpointError(f"{path} is not valid JSON{but_is(start_of(Path(path)), _RESTORE)}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, an object is expected.")
     return value
@@ -156,7 +157,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_REPAIR = "Restore it from a copy, or remove the folder to go on without it."
+_RESTORE = "restore it from a copy, or remove the folder to go on without it"
+_REPAIR = f"{_RESTORE.capitalize()}."
 
 
 _Prepared = bytes | dict[str, Tensor] | Foreign
@@ -334,7 +336,9 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, HEADER_BYTES):
-                raise bad(f"its header claims {length:,} bytes, the file has {size:,}")
+                raise bad(
+                    f"its header claims {length:,} bytes, the file has {size:,}: it was cut off or is no such file"
+                )
             raw = file.read(length)
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
@@ -361,7 +365,8 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
             raise bad(f"{name!r} claims bytes {begin}..{stop} for shape {shape}, which does not fit")
         end = stop
     if 8 + length + end != size:
-        raise bad(f"its tensors end at byte {8 + length + end:,} of {size:,}")
+        cut = ": it was cut off, as by a download that broke" if 8 + length + end > size else ""
+        raise bad(f"its tensors end at byte {8 + length + end:,} of {size:,}{cut}")
     return header
 
 

@@ -51,7 +51,8 @@ class MissingExtraError(IsthmusError):
 def nearest(name: str, known: Iterable[str], *, many: int = 1) -> str:
     """``did you mean 'x'?`` for a misspelt name, or the list of what is known when nothing is near."""
     known = [str(k) for k in known]
-    close = difflib.get_close_matches(name, known, n=many, cutoff=0.5)
+    folded = {k.casefold(): k for k in known}  # capitals are the commonest fault of all
+    close = [folded[c] for c in difflib.get_close_matches(name.casefold(), folded, n=many, cutoff=0.5)]
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     shown = ", ".join(sorted(known)[:24])

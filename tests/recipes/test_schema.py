@@ -114,3 +114,37 @@ def test_the_tokenizers_of_shipped_recipes_can_be_trained():
     for spec in embedded.values():
         few = [{**source, "count": 60} for source in spec.data]
         make_tokenizer(spec.model_copy(update={"samples": 20, "data": few, "vocab_size": 400}))
+
+
+FAULTS = {
+    "a rate beside the stages": ({"lr": 1e-3}, "'lr'; it belongs into an entry of a stage's `train`"),
+    "steps beside the stages": ({"steps": 3}, "'steps'; it belongs into `stages`"),
+    "evaluation within a stage": ({"stages": [STAGE | {"evaluate": []}]}, "it belongs into the top of the file"),
+    "one stage without its dash": ({"stages": STAGE}, "stages: should be a list"),
+    "one source without its dash": ({"stages": [STAGE | {"data": {"kind": "csv"}}]}, "begin each entry with"),
+    "a tokenizer by its path": ({"tokenizer": "words"}, "tokenizer: should be a mapping of keys, and is 'words'"),
+    "a model in capitals": ({"model": "LLaVA"}, "did you mean 'llava'"),
+    "no model": ({"model": ...}, "model: it is missing"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_itself(fault):
+    changes, said = FAULTS[fault]
+    with pytest.raises(ConfigError) as error:
+        parse_recipe({key: value for key, value in (TREE | changes).items() if value is not ...})
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.yaml", "<!DOCTYPE html><html>: 404: x</html>", "is not YAML, but an HTML page"),
+        ("a.yaml", "", "it is empty"),
+        ("a.json", "{}", "is no recipe: a recipe is a file that ends in .yaml"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        read_recipe(tmp_path / name)

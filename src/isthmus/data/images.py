@@ -22,9 +22,12 @@ from torch import Tensor
 
 from isthmus.data.record import Image, ImageSource, Video
 from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.file_kind import but_is, near
 from isthmus.nn.tiles import best_canvas, check_pinpoints, fitted
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_CONVERT = "convert it or drop the sample"
+_REWRITE = "write the file again or drop the sample"
 """The only formats opened. Pillow knows 40 more, several of them with a history of holes."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -89,7 +92,10 @@ class FileImage:
         try:
             return self.path.stat().st_size
         except OSError:
-            raise DataError(f"missing image: there is no readable file {self.path}; check the image folder") from None
+            beside = near(self.path, tuple(name.lower() for name in (*FORMATS, "jpg")))
+            raise DataError(
+                f"missing image: there is no readable file {self.path}{beside}; check the image folder"
+            ) from None
 
     def read(self) -> bytes:
         self.encoded_size()
@@ -230,17 +236,18 @@ def _opened(source: ImageSource, limits: ImageLimits) -> Iterator[PilImage.Image
     except DataError:
         raise
     except UnidentifiedImageError:
+        if raw.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")):  # of a format, and not even its header is sound
+            raise DataError(f"broken image: {where} is truncated or damaged; {_REWRITE}") from None
         raise DataError(
-            f"broken image: {where} is not a picture of the formats {', '.join(FORMATS)}; convert it or drop the sample"
+            f"broken image: {where} is not a picture of the formats {', '.join(FORMATS)}"
+            f"{but_is(raw, _CONVERT, known=_CONVERT)}"
         ) from None
     except (PilImage.DecompressionBombError, PilImage.DecompressionBombWarning):
         raise DataError(
             f"image too large: {where} has far more pixels than the limit of {limits.pixels:,}; shrink it"
         ) from None
     except Exception:  # Pillow's decoders raise almost anything on damaged data: OSError, SyntaxError, …
-        raise DataError(
-            f"broken image: {where} is truncated or damaged; write the file again or drop the sample"
-        ) from None
+        raise DataError(f"broken image: {where} is truncated or damaged; {_REWRITE}") from None
 
 
 def _orientation(image: PilImage.Image) -> int:

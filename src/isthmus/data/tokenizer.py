@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from isthmus.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from isthmus.file_kind import but_is, start_of
 
 END = "\U0010fffd"
 """Stands for the end-of-sequence token inside a template: the last private-use character of Unicode."""
@@ -145,7 +146,9 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception:  # the library raises bare Exception on a damaged file
-            raise CheckpointError(f"{file} is not a tokenizer the tokenizers library can read; copy it again") from None
+            raise CheckpointError(
+                f"{file} is not a tokenizer the tokenizers library can read{but_is(start_of(file), 'copy it again')}"
+            ) from None
         names = _special_names(folder)
         if names.get("eos_token") is None:
             raise CheckpointError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from isthmus import load_report
 from isthmus.checkpoint import load_tensors, read_json
 from isthmus.errors import CheckpointError
+from isthmus.file_kind import but_is, start_of
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _OWN = ("model.safetensors", "pytorch_model.bin")
@@ -62,7 +63,15 @@ def read_archive(path: str | Path) -> dict[str, Any]:
         return dict(load_tensors(path))
     if start.startswith(_PICKLE):
         return _pickled(path, mapped=False)
-    raise CheckpointError(f"{path} is no file of weights: neither safetensors nor a file that torch.save wrote.")
+    otherwise = "give the folder that it lies in" if path.suffix in (".json", ".txt") else "download it again"
+    if path.suffix in (".yaml", ".yml"):
+        otherwise = "a recipe is trained first, by `isthmus train`"
+    if not start:
+        raise CheckpointError(f"{path} is no file of weights: it is empty (0 bytes); download it again.")
+    raise CheckpointError(
+        f"{path} is no file of weights, neither safetensors nor a file that torch.save wrote"
+        f"{but_is(start_of(path), otherwise, known='name a folder or file of a model')}."
+    )
 
 
 def read_state(folder: str | Path) -> dict[str, Tensor]:
@@ -84,7 +93,9 @@ def read_state(folder: str | Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{folder} holds several files of weights and no index ({names}); name one of them.")
         if found:
             return tensors_of(unwrapped(read_archive(found[0])), found[0])
-    raise CheckpointError(f"{folder} holds no weights: no safetensors, .bin, .pt or .pth file.")
+    others = [f.name for e in ("*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt*") for f in sorted(folder.glob(e))]
+    beside = f" What it has is of another form ({', '.join(others[:4])})." if others else ""
+    raise CheckpointError(f"{folder} holds no weights: no safetensors, .bin, .pt or .pth file.{beside}")
 
 
 def unwrapped(content: dict[str, Any]) -> dict[str, Any]:

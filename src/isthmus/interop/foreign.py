@@ -59,6 +59,10 @@ def _beyond(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} = {value:,}"
 
 
+_DEEPER = ("*/config.json", "snapshots/*/config.json")
+"""Where a model is when the folder above it was named: a run's or a download's, or the hub's cache."""
+
+
 def _nothing_here(path: Path) -> str:
     if not path.exists():
         beside = [str(f) for f in path.parent.glob("*") if f.is_dir()] if path.parent.is_dir() else []
@@ -72,6 +76,10 @@ def _nothing_here(path: Path) -> str:
                 f"The run in {path} is not finished, so it has no model yet: run `isthmus train` with the same "
                 "recipe and --out again and it goes on where it stopped."
             )
+        inside = [str(f.parent) for pattern in _DEEPER for f in sorted(path.glob(pattern))][:3]
+        if inside:
+            there = ", ".join(inside)
+            return f"{path} is not a model folder: it has no config.json, but this in it has: {there}. Give that."
         found = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "nothing"
         return f"{path} is not a model folder: it has no config.json (found: {found})."
     return f"{path} is neither a folder nor a file."

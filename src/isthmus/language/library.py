@@ -88,7 +88,11 @@ def library_config(config: Mapping[str, Any], known: Sequence[str] = ()) -> PreT
     if model_type not in known:
         raise ConfigError(
             f"language.model_type {model_type!r} is not an LM of transformers that can stand here; "
-            + nearest(model_type, known)
+            + (
+                "it is a model of another kind, not a misspelt one"
+                if model_type in CONFIG_MAPPING
+                else nearest(model_type, known)
+            )
         )
     kind = CONFIG_MAPPING[model_type]
     fields = _fields(kind)

@@ -19,7 +19,8 @@ from isthmus.config import strict
 from isthmus.data.augment import Augment
 from isthmus.data.images import Mode
 from isthmus.errors import ConfigError, nearest
-from isthmus.stage import Stage
+from isthmus.file_kind import but_is, file_kind
+from isthmus.stage import Group, Stage
 from isthmus.systems import SYSTEMS, system
 from isthmus.user_code import is_user_code, pin, pinned_in
 
@@ -256,9 +257,12 @@ def read_tree(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool 
     elif str(name) in found:
         tree = yaml_value(found[str(name)].read_text(encoding="utf-8"), str(name))
     else:
+        if path.exists():
+            raise ConfigError(f"{path} is no recipe: a recipe is a file that ends in .yaml.")
         raise ConfigError(f"No shipped recipe {str(name)!r}; {nearest(str(name), shipped())} (A file ends in .yaml.)")
     if not isinstance(tree, dict):
-        raise ConfigError(f"Recipe {name} must be a mapping of keys, got {type(tree).__name__}.")
+        got = "it is empty" if tree is None else f"it is a {type(tree).__name__}"
+        raise ConfigError(f"Recipe {name} must be a mapping of keys; {got}.")
     beside = path.parent if path.suffix in {".yaml", ".yml"} else None
     tree = pinned_in(tree, beside)  # before overrides, whose names of code are relative to the working folder
     variables: dict[str, str] = {}
@@ -297,6 +301,8 @@ def yaml_value(text: str, what: str) -> Any:
     try:
         return _load_yaml(text)
     except yaml.YAMLError as error:
+        if file_kind(text.encode()):
+            raise ConfigError(f"{what} is not YAML{but_is(text.encode(), '')}.") from None
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         fault = f"line {mark.line + 1}, column {mark.column + 1}: {problem}." if mark else " ".join(str(error).split())
         raise ConfigError(f"{what} is not valid YAML: {fault}") from None
@@ -332,19 +338,46 @@ def checked(kind: type[M], tree: Mapping[str, Any], where: str, nested: Mapping[
     try:
         return kind.model_validate(dict(tree))
     except ValidationError as error:
-        raise ConfigError(_explain(error, where, lambda loc: _fields_at(loc, kind, nested))) from None
+        raise ConfigError(
+            _explain(error, where, lambda loc: _fields_at(loc, kind, nested), lambda key: _elsewhere(key, kind, nested))
+        ) from None
 
 
-def _explain(error: ValidationError, where: str, known: Callable[[tuple[int | str, ...]], list[str]]) -> str:
+def _explain(
+    error: ValidationError,
+    where: str,
+    known: Callable[[tuple[int | str, ...]], list[str]],
+    elsewhere: Callable[[str], str],
+) -> str:
     lines = []
     for fault in error.errors()[:5]:
         place = ".".join(str(p) for p in fault["loc"] if p != "stage") or "recipe"
         if fault["type"] == "extra_forbidden":
             key = str(fault["loc"][-1])
-            lines.append(f"unknown key {place!r}; {nearest(key, known(fault['loc'][:-1]))}")
+            lines.append(f"unknown key {place!r}; {elsewhere(key) or nearest(key, known(fault['loc'][:-1]))}")
         else:
-            lines.append(f"{place}: {fault['msg'].removeprefix('Value error, ')}")
+            lines.append(f"{place}: {_said(fault)}")
     return f"Recipe {where} does not fit: " + "; ".join(lines)
+
+
+def _said(fault: Any) -> str:
+    """What pydantic found, in words of YAML."""
+    found, plain = type(fault["input"]).__name__, {"list_type": "a list", "dict_type": "a mapping of keys"}
+    if fault["type"] == "missing":
+        return "it is missing"
+    if (wanted := plain.get(fault["type"].replace("model_type", "dict_type"))) is not None:
+        how = '; begin each entry with "- "' if found == "dict" else ""
+        return f"should be {wanted}, and is {fault['input']!r:.60} ({found}){how}"
+    return fault["msg"].removeprefix("Value error, ")
+
+
+def _elsewhere(key: str, kind: type[BaseModel], nested: Mapping[str, type[BaseModel]]) -> str:
+    """Where in such a file this very key belongs; empty where it is no key of any part."""
+    places = {"the top of the file": kind, **{f"`{name}`": part for name, part in nested.items()}}
+    found = [place for place, part in places.items() if key in _fields_at((), part, {})]
+    if "stages" in nested and key in {f.name for f in fields(Group)}:
+        found.append("an entry of a stage's `train`")
+    return f"it belongs into {' or '.join(found)}" if found else ""
 
 
 def _fields_at(loc: tuple[int | str, ...], kind: type[BaseModel], nested: Mapping[str, type[BaseModel]]) -> list[str]:

@@ -64,7 +64,7 @@ def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None)
     form = _form(options, root)
     rows = _call(kind, SOURCES[kind], options, root=root, form=form)
     if not len(rows):
-        raise DataError(f"the source {dict(spec)} holds no sample; check its files and fields")
+        raise DataError(f"the source {dict(spec)} holds no sample; check its files")
     return RowSource(name or _name(kind, spec), rows, form, limit=limit)
 
 
@@ -126,12 +126,19 @@ def _demand_columns(form: Form, columns: Sequence[str], path: Path) -> None:
     """:func:`_demand_fields` of a table; where its header is one column, what divides it is looked for first."""
     wanted = {*form.theirs, *(name for name in KNOWN if name not in form.fields)}
     if len(columns) == 1 and columns[0] not in wanted:
-        for other in DELIMITERS:
-            if len(found := columns_of(columns[0], other)) > 1:
+        for other in (*DELIMITERS, ":", " "):
+            found = columns_of(columns[0], other)
+            if len(found) > 1 and (other in DELIMITERS or wanted & {*found}):
                 raise ConfigError(
                     f"{path}: its header is read as one column, {columns[0]!r}, which {other!r} would divide into "
-                    f"{len(found)}; take the option `delimiter` out, or make it {json.dumps(other)}"
+                    f"{len(found)}; {'take the option `delimiter` out, or ' if other in DELIMITERS else ''}make "
+                    f"{'it' if other in DELIMITERS else 'the option `delimiter`'} {json.dumps(other)}"
                 )
+    if not wanted & {*columns} and any(name.rpartition(".")[2].lower() in IMAGE_ENDINGS for name in columns):
+        raise ConfigError(
+            f"{path}: its first line holds a sample ({', '.join(columns)[:80]}) and should name the columns; write a "
+            "line before it, as image,caption"
+        )
     _demand_fields(form, columns, path)
 
 
@@ -184,9 +191,20 @@ def _coco(root: Root, form: Form, *, file: str, image_folder: str | None = None,
 def _folder(root: Root, form: Form, *, folder: str) -> Rows:
     """A folder with one subfolder of pictures per class; class names are the folders' unless ``classes`` gives them."""
     top = root.path(folder)
+    if top.is_file():
+        raise DataError(f"{top} is a file; a source of kind 'folder' reads a folder with one of pictures per class")
     if not top.is_dir():
         raise DataError(f"no such folder: {top}; check the path and the DATA= folder")
     classes = sorted(p for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        here = "its pictures lie in it directly: name the folder above" if any(top.iterdir()) else "it is empty"
+        raise DataError(f"{top} has no folder of pictures per class; {here}")
+    if {c.name.lower() for c in classes} <= _SPLITS:
+        warnings.warn(
+            f"{top}: its folders, {', '.join(c.name for c in classes)}, are taken for classes; name one of them.",
+            IsthmusWarning,
+            stacklevel=2,
+        )
     if form.classes and len(form.classes) != len(classes):
         raise DataError(f"{top} has {len(classes)} class folders and the class file {len(form.classes)} names")
     found = NamedImages(top)
@@ -206,6 +224,9 @@ def _folder(root: Root, form: Form, *, folder: str) -> Rows:
 def _webdataset(root: Root, form: Form, *, shards: Names) -> Rows:
     """Tar shards, with brace ranges and globs."""
     return WebDatasetRows(root.files(shards), form)
+
+
+_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test"}
 
 
 SOURCES: dict[str, Callable[..., Rows]] = {

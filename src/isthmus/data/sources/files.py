@@ -17,6 +17,7 @@ from isthmus.data.images import FileImage, TarImage
 from isthmus.data.record import ImageSource
 from isthmus.data.sources.tar import index_tar
 from isthmus.errors import ConfigError, DataError, IsthmusWarning
+from isthmus.file_kind import but_is, file_kind, start_of
 
 Names = str | Sequence[str]
 
@@ -55,7 +56,7 @@ class Root:
                     found_here = glob.glob(name, root_dir=self.folder, recursive=True) if magic else []
                     paths = [self.folder / p for p in sorted(found_here)]
                 if not paths:
-                    raise DataError(f"no such file: {self.path(name)}; check the path and the DATA= folder")
+                    raise _not_there(self.path(name))
                 found.update(dict.fromkeys(paths))
         return list(found)
 
@@ -83,9 +84,15 @@ def _text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
         with open(path, newline=newline, encoding="utf-8-sig") as file:
             yield file
     except OSError:
-        raise DataError(f"no such file: {path}; check the path and the DATA= folder") from None
+        raise _not_there(path) from None
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+        raise DataError(f"{path} is not UTF-8 text{but_is(start_of(path), 'save it as UTF-8')}") from None
+
+
+def _not_there(path: Path) -> DataError:
+    if path.is_dir():
+        return DataError(f"{path} is a folder; name the files in it, for example {path.name}/*.json")
+    return DataError(f"no such file: {path}; check the path and the DATA= folder")
 
 
 def read_json(path: Path) -> Any:
@@ -98,6 +105,10 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is nested too deeply to be data; is it a file of this format?") from None
     except ValueError as error:
         line = getattr(error, "lineno", 1)
+        if not content.strip():
+            raise DataError(f"{path} is empty; write it again") from None
+        if file_kind(content.encode()):
+            raise DataError(f"{path} is not JSON{but_is(content.encode(), '')}") from None
         raise DataError(f"{path} is not valid JSON: it goes wrong at line {line}; is it truncated?") from None
 
 
@@ -120,8 +131,24 @@ def _read_lines(path: Path, file: Any) -> list[Any]:
             try:
                 rows.append(json.loads(line))
             except (ValueError, RecursionError):
-                raise DataError(f"{path}, line {number}: not valid JSON; is the file truncated?") from None
+                raise _no_line(path, number, line) from None
     return rows
+
+
+def _no_line(path: Path, number: int, line: str) -> DataError:
+    """Of JSON lines, one that is none: cut off, or the first of a file of another form."""
+    begun = line.lstrip()[:1] == "{"
+    if number > 1 or begun:
+        if number == 1 and isinstance(read_json(path), dict):
+            return DataError(f"{path} holds one JSON object over several lines; write a list, or one object a line")
+        return DataError(f"{path}, line {number}: not valid JSON; is the file truncated?")
+    if file_kind(line.encode()):
+        return DataError(f"{path} is not JSON{but_is(line.encode(), '')}")
+    table = any(len(columns_of(line.rstrip(), delimiter)) > 1 for delimiter in DELIMITERS)
+    return DataError(
+        f"{path}, line 1: not JSON, it begins {line[:40].rstrip()!r}; "
+        + ("a table is read by `kind: csv`" if table else "is it a file of this format?")
+    )
 
 
 DELIMITERS = (",", "\t", ";", "|")
@@ -144,6 +171,12 @@ def read_table(
     with _text(path, newline="") as table:
         first = table.readline()
         named = re.fullmatch(r'"?sep=([^"\r\n])"?[,;\t]*', first.rstrip("\r\n"))
+        if first.lstrip().startswith(("[{", '{"')):
+            raise DataError(f"{path} holds JSON and no table; JSON is read by `kind: jsonl`")
+        if file_kind(first.encode()):
+            raise DataError(f"{path} is no table{but_is(first.encode(), '')}")
+        if not first.strip():
+            raise DataError(f"{path} has no header in its first line: it is empty")
         if not named:
             table.seek(0)
         try:
@@ -259,6 +292,8 @@ class NamedImages:
 
     def find(self, name: str) -> ImageSource:
         """Raises DataError for a name that leaves the folder or is in no shard. A missing file shows when read."""
+        if re.match(r"https?://", name):
+            raise DataError(f"bad image name: {name!r} is an address, and nothing is fetched; download the picture")
         if not safe_name(name):
             raise DataError(f"bad image name: {name!r} leaves the image folder; use names relative to it")
         if self.members is None:

@@ -10,6 +10,7 @@ from isthmus.data.sources.files import below, read_table, safe_name
 from isthmus.data.sources.rows import KNOWN
 from isthmus.data.sources.webdataset import IMAGE_ENDINGS
 from isthmus.errors import DataError
+from isthmus.file_kind import but_is, file_kind, start_of
 
 _TABLES = (".csv", ".tsv", ".tab")
 _FILES = (*_TABLES, ".json", ".jsonl")
@@ -117,6 +118,8 @@ def _json_kind(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         content = _first_line(path) if path.suffix == ".jsonl" else _whole(path)
     except (ValueError, RecursionError):
+        if file_kind(start_of(path)):
+            raise DataError(f"{path} is neither JSON nor JSON lines{but_is(start_of(path), '')}") from None
         raise DataError(f"{path} is neither JSON nor JSON lines. {_HELP}") from None
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
         images = content["images"]

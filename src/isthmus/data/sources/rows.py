@@ -149,7 +149,7 @@ class Form:
         if form is None:
             raise DataError(
                 f"no text: of the fields {', '.join(FIELDS)} the sample has none (it has "
-                f"{', '.join(map(str, row.values)) or 'nothing'}); name yours under 'fields'"
+                f"{', '.join(map(str, row.values)) or 'nothing'}); {_instead(row.values)}"
             )
         if self.matching and form != "questions":
             raise DataError(f"matching chooses among the questions of a list, and the sample has {form!r}; take it out")
@@ -267,6 +267,16 @@ class Form:
         if not isinstance(number, int) or not 0 <= number < len(self.classes):
             raise DataError(f"bad label: {label!r} is not one of the {len(self.classes)} class numbers")
         return number
+
+
+def _instead(values: Mapping[str, Any]) -> str:
+    """What to do about a row without a text: it may be a whole file rather than a sample."""
+    if {"images", "annotations"} <= values.keys():
+        return "captions in COCO's form are read by `kind: coco`"
+    lists = [name for name, value in values.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if lists:
+        return f"its {lists[0]!r} is a list of objects: if those are the samples, write that list alone into a file"
+    return "name yours under 'fields'"
 
 
 class RowSource(Source):

@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from isthmus.data.images import TarImage
 from isthmus.errors import DataError
+from isthmus.file_kind import but_is, start_of
 
 _BLOCK = 512
 
@@ -34,7 +35,9 @@ def index_tar(path: Path) -> list[TarImage]:
                 members.append(TarImage(path, entry.offset_data, entry.size, entry.name))
     except tarfile.TarError:
         if not members:
-            raise DataError(f"bad shard: {path} is not an uncompressed tar file; copy it again") from None
+            raise DataError(
+                f"bad shard: {path} is not an uncompressed tar file{but_is(start_of(path), 'copy it again')}"
+            ) from None
         end = length + 1
     if end > length or not _ends_properly(path, end):
         raise DataError(f"bad shard: {path} is truncated or damaged after {len(members)} files; copy it again")
