@@ -28,6 +28,7 @@ from isthmus.data.images import AnyImage, as_image
 from isthmus.data.interleave import STYLES
 from isthmus.data.messages import Message, conversation, part_of
 from isthmus.data.processor import ImagesProcessor, Processor, tokenizer_files
+from isthmus.data.processors import with_template
 from isthmus.data.reading import (
     listed_texts,
     must_be_records,
@@ -405,6 +406,7 @@ def load(
     tokenizer: str | Path | None = None,
     activation: str | None = None,
     head_width: int | None = None,
+    template: str | None = None,
     code: str | Path | Sequence[str | Path] = (),
 ) -> Model:
     """Open a model: a run folder, a model folder of ours, or a checkpoint of another code base.
@@ -421,6 +423,8 @@ def load(
         tokenizer: a tokenizer's folder, or OpenAI's merge table, where a checkpoint comes without.
         activation: of a CLIP whose weights do not tell it, ``quick_gelu`` or ``gelu``.
         head_width: of a CLIP whose weights do not tell it and whose size is none that was published.
+        template: how a model that talks is asked, where that is to be otherwise than it says or it says nothing: a name
+            among :data:`isthmus.data.text.TEMPLATES`, ``chat`` (the language model's own), or a file in Jinja.
         code: files with the user's own classes (a connector, a system), for a model whose own have moved or changed.
             Others are imported only as they were when the model was trained, and never from the model's folder.
 
@@ -448,6 +452,8 @@ def load(
         else:
             model = _own(folder, vetted(config, outer, [code] if isinstance(code, str | Path) else code))
         model.report = account.report()
+    if template is not None:
+        model.processor = with_template(model.processor, template)
     return (model if dtype is None else model.cast(dtype)).to(place)
 
 

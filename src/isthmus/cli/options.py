@@ -21,6 +21,9 @@ LOADING: dict[str, Any] = {
     "head_width": Annotated[
         int | None, typer.Option(help="Width of a CLIP's attention heads, where nothing tells it.")
     ],
+    "template": Annotated[
+        str | None, typer.Option(help="How it is asked: a template's name, chat (its own), or a file in Jinja.")
+    ],
     "revision": Annotated[
         str | None, typer.Option(help="Of a hub id owner/name: main, a tag or a commit; it is fetched.")
     ],

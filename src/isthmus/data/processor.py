@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from isthmus.batch import IGNORE
+from isthmus.data.chat import OWN, form_of, with_stop
 from isthmus.data.images import ImageTransform, image_size
 from isthmus.data.record import Example, Image, Place, Record, Span
 from isthmus.data.text import TEMPLATES, Encoded, drawn, encode, render
@@ -192,7 +193,7 @@ class SpliceProcessor(Processor):
     Args:
         num_tokens: visual tokens a picture takes, from the connector for this transform's fixed size; of image mode
             ``anyres`` those of one view, a square number.
-        template: one of :data:`isthmus.data.text.TEMPLATES`.
+        template: one of :data:`isthmus.data.text.TEMPLATES`, or ``chat``, the one that the tokenizer carries.
         max_length: tokens after widening; what is over is cut off, never through a picture.
         around: names of the tokens before and behind each picture, for models trained with such.
         stop_ids: ids that end an answer besides end-of-sequence.
@@ -221,19 +222,20 @@ class SpliceProcessor(Processor):
             raise ConfigError(f"the views of image mode anyres make square maps of tokens, not {num_tokens}")
         self.tokenizer, self.image = tokenizer, image
         self.num_tokens, self.template, self.max_length = num_tokens, template, max_length
-        self.around, self.stop_ids = tuple(around), tuple(stop_ids)
+        self._form = form_of(template, tokenizer)
+        self.around, self.stop_ids = tuple(around), with_stop(self._form, tokenizer, stop_ids)
         self._before, self._behind = [tokenizer.id_of(t) for t in around[:1]], [tokenizer.id_of(t) for t in around[1:]]
 
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError when the record does not fit the template or nothing of it would be learnt."""
-        rendered = render(record, self.template, draw=draw)
+        rendered = render(record, self._form, draw=draw)
         example = self._widen(record, encode(rendered, self.tokenizer), rendered.images)
         must_learn(example.streams["lm"], self.max_length, rendered.learns)
         return example
 
     def prompt(self, record: Record) -> Example:
         """Up to the place where the answer begins, without labels. Raises DataError when it is too long."""
-        rendered = render(record, self.template, prompt=True)
+        rendered = render(record, self._form, prompt=True)
         encoded = encode(rendered, self.tokenizer)
         seen = sum(self._measured(rendered.images)[0]) + len(self.around) * len(rendered.images)
         must_fit(len(encoded.ids) + seen, self.max_length)
@@ -294,6 +296,8 @@ class SpliceProcessor(Processor):
 class TextProcessor(Processor):
     """Text for a language model without eyes (stream ``lm``): running text, or conversations in ``template``.
 
+    ``chat`` is the template that the tokenizer carries.
+
     ``stop_ids`` end an answer besides end-of-sequence.
     """
 
@@ -310,7 +314,8 @@ class TextProcessor(Processor):
     ) -> None:
         _check(template, max_length)
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
-        self.stop_ids = tuple(stop_ids)
+        self._form = form_of(template, tokenizer)
+        self.stop_ids = with_stop(self._form, tokenizer, stop_ids)
 
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError when the record holds a picture, does not fit the template, or teaches nothing."""
@@ -331,7 +336,7 @@ class TextProcessor(Processor):
                 "picture without eyes: this model reads only text and the sample holds a picture; "
                 "take the picture out or use a model with a vision encoder"
             )
-        rendered = render(record, self.template, draw=draw, prompt=prompt)
+        rendered = render(record, self._form, draw=draw, prompt=prompt)
         return encode(rendered, self.tokenizer), rendered.learns
 
     def to_dict(self) -> dict[str, Any]:
@@ -364,8 +369,8 @@ def pixels_of(transform: ImageTransform, images: Sequence[Image]) -> tuple[Calla
 
 
 def _check(template: str, max_length: int) -> None:
-    if template not in TEMPLATES:
-        raise ConfigError(f"unknown template {template!r}; {nearest(template, TEMPLATES)}")
+    if template not in (*TEMPLATES, OWN):
+        raise ConfigError(f"unknown template {template!r}; {nearest(template, (*TEMPLATES, OWN))}")
     if max_length < 2:
         raise ConfigError(f"max_length must be at least 2 tokens, not {max_length}")
 

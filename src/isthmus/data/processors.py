@@ -1,9 +1,11 @@
 """All processors by kind, and the way back from what a model folder holds of one."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from isthmus.data import blip2
+from isthmus.data.chat import OWN
 from isthmus.data.images import ImageTransform
 from isthmus.data.interleave import InterleaveProcessor
 from isthmus.data.processor import (
@@ -26,6 +28,23 @@ PROCESSORS: dict[str, Callable[..., Processor]] = {
     InterleaveProcessor.kind: InterleaveProcessor,
     **blip2.PROCESSORS,
 }
+
+
+def with_template(processor: Processor, template: str) -> Processor:
+    """The processor with another template: a name, ``chat``, or a file in Jinja, which is the tokenizer's from then on.
+
+    Raises ConfigError for a processor without templates, an unknown name, or a file that is not there.
+    """
+    described = processor.to_dict()
+    if "template" not in described:
+        raise ConfigError(f"A processor of kind {described.get('kind')!r} has no template: leave template out.")
+    tokenizer, file = processor.tokenizer, Path(template)
+    if file.suffix in (".jinja", ".jinja2", ".j2"):
+        try:
+            tokenizer, template = tokenizer.with_chat_template(file.read_text(encoding="utf-8")), OWN
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"template: cannot read {file} ({type(error).__name__}).") from error
+    return processor_from_dict({**described, "template": template}, tokenizer, getattr(processor, "others", None))
 
 
 def processor_from_dict(

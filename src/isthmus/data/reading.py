@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from isthmus.batch import IGNORE
+from isthmus.data.chat import OWN
 from isthmus.data.processor import Processor, SpliceProcessor
 from isthmus.data.record import Example, Record, Span
 from isthmus.data.text import TEMPLATES, Grammar
@@ -27,7 +28,9 @@ def must_be_records(records: Any, method: str) -> None:
 def published_request(processor: Any) -> dict[str, str]:
     """The words behind task ``caption`` of a LLaVA whose folder names none: it was trained to converse, and without
     a user's turn its template would write neither the system's sentence nor the speakers."""
-    talks = isinstance(processor, SpliceProcessor) and isinstance(TEMPLATES[processor.template], Grammar)
+    if not isinstance(processor, SpliceProcessor):
+        return {}
+    talks = processor.template == OWN or isinstance(TEMPLATES[processor.template], Grammar)
     return {"caption": CAPTION_REQUEST} if talks else {}
 
 

@@ -6,12 +6,12 @@ its characters lie within such a span. Nothing is ever searched for in the rende
 anything, even ``ASSISTANT:``. Chunks are tokenised apart, as the published models saw them (LLaVA, arXiv:2310.03744).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from isthmus.batch import IGNORE
 from isthmus.data.record import Image, Record, Role, Text, without_answer
-from isthmus.data.tokenizer import END, Tokenizer
+from isthmus.data.tokenizer import END, RESERVED, Tokenizer
 from isthmus.errors import ConfigError, DataError, nearest
 
 _VICUNA = (
@@ -33,11 +33,16 @@ class Chunk:
 
 
 class Rendered:
-    """A rendered record: chunk, picture, chunk, picture, …, chunk. There is one picture fewer than chunks."""
+    """A rendered record: chunk, picture, chunk, picture, …, chunk. There is one picture fewer than chunks.
 
-    def __init__(self) -> None:
+    ``shown`` are the characters that stand for special tokens, with their names; ``begun``: the template writes the
+    beginning of the text itself.
+    """
+
+    def __init__(self, shown: Mapping[str, str] | None = None, *, begun: bool = False) -> None:
         self.chunks: list[Chunk] = [Chunk()]
         self.images: list[Image] = []
+        self.shown, self.begun = {END: "</s>", **(shown or {})}, begun
 
     def write(self, text: str, *, learn: bool = False) -> None:
         chunk = self.chunks[-1]
@@ -59,7 +64,8 @@ class Rendered:
 
     def __str__(self) -> str:
         """The prompt as people write it, with ``<image>`` and ``</s>``."""
-        return "<image>".join(chunk.text for chunk in self.chunks).replace(END, "</s>")
+        text = "<image>".join(chunk.text for chunk in self.chunks)
+        return text.translate(str.maketrans(self.shown))
 
 
 Template = Callable[[Record, bool], Rendered]
@@ -86,17 +92,18 @@ class Turn:
         return "".join(text for text, _ in self.said)
 
 
-def render(record: Record, template: str, *, draw: int = 0, prompt: bool = False) -> Rendered:
-    """The record in the words of a template.
+def render(record: Record, template: str | Template, *, draw: int = 0, prompt: bool = False) -> Rendered:
+    """The record in the words of a template: one of TEMPLATES by name, or one of a checkpoint's own.
 
     ``draw`` chooses among alternative texts. A ``prompt`` is what a model continues: the answer at the record's end
     is left out and nothing is learnt. A record of running text (no speakers) is rendered as ``document`` by every
     conversation template. Raises DataError when the record does not fit, ConfigError for an unknown template.
     """
-    if template not in TEMPLATES:
+    if isinstance(template, str) and template not in TEMPLATES:
         raise ConfigError(f"unknown template {template!r}; {nearest(template, TEMPLATES)}")
     spoken = any(p.role in ("user", "assistant") for p in record.texts)
-    chosen = TEMPLATES[template if spoken or template == "plain" else "document"]
+    chosen = template if spoken or template == "plain" else "document"
+    chosen = TEMPLATES[chosen] if isinstance(chosen, str) else chosen
     return chosen(drawn(without_answer(record) if prompt else record, draw), prompt)
 
 
@@ -112,8 +119,8 @@ def drawn(record: Record, draw: int) -> Record:
                     raise DataError("empty text: a text with alternatives has none; give at least one")
                 draw, choice = divmod(draw, len(text))
                 text = text[choice]
-            if END in text:
-                raise DataError("bad text: it holds the character U+10FFFD, which is reserved; remove it")
+            if found := RESERVED.search(text):
+                raise DataError(f"bad text: it holds the character U+{ord(found[0]):X}, which is reserved; remove it")
             part = Text(text, part.role, part.learn)
         parts.append(part)
     return Record(record.id, tuple(parts), record.source, record.meta)
@@ -139,38 +146,45 @@ class Grammar:
         out = Rendered()
         out.write(self.head.replace("{}", said) if said else "")
         opening, closing = self.asked.split("{}")
-        turns = _turns(record)
-        for number, turn in enumerate(turns):
-            expected = "user" if number % 2 == 0 else "assistant"
-            if turn.role != expected:
-                raise DataError(
-                    f"bad conversation: turn {number + 1} is the {turn.role}'s and should be the "
-                    f"{expected}'s; turns alternate, the user begins"
-                )
+        turns = conversation_turns(record, prompt)
+        for turn in turns:
             if turn.role == "user":
                 out.write(opening)
-                _write_user(out, turn, prompt, first=self.first)
+                write_user(out, turn, prompt, first=self.first)
                 out.write(closing)
             else:
-                if not turn.text.strip():
-                    raise DataError(
-                        f"empty answer: turn {number + 1} of the conversation says nothing; "
-                        "write an answer or drop the turn"
-                    )
                 after = self.after if turn is turns[-1] or self.between is None else self.between
-                _say(out, ((self.before, turn.said[0][1]), *turn.said, (after, turn.said[-1][1])), prompt)
-        if not turns or (prompt and turns[-1].role != "user"):
-            raise DataError("bad conversation: it has no question to answer; end it with a user's turn")
-        if not prompt and turns[-1].role != "assistant":
-            raise DataError("empty answer: the conversation ends with a question; add the answer to be learnt")
+                say(out, ((self.before, turn.said[0][1]), *turn.said, (after, turn.said[-1][1])), prompt)
         return out
 
 
-def _write_user(out: Rendered, turn: Turn, prompt: bool, *, first: bool) -> None:
+def conversation_turns(record: Record, prompt: bool) -> list[Turn]:
+    """Turns of user and assistant, system texts apart. Raises DataError unless they alternate, the user begins, every
+    answer says something, and the last turn is the assistant's, or of a ``prompt`` the user's."""
+    turns = _turns(record)
+    for number, turn in enumerate(turns):
+        expected = "user" if number % 2 == 0 else "assistant"
+        if turn.role != expected:
+            raise DataError(
+                f"bad conversation: turn {number + 1} is the {turn.role}'s and should be the "
+                f"{expected}'s; turns alternate, the user begins"
+            )
+        if turn.role == "assistant" and not turn.text.strip():
+            raise DataError(
+                f"empty answer: turn {number + 1} of the conversation says nothing; write an answer or drop the turn"
+            )
+    if not turns or (prompt and turns[-1].role != "user"):
+        raise DataError("bad conversation: it has no question to answer; end it with a user's turn")
+    if not prompt and turns[-1].role != "assistant":
+        raise DataError("empty answer: the conversation ends with a question; add the answer to be learnt")
+    return turns
+
+
+def write_user(out: Rendered, turn: Turn, prompt: bool, *, first: bool) -> None:
     """Pictures at the beginning are each followed by a newline, the text of a turn with pictures is stripped (the
     released code's rule). What stands behind text stays there, on a new line where no white space is before it."""
     if not turn.images:
-        _say(out, turn.said, prompt)
+        say(out, turn.said, prompt)
         return
     parts: list[Image | tuple[str, bool]] = list(turn.parts)
     if first and len(turn.images) == 1:
@@ -188,11 +202,12 @@ def _write_user(out: Rendered, turn: Turn, prompt: bool, *, first: bool) -> None
             out.place(part)
             gap = False
         elif part[0]:
-            _say(out, [part], prompt)
+            say(out, [part], prompt)
             gap = part[0][-1].isspace()
 
 
-def _say(out: Rendered, said: Sequence[tuple[str, bool]], prompt: bool) -> None:
+def say(out: Rendered, said: Sequence[tuple[str, bool]], prompt: bool) -> None:
+    """Write pieces of text, each with its being learnt, which in a prompt nothing is."""
     for text, learn in said:
         out.write(text, learn=learn and not prompt)
 
@@ -241,7 +256,8 @@ def _document(record: Record, prompt: bool) -> Rendered:
         if part.role in ("user", "assistant"):
             raise DataError(
                 f"bad document: the template 'document' takes running text and found a turn of the "
-                f"{part.role}; use a conversation template"
+                f"{part.role}; use a conversation template (template=NAME, on the command line --template NAME: "
+                f"{', '.join(n for n, t in TEMPLATES.items() if isinstance(t, Grammar))}, or a file in Jinja)"
             )
         learn = part.learn and not prompt
         out.write(str(part.text), learn=learn)
@@ -297,7 +313,7 @@ def encode(rendered: Rendered, tokenizer: Tokenizer) -> Encoded:
     A token is supervised iff it starts within a learnt span and ends no later than it. The dummy space some
     tokenizers put at the front of each chunk counts with the character it stands before.
     """
-    ids = list(tokenizer.begin_ids)
+    ids = [] if rendered.begun else list(tokenizer.begin_ids)
     labels = [IGNORE] * len(ids)
     marks: list[int] = []
     for number, chunk in enumerate(rendered.chunks):

@@ -9,6 +9,7 @@ as the library itself would split the string there, dummy spaces included.
 import json
 import re
 from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from isthmus.file_kind import but_is, start_of
 
 END = "\U0010fffd"
 """Stands for the end-of-sequence token inside a template: the last private-use character of Unicode."""
+
+FIRST_STAND_IN = 0x10FF00
+"""From here to :data:`END` each character may stand for a special token inside a checkpoint's own chat template."""
+
+RESERVED = re.compile(f"[{chr(FIRST_STAND_IN)}-{END}]")
+"""What no user's text may hold."""
+
+CHAT_TEMPLATE = "chat_template.jinja"
+"""The file of a checkpoint's own chat template beside its tokenizer's, as transformers names it."""
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 """Special tokens of a tokenizer trained here, ids 0 to 3. Contrastive towers use bos and eos as start and end of
@@ -35,6 +45,7 @@ class Tokenizer:
 
     ``begin_ids`` are what every text begins with: the named beginning of sequence, or what ``begins`` says. Many
     families name a token there and put nothing in front (GPT-2, SmolLM), some put another one (XGLM) or two (GLM-4).
+    ``chat_template`` is the checkpoint's own, in Jinja, and is saved with the tokenizer.
     """
 
     def __init__(
@@ -46,6 +57,7 @@ class Tokenizer:
         pad: str | None = None,
         unk: str | None = None,
         begins: Sequence[str] | None = None,
+        chat_template: str | None = None,
     ) -> None:
         """Raises ConfigError when a named special token is not in the vocabulary."""
         self.backend = backend
@@ -63,7 +75,9 @@ class Tokenizer:
         self._encoder.no_truncation()
         self._encoder.encode_special_tokens = True
         self._encoder.add_tokens([AddedToken(END, special=False, normalized=False)])
-        self._end_id = self._encoder.token_to_id(END)
+        self.chat_template = chat_template
+        self._stand_ins: dict[str, str] = {}
+        self._real = {self._encoder.token_to_id(END): self.eos_id}
 
     def _id_of(self, token: str) -> int:
         number = self.backend.token_to_id(token)
@@ -82,12 +96,36 @@ class Tokenizer:
     def over(self, backend: tokenizers.Tokenizer) -> "Tokenizer":
         """Another backend with the special tokens and the beginning of this tokenizer."""
         names = {name.removesuffix("_token"): token for name, token in self.specials.items()}
-        return Tokenizer(backend, **names, begins=self.begins)  # type: ignore[arg-type]
+        return Tokenizer(backend, **names, begins=self.begins, chat_template=self.chat_template)  # type: ignore[arg-type]
 
     def beginning(self, *tokens: str) -> "Tokenizer":
         """A tokenizer like this one that begins a text with these tokens, or without any with nothing."""
         names = {name.removesuffix("_token"): token for name, token in self.specials.items()}
-        return Tokenizer(self.backend, **names, begins=tokens)  # type: ignore[arg-type]
+        return Tokenizer(self.backend, **names, begins=tokens, chat_template=self.chat_template)  # type: ignore[arg-type]
+
+    def with_chat_template(self, text: str) -> "Tokenizer":
+        """A tokenizer like this one that carries a checkpoint's own chat template."""
+        found = copy(self)
+        found.chat_template = text
+        return found
+
+    def added_tokens(self) -> dict[str, AddedToken]:
+        """The tokens beside the learnt vocabulary by their text, special ones and others."""
+        return {token.content: token for token in self.backend.get_added_tokens_decoder().values()}
+
+    def stand_in(self, token: str) -> str:
+        """The character that stands for a special token inside a template, and takes the white space around it as the
+        token does. Raises ConfigError for more different ones than there are characters."""
+        if token not in self._stand_ins:
+            char = chr(FIRST_STAND_IN + len(self._stand_ins))
+            if char >= END:
+                raise ConfigError(f"a chat template uses more than {len(self._stand_ins)} different special tokens")
+            added = self.added_tokens()[token]
+            own = AddedToken(char, special=False, normalized=False, lstrip=added.lstrip, rstrip=added.rstrip)
+            self._encoder.add_tokens([own])
+            self._real[self._encoder.token_to_id(char)] = self._id_of(token)
+            self._stand_ins[token] = char
+        return self._stand_ins[token]
 
     def id_of(self, token: str) -> int:
         """The id of a special token. Raises ConfigError when it is not in the vocabulary."""
@@ -101,7 +139,7 @@ class Tokenizer:
         """Ids of ``text`` and the characters [start, end) each came from. Raises DataError as :meth:`encode`."""
         check_text(text)
         encoding = self._encoder.encode(text, add_special_tokens=False)
-        return [self.eos_id if i == self._end_id else i for i in encoding.ids], encoding.offsets
+        return [self._real.get(i, i) for i in encoding.ids], encoding.offsets
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ``ids``; special tokens left out unless ``skip_special`` is false."""
@@ -127,7 +165,8 @@ class Tokenizer:
         } | {k: v for k, v in self.specials.items() if v is not None}
         if self.begins != tuple(t for t in [self.specials["bos_token"]] if t is not None):
             config[BEGINS] = list(self.begins)
-        return {
+        chat = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template}
+        return chat | {
             "tokenizer.json": self.backend.to_str(),
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         }
@@ -161,6 +200,7 @@ class Tokenizer:
             pad=names.get("pad_token"),
             unk=names.get("unk_token"),
             begins=_beginning(folder),
+            chat_template=_chat_template(folder),
         )
 
     @classmethod
@@ -256,6 +296,11 @@ def _beginning(folder: Path) -> list[str] | None:
     if told is not None and not (isinstance(told, list) and all(isinstance(token, str) for token in told)):
         raise CheckpointError(f"{file}: {BEGINS} must be a list of tokens, not {told!r}")
     return told
+
+
+def _chat_template(folder: Path) -> str | None:
+    file = folder / CHAT_TEMPLATE
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _special_names(folder: Path) -> dict[str, str]:

@@ -14,17 +14,18 @@ from torch import Tensor
 
 from isthmus.checkpoint import Content, state_tensors
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
-from isthmus.data.tokenizer import Tokenizer
+from isthmus.data.chat import ChatForm, form_of
+from isthmus.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from isthmus.interop.export import Export, Source, common_dtype, must, shards
 from isthmus.interop.folders import asked_otherwise
 from isthmus.interop.hf_blip2 import TEMPERATURE, config_to_hf, to_hf
 from isthmus.interop.hf_clip import clip_config_to_hf, clip_to_hf
 from isthmus.interop.hf_files import (
-    CHAT_TEMPLATE,
     begun,
     chat_template,
     generation_config,
     image_processor,
+    own_chat_template,
     question_template,
     swapped,
     tokenizer_files,
@@ -109,7 +110,8 @@ def last_eot(
 
 def lm_export(model: Source, *, shard_bytes: int) -> Export:
     weights = language_tensors(model.net.language.lm)
-    template = begun(chat_template(getattr(model.processor, "template", "")), model.processor.tokenizer)
+    words = model.processor.tokenizer
+    template = begun(chat_template(getattr(model.processor, "template", "")), words) or words.chat_template
     files = {
         **language_files(model, weights),
         **shards(weights, shard_bytes),
@@ -146,7 +148,8 @@ def llava_export(model: Source, *, shard_bytes: int) -> Export:
     config = replace(net.config, language=language)
     described = llava_config_to_hf(config, image_token_id=token)
     weights = llava_to_hf(state, config)
-    template = chat_template(processor.template)
+    form = form_of(processor.template, processor.tokenizer)
+    template = own_chat_template(form) if isinstance(form, ChatForm) else chat_template(processor.template)
     kind = "LlavaNext" if config.pinpoints else "Llava"
     files = {
         "config.json": _config(described, weights),
@@ -154,7 +157,7 @@ def llava_export(model: Source, *, shard_bytes: int) -> Export:
         **shards(weights, shard_bytes),
         **tokenizer_files(
             tokenizer,
-            begin=True,
+            begin=not isinstance(form, ChatForm),  # which writes its beginning itself
             end=False,
             context=net.language.context,
             side="left",

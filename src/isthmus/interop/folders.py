@@ -14,6 +14,7 @@ from torch import Tensor
 
 from isthmus.checkpoint import load_into, read_json
 from isthmus.data.blip2 import PairProcessor, PromptProcessor, newline_id
+from isthmus.data.chat import OWN
 from isthmus.data.images import ImageTransform, Mode
 from isthmus.data.interleave import InterleaveProcessor
 from isthmus.data.processor import (
@@ -39,7 +40,7 @@ from isthmus.interop.hf_llava import llava_from_folder
 from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.interop.hf_towers import read_image_encoder_folder, read_text_encoder_folder
 from isthmus.interop.special_ids import must_agree, must_agree_on_image
-from isthmus.interop.told_template import chat_template_of, told_template
+from isthmus.interop.told_template import chat_template_of, places_pictures, told_template
 from isthmus.language import Seq2SeqLM
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip
@@ -252,7 +253,11 @@ def _template(folder: Path, tokenizer: Tokenizer, *, otherwise: str, pictures: b
     text = chat_template_of(folder)
     if not text:
         return otherwise, tokenizer
+    if not pictures:  # a LLaVA's is its processor's, which reads pictures as parts of a turn
+        tokenizer = tokenizer.with_chat_template(text)
     told = told_template(text, tokenizer, pictures=pictures)
+    if (told.name is None or not told.further) and (not pictures or places_pictures(text, tokenizer)):
+        return OWN, tokenizer.with_chat_template(text)
     if told.name is None and pictures:
         warnings.warn(
             f"{folder}: its chat template is none that is known here (what it makes of a question is none of "

@@ -7,6 +7,7 @@ model was trained on.
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ import tokenizers
 from tokenizers import processors
 
 from isthmus.checkpoint import Content, read_json
+from isthmus.data.chat import ChatForm, Pieces
 from isthmus.data.clip_tokenizer import ClipTokenizer
 from isthmus.data.images import ImageTransform
 from isthmus.data.text import TEMPLATES, Grammar
-from isthmus.data.tokenizer import BEGINS, END, Tokenizer
+from isthmus.data.tokenizer import BEGINS, CHAT_TEMPLATE, END, Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.export import Source, must
 from isthmus.language import Decoding
 
-CHAT_TEMPLATE = "chat_template.jinja"
 _PROCESSORS = {
     "square": "CLIPImageProcessor",
     "pad": "LlavaImageProcessor",
@@ -69,6 +70,7 @@ def tokenizer_files(
     if not isinstance(tokenizer, ClipTokenizer):
         files["tokenizer.json"] = _framed(tokenizer, begin=begin, end=end).to_str()
     config.pop(BEGINS, None)  # the frame says it there
+    files.pop(CHAT_TEMPLATE, None)  # who writes the model says how it is asked there
     config |= {"padding_side": side, "model_max_length": context or int(1e30), **more}
     return {**files, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
 
@@ -200,6 +202,56 @@ def begun(template: str | None, tokenizer: Tokenizer) -> str | None:
 
 
 _BEGUN = re.compile(r"\{\{- '[^'{}]*' -\}\}(?=\{%- macro said|\{%- for message)")
+
+
+def own_chat_template(form: ChatForm) -> str:
+    """A language model's own template with pictures in its turns: the same pieces around them, in Jinja for the
+    messages form. Raises CheckpointError where it could not be cut."""
+    bare, headed = form.bare, form.headed
+    if isinstance(bare, str):
+        raise CheckpointError(f"the language model's own chat template has no place for pictures that is known: {bare}")
+    if isinstance(headed, Pieces) and replace(headed, head=bare.head, open=bare.open, trims=bare.trims) == bare:
+        system = (
+            f"{{{{- {json_of(headed.head)} + {_trimmed('own.seen', headed, 'system')} + {json_of(headed.open)} -}}}}"
+        )
+    else:
+        why = headed if isinstance(headed, str) else "it writes turns otherwise after one"
+        system = f"{{{{- raise_exception({json_of('no system text: ' + why)}) -}}}}"
+    return (
+        f"{_TEXT}{{%- set own = namespace(seen='') -%}}"
+        "{%- for message in messages if message['role'] == 'system' -%}"
+        "{%- set own.seen = own.seen + said(message['content']) -%}{%- endfor -%}"
+        f"{{%- if own.seen -%}}{system}{{%- else -%}}{{{{- {json_of(bare.open)} -}}}}{{%- endif -%}}"
+        "{%- for message in messages if message['role'] != 'system' -%}{%- set text = said(message['content']) -%}"
+        "{%- if message['role'] == 'user' -%}{%- set seen = namespace(n=0) -%}"
+        f"{_PICTURES}{{%- if seen.n -%}}{_PLACED}{{%- else -%}}"
+        f"{{%- set text = {_trimmed('text', bare, 'user')} -%}}{{%- endif -%}}{{{{- text -}}}}"
+        f"{{%- if loop.revindex == 2 -%}}{{{{- {json_of(bare.ask_last)} -}}}}"
+        f"{{%- elif not loop.last -%}}{{{{- {json_of(bare.ask)} -}}}}"
+        f"{{%- elif add_generation_prompt -%}}{{{{- {json_of(bare.prompt)} -}}}}{{%- endif -%}}"
+        f"{{%- else -%}}{{{{- {_trimmed('text', bare, 'assistant')} -}}}}"
+        f"{{{{- {json_of(bare.end)} if loop.last else {json_of(bare.next)} -}}}}{{%- endif -%}}{{%- endfor -%}}"
+    )
+
+
+def json_of(text: str) -> str:
+    """As a Jinja string, whatever is in it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _trimmed(variable: str, pieces: Pieces, role: str) -> str:
+    return variable + _IN_JINJA[pieces.trims.get(role, "as it is")]
+
+
+_IN_JINJA = {
+    "as it is": "",
+    "stripped": ".strip()",
+    "stripped on the left": ".lstrip()",
+    "stripped on the right": ".rstrip()",
+    "without line breaks around it": ".strip('\\n')",
+    "without line breaks before it": ".lstrip('\\n')",
+}
+"""What :mod:`isthmus.data.chat` knows of a content's ends, as a method's call."""
 
 
 def _quoted(text: str) -> str:

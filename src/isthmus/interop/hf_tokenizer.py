@@ -12,7 +12,8 @@ from typing import Any
 from isthmus.checkpoint import read_json
 from isthmus.data.clip_tokenizer import SIGLIP, clip_tokenizer, load_tokenizer
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.errors import CheckpointError
+from isthmus.errors import CheckpointError, DataError
+from isthmus.language.chat_template import render_chat
 
 _PROBE = "a photo of two cats"
 
@@ -74,15 +75,11 @@ def _begun(tokenizer: Tokenizer, added: list[int], bare: list[int], folder: Path
 def rendered(template: str, messages: list[dict[str, Any]], names: Mapping[str, str]) -> str | None:
     """What transformers makes of a conversation by a chat template, up to the answer; none where the template refuses
     it or is no Jinja."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     try:
         with quiet():
-            own: dict[str, Any] = dict(names)  # the template's own words, beside the function's
-            found, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **own)
-    except Exception:  # whatever a template raises; who asks says what follows
+            return render_chat(template, messages, names, prompt=True)
+    except DataError:  # whatever a template raises; who asks says what follows
         return None
-    return found[0]
 
 
 @contextmanager

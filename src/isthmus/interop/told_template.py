@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.checkpoint import read_json
+from isthmus.data.chat import ChatForm, Pieces
 from isthmus.data.images import as_image
 from isthmus.data.record import Part, Record, Text
 from isthmus.data.text import TEMPLATES, Grammar, render
-from isthmus.data.tokenizer import Tokenizer
+from isthmus.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from isthmus.errors import CheckpointError
-from isthmus.interop.hf_files import CHAT_TEMPLATE, template_named
+from isthmus.interop.hf_files import template_named
 from isthmus.interop.hf_tokenizer import rendered
 
 _QUESTION, _ANSWER, _FURTHER = "Is it red?", "A cube.", "And this?"
@@ -45,6 +46,22 @@ def told_template(text: str, tokenizer: Tokenizer, *, pictures: bool) -> ToldTem
     if found or alike:
         return ToldTemplate(name=(found or alike)[0], further=bool(found), begins=begins)
     return ToldTemplate(name=None, begins=begins)
+
+
+def places_pictures(text: str, tokenizer: Tokenizer) -> bool:
+    """Can a chat template be cut into spans, and puts it a turn's pictures where ours would stand?"""
+    form = ChatForm(tokenizer.with_chat_template(text))
+    begin = "".join(tokenizer.begins)  # which a processor of pictures adds where the template does not write it
+    if not isinstance(form.bare, Pieces) or not form.bare.open.startswith(begin):
+        return False
+    names = {name: token for name, token in tokenizer.specials.items() if token}
+    picture, said = {"type": "image"}, {"type": "text", "text": _QUESTION}
+    shown, asked = as_image("probe.png"), Text(_QUESTION, role="user")  # never opened
+    for parts, own in (([picture, said], (shown, asked)), ([picture, picture, said], (shown, shown, asked))):
+        theirs = rendered(text, [{"role": "user", "content": parts}], names)
+        if theirs != str(render(Record("probe", own), form, prompt=True)):
+            return False
+    return True
 
 
 def chat_template_of(folder: Path) -> str:

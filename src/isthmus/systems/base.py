@@ -14,6 +14,7 @@ from torch import Tensor
 
 from isthmus.batch import Batch
 from isthmus.config import plain
+from isthmus.data.chat import default_template
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import Processor, SpliceProcessor
 from isthmus.data.processors import processor_from_dict
@@ -136,7 +137,7 @@ class System:
         return SpliceProcessor(
             tokenizers.main,
             image=image,
-            template=stage.template or "vicuna_v1",
+            template=stage.template or default_template(tokenizers.main, "vicuna_v1"),
             max_length=stage.max_length or net.language.context,
             num_tokens=net.num_tokens(image.size, image.size),
         )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from isthmus.config import merged
+from isthmus.data.chat import default_template
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import Processor, TextProcessor
 from isthmus.models.lm import BareLM
@@ -32,4 +33,6 @@ class LmSystem(System):
     ) -> Processor:
         self.no_options(stage)
         length = stage.max_length or net.language.context
-        return TextProcessor(tokenizers.main, template=stage.template or "document", max_length=length)
+        return TextProcessor(
+            tokenizers.main, template=stage.template or default_template(tokenizers.main, "document"), max_length=length
+        )

@@ -1,0 +1,352 @@
+"""A language model's own chat template, cut into spans: what stands before, between and after the turns.
+
+A template in Jinja says nothing of what is to be learnt. So known contents are rendered through it once, the pieces
+around them are cut out, and a record is then put together from pieces and contents as by any other template: labels
+are spans, no rendered record is ever searched. What was cut is held against the template's own output, id by id, on
+one to four turns, with a system's text and without. A template that does more than stand around its contents (it
+counts, dates, or asks otherwise than it tells) is refused for training, with the reason, and still asks: a prompt has
+no labels and is rendered by the template itself.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from isthmus.data.record import Image, Record
+from isthmus.data.text import Rendered, Template, Turn, conversation_turns, encode, say, write_user
+from isthmus.data.tokenizer import END, Tokenizer
+from isthmus.errors import ConfigError, DataError
+from isthmus.language.chat_template import TemplateTimeoutError, render_chat
+
+OWN = "chat"
+"""The name, among templates, of the one that came with the language model."""
+
+_PICTURE = chr(ord(END) - 1)  # reserved like the stand-ins, and never one of them: a template has not that many
+_ROLES = ("system", "user", "assistant")
+_TRIMS = {
+    "as it is": str,
+    "stripped": str.strip,
+    "stripped on the left": str.lstrip,
+    "stripped on the right": str.rstrip,
+    "without line breaks around it": lambda text: text.strip("\n"),
+    "without line breaks before it": lambda text: text.lstrip("\n"),
+}
+"""What templates do to a content's ends, by what is said of it."""
+
+_LEARNT = {"system": "Qxsystem7", "user": "Qxasked{}7", "assistant": "Qxsaid{}7"}
+_CHECKED = {"system": "Be brief: 3 words.", "user": "What is no. {}?\n\n(of é, 東)", "assistant": "It's {}, a cube."}
+"""Contents that are cut out, and others that what was cut is held against; ``{}`` is the turn's number."""
+
+Spoken = Sequence[tuple[str, str]]
+
+
+class _NoCutError(Exception):
+    """Why a template cannot be cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """What a template writes around contents: ``head`` before the system's text and ``open`` before the first question;
+    ``ask`` before an answer that a question follows, ``ask_last`` before the last one, ``prompt`` where the answer is
+    to be written; ``next`` between an answer and a question, ``end`` at last. ``trims``: what becomes of each role's
+    text. Special tokens are in them as people write them."""
+
+    head: str
+    open: str
+    ask: str
+    ask_last: str
+    prompt: str
+    next: str
+    end: str
+    trims: Mapping[str, str] = field(default_factory=dict)
+
+    def written(self, said: Spoken, *, prompt: bool) -> str:
+        """The whole of a conversation, for holding it against the template's."""
+        out, system = self.head, said[0][0] == "system"
+        if system:
+            out += self.content(*said[0])
+        out += self.open
+        turns = said[1:] if system else said
+        for number, (role, text) in enumerate(turns):
+            left = len(turns) - number
+            if role == "user":
+                around = self.prompt if left == 1 else self.ask if left > 2 else self.ask_last
+                out += self.content(role, text) + (self.ask if prompt and left > 1 else around)
+            else:
+                out += self.content(role, text) + (self.end if left == 1 else self.next)
+        return out
+
+    def content(self, role: str, text: str) -> str:
+        return _TRIMS[self.trims.get(role, "as it is")](text)
+
+
+class ChatForm:
+    """The template that a tokenizer carries, as a template of :func:`isthmus.data.text.render`.
+
+    ``bare`` and ``headed`` are its pieces without and with a system's text, or the reason why there are none; ``stop``
+    is the token that ends a turn, if it could be learnt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Raises ConfigError for a tokenizer that carries none."""
+        if tokenizer.chat_template is None:
+            raise ConfigError(
+                "This model's tokenizer carries no chat template of its own; name another one by template=NAME (on the "
+                "command line --template NAME) or a file in Jinja (--template FILE.jinja)."
+            )
+        self.tokenizer, self.template = tokenizer, tokenizer.chat_template
+        self._names = {name: token for name, token in tokenizer.specials.items() if token is not None}
+        added = tokenizer.added_tokens()
+        self._special = re.compile(_any_of([text for text, token in added.items() if token.special]))
+        self._shown: dict[str, str] = {}
+        self.stop: str | None = None
+        self.bare = self._learn(system=False)
+        self.headed = self.bare if isinstance(self.bare, str) else self._learn(system=True)
+
+    # Learning
+
+    def _learn(self, *, system: bool) -> Pieces | str:
+        try:
+            pieces = self._trimmed(self._cut(system), system)
+            self._check(pieces, system)
+            stop = self._stop_of(pieces)
+        except (_NoCutError, DataError) as error:
+            return str(error)
+        self.stop = stop
+        return pieces
+
+    def _said(self, said: Spoken, *, prompt: bool) -> str:
+        messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in said]
+        try:
+            return render_chat(self.template, messages, self._names, prompt=prompt)
+        except TemplateTimeoutError:
+            raise
+        except DataError:
+            parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+            try:
+                return render_chat(self.template, parts, self._names, prompt=prompt)
+            except DataError:
+                pass
+            raise
+
+    def _cut(self, system: bool) -> Pieces:
+        if "strftime_now" in self.template:
+            raise _NoCutError("it writes today's date, so what was learnt would be asked otherwise tomorrow")
+        conversation = _conversation(_LEARNT, 2, system)
+        whole = self._between(self._said(conversation, prompt=False), conversation)
+        asked = self._between(self._said(conversation[:-1], prompt=True), conversation[:-1])
+        head = whole.pop(0) if system else ""
+        open_, ask, next_, ask_last, end = whole
+        return Pieces(head, open_, ask, ask_last, asked[-1], next_, end)
+
+    def _between(self, text: str, said: Spoken) -> list[str]:
+        pieces = []
+        for role, content in said:
+            if text.count(content) != 1:
+                often = "leaves out" if content not in text else "writes more than once, or not in their order,"
+                raise _NoCutError(f"it {often} what the {role} says")
+            before, text = text.split(content)
+            pieces.append(before)
+        return [*pieces, text]
+
+    def _trimmed(self, pieces: Pieces, system: bool) -> Pieces:
+        """With what the template makes of each role's white space."""
+        trims: dict[str, str] = {}
+        for role in _ROLES[not system :]:
+            edged = {**_LEARNT, role: f"\n  {_LEARNT[role]}  \n"}
+            said = _conversation(edged, 2, system)
+            written = self._said(said, prompt=False)
+            for how in _TRIMS:
+                found = Pieces(*(getattr(pieces, name) for name in _PIECES), {**trims, role: how})
+                if found.written(said, prompt=False) == written:
+                    trims[role] = how
+                    break
+            else:
+                raise _NoCutError(f"it changes the white space in what the {role} says by no rule that is known here")
+        return Pieces(*(getattr(pieces, name) for name in _PIECES), trims)
+
+    def _check(self, pieces: Pieces, system: bool) -> None:
+        """Raises _NoCutError where the pieces and the template differ, in letters or in ids."""
+        for pairs, prompt in itertools.product((1, 2, 3, 4), (False, True)):
+            said = _conversation(_CHECKED, pairs, system)[: -1 if prompt else None]
+            theirs = self._said(said, prompt=prompt)
+            ours = pieces.written(said, prompt=prompt)
+            where = f"{pairs} turn{'s' * (pairs > 1)}{' and a system text' * system}"
+            if ours != theirs:
+                raise _NoCutError(f"it writes {where} otherwise than fewer: {_difference(ours, theirs)}")
+            marked = encode(self._bare(self._marks(ours)), self.tokenizer).ids
+            if marked != self.tokenizer.backend.encode(theirs, add_special_tokens=False).ids:
+                raise _NoCutError(f"the tokenizer reads {where} otherwise when special tokens are only the template's")
+        asked = _conversation(_CHECKED, 1, system)
+        begin, full = (
+            encode(self._bare(self._marks(pieces.written(s, prompt=p))), self.tokenizer).ids
+            for s, p in ((asked[:-1], True), (asked, False))
+        )
+        if full[: len(begin)] != begin:
+            raise _NoCutError(
+                f"it asks for an answer by {pieces.prompt!r} and writes answers behind {pieces.ask_last!r}, "
+                "so the model would be asked otherwise than it learnt"
+            )
+
+    def _stop_of(self, pieces: Pieces) -> str:
+        """The token that ends a turn."""
+        found = self._special.search(pieces.end)
+        if found is None:
+            raise _NoCutError("it writes no special token behind an answer, so a model could not learn where to stop")
+        return found[0]
+
+    # Rendering
+
+    def __call__(self, record: Record, prompt: bool) -> Rendered:
+        """Raises DataError for a conversation that is none, or that the template refuses; ConfigError where something
+        is to be learnt and the template cannot be cut."""
+        turns = conversation_turns(record, prompt)
+        system = "".join(str(part.text) for part in record.texts if part.role == "system")
+        pieces = self.headed if system else self.bare
+        if isinstance(pieces, Pieces):
+            return self._put_together(pieces, system, turns, prompt)
+        if prompt:
+            return self._rendered(system, turns)
+        if isinstance(self.bare, Pieces):
+            raise DataError(
+                f"bad system text: the model's own chat template cannot be cut with one: {pieces}; "
+                "put it into the first question"
+            )
+        raise ConfigError(
+            f"The model's own chat template cannot be trained with: {pieces}. It still serves for asking; "
+            "give the stage a `template:` of another name."
+        )
+
+    def _put_together(self, pieces: Pieces, system: str, turns: Sequence[Turn], prompt: bool) -> Rendered:
+        out = self._bare("")
+        marks = self._marks
+        out.write(marks(pieces.head) + pieces.content("system", system) + marks(pieces.open))
+        for number, turn in enumerate(turns):
+            last = number == len(turns) - 1
+            said = _sliced(turn.said, pieces.content(turn.role, turn.text))
+            if turn.role == "user":
+                if turn.images:
+                    write_user(out, turn, prompt, first=False)
+                else:
+                    say(out, said, prompt)
+                if last:
+                    out.write(marks(pieces.prompt))
+                continue
+            ask = pieces.ask_last if last and not prompt else pieces.ask
+            given, own = (pieces.prompt, ask.removeprefix(pieces.prompt))
+            if not ask.startswith(pieces.prompt):
+                given, own = ask, ""
+            out.write(marks(given))
+            closing, rest = self._closed(pieces, pieces.end if last else pieces.next)
+            say(out, ((marks(own), said[0][1]), *said, (marks(closing), said[-1][1])), prompt)
+            out.write(marks(rest))
+        return out
+
+    def _closed(self, pieces: Pieces, after: str) -> tuple[str, str]:
+        """What of ``after`` the model writes itself, the end of its turn, and the rest; white space that the token
+        takes in is the token's."""
+        assert self.stop is not None  # pieces without an end are none
+        place = pieces.end.index(self.stop) + len(self.stop)
+        if after[:place] != pieces.end[:place]:
+            return "", after
+        if self.tokenizer.added_tokens()[self.stop].rstrip:
+            place = len(after) - len(after[place:].lstrip())
+        return after[:place], after[place:]
+
+    def _rendered(self, system: str, turns: Sequence[Turn]) -> Rendered:
+        """A prompt by the template itself. Raises DataError for a text with a special token, which would not be told
+        from the template's own."""
+        said: list[tuple[str, str]] = [("system", system)] if system else []
+        images: list[Image] = []
+        for turn in turns:
+            plain = Rendered()
+            if turn.images:
+                write_user(plain, turn, True, first=False)
+            text = _PICTURE.join(chunk.text for chunk in plain.chunks) if turn.images else turn.text
+            said.append((turn.role, text))
+            images += plain.images
+        for role, text in said:
+            if found := self._special.search(text):
+                raise DataError(
+                    f"bad text: the {role}'s text holds {found[0]!r}, a special token, and this model's chat template "
+                    f"is rendered in one piece ({self.bare if isinstance(self.bare, str) else self.headed}); remove it"
+                )
+        chunks = self._marks(self._said(said, prompt=True)).split(_PICTURE)
+        if len(chunks) != len(images) + 1:
+            raise DataError(f"the chat template keeps {len(chunks) - 1} of {len(images)} pictures; show fewer")
+        out = self._bare(chunks[0])
+        for image, chunk in zip(images, chunks[1:], strict=True):
+            out.place(image)
+            out.write(chunk)
+        return out
+
+    def _bare(self, text: str) -> Rendered:
+        out = Rendered(self._shown, begun=True)
+        out.write(text)
+        return out
+
+    def _marks(self, text: str) -> str:
+        """``text`` with a stand-in for each special token."""
+
+        def mark(found: re.Match[str]) -> str:
+            char = self.tokenizer.stand_in(found[0])
+            self._shown[char] = found[0]
+            return char
+
+        return self._special.sub(mark, text)
+
+
+_PIECES = ("head", "open", "ask", "ask_last", "prompt", "next", "end")
+_FORMS: WeakKeyDictionary[Tokenizer, ChatForm] = WeakKeyDictionary()
+
+
+def form_of(template: str, tokenizer: Tokenizer) -> str | Template:
+    """What :func:`isthmus.data.text.render` takes for the template of a processor: its name, or for OWN the form, which
+    is learnt once per tokenizer. Raises ConfigError for OWN where the tokenizer carries none."""
+    if template != OWN:
+        return template
+    if tokenizer not in _FORMS:
+        _FORMS[tokenizer] = ChatForm(tokenizer)
+    return _FORMS[tokenizer]
+
+
+def default_template(tokenizer: Tokenizer, otherwise: str) -> str:
+    """The template of a stage that names none: the language model's own, where it carries one."""
+    return otherwise if tokenizer.chat_template is None else OWN
+
+
+def with_stop(form: str | Template, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> tuple[int, ...]:
+    """``stop_ids`` and the token that ends a turn in the model's own template."""
+    own = {tokenizer.id_of(form.stop)} if isinstance(form, ChatForm) and form.stop is not None else set()
+    return tuple(sorted({*stop_ids, *(own - {tokenizer.eos_id})}))
+
+
+def _conversation(texts: Mapping[str, str], pairs: int, system: bool) -> list[tuple[str, str]]:
+    said = [("system", texts["system"])] if system else []
+    for number in range(1, pairs + 1):
+        said += [(role, texts[role].replace("{}", str(number))) for role in ("user", "assistant")]
+    return said
+
+
+def _sliced(said: Sequence[tuple[str, bool]], kept: str) -> list[tuple[str, bool]]:
+    """The pieces of a text of which ``kept`` is left, white space at its ends gone."""
+    text = "".join(piece for piece, _ in said)
+    start = text.index(kept)
+    end, place, found = start + len(kept), 0, []
+    for piece, learn in said:
+        found.append((piece[max(0, start - place) : max(0, end - place)], learn))
+        place += len(piece)
+    return found
+
+
+def _difference(ours: str, theirs: str) -> str:
+    at = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return f"{theirs[max(0, at - 10) : at + 30]!r} instead of {ours[max(0, at - 10) : at + 30]!r}"
+
+
+def _any_of(tokens: Sequence[str]) -> str:
+    """The leftmost token, of several there the longest, as the tokenizers library splits."""
+    return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)"

@@ -1,0 +1,119 @@
+"""A folder's own chat template from opening to training, saving and the way back to transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+
+import isthmus
+from isthmus.cli import chat
+from isthmus.data.chat import OWN
+from isthmus.data.images import open_image
+from isthmus.data.processor import SpliceProcessor
+from isthmus.data.record import Record, Text
+from isthmus.errors import ConfigError, DataError, IsthmusWarning
+from isthmus.interop.convert import write_model
+from isthmus.model import Model
+from isthmus.recipes.schema import StageSpec
+from isthmus.systems import system
+from isthmus.systems.base import Tokenizers
+from isthmus.testing import probe
+from tests.interop import tiny_models
+
+CHATML = (
+    "{% for m in messages %}{{ '<pad>' + m.role + '\\n' + m.content + '<unk>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<pad>assistant\\n' }}{% endif %}"
+)
+"""ChatML with two special tokens that the tiny vocabulary has."""
+TURNS = [("system", "Be brief."), ("user", "a cube?"), ("assistant", "two"), ("user", "a ring?")]
+MESSAGES = [{"role": role, "content": text} for role, text in TURNS]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_model(tiny_models.lm(), tmp_path / "lm", "hf")
+    (tmp_path / "lm" / "chat_template.jinja").write_text(CHATML)
+    return tmp_path / "lm"
+
+
+def test_an_lm_answers_in_its_own_template(folder: Path, capsys: Any) -> None:
+    model, words = isthmus.load(folder), AutoTokenizer.from_pretrained(folder)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder)
+    asked = words.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    stops = [words.eos_token_id, words.unk_token_id]
+    with torch.inference_mode():
+        how: dict[str, Any] = {
+            "eos_token_id": stops,
+            "suppress_tokens": [0, 1],
+            "attention_mask": torch.ones_like(asked),
+        }
+        ids = theirs.generate(asked, max_new_tokens=8, do_sample=False, **how)
+    said = words.decode(ids[0, asked.shape[1] :], skip_special_tokens=True).strip()
+    assert model.chat(MESSAGES, max_new_tokens=8) == said
+    assert words.unk_token_id in model.processor.stop_ids  # the end of its turn
+    chat.run(str(folder), "a cube?", [], max_new_tokens=4, temperature=0.0)
+    one = model.chat([{"role": "user", "content": "a cube?"}], max_new_tokens=4)
+    assert " ".join(capsys.readouterr().out.split()) == " ".join(one.split())
+    assert all(score < 0 for score in model.score([Text("a cube?", role="user")], ["red", "blue"]))
+
+
+def test_the_template_goes_with_the_model(folder: Path, tmp_path: Path) -> None:
+    model = isthmus.load(folder)
+    isthmus.load(model.save(tmp_path / "own")).chat(MESSAGES, max_new_tokens=2)
+    write_model(isthmus.load(tmp_path / "own"), tmp_path / "hf", "hf")
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == CHATML
+    record = Record("r", tuple(Text(text, role=role) for role, text in TURNS))  # type: ignore[arg-type]
+    prompts = [isthmus.load(f).processor.prompt(record).streams["lm"].ids for f in (folder, tmp_path / "own")]
+    assert prompts[0] == prompts[1] == isthmus.load(tmp_path / "hf").processor.prompt(record).streams["lm"].ids
+
+
+def llava(folder: Path) -> Model:
+    """A LLaVA whose tokenizer carries the template, with the processor of a stage that names none."""
+    base, words = tiny_models.llava(), isthmus.load(folder).processor.tokenizer
+    stage = StageSpec.model_validate(
+        {"name": "align", "data": [{}], "steps": 1, "batch_size": 1, "train": [{"pattern": "connector.*", "lr": 1.0}]}
+    )
+    processor = system("llava").processor(base.net, Tokenizers(words), base.processor.image, stage)
+    assert isinstance(processor, SpliceProcessor)
+    assert processor.template == OWN
+    return Model(base.net, processor)
+
+
+def test_a_llava_over_it_takes_it_and_transformers_asks_alike(folder: Path, tmp_path: Path) -> None:
+    model, picture = llava(folder), probe.picture(1)
+    write_model(model, tmp_path / "hf", "hf")
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    messages: list[dict[str, Any]] = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in TURNS]
+    messages[1]["content"].insert(0, {"type": "image", "image": open_image(picture.source)})
+    theirs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    turns = [Text(text, role=role) for role, text in TURNS]  # type: ignore[arg-type]
+    parts = (turns[0], picture, *turns[1:])
+    for opened in (model, isthmus.load(tmp_path / "hf")):
+        example = opened.processor.prompt(Record("r", parts))
+        ids = list(example.streams["lm"].ids)
+        for place in example.places:
+            ids[place.start : place.start + place.length] = [processor.image_token_id] * place.length
+        assert ids == list(theirs["input_ids"][0])
+
+
+def test_an_lm_without_a_template_says_how_to_choose_one(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match=r"--template NAME: vicuna_v1"):
+        isthmus.load(folder).chat(MESSAGES)
+    isthmus.load(folder, template="vicuna_bare").chat(MESSAGES, max_new_tokens=2)
+    (folder / "mine.jinja").write_text(CHATML)
+    model = isthmus.load(folder, template=str(folder / "mine.jinja"))
+    assert model.processor.tokenizer.chat_template == CHATML
+    errors = {"vicuna_bar": "did you mean", "chat": "carries no chat template", "no.jinja": "cannot read"}
+    for wrong, said in errors.items():
+        with pytest.raises(ConfigError, match=said):
+            isthmus.load(folder, template=wrong)
+
+
+def test_a_llava_whose_template_cannot_be_cut_is_told(folder: Path, tmp_path: Path) -> None:
+    write_model(llava(folder), tmp_path / "hf", "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages | length }}")
+    with pytest.warns(IsthmusWarning, match="none that is known here"):
+        isthmus.load(tmp_path / "hf")
