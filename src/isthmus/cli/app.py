@@ -271,6 +271,24 @@ def chat(
 
 @app.command()
 @opens_a_model
+def look(
+    model: Annotated[str, typer.Argument(help="A model: anything `isthmus.load` opens.")],
+    question: Annotated[str, typer.Argument(help="What to ask about the picture.")],
+    image: Annotated[Path, typer.Option(help="The picture.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
+    cells: Annotated[int, typer.Option(min=1, max=64, help="Cells a side to cover, one at a time.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
+    *,
+    given: dict[str, Any],
+) -> None:
+    """Pictures of where a model looked for each word of its answer, and of what covering each region changes."""
+    from isthmus.cli.look import run
+
+    run(model, question, image, out, cells=cells, max_new_tokens=max_new_tokens, given=given)
+
+
+@app.command()
+@opens_a_model
 def serve(
     models: Annotated[
         list[str] | None, typer.Argument(help="MODEL or NAME=MODEL ...; none: those that came with the package.")

@@ -39,11 +39,17 @@ def run(
     models = opened(named, given)
     key, local = os.environ.get(KEY) or None, _is_loopback(host)
     app = create_app(
-        models, limits=bounds, remote=remote(domains, bounds.picture), key=key, hosts=_LOOPBACK if local else None
+        models,
+        limits=bounds,
+        remote=remote(domains, bounds.picture),
+        key=key,
+        hosts=_LOOPBACK if local else None,
+        places={name: Path(place) for name, place in places(named).items()},
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if log_requests else "WARN")
     shown = f"[{host}]" if ":" in host else host
     console.print(f"Serving {', '.join(models)} at http://{shown}:{port}/v1", markup=False, highlight=False)
+    console.print(f"The page: http://{shown}:{port}/", markup=False, highlight=False)
     if not local and key is None:
         warning = f"Everybody who reaches {host} may ask. Set {KEY} to ask for a key."
         console.print(warning, markup=False, highlight=False)
@@ -62,22 +68,28 @@ def needs_extra() -> None:
 
 
 def opened(named: Sequence[str], given: Mapping[str, Any]) -> dict[str, "Model"]:
-    """The models by id: ``NAME=MODEL``, else the last component of MODEL's path; none named: those of the package.
+    """The models by id, see :func:`places`."""
+    from isthmus.model import load
+
+    return {name: load(place, **given) for name, place in places(named).items()}
+
+
+def places(named: Sequence[str]) -> dict[str, str]:
+    """What to open, by id: ``NAME=MODEL``, else the last component of MODEL's path; none named: those of the package.
 
     Raises ConfigError for one id given twice.
     """
-    from isthmus.model import load
     from isthmus.pretrained import SCHEME, names, shipped
 
     if not named:
         named = [f"{SCHEME}{name}" for name in names()] or [str(shipped(f"{SCHEME}llava"))]
-    places: dict[str, str] = {}
+    found: dict[str, str] = {}
     for each in named:
         name, place = _identified(each)
-        if name in places:
-            raise ConfigError(f"{places[name]} and {place} would both be called {name!r}; name one: NAME={place}.")
-        places[name] = place
-    return {name: load(place, **given) for name, place in places.items()}
+        if name in found:
+            raise ConfigError(f"{found[name]} and {place} would both be called {name!r}; name one: NAME={place}.")
+        found[name] = place
+    return found
 
 
 def _identified(named: str) -> tuple[str, str]:

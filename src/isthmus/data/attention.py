@@ -19,6 +19,29 @@ class Attention:
     tokens: tuple[str, ...]
     maps: tuple[Tensor, ...]
 
+    def words(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The text's words in order, each with the numbers of its tokens. Tokens that leave no trace in the text (a
+        space alone, part of a character) belong to the word before them."""
+        found: list[tuple[str, tuple[int, ...]]] = []
+        at = 0
+        for number, token in enumerate(self.tokens):
+            bare = token.strip()
+            start = self.text.find(bare, at) if bare else -1
+            if start < 0:
+                found[-1:] = [(word, (*numbers, number)) for word, numbers in found[-1:]]
+                continue
+            before, at = self.text[at:start], start + len(bare)
+            if not found or any(c.isspace() for c in before):
+                found.append((bare, (number,)))
+            else:
+                word, numbers = found[-1]
+                found[-1] = (word + before + bare, (*numbers, number))
+        return found
+
+    def heat(self, visual: int) -> list[Tensor]:
+        """For each of :meth:`words` a map (F, rows, columns) of a visual, the mean over layers and its tokens."""
+        return [self.maps[visual][:, list(numbers)].mean((0, 1)) for _, numbers in self.words()]
+
 
 def with_answer(prompt: Example, answer: Sequence[int]) -> Example:
     """A prompt of stream ``lm`` with the tokens of an answer behind it, which see what its last token sees."""

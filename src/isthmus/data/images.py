@@ -413,6 +413,16 @@ class ImageTransform:
         left, top = (self._start(side) for side in target)
         return image.crop((left, top, left + self.size, top + self.size))
 
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what the model sees of a picture of that size (``anyres``: its first view),
+        in fractions of width and height. Below 0 and above 1 is the canvas of ``pad``; the rounding to whole pixels
+        of the resized picture is left out."""
+        if self.mode not in ("square", "pad"):
+            return 0.0, 0.0, 1.0, 1.0
+        side = min(width, height) if self.mode == "square" else max(width, height)
+        across, down = (1 - side / width) / 2, (1 - side / height) / 2
+        return across, down, 1 - across, 1 - down
+
     def _start(self, side: int) -> int:
         """Where the centre begins along a side. Python rounds half to even, as in the code of OpenAI and open_clip."""
         return round((side - self.size) / 2) if self.crop == "round" else (side - self.size) // 2

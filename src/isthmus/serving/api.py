@@ -1,11 +1,12 @@
 """The application: routes, and what every request passes through.
 
-A further router, such as the browser page's, is handed to :func:`create_app`; its routes find the models at
+A further router of one's own is handed to :func:`create_app`; its routes find the models at
 ``request.app.state.server``.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -15,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from isthmus.model import Model
-from isthmus.serving import chat, errors, vectors
+from isthmus.serving import chat, errors, page, vectors
 from isthmus.serving.errors import ApiError
 from isthmus.serving.fetch import Remote
 from isthmus.serving.http import App, Gate
@@ -79,11 +80,12 @@ def create_app(
     key: str | None = None,
     hosts: frozenset[str] | None = None,
     routers: Sequence[APIRouter] = (),
+    places: Mapping[str, Path] | None = None,
 ) -> FastAPI:
     """The application for these models.
 
     ``remote`` is none where no pictures are fetched, ``key`` where everybody may ask, ``hosts`` where requests may
-    name any host. ``routers`` are further routes.
+    name any host. ``routers`` are further routes, ``places`` the models' folders, whose scores the page shows.
     """
     limits = limits or Limits()
     server = Server(models, limits, remote)
@@ -103,8 +105,8 @@ def create_app(
         lifespan=lifespan,
         separate_input_output_schemas=False,
     )
-    app.state.server = server
-    for each in (router, chat.router, vectors.router, *routers):
+    app.state.server, app.state.places = server, dict(places or {})
+    for each in (router, chat.router, vectors.router, page.router, *routers):
         app.include_router(each)
     _handle_errors(app)
     app.add_middleware(_Gate, server=server, limits=limits, key=key, hosts=hosts)  # type: ignore[arg-type]

@@ -20,8 +20,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-OPEN = ("/health",)
-"""Paths that need no key."""
+OPEN = ("/health", "/", "/page.css", "/page.js")
+"""Paths that need no key: they tell nothing of the models."""
 
 LINGER = 1.0
 """Seconds in which a refused connection may still send what nobody reads."""

@@ -1,0 +1,73 @@
+"""``isthmus look``: where a model looked for each word of its answer, and what covering each region changes."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from isthmus.errors import CapabilityError, ConfigError
+
+
+def run(
+    name: str,
+    question: str,
+    image: Path,
+    out: Path,
+    *,
+    cells: int,
+    max_new_tokens: int,
+    given: Mapping[str, Any],
+) -> None:
+    """Write ``word-NN-WORD.png``, ``covering.png`` and ``look.json`` into ``out``, which must be new or empty.
+
+    A model that has no maps, or scores no answers, is said so and the other half is written; one that has neither is
+    a CapabilityError. Raises ConfigError for a folder that holds something.
+    """
+    from isthmus.comparison.covering import cover, drawn, word_pictures
+    from isthmus.data.images import FileImage, open_image
+    from isthmus.model import load
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty; name a new folder with --out.")
+    picture = open_image(FileImage(image))
+    console, model = Console(emoji=False), load(name, **given)
+    if not {"attend", "score"} & set(model.capabilities) or model.processor.image is None:
+        can = ", ".join(model.capabilities)
+        raise CapabilityError(
+            f"This {model.kind} model neither tells where it looked nor scores answers; it can: {can}."
+        )
+    facts: dict[str, Any] = {"model": name, "image": str(image), "question": question}
+    words: list[Any] = []
+    try:
+        answer, words = word_pictures(model, picture, question, max_new_tokens=max_new_tokens)
+    except CapabilityError as error:
+        console.print(f"No pictures of words: {error}", markup=False, highlight=False)
+        answer = model.answer(picture, question, max_new_tokens=max_new_tokens)
+    console.print(f"Answer: {answer}", markup=False, highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    for number, (word, shown) in enumerate(words, 1):
+        shown.save(out / f"word-{number:02}-{re.sub(r'[^A-Za-z0-9]+', '', word)[:20] or 'sign'}.png")
+    facts |= {"answer": answer, "words": [word for word, _ in words]}
+    if "score" in model.capabilities and answer.strip():
+        with Progress(transient=True, console=console) as bar:
+            task = bar.add_task("covering", total=cells * cells)
+            found = cover(
+                model, picture, question, answer, cells=cells, note=lambda done, _: bar.update(task, completed=done)
+            )
+        drawn(picture, found).save(out / "covering.png")
+        facts |= {"logprob": found.logprob, "drop": found.drop.tolist()}
+        row, column = divmod(int(found.drop.argmax()), cells)
+        console.print(
+            f"Log-probability {found.logprob:.3f}; covering row {row + 1}, column {column + 1} of {cells} x {cells} "
+            f"lowers it most, by {float(found.drop.max()):.3f}",
+            highlight=False,
+        )
+    else:
+        why = "it scores no answers" if answer.strip() else "the answer is empty"
+        console.print(f"No covering.png: {why}.", highlight=False)
+    (out / "look.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    console.print(f"{len(words)} words, attention and not proof: {out}", markup=False, highlight=False)

@@ -1,0 +1,169 @@
+"""The browser page at ``/``: static files, and the few routes of ours that it needs beside the public API.
+
+``/isthmus/scene``: a generated picture with its truth; ``/isthmus/look``: where a model looked for each word of its
+answer; ``/isthmus/runs``: each model's parts, counts and scores.
+"""
+
+import base64
+from collections.abc import Iterator, Mapping
+from functools import partial
+from importlib.resources import files
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+from pydantic import Field
+
+from isthmus.checkpoint import read_json
+from isthmus.data.attention import Attention
+from isthmus.data.images import ImageLimits, open_image
+from isthmus.data.record import Record
+from isthmus.data.sources import open_source
+from isthmus.errors import CapabilityError, CheckpointError
+from isthmus.model import Model
+from isthmus.recipes.facts import parts_of, visual_tokens, visual_tokens_text
+from isthmus.serving import schema
+from isthmus.serving.errors import bad_request
+from isthmus.serving.limits import MOST_MESSAGES
+from isthmus.serving.parsing import StrictRoute
+from isthmus.serving.server import ERRORS, Server
+
+router = APIRouter(route_class=StrictRoute)
+
+SCENES = 1_000_000
+"""Generated pictures to choose from: those of the test split, which no model of the demo was trained on."""
+
+LONGEST_LOOK = 256
+"""Tokens of an answer that can be looked into: maps are told for each."""
+
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "cache-control": "no-cache",
+}
+PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+"""The static files by their address."""
+
+
+async def _static(name: str, kind: str) -> Response:
+    content = files("isthmus.serving").joinpath("static", name).read_bytes()
+    return Response(content, media_type=kind, headers=_HEADERS)
+
+
+for _path, _file in PAGE.items():
+    router.add_api_route(_path, partial(_static, *_file), include_in_schema=False)
+
+
+class LookRequest(schema.Asking):
+    """A conversation that the model is to continue greedily, as ``/v1/chat/completions`` takes it."""
+
+    messages: Annotated[list[schema.Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    max_tokens: Annotated[int, Field(ge=1, le=LONGEST_LOOK)] = 128
+
+
+@router.get("/isthmus/scene", responses=ERRORS, operation_id="scene")
+async def scene(request: Request, number: Annotated[int, Query(ge=0, lt=SCENES)] = 0) -> dict[str, Any]:
+    """A generated picture as a PNG, what it shows, and questions about it with their answers."""
+    server: Server = request.app.state.server
+    return await server.prepared(lambda: _scene(number))
+
+
+def _scene(number: int) -> dict[str, Any]:
+    described, asked = (
+        open_source({"kind": "scenes", "form": form, "split": "test", "count": SCENES})[number]
+        for form in ("describe", "conversations")
+    )
+    picture = BytesIO()
+    open_image(described.images[0].source).save(picture, "PNG")
+    # A scene that no question fits is drawn anew for its conversation: then the questions are about another picture.
+    turns = [str(t.text) for t in asked.texts] if asked.images[0].key == described.images[0].key else []
+    return {
+        "number": number,
+        "picture": f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}",
+        "truth": next(str(t.text) for t in described.texts if t.role == "assistant"),
+        "questions": [{"question": q, "answer": a} for q, a in zip(turns[::2], turns[1::2], strict=True)],
+    }
+
+
+@router.post("/isthmus/look", responses=ERRORS, operation_id="look")
+async def look(asked: LookRequest, request: Request) -> dict[str, Any]:
+    """Where the model looked for each word of its greedy answer: per picture of the conversation a map per word.
+
+    A map is rows x columns of patches, row by row, the mean over layers and the word's tokens. ``box`` (left, top,
+    right, bottom) is the part of the picture that the map covers, in fractions of its width and height; it reaches
+    beyond 0 and 1 where the picture was padded. Of a picture read in tiles the map is that of the whole view.
+    """
+    server: Server = request.app.state.server
+    model = server.model(asked.model, "attend")
+    with server.ticket(request, asked) as hearing:
+        record = server.reader.conversation(asked.messages)
+        await server.prepared(lambda: server.reader.prompt(model, record))  # refuses what the model cannot read
+        boxes = await server.prepared(lambda: _boxes(server, model, record))
+        found: Attention = await hearing.call(_attention(model, record, asked.max_tokens))
+        words = found.words()
+        pictures = [
+            {
+                "box": box,
+                "rows": maps.shape[-2],
+                "columns": maps.shape[-1],
+                "maps": [[round(x, 5) for x in heat[0].flatten().tolist()] for heat in found.heat(n)],
+            }
+            for n, (box, maps) in enumerate(zip(boxes, found.maps, strict=True))
+        ]
+        return {"model": asked.model, "text": found.text, "words": [w for w, _ in words], "pictures": pictures}
+
+
+def _attention(model: Model, record: Record, tokens: int) -> Iterator[Attention]:
+    try:
+        yield model.attend([record], max_new_tokens=tokens)[0]
+    except CapabilityError:
+        raise bad_request("no_maps", "This model's attention cannot be traced back to the picture.", "model") from None
+
+
+def _boxes(server: Server, model: Model, record: Record) -> list[tuple[float, float, float, float]]:
+    limits = ImageLimits(file_bytes=server.limits.picture, pixels=server.limits.pixels)
+    return [model.processor.image.box(*open_image(image.source, limits).size) for image in record.images]
+
+
+@router.get("/isthmus/runs", responses=ERRORS, operation_id="runs")
+async def runs(request: Request) -> dict[str, Any]:
+    """Each model's parts with their numbers of parameters, its size in memory, and the scores in its folder; what a
+    picture may weigh."""
+    server: Server = request.app.state.server
+    told = [_told(name, model, request.app.state.places.get(name)) for name, model in server.models.items()]
+    limits = server.limits
+    return {"models": told, "limits": {"pictures": limits.pictures, "picture_bytes": limits.picture}}
+
+
+def _told(name: str, model: Model, place: Path | None) -> dict[str, Any]:
+    return {
+        "id": name,
+        "kind": model.kind,
+        "capabilities": list(model.capabilities),
+        "parts": parts_of(model.net),
+        "weight_bytes": sum(t.numel() * t.element_size() for t in model.net.state_dict().values()),
+        "visual_tokens": "" if visual_tokens(model.net) is None else visual_tokens_text(model.net),
+        "scores": {} if place is None else _scores(place),
+    }
+
+
+def _scores(place: Path) -> Mapping[str, Mapping[str, float | str]]:
+    """The figures of each task that the folder of a run has results of."""
+    found: dict[str, Mapping[str, float | str]] = {}
+    for file in sorted(place.glob("eval/*/scores.json")):
+        try:
+            facts = read_json(file)
+        except CheckpointError:
+            found[file.parent.name] = {"problem": "its scores.json cannot be read"}
+            continue
+        numbers = {k: v for k, v in facts.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        found[file.parent.name] = numbers
+    return found

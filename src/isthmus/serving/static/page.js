@@ -1,0 +1,669 @@
+"use strict";
+// The page: it speaks the public API and the routes under /isthmus/. What anybody wrote is only ever textContent.
+
+const MOST_MODELS = 4;
+const KINDS = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
+const COVER = "#808080";
+
+const state = { models: [], limits: { pictures: 8, picture_bytes: 10485760 }, key: "", attached: [], turns: [],
+  running: new Set() };
+const $ = (id) => document.getElementById(id);
+
+function make(tag, options = {}, ...children) {
+  const { on = {}, data = {}, ...rest } = options;
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(rest)) {
+    if (name in made) made[name] = value;
+    else made.setAttribute(name, value);
+  }
+  for (const [name, value] of Object.entries(data)) made.dataset[name] = value;
+  for (const [name, handler] of Object.entries(on)) made.addEventListener(name, handler);
+  made.append(...children);
+  return made;
+}
+
+const button = (text, handler, options = {}) => make("button", { type: "button", textContent: text,
+  on: { click: handler }, ...options });
+
+function notice(text) {
+  $("notice").textContent = text;
+  $("notice").hidden = !text;
+}
+
+// The server
+
+class Refused extends Error {
+  constructor(message, status) { super(message); this.status = status; }
+}
+
+async function call(path, body, signal) {
+  const headers = state.key ? { authorization: `Bearer ${state.key}` } : {};
+  if (body) headers["content-type"] = "application/json";
+  let reply;
+  try {
+    reply = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused("The server cannot be reached. Is it still running?", 0);
+  }
+  if (reply.ok) return reply;
+  let message = `The server answered with status ${reply.status}.`;
+  try {
+    message = (await reply.json()).error.message;
+  } catch { /* no body of ours: the status is all there is to say */ }
+  throw new Refused(message, reply.status);
+}
+
+const answered = async (...args) => (await call(...args)).json();
+
+/** Text, tokens and end of a streamed answer, handed to `hear` as they come. */
+async function stream(body, signal, hear) {
+  const reply = await call("/v1/chat/completions", { ...body, stream: true,
+    stream_options: { include_usage: true } }, signal);
+  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+  let waiting = "";
+  for (;;) {
+    let piece;
+    try {
+      piece = await reader.read();
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      piece = { done: true };
+    }
+    if (piece.done) throw new Refused("The connection ended before the answer did. Is the server still running?", 0);
+    waiting += piece.value;
+    const events = waiting.split("\n\n");
+    waiting = events.pop();
+    for (const event of events) {
+      const text = event.replace(/^data: /, "");
+      if (text === "[DONE]") return;
+      const said = JSON.parse(text);
+      if (said.error) throw new Refused(said.error.message, 0);
+      hear(said);
+    }
+  }
+}
+
+// Pictures
+
+function readable(file) {
+  return new Promise((done, fail) => {
+    const reader = new FileReader();
+    reader.onload = () => done(reader.result);
+    reader.onerror = () => fail(new Error(`${file.name} cannot be read from the disk.`));
+    reader.readAsDataURL(file);
+  });
+}
+
+function decoded(url, name) {
+  return new Promise((done, fail) => {
+    const image = new Image();
+    image.onload = () => done(image);
+    image.onerror = () => fail(new Error(`${name} is damaged or no picture.`));
+    image.src = url;
+  });
+}
+
+async function take(files) {
+  notice("");
+  for (const file of files) {
+    try {
+      const most = state.limits.picture_bytes;
+      if (!KINDS.includes(file.type)) throw new Error(`${file.name} is no PNG, JPEG, WebP, GIF or BMP.`);
+      if (file.size > most) {
+        throw new Error(`${file.name} has ${megabytes(file.size)}; the server takes at most ${megabytes(most)}. ` +
+          "Save it smaller.");
+      }
+      const url = await readable(file);
+      await decoded(url, file.name);
+      attach({ url, name: file.name });
+    } catch (error) {
+      notice(error.message);
+    }
+  }
+}
+
+const megabytes = (bytes) => `${(bytes / 1048576).toFixed(1)} MiB`;
+
+function attach(picture) {
+  if (state.attached.length >= state.limits.pictures) {
+    notice(`One question takes at most ${state.limits.pictures} pictures.`);
+    return;
+  }
+  state.attached.push(picture);
+  drawAttached();
+}
+
+function drawAttached() {
+  $("attached").replaceChildren(...state.attached.map((picture, n) => figure(picture, 160,
+    truth(picture),
+    button("Remove", () => { state.attached.splice(n, 1); drawAttached(); },
+      { ariaLabel: `Remove ${picture.name}` }))));
+}
+
+/** The picture in a box of its own size, with a canvas exactly over it. */
+function figure(picture, side, ...more) {
+  const image = make("img", { src: picture.url, alt: picture.name });
+  const canvas = make("canvas");
+  const size = () => {
+    const wide = Math.min(side, side * 1.3 * (image.naturalWidth / image.naturalHeight));
+    image.style.width = `${Math.max(16, wide)}px`;
+  };
+  if (image.complete) size();
+  image.addEventListener("load", size);
+  const stage = make("div", { className: "stage" }, image, canvas);
+  const made = make("figure", {}, stage, make("figcaption", { textContent: picture.name }), ...more);
+  made.picture = picture;
+  made.image = image;
+  made.canvas = canvas;
+  made.draw = () => {};
+  new ResizeObserver(() => made.draw()).observe(image);
+  return made;
+}
+
+function truth(picture) {
+  if (!picture.truth) return "";
+  const told = make("div");
+  told.append(make("p", { textContent: picture.truth }), make("ul", {}, ...picture.questions.map((each) =>
+    make("li", {}, button(each.question, () => { $("question").value = each.question; $("question").focus(); }),
+      ` ${each.answer}`))));
+  return make("details", {}, make("summary", { textContent: "the truth" }), told);
+}
+
+async function newScene() {
+  notice("");
+  try {
+    const found = await answered(`/isthmus/scene?number=${Math.floor(Math.random() * 1e6)}`);
+    attach({ url: found.picture, name: `scene ${found.number}`, truth: found.truth, questions: found.questions });
+  } catch (error) {
+    notice(error.message);
+  }
+}
+
+// Models
+
+const can = (model, ...what) => what.some((each) => model.capabilities.includes(each));
+const mode = () => document.querySelector("input[name=mode]:checked").value;
+const able = (model) => mode() === "chat" ? can(model, "chat") : can(model, "classify", "score", "match", "similarity");
+const chosen = () => [...document.querySelectorAll("#models input:checked:not(:disabled)")].map((box) =>
+  state.models.find((model) => model.id === box.value));
+
+function listModels() {
+  const boxes = state.models.map((model, n) => make("label", {},
+    make("input", { type: "checkbox", value: model.id, checked: n === firstAble(), on: { change: allow } }),
+    ` ${model.id} `, make("small", { textContent: model.kind })));
+  $("models").replaceChildren($("models").firstElementChild, ...boxes);
+  allow();
+}
+
+/** Ticked at first: a model that can do this and sees, else one that can do it. */
+const firstAble = () => [(model) => able(model) && model.vision, able].map((wanted) =>
+  state.models.findIndex((model) => wanted(model))).find((n) => n >= 0) ?? 0;
+
+/** A box that cannot be ticked now is disabled: the model cannot do it, or four are ticked. */
+function allow() {
+  const boxes = [...document.querySelectorAll("#models input")];
+  for (const box of boxes) box.disabled = !able(state.models.find((model) => model.id === box.value));
+  const ticked = boxes.filter((box) => box.checked && !box.disabled).length;
+  for (const box of boxes) if (!box.checked && ticked >= MOST_MODELS) box.disabled = true;
+  const labels = mode() === "labels";
+  $("choices").hidden = !labels;
+  $("question").placeholder = labels ? "only for models that answer questions" : "what is in the picture?";
+}
+
+// Asking
+
+function send(event) {
+  event.preventDefault();
+  notice("");
+  const models = chosen();
+  const question = $("question").value.trim();
+  const labels = [...new Set($("labels").value.split(",").map((each) => each.trim()).filter(Boolean))];
+  if (!models.length) return notice("Tick a model that can do this.");
+  if (mode() === "labels" && labels.length < 2) return notice("Give at least two words to choose from.");
+  if (mode() === "labels" && !state.attached.length) return notice("Give a picture to choose words for.");
+  if (mode() === "chat" && !question) return notice("Write a question.");
+  const turn = { question, labels: mode() === "labels" ? labels : null, pictures: state.attached, answers: [] };
+  turn.before = [...state.turns];
+  state.turns.push(turn);
+  state.attached = [];
+  drawAttached();
+  $("question").value = "";
+  drawTurn(turn);
+  for (const model of models) ask(turn, model);
+}
+
+/** What a model is sent: earlier turns that it answered, then this one, with its pictures or with `pictures`. */
+function messages(turn, model, pictures) {
+  const found = [];
+  for (const each of turn.before) {
+    const answer = each.answers.find((a) => a.model === model && !a.covered && a.text);
+    if (!answer || each.labels) continue;
+    found.push(userTurn(each.question, each.pictures), { role: "assistant", content: answer.text });
+  }
+  return [...found, userTurn(turn.question, pictures || turn.pictures)];
+}
+
+function userTurn(question, pictures) {
+  if (!pictures.length) return { role: "user", content: question };
+  return { role: "user", content: [...pictures.map(part), { type: "text", text: question }] };
+}
+
+const part = (picture) => ({ type: "image_url", image_url: { url: picture.url } });
+
+/** The figures of the pictures that `messages` holds, in order: of the turns that were sent too. */
+function shown(turn, model, own) {
+  const earlier = turn.before.filter((each) => !each.labels &&
+    each.answers.some((a) => a.model === model && !a.covered && a.text));
+  return [...earlier.flatMap((each) => each.figures), ...own];
+}
+
+function bodyOf(turn, model, pictures) {
+  if (!turn.labels) {
+    return ["/v1/chat/completions", { model: model.id, messages: messages(turn, model, pictures),
+      max_tokens: Math.min(1024, Math.max(1, Number($("tokens").value) || 128)) }];
+  }
+  const input = (pictures || turn.pictures).map(part);
+  if (can(model, "classify")) return ["/v1/classify", { model: model.id, input, labels: turn.labels }];
+  const text = turn.question && can(model, "score") ? [{ type: "text", text: turn.question }] : [];
+  return ["/v1/score", { model: model.id, input: [...input, ...text], candidates: turn.labels }];
+}
+
+async function ask(turn, model, covered) {
+  const [path, body] = bodyOf(turn, model, covered && covered.pictures);
+  const answer = { model, covered, text: "", path, body };
+  turn.answers.push(answer);
+  drawAnswer(turn, answer);
+  const stopper = new AbortController();
+  state.running.add(stopper);
+  $("stop").disabled = false;
+  answer.said.ariaBusy = "true";
+  const began = performance.now();
+  let first = 0, pieces = 0, tokens = 0, ended = "";
+  const facts = () => {
+    const seconds = (performance.now() - (first || began)) / 1000;
+    const count = tokens || pieces;
+    const speed = count > 1 && seconds > 0 ? ` · ${((count - 1) / seconds).toFixed(1)} tokens/s` : "";
+    const sight = model.visual_tokens ? ` · ${model.visual_tokens}` : "";
+    answer.facts.textContent = turn.labels ? ended : `${count} tokens${speed}${sight}${ended && ` · ${ended}`}`;
+  };
+  try {
+    if (turn.labels) {
+      bars(answer, await answered(path, body, stopper.signal), turn.labels);
+    } else {
+      await stream(body, stopper.signal, (said) => {
+        tokens = said.usage ? said.usage.completion_tokens : tokens;
+        for (const choice of said.choices) {
+          if (choice.delta.content) {
+            first = first || performance.now();
+            pieces += 1;
+            answer.text += choice.delta.content;
+            answer.said.textContent = answer.text;
+          }
+          if (choice.finish_reason === "length") ended = "cut at the longest length asked for";
+        }
+        if (!said.usage) facts();
+      });
+      if (!answer.text) ended = "the model said nothing";
+    }
+  } catch (error) {
+    if (error.name === "AbortError") ended = "stopped";
+    else fault(answer, error);
+  }
+  state.running.delete(stopper);
+  $("stop").disabled = !state.running.size;
+  answer.said.ariaBusy = "false";
+  answer.done = true;
+  facts();
+  tools(turn, answer);
+}
+
+function fault(answer, error) {
+  answer.problem.textContent = error.message;
+  answer.problem.hidden = false;
+  if (error.status === 401) $("key").hidden = false;
+}
+
+/** Shares of the labels: probabilities of a classifier, else likelihoods of the answers made to sum to 1. */
+function bars(answer, found, labels) {
+  const scores = found.measure ? found.data.map((each) => each.score) : found.data[0].probs;
+  let shares = scores;
+  if (found.measure === "likelihood") {
+    const top = Math.max(...scores);
+    const weights = scores.map((score) => Math.exp(score - top));
+    shares = weights.map((weight) => weight / weights.reduce((a, b) => a + b, 0));
+  }
+  const what = { likelihood: "share of the answers' likelihood", match: "probability of matching",
+    similarity: "similarity" }[found.measure] || "zero-shot probability";
+  const rows = labels.map((label, n) => [label, shares[n]]).sort((a, b) => b[1] - a[1]).flatMap(([label, share]) => {
+    const bar = make("span", { className: "bar", ariaHidden: "true" });
+    bar.style.width = `${Math.max(0, Math.min(1, share)) * 100}%`;
+    return [make("span", { textContent: label }), bar,
+      make("span", { textContent: found.measure === "similarity" ? share.toFixed(3) : `${(share * 100).toFixed(1)} %` })];
+  });
+  answer.said.replaceChildren(make("small", { textContent: what }), make("div", { className: "bars" }, ...rows));
+}
+
+// Turns
+
+function drawTurn(turn) {
+  turn.figures = turn.pictures.map((picture) => figure(picture, 320, truth(picture)));
+  for (const each of turn.figures) coverable(turn, each);
+  turn.grid = make("div", { className: "answers" });
+  turn.opacity = make("input", { type: "range", min: 0, max: 100, value: 70, ariaLabel: "Opacity of the map",
+    on: { input: () => everyFigure(turn, (each) => { each.canvas.style.opacity = turn.opacity.value / 100; }) } });
+  turn.heat = make("p", { className: "row hint", hidden: true }, make("strong", { textContent: "attention, not proof" }),
+    "point at a word, or move to it with Tab", make("label", {}, "opacity ", turn.opacity));
+  const title = turn.labels ? `which fits? ${turn.labels.join(", ")}` : turn.question;
+  turn.card = make("article", { className: "turn", ariaLabel: title },
+    make("h2", { textContent: title }),
+    make("div", { className: "pictures" }, ...turn.figures), turn.heat, turn.grid,
+    make("p", { className: "row" }, button("Edit and ask again", () => edit(turn))));
+  $("log").append(turn.card);
+  turn.card.scrollIntoView({ block: "nearest" });
+}
+
+const everyFigure = (turn, what) => state.turns.flatMap((each) => [...each.figures,
+  ...each.answers.flatMap((a) => a.figures || [])]).forEach(what);
+
+function drawAnswer(turn, answer) {
+  answer.said = make("div", { className: "said", "aria-live": "polite" });
+  answer.facts = make("p", { className: "facts" });
+  answer.problem = make("p", { className: "problem", role: "alert", hidden: true });
+  answer.tools = make("p", { className: "row" });
+  answer.figures = [];
+  const name = answer.covered ? `${answer.model.id}, covered` : answer.model.id;
+  answer.card = make("section", { className: "answer", ariaLabel: `Answer of ${name}`, data: { model: answer.model.id } },
+    make("h3", { textContent: name }));
+  if (answer.covered) {
+    answer.figures = answer.covered.pictures.map((picture) => figure(picture, 200));
+    answer.card.append(make("div", { className: "pictures" }, ...answer.figures));
+  }
+  answer.card.append(answer.said, answer.facts, answer.problem, answer.tools);
+  turn.grid.append(answer.card);
+}
+
+function tools(turn, answer) {
+  answer.tools.append(button("Copy as curl", () => copy(curl(answer))), button("Copy as Python", () => copy(python(answer))));
+  if (answer.text && !turn.labels && turn.pictures.length && can(answer.model, "attend")) {
+    const look = button("Where did it look?", async () => {
+      look.disabled = true;
+      look.textContent = "Looking …";
+      answer.problem.hidden = true;
+      try {
+        await lookAt(turn, answer);
+        look.remove();
+      } catch (error) {
+        fault(answer, error);
+        look.disabled = false;
+        look.textContent = "Where did it look?";
+      }
+    });
+    answer.tools.prepend(look);
+  }
+}
+
+function edit(turn) {
+  stopAll();
+  const from = state.turns.indexOf(turn);
+  for (const each of state.turns.splice(from)) each.card.remove();
+  state.attached = [...turn.pictures];
+  drawAttached();
+  document.querySelector(`input[name=mode][value=${turn.labels ? "labels" : "chat"}]`).checked = true;
+  allow();
+  $("question").value = turn.question;
+  if (turn.labels) $("labels").value = turn.labels.join(", ");
+  $(turn.labels ? "labels" : "question").focus();
+}
+
+function stopAll() {
+  for (const stopper of state.running) stopper.abort();
+}
+
+function restart() {
+  stopAll();
+  for (const each of state.turns) each.card.remove();
+  state.turns = [];
+  state.attached = [];
+  drawAttached();
+  notice("");
+  $("question").focus();
+}
+
+// Where a model looked
+
+async function lookAt(turn, answer) {
+  const { model, messages: sent, max_tokens } = answer.body;
+  const found = await answered("/isthmus/look", { model, messages: sent, max_tokens: Math.min(256, max_tokens) });
+  const figures = shown(turn, answer.model, answer.covered ? answer.figures : turn.figures);
+  const top = found.pictures.map((picture) => Math.max(...picture.maps.flat(), 1e-9));
+  let held = null;
+  const words = found.words.map((word, n) => {
+    const show = () => {
+      words.forEach((each) => each.classList.toggle("on", each === words[n]));
+      figures.forEach((each, p) => heat(each, found.pictures[p], found.pictures[p].maps[n], top[p],
+        turn.opacity.value / 100));
+    };
+    return make("button", { type: "button", className: "word", textContent: word, ariaPressed: "false",
+      ariaLabel: `${word}: show where the model looked`,
+      on: { pointerenter: show, focus: show, pointerleave: () => held !== null && held(), click: () => {
+        held = show;
+        words.forEach((each) => { each.ariaPressed = String(each === words[n]); });
+        show();
+      } } });
+  });
+  answer.said.replaceChildren(...words.flatMap((each) => [each, " "]));
+  turn.heat.hidden = false;
+  const plain = (text) => text.replace(/\s+/g, "");
+  if (plain(found.text) !== plain(answer.text)) {
+    answer.facts.textContent += " · the words are those of the answer written once more";
+  }
+}
+
+/** Draw a map over the part of the picture that it covers; again whenever the picture's size changes. */
+function heat(each, grid, map, top, opacity) {
+  const small = make("canvas", { width: grid.columns, height: grid.rows });
+  const dots = new ImageData(grid.columns, grid.rows);
+  map.forEach((value, n) => {
+    const share = Math.min(1, value / top);
+    dots.data.set([255, Math.round(210 * (1 - share)), 0, Math.round(255 * Math.sqrt(share))], 4 * n);
+  });
+  small.getContext("2d").putImageData(dots, 0, 0);
+  each.canvas.style.opacity = opacity;
+  each.draw = () => {
+    const [width, height] = fit(each);
+    const [left, top_, right, bottom] = grid.box;
+    const pen = each.canvas.getContext("2d");
+    pen.drawImage(small, left * width, top_ * height, (right - left) * width, (bottom - top_) * height);
+  };
+  each.draw();
+}
+
+/** The canvas emptied, with as many dots as the screen has under the picture. */
+function fit(each) {
+  const ratio = window.devicePixelRatio || 1;
+  each.canvas.width = Math.round(each.image.clientWidth * ratio);
+  each.canvas.height = Math.round(each.image.clientHeight * ratio);
+  return [each.canvas.width, each.canvas.height];
+}
+
+// Covering a region
+
+function coverable(turn, each) {
+  let rect = null, start = null, on = false;
+  const place = (event) => {
+    const box = each.canvas.getBoundingClientRect();
+    return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height].map((x) =>
+      Math.min(1, Math.max(0, x)));
+  };
+  const paint = () => {
+    const [width, height] = fit(each);
+    if (!rect) return;
+    const pen = each.canvas.getContext("2d");
+    pen.fillStyle = COVER;
+    pen.fillRect(rect[0] * width, rect[1] * height, (rect[2] - rect[0]) * width, (rect[3] - rect[1]) * height);
+  };
+  const again = button("Ask again with it covered", async () => {
+    const url = await coveredUrl(each, rect);
+    const pictures = turn.pictures.map((p) => p === each.picture ? { url, name: `${p.name}, covered` } : p);
+    const models = [...new Set(turn.answers.map((answer) => answer.model))];
+    toggle();
+    for (const model of models) ask(turn, model, { pictures });
+  }, { hidden: true });
+  const toggle = () => {
+    on = !on;
+    cover.ariaPressed = String(on);
+    each.canvas.classList.toggle("cover", on);
+    each.canvas.tabIndex = on ? 0 : -1;
+    each.canvas.ariaLabel = on ? "Region to cover: arrow keys move it, with Shift they size it" : "";
+    again.hidden = !on;
+    rect = on ? [0.35, 0.35, 0.65, 0.65] : null;
+    each.canvas.style.opacity = 1;
+    each.draw = paint;
+    paint();
+    if (on) each.canvas.focus({ preventScroll: true });
+  };
+  const cover = button("Cover a region", toggle, { ariaPressed: "false" });
+  each.canvas.addEventListener("pointerdown", (event) => {
+    if (!on) return;
+    start = place(event);
+    each.canvas.setPointerCapture(event.pointerId);
+  });
+  each.canvas.addEventListener("pointermove", (event) => {
+    if (!start) return;
+    const [x, y] = place(event);
+    rect = [Math.min(x, start[0]), Math.min(y, start[1]), Math.max(x, start[0]), Math.max(y, start[1])];
+    paint();
+  });
+  each.canvas.addEventListener("pointerup", () => { start = null; });
+  each.canvas.addEventListener("keydown", (event) => {
+    const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key] || [0, 0];
+    if (!on || !(dx || dy)) return;
+    event.preventDefault();
+    const [left, top, right, bottom] = rect;
+    const kept = (x) => Math.min(1, Math.max(0, x));
+    if (event.shiftKey) rect = [left, top, kept(Math.max(left + 0.05, right + dx / 20)),
+      kept(Math.max(top + 0.05, bottom + dy / 20))];
+    else {
+      const x = Math.min(1 - right, Math.max(-left, dx / 20)), y = Math.min(1 - bottom, Math.max(-top, dy / 20));
+      rect = [left + x, top + y, right + x, bottom + y];
+    }
+    paint();
+  });
+  each.append(make("p", { className: "row" }, cover, again));
+}
+
+async function coveredUrl(each, rect) {
+  const { image } = each;
+  const canvas = make("canvas", { width: image.naturalWidth, height: image.naturalHeight });
+  const pen = canvas.getContext("2d");
+  pen.drawImage(image, 0, 0);
+  pen.fillStyle = COVER;
+  const [left, top, right, bottom] = rect;
+  pen.fillRect(left * canvas.width, top * canvas.height, (right - left) * canvas.width, (bottom - top) * canvas.height);
+  const png = canvas.toDataURL("image/png");
+  // A large photograph as PNG may be more than the server takes.
+  return png.length * 0.75 < state.limits.picture_bytes ? png : canvas.toDataURL("image/jpeg", 0.95);
+}
+
+// The request as others would write it
+
+function curl(answer) {
+  const key = state.key ? " -H \"Authorization: Bearer $ISTHMUS_API_KEY\"" : "";
+  return `curl ${location.origin}${answer.path} -H 'content-type: application/json'${key} -d @- <<'END'\n` +
+    `${JSON.stringify(answer.body)}\nEND\n`;
+}
+
+function python(answer) {
+  const key = state.key ? ", \"authorization\": f\"Bearer {os.environ['ISTHMUS_API_KEY']}\"" : "";
+  return `import json\n${state.key ? "import os\n" : ""}import urllib.request\n\n` +
+    `body = json.loads(${JSON.stringify(JSON.stringify(answer.body))})\n` +
+    `request = urllib.request.Request(\n    ${JSON.stringify(location.origin + answer.path)},\n` +
+    `    json.dumps(body).encode(),\n    {"content-type": "application/json"${key}},\n)\n` +
+    "print(json.load(urllib.request.urlopen(request)))\n";
+}
+
+async function copy(text) {
+  $("copied").value = text;
+  $("copy").showModal();
+  $("copied").select();
+  try {
+    await navigator.clipboard.writeText(text);
+    $("copy").firstElementChild.textContent = "The request, copied:";
+  } catch {
+    $("copy").firstElementChild.textContent = "The request, to be copied from here:";
+  }
+}
+
+// What was trained
+
+function listRuns(models) {
+  const table = (title, rows) => make("div", {}, make("strong", { textContent: title }),
+    make("table", {}, make("tbody", {}, ...rows.map(([name, value]) => make("tr", {},
+      make("th", { scope: "row", textContent: name }), make("td", { textContent: value }))))));
+  const number = (value) => typeof value !== "number" ? value :
+    Number.isInteger(value) ? value.toLocaleString("en") : value.toFixed(3);
+  $("runs").lastElementChild.replaceChildren(...models.map((model) => make("section", { ariaLabel: model.id },
+    make("h3", { textContent: `${model.id} (${model.kind})` }),
+    table("parameters", [...Object.entries(model.parts), ["all", Object.values(model.parts).reduce((a, b) => a + b, 0)]]
+      .map(([name, value]) => [name, number(value)])),
+    table("memory", [["weights", megabytes(model.weight_bytes)],
+      ...(model.visual_tokens ? [["a picture", model.visual_tokens]] : [])]),
+    ...Object.entries(model.scores).map(([task, facts]) => table(task,
+      Object.entries(facts).map(([name, value]) => [name.replaceAll("_", " "), number(value)]))))));
+}
+
+// Start
+
+async function start() {
+  notice("");
+  try {
+    const { data } = await answered("/v1/models");
+    const runs = await answered("/isthmus/runs");
+    state.limits = runs.limits;
+    state.models = data.map((model) => ({ ...model, ...runs.models.find((each) => each.id === model.id) }));
+    const talks = state.models.some((model) => can(model, "chat"));
+    document.querySelector(`input[name=mode][value=${talks ? "chat" : "labels"}]`).checked = true;
+    listModels();
+    listRuns(runs.models);
+  } catch (error) {
+    notice(error.message);
+    if (error.status === 401) $("key").hidden = false;
+  }
+}
+
+$("key").addEventListener("submit", (event) => {
+  event.preventDefault();
+  state.key = $("secret").value;
+  $("key").hidden = true;
+  start();
+});
+$("ask").addEventListener("submit", send);
+$("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+});
+$("stop").addEventListener("click", stopAll);
+$("new").addEventListener("click", restart);
+$("scene").addEventListener("click", newScene);
+$("choose").addEventListener("click", () => $("file").click());
+$("file").addEventListener("change", () => { take([...$("file").files]); $("file").value = ""; });
+for (const each of document.querySelectorAll("input[name=mode]")) {
+  each.addEventListener("change", () => {
+    allow();
+    const boxes = [...document.querySelectorAll("#models input")];
+    if (!chosen().length && boxes.length) { boxes[firstAble()].checked = true; allow(); }
+  });
+}
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") stopAll(); });
+document.addEventListener("paste", (event) => {
+  const files = [...event.clipboardData.files];
+  if (files.length) { event.preventDefault(); take(files); }
+});
+for (const name of ["dragover", "dragleave", "drop"]) {
+  document.addEventListener(name, (event) => {
+    event.preventDefault();
+    document.body.classList.toggle("dropping", name === "dragover");
+    if (name === "drop") take([...event.dataTransfer.files]);
+  });
+}
+start();

@@ -1,0 +1,373 @@
+"""The page in a browser: one Chromium and one server of tiny random models for all tests of this file."""
+
+import base64
+import io
+import shutil
+import threading
+import time
+
+import pytest
+from PIL import Image as PilImage
+
+from isthmus.serving.limits import Limits
+from tests.serving.helpers import encoded, models, on_port, picture
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("chromium"), reason="no /usr/bin/chromium: apt-get install -y chromium"),
+    # Playwright's own pipes to the browser.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+class Slow:
+    """A speaker that takes a while for every token, while ``on``."""
+
+    def __init__(self, speaker):
+        self.speaker, self.on, self.steps = speaker, False, 0
+
+    def __getattr__(self, name):
+        return getattr(self.speaker, name)
+
+    def step(self):
+        self.steps += 1
+        if self.on:
+            time.sleep(0.03)
+        return self.speaker.step()
+
+
+@pytest.fixture(scope="module")
+def site():
+    """A server of its own: one of its models breaks at every question, others can be slowed."""
+    told = models() | {"broken": models()["lm"]}  # it reads no pictures, and says so
+    with on_port(told, limits=Limits(picture=2**20)) as served:
+        speakers = served.app.state.server.scheduler.speakers
+        for name in speakers:
+            speakers[name] = Slow(speakers[name])
+        served.slow = speakers
+        yield served
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking", "--disable-gpu"]
+        )
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def opened(browser, site):
+    """A function that opens the page in a context of its own; in the end nothing was asked of another host, and the
+    console holds no error."""
+    contexts, wrong, faults = [], [], []
+
+    def go(allowed=(), **options):
+        context = browser.new_context(**{"viewport": {"width": 1100, "height": 900}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on(
+            "request", lambda r: wrong.append(r.url) if not r.url.startswith((site.url, "data:", "blob:")) else None
+        )
+        page.on("pageerror", lambda e: faults.append(str(e)))
+
+        def said(message):
+            if message.type == "error" and not any(word in message.text for word in allowed):
+                faults.append(message.text)
+
+        page.on("console", said)
+        page.goto(site.url + "/")
+        page.wait_for_selector("#models input")
+        return page
+
+    yield go
+    for context in contexts:
+        context.close()
+    for speaker in site.slow.values():
+        speaker.on = False
+    assert not wrong
+    assert not faults
+
+
+def give(page, image=None, *, name="one.png", kind="image/png", data=None, **options):
+    """Choose a picture by the file input."""
+    raw = encoded(image or picture(1, (60, 40)), **options) if data is None else data
+    page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": raw})
+
+
+def pick(page, *names):
+    for box in page.locator("#models input").all():
+        box.set_checked(box.get_attribute("value") in names)
+
+
+def ask(page, text="what is red?", *, tokens=12):
+    page.fill("#tokens", str(tokens))
+    page.fill("#question", text)
+    page.click("#send")
+
+
+def answers(page, count):
+    """The cards of answers once all have ended."""
+    page.wait_for_function(
+        f"() => [...document.querySelectorAll('.said')].filter(e => e.ariaBusy === 'false').length === {count}"
+    )
+    return page.locator(".answer")
+
+
+def test_ask_stop_and_ask_on(opened, site):
+    page = opened()
+    pick(page, "llava")
+    give(page)
+    page.wait_for_selector("#attached img")
+    site.slow["llava"].on = True
+    page.evaluate(
+        "window.grown = new Set(); new MutationObserver(() => document.querySelectorAll('.said').forEach("
+        "e => grown.add(e.textContent))).observe(document.getElementById('log'), {subtree: true, childList: true})"
+    )
+    ask(page, tokens=100)
+    page.wait_for_function("() => grown.size > 4")
+    page.click("#stop")
+    first = answers(page, 1)
+    assert "stopped" in first.locator(".facts").inner_text()
+    steps = site.slow["llava"].steps
+    assert steps < 100
+    assert page.is_disabled("#stop")
+    site.slow["llava"].on = False
+    kept = first.locator(".said").inner_text()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "and <b>blue</b><img src=x onerror=alert(1)>?")
+    turns = sent.value.post_data_json["messages"]
+    assert [t["role"] for t in turns] == ["user", "assistant", "user"]
+    assert turns[1]["content"].strip() == kept.strip()
+    assert sum(p["type"] == "image_url" for t in turns for p in t["content"] if isinstance(p, dict)) == 1
+    second = answers(page, 2).nth(1)
+    assert "tokens/s" in second.locator(".facts").inner_text()
+    assert page.locator(".turn h2").nth(1).inner_text() == "and <b>blue</b><img src=x onerror=alert(1)>?"
+    assert page.locator(".turn h2 b, .turn h2 img").count() == 0
+    page.click(".turn:nth-child(2) >> text=Edit and ask again")
+    assert page.locator(".turn").count() == 1
+    assert "<b>blue</b>" in page.input_value("#question")
+    page.click("#new")
+    assert page.locator(".turn").count() == 0
+
+
+def test_models_side_by_side_one_of_which_fails(opened):
+    page = opened(allowed=("400",))
+    pick(page, "llava", "flamingo", "blip2", "broken")
+    assert page.locator("#models input:not(:checked):not(:disabled)").count() == 0  # four are the most
+    give(page)
+    page.wait_for_selector("#attached img")
+    ask(page)
+    found = answers(page, 4)
+    names = [card.get_attribute("data-model") for card in found.all()]
+    assert sorted(names) == ["blip2", "broken", "flamingo", "llava"]
+    for name, card in zip(names, found.all(), strict=True):
+        problem = card.locator(".problem")
+        assert problem.is_visible() == (name == "broken")
+        if name == "broken":
+            assert "reads only text" in problem.inner_text()
+        else:
+            assert "tokens/s" in card.locator(".facts").inner_text()
+
+
+def over(page, where=".turn"):
+    """Boxes of a picture and of its canvas, and the share of the canvas that is painted."""
+    return page.evaluate(
+        """(where) => {
+          const stage = document.querySelector(where + ' .stage');
+          const box = (e) => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; };
+          const canvas = stage.querySelector('canvas');
+          const dots = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+          const painted = [];
+          for (let n = 0; n < dots.length / 4; n++) if (dots[4 * n + 3]) painted.push(
+            [n % canvas.width / canvas.width, Math.floor(n / canvas.width) / canvas.height]);
+          const [xs, ys] = [0, 1].map((d) => painted.map((p) => p[d]));
+          const ends = (v) => [v.reduce((a, b) => Math.min(a, b), 9), v.reduce((a, b) => Math.max(a, b), -9)];
+          return {image: box(stage.querySelector('img')), canvas: box(canvas), dots: [canvas.width, canvas.height],
+                  across: ends(xs), down: ends(ys)};
+        }""",
+        where,
+    )
+
+
+def lies_on_the_picture(found):
+    assert found["canvas"] == pytest.approx(found["image"], abs=0.6)
+    assert found["dots"] == pytest.approx(found["image"][2:], abs=1)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_map_lies_on_the_picture(opened, turned):
+    page = opened()
+    pick(page, "llava")
+    exif = PilImage.Exif()
+    exif[0x0112] = 6
+    photo = picture(1, (160, 80)).convert("RGB")
+    if turned:
+        give(page, photo, name="turned.jpg", kind="image/jpeg", form="JPEG", exif=exif.tobytes())
+    else:
+        give(page, photo)
+    page.wait_for_selector("#attached img")
+    ask(page)
+    answers(page, 1)
+    page.click("text=Where did it look?")
+    page.wait_for_selector(".word")
+    assert page.locator("text=attention, not proof").is_visible()
+    page.locator(".word").nth(0).hover()
+    for width in (1100, 380):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(150)
+        found = over(page)
+        lies_on_the_picture(found)
+        wide = found["image"][2] > found["image"][3]
+        assert wide is not turned  # a browser turns the photograph, and so does the server
+        long, short = ("down", "across") if turned else ("across", "down")
+        # The model sees the square in the middle of a picture that is twice as long as it is short.
+        assert 0.2 < found[long][0] < found[long][1] < 0.8
+        assert found[short][1] - found[short][0] > 0.6
+    page.locator("input[type=range]").fill("20")
+    assert page.evaluate("document.querySelector('.turn canvas').style.opacity") == "0.2"
+
+
+def test_cover_a_region_and_ask_again(opened):
+    page = opened()
+    pick(page, "llava")
+    give(page, PilImage.new("RGB", (100, 80), "white"))
+    page.wait_for_selector("#attached img")
+    ask(page)
+    answers(page, 1)
+    page.click("text=Cover a region")
+    box = page.locator(".turn canvas").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.9)
+    page.mouse.up()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.click("text=Ask again with it covered")
+    found = answers(page, 2)
+    assert found.locator("h3").nth(1).inner_text() == "llava, covered"
+    assert found.nth(1).locator("img").count() == 1
+    url = sent.value.post_data_json["messages"][0]["content"][0]["image_url"]["url"]
+    covered = PilImage.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+    assert covered.size == (100, 80)
+    assert covered.getpixel((70, 56)) == (128, 128, 128)
+    assert covered.getpixel((20, 20)) == (255, 255, 255)
+
+
+def test_files_that_are_no_pictures_are_told_in_words(opened):
+    page = opened()
+    for name, kind, data, words in (
+        ("torn.png", "image/png", encoded(picture(1))[:40], "torn.png is damaged or no picture"),
+        (
+            "huge.png",
+            "image/png",
+            b"\x89PNG" + bytes(2 * 2**20),
+            "huge.png has 2.0 MiB; the server takes at most 1.0",
+        ),
+        ("notes.txt", "text/plain", b"notes", "notes.txt is no PNG"),
+    ):
+        give(page, name=name, kind=kind, data=data)
+        page.wait_for_function("(w) => document.getElementById('notice').textContent.includes(w)", arg=words)
+        assert page.locator("#attached img").count() == 0
+
+
+def test_words_to_choose_from_and_a_scene_with_its_truth(opened):
+    page = opened()
+    page.click("#scene")
+    page.wait_for_selector("#attached img")
+    page.click("#attached summary")
+    assert page.locator("#attached li").count() > 0
+    page.check("input[value=labels]")
+    pick(page, "clip", "llava")
+    page.fill("#labels", "red cube, <i>blue</i> ball, green cone, red cube")
+    page.click("#send")
+    found = answers(page, 2)
+    for card in found.all():
+        shares = [float(s.inner_text().split()[0]) for s in card.locator(".bars > :nth-child(3n)").all()]
+        assert len(shares) == 3  # given twice, shown once
+        assert sum(shares) == pytest.approx(100, abs=0.3)
+        assert shares == sorted(shares, reverse=True)
+        assert "<i>blue</i> ball" in card.inner_text()
+
+
+def test_by_keyboard_alone_and_copied_requests(opened):
+    page = opened()
+    page.locator("#models input").first.focus()
+
+    def until(where, most=40):
+        for _ in range(most):
+            if page.evaluate("(w) => document.activeElement.matches(w)", where):
+                return
+            page.keyboard.press("Tab")
+        raise AssertionError(f"Tab does not reach {where}")
+
+    until("#models input:checked")
+    page.keyboard.press("Space")
+    page.locator("#models input").first.focus()
+    until("#models input[value=llava]")
+    page.keyboard.press("Space")
+    until("#scene")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#attached img")
+    until("#question")
+    page.keyboard.type("what is it?")
+    page.keyboard.press("Enter")
+    answers(page, 1)
+    page.get_by_role("button", name="Copy as curl").focus()
+    page.keyboard.press("Enter")
+    assert page.input_value("#copied").startswith("curl http://127.0.0.1:")
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Copy as Python").click()
+    script = page.input_value("#copied")
+    page.keyboard.press("Escape")
+    said = io.StringIO()
+    body = page.locator(".said").inner_text()
+    exec(
+        compile(script, "copied", "exec"),
+        {"print": lambda value: said.write(value["choices"][0]["message"]["content"])},
+    )
+    assert said.getvalue().strip().split() == body.split()
+
+
+def test_narrow_dark_and_labelled(opened):
+    page = opened(viewport={"width": 360, "height": 700}, color_scheme="dark")
+    pick(page, "llava", "flamingo")
+    give(page, picture(1, (800, 300)), name=f"{'a-very-long-name' * 5}.png")
+    page.wait_for_selector("#attached img")
+    ask(page, "w" * 60)
+    answers(page, 2)
+    assert not page.locator(".problem").first.is_visible()
+    page.click("#runs summary")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    ground, ink = page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+    )
+    assert ground == "rgb(22, 23, 26)"
+    assert ink == "rgb(236, 236, 238)"
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('button, input:not([hidden]), textarea, img')].filter(e => !(e.ariaLabel ||"
+        " e.alt || e.textContent.trim() || e.labels?.length)).map(e => e.outerHTML)"
+    )
+    assert not unnamed
+    assert page.locator(".said[aria-live=polite]").count() == 2
+
+
+def test_a_server_that_stops_in_the_middle_shows_it(browser):
+    with on_port({"llava": models()["llava"]}) as served:
+        speakers = served.app.state.server.scheduler.speakers
+        speakers["llava"] = slow = Slow(speakers["llava"])
+        slow.on = True
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(served.url + "/")
+        page.wait_for_selector("#models input")
+        ask(page, "what?", tokens=150)
+        page.wait_for_function("() => document.querySelector('.said')?.textContent.length > 3")
+        threading.Thread(target=served.app.state.server.scheduler.stop).start()
+        answers(page, 1)
+        assert page.locator(".problem").is_visible()
+        assert "The server is shutting down" in page.locator(".problem").inner_text()
+        context.close()
