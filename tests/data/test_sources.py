@@ -500,11 +500,3 @@ def test_messages_whose_content_is_a_list_of_parts(tmp_path, place):
     assert [p.text for p in found.texts] == ["what?", "a cube", "and this?", "a ring"]
     assert [p.learn for p in found.texts] == [False, True, False, True]
     assert found.images[0].source.read() == png()
-
-
-def test_a_part_of_another_type_is_a_bad_sample(tmp_path):
-    turns = [{"role": "user", "content": [{"type": "audio", "audio": "x"}]}, {"role": "assistant", "content": "no"}]
-    (tmp_path / "rows.json").write_text(json.dumps([{"messages": turns}]))
-    source = open_source({"kind": "jsonl", "file": "rows.json"}, data_root=tmp_path)
-    with pytest.raises(DataError, match="of type 'audio'; it must be text, image or image_url"):
-        source[0]

@@ -246,3 +246,11 @@ def test_a_name_of_pictures_that_cannot_be_filled_in(tmp_path, image_name):
     source = open_source({"kind": "gqa", "file": "gqa.json", "image_name": image_name}, data_root=tmp_path)
     with pytest.raises(ConfigError, match=r"cannot be filled in .*; it may hold \{id\}, here 'n12'"):
         source[0]
+
+
+def test_a_part_of_another_type_is_a_bad_sample(tmp_path):
+    turns = [{"role": "user", "content": [{"type": "audio", "audio": "x"}]}, {"role": "assistant", "content": "no"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": turns}]))
+    source = open_source({"kind": "jsonl", "file": "rows.json"}, data_root=tmp_path)
+    with pytest.raises(DataError, match="of type 'audio'; it must be text, image or image_url"):
+        source[0]

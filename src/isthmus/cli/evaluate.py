@@ -4,13 +4,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
 from isthmus.errors import ConfigError
 from isthmus.user_code import is_user_code, label, pin, pinned_in
+
+if TYPE_CHECKING:
+    from isthmus.recipes.schema import EvalSpec
 
 
 def run(
@@ -33,7 +36,7 @@ def run(
     """Print a table per task; outputs, manifest and scores go into ``out``. ``given``: further arguments of
     :func:`isthmus.load`, which belong to the model's identity. ``judge``: who scores open answers, by the fields of
     :class:`isthmus.evaluation.judge.Judge`."""
-    from isthmus.recipes.scoring import SHOWABLE, model_hash, own_tasks, score_model, with_shots
+    from isthmus.recipes.scoring import SHOWABLE, model_hash, score_model, with_shots
     from isthmus.recipes.tables import score_table
 
     counts = counted(shots, more_shots)
@@ -47,16 +50,11 @@ def run(
     loaded = _load(model, given or {})
     own = {name: value for name, value in (given or {}).items() if name != "device"}
     identity = " ".join([model_hash(folder) or model, *(f"{name}={value}" for name, value in own.items())])
-    if data is None and model.startswith(_PEER):
-        raise ConfigError(f"{model} has no tasks of its own: give --task and --data.")
-    if data is None:
-        specs = [s for s in own_tasks(folder, (given or {}).get("code", ())) if task in (None, s.task, s.name)]
-        if not specs:
-            raise ConfigError(f"{folder} names no {task or ''} task of its own: give --task and --data.")
-    else:
-        specs = [spec_of(task or _task_for(loaded), data, train, options)]
-        if judge:
-            specs[0].options["judge"] = dict(judge)
+    specs = _specs(
+        model, loaded, task=task, data=data, train=train, options=options, code=(given or {}).get("code", ())
+    )
+    if judge:
+        specs[0].options["judge"] = dict(judge)
     if counts and not any(spec.task in SHOWABLE for spec in specs):
         names = ", ".join(spec.task for spec in specs)
         raise ConfigError(f"--shots go before questions and captions ({', '.join(SHOWABLE)}); {names} takes none.")
@@ -97,6 +95,29 @@ def run(
     if json_file is not None:
         facts = {r.task: r.scores.to_dict() for r in results}
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _specs(
+    model: str,
+    loaded: Any,
+    *,
+    task: str | None,
+    data: str | None,
+    train: str | None,
+    options: Sequence[str],
+    code: Sequence[str],
+) -> "list[EvalSpec]":
+    """The task on ``data``; without data those of the model's own recipe. Raises ConfigError when it has none."""
+    from isthmus.recipes.scoring import own_tasks
+
+    if data is not None:
+        return [spec_of(task or _task_for(loaded), data, train, options)]
+    if model.startswith(_PEER):
+        raise ConfigError(f"{model} has no tasks of its own: give --task and --data.")
+    specs = [s for s in own_tasks(Path(model), code) if task in (None, s.task, s.name)]
+    if not specs:
+        raise ConfigError(f"{model} names no {task or ''} task of its own: give --task and --data.")
+    return specs
 
 
 def _task_for(model: Any) -> str:
