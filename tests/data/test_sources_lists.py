@@ -9,7 +9,7 @@ from isthmus.data.sources.cells import unpacked
 from isthmus.data.sources.files import merged_names
 from isthmus.data.sources.guess import guess
 from isthmus.errors import ConfigError, DataError, IsthmusWarning
-from tests.data.helpers import png
+from tests.data.helpers import png, write_tar
 
 
 @pytest.fixture
@@ -149,6 +149,18 @@ def test_text_that_is_not_read_is_named_once_with_its_number(folder):
     with pytest.warns(IsthmusWarning, match="`tools`"):
         source = opened(folder, text, "h.jsonl", fields={"context": "hint"})
     assert [source[n].texts[0].text for n in range(3)] == ["x\nq", "q", "y\nq"]
+
+
+def test_text_in_a_tar_that_is_not_read_is_named_too(tmp_path):
+    members = []
+    for number, hint in enumerate(("x", "", "y")):
+        row = {"question": "q", "answer": "a", "hint": hint}
+        members += [(f"{number}.png", png()), (f"{number}.json", json.dumps(row).encode())]
+    write_tar(tmp_path / "t.tar", [*members, ("bad.json", b"{")])
+    spec = {"kind": "webdataset", "shards": "t.tar"}
+    with pytest.warns(IsthmusWarning, match=r"t\.tar \(of 4 samples .* looked at\): the field `hint` of 2 samples"):
+        open_source(spec, data_root=tmp_path)
+    assert open_source(spec | {"fields": {"context": "hint"}}, data_root=tmp_path)[0].texts[0].text == "x\nq"
 
 
 def test_one_picture_before_the_text_as_an_option(folder):

@@ -1,6 +1,7 @@
 """BLIP-2 and InstructBLIP against transformers' classes, all weights redrawn (trap 16)."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, 
 
 from isthmus.batch import Batch
 from isthmus.checkpoint import load_into, state_tensors, write_folder
+from isthmus.data.blip2 import PromptProcessor, newline_id
 from isthmus.data.images import as_image
 from isthmus.data.record import Record, Text
 from isthmus.data.tokenizer import Tokenizer
@@ -21,9 +23,10 @@ from isthmus.interop.hf_blip2 import config_from_hf, config_to_hf, from_hf, read
 from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.language import Decoding, Seq2SeqLM
 from isthmus.load_report import accounting
-from isthmus.model import load
+from isthmus.model import Model, load
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.vit import VisionConfig, VisionTransformer
+from tests.interop import tiny_models
 from tests.models.tiny_blip2 import (
     CLS,
     LLAMA,
@@ -331,3 +334,19 @@ def test_a_folder_opens_as_a_model(kind: dict, instruct: bool, tmp_path) -> None
     assert ("qformer" in streams) == instruct
     assert isinstance(model.answer(image, "What is it?", max_new_tokens=3, num_beams=2, length_penalty=-1), str)
     assert isinstance(model.caption(image, max_new_tokens=3), str)
+
+
+@torch.no_grad()
+def test_a_tokenizer_without_a_newline_is_written_and_opened_again(tmp_path: Path) -> None:
+    """A text ends at the end of sequence there: a stop that the tokenizer does not have is none."""
+    words, peer = tiny_models.words(), tiny_models.blip2()
+    assert newline_id(words) is None
+    model = Model(peer.net, PromptProcessor(words, peer.processor.image, num_tokens=4, prompt="a photo of"))
+    record = Record("1", (as_image(PilImage.new("RGB", (20, 30), "red")), Text("is a red cube?", role="user")))
+    expected = model.answer_records([record], max_new_tokens=6)
+    for to in ("hf", "isthmus"):
+        write_model(model, tmp_path / to, to)
+        again = load(tmp_path / to)
+        assert again.processor.to_dict()["end"] == "eos"
+        assert again.processor.stop_ids == ()
+        assert again.answer_records([record], max_new_tokens=6) == expected

@@ -119,7 +119,11 @@ OTHERS: dict[str, dict[str, Any]] = {
 """Language models that scale or cap their logits, name their body otherwise, or have a bias in the head."""
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+_QUICK = ("granite", "gpt_neox", "gptj")
+"""One whose logits are scaled, one whose body has other names, one with a bias in its head."""
+
+
+@pytest.mark.parametrize("kind", [k if k in _QUICK else pytest.param(k, marks=pytest.mark.slow) for k in OTHERS])
 @torch.no_grad()
 def test_any_language_model_answers_as_the_class_that_saved_it(kind: str, tmp_path: Path) -> None:
     """Their LLaVA puts a bare head on the language model's body; and what we write they read."""

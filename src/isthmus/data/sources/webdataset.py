@@ -1,7 +1,7 @@
 """WebDataset tar shards: consecutive members with one key are one sample. Own offset index, no package."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ IMAGE_ENDINGS = frozenset(
 
 _SEVERAL = ("conversations", "messages", "questions", "question", "text")
 """The texts that may have several pictures; a caption or label has one."""
+
+_LOOKED_AT = 100
+"""Samples whose fields are read at opening, to name those that carry text and are not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,16 @@ class WebDatasetRows:
         self.samples: list[_Sample] = []
         for shard in shards:
             self.samples += _group(shard)
+        if form is not None and self.samples:
+            count = min(len(self.samples), _LOOKED_AT)
+            form.name_unread(self._first(count), f"{shards[0]} (of {count:,} samples that were looked at)")
+
+    def _first(self, count: int) -> Iterator[Mapping[str, Any]]:
+        for index in range(count):
+            try:
+                yield self[index].values
+            except DataError:
+                continue  # met, and counted as bad, when it is visited
 
     def __len__(self) -> int:
         return len(self.samples)
