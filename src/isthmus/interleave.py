@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from isthmus.batch import IGNORE, Tokens
-from isthmus.errors import ConfigError, DataError
+from isthmus.batch import Tokens
+from isthmus.errors import ConfigError
 from isthmus.language import Decoding, LanguageModel, Prompt, Read, Window
 from isthmus.nn.gated import GatedBlock, Media, look_mask
 
@@ -41,8 +41,10 @@ class Look:
     """What the blocks of one call look at.
 
     ``media`` (B, N, R, d); ``seen`` (B, T) the number from 1 of the image that each position of the rows may see, 0
-    for none; positions behind the last see what the last one sees. Keys and values are made once per block and kept.
-    ``recorded`` collects (block number, attention (B, T, N·R)) where a list is given.
+    for none, from position ``start`` of the rows on; positions behind the last see what the last one sees. Keys and
+    values are made once per block and kept.
+    ``recorded`` collects (block number, attention (B, T, N·R)) where a list is given. ``before`` is the look of one row
+    that was read and that all these go on from: the first of ``media`` are its own, whose keys and values are made.
     """
 
     media: Tensor
@@ -52,6 +54,8 @@ class Look:
     past: int = 0
     kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    start: int = 0
+    before: "Look | None" = None
 
     def left_padded(self, lengths: Tensor) -> "Look":
         """The same for rows (B, T) whose right padding moves to the left; padding sees nothing."""
@@ -63,7 +67,7 @@ class Look:
     def last(self, lengths: Tensor) -> "Look":
         """The same for what comes after rows of these ``lengths``: keys and values are made already."""
         rows = torch.arange(len(lengths), device=self.seen.device)
-        return replace(self, seen=self.seen[rows, lengths - 1][:, None], recorded=None, masks={})
+        return replace(self, seen=self.seen[rows, lengths - 1][:, None], recorded=None, masks={}, start=0, before=None)
 
     def join(self, other: "Look") -> "Look":
         """These rows, then those of ``other``; both from :meth:`last`."""
@@ -107,7 +111,11 @@ class Look:
 
     def _keys_values(self, block: GatedBlock, number: int, times: int) -> tuple[Tensor, Tensor]:
         if (number, times) not in self.kept:
-            keys, values = block.keys_values(self.media.to(block.attn_gate.dtype))
+            before = 0 if self.before is None else self.before.media.shape[1]
+            keys, values = block.keys_values(self.media[:, before:].to(block.attn_gate.dtype))
+            if self.before is not None:
+                known = (x.expand(len(self.media), -1, -1, -1) for x in self.before.kept[number, 1])
+                keys, values = (torch.cat(pair, dim=2) for pair in zip(known, (keys, values), strict=True))
             self.kept[number, times] = keys.repeat_interleave(times, 0), values.repeat_interleave(times, 0)
         return self.kept[number, times]
 
@@ -237,7 +245,7 @@ class InterleavedLanguageModel(LanguageModel):
     def _count_past(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         if self._look is not None:
-            self._look.past = 0 if cache is None else int(cache.get_seq_length())
+            self._look.past = 0 if cache is None else int(cache.get_seq_length()) - self._look.start
 
     def _before(self, number: int, layer: nn.Module, hidden: Tensor) -> Tensor:
         if self._blind:
@@ -325,26 +333,11 @@ class InterleavedLanguageModel(LanguageModel):
         )
         return out.logits, out.past_key_values
 
-    @torch.no_grad()
-    def score_endings(self, embeds: Tensor, endings: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
-        """(n,) sums of log-probabilities of the labelled tokens of n endings of one row; the row is computed once.
-
-        ``embeds`` (1, T, D) is the shared beginning, ``endings`` are ids (t,), ``labels`` alike with IGNORE.
-        """
-        if len(embeds) != 1:
-            raise DataError(f"endings are scored behind one row, not {len(embeds)}.")
-        first, cache = self.chunk(embeds)
-        cache.batch_repeat_interleave(len(endings))
-        width = max(map(len, endings))
-        ids = torch.zeros(len(endings), width, dtype=torch.long, device=embeds.device)
-        wanted = torch.full_like(ids, IGNORE)
-        for row, (ending, label) in enumerate(zip(endings, labels, strict=True)):
-            ids[row, : len(ending)], wanted[row, : len(label)] = ending, label
-        logits, _ = self.chunk(self.embed(ids), cache)
-        # The last shared token predicts the first of each ending.
-        logits = torch.cat([first[:, -1:].expand(len(endings), -1, -1), logits[:, :-1]], dim=1).float()
-        nll = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORE, reduction="none")
-        return -nll.sum(1)
+    def behind(self, ids: Tensor, read: Read) -> Tensor:
+        """As :meth:`LanguageModel.behind`; what follows the row sees what its last token saw."""
+        beside = read.beside and read.beside.take(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
+        with self.looking(beside):
+            return super().behind(ids, read)
 
     def _try_head(self, embeds: Tensor) -> bool:
         with self.blind():

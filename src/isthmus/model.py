@@ -34,10 +34,10 @@ from isthmus.data.reading import (
     must_be_records,
     published_request,
     scored,
-    shared_beginning,
     words,
 )
 from isthmus.data.record import Example, Image, Part, Record, Text, without_answer
+from isthmus.data.shared import shared_beginning
 from isthmus.data.text import TEMPLATES, render
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.video import as_visual
@@ -50,6 +50,7 @@ from isthmus.placement import device_of, dtype_of
 from isthmus.streaming import pieces
 from isthmus.systems import SYSTEMS, system
 from isthmus.systems.base import System
+from isthmus.together import together
 from isthmus.tracing import attention_of, check_gaps, gap_of
 from isthmus.user_code import is_user_code, vetted
 from isthmus.version import __version__
@@ -157,17 +158,10 @@ class Model:
         return [self.processor.tokenizer.decode(ids).strip() for ids in found]
 
     def _continue(self, examples: Sequence[Example], batch_size: int, decoding: Mapping[str, Any]) -> list[list[int]]:
-        """The new tokens of each example, the longest first to the net."""
+        """The new tokens of each example; what several begin with is read once."""
         settings = self.ended(Decoding.of(decoding))
-        answers: list[list[int]] = [[]] * len(examples)
-        order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
         with self._inference():
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                batch = collate([examples[i] for i in rows]).to(self.device)
-                for i, ids in zip(rows, self.net.generate(batch, settings), strict=True):
-                    answers[i] = ids
-        return answers
+            return together(self.net, examples, settings, batch_size=batch_size, device=self.device)
 
     def attend(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[Attention]:
         """One text per record, with a map per new token, layer and picture of where the model looked for it."""

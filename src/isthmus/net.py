@@ -4,7 +4,7 @@ A net of a user's own inherits from it and says ``KIND``, ``CONFIG``, ``loss`` a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from isthmus.errors import CapabilityError
 from isthmus.nn.precision import cast_weights
 from isthmus.nn.tap import Tap
 from isthmus.stage import StagedNet
+
+if TYPE_CHECKING:
+    from isthmus.language import Prompt, Read
 
 
 class Net(StagedNet):
@@ -29,14 +32,26 @@ class Net(StagedNet):
     """Whether its loss needs the rows of all processes at once."""
     gradient_cache: bool = False
     """Whether it has :meth:`cached_loss`."""
-    shares_beginning: bool = False
-    """Whether it has ``score_endings``: several endings of one row without computing the row anew."""
     prompt_stream: str = "lm"
     """The stream that its visual tokens stand in: ``encoder`` before an encoder-decoder."""
     tap: Tap | None = None
     """What it reads of its vision encoder; none: features cannot be cached."""
     pinpoints: tuple[tuple[int, int], ...] = ()
     """Canvases of AnyRes; without them a picture is one view."""
+
+    @property
+    def shares_beginning(self) -> bool:
+        """Whether several prompts, or several endings of one, can go on from a beginning that is read once."""
+        language = self._modules.get("language")
+        return language is not None and getattr(language, "writable", False) is True
+
+    def prompt(self, batch: Batch, past: "Read | None" = None) -> "Prompt":
+        """What a decoder continues; behind ``past``, one row that was read, where all the rows begin so."""
+        raise CapabilityError(f"A {self.KIND} has no language model to continue a prompt with.")
+
+    def score_endings(self, beginning: Batch, endings: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+        """(n,) log-probabilities of the labelled tokens of n endings of one row, which is read once."""
+        return self.language.score_endings(self.prompt(beginning), endings, labels)
 
     @property
     def image_size(self) -> int:

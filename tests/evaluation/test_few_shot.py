@@ -57,6 +57,16 @@ def test_random_shots_differ_by_question_and_repeat_by_seed():
         pool.choose(question(20, name="q"), 30)
 
 
+def test_the_same_shots_stand_before_all_questions_but_their_own():
+    pool = Support(SUPPORT, seed=1)
+    shared = pool.choose(question(20, name="q"), 3, same=True)
+    assert shared == pool.choose(question(21, name="q"), 3, same=True)
+    own = pool.choose(shared[0], 3, same=True)
+    assert own[:2] == shared[1:]
+    assert own[2] not in shared
+    assert shared != Support(SUPPORT, seed=2).choose(question(20, name="q"), 3, same=True)
+
+
 def test_shots_are_finished_turns_before_the_question():
     asked = Record("q", question(20).parts[:2])
     full = with_shots(asked, SUPPORT[:2])
@@ -179,7 +189,7 @@ def test_ranking_with_zero_shots_has_no_examples():
 
 def test_bad_options_are_explained():
     for options, words in (
-        ({"select": "nearest"}, "known: random, rices"),
+        ({"select": "nearest"}, "known: random, rices, same"),
         ({"shots": -1}, "0 or more"),
         ({"ensemble": 2}, "task.candidates"),
         ({"candidates": ["red", True]}, "must be texts, not .True.; quote them"),

@@ -143,7 +143,7 @@ def test_too_few_answers_are_refused(tmp_path):
         def answer_records(self, records, **decoding):
             return ["cat"]
 
-    with pytest.raises(CapabilityError, match="1 answers to 10"):
+    with pytest.raises(CapabilityError, match="1 answers to 30"):
         evaluate(Short(), vqa(), tmp_path)
 
 

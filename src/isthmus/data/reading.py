@@ -1,16 +1,12 @@
 """What a model reads: a prompt in words, a candidate behind it in full, and the beginning that candidates share."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from isthmus.batch import IGNORE
 from isthmus.data.chat import OWN
 from isthmus.data.processor import Processor, SpliceProcessor
-from isthmus.data.record import Example, Record, Span
+from isthmus.data.record import Example, Record
 from isthmus.data.text import TEMPLATES, Grammar
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import ConfigError, DataError
@@ -32,28 +28,6 @@ def published_request(processor: Any) -> dict[str, str]:
         return {}
     talks = processor.template == OWN or isinstance(TEMPLATES[processor.template], Grammar)
     return {"caption": CAPTION_REQUEST} if talks else {}
-
-
-def shared_beginning(examples: Sequence[Example]) -> tuple[Example, list[Tensor], list[Tensor]] | None:
-    """What all the examples begin with as one example without labels, then each one's ids and labels behind it.
-
-    Nothing learnt is in the beginning, and all visuals are; none when there is no such beginning.
-    """
-    spans = [example.streams["lm"] for example in examples]
-    first = spans[0]
-    end = min(next((i for i, w in enumerate(s.labels or ()) if w != IGNORE), len(s.ids)) for s in spans)
-    end = next((i for i in range(end) if any(s.ids[i] != first.ids[i] for s in spans)), end)
-    visuals = [[v.content_key() for v in example.visuals] for example in examples]
-    behind = any(place.start >= end for example in examples for place in example.places)
-    if end < 1 or behind or any(keys != visuals[0] for keys in visuals):
-        return None
-    seen = None if first.seen is None else first.seen[:end]
-    beginning = replace(examples[0], streams={"lm": Span(first.ids[:end], None, seen)})
-    return (
-        beginning,
-        [torch.tensor(s.ids[end:]) for s in spans],
-        [torch.tensor((s.labels or [])[end:]) for s in spans],
-    )
 
 
 def scored(processor: Processor, record: Record, candidate: str) -> Example:

@@ -1,6 +1,7 @@
 """Asking a model with and without its eyes: the same questions seen, blind (no picture) and shuffled (another's)."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal, get_args
 
 from isthmus.errors import CapabilityError, ConfigError, DataError, nearest
@@ -37,16 +38,18 @@ def ask_all(
     ``others`` are the records whose pictures are shown in ``shuffled``. A record without pictures is not asked again:
     its answer stands in the controls too.
     """
-    answers = {"answer": ask(model, asked, decoding)}
     seeing = [i for i, record in enumerate(asked) if record.images]
     changed = {
         "blind": lambda: [without_picture(asked[i]) for i in seeing],
         "shuffled": lambda: [with_pictures_of(asked[i], others[i]) for i in seeing],
     }
+    # In one call, so that a model can read what they share once: pictures, shots, the system's words.
+    said = iter(ask(model, [*asked, *(record for control in controls for record in changed[control]())], decoding))
+    answers = {"answer": list(islice(said, len(asked)))}
     for control in controls:
         found = list(answers["answer"])
-        for i, answer in zip(seeing, ask(model, changed[control](), decoding), strict=True):
-            found[i] = answer
+        for i in seeing:
+            found[i] = next(said)
         answers[control] = found
     return answers
 

@@ -1,16 +1,17 @@
 """Few-shot evaluation: examples before each question, or picture to caption (2204.14198, sec. 4.1, appendix B.2).
 
 Shots are drawn from a pool of support samples, by chance or by RICES: those whose pictures are nearest to the
-question's by the frozen vision features, the nearest last. Zero shots means two examples in words alone, pictures taken
-out. With given candidates the answer is the likeliest one, its log-likelihood averaged over permutations of the shots,
-and zero shots means none at all: the candidates already say what an answer looks like.
+question's by the frozen vision features, the nearest last; or the same ones for all questions, which are then read
+once. Zero shots means two examples in words alone, pictures taken out. With given candidates the answer is the
+likeliest one, its log-likelihood averaged over permutations of the shots, and zero shots means none at all: the
+candidates already say what an answer looks like.
 """
 
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ POOL = 2048
 TEXT_SHOTS = 2
 """Examples without pictures that stand before a zero-shot question."""
 
-Select = Literal["random", "rices"]
+Select = Literal["random", "rices", "same"]
 Features = Callable[[Sequence[Image]], Tensor]
 
 
@@ -46,17 +47,24 @@ class Support:
         self._keys = [frozenset(p.content_key() for p in record.images) for record in self.records]
         self._features: Tensor | None = None
 
-    def choose(self, record: Record, shots: int, features: Features | None = None) -> list[Record]:
+    def choose(
+        self, record: Record, shots: int, features: Features | None = None, *, same: bool = False
+    ) -> list[Record]:
         """``shots`` samples for a question, in the order in which they stand before it; never the question's own.
 
-        With ``features`` and a picture to compare, the nearest ones, the nearest last; else by chance.
+        With ``features`` and a picture to compare, the nearest ones, the nearest last; else by chance: ``same`` draws
+        one row of samples for all questions, of which each takes the first that are not its own.
         Raises DataError when the pool is too small.
         """
         keys = {p.content_key() for p in record.images}
         usable = [i for i, other in enumerate(self.records) if other.id != record.id and keys.isdisjoint(self._keys[i])]
         if len(usable) < shots:
             raise DataError(f"sample {record.id!r} needs {shots} shots and the support set has {len(usable)} others.")
-        if features is None or not record.images:
+        if same:
+            order = random.Random(f"{self.seed}/same").sample(range(len(self.records)), len(self.records))
+            allowed = set(usable)
+            chosen = [i for i in order if i in allowed][:shots]
+        elif features is None or not record.images:
             chosen = random.Random(f"{self.seed}/{record.id}").sample(usable, shots)
         else:
             near = self._vectors(features)[usable] @ normalize(features(record.images[-1:]).float(), dim=-1)[0]
@@ -126,7 +134,7 @@ class FewShotTask(Task):
     Args:
         task: what is asked and how it is scored.
         support: where the examples come from.
-        select: ``random`` or ``rices``.
+        select: ``random`` or ``rices``; ``same`` for shots that all questions share, but for a question among them.
         permuted: shuffle the examples' answers, a control.
         candidates: closed answers to rank; then ``ensemble`` permutations of the shots are averaged.
 
@@ -142,8 +150,8 @@ class FewShotTask(Task):
     ensemble: int = 1
 
     def __post_init__(self) -> None:
-        if self.select not in ("random", "rices"):
-            raise ConfigError(f"Unknown selection {self.select!r} of shots; known: random, rices.")
+        if self.select not in get_args(Select):
+            raise ConfigError(f"Unknown selection {self.select!r} of shots; known: {', '.join(get_args(Select))}.")
         if self.shots < 0 or self.ensemble < 1:
             raise ConfigError(f"shots must be 0 or more and ensemble 1 or more, not {self.shots} and {self.ensemble}.")
         if self.ensemble > 1 and not self.candidates:
@@ -215,17 +223,19 @@ class FewShotTask(Task):
     def _shots(self, model: Any, record: Any) -> list[Record]:
         if not self.shots and self.candidates:
             return []
+        same = self.select == "same"
         if not self.shots:
-            return self.pool.choose(record, min(TEXT_SHOTS, len(self.pool.records)))
+            return self.pool.choose(record, min(TEXT_SHOTS, len(self.pool.records)), same=same)
         features = model.vision_features if self.select == "rices" else None
-        shots = self.pool.choose(record, self.shots, features)
-        return permuted_answers(shots, f"{self.seed}/{record.id}") if self.permuted else shots
+        shots = self.pool.choose(record, self.shots, features, same=same)
+        return permuted_answers(shots, f"{self.seed}/{'same' if same else record.id}") if self.permuted else shots
 
     def _behind(self, record: Any, shots: list[Record]) -> Iterator[Record]:
         """The question behind its shots, in ``ensemble`` orders of these."""
         # A caption is asked for in the same words everywhere, and in none where the model needs none.
         question = self.task.prompt if isinstance(self.task, CaptionTask) else None
-        for order in orders(shots, self.ensemble, f"{self.seed}/{record.id}/order"):
+        own = "same" if self.select == "same" else record.id
+        for order in orders(shots, self.ensemble, f"{self.seed}/{own}/order"):
             yield with_shots(record, order, pictures=self.shots > 0, question=question)
 
     def _likeliest(self, model: Any, prompts: Iterator[Record]) -> str:

@@ -9,7 +9,7 @@ need no attention mask and no position ids, whichever way the LM makes its posit
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, Literal
 
@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from isthmus.batch import IGNORE, Tokens
 from isthmus.errors import CapabilityError, ConfigError, DataError, IsthmusWarning
 from isthmus.language.decoder import Prompt, Read, write_all
 from isthmus.language.decoding import Decoding, check_ids, library_loop
 from isthmus.language.library import SDPA, LibraryLM, known_fields, library_config
-from isthmus.language.window import Layers, Window, tensors_of
+from isthmus.language.scoring import score_endings
+from isthmus.language.window import Layers, Window, repeated_cache, tensors_of
 
 LOGITS_AT_ONCE = 2**25
 """Most logits (positions x vocabulary) that a loss holds at a time: 128 MiB in fp32, 1,048 positions of 32,000."""
@@ -210,7 +211,7 @@ class LanguageModel(LibraryLM):
         empty = torch.nonzero(prompt.lengths == 0).flatten().tolist()
         if empty:
             raise DataError(f"row {empty[0]} of the batch has an empty prompt; generation needs at least one token.")
-        longest = int(prompt.lengths.max())
+        longest = int(prompt.lengths.max()) + _length(prompt.past)
         self._check_context(
             longest + decoding.max_new_tokens, f"a prompt of {longest} tokens and {decoding.max_new_tokens} new ones"
         )
@@ -221,34 +222,41 @@ class LanguageModel(LibraryLM):
         """One pass over the prompts. No row needs a mask: attention is causal, the padding lies on the right."""
         lengths = prompt.lengths.tolist()
         last, place = torch.unique(prompt.lengths - 1, return_inverse=True)
-        cache = DynamicCache()
-        logits = self.lm(
-            inputs_embeds=prompt.embeds[:, : max(lengths)],
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            logits_to_keep=last,
-        ).logits
+        logits, cache = self._run(
+            prompt.embeds[:, : max(lengths)], prompt.past and prompt.past.layers, logits_to_keep=last
+        )
         rows = torch.arange(len(lengths), device=logits.device)
-        return Read(logits[rows, place], tensors_of(cache), lengths)
+        before = _length(prompt.past)
+        return Read(logits[rows, place], tensors_of(cache), [before + n for n in lengths])
 
     def read_on(self, before: Layers, prompt: Prompt) -> Read:
         """As :meth:`read`, of one row whose beginning was read before: ``before`` holds its keys and values, at least
         one token less than the row. Only what follows is computed."""
         known, length = before[0][0].shape[2], int(prompt.lengths[0])
-        cache = DynamicCache()
-        for number, (keys, values) in enumerate(before):
-            cache.update(keys, values, number)
-        places = torch.arange(known, length, device=prompt.embeds.device)[None]
-        logits = self.lm(
-            inputs_embeds=prompt.embeds[:, known:length],
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            logits_to_keep=1,
-            **({"position_ids": places} if self.writable is True and self._positioned else {}),
-        ).logits[:, -1]
-        return Read(logits, tensors_of(cache), [length])
+        logits, cache = self._run(prompt.embeds[:, known:length], before, logits_to_keep=1)
+        return Read(logits[:, -1], tensors_of(cache), [length])
+
+    def behind(self, ids: Tensor, read: Read) -> Tensor:
+        """(n, t, V) logits behind each of the tokens (n, t) that follow the one row of ``read``."""
+        self._check_context(read.lengths[0] + ids.shape[1])
+        return self._run(self.embed(ids), read.layers)[0]
+
+    def _run(self, embeds: Tensor, before: Layers | None, **more: Any) -> tuple[Tensor, Cache]:
+        """The library's forward pass, behind one row's keys and values where there are some: logits and cache."""
+        cache: Cache = DynamicCache()
+        if before is not None:
+            cache = repeated_cache(before, len(embeds))
+            # Rows are padded on the right, if at all, where no real token sees it.
+            known = before[0][0].shape[2]
+            more["attention_mask"] = torch.ones(
+                len(embeds), known + embeds.shape[1], dtype=torch.long, device=embeds.device
+            )
+        found = self.lm(inputs_embeds=embeds, past_key_values=cache, use_cache=True, return_dict=True, **more)
+        return found.logits, cache
+
+    def score_endings(self, prompt: Prompt, endings: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+        """(n,) log-probabilities of n endings of one row; see :func:`.scoring.score_endings`."""
+        return score_endings(self, prompt, endings, labels)
 
     def next(self, ids: Tensor, positions: Tensor, window: Window, beside: Any) -> Tensor:
         """(n, V) logits behind one more token (n,) of each running row of the window."""
@@ -321,6 +329,10 @@ class LanguageModel(LibraryLM):
                 f"{what or f'a row of {tokens} tokens'} passes the LM's context of {self.context} "
                 "positions. Shorten the rows (the processor's max_length) or max_new_tokens."
             )
+
+
+def _length(past: Read | None) -> int:
+    return 0 if past is None else past.lengths[0]
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:

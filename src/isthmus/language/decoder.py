@@ -42,11 +42,12 @@ READ_EVERY = {"cpu": 1, "mps": 8, "cuda": 8}
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
     """Rows to be continued: ``embeds`` (G, T, D), right-padded, and ``lengths`` (G,). ``look`` is what the rows look
-    at beside them (Flamingo's media)."""
+    at beside them (Flamingo's media). ``past`` is what all of them begin with, one row that was read already."""
 
     embeds: Tensor
     lengths: Tensor
     look: Any = None
+    past: "Read | None" = None
 
     def __len__(self) -> int:
         return len(self.embeds)

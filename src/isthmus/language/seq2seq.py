@@ -6,7 +6,7 @@ The encoder reads embeddings (visual tokens and text), right-padded with their l
 the start token, then the text: position 0 is never a target, so labels mean the same as in a causal stream.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from isthmus.language.causal import LanguageModel, nll
 from isthmus.language.decoder import Prompt, Read, write_all
 from isthmus.language.decoding import Decoding, check_ids
 from isthmus.language.library import LibraryLM, library_config
-from isthmus.language.window import Layers, Window, tensors_of
+from isthmus.language.scoring import score_endings
+from isthmus.language.window import Layers, Window, repeated_cache, tensors_of
 
 T5_LIKE = ("t5", "mt5", "umt5")
 """Model types read here: one family, in which the start token is the pad token."""
@@ -137,6 +138,23 @@ class Seq2SeqLM(LibraryLM):
             use_cache=True,
             return_dict=True,
         ).logits[:, -1]
+
+    def behind(self, ids: Tensor, read: Read) -> Tensor:
+        """(n, t, V) logits behind each of the tokens (n, t) that follow the start token of the one row of ``read``."""
+        assert isinstance(read.beside, Source)
+        source = read.beside.take(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
+        return self.lm(
+            encoder_outputs=BaseModelOutput(last_hidden_state=source.nothing),
+            attention_mask=source.mask.long(),
+            decoder_input_ids=ids,
+            past_key_values=EncoderDecoderCache(repeated_cache(read.layers, len(ids)), source.cache),
+            use_cache=True,
+            return_dict=True,
+        ).logits
+
+    def score_endings(self, prompt: Prompt, endings: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+        """(n,) log-probabilities of n texts behind the start token; see :func:`.scoring.score_endings`."""
+        return score_endings(self, prompt, endings, labels)
 
     def _label_nll(self, embeds: Tensor, lengths: Tensor, decoder: Tokens) -> tuple[Tensor, Tensor]:
         if decoder.labels is None:

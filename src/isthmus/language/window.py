@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 Layers = Sequence[tuple[Tensor, Tensor]]
 """Keys and values (G, H, T, head_width) of each layer."""
@@ -177,3 +177,14 @@ class _Layer(StaticLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
+
+
+def repeated_cache(layers: Layers, rows: int) -> Cache:
+    """The library's growing cache that holds one row ``rows`` times, without copies until it grows."""
+    found = []
+    for keys, values in layers:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
+        found.append(layer)
+    return Cache(layers=found)

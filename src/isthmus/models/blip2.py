@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from isthmus.batch import IGNORE, Batch, Places, Term, Tokens, Visuals
 from isthmus.config import plain, strict
 from isthmus.errors import CapabilityError, ConfigError, DataError
-from isthmus.language import Decoding, Prompt, Seq2SeqLM, build_language, safe_dtype, write
+from isthmus.language import Decoding, Prompt, Read, Seq2SeqLM, build_language, safe_dtype, write
 from isthmus.models.published import flan_t5, opt, vicuna
 from isthmus.net import Net
 from isthmus.nn.connectors.qformer import Past, QFormerConfig, QFormerConnector
@@ -384,11 +384,11 @@ class Blip2(Net):
             return self.language.score(embeds, batch.text[self.prompt_stream].lengths, batch.text[DECODER])
         return self.language.score(embeds, batch.text[self.prompt_stream])
 
-    def prompt(self, batch: Batch) -> Prompt:
+    def prompt(self, batch: Batch, past: Read | None = None) -> Prompt:
         """What a decoder continues, or what the encoder of one reads. Raises CapabilityError without an LM."""
         if self.language is None:
             raise CapabilityError("BLIP-2's first stage has no language model to continue a prompt with.")
-        return Prompt(self.embed_prompt(batch), batch.text[self.prompt_stream].lengths)
+        return Prompt(self.embed_prompt(batch), batch.text[self.prompt_stream].lengths, past=past)
 
     @torch.no_grad()
     def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:

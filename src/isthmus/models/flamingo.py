@@ -17,7 +17,7 @@ encoder is a ViT, and Chinchilla's place is taken by any causal LM. Differs from
 train, not the whole table under a mask; a row with other than as many tags as images is refused.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from isthmus.batch import Batch, Term, Visuals
 from isthmus.config import plain, strict
 from isthmus.errors import ConfigError
 from isthmus.interleave import InterleavedLanguageModel, Look
-from isthmus.language import Decoding, Prompt
+from isthmus.language import Decoding, Prompt, Read
 from isthmus.models.published import tiny_llama
 from isthmus.net import Net
 from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig
@@ -186,7 +186,6 @@ class Flamingo(Net):
 
     KIND = "flamingo"
     tap: Tap
-    shares_beginning = True
     CONFIG = FlamingoConfig
 
     def __init__(self, config: FlamingoConfig) -> None:
@@ -240,13 +239,22 @@ class Flamingo(Net):
         longest = max(map(len, rows))
         return torch.stack([torch.stack([*(tokens[n] for n in row), *[absent] * (longest - len(row))]) for row in rows])
 
-    def look(self, batch: Batch) -> Look:
-        """What the gated blocks see of this batch. Raises DataError for a row with more tags than images, or fewer."""
+    def look(self, batch: Batch, past: Read | None = None) -> Look:
+        """What the gated blocks see of this batch; behind ``past``, one row that was read, its images too. Raises
+        DataError for a row with more tags than images, or fewer."""
         stream, counts = batch.text[STREAM], [len(row) for row in _order(batch)]
-        tags = stream.ids == self.config.image_id
-        checked = media_index(tags & stream.mask, counts=counts, names=batch.ids)
+        tags, media = stream.ids == self.config.image_id, self.media(batch)
+        before, base = None if past is None else past.beside, None
+        if before is not None and (known := int(before.seen[0, -1])):
+            counts = [known + own for own in counts]
+            base = torch.full((len(batch),), known, device=tags.device)
+            media = torch.cat([before.media.expand(len(batch), -1, -1, -1), media], dim=1)
+        checked = media_index(tags & stream.mask, counts=counts, base=base, names=batch.ids)
         seen = checked if stream.seen is None else stream.seen
-        return Look(media=self.media(batch), seen=seen, mode=self.config.media)
+        start = 0 if past is None else past.lengths[0]
+        return Look(
+            media=media, seen=seen, start=start, mode=self.config.media, before=None if base is None else before
+        )
 
     def embed_prompt(self, batch: Batch) -> Tensor:
         """The ``lm`` stream embedded, (B, T, D)."""
@@ -277,14 +285,9 @@ class Flamingo(Net):
         with self.language.looking(self.look(batch)):
             return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
 
-    def score_endings(self, beginning: Batch, endings: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
-        """(n,) log-probabilities of n endings of one row; pictures and beginning are computed once for all."""
-        with torch.no_grad(), self.language.looking(self.look(beginning)):
-            return self.language.score_endings(self.embed_prompt(beginning), endings, labels)
-
-    def prompt(self, batch: Batch) -> Prompt:
-        """What a decoder continues, with what it looks at."""
-        return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths, self.look(batch))
+    def prompt(self, batch: Batch, past: Read | None = None) -> Prompt:
+        """What a decoder continues, with what it looks at: the images of ``past`` too, where rows begin so."""
+        return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths, self.look(batch, past), past)
 
     @torch.no_grad()
     def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from isthmus.batch import Batch, Places, Term, Visuals
 from isthmus.config import plain, strict
 from isthmus.errors import CapabilityError, ConfigError, DataError
-from isthmus.language import Decoding, LanguageModel, Prompt
+from isthmus.language import Decoding, LanguageModel, Prompt, Read
 from isthmus.models.published import tiny_llama, vicuna
 from isthmus.net import Net
 from isthmus.nn.connectors import Connector, build_connector
@@ -193,7 +193,9 @@ class Llava(Net):
         places = batch.places.get(STREAM, Places.none())
         text_ids = tokens.ids.masked_fill(at_places(places, tokens.ids), 0)
         embeds = splice(self.language.embed(text_ids), self.visual_tokens(batch), places, names=batch.ids)
-        return embeds if batch.visuals else embeds + self._nothing().to(embeds.dtype)
+        if batch.visuals or not torch.is_grad_enabled():
+            return embeds
+        return embeds + self._nothing().to(embeds.dtype)
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, T, V) logits; values on padding mean nothing."""
@@ -208,9 +210,9 @@ class Llava(Net):
         """(B,) log-probabilities of the labelled tokens."""
         return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
 
-    def prompt(self, batch: Batch) -> Prompt:
-        """What a decoder continues."""
-        return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths)
+    def prompt(self, batch: Batch, past: Read | None = None) -> Prompt:
+        """What a decoder continues, behind ``past`` where rows begin with what was read already."""
+        return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths, past=past)
 
     @torch.no_grad()
     def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isthmus.batch import Batch, Term
 from isthmus.config import plain, strict
-from isthmus.language import Decoding, LanguageModel, Prompt
+from isthmus.language import Decoding, LanguageModel, Prompt, Read
 from isthmus.models.published import tiny_llama
 from isthmus.net import Net
 
@@ -69,9 +69,9 @@ class BareLM(Net):
         """(B,) log-probabilities of the labelled tokens."""
         return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
 
-    def prompt(self, batch: Batch) -> Prompt:
-        """What a decoder continues."""
-        return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths)
+    def prompt(self, batch: Batch, past: Read | None = None) -> Prompt:
+        """What a decoder continues, behind ``past`` where rows begin with what was read already."""
+        return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths, past=past)
 
     def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
         """Continues every row; new tokens only, without the stop token."""
