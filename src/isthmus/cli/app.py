@@ -70,13 +70,16 @@ def show(
     what: Annotated[str, typer.Argument(help="A recipe, a model folder or a checkpoint file.")],
     overrides: Overrides = None,
     json_file: Json = None,
+    render: Annotated[
+        str | None, typer.Option(help="A question: show its prompt, every character and id, as the model reads it.")
+    ] = None,
     *,
     given: dict[str, Any],
 ) -> None:
     """Parts, exact parameter counts, what each stage trains, tokens per image, the compute rule, memory."""
     from isthmus.cli.show import run
 
-    run(what, overrides or [], json_file, given)
+    run(what, overrides or [], json_file, given, render=render)
 
 
 @app.command()

@@ -11,8 +11,16 @@ from rich.table import Table
 from isthmus.errors import ConfigError, DataError, nearest
 
 
-def run(what: str, overrides: Sequence[str], json_file: Path | None, given: Mapping[str, Any] | None = None) -> None:
-    """Show a model's folder or file if ``what`` is one, else a recipe. ``given`` are further arguments of ``load``."""
+def run(
+    what: str,
+    overrides: Sequence[str],
+    json_file: Path | None,
+    given: Mapping[str, Any] | None = None,
+    *,
+    render: str | None = None,
+) -> None:
+    """Show a model's folder or file if ``what`` is one, else a recipe. ``given`` are further arguments of ``load``;
+    ``render`` is a question whose prompt is shown as the model reads it."""
     from isthmus.interop.hub import looks_like_id
     from isthmus.recipes.schema import shipped
 
@@ -21,7 +29,9 @@ def run(what: str, overrides: Sequence[str], json_file: Path | None, given: Mapp
     if "revision" in (given or {}) or (Path(what).exists() and not (recipe and Path(what).is_file())):
         if overrides:
             raise ConfigError(f"{what} is a model; key=value changes recipes only.")
-        facts = _model(what, console, given or {})
+        facts = _model(what, console, given or {}, render)
+    elif render is not None:
+        raise ConfigError(f"{what} is no model folder or file; only a model's prompt can be shown (--render).")
     elif recipe:
         facts = _recipe(what, overrides, console)
     else:
@@ -33,7 +43,7 @@ def run(what: str, overrides: Sequence[str], json_file: Path | None, given: Mapp
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _model(folder: str, console: Console, given: Mapping[str, Any]) -> dict[str, Any]:
+def _model(folder: str, console: Console, given: Mapping[str, Any], render: str | None) -> dict[str, Any]:
     from isthmus.config import plain
     from isthmus.model import load
     from isthmus.recipes.facts import parts_of, visual_tokens, visual_tokens_text
@@ -48,7 +58,7 @@ def _model(folder: str, console: Console, given: Mapping[str, Any]) -> dict[str,
     if model.report is not None:
         console.print(f"Tensors: {model.report}", highlight=False)
     console.print(f"It can: {', '.join(model.capabilities)}")
-    return {
+    return ({} if render is None else {"rendered": _rendered(model, render, console)}) | {
         "kind": model.kind,
         "parts": parts,
         "weight_bytes": held,
@@ -58,6 +68,20 @@ def _model(folder: str, console: Console, given: Mapping[str, Any]) -> dict[str,
         "processor": model.processor.to_dict(),
         "config": plain(model.net.config),
     }
+
+
+def _rendered(model: Any, question: str, console: Console) -> dict[str, Any]:
+    """The prompt of a question, to the letter and as ids."""
+    from isthmus.data.reading import words
+    from isthmus.data.record import Record, Text
+
+    model.need("answer")
+    prompt = model.processor.prompt(Record(id="render", parts=(Text(question, role="user"),)))
+    tokenizer, stream = model.processor.tokenizer, next(iter(prompt.streams.values()))
+    text, ids = words(prompt, tokenizer), list(stream.ids)
+    console.print(f"Prompt of {len(ids)} tokens: {text!r}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Ids: {ids}", highlight=False, markup=False, soft_wrap=True)
+    return {"text": text, "ids": ids, "tokens": tokenizer.tokens(ids)}
 
 
 def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, Any]:

@@ -141,7 +141,9 @@ def llava_of(folder: Path, words: Path, stored: Mapping[str, Tensor]) -> Opened:
     tokenizer = open_tokenizer(words)
     must_agree(folder, words, tokenizer, net.language.vocab_size)
     must_agree_on_image(folder, words, tokenizer)
-    template, tokenizer = _template(folder, tokenizer, otherwise="vicuna_v1", pictures=True)
+    template, tokenizer = template_and_tokenizer(
+        chat_template_of(folder), tokenizer, where=folder, otherwise="vicuna_v1", pictures=True
+    )
     processor = SpliceProcessor(
         tokenizer,
         image=transform,
@@ -237,7 +239,9 @@ def _language(folder: Path, words: Path) -> Opened:
     load_into(net.language.lm, state, where=folder)
     tokenizer = open_tokenizer(words)
     must_agree(folder, words, tokenizer, net.language.vocab_size)
-    template, tokenizer = _template(folder, tokenizer, otherwise="document", pictures=False)
+    template, tokenizer = template_and_tokenizer(
+        chat_template_of(folder), tokenizer, where=folder, otherwise="document", pictures=False
+    )
     processor = TextProcessor(
         tokenizer,
         template=template,
@@ -247,10 +251,11 @@ def _language(folder: Path, words: Path) -> Opened:
     return net, processor, ()
 
 
-def _template(folder: Path, tokenizer: Tokenizer, *, otherwise: str, pictures: bool) -> tuple[str, Tokenizer]:
-    """The template of ours that the folder's chat template is, and the tokenizer as it begins a conversation there:
+def template_and_tokenizer(
+    text: str, tokenizer: Tokenizer, *, where: Path, otherwise: str, pictures: bool
+) -> tuple[str, Tokenizer]:
+    """The template of ours that a chat template is, or its own, and the tokenizer as it begins a conversation there:
     once, whether the template writes its beginning or the tokenizer does. Warns of a template that none of ours is."""
-    text = chat_template_of(folder)
     if not text:
         return otherwise, tokenizer
     if not pictures:  # a LLaVA's is its processor's, which reads pictures as parts of a turn
@@ -260,7 +265,7 @@ def _template(folder: Path, tokenizer: Tokenizer, *, otherwise: str, pictures: b
         return OWN, tokenizer.with_chat_template(text)
     if told.name is None and pictures:
         warnings.warn(
-            f"{folder}: its chat template is none that is known here (what it makes of a question is none of "
+            f"{where}: its chat template is none that is known here (what it makes of a question is none of "
             f"{', '.join(n for n, t in TEMPLATES.items() if isinstance(t, Grammar))}); questions are asked in "
             f"{otherwise}, which this model may not have been trained with.",
             IsthmusWarning,
@@ -268,7 +273,7 @@ def _template(folder: Path, tokenizer: Tokenizer, *, otherwise: str, pictures: b
         )
     elif told.name is not None and not told.further:
         warnings.warn(
-            f"{folder}: its chat template asks a first question as {told.name} does and writes further turns "
+            f"{where}: its chat template asks a first question as {told.name} does and writes further turns "
             f"otherwise; here they are written as {told.name} writes them.",
             IsthmusWarning,
             stacklevel=2,

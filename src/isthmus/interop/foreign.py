@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import CheckpointError, IsthmusError, nearest
-from isthmus.interop import adapters, folders, origins
+from isthmus.interop import adapters, folders, hf_gguf, origins
 from isthmus.interop.given import Given, Opened
 from isthmus.interop.hub import looks_like_id
 
@@ -34,6 +34,8 @@ def open_foreign(path: Path, config: Mapping[str, Any] | None, named: Given) -> 
 
 def _told(path: Path, config: Mapping[str, Any] | None, named: Given) -> Opened:
     """A file, the original LLaVA, open_clip, or what transformers wrote."""
+    if path.is_file() and hf_gguf.is_gguf(path):
+        return hf_gguf.open_gguf(path, named)
     if path.is_file():
         return origins.open_file(path, named)
     original = config is not None and "mm_vision_tower" in config

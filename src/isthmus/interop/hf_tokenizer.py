@@ -30,7 +30,7 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
         return own
     named = str(read_json(file).get("tokenizer_class")) if file.is_file() else ""
     if named.removesuffix("Fast") != SIGLIP and (peer := auto_tokenizer(folder)) is not None:
-        return _asked(peer, folder)
+        return from_peer(peer, folder)
     tokenizer = load_tokenizer(folder)
     if named.removesuffix("Fast") == SIGLIP:
         return tokenizer.beginning()  # its class, which needs a library, adds an end by code, whatever its file says
@@ -50,7 +50,9 @@ def auto_tokenizer(folder: Path) -> Any:
     return None if getattr(peer, "backend_tokenizer", None) is None else peer
 
 
-def _asked(peer: Any, folder: Path) -> Tokenizer:
+def from_peer(peer: Any, folder: Path) -> Tokenizer:
+    """Our tokenizer of transformers' fast one, beginning a text as it does. Raises CheckpointError for one without an
+    end of sequence."""
     vocabulary = peer.backend_tokenizer
     names = {n: getattr(peer, f"{n}_token") for n in ("bos", "eos", "pad", "unk")}
     known = {n: token for n, token in names.items() if token is not None and vocabulary.token_to_id(token) is not None}

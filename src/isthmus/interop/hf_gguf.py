@@ -1,0 +1,97 @@
+"""A GGUF file as a language model: read through transformers, dequantised, tokenizer and chat template with it."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from isthmus.checkpoint import load_into
+from isthmus.data.processor import TextProcessor
+from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import CheckpointError, IsthmusError, MissingExtraError
+from isthmus.interop.folders import template_and_tokenizer
+from isthmus.interop.given import Given, Opened
+from isthmus.interop.hf_language import match_keys
+from isthmus.interop.hf_tokenizer import from_peer, open_tokenizer, quiet
+from isthmus.language import known_fields
+from isthmus.models.lm import BareLM, LmConfig
+
+_MAGIC = b"GGUF"
+
+
+def is_gguf(path: Path) -> bool:
+    """Told by its first bytes, not by its name."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == _MAGIC
+    except OSError:
+        return False
+
+
+def open_gguf(path: Path, given: Given) -> Opened:
+    """The LM in a GGUF file, in float32; ``tokenizer`` may be another one's folder.
+
+    Raises MissingExtraError without the extra ``gguf``; CheckpointError for a file that is cut short or of an
+    architecture that transformers does not read.
+    """
+    given.only("tokenizer", where=path)
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{path} is a GGUF file; reading one needs the extra gguf: pip install 'isthmus[gguf]' ({error.name} is "
+            "missing)."
+        ) from None
+    peer, words = _read(path)
+    net = BareLM(LmConfig(language=known_fields(json.loads(peer.config.to_json_string()))))
+    load_into(net.language.lm, match_keys(net.language.lm, peer.state_dict(), where=str(path)), where=path)
+    if given.tokenizer is not None:
+        words = open_tokenizer(given.tokenizer)
+    if words.vocab_size > net.language.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {words.vocab_size:,} tokens and the model {net.language.vocab_size:,} rows for "
+            "them; they do not belong together."
+        )
+    text = words.chat_template or ""
+    template, words = template_and_tokenizer(text, words, where=path, otherwise="document", pictures=False)
+    return net, TextProcessor(words, template=template, max_length=net.language.context or 2048), ()
+
+
+def _read(path: Path) -> tuple[Any, Tokenizer]:
+    """transformers' model and our tokenizer of the file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    folder = path.parent
+    with _told(path), quiet():
+        words: Any = AutoTokenizer.from_pretrained(folder, **where)
+        if getattr(words, "backend_tokenizer", None) is None:
+            raise CheckpointError(f"{path}: its tokenizer has no fast form; name another by tokenizer=FOLDER.")
+        tokenizer = from_peer(words, path)
+        if words.chat_template:
+            tokenizer = tokenizer.with_chat_template(words.chat_template)
+        plain = GgufConfig(dequantize=True)
+        peer = AutoModelForCausalLM.from_pretrained(folder, quantization_config=plain, dtype=torch.float32, **where)
+    return peer, tokenizer
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Whatever the libraries raise as one paragraph of ours."""
+    import transformers
+
+    try:
+        yield
+    except IsthmusError:
+        raise
+    except Exception as error:  # of many kinds, from numpy's to the library's own
+        said = (str(error).strip().splitlines() or ["no more is said"])[0]
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot read the GGUF file {path} "
+            f"({path.stat().st_size:,} bytes): {type(error).__name__}: {said[:300]}. It may be cut short (compare its "
+            "size with the publisher's), or of an architecture that transformers does not read from GGUF; then take "
+            "the model's folder of safetensors."
+        ) from error
