@@ -298,7 +298,7 @@ def test_what_does_not_fit_is_named(tmp_path, tokenizer):
     redraw(
         CLIPModel(
             CLIPConfig(
-                text_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+                text_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": 2},
                 vision_config=VISION,
                 projection_dim=16,
             )

@@ -1,6 +1,7 @@
 """A folder that tells an id twice must tell the same one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,19 @@ def test_two_ids_of_one_token_are_refused(
 )
 def test_what_is_no_disagreement_opens(file: str, values: dict[str, Any], written: Path, tmp_path: Path) -> None:
     assert isthmus.load(changed(written, tmp_path / "m", file, **values)).kind == "llava"
+
+
+def test_an_original_llava_is_held_to_its_ids_too(tmp_path: Path) -> None:
+    write_model(tiny_models.llava(), tmp_path / "m", "original")
+    isthmus.load(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=r"config\.json has eos_token_id 40 .* has '</s>' at 2"):
+        isthmus.load(changed(tmp_path / "m", tmp_path / "wrong", "config.json", eos_token_id=WORD))
+
+
+def test_a_text_tower_and_its_tokenizer_end_a_text_alike(tmp_path: Path) -> None:
+    model = tiny_models.clip()
+    model.net.config = replace(model.net.config, text=replace(model.net.config.text, pool="eot", eot_id=WORD))
+    for kind, made in (("clip", model), ("text", tiny_models.text_encoder(model))):
+        write_model(made, tmp_path / kind, "hf")
+        with pytest.raises(CheckpointError, match=r"the text's eos_token_id 40 .* has '</s>' at 2"):
+            isthmus.load(tmp_path / kind)

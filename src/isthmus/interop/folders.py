@@ -39,7 +39,7 @@ from isthmus.interop.hf_language import read_language_folder
 from isthmus.interop.hf_llava import llava_from_folder
 from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.interop.hf_towers import read_image_encoder_folder, read_text_encoder_folder
-from isthmus.interop.special_ids import must_agree, must_agree_on_image
+from isthmus.interop.special_ids import must_agree, must_agree_on_image, must_end_alike
 from isthmus.interop.told_template import chat_template_of, places_pictures, told_template
 from isthmus.language import Seq2SeqLM
 from isthmus.models.blip2 import Blip2, Blip2Config
@@ -91,6 +91,7 @@ def _words(folder: Path, given: Given) -> Path:
 def _clip(folder: Path, words: Path) -> Opened:
     config, state = read_clip_folder(folder)
     tokenizer = open_tokenizer(words)
+    must_end_alike(folder, words, tokenizer, config.text)
     config = replace(config, text=padded_by(tokenizer, config.text))
     net = Clip(config)
     load_into(net, state, where=folder)
@@ -116,6 +117,7 @@ def _image_encoder(folder: Path) -> Opened:
 def _text_encoder(folder: Path, words: Path) -> Opened:
     config, state = read_text_encoder_folder(folder)
     tokenizer = open_tokenizer(words)
+    must_end_alike(folder, words, tokenizer, config.text)
     config = replace(config, text=padded_by(tokenizer, config.text))
     net = TextEncoder(config)
     load_into(net, state, where=folder)

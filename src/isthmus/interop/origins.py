@@ -39,6 +39,7 @@ from isthmus.interop.original_llava import (
     template_of,
     without_newline,
 )
+from isthmus.interop.special_ids import must_agree
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.flamingo import Flamingo
 from isthmus.models.llava import Llava
@@ -239,6 +240,7 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
     image = replace(base, deep="clip", **tiled)
     found = Path(given.tokenizer or (given.language if partial else folder) or folder)
     tokenizer = open_tokenizer(found)
+    must_agree(folder, found, tokenizer, net.language.vocab_size)
     processor = SpliceProcessor(
         tokenizer,
         image=image,

@@ -12,6 +12,7 @@ from isthmus.checkpoint import read_json
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.language import library_config
+from isthmus.nn.text_tower import TextConfig
 
 _IMAGE = "<image>"
 
@@ -69,6 +70,19 @@ def must_agree_on_image(folder: Path, words: Path, tokenizer: Tokenizer) -> None
         )
 
 
+def must_end_alike(folder: Path, words: Path, tokenizer: Tokenizer, text: TextConfig) -> None:
+    """Raises CheckpointError, naming both, where a text tower reads its vector at another end of text than the
+    tokenizer writes: it would be found nowhere, and each text would be told by its first token."""
+    if text.pool != "eot" or tokenizer.eos_id == text.eot_id:
+        return
+    beside = "" if words == folder else f" in {words}"
+    raise CheckpointError(
+        f"{folder}: config.json has the text's eos_token_id {text.eot_id} ({_token(tokenizer, text.eot_id)}), the "
+        f"tokenizer{beside} has {tokenizer.specials['eos_token']!r} at {tokenizer.eos_id}: they do not belong "
+        "together, or one of them is wrong. Correct the file that is."
+    )
+
+
 def _sources(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     config = read_json(folder / "config.json")
     yield "config.json", config
@@ -82,7 +96,8 @@ def _defaults(folder: Path) -> dict[str, list[int]]:
     """The ids that the class of the language model has where nobody says any."""
     config = read_json(folder / "config.json")
     text = config.get("text_config")
-    kind = (text if isinstance(text, Mapping) else config).get("model_type", "llama")
+    kind = str((text if isinstance(text, Mapping) else config).get("model_type", "llama"))
+    kind = kind.removeprefix("llava_")  # the original LLaVA's configuration is its language model's under such a name
     try:
         known: Any = library_config({"model_type": kind})
     except ConfigError:  # no causal LM, or one that its fields cannot do without
