@@ -35,9 +35,10 @@ def test_the_whole_story(out, capsys, monkeypatch):
     pages = []
     write = demo.write_report
     monkeypatch.setattr(demo, "write_report", lambda file, report: pages.append(report) or write(file, report))
-    demo.run_demo(out, seed=3, serve=False, jobs=2)
+    demo.run_demo(out, seed=3, jobs=2)
     said = capsys.readouterr().out
     assert f"isthmus chat {out / 'llava'}" in " ".join(said.split())
+    assert said.rstrip().endswith(f"isthmus serve {' '.join(demo.served(out))}")
     assert said.index("lm is done") < said.index("blip2 begins") < said.index("blip2 is done")
     # A page as soon as one model is scored, without what a busy machine would tell wrongly.
     assert "Not yet scored: " in pages[0].summary
@@ -49,12 +50,13 @@ def test_the_whole_story(out, capsys, monkeypatch):
     assert "recall_at_1" in facts["models"]["clip"]
     assert facts["seconds"].keys() == {"clip", "lm", "flamingo", "blip2", "llava"}
     page = (out / "report.html").read_text()
+    assert f"isthmus serve {out / 'llava'} " in page
     for word in ("What they cost", "llava − blip2", "blip2: loss by stage", "What was trained"):
         assert word in page, word
     weights = {f: f.read_bytes() for f in out.glob("*/model/model.safetensors")}
     outputs = {f: f.stat().st_mtime_ns for f in out.glob("*/eval/*/outputs.jsonl")}
     assert len(weights) == 5
-    demo.run_demo(out, seed=3, serve=False, jobs=1)
+    demo.run_demo(out, seed=3, jobs=1)
     assert all(f.read_bytes() == data for f, data in weights.items())
     assert all(f.stat().st_mtime_ns == when for f, when in outputs.items())
 

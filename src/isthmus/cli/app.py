@@ -38,16 +38,16 @@ def root(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the runs, results.json and report.html.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of data, weights and order.")] = 0,
-    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Open the browser page at the end.")] = True,
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="At a terminal, end by serving the page.")] = True,
     jobs: Annotated[
         int | None, typer.Option(help="Trainings at a time, which share the cores (default: 3; 1 on one core).")
     ] = None,
     budget: Annotated[float, typer.Option(help="Share of the recipes' steps: 0.3 is soon done and learns less.")] = 1.0,
 ) -> None:
     """The whole story on the embedded scenes: train all five models, score them, show them."""
-    from isthmus.demo.story import run_demo
+    from isthmus.cli.demo import run
 
-    run_demo(out, seed=seed, serve=serve, jobs=jobs, budget=budget)
+    run(out, seed=seed, serve=serve, jobs=jobs, budget=budget)
 
 
 @app.command()

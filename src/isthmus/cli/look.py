@@ -65,9 +65,11 @@ def run(
             f"Log-probability {found.logprob:.3f}; covering row {row + 1}, column {column + 1} of {cells} x {cells} "
             f"lowers it most, by {float(found.drop.max()):.3f}",
             highlight=False,
+            soft_wrap=True,
         )
     else:
         why = "it scores no answers" if answer.strip() else "the answer is empty"
         console.print(f"No covering.png: {why}.", highlight=False)
     (out / "look.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    console.print(f"{len(words)} words, attention and not proof: {out}", markup=False, highlight=False)
+    pictures = f"{len(words)} picture{'s' * (len(words) != 1)} of words, attention and not proof"
+    console.print(f"{pictures}: {out}", markup=False, highlight=False, soft_wrap=True)

@@ -3,6 +3,9 @@
 import ipaddress
 import logging
 import os
+import threading
+import time
+import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +30,11 @@ def run(
     limits: Mapping[str, Any],
     log_requests: bool,
     given: Mapping[str, Any],
+    browse: bool = False,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C. ``limits``: fields of :class:`isthmus.serving.limits.Limits`; ``given``: further
-    arguments of :func:`isthmus.load`."""
+    """Serve until SIGTERM or Ctrl-C; with ``browse`` a browser shows the page. ``limits``: fields of
+    :class:`isthmus.serving.limits.Limits`; ``given``: further arguments of :func:`isthmus.load`.
+    """
     needs_extra()
     from isthmus.serving.api import create_app
     from isthmus.serving.limits import Limits
@@ -53,7 +58,19 @@ def run(
     if not local and key is None:
         warning = f"Everybody who reaches {host} may ask. Set {KEY} to ask for a key."
         console.print(warning, markup=False, highlight=False)
-    server(app, host, port, bounds, log_requests=log_requests).run()
+    running = server(app, host, port, bounds, log_requests=log_requests)
+    if browse:
+        threading.Thread(target=_browse, args=(running, f"http://{shown}:{port}/"), daemon=True).start()
+    running.run()
+
+
+def _browse(running: Any, address: str) -> None:
+    """Open the address as soon as the server listens."""
+    while not running.started:
+        if running.should_exit:
+            return
+        time.sleep(0.05)
+    webbrowser.open(address)
 
 
 def needs_extra() -> None:

@@ -14,9 +14,9 @@ from PIL import ImageDraw
 from torch import Tensor
 
 from isthmus.comparison.curves import overlay
-from isthmus.data.images import ImageTransform, as_image
+from isthmus.data.images import as_image
 from isthmus.data.record import Record, Text
-from isthmus.errors import ConfigError, DataError
+from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.model import Model
 
 SIDE = 448
@@ -47,8 +47,10 @@ def word_pictures(
 
     Raises CapabilityError for a model without maps.
     """
+    transform = model.processor.image
+    if transform is None:
+        raise CapabilityError("This model reads only text, so there is no picture to look at.")
     found = model.attend([request(picture, question)], max_new_tokens=max_new_tokens)[0]
-    transform: ImageTransform = model.processor.image
     seen = enlarged(transform.views(picture)[0] if transform.mode == "anyres" else transform.fit(picture))
     maps = found.heat(0) if found.maps else []
     return found.text, [(word, overlay(seen, heat[0])) for (word, _), heat in zip(found.words(), maps, strict=True)]

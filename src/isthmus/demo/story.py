@@ -4,8 +4,6 @@ Each model is an ordinary recipe run in a folder of its own, so an interrupted d
 ``isthmus train clip-tiny`` does exactly what the demo does. On several cores trainings run side by side.
 """
 
-import sys
-import webbrowser
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,8 +46,8 @@ _SUMMARY = (
 )
 
 
-def run_demo(out: Path, *, seed: int = 0, serve: bool = True, jobs: int | None = None, budget: float = 1.0) -> None:
-    """Train, score and show everything; ``serve`` opens the report in a browser when a person is watching.
+def run_demo(out: Path, *, seed: int = 0, jobs: int | None = None, budget: float = 1.0) -> None:
+    """Train, score and report everything; the last line is the command that serves the browser page over it.
 
     ``jobs`` at a time share the cores (left out: three, or on a single core one); 1 does everything in this process.
     ``budget``: the share of the recipes' steps that is trained; 0.3 takes a third of the time, and less is learnt.
@@ -91,8 +89,11 @@ def run_demo(out: Path, *, seed: int = 0, serve: bool = True, jobs: int | None =
         measure(rivals[name], model, out / name / "eval")
     _write(out, rivals, seed, budget)
     _tell(console, out, rivals)
-    if serve and sys.stdout.isatty():
-        webbrowser.open((out / "report.html").resolve().as_uri())
+
+
+def served(out: Path) -> list[str]:
+    """The finished models, in the order in which the browser page offers them: the last of the story first."""
+    return [str(out / name) for name in reversed(STORY)]
 
 
 def _write(out: Path, rivals: Mapping[str, Contestant], seed: int, budget: float) -> None:
@@ -101,6 +102,7 @@ def _write(out: Path, rivals: Mapping[str, Contestant], seed: int, budget: float
     so_far = f" Not yet scored: {', '.join(missing)}." if missing else ""
     so_far += f" Trained for {budget:g} times the recipes' steps." if budget != 1 else ""
     ordered = [rivals[name] for name in STORY if name in rivals]
+    so_far += "" if missing else f" Ask them yourself, side by side in a browser: isthmus serve {' '.join(served(out))}"
     report = write_comparison(out, ordered, title=_TITLE, summary=_SUMMARY + so_far, seed=seed)
     write_report(out / "report.html", report)
 
@@ -175,3 +177,5 @@ def _tell(console: Console, out: Path, rivals: Mapping[str, Contestant]) -> None
     console.print(f"Scores: [bold]{out / 'results.json'}[/]   report: [bold]{out / 'report.html'}[/]")
     console.print("Ask the model yourself:", style="bold")
     console.print(f'isthmus chat {out / "llava"} --image {picture} "{question}"', soft_wrap=True, highlight=False)
+    console.print("In a browser, side by side, and where each model looks:", style="bold")
+    console.print(f"isthmus serve {' '.join(served(out))}", soft_wrap=True, highlight=False)

@@ -129,8 +129,11 @@ def _attention(model: Model, record: Record, tokens: int) -> Iterator[Attention]
 
 
 def _boxes(server: Server, model: Model, record: Record) -> list[tuple[float, float, float, float]]:
+    transform = model.processor.image
+    if transform is None:  # a model that reads only text was refused its pictures before
+        return []
     limits = ImageLimits(file_bytes=server.limits.picture, pixels=server.limits.pixels)
-    return [model.processor.image.box(*open_image(image.source, limits).size) for image in record.images]
+    return [transform.box(*open_image(image.source, limits).size) for image in record.images]
 
 
 @router.get("/isthmus/runs", responses=ERRORS, operation_id="runs")

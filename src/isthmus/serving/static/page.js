@@ -279,13 +279,13 @@ async function ask(turn, model, covered) {
   $("stop").disabled = false;
   answer.said.ariaBusy = "true";
   const began = performance.now();
-  let first = 0, pieces = 0, tokens = 0, ended = "";
+  let pieces = 0, tokens = 0, ended = "";
   const facts = () => {
-    const seconds = (performance.now() - (first || began)) / 1000;
     const count = tokens || pieces;
-    const speed = count > 1 && seconds > 0 ? ` · ${((count - 1) / seconds).toFixed(1)} tokens/s` : "";
+    const speed = ` · ${(count / Math.max(0.001, (performance.now() - began) / 1000)).toFixed(1)} tokens/s`;
     const sight = model.visual_tokens ? ` · ${model.visual_tokens}` : "";
-    answer.facts.textContent = turn.labels ? ended : `${count} tokens${speed}${sight}${ended && ` · ${ended}`}`;
+    const told = count ? `${count} ${count === 1 ? "token" : "tokens"}${speed}${sight}` : "";
+    answer.facts.textContent = turn.labels ? ended : [told, ended].filter(Boolean).join(" · ");
   };
   try {
     if (turn.labels) {
@@ -295,7 +295,6 @@ async function ask(turn, model, covered) {
         tokens = said.usage ? said.usage.completion_tokens : tokens;
         for (const choice of said.choices) {
           if (choice.delta.content) {
-            first = first || performance.now();
             pieces += 1;
             answer.text += choice.delta.content;
             answer.said.textContent = answer.text;
@@ -440,7 +439,8 @@ async function lookAt(turn, answer) {
   let held = null;
   const words = found.words.map((word, n) => {
     const show = () => {
-      words.forEach((each) => each.classList.toggle("on", each === words[n]));
+      for (const each of document.querySelectorAll(".word.on")) each.classList.remove("on");
+      words[n].classList.add("on");
       figures.forEach((each, p) => heat(each, found.pictures[p], found.pictures[p].maps[n], top[p],
         turn.opacity.value / 100));
     };
