@@ -59,6 +59,29 @@ def test_an_lm_answers_in_its_own_template(folder: Path, capsys: Any) -> None:
     assert all(score < 0 for score in model.score([Text("a cube?", role="user")], ["red", "blue"]))
 
 
+BARE = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content + ' ASSISTANT:' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+"""Near one of ours, and no special token in front."""
+
+
+@pytest.mark.parametrize("template", [CHATML, BARE, "{{ bos_token }}" + BARE, None])
+def test_a_conversation_begins_as_its_template_says_not_as_texts_do(folder: Path, template: str | None) -> None:
+    """The tokenizer puts <s> before a text; transformers puts nothing there that the template does not write."""
+    if template is None:  # as we export it
+        write_model(tiny_models.lm(), folder / "again", "hf")
+        folder = folder / "again"
+    else:
+        (folder / "chat_template.jinja").write_text(template)
+    words = AutoTokenizer.from_pretrained(folder)
+    assert words("a cube?")["input_ids"][0] == words.bos_token_id
+    theirs = words.apply_chat_template(MESSAGES[1:2], add_generation_prompt=True, return_dict=False)
+    asked = Record("r", (Text("a cube?", role="user"),))
+    assert list(isthmus.load(folder).processor.prompt(asked).streams["lm"].ids) == theirs
+    assert (theirs[0] == words.bos_token_id) == (template not in (CHATML, BARE))
+
+
 def test_the_template_goes_with_the_model(folder: Path, tmp_path: Path) -> None:
     model = isthmus.load(folder)
     isthmus.load(model.save(tmp_path / "own")).chat(MESSAGES, max_new_tokens=2)

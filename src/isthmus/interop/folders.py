@@ -265,6 +265,8 @@ def template_and_tokenizer(
     told = told_template(text, tokenizer, pictures=pictures)
     if (told.name is None or not told.further) and (not pictures or places_pictures(text, tokenizer)):
         return OWN, tokenizer.with_chat_template(text)
+    if not pictures and tokenizer.begins and not told.begins:
+        return OWN, tokenizer  # in our words texts begin with what this template leaves out
     if told.name is None and pictures:
         warnings.warn(
             f"{where}: its chat template is none that is known here (what it makes of a question is none of "
