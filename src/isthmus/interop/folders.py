@@ -32,7 +32,7 @@ from isthmus.interop.archives import read_state
 from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_blip2 import read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
-from isthmus.interop.hf_files import RESAMPLE, further_stops
+from isthmus.interop.hf_files import RESAMPLE, further_stops, template_named
 from isthmus.interop.hf_idefics import TOKENS as IDEFICS_TOKENS
 from isthmus.interop.hf_idefics import read_idefics_folder
 from isthmus.interop.hf_language import read_language_folder
@@ -265,7 +265,7 @@ def template_and_tokenizer(
     told = told_template(text, tokenizer, pictures=pictures)
     if (told.name is None or not told.further) and (not pictures or places_pictures(text, tokenizer)):
         return OWN, tokenizer.with_chat_template(text)
-    if not pictures and tokenizer.begins and not told.begins:
+    if not pictures and tokenizer.begins and not told.begins and template_named(text) is None:
         return OWN, tokenizer  # in our words texts begin with what this template leaves out
     if told.name is None and pictures:
         warnings.warn(
