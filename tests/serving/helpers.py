@@ -99,9 +99,9 @@ def on_port(served: dict[str, Model] | None = None, **options: Any) -> Iterator[
 class Served:
     url: str
     port: int
-    app: Any
-    server: Any
-    thread: threading.Thread
+    app: Any = None
+    server: Any = None
+    thread: Any = None
 
     def post(self, path: str, body: Any = None, *, raw: bytes | None = None, headers: Any = None) -> Reply:
         content = json.dumps(body).encode() if raw is None else raw
