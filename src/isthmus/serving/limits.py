@@ -21,7 +21,8 @@ class Limits:
         headers: request line and headers together.
         depth: how deep lists and objects of a body may be nested.
         pictures: in one request.
-        picture: one encoded picture; ``pixels`` its width x height, read from its header.
+        picture: one encoded picture; ``pixels`` its width x height, read from its header, ``side`` the longer of
+            them, ``aspect`` the longer over the shorter: a narrow strip grows when it is resized.
         queue: requests that wait; half of it for any one client.
         rows: texts that are decoded together, of one model.
         deadline: from a request's arrival to its last token, waiting included.
@@ -36,6 +37,8 @@ class Limits:
     pictures: int = 8
     picture: int = 10 * 2**20
     pixels: int = 50_000_000
+    side: int = 16_384
+    aspect: float = 200.0
     queue: int = 64
     rows: int = 16
     deadline: float = 120.0

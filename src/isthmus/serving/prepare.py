@@ -48,7 +48,7 @@ class Reader:
             raise bad_request("invalid_image_url", "A picture's URL begins with data:, http: or https:.", "image_url")
         source = BytesImage(data, "picture")
         try:
-            image_size(source, ImageLimits(file_bytes=self.limits.picture, pixels=self.limits.pixels))
+            image_size(source, self._bounds)
         except DataError:
             raise self._unreadable() from None
         return Image(source, role)
@@ -80,8 +80,13 @@ class Reader:
                 "image_url",
             ) from None
 
+    @property
+    def _bounds(self) -> ImageLimits:
+        own = self.limits
+        return ImageLimits(file_bytes=own.picture, pixels=own.pixels, side=own.side, aspect=own.aspect)
+
     def _unreadable(self) -> ApiError:
-        bounds = ImageLimits()
+        bounds = self._bounds
         return bad_request(
             "invalid_image",
             "A picture cannot be read. It must be a sound JPEG, PNG, WebP, GIF or BMP of at most "
