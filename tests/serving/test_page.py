@@ -274,6 +274,36 @@ def test_files_that_are_no_pictures_are_told_in_words(opened):
         assert page.locator("#attached img").count() == 0
 
 
+def test_pictures_dropped_and_pasted_in_two_tabs_and_turns(opened):
+    """Each tab has its own conversation; a map lies on the picture that it is of, also one of an earlier turn."""
+    page, other = opened(), opened()
+    pick(page, "llava")
+    url = f"data:image/png;base64,{base64.b64encode(encoded(picture(1, (30, 30)))).decode()}"
+    for kind in ("drop", "paste"):
+        page.evaluate(
+            """async ([url, kind]) => {
+              const given = new DataTransfer();
+              const dots = Uint8Array.from(atob(url.split(',')[1]), (c) => c.charCodeAt(0));
+              given.items.add(new File([dots], kind + '.png', {type: 'image/png'}));
+              document.dispatchEvent(kind === 'drop' ? new DragEvent('drop', {dataTransfer: given, cancelable: true})
+                : new ClipboardEvent('paste', {clipboardData: given, cancelable: true}));
+            }""",
+            [url, kind],
+        )
+        page.wait_for_selector(f"#attached img[alt='{kind}.png']")
+        ask(page, f"what was given by {kind}?", tokens=6)
+        answers(page, 1 if kind == "drop" else 2)
+    page.locator("text=Where did it look?").nth(1).click()
+    page.wait_for_selector(".word")
+    page.locator(".word").nth(0).hover()
+    for number in (1, 2):
+        found = over(page, f".turn:nth-child({number})")
+        lies_on_the_picture(found)
+        assert found["across"][1] - found["across"][0] > 0.9
+    assert page.locator(".turn").count() == 2
+    assert other.locator(".turn").count() == other.locator("#attached img").count() == 0
+
+
 def test_words_to_choose_from_and_a_scene_with_its_truth(opened):
     page = opened()
     page.click("#scene")

@@ -283,7 +283,7 @@ async function ask(turn, model, covered) {
   const facts = () => {
     const count = tokens || pieces;
     const speed = ` · ${(count / Math.max(0.001, (performance.now() - began) / 1000)).toFixed(1)} tokens/s`;
-    const sight = model.visual_tokens ? ` · ${model.visual_tokens}` : "";
+    const sight = `${model.visual_tokens && ` · ${model.visual_tokens}`} · ${megabytes(model.weight_bytes)} of weights`;
     const told = count ? `${count} ${count === 1 ? "token" : "tokens"}${speed}${sight}` : "";
     answer.facts.textContent = turn.labels ? ended : [told, ended].filter(Boolean).join(" · ");
   };
@@ -661,6 +661,7 @@ document.addEventListener("paste", (event) => {
 });
 for (const name of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(name, (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return; // text that is dragged goes where it always goes
     event.preventDefault();
     document.body.classList.toggle("dropping", name === "dragover");
     if (name === "drop") take([...event.dataTransfer.files]);
