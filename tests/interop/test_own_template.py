@@ -20,6 +20,7 @@ from isthmus.recipes.schema import StageSpec
 from isthmus.systems import system
 from isthmus.systems.base import Tokenizers
 from isthmus.testing import probe
+from isthmus.testing.contracts import verify
 from tests.interop import tiny_models
 
 CHATML = (
@@ -80,6 +81,14 @@ def test_a_conversation_begins_as_its_template_says_not_as_texts_do(folder: Path
     asked = Record("r", (Text("a cube?", role="user"),))
     assert list(isthmus.load(folder).processor.prompt(asked).streams["lm"].ids) == theirs
     assert (theirs[0] == words.bos_token_id) == (template not in (CHATML, BARE))
+
+
+def test_verify_holds_the_end_of_a_turn(folder: Path) -> None:
+    model = isthmus.load(folder)
+    assert [row.verdict for row in verify(model, only=["turns end"])] == ["pass"]
+    model.processor.stop_ids = ()  # type: ignore[attr-defined]
+    (row,) = verify(model, only=["turns end"])
+    assert (row.verdict, row.difference) == ("FAIL", 1.0)
 
 
 def test_the_template_goes_with_the_model(folder: Path, tmp_path: Path) -> None:

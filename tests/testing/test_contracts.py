@@ -33,6 +33,7 @@ def test_sound_models_hold_every_contract(name: str) -> None:
     expected |= {"frozen parts untouched"} if name.endswith("encoder") else set()
     expected |= {"left = right padding"} if name == "image encoder" else set()
     expected |= {"export = transformers"} if name == "flamingo" else set()
+    expected |= set() if name in ("lm", "llava", "llava_next") else {"turns end"}
     assert absent == expected
     assert all(row.difference is not None for row in rows if row.verdict == "pass")
     assert all(callable(getattr(model, capability)) for capability in model.capabilities)

@@ -14,11 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from isthmus.batch import Tokens
+from isthmus.batch import IGNORE, Tokens
 from isthmus.config import plain
+from isthmus.data.chat import OWN
 from isthmus.data.collate import collate
+from isthmus.data.record import Record, Text
+from isthmus.data.text import TEMPLATES, Grammar
 from isthmus.errors import CheckpointError, ConfigError, IsthmusError, nearest
 from isthmus.interop.convert import write_model
+from isthmus.language import Decoding
 from isthmus.model import load
 from isthmus.stage import Group, Stage, apply_stage, named_parameters, set_modes
 from isthmus.testing import probe
@@ -237,6 +241,27 @@ def looked_at(model: Any) -> _Outcome:
     return _Outcome("pass" if least > floor else "FAIL", f"{told}; must be above the tolerance", least, floor)
 
 
+def turns_end(model: Any) -> _Outcome:
+    """What is learnt of a conversation's last answer ends with a token that stops generation, and the conversation
+    begins with the ids of the prompt that asks for that answer."""
+    template = getattr(model.processor, "template", None)
+    if template != OWN and not isinstance(TEMPLATES.get(str(template)), Grammar):
+        return _absent("the model has no template of conversations")
+    asked = tuple(Text(said, role=role) for role, said in (("user", "A?"), ("assistant", "One."), ("user", "B?")))
+    prompt = model.processor.prompt(Record("turns", asked)).streams["lm"].ids
+    whole = Record("turns", (*asked, Text("Two.", role="assistant", learn=True)))
+    try:
+        span = model.processor.example(whole, 0).streams["lm"]
+    except ConfigError as error:
+        return _absent(str(error))
+    learnt = [label for label in span.labels or () if label != IGNORE]
+    stops = model.ended(Decoding()).stop_ids
+    if list(span.ids[: len(prompt)]) != list(prompt):
+        return _Outcome("FAIL", "the prompt of an answer is not what stands before it in training", 1.0, 0.0)
+    told = f"the last token learnt is {learnt[-1]}; generation stops at {', '.join(map(str, stops))}"
+    return _within(float(learnt[-1] not in stops), 0.0, told)
+
+
 CONTRACTS: dict[str, Callable[[Any], _Outcome]] = {
     "tensors accounted for": tensors,
     "batch = single": batched,
@@ -247,6 +272,7 @@ CONTRACTS: dict[str, Callable[[Any], _Outcome]] = {
     "frozen parts untouched": frozen,
     "export = transformers": exported,
     "picture matters": looked_at,
+    "turns end": turns_end,
 }
 
 
