@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from isthmus import load_report
 from isthmus.errors import CheckpointError, nearest
 from isthmus.file_kind import but_is, start_of
+from isthmus.load_report import Account
 
 MANIFEST = "manifest.json"
 FORMAT = "isthmus-folder-1"
@@ -307,7 +308,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(code, f"safetensors could not write it ({error})", str(path)) from error
 
 
-def load_tensors(path: str | Path) -> dict[str, Tensor]:
+def load_tensors(path: str | Path, account: Account | None = None) -> dict[str, Tensor]:
     """The tensors of one safetensors file, memory-mapped (copy on write): pages are read when touched.
 
     Raises CheckpointError when the header lies about sizes, overlaps, or is too large.
@@ -318,7 +319,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except Exception as error:
         raise CheckpointError(f"{path} is no readable safetensors file ({error}). {_REPAIR}") from error
-    load_report.stored(tensors.values())
+    load_report.stored(account, tensors.values())
     return tensors
 
 
@@ -375,7 +376,7 @@ def state_tensors(net: nn.Module) -> dict[str, Tensor]:
     return {names[0]: tensor for names, tensor in _tied(net)}
 
 
-def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path, account: Account | None = None) -> None:
     """Give the net these tensors, strictly: every name and shape must fit. ``where`` is for the message.
 
     Of the net's dtype they become its weights themselves, without a copy: pages of a mapped file are read when used.
@@ -420,7 +421,7 @@ def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) 
             target.data = source.detach()
         else:
             target.data.copy_(source)
-    load_report.took(plan)
+    load_report.took(account, plan)
 
 
 def tensor_sha256(tensor: Tensor) -> str:

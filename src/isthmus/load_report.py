@@ -3,12 +3,11 @@
 Readers tell which tensors files hold, the last step which of them the net took. A tensor of the net that *is* one of a
 file's, in the same memory, was matched, whatever its name; one that was split, joined, transposed or merged on the way
 was converted. What is in no file, and what is in a file and not used, must be told with a reason by whoever decides it.
+Readers are passed the account of what is being opened; one that is called by itself, without, keeps none.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -93,57 +92,46 @@ class Account:
         return str(counts.most_common(1)[0][0]).removeprefix("torch.") if counts else "float32"
 
 
-_current: ContextVar[Account | None] = ContextVar("account", default=None)
+def beside(account: Account, part: Account) -> None:
+    """``part`` is the account of a model, or of weights, that was opened for the one of ``account``."""
+    account.parts |= part.own | part.held
+    account.notes += part.notes
 
 
-@contextmanager
-def accounting() -> Iterator[Account]:
-    """Keep an account of what is opened inside. One within another is that of a part, and told to the outer as such."""
-    outer, account = _current.get(), Account()
-    token = _current.set(account)
-    try:
-        yield account
-    finally:
-        _current.reset(token)
-        if outer is not None:
-            outer.parts |= account.own | account.held
-            outer.notes += account.notes
-
-
-def stored(tensors: Iterable[Tensor]) -> None:
+def stored(account: Account | None, tensors: Iterable[Tensor]) -> None:
     """These came out of a file."""
-    if (account := _current.get()) is not None:
+    if account is not None:
         account.own |= {_place(tensor): tensor for tensor in tensors}
 
 
-def took(plan: Iterable[tuple[Tensor, Tensor]]) -> None:
+def took(account: Account | None, plan: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Pairs of a tensor of the net, each once, and what it was made from."""
-    if (account := _current.get()) is not None:
+    if account is not None:
         for target, source in plan:
             account.taken.append(_place(source))
             account.held[_place(target)] = target
 
 
-def converted(tensors: Iterable[Tensor]) -> None:
+def converted(account: Account | None, tensors: Iterable[Tensor]) -> None:
     """These were taken and are about to be changed: an adapter is merged into them."""
-    if (account := _current.get()) is not None:
+    if account is not None:
         places = {_place(tensor) for tensor in tensors}
         account.taken = [(-1, place[1]) if place in places else place for place in account.taken]
 
 
-def absent(names: Iterable[str], why: str) -> None:
+def absent(account: Account | None, names: Iterable[str], why: str) -> None:
     """Tensors of the net that no file holds, and that are right without."""
-    if (account := _current.get()) is not None:
+    if account is not None:
         account.absent |= dict.fromkeys(names, why)
 
 
-def ignored(names: Iterable[str], why: str) -> None:
+def ignored(account: Account | None, names: Iterable[str], why: str) -> None:
     """Tensors of a file that the net has no use for."""
-    if (account := _current.get()) is not None:
+    if account is not None:
         account.ignored |= dict.fromkeys(names, why)
 
 
-def noted(*sentences: str) -> None:
+def noted(account: Account | None, *sentences: str) -> None:
     """What is read otherwise than the files have it, or will be written otherwise."""
-    if (account := _current.get()) is not None:
+    if account is not None:
         account.notes += sentences

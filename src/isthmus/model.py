@@ -44,7 +44,7 @@ from isthmus.data.video import as_visual
 from isthmus.errors import CapabilityError, CheckpointError, ConfigError
 from isthmus.interop.hub import located
 from isthmus.language import Decoding, unfilled
-from isthmus.load_report import LoadReport, accounting
+from isthmus.load_report import Account, LoadReport, beside
 from isthmus.nn.losses import similarity
 from isthmus.placement import device_of, dtype_of
 from isthmus.streaming import pieces
@@ -52,7 +52,7 @@ from isthmus.systems import SYSTEMS, system
 from isthmus.systems.base import System
 from isthmus.together import together
 from isthmus.tracing import attention_of, check_gaps, gap_of
-from isthmus.user_code import is_user_code, vetted
+from isthmus.user_code import is_user_code, outermost, vetted
 from isthmus.version import __version__
 
 FORMAT = "isthmus-1"
@@ -428,38 +428,44 @@ def load(
     place, dtype = device_of(device), dtype_of(dtype)
     given: dict[str, Any] = {"vision": vision, "language": language, "tokenizer": tokenizer}
     given |= {"activation": activation, "head_width": head_width}
-    folder = located(path, revision)
-    outer = _outermost(folder)
+    model = _opened(located(path, revision), given, [code] if isinstance(code, str | Path) else code, Account())
+    if template is not None:
+        model.processor = with_template(model.processor, template)
+    return (model if dtype is None else model.cast(dtype)).to(place)
+
+
+def _opened(folder: Path, given: Mapping[str, Any], code: Sequence[str | Path], account: Account) -> Model:
+    """The model, on the CPU and as it is stored, with its report out of ``account``."""
+    outer = outermost(folder)
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     config = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     useless = [name for name, value in given.items() if value is not None]
     if config is not None and "format" in config and useless:
         raise CheckpointError(f"{folder} is a whole model of ours and needs no {useless[0]}: leave it out.")
-    with unfilled(), accounting() as account:
+    with unfilled():
         if config is None or "format" not in config:
             from isthmus.interop.foreign import open_foreign
             from isthmus.interop.given import Given
 
-            net, processor, forbidden = open_foreign(folder, config, Given(open=partial(load, device="cpu"), **given))
+            named = Given(open=partial(_part, account), account=account, **given)
+            net, processor, forbidden = open_foreign(folder, config, named)
             model = Model(net, processor, prompts=published_request(processor), forbidden=forbidden)
         else:
-            model = _own(folder, vetted(config, outer, [code] if isinstance(code, str | Path) else code))
+            model = _own(folder, vetted(config, outer, code), account)
         model.report = account.report()
-    if template is not None:
-        model.processor = with_template(model.processor, template)
-    return (model if dtype is None else model.cast(dtype)).to(place)
+    return model
 
 
-def _outermost(folder: Path) -> Path:
-    """The run folder that a model folder is in; else what the user named. What lies in there came with the model."""
-    for run in (folder.parent, *folder.parent.parents[1:2]):  # RUN/model and RUN/stages/NAME/model
-        if folder.name == "model" and (run / "run.json").is_file():
-            return run
-    return folder
+def _part(account: Account, path: str | Path) -> Model:
+    """A model that is named beside the one that ``account`` is kept for."""
+    own = Account()
+    model = _opened(located(path, None), {}, (), own)
+    beside(account, own)
+    return model
 
 
-def _own(folder: Path, config: Mapping[str, Any]) -> Model:
+def _own(folder: Path, config: Mapping[str, Any], account: Account) -> Model:
     if config["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']!r}; this version reads {FORMAT!r}.")
     files = checkpoint.read_folder(folder)
@@ -468,7 +474,7 @@ def _own(folder: Path, config: Mapping[str, Any]) -> Model:
         raise CheckpointError(f"{folder}: unknown kind of model {name!r}; known: {', '.join(SYSTEMS)}.")
     kind = system(name)
     net = kind.net.from_config(config["config"])
-    checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"]), where=folder)
+    checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"], account), folder, account)
     described = checkpoint.read_json(files["processor.json"])
     tokenizer = None if described.get("kind") == ImagesProcessor.kind else load_tokenizer(folder)
     others = {f.parent.name: Tokenizer.load(f.parent) for n, f in files.items() if n.endswith("/tokenizer.json")}

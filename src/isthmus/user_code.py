@@ -133,6 +133,14 @@ def code_of(cls: type) -> str | None:
     return f"{Path(str(vars(module)['__file__'])).name}:{cls.__name__}#sha256={sha}" if module and sha else None
 
 
+def outermost(folder: Path) -> Path:
+    """The run folder that a model folder is in; else what the user named. What lies in there came with the model."""
+    for run in (folder.parent, *folder.parent.parents[1:2]):  # RUN/model and RUN/stages/NAME/model
+        if folder.name == "model" and (run / "run.json").is_file():
+            return run
+    return folder
+
+
 def vetted(values: Any, folder: Path, code: Iterable[str | Path] = ()) -> Any:
     """What was read from a model's folder, fit to be resolved: names of code that the user gave in ``code`` (files)
     lead to those, whatever they say now; the others must be pinned and lie outside ``folder``, and :func:`resolve`

@@ -22,7 +22,7 @@ from isthmus.interop.convert import write_model
 from isthmus.interop.hf_blip2 import config_from_hf, config_to_hf, from_hf, read_blip2_folder, to_hf
 from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.language import Decoding, Seq2SeqLM
-from isthmus.load_report import accounting
+from isthmus.load_report import Account
 from isthmus.model import Model, load
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.vit import VisionConfig, VisionTransformer
@@ -284,8 +284,8 @@ def test_a_tied_t5_comes_back_tied_and_scaled_as_it_was(scaled: bool, tmp_path) 
 
 def test_a_rate_of_dropout_that_has_no_place_is_noted() -> None:
     values = peer_config(OPT, qformer={"attention_probs_dropout_prob": 0.3}).to_dict()
-    with accounting() as account:
-        assert config_from_hf(values).qformer.dropout == 0.1
+    account = Account()
+    assert config_from_hf(values, account).qformer.dropout == 0.1
     (note,) = account.report().notes
     assert note.startswith("qformer_config.attention_probs_dropout_prob 0.3: in training attention drops 0.1")
 

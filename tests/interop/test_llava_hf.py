@@ -26,7 +26,7 @@ from isthmus.interop.hf_llava import (
     read_llava_folder,
 )
 from isthmus.language import Decoding
-from isthmus.load_report import accounting
+from isthmus.load_report import Account
 from isthmus.models.llava import Llava
 from tests.models.tiny_llava import LANGUAGE, ROWS, Row, V, batch, redraw, tiny
 
@@ -154,8 +154,8 @@ def test_any_language_model_answers_as_the_class_that_saved_it(kind: str, tmp_pa
 def test_what_is_not_applied_and_what_is_renamed_is_told(tmp_path: Path) -> None:
     text = AutoConfig.for_model("granite", **OTHERS["granite"], tie_word_embeddings=False)
     hf_model(text_config=text).save_pretrained(tmp_path)
-    with accounting() as account:
-        ours(tmp_path)
+    account = Account()
+    read_llava_folder(tmp_path, account)
     scaled, named = account.report().notes
     assert scaled.startswith("text_config.logits_scaling 8 is not applied")
     assert "names of transformers 4.52 or later" in named

@@ -52,10 +52,11 @@ def open_adapter(folder: Path, given: Given) -> Opened:
     described = read_json(file) if file.is_file() else {}
     if described.get("model_type") in ("llava", "llava_next"):
         peer = open_class(base)
-        merge_adapter(peer, folder)
-        return llava_of(base, Path(words or base), dict(peer.state_dict()))
+        merge_adapter(peer, folder, given.account)
+        return llava_of(base, Path(words or base), dict(peer.state_dict()), given.account)
     if "model_type" in described and "format" not in described and "mm_vision_tower" not in described:
-        net, processor, forbidden = load_foreign(base, described, Given(open=given.open, tokenizer=words))
+        beside = Given(open=given.open, account=given.account, tokenizer=words)
+        net, processor, forbidden = load_foreign(base, described, beside)
     else:
         model = given.open(base)
         net, processor, forbidden = model.net, model.processor, model.forbidden
@@ -66,7 +67,7 @@ def open_adapter(folder: Path, given: Given) -> Opened:
         )
     lm = net.language.lm
     tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
-    merge_adapter(lm, folder)
+    merge_adapter(lm, folder, given.account)
     if tied and lm.get_input_embeddings().weight is not lm.get_output_embeddings().weight:
         lm.config.tie_word_embeddings = False
         net.config = replace(net.config, language={**net.config.language, "tie_word_embeddings": False})

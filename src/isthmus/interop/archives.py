@@ -18,6 +18,7 @@ from isthmus import load_report
 from isthmus.checkpoint import load_tensors, read_json
 from isthmus.errors import CheckpointError
 from isthmus.file_kind import but_is, start_of
+from isthmus.load_report import Account
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _OWN = ("model.safetensors", "pytorch_model.bin")
@@ -43,7 +44,7 @@ _DTYPES = {
 }
 
 
-def read_archive(path: str | Path) -> dict[str, Any]:
+def read_archive(path: str | Path, account: Account | None = None) -> dict[str, Any]:
     """What one file holds: name -> tensor, or for a training checkpoint also plain values and nested mappings.
 
     Raises CheckpointError: missing, of no known kind, damaged, or a pickle that wants more than tensors.
@@ -57,12 +58,12 @@ def read_archive(path: str | Path) -> dict[str, Any]:
     if start.startswith(_ZIP):
         names = _sound_members(path)
         if any(name.endswith("/constants.pkl") for name in names):
-            return _torchscript(path)
-        return _pickled(path, mapped=True)
+            return _torchscript(path, account)
+        return _pickled(path, account, mapped=True)
     if start[8:9] == b"{":
-        return dict(load_tensors(path))
+        return dict(load_tensors(path, account))
     if start.startswith(_PICKLE):
-        return _pickled(path, mapped=False)
+        return _pickled(path, account, mapped=False)
     otherwise = "give the folder that it lies in" if path.suffix in (".json", ".txt") else "download it again"
     if path.suffix in (".yaml", ".yml"):
         otherwise = "a recipe is trained first, by `isthmus train`"
@@ -74,7 +75,7 @@ def read_archive(path: str | Path) -> dict[str, Any]:
     )
 
 
-def read_state(folder: str | Path) -> dict[str, Tensor]:
+def read_state(folder: str | Path, account: Account | None = None) -> dict[str, Tensor]:
     """All tensors of a folder: its index's shards, else its one file of weights, safetensors before pickles.
 
     Raises CheckpointError: none or several, a shard that is missing, lies outside the folder, or holds less than the
@@ -83,7 +84,7 @@ def read_state(folder: str | Path) -> dict[str, Tensor]:
     folder = Path(folder)
     for name in _INDEXES:
         if (folder / name).is_file():
-            return without_wrappers(_shards(folder, folder / name))
+            return without_wrappers(_shards(folder, folder / name, account))
     for ending in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
         found = sorted(folder.glob(ending))
         own = [f for f in found if f.name in _OWN]
@@ -92,7 +93,7 @@ def read_state(folder: str | Path) -> dict[str, Tensor]:
             names = ", ".join(f.name for f in found[:6])
             raise CheckpointError(f"{folder} holds several files of weights and no index ({names}); name one of them.")
         if found:
-            return tensors_of(unwrapped(read_archive(found[0])), found[0])
+            return tensors_of(unwrapped(read_archive(found[0], account)), found[0])
     others = [f.name for e in ("*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt*") for f in sorted(folder.glob(e))]
     beside = f" What it has is of another form ({', '.join(others[:4])})." if others else ""
     raise CheckpointError(f"{folder} holds no weights: no safetensors, .bin, .pt or .pth file.{beside}")
@@ -130,7 +131,7 @@ def tensors_of(content: Mapping[str, Any], where: str | Path) -> dict[str, Tenso
     return dict(content)
 
 
-def _shards(folder: Path, index: Path) -> dict[str, Tensor]:
+def _shards(folder: Path, index: Path, account: Account | None) -> dict[str, Tensor]:
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{index} has no weight_map, so the shards are not known.")
@@ -141,7 +142,7 @@ def _shards(folder: Path, index: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{index}: {name!r} points outside the folder.")
         if not shard.is_file():
             raise CheckpointError(f"{folder} lacks the shard {name}, which its index names; download it again.")
-        weights |= tensors_of(read_archive(shard), shard)
+        weights |= tensors_of(read_archive(shard, account), shard)
     lost = sorted(set(placed) - set(weights))
     if lost:
         raise CheckpointError(f"{index} names {lost[0]!r} and {len(lost) - 1} more tensors that no shard holds.")
@@ -169,7 +170,7 @@ def _sound_members(path: Path) -> list[str]:
     return [m.filename for m in members]
 
 
-def _pickled(path: Path, *, mapped: bool) -> dict[str, Any]:
+def _pickled(path: Path, account: Account | None, *, mapped: bool) -> dict[str, Any]:
     """By torch's own restricted unpickler; a zip's tensors stay in the file until they are touched."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -182,7 +183,7 @@ def _pickled(path: Path, *, mapped: bool) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read by torch ({type(error).__name__}); it may be damaged.") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
-    load_report.stored(_tensors_in(content))
+    load_report.stored(account, _tensors_in(content))
     return {str(name): value for name, value in content.items()}
 
 
@@ -246,7 +247,7 @@ def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[i
     return torch.as_strided(storage, size, stride, offset)
 
 
-def _torchscript(path: Path) -> dict[str, Any]:
+def _torchscript(path: Path, account: Account | None) -> dict[str, Any]:
     """The parameters and buffers of a scripted module under their dotted names; plain numbers too."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -260,7 +261,7 @@ def _torchscript(path: Path) -> dict[str, Any]:
         ) from error
     found: dict[str, Any] = {}
     _collect(module, "", found)
-    load_report.stored(found.values())
+    load_report.stored(account, found.values())
     return found
 
 

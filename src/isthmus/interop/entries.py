@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from isthmus import load_report
 from isthmus.errors import CheckpointError
+from isthmus.load_report import Account
 
 Shapes = Mapping[str, torch.Size]
 
@@ -66,6 +67,7 @@ def from_theirs(
     what: str,
     *,
     tolerated: Iterable[str] = (),
+    account: Account | None = None,
 ) -> dict[str, Tensor]:
     """Our state dict from theirs. ``shapes`` are ours; keys that end in one of ``tolerated`` may be there besides.
 
@@ -86,7 +88,7 @@ def from_theirs(
     ]
     if problems:
         raise CheckpointError(f"the weights do not fit {what}. " + ". ".join(problems) + ".")
-    load_report.ignored(sorted(set(state) - known), load_report.DERIVED)
+    load_report.ignored(account, sorted(set(state) - known), load_report.DERIVED)
     return {name: value for entry in entries for name, value in entry.decode(state[entry.theirs])}
 
 

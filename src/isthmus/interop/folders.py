@@ -42,6 +42,7 @@ from isthmus.interop.hf_towers import read_image_encoder_folder, read_text_encod
 from isthmus.interop.special_ids import must_agree, must_agree_on_image, must_end_alike
 from isthmus.interop.told_template import chat_template_of, places_pictures, told_template
 from isthmus.language import Seq2SeqLM
+from isthmus.load_report import Account
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip
 from isthmus.models.flamingo import Flamingo
@@ -61,17 +62,17 @@ def load_foreign(folder: Path, config: Mapping[str, Any], given: Given) -> Opene
         raise CheckpointError(f"{folder}/config.json names neither a format of ours nor a model_type of transformers.")
     if kind in ("clip_vision_model", "siglip_vision_model"):
         given.only(where=folder)
-        return _image_encoder(folder)
+        return _image_encoder(folder, given.account)
     given.only("tokenizer", where=folder)
     words = _words(folder, given)
-    readers: dict[Any, Callable[[Path, Path], Opened]] = {
+    readers: dict[Any, Callable[[Path, Path, Account], Opened]] = {
         **dict.fromkeys(("clip", "siglip"), _clip),
         **dict.fromkeys(("llava", "llava_next"), _llava),
         **dict.fromkeys(("blip-2", "instructblip"), _blip2),
         **dict.fromkeys(("clip_text_model", "siglip_text_model"), _text_encoder),
         "idefics": _idefics,
     }
-    return readers.get(kind, _language)(folder, words)
+    return readers.get(kind, _language)(folder, words, given.account)
 
 
 def _words(folder: Path, given: Given) -> Path:
@@ -88,13 +89,13 @@ def _words(folder: Path, given: Given) -> Path:
     return path
 
 
-def _clip(folder: Path, words: Path) -> Opened:
-    config, state = read_clip_folder(folder)
+def _clip(folder: Path, words: Path, account: Account) -> Opened:
+    config, state = read_clip_folder(folder, account)
     tokenizer = open_tokenizer(words)
     must_end_alike(folder, words, tokenizer, config.text)
     config = replace(config, text=padded_by(tokenizer, config.text))
     net = Clip(config)
-    load_into(net, state, where=folder)
+    load_into(net, state, where=folder, account=account)
     image = image_transform(folder, config.vision.image_size, siglip=not config.vision.class_token)
     return net, ContrastiveProcessor(tokenizer, image=image, context=config.text.context), ()
 
@@ -106,33 +107,33 @@ def padded_by(tokenizer: Tokenizer, text: TextConfig) -> TextConfig:
     return text if text.causal or named is None else replace(text, pad_id=tokenizer.id_of(named))
 
 
-def _image_encoder(folder: Path) -> Opened:
-    config, state = read_image_encoder_folder(folder)
+def _image_encoder(folder: Path, account: Account) -> Opened:
+    config, state = read_image_encoder_folder(folder, account)
     net = ImageEncoder(config)
-    load_into(net, state, where=folder)
+    load_into(net, state, where=folder, account=account)
     image = image_transform(folder, config.vision.image_size, siglip=not config.vision.class_token)
     return net, ImagesProcessor(image), ()
 
 
-def _text_encoder(folder: Path, words: Path) -> Opened:
-    config, state = read_text_encoder_folder(folder)
+def _text_encoder(folder: Path, words: Path, account: Account) -> Opened:
+    config, state = read_text_encoder_folder(folder, account)
     tokenizer = open_tokenizer(words)
     must_end_alike(folder, words, tokenizer, config.text)
     config = replace(config, text=padded_by(tokenizer, config.text))
     net = TextEncoder(config)
-    load_into(net, state, where=folder)
+    load_into(net, state, where=folder, account=account)
     return net, TextsProcessor(tokenizer, context=config.text.context), ()
 
 
-def _llava(folder: Path, words: Path) -> Opened:
-    return llava_of(folder, words, read_state(folder))
+def _llava(folder: Path, words: Path, account: Account) -> Opened:
+    return llava_of(folder, words, read_state(folder, account), account)
 
 
-def llava_of(folder: Path, words: Path, stored: Mapping[str, Tensor]) -> Opened:
+def llava_of(folder: Path, words: Path, stored: Mapping[str, Tensor], account: Account) -> Opened:
     """A LLaVA from its weights under transformers' names, which may be others than those in ``folder``."""
-    config, state, image_token = llava_from_folder(folder, stored)
+    config, state, image_token = llava_from_folder(folder, stored, account)
     net = Llava(config)  # not from the meta device: ties and computed buffers (rotary frequencies) would be lost
-    load_into(net, state, where=folder)
+    load_into(net, state, where=folder, account=account)
     if not net.language.plain_head():
         raise CheckpointError(
             f"{folder}: its language model, {config.language['model_type']}, does more to its logits than a linear "
@@ -157,10 +158,10 @@ def llava_of(folder: Path, words: Path, stored: Mapping[str, Tensor]) -> Opened:
     return net, processor, (image_token,)
 
 
-def _idefics(folder: Path, words: Path) -> Opened:
-    config, state = read_idefics_folder(folder)
+def _idefics(folder: Path, words: Path, account: Account) -> Opened:
+    config, state = read_idefics_folder(folder, account)
     net = Flamingo(config)  # not from the meta device, as LLaVA's
-    load_into(net, state, where=folder)
+    load_into(net, state, where=folder, account=account)
     tokenizer = open_tokenizer(words)
     must_agree(folder, words, tokenizer, net.language.vocab_size)
     tokens = IDEFICS_TOKENS[: len(config.new_ids)]
@@ -179,13 +180,13 @@ def _idefics(folder: Path, words: Path) -> Opened:
     return net, processor, ()
 
 
-def _blip2(folder: Path, words: Path) -> Opened:
+def _blip2(folder: Path, words: Path, account: Account) -> Opened:
     """The prompts are the paper's; InstructBLIP's instruction stands by itself, its Q-Former has a tokenizer too."""
-    config, state = read_blip2_folder(folder)
+    config, state = read_blip2_folder(folder, account)
     if config.phase == "represent":
-        return _retrieval(folder, words, config, state)
+        return _retrieval(folder, words, config, state, account)
     net = Blip2(config)
-    load_into(net, state, where=folder)
+    load_into(net, state, where=folder, account=account)
     transform = replace(image_transform(folder, config.vision.image_size), mode="squash")
     qformer = load_wordpiece(folder / "qformer_tokenizer") if config.instruct else None
     tokenizer = open_tokenizer(words)
@@ -228,17 +229,17 @@ def asked_otherwise(net: Blip2, processor: PromptProcessor) -> tuple[str, ...]:
     )
 
 
-def _retrieval(folder: Path, words: Path, config: Blip2Config, state: Mapping[str, Any]) -> Opened:
+def _retrieval(folder: Path, words: Path, config: Blip2Config, state: Mapping[str, Any], account: Account) -> Opened:
     net = Blip2(config)
-    load_into(net, state, where=folder)
+    load_into(net, state, where=folder, account=account)
     image = replace(image_transform(folder, config.vision.image_size), mode="squash")
     return net, PairProcessor(load_wordpiece(words), image), ()
 
 
-def _language(folder: Path, words: Path) -> Opened:
-    config, state = read_language_folder(folder)
+def _language(folder: Path, words: Path, account: Account) -> Opened:
+    config, state = read_language_folder(folder, account)
     net = BareLM(LmConfig(language=config))
-    load_into(net.language.lm, state, where=folder)
+    load_into(net.language.lm, state, where=folder, account=account)
     tokenizer = open_tokenizer(words)
     must_agree(folder, words, tokenizer, net.language.vocab_size)
     template, tokenizer = template_and_tokenizer(

@@ -10,6 +10,7 @@ from torch import Tensor
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import Processor
 from isthmus.errors import CheckpointError
+from isthmus.load_report import Account
 from isthmus.nn.vit import VisionConfig
 
 Opened = tuple[Any, Processor, tuple[int, ...]]
@@ -18,7 +19,8 @@ Opened = tuple[Any, Processor, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """What the user names beside a checkpoint, and ``open``, which loads a model folder of any kind.
+    """What the user names beside a checkpoint; ``open``, which loads a model folder of any kind; and the ``account`` of
+    the checkpoint's tensors, where every reader writes down what it does with them.
 
     ``vision`` and ``language`` are models; ``tokenizer`` a folder or OpenAI's merge table; ``activation`` that of a
     CLIP whose weights do not tell it (``quick_gelu`` for weights trained by OpenAI's code, mostly ``gelu`` else);
@@ -26,6 +28,7 @@ class Given:
     """
 
     open: Callable[[str | Path], Any]
+    account: Account
     vision: str | Path | None = None
     language: str | Path | None = None
     tokenizer: str | Path | None = None
@@ -41,7 +44,7 @@ class Given:
     def only(self, *used: str, where: Path) -> None:
         """Raises CheckpointError for an argument that this checkpoint has no use for."""
         for field in fields(self):
-            if field.name not in ("open", *used) and getattr(self, field.name) is not None:
+            if field.name not in ("open", "account", *used) and getattr(self, field.name) is not None:
                 raise CheckpointError(f"{where} needs no {field.name}: leave it out.")
 
     def encoder(self, path: str | Path) -> "Encoder":

@@ -20,6 +20,7 @@ from isthmus.interop.archives import read_state
 from isthmus.interop.export import must
 from isthmus.interop.hf_language import RENAMED, seq2seq_ties
 from isthmus.language import known_fields
+from isthmus.load_report import Account
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.vit import VisionConfig
@@ -64,13 +65,15 @@ _REST = {
 }
 
 
-def from_hf(state: Mapping[str, Tensor], where: str = "the checkpoint") -> dict[str, Tensor]:
+def from_hf(
+    state: Mapping[str, Tensor], where: str = "the checkpoint", account: Account | None = None
+) -> dict[str, Tensor]:
     """The same tensors under our names and shapes; the joint qkv is split. A strange name: CheckpointError."""
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         name = name.removeprefix("model.")
         if name.endswith("position_ids"):
-            load_report.ignored([name], load_report.DERIVED)
+            load_report.ignored(account, [name], load_report.DERIVED)
             continue
         joint = re.fullmatch(r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv\.(weight|bias)", name)
         if joint:
@@ -106,7 +109,7 @@ def _ours(name: str) -> str | None:
     return None
 
 
-def config_from_hf(config: Mapping[str, Any]) -> Blip2Config:
+def config_from_hf(config: Mapping[str, Any], account: Account | None = None) -> Blip2Config:
     """Our configuration from the contents of a config.json; phase ``generate``, the norm's eps transformers' own."""
     vision, qformer = config["vision_config"], config["qformer_config"]
     image, patch = vision.get("image_size", 224), vision.get("patch_size", 14)
@@ -116,8 +119,9 @@ def config_from_hf(config: Mapping[str, Any]) -> Blip2Config:
     hidden, attention = (qformer.get(f"{name}_dropout_prob", 0.1) for name in ("hidden", "attention_probs"))
     if hidden != attention:
         load_report.noted(
+            account,
             f"qformer_config.attention_probs_dropout_prob {attention:g}: in training attention drops {hidden:g} here, "
-            "as everything in the Q-Former; answers are the same"
+            "as everything in the Q-Former; answers are the same",
         )
     return Blip2Config(
         vision=VisionConfig(
@@ -260,30 +264,33 @@ def config_to_hf(config: Blip2Config, *, image_token_id: int | None) -> dict[str
     }
 
 
-def _retrieval(config: Blip2Config, state: dict[str, Tensor]) -> tuple[Blip2Config, dict[str, Tensor]]:
+def _retrieval(
+    config: Blip2Config, state: dict[str, Tensor], account: Account | None
+) -> tuple[Blip2Config, dict[str, Tensor]]:
     """``Blip2ForImageTextRetrieval`` has neither temperature nor LM head: the one only training reads and starts at
     the paper's value, the other is zero, and by its ``objectives`` the model cannot write."""
     config = replace(config, phase="represent", language=None, objectives=("itc", "itm"))
     with torch.device("meta"):
         absent = {n: t for n, t in Blip2(config).state_dict().items() if n == "heads.temperature" or ".lm_" in n}
-    load_report.absent(absent, "transformers' retrieval class has none: the model is not trained on, nor does it write")
+    why = "transformers' retrieval class has none: the model is not trained on, nor does it write"
+    load_report.absent(account, absent, why)
     filled = {name: torch.zeros(tensor.shape) for name, tensor in absent.items()}
     return config, {**state, **filled, "heads.temperature": torch.tensor(TEMPERATURE)}
 
 
-def read_blip2_folder(folder: Path) -> tuple[Blip2Config, dict[str, Tensor]]:
+def read_blip2_folder(folder: Path, account: Account | None = None) -> tuple[Blip2Config, dict[str, Tensor]]:
     """Configuration and state dict of a saved BLIP-2 or InstructBLIP, or of a BLIP-2 for retrieval.
 
     A T5 head stored beside another embedding table is taken as untied. Raises CheckpointError for strange tensors.
     """
     raw = read_json(folder / "config.json")
-    stored = read_state(folder)
-    config, state = config_from_hf(raw), from_hf(stored, str(folder))
+    stored = read_state(folder, account)
+    config, state = config_from_hf(raw, account), from_hf(stored, str(folder), account)
     for theirs, own in _renamed(config):
         if theirs in state:
             state[own] = state.pop(theirs)
     if "heads.itm.weight" in state:
-        return _retrieval(config, state)
+        return _retrieval(config, state, account)
     head, table = state.get("language.lm.lm_head.weight"), state.get("language.lm.shared.weight")
     if table is not None:
         assert config.language is not None

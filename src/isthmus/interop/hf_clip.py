@@ -14,6 +14,7 @@ from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError, nearest
 from isthmus.interop.archives import read_state
 from isthmus.interop.entries import Entry, Shapes, from_theirs, same, shapes_of, to_theirs
+from isthmus.load_report import Account
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.nn.text_tower import TextConfig, TextTower
 from isthmus.nn.vit import VisionConfig, VisionTransformer
@@ -273,12 +274,12 @@ def _kind(config: ClipConfig) -> str:
 # Weights.
 
 
-def clip_from_hf(state: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
+def clip_from_hf(state: Mapping[str, Tensor], config: ClipConfig, account: Account | None = None) -> dict[str, Tensor]:
     """Our state dict from a ``CLIPModel``'s or ``SiglipModel``'s; dtypes stay. Raises CheckpointError on any misfit."""
     with torch.device("meta"):
         shapes = shapes_of(Clip(config))
     kind = "SiglipModel" if _kind(config) == "siglip" else "CLIPModel"
-    return from_theirs(_clip(config), state, shapes, kind, tolerated=TOLERATED)
+    return from_theirs(_clip(config), state, shapes, kind, tolerated=TOLERATED, account=account)
 
 
 def clip_to_hf(state: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
@@ -286,14 +287,16 @@ def clip_to_hf(state: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Ten
     return to_theirs(_clip(config), state)
 
 
-def vision_from_hf(state: Mapping[str, Tensor], config: VisionConfig) -> dict[str, Tensor]:
+def vision_from_hf(
+    state: Mapping[str, Tensor], config: VisionConfig, account: Account | None = None
+) -> dict[str, Tensor]:
     """A :class:`VisionTransformer`'s state dict from a ``CLIPVisionModel``'s or ``SiglipVisionModel``'s.
 
     Its keys may start with ``vision_model.`` (files of older versions) or not (newer ones).
     """
     with torch.device("meta"):
         shapes = shapes_of(VisionTransformer(config))
-    return _single(_vision, "vision_model.", state, config, shapes)
+    return _single(_vision, "vision_model.", state, config, shapes, account)
 
 
 def vision_to_hf(state: Mapping[str, Tensor], config: VisionConfig, *, prefix: str = "") -> dict[str, Tensor]:
@@ -301,11 +304,11 @@ def vision_to_hf(state: Mapping[str, Tensor], config: VisionConfig, *, prefix: s
     return to_theirs(_vision(config, prefix, ""), state)
 
 
-def text_from_hf(state: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
+def text_from_hf(state: Mapping[str, Tensor], config: TextConfig, account: Account | None = None) -> dict[str, Tensor]:
     """A :class:`TextTower`'s state dict from a ``CLIPTextModel``'s; prefix as in :func:`vision_from_hf`."""
     with torch.device("meta"):
         shapes = shapes_of(TextTower(config))
-    return _single(_text, "text_model.", state, config, shapes)
+    return _single(_text, "text_model.", state, config, shapes, account)
 
 
 def text_to_hf(state: Mapping[str, Tensor], config: TextConfig, *, prefix: str = "") -> dict[str, Tensor]:
@@ -313,9 +316,16 @@ def text_to_hf(state: Mapping[str, Tensor], config: TextConfig, *, prefix: str =
     return to_theirs(_text(config, prefix, ""), state)
 
 
-def _single(layout: Any, prefix: str, state: Mapping[str, Tensor], config: Any, shapes: Shapes) -> dict[str, Tensor]:
+def _single(
+    layout: Any,
+    prefix: str,
+    state: Mapping[str, Tensor],
+    config: Any,
+    shapes: Shapes,
+    account: Account | None,
+) -> dict[str, Tensor]:
     found = prefix if any(name.startswith(prefix) for name in state) else ""
-    return from_theirs(layout(config, found, ""), state, shapes, "a single tower", tolerated=TOLERATED)
+    return from_theirs(layout(config, found, ""), state, shapes, "a single tower", tolerated=TOLERATED, account=account)
 
 
 def _clip(config: ClipConfig) -> list[Entry]:
@@ -381,10 +391,10 @@ def _blocks(theirs: str, ours: str, layers: int) -> list[Entry]:
 # Folders.
 
 
-def read_clip_folder(path: str | Path) -> tuple[ClipConfig, dict[str, Tensor]]:
+def read_clip_folder(path: str | Path, account: Account | None = None) -> tuple[ClipConfig, dict[str, Tensor]]:
     """Configuration and our state dict from a folder with config.json and weights (one file, or sharded).
 
     Raises CheckpointError when something is missing or does not fit.
     """
     config = clip_config_from_hf(read_json(Path(path) / "config.json"))
-    return config, clip_from_hf(read_state(path), config)
+    return config, clip_from_hf(read_state(path, account), config, account)

@@ -46,7 +46,8 @@ def open_gguf(path: Path, given: Given) -> Opened:
         ) from None
     peer, words = _read(path)
     net = BareLM(LmConfig(language=known_fields(json.loads(peer.config.to_json_string()))))
-    load_into(net.language.lm, match_keys(net.language.lm, peer.state_dict(), where=str(path)), where=path)
+    state = match_keys(net.language.lm, peer.state_dict(), where=str(path), account=given.account)
+    load_into(net.language.lm, state, where=path, account=given.account)
     if given.tokenizer is not None:
         words = open_tokenizer(given.tokenizer)
     if words.vocab_size > net.language.vocab_size:

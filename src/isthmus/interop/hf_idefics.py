@@ -24,6 +24,7 @@ from isthmus.interop.hf_clip import (
     vision_from_hf,
     vision_to_hf,
 )
+from isthmus.load_report import Account
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
@@ -163,7 +164,9 @@ def idefics_config_to_hf(config: FlamingoConfig) -> dict[str, Any]:
     }
 
 
-def idefics_from_hf(state: Mapping[str, Tensor], config: FlamingoConfig) -> dict[str, Tensor]:
+def idefics_from_hf(
+    state: Mapping[str, Tensor], config: FlamingoConfig, account: Account | None = None
+) -> dict[str, Tensor]:
     """Our state dict from theirs. Raises CheckpointError on any misfit."""
     with torch.device("meta"):
         shapes = shapes_of(Flamingo(config))
@@ -172,8 +175,8 @@ def idefics_from_hf(state: Mapping[str, Tensor], config: FlamingoConfig) -> dict
     if config.language.get("tie_word_embeddings"):  # the library writes what is tied once
         rest.setdefault("lm_head.weight", rest["model.embed_tokens.weight"])
         rest.pop("lm_head.additional_fc.weight", None)
-    ours = {f"vision.{n}": t for n, t in vision_from_hf(vision, config.vision).items()}
-    return ours | from_theirs(_entries(config, shapes), rest, shapes, _WHO, tolerated=_DERIVED)
+    ours = {f"vision.{n}": t for n, t in vision_from_hf(vision, config.vision, account).items()}
+    return ours | from_theirs(_entries(config, shapes), rest, shapes, _WHO, tolerated=_DERIVED, account=account)
 
 
 def idefics_to_hf(state: Mapping[str, Tensor], config: FlamingoConfig) -> dict[str, Tensor]:
@@ -186,11 +189,11 @@ def idefics_to_hf(state: Mapping[str, Tensor], config: FlamingoConfig) -> dict[s
     return vision_to_hf(vision, config.vision, prefix=_VISION) | theirs
 
 
-def read_idefics_folder(folder: Path) -> tuple[FlamingoConfig, dict[str, Tensor]]:
+def read_idefics_folder(folder: Path, account: Account | None = None) -> tuple[FlamingoConfig, dict[str, Tensor]]:
     """Configuration and our state dict."""
     config = idefics_config_from_hf(read_json(folder / "config.json"))
     try:
-        return config, idefics_from_hf(read_state(folder), config)
+        return config, idefics_from_hf(read_state(folder, account), config, account)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
 

@@ -13,6 +13,7 @@ from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.interop.archives import read_state
 from isthmus.language import T5_LIKE, LanguageModel, Seq2SeqLM, known_fields
+from isthmus.load_report import Account
 
 RENAMED = {"embed_out.weight": "lm_head.weight"}
 """Stored name -> name in the library's class, where they differ (GPT-NeoX files keep the old name of the head)."""
@@ -23,7 +24,7 @@ def published(lm: Any, name: str) -> str:
     return next((t for t, ours in RENAMED.items() if ours == name and lm.config.model_type == "gpt_neox"), name)
 
 
-def read_language_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_language_folder(path: str | Path, account: Account | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A saved LM of transformers as (configuration, state dict under the library class's own keys), strictly.
 
     Reads config.json and the weights, one file or shards; nothing in the folder is executed. Explained differences
@@ -32,13 +33,13 @@ def read_language_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Te
     """
     folder = Path(path)
     config = known_fields(read_json(folder / "config.json"))
-    stored = read_state(folder)
+    stored = read_state(folder, account)
     with torch.device("meta"):
         lm = LanguageModel.build(config).lm
-    return config, match_keys(lm, stored, where=str(folder))
+    return config, match_keys(lm, stored, where=str(folder), account=account)
 
 
-def read_seq2seq_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_seq2seq_folder(path: str | Path, account: Account | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A saved T5 of transformers as (configuration, state dict under the library's keys), strictly; no code is run.
 
     A head that is stored beside another embedding table is taken as untied, whatever config.json says.
@@ -47,13 +48,13 @@ def read_seq2seq_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Ten
     raw = read_json(folder / "config.json")
     if raw.get("model_type") not in T5_LIKE:
         raise ConfigError(f"{folder} is a {raw.get('model_type')} model; an encoder-decoder is one of {T5_LIKE}.")
-    stored = read_state(folder)
+    stored = read_state(folder, account)
     config = seq2seq_ties(known_fields(raw), raw, stored.get("lm_head.weight"), stored.get("shared.weight"))
     if "dense_act_fn" in raw:
         config["dense_act_fn"] = raw["dense_act_fn"]
     with torch.device("meta"):
         lm = Seq2SeqLM.build(config).lm
-    return config, match_keys(lm, stored, where=str(folder))
+    return config, match_keys(lm, stored, where=str(folder), account=account)
 
 
 def seq2seq_ties(
@@ -69,7 +70,9 @@ def seq2seq_ties(
     return {**rest, "scale_decoder_outputs": False} if unscaled else rest
 
 
-def match_keys(lm: Any, stored: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+def match_keys(
+    lm: Any, stored: Mapping[str, Tensor], *, where: str, account: Account | None = None
+) -> dict[str, Tensor]:
     """``stored`` under the keys of ``lm`` (which may live on the meta device). Raises CheckpointError."""
     expected = lm.state_dict(keep_vars=True)
     prefix = f"{lm.base_model_prefix}."
@@ -86,7 +89,7 @@ def match_keys(lm: Any, stored: Mapping[str, Tensor], *, where: str) -> dict[str
         if key in expected:
             state[key] = tensor
         elif any(re.search(pattern, name) for pattern in derived):
-            load_report.ignored([name], load_report.DERIVED)
+            load_report.ignored(account, [name], load_report.DERIVED)
         else:
             left_over.append(name)
     by_parameter = {id(expected[key]): tensor for key, tensor in state.items()}

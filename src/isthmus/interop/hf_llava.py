@@ -25,6 +25,7 @@ from isthmus.interop.hf_clip import (
 )
 from isthmus.interop.hf_language import match_keys
 from isthmus.language import LanguageModel, known_fields, library_config
+from isthmus.load_report import Account
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors import build_connector
 from isthmus.nn.tiles import PINPOINTS
@@ -58,7 +59,7 @@ head of its own on the language model's body, whatever that model's own class do
 # Configurations.
 
 
-def llava_config_from_hf(config: Mapping[str, Any]) -> LlavaConfig:
+def llava_config_from_hf(config: Mapping[str, Any], account: Account | None = None) -> LlavaConfig:
     """From the config.json of a ``LlavaForConditionalGeneration`` or ``LlavaNextForConditionalGeneration``.
 
     Raises CheckpointError for what has no place.
@@ -92,21 +93,22 @@ def llava_config_from_hf(config: Mapping[str, Any]) -> LlavaConfig:
     tied = bool(config.get("tie_word_embeddings") or getattr(library_config(text), "tie_word_embeddings", False))
     return LlavaConfig(
         vision=vision,
-        language=_bare({**text, "tie_word_embeddings": tied}),
+        language=_bare({**text, "tie_word_embeddings": tied}, account),
         feature_layer=layer if isinstance(layer, int) else tuple(layer),
         feature_select="cls_patch" if strategy == "full" and vision.class_token else "patch",
         pinpoints=pinpoints,
     )
 
 
-def _bare(language: dict[str, Any]) -> dict[str, Any]:
+def _bare(language: dict[str, Any], account: Account | None) -> dict[str, Any]:
     """The language model with its logits as the head has them, told where that is not its own class's way."""
     values = library_config(language)
     own = {name: getattr(values, name, None) for name in _BARE}
     changed = {name: _BARE[name] for name, value in own.items() if value not in (None, _BARE[name])}
     for name, value in changed.items():
         load_report.noted(
-            f"text_config.{name} {own[name]:g} is not applied: transformers' LLaVA has a bare head; here it is {value}"
+            account,
+            f"text_config.{name} {own[name]:g} is not applied: transformers' LLaVA has a bare head; here it is {value}",
         )
     return {**language, **changed}
 
@@ -144,7 +146,9 @@ def llava_config_to_hf(config: LlavaConfig, *, image_token_id: int) -> dict[str,
 # Weights.
 
 
-def llava_from_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str, Tensor]:
+def llava_from_hf(
+    state: Mapping[str, Tensor], config: LlavaConfig, account: Account | None = None
+) -> dict[str, Tensor]:
     """Our state dict from any of the four layouts; dtypes stay. Raises CheckpointError on any misfit."""
     parts: dict[str, dict[str, Tensor]] = {"vision_tower": {}, "multi_modal_projector": {}, "language_model": {}}
     newline: dict[str, Tensor] = {}
@@ -164,11 +168,20 @@ def llava_from_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str,
         language = LanguageModel.build(config.language)
         connector = build_connector(config.projector, config.feature_width, language.width)
     ours = {
-        "vision": vision_from_hf(parts["vision_tower"], config.vision),
+        "vision": vision_from_hf(parts["vision_tower"], config.vision, account),
         "connector": from_theirs(
-            _projector(), parts["multi_modal_projector"], shapes_of(connector), "the two-layer projector"
+            _projector(),
+            parts["multi_modal_projector"],
+            shapes_of(connector),
+            "the two-layer projector",
+            account=account,
         ),
-        "language.lm": match_keys(language.lm, _language(parts["language_model"], language.lm), where="language_model"),
+        "language.lm": match_keys(
+            language.lm,
+            _language(parts["language_model"], language.lm, account),
+            where="language_model",
+            account=account,
+        ),
     }
     named = {f"{part}.{name}": tensor for part, tensors in ours.items() for name, tensor in tensors.items()}
     return named | newline
@@ -193,7 +206,7 @@ def llava_to_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str, T
     }
 
 
-def _language(stored: dict[str, Tensor], lm: Any) -> dict[str, Tensor]:
+def _language(stored: dict[str, Tensor], lm: Any, account: Account | None) -> dict[str, Tensor]:
     """Under names that :func:`match_keys` knows: the body is ``model.`` in these files, whatever its own calls it, and
     the head has no bias."""
     body = lm.base_model_prefix
@@ -202,7 +215,8 @@ def _language(stored: dict[str, Tensor], lm: Any) -> dict[str, Tensor]:
     }
     bias = dict(lm.named_parameters()).get(_HEAD_BIAS)
     if bias is not None and _HEAD_BIAS not in named:
-        load_report.absent([f"language.lm.{_HEAD_BIAS}"], "transformers' LLaVA has a head without bias: zeros")
+        why = "transformers' LLaVA has a head without bias: zeros"
+        load_report.absent(account, [f"language.lm.{_HEAD_BIAS}"], why)
         named[_HEAD_BIAS] = torch.zeros(bias.shape)
     return named
 
@@ -220,28 +234,31 @@ def _projector() -> list[Entry]:
 # Folders.
 
 
-def read_llava_folder(path: str | Path) -> tuple[LlavaConfig, dict[str, Tensor], int]:
+def read_llava_folder(path: str | Path, account: Account | None = None) -> tuple[LlavaConfig, dict[str, Tensor], int]:
     """Configuration, our state dict and the id of the image token, which decoding must forbid.
 
     Raises CheckpointError when something is missing or does not fit.
     """
-    return llava_from_folder(path, read_state(path))
+    return llava_from_folder(path, read_state(path, account), account)
 
 
-def llava_from_folder(path: str | Path, stored: Mapping[str, Tensor]) -> tuple[LlavaConfig, dict[str, Tensor], int]:
+def llava_from_folder(
+    path: str | Path, stored: Mapping[str, Tensor], account: Account | None = None
+) -> tuple[LlavaConfig, dict[str, Tensor], int]:
     """The same with the weights given, in any of the four layouts. A head that is stored beside another table of
     embeddings is not tied, whatever config.json says, as in transformers."""
     values = read_json(Path(path) / "config.json")
-    config = llava_config_from_hf(values)
+    config = llava_config_from_hf(values, account)
     if not _as_written(stored):
         load_report.noted(
+            account,
             "its tensors have names of transformers 4.52 or later; a folder written from it has those of older files "
-            "(language_model.model.…, vision_tower.vision_model.…), which all versions and other engines read"
+            "(language_model.model.…, vision_tower.vision_model.…), which all versions and other engines read",
         )
     if config.language["tie_word_embeddings"] and _head_of_its_own(stored):
         config = replace(config, language={**config.language, "tie_word_embeddings": False})
     token = values.get("image_token_index", values.get("image_token_id", 32000))
-    return config, llava_from_hf(stored, config), token
+    return config, llava_from_hf(stored, config, account), token
 
 
 def _head_of_its_own(stored: Mapping[str, Tensor]) -> bool:

@@ -22,30 +22,35 @@ from isthmus.interop.hf_clip import (
     vision_from_hf,
     vision_to_hf,
 )
+from isthmus.load_report import Account
 from isthmus.models.towers import ImageEncoderConfig, TextEncoderConfig
 
 _SIGLIP_HEADS = ("head.", "text_model.head.")
 _WHO = "transformers"
 
 
-def read_image_encoder_folder(folder: Path) -> tuple[ImageEncoderConfig, dict[str, Tensor]]:
+def read_image_encoder_folder(
+    folder: Path, account: Account | None = None
+) -> tuple[ImageEncoderConfig, dict[str, Tensor]]:
     """Configuration and our state dict. Raises CheckpointError on any misfit."""
-    state = read_state(folder)
+    state = read_state(folder, account)
     vision = vision_config_from_hf(read_json(folder / "config.json"))
     projection = state.pop("visual_projection.weight", None)
-    found = {f"vision.{name}": tensor for name, tensor in vision_from_hf(state, vision).items()}
+    found = {f"vision.{name}": tensor for name, tensor in vision_from_hf(state, vision, account).items()}
     if projection is None:
         return ImageEncoderConfig(vision=vision), found
     return ImageEncoderConfig(vision=vision, embed_dim=len(projection)), {**found, "projection.weight": projection}
 
 
-def read_text_encoder_folder(folder: Path) -> tuple[TextEncoderConfig, dict[str, Tensor]]:
+def read_text_encoder_folder(
+    folder: Path, account: Account | None = None
+) -> tuple[TextEncoderConfig, dict[str, Tensor]]:
     """The same of a text tower."""
-    state = read_state(folder)
+    state = read_state(folder, account)
     text = text_config_from_hf(read_json(folder / "config.json"))
     names = ("text_projection.", *(() if text.causal else _SIGLIP_HEADS))
     head = {n.rpartition(".")[2]: state.pop(n) for n in list(state) if n.startswith(names)}
-    found = {f"text.{name}": tensor for name, tensor in text_from_hf(state, text).items()}
+    found = {f"text.{name}": tensor for name, tensor in text_from_hf(state, text, account).items()}
     if not head:
         return TextEncoderConfig(text=text), found
     config = TextEncoderConfig(text=text, embed_dim=len(head["weight"]), projection_bias="bias" in head)

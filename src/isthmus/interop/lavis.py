@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isthmus import load_report
 from isthmus.errors import CheckpointError
+from isthmus.load_report import Account
 
 HEAD, EVA_HEAD = 64, 88
 """Widths of an attention head: of the Q-Former and CLIP's tower, and of EVA's."""
@@ -100,14 +101,19 @@ def to_lavis(state: Mapping[str, Tensor], language: str = "opt") -> dict[str, Te
     return found
 
 
-def from_lavis(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], language: str = "opt") -> dict[str, Tensor]:
+def from_lavis(
+    state: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    language: str = "opt",
+    account: Account | None = None,
+) -> dict[str, Tensor]:
     """Our names for a LAVIS state dict. ``expected`` is our net's state dict (it may live on the meta device).
 
     What LAVIS leaves out of its files, a frozen LM or encoder, stays out here as well. Raises CheckpointError for a
     tensor that belongs nowhere, and for one that is missing of a part that is there.
     """
     left = {name: tensor for name, tensor in state.items() if not name.startswith(_DERIVED)}
-    load_report.ignored(set(state) - set(left), "made anew, or the word table once more")
+    load_report.ignored(account, set(state) - set(left), "made anew, or the word table once more")
     found: dict[str, Tensor] = {}
     missing: list[str] = []
     for name, target in expected.items():
@@ -122,7 +128,7 @@ def from_lavis(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], lang
             missing.append(name)
         else:
             if head.startswith("vision.blocks.") and (part, kind) == ("k_proj", "bias"):
-                load_report.absent([name], "LAVIS's keys have no bias; it is zero")
+                load_report.absent(account, [name], "LAVIS's keys have no bias; it is zero")
             found[name] = tensor.reshape(target.shape) if tensor.numel() == target.numel() else tensor
     used = {t for name in found for t in _sources(name, language)}
     strange = sorted(set(left) - used)

@@ -16,6 +16,7 @@ from isthmus import load_report
 from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError, MissingExtraError
 from isthmus.interop.archives import read_archive, tensors_of
+from isthmus.load_report import Account
 
 CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -52,7 +53,7 @@ def adapter_file(folder: Path) -> Path | None:
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
 
-def merge_adapter(lm: nn.Module, folder: Path) -> None:
+def merge_adapter(lm: nn.Module, folder: Path, account: Account | None = None) -> None:
     """Merges the adapter in ``folder`` into ``lm``, a model of transformers, in place; without an adapter, nothing.
 
     Raises CheckpointError for an adapter that cannot be merged exactly, lacks a tensor, or belongs to another model;
@@ -62,7 +63,7 @@ def merge_adapter(lm: nn.Module, folder: Path) -> None:
     if file is None:
         return
     values = _mergeable(folder)
-    stored = tensors_of(read_archive(file), file)
+    stored = tensors_of(read_archive(file, account), file)
     state, values = _named_as_in(lm, stored, values, folder)
     try:
         from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -72,7 +73,7 @@ def merge_adapter(lm: nn.Module, folder: Path) -> None:
         ) from None
     named = dict(lm.named_modules())
     changed = [p for name in {_module(key) for key in state} & set(named) for p in named[name].parameters()]
-    load_report.converted(changed)
+    load_report.converted(account, changed)
     for parameter in changed:  # weights may be pages of a file, and peft adds in place
         parameter.data = parameter.data.clone()
     try:

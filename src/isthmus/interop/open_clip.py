@@ -11,6 +11,7 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.entries import Entry, from_theirs, to_theirs
 from isthmus.interop.openai import clip_shapes, entries, text_entries
 from isthmus.interop.timm_siglip import trunk_config, trunk_entries
+from isthmus.load_report import Account
 from isthmus.models.clip import ClipConfig
 from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.vit import VisionConfig
@@ -137,14 +138,16 @@ def _text(values: Mapping[str, Any], activation: str) -> TextConfig:
     )
 
 
-def clip_from_open_clip(state: Mapping[str, Any], config: ClipConfig) -> dict[str, Tensor]:
+def clip_from_open_clip(
+    state: Mapping[str, Any], config: ClipConfig, account: Account | None = None
+) -> dict[str, Tensor]:
     """Our state dict from ``CLIP``'s, ``CustomTextCLIP``'s (told apart by where the text projection stands) or a
     trainer checkpoint that holds either. Raises CheckpointError unless all fits.
     """
     state = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
     bare = "text_projection" in state or "text_projection.weight" in state
     what = f"open_clip's {'CLIP' if bare else 'CustomTextCLIP'}"
-    return from_theirs(_layout(config, custom_text=not bare), state, clip_shapes(config), what)
+    return from_theirs(_layout(config, custom_text=not bare), state, clip_shapes(config), what, account=account)
 
 
 def clip_to_open_clip(

@@ -15,6 +15,7 @@ from isthmus import load_report
 from isthmus.errors import CheckpointError
 from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
 from isthmus.interop.hf_language import published
+from isthmus.load_report import Account
 from isthmus.models.flamingo import FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
@@ -70,7 +71,9 @@ def config_from_open_flamingo(
     )
 
 
-def trained_from_open_flamingo(checkpoint: Mapping[str, Any], net: Any) -> dict[str, Tensor]:
+def trained_from_open_flamingo(
+    checkpoint: Mapping[str, Any], net: Any, account: Account | None = None
+) -> dict[str, Tensor]:
     """The tensors of a checkpoint under ``net``'s names: ``connector.*``, ``xattn.*`` and ``language.new_rows.*``.
 
     Takes both a released file and one of a training run (``model_state_dict`` with ``module.`` before each name). The
@@ -80,10 +83,10 @@ def trained_from_open_flamingo(checkpoint: Mapping[str, Any], net: Any) -> dict[
     state: Mapping[str, Tensor] = checkpoint.get("model_state_dict", checkpoint)
     state = {name.removeprefix("module."): value for name, value in state.items()}
     frozen = [name for name in state if name.endswith(".embed_positions.weight")]
-    load_report.ignored(frozen, "OPT's positions, which stay as its language model has them")
+    load_report.ignored(account, frozen, "OPT's positions, which stay as its language model has them")
     state = {name: value for name, value in state.items() if name not in frozen}
     tables = {name: state.pop(name) for name in list(state) if _is_table(name)}
-    found = from_theirs(_entries(net), state, shapes_of(net), "this Flamingo")
+    found = from_theirs(_entries(net), state, shapes_of(net), "this Flamingo", account=account)
     rows = net.language.new_rows
     for name, table in tables.items():
         ours = "output" if name.rsplit(".", 2)[-2] in ("lm_head", "embed_out") else "input"

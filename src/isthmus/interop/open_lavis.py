@@ -30,6 +30,7 @@ from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.interop.lavis import EVA_HEAD, HEAD, LM, from_lavis
 from isthmus.interop.openai import blocks
 from isthmus.language import T5_LIKE
+from isthmus.load_report import Account
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.vit import VisionConfig, VisionTransformer
@@ -69,9 +70,10 @@ def open_lavis(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     )
     with torch.device("meta"):
         expected = {n: t for n, t in Blip2(config).state_dict().items() if n not in encoder.state}
-    ours = {**(language[1] if language else {}), **encoder.state, **from_lavis(state, expected, kind or "opt")}
+    own = from_lavis(state, expected, kind or "opt", given.account)
+    ours = {**(language[1] if language else {}), **encoder.state, **own}
     net = Blip2(config)
-    load_into(net, ours, where=path)
+    load_into(net, ours, where=path, account=given.account)
     image = replace(ImageTransform.clip(config.vision.image_size), mode="squash", deep="clip")
     if language is None:
         return net, PairProcessor(load_wordpiece(_beside(path, "", given)), image), ()
@@ -118,8 +120,9 @@ def _language(path: str | Path, given: Given) -> tuple[dict[str, Any], dict[str,
     folder = Path(path)
     raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if raw.get("model_type") in T5_LIKE:
-        with load_report.accounting():
-            config, state = read_seq2seq_folder(folder)
+        part = Account()
+        config, state = read_seq2seq_folder(folder, part)
+        load_report.beside(given.account, part)
         tokenizer = open_tokenizer(folder)
     else:
         model = given.open(folder)
@@ -140,12 +143,13 @@ def _encoder(path: Path, state: dict[str, Tensor], given: Given) -> tuple[_Encod
         return _clip(own), {n: t for n, t in state.items() if not n.startswith(_VISION)}
     source = Path(given.need("vision", path, "holds no vision encoder"))
     if source.is_file():
-        with load_report.accounting():
-            raw = read_archive(source)
+        part = Account()
+        raw = read_archive(source, part)
+        load_report.beside(given.account, part)
         weights = tensors_of(raw.get("module", raw.get("model", raw)), source)
-        return _eva_file(source, weights), state
+        return _eva_file(source, weights, given.account), state
     found = given.encoder(source)
-    return _Encoder(*_without_last(found.config, found.state)), state
+    return _Encoder(*_without_last(found.config, found.state, given.account)), state
 
 
 def _eva(state: Mapping[str, Tensor]) -> VisionConfig:
@@ -162,17 +166,18 @@ def _eva(state: Mapping[str, Tensor]) -> VisionConfig:
     )
 
 
-def _eva_file(source: Path, weights: Mapping[str, Tensor]) -> _Encoder:
+def _eva_file(source: Path, weights: Mapping[str, Tensor], account: Account) -> _Encoder:
     """EVA-CLIP's own file (``eva_vit_g.pth``), all 40 blocks of it; BLIP-2 reads before the last."""
     if "pos_embed" not in weights or "blocks.0.attn.qkv.weight" not in weights:
         raise CheckpointError(f"{source} is no EVA vision encoder; give a folder that holds the encoder, or that file.")
     last = f"blocks.{depth(weights, 'blocks.') - 1}."
     kept = {f"{_VISION}{n}": t for n, t in weights.items() if not n.startswith((last, *_EVA_ONLY))}
-    load_report.ignored((n for n in weights if n.startswith((last, *_EVA_ONLY))), "BLIP-2 reads before the last block")
+    unread = (n for n in weights if n.startswith((last, *_EVA_ONLY)))
+    load_report.ignored(account, unread, "BLIP-2 reads before the last block")
     config = _eva(kept)
     with torch.device("meta"):
         expected = {f"vision.{n}": t for n, t in VisionTransformer(config).state_dict().items()}
-    return _Encoder(config, from_lavis(kept, expected))
+    return _Encoder(config, from_lavis(kept, expected, account=account))
 
 
 def _clip(own: Mapping[str, Tensor]) -> _Encoder:
@@ -203,11 +208,13 @@ def _clip(own: Mapping[str, Tensor]) -> _Encoder:
     return _Encoder(config, {name: value for row in rows for name, value in row.decode(own[row.theirs])})
 
 
-def _without_last(config: VisionConfig, state: Mapping[str, Tensor]) -> tuple[VisionConfig, dict[str, Tensor]]:
+def _without_last(
+    config: VisionConfig, state: Mapping[str, Tensor], account: Account
+) -> tuple[VisionConfig, dict[str, Tensor]]:
     """A whole CLIP tower as BLIP-2 reads it, before its last block; an encoder that was cut already stays."""
     last = f"blocks.{config.layers - 1}."
     whole = config.post_norm != "none"
     kept = {n: t for n, t in state.items() if not (whole and n.startswith((last, "ln_post.", "pool.")))}
-    load_report.ignored(set(state) - set(kept), "BLIP-2 reads before the last block")
+    load_report.ignored(account, set(state) - set(kept), "BLIP-2 reads before the last block")
     cut = replace(config, layers=config.layers - 1, post_norm="none", pool="none") if whole else config
     return cut, {f"vision.{name}": tensor for name, tensor in kept.items()}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from isthmus.errors import CheckpointError
 from isthmus.interop.entries import Entry, depth, from_theirs, same, shapes_of, to_theirs
+from isthmus.load_report import Account
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.vit import VisionConfig
@@ -71,10 +72,12 @@ def clip_config_from_openai(
     return ClipConfig(vision=vision, text=text, embed_dim=embed_dim)
 
 
-def clip_from_openai(state: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
+def clip_from_openai(
+    state: Mapping[str, Tensor], config: ClipConfig, account: Account | None = None
+) -> dict[str, Tensor]:
     """Our state dict; dtypes stay (OpenAI's archives are partly float16). Raises CheckpointError unless all fits."""
     weights = {name: value for name, value in state.items() if name not in SCALARS}
-    return from_theirs(entries(config), weights, clip_shapes(config), "CLIP in OpenAI's layout")
+    return from_theirs(entries(config), weights, clip_shapes(config), "CLIP in OpenAI's layout", account=account)
 
 
 def clip_to_openai(state: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:

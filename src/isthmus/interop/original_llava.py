@@ -14,6 +14,7 @@ from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of
 from isthmus.interop.hf_clip import vision_from_hf, vision_to_hf
 from isthmus.interop.hf_language import match_keys
 from isthmus.language import LanguageModel, known_fields
+from isthmus.load_report import Account
 from isthmus.models.llava import LlavaConfig
 from isthmus.nn.connectors import build_connector
 from isthmus.nn.tiles import turned
@@ -89,7 +90,11 @@ def _pinpoints(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
 
 
 def llava_from_original(
-    state: Mapping[str, Tensor], config: LlavaConfig, *, vision: Mapping[str, Tensor] | None = None
+    state: Mapping[str, Tensor],
+    config: LlavaConfig,
+    *,
+    vision: Mapping[str, Tensor] | None = None,
+    account: Account | None = None,
 ) -> dict[str, Tensor]:
     """Our state dict from a full model; dtypes stay.
 
@@ -98,7 +103,7 @@ def llava_from_original(
     """
     tower = part_of(state, _TOWER)
     if tower:
-        vision = vision_from_hf(tower, config.vision)
+        vision = vision_from_hf(tower, config.vision, account)
     if vision is None:
         raise CheckpointError(
             "this LLaVA file holds no vision tower (released v1.5 files do not); name the CLIP "
@@ -110,8 +115,8 @@ def llava_from_original(
         language = LanguageModel.build(config.language)
     ours = {
         "vision": dict(vision),
-        "connector": projector_from_original(part_of(state, "model."), config, only=False),
-        "language.lm": match_keys(language.lm, rest, where="the language model"),
+        "connector": projector_from_original(part_of(state, "model."), config, only=False, account=account),
+        "language.lm": match_keys(language.lm, rest, where="the language model", account=account),
     }
     return {f"{part}.{name}": tensor for part, tensors in ours.items() for name, tensor in tensors.items()} | newline
 
@@ -123,7 +128,7 @@ def without_newline(state: Mapping[str, Tensor], config: LlavaConfig) -> tuple[d
 
 
 def projector_from_original(
-    state: Mapping[str, Tensor], config: LlavaConfig, *, only: bool = True
+    state: Mapping[str, Tensor], config: LlavaConfig, *, only: bool = True, account: Account | None = None
 ) -> dict[str, Tensor]:
     """The connector's state dict from ``mm_projector.bin`` or ``non_lora_trainables.bin``.
 
@@ -139,7 +144,8 @@ def projector_from_original(
     with torch.device("meta"):
         width = LanguageModel.build(config.language).width
         shapes = shapes_of(build_connector(config.projector, config.feature_width, width))
-    return from_theirs(_projector(shapes), part_of(bare, "mm_projector."), shapes, f"a {config.projector} projector")
+    stored, what = part_of(bare, "mm_projector."), f"a {config.projector} projector"
+    return from_theirs(_projector(shapes), stored, shapes, what, account=account)
 
 
 def llava_to_original(state: Mapping[str, Tensor], config: LlavaConfig, *, vision: bool = True) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ from isthmus.interop.original_llava import (
     without_newline,
 )
 from isthmus.interop.special_ids import must_agree
+from isthmus.load_report import Account
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.flamingo import Flamingo
 from isthmus.models.llava import Llava
@@ -54,7 +55,7 @@ def open_file(path: Path, given: Given) -> Opened:
 
     Raises CheckpointError: another kind of file, or something that must be given.
     """
-    state = unwrapped(read_archive(path))
+    state = unwrapped(read_archive(path, given.account))
     if "visual.conv1.weight" in state:
         if "text.token_embedding.weight" in state:  # CustomTextCLIP: the same with its text tower under a name
             state = {name.removeprefix("text."): value for name, value in state.items()}
@@ -104,7 +105,8 @@ def open_clip_folder(folder: Path, values: Mapping[str, Any], given: Given) -> O
         if described["text_cfg"].get("tokenizer_kwargs") == CANONICAL:
             tokenizer = canonical(tokenizer, underscore=" ")
     net = Clip(config)
-    load_into(net, clip_from_open_clip(_open_clip_state(folder), config), where=folder)
+    ours = clip_from_open_clip(_open_clip_state(folder, given.account), config, given.account)
+    load_into(net, ours, where=folder, account=given.account)
     picture = values.get("preprocess_cfg", {})
     base = ImageTransform.clip(config.vision.image_size)
     image = ImageTransform(
@@ -119,12 +121,12 @@ def open_clip_folder(folder: Path, values: Mapping[str, Any], given: Given) -> O
     return net, ContrastiveProcessor(tokenizer, image=image, context=config.text.context), ()
 
 
-def _open_clip_state(folder: Path) -> dict[str, Tensor]:
+def _open_clip_state(folder: Path, account: Account) -> dict[str, Tensor]:
     """The weights under open_clip's own file names where there are such: transformers' may lie beside them."""
     for name in _OPEN_CLIP_FILES:
         if (folder / name).is_file():
-            return tensors_of(unwrapped(read_archive(folder / name)), folder / name)
-    return read_state(folder)
+            return tensors_of(unwrapped(read_archive(folder / name, account)), folder / name)
+    return read_state(folder, account)
 
 
 def _resizing(name: str, folder: Path) -> Mode:
@@ -142,14 +144,14 @@ def _openai(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     if activation is None:
         activation = given.need("activation", path, "does not tell its activation, quick_gelu or gelu")
     weights = {name: value for name, value in state.items() if name not in SCALARS}
-    load_report.ignored(set(state) - set(weights), "sizes, which the weights tell too")
+    load_report.ignored(given.account, set(state) - set(weights), "sizes, which the weights tell too")
     width = given.head_width or (HEAD_WIDTH if own else None)
     try:
         config = clip_config_from_openai(weights, activation=activation, head_width=width)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     net = Clip(config)
-    load_into(net, clip_from_openai(weights, config), where=path)
+    load_into(net, clip_from_openai(weights, config, given.account), where=path, account=given.account)
     image = replace(ImageTransform.clip(config.vision.image_size), crop="round", deep="clip")
     tokenizer = _clip_tokenizer(path, config, given, own=True)
     return net, ContrastiveProcessor(tokenizer, image=image, context=config.text.context), ()
@@ -188,16 +190,16 @@ def _open_flamingo(path: Path, state: dict[str, Tensor], given: Given) -> Opened
     net = Flamingo(config)
     tensors = {f"vision.{n}": t for n, t in encoder.state.items()}
     tensors |= {f"language.lm.{n}": t for n, t in language.net.language.lm.state_dict().items()}
-    tensors |= trained_from_open_flamingo(state, net)
+    tensors |= trained_from_open_flamingo(state, net, given.account)
     head = language.net.language.lm.get_output_embeddings().weight
     if net.language.new_rows.output is not None:
         # Their runs train the input table only, so files know no such rows; a new row is the mean, as there.
         mean = head.detach().float().mean(0).to(head.dtype)
         if "language.new_rows.output" not in tensors:
             why = "their runs train the input rows only; this is the mean row"
-            load_report.absent(["language.new_rows.output"], why)
+            load_report.absent(given.account, ["language.new_rows.output"], why)
             tensors["language.new_rows.output"] = mean.repeat(len(NEW_TOKENS), 1)
-    load_into(net, tensors, where=path)
+    load_into(net, tensors, where=path, account=given.account)
     # Whatever form the encoder has here, their code reads pictures by open_clip's transform.
     image = replace(encoder.image, crop="round", deep="clip")
     processor = InterleaveProcessor(tokenizer, image, template="open_flamingo", max_length=net.language.context or 2048)
@@ -216,7 +218,7 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
     """A folder of haotian-liu/LLaVA: the whole model, a projector alone, or a LoRA with its side file."""
     given.only("vision", "language", "tokenizer", where=folder)
     partial = (folder / _PROJECTOR).is_file() or (folder / _TRAINED).is_file()
-    state, tower = (_base(folder, given) if partial else read_state(folder)), None
+    state, tower = (_base(folder, given) if partial else read_state(folder, given.account)), None
     if given.vision is not None:
         encoder = given.encoder(given.vision)
         config, tower = llava_config_from_original(values, encoder.config), encoder.state
@@ -230,9 +232,9 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
     if partial:
         ours = _completed(folder, config, state, tower, given)
     else:
-        ours = llava_from_original(state, config, vision=tower)
+        ours = llava_from_original(state, config, vision=tower, account=given.account)
     net = Llava(config)
-    load_into(net, ours, where=folder)
+    load_into(net, ours, where=folder, account=given.account)
     base = ImageTransform.clip(
         config.vision.image_size, "pad" if values.get("image_aspect_ratio") == "pad" else "square"
     )
@@ -259,7 +261,7 @@ def _base(folder: Path, given: Given) -> dict[str, Tensor]:
     """The language model that a projector or a LoRA belongs to, LoRA merged in, under transformers' names."""
     base = Path(given.need("language", folder, "holds no language model, only what was trained beside it"))
     lm = given.open(base).net.language.lm
-    merge_adapter(lm, folder)
+    merge_adapter(lm, folder, given.account)
     return lm.state_dict()
 
 
@@ -269,6 +271,7 @@ def _completed(
     if tower is None:
         given.need("vision", folder, "holds no vision tower")
     side = folder / (_TRAINED if (folder / _TRAINED).is_file() else _PROJECTOR)
-    trained, newline = without_newline(tensors_of(read_archive(side), side), config)
-    parts = {"vision": tower, "connector": projector_from_original(trained, config), "language.lm": language}
+    trained, newline = without_newline(tensors_of(read_archive(side, given.account), side), config)
+    connector = projector_from_original(trained, config, account=given.account)
+    parts = {"vision": tower, "connector": connector, "language.lm": language}
     return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()} | newline
