@@ -50,7 +50,7 @@ class Stage:
     ``warmup`` below 1 is a fraction of the budget, from 1 on a count in the budget's unit; ``floor`` is the fraction
     of the peak rate at which the decay ends. ``clip_norm`` bounds the global gradient norm (none: no
     clipping). ``nan_policy`` ``"skip"`` passes over at most ``nan_limit`` non-finite steps in a row.
-    ``precision`` ``"auto"`` is bf16 autocast where the machine computes in bf16, else fp32.
+    ``precision`` ``"auto"`` is bf16 autocast where that is the quicker on this machine, else fp32.
 
     Raises ConfigError for values that do not fit.
     """

@@ -16,12 +16,12 @@ from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig
 from isthmus.nn.gated import GatedBlock, GatedConfig
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.recipes.schema import read_recipe
-from isthmus.stage import Group, Stage, apply_stage
+from isthmus.stage import Group, apply_stage
 from isthmus.training.gradient import backward
-from isthmus.training.optim import autocast
+from isthmus.training.precision import context
 from tests.models import tiny_blip2, tiny_flamingo, tiny_llava
 
-_, FP32 = autocast(Stage(name="x", train=(Group("*", lr=1.0),), steps=1, precision="fp32"), torch.device("cpu"))
+FP32 = context("fp32", torch.device("cpu"))
 
 
 def spread(values: Tensor, std: float) -> None:

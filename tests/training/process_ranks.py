@@ -11,11 +11,11 @@ from isthmus.processes import join, rank, told, wait, world
 from isthmus.stage import Group, Stage
 from isthmus.training import Interrupted, train
 from isthmus.training.gradient import NonFiniteLoss, backward
-from isthmus.training.optim import autocast
+from isthmus.training.precision import context
 
 from .toys import ToyLoader, ToyNet, make_batch
 
-_, FP32 = autocast(Stage(name="x", train=(Group("*", lr=1.0),), steps=1, precision="fp32"), torch.device("cpu"))
+FP32 = context("fp32", torch.device("cpu"))
 SPLITS: list[list[list[list[int]]]] = [
     [[[1, 2, 3]], [[4]]],  # one micro-batch each, unlike numbers of rows
     [[[1, 2, 3, 4]], []],  # a process without rows

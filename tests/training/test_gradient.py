@@ -12,11 +12,11 @@ from isthmus.net import Net
 from isthmus.stage import Group, Stage
 from isthmus.training import train
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
-from isthmus.training.optim import autocast
+from isthmus.training.precision import context
 
 from .toys import ToyLoader, ToyNet, make_batch
 
-_, FP32 = autocast(Stage(name="x", train=(Group("*", lr=1.0),), steps=1, precision="fp32"), torch.device("cpu"))
+FP32 = context("fp32", torch.device("cpu"))
 
 
 def gradient(net, batches):
@@ -134,14 +134,12 @@ class Contrastive(Net):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_batch_terms_use_the_gradient_cache(precision):
     """Also under bf16 autocast, where weights cast under no_grad must not be reused with gradients."""
-    _, context = autocast(
-        Stage(name="x", train=(Group("*", lr=1.0),), steps=1, precision=precision), torch.device("cpu")
-    )
+    own = context(precision, torch.device("cpu"))
     net = Contrastive().double() if precision == "fp32" else nn_linear_contrastive()
     grads = []
     for batches in ([make_batch([1, 2, 3, 4, 5])], [make_batch([1, 2]), make_batch([3]), make_batch([4, 5])]):
         net.zero_grad()
-        backward(net, batches, context)
+        backward(net, batches, own)
         grads.append({n: p.grad.clone() for n, p in net.named_parameters()})
     tolerance = 1e-12 if precision == "fp32" else 2e-3
     for name, whole in grads[0].items():

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from isthmus.errors import StageError
 from isthmus.stage import Group, Stage, apply_stage
@@ -104,23 +103,3 @@ def test_half_precision_tensors_that_train_become_fp32():
     assert set(optim.to_master_weights(optim.open_parameters(net, table))) == {"connector.weight", "connector.bias"}
     assert net.connector.weight.dtype == torch.float32
     assert net.vision[0].weight.dtype == torch.bfloat16
-
-
-def test_precision_follows_the_machine(monkeypatch):
-    cpu = torch.device("cpu")
-    for can, wanted in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(optim, "computes_bf16", lambda device, can=can: can)
-        assert optim.autocast(stage(), cpu)[0] == wanted
-        assert optim.autocast(stage(precision="bf16"), cpu)[0] == "bf16"
-        assert optim.autocast(stage(precision="fp32"), cpu)[0] == "fp32"
-    with optim.autocast(stage(precision="bf16"), cpu)[1]:
-        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
-
-
-def test_bf16_needs_the_right_processor(monkeypatch):
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    for features, answer in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
-        assert optim.computes_bf16(torch.device("cpu")) is answer
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert optim.computes_bf16(torch.device("cpu")) is False

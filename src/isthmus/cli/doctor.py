@@ -30,14 +30,14 @@ def run() -> None:
     """Print the report; exit code 1 when something known to break is found."""
     import torch
 
-    from isthmus.training.optim import computes_bf16
+    from isthmus.training.precision import computes_bf16
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     table.add_row("cores", f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads")
     table.add_row(
         "bf16",
-        "yes: matrix products run in bfloat16"
+        "yes: `precision: auto` times it against float32, once per net"
         if computes_bf16(torch.device("cpu"))
         else "no: training runs in float32",
     )

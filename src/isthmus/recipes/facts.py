@@ -17,7 +17,7 @@ from isthmus.recipes.run import make_loader
 from isthmus.recipes.schema import Recipe, StageSpec
 from isthmus.stage import StageTable, apply_stage
 from isthmus.systems import system
-from isthmus.training.optim import autocast
+from isthmus.training.precision import choose, context
 
 TOKENS_PER_PARAMETER = 20
 """Compute-optimal training: about 20 tokens per parameter, C = 6 N D (Hoffmann et al. 2022, 2203.15556)."""
@@ -101,7 +101,8 @@ def stage_cost(built: Built, spec: StageSpec) -> StageCost:
     with closing(make_loader(built, spec).steps()) as stream:  # type: ignore[type-var]
         _, batches = next(stream)
     apply_stage(built.net, spec.stage.train)
-    _, context = autocast(spec.stage, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    own = context(choose(spec.stage, built.net, cpu).precision, cpu)
     kept: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in built.net.parameters()}
 
@@ -111,7 +112,7 @@ def stage_cost(built: Built, spec: StageSpec) -> StageCost:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with context:
+    with own:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             built.net.loss(batches[0])
         started = time.perf_counter()  # the first pass has warmed up

@@ -22,7 +22,7 @@ from isthmus.data.images import ImageTransform
 from isthmus.errors import ConfigError
 from isthmus.recipes.schema import StageSpec
 from isthmus.stage import apply_stage
-from isthmus.training.optim import autocast
+from isthmus.training.precision import choose, context
 
 GIB = 2**30
 
@@ -58,7 +58,7 @@ def identity(net: Any, transform: ImageTransform, stage: StageSpec) -> str:
         "kind": net.KIND,
         "read": plain(net.tap),
         "image": transform.to_dict(),
-        "precision": [autocast(stage.stage, device)[0], device.type],
+        "precision": [choose(stage.stage, net, device).precision, device.type],
     }
     sha256 = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in net.vision.state_dict().items():
@@ -72,6 +72,7 @@ class FeatureLoader:
     def __init__(self, loader: Any, net: Any, cache: FeatureCache, stage: StageSpec) -> None:
         self.loader, self.net, self.cache, self.stage = loader, net, cache, stage
         self.device = next(net.parameters()).device
+        self.precision = choose(stage.stage, net, self.device).precision
 
     def position(self, saved: Mapping[str, Any]) -> Any:
         return self.loader.position(saved)
@@ -110,7 +111,7 @@ class FeatureLoader:
         """(F, P, D) in float32. The loader may have decoded a picture before it was kept."""
         kept = self.cache.get(key)
         if kept is None:
-            with autocast(self.stage.stage, self.device)[1]:
+            with context(self.precision, self.device):
                 kept = self.net.visual_features(pixels[None].to(self.device))[0].float().cpu()
             self.cache.put(key, kept)
         return kept

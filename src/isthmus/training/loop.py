@@ -10,6 +10,7 @@ Several processes (processes.py) call it together, each with its share of the ro
 optimizer and makes the same update; the first writes the files and shows the progress.
 """
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -34,7 +35,7 @@ from isthmus.errors import DataError, IsthmusError, StageError
 from isthmus.net import Net
 from isthmus.processes import first, rank, told, wait, world
 from isthmus.stage import Stage, StageTable, apply_stage
-from isthmus.training import optim, proof
+from isthmus.training import optim, precision, proof
 from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_bad_value
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
 from isthmus.training.lock import RunLock
@@ -102,8 +103,11 @@ def train(
         if progress is True:
             Console(stderr=True).print(table.render(f"stage {stage.name}"))
         run = _Run(net, loader, stage, folder, table, seed, dict(identity or {}), on_quarantine)
+        if progress is True:
+            told = f"stage {stage.name}: precision {run.precision.precision}, {run.precision.why}"
+            Console(stderr=True).print(told, highlight=False)
         if first():
-            _describe(folder, stage, table)
+            _describe(folder, stage, table, run.precision)
         with (
             _stop_flag() as stopped,
             closing(MetricLog(folder, run.state.step, tensorboard=tensorboard, writes=first())) as log,
@@ -134,7 +138,10 @@ class _Run:
         self.optimizer = optim.build_optimizer(self.parameters, table, stage)
         optim.check_holds_exactly(self.optimizer, self.module)
         self.device = next(iter(self.parameters.values())).device
-        precision, self.autocast = optim.autocast(stage, self.device)
+        before = newest_state(folder)
+        kept = before and precision.Choice(before[0].precision, "so the run was begun")
+        self.precision = kept or precision.choose(stage, net, self.device)
+        self.autocast = precision.context(self.precision.precision, self.device)
         self.gradients = proof.GradientProof(self.parameters)
         note = (f"step 0: {len(widened)} half-precision tensors train as fp32 master weights",) if widened else ()
         self.state = RunState(
@@ -152,15 +159,14 @@ class _Run:
             processes=world(),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
-            precision=precision,
+            precision=self.precision.precision,
             device=self.device.type,
             warnings=note,
         )
-        self.resumed = self.saved = self._resume()
+        self.resumed = self.saved = self._resume(before)
 
-    def _resume(self) -> int:
+    def _resume(self, found: tuple[RunState, Mapping[str, Path]] | None) -> int:
         """Go back to the newest checkpoint, or seed a new run. The step to go on from."""
-        found = newest_state(self.folder)
         if found is None:
             self._seed()
             return 0
@@ -176,7 +182,6 @@ class _Run:
             processes=now.processes,
             threads=now.threads,
             torch=now.torch,
-            precision=now.precision,
             device=now.device,
             warnings=(*saved.warnings, *warnings),
         )
@@ -387,7 +392,8 @@ def _stop_flag() -> Iterator[Mapping[str, str]]:
             signal.signal(number, handler)
 
 
-def _describe(folder: Path, stage: Stage, table: StageTable) -> None:
-    """``stage.json``: the definition and the table, for people and for the report."""
-    text = json.dumps({"stage": stage.to_dict(), "table": table.to_dict()}, indent=1)
+def _describe(folder: Path, stage: Stage, table: StageTable, chosen: precision.Choice) -> None:
+    """``stage.json``: the definition, the table and the precision, for people and for the report."""
+    facts = {"stage": stage.to_dict(), "table": table.to_dict(), "precision": dataclasses.asdict(chosen)}
+    text = json.dumps(facts, indent=1)
     (folder / "stage.json").write_text(text + "\n", encoding="utf-8")

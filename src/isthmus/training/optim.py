@@ -1,10 +1,8 @@
-"""Rates, optimizer groups, gradient norms and precision: the arithmetic around one update."""
+"""Rates, optimizer groups and gradient norms: the arithmetic around one update."""
 
 import math
-import platform
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -101,22 +99,3 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], total: Tensor, limit:
     """Scale all gradients so that their global norm is at most ``limit``."""
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), limit, total)
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Whether the machine multiplies in bf16 (CUDA; x86 with avx512_bf16 or amx); elsewhere it is only emulated."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
-        features = torch.cpu.get_capabilities()
-        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-    return False
-
-
-def autocast(stage: Stage, device: torch.device) -> tuple[str, AbstractContextManager[object]]:
-    """The precision in use (``fp32`` or ``bf16``) and a context that can be entered once per forward pass."""
-    bf16 = stage.precision == "bf16" or (stage.precision == "auto" and computes_bf16(device))
-    if bf16:
-        # No cache of cast weights: one filled under no_grad (gradient cache) would cut the weights off the graph.
-        return "bf16", torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
-    return "fp32", nullcontext()

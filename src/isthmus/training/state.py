@@ -134,7 +134,6 @@ def check_same(saved: RunState, current: RunState, folder: Path) -> tuple[str, .
             ("process count", saved.processes, current.processes),
             ("thread count", saved.threads, current.threads),
             ("torch", saved.torch, current.torch),
-            ("precision", saved.precision, current.precision),
             ("device", saved.device, current.device),
         )
         if old != new

@@ -1,0 +1,179 @@
+"""Which precision a stage trains in: what it says, or what is quicker for this net on this machine.
+
+On a GPU that multiplies in bf16 that is bf16, on a CPU without such instructions fp32. A CPU with them is asked: with
+AVX-512 alone bf16 is slower than fp32, with AMX several times as quick. The net's largest products are timed, forwards
+and backwards, for a second at most, once per machine and net; the answer is kept in the user's cache folder.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from isthmus.processes import first, told
+from isthmus.stage import Stage
+
+Timer = Callable[[], float]
+
+BUDGET = 1.0
+"""Seconds that timing may take."""
+ROUNDS = 5
+"""Rounds at least; no more where the answer is clear."""
+GAIN = 0.95
+"""bf16 must take less than this share of fp32's time."""
+_SHAPES, _ROWS = 6, 512
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """``precision`` is ``fp32`` or ``bf16``, ``why`` a sentence for the user."""
+
+    precision: str
+    why: str
+
+
+def context(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """What the forward passes of a precision run in; it can be entered once per pass."""
+    if precision == "bf16":
+        # No cache of cast weights: one filled under no_grad (gradient cache) would cut the weights off the graph.
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+    return nullcontext()
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the machine multiplies in bf16 (CUDA; x86 with avx512_bf16 or amx); elsewhere it is only emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
+        features = torch.cpu.get_capabilities()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return False
+
+
+def choose(stage: Stage, net: nn.Module, device: torch.device, *, timer: Timer = time.perf_counter) -> Choice:
+    """The precision of a stage of this net. The first process decides for all."""
+    if stage.precision != "auto":
+        return Choice(stage.precision, "the stage says so")
+    if not computes_bf16(device):
+        return Choice("fp32", f"this {device.type} does not multiply in bf16")
+    if device.type != "cpu":
+        return Choice("bf16", f"this {device.type} multiplies in bf16")
+    return told(_measured(net, timer) if first() else None)[0] or Choice("fp32", "nobody measured")
+
+
+def _measured(net: nn.Module, timer: Timer) -> Choice:
+    shapes = products(net)
+    if not shapes:
+        return Choice("fp32", "the net has no products to time")
+    key = _key(shapes)
+    seconds = _recall(key)
+    if seconds is None:
+        seconds = measure(_work(shapes), timer)
+        _remember(key, seconds)
+    ratio = seconds["bf16"] / seconds["fp32"]
+    took = f"bf16 takes {ratio:.2f} of fp32's time for this net's largest products on this machine"
+    return Choice("bf16" if ratio < GAIN else "fp32", took)
+
+
+Shape = tuple[int, int]
+"""Rows and columns of a weight."""
+
+
+def products(net: nn.Module) -> list[tuple[Shape, int]]:
+    """The matrices that cost the net most, and how often each occurs. Tables of embeddings are looked up, not
+    multiplied."""
+    tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
+    found = Counter((p.shape[0], p.shape[1]) for p in net.parameters() if p.ndim == 2 and id(p) not in tables)
+    return sorted(found.items(), key=lambda item: (-item[0][0] * item[0][1] * item[1], item[0]))[:_SHAPES]
+
+
+def _work(shapes: list[tuple[Shape, int]]) -> dict[str, Callable[[], None]]:
+    """For each precision one pass over the products, forwards and backwards, from full weights as a step has them."""
+    draw = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=draw).requires_grad_() for shape, _ in shapes]
+    inputs = [torch.randn(_ROWS, weight.shape[1], generator=draw).requires_grad_() for weight in weights]
+
+    def run(precision: str) -> None:
+        for x, weight, (_, count) in zip(inputs, weights, shapes, strict=True):
+            for _ in range(min(count, 2)):
+                with context(precision, torch.device("cpu")):
+                    y = F.linear(x, weight)
+                torch.autograd.grad(y.float().sum(), [x, weight])
+
+    return {"fp32": lambda: run("fp32"), "bf16": lambda: run("bf16")}
+
+
+def measure(work: Mapping[str, Callable[[], None]], timer: Timer = time.perf_counter) -> dict[str, float]:
+    """The quickest of several rounds of each, in turns, so that what else runs meets both; the first round warms up."""
+    for run in work.values():
+        run()
+    best, began, rounds = dict.fromkeys(work, float("inf")), timer(), 0
+    while rounds < 2 or (timer() - began < BUDGET and not (rounds >= ROUNDS and _clear(best))):
+        rounds += 1
+        for name, run in work.items():
+            start = timer()
+            run()
+            best[name] = min(best[name], max(timer() - start, 1e-9))
+    return best
+
+
+def _clear(best: Mapping[str, float]) -> bool:
+    low, high = min(best.values()), max(best.values())
+    return high / low > 1.15
+
+
+def _key(shapes: list[tuple[Shape, int]]) -> str:
+    facts = [_processor(), torch.__version__, torch.get_num_threads(), shapes]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _processor() -> list[str]:
+    """Name and abilities: what tells one machine from another as far as products go."""
+    name = platform.processor()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    able = sorted(str(what) for what, has in torch.cpu.get_capabilities().items() if has is True)
+    return [name, *able]
+
+
+def _file() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "isthmus" / "precision.json"
+
+
+def _kept() -> dict[str, dict[str, float]]:
+    """What was measured before; nothing where the file is absent or is not what was written here."""
+    with suppress(OSError, ValueError, RuntimeError):
+        found = json.loads(_file().read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _recall(key: str) -> dict[str, float] | None:
+    found = _kept().get(key)
+    sound = isinstance(found, dict) and all(
+        isinstance(found.get(n), float) and 0 < found[n] < float("inf") for n in ("fp32", "bf16")
+    )
+    return found if sound else None
+
+
+def _remember(key: str, seconds: Mapping[str, float]) -> None:
+    """Kept where it can be; without, the next run measures again."""
+    with suppress(OSError, RuntimeError):
+        file = _file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_name(f"{file.name}.{os.getpid()}")
+        beside.write_text(json.dumps(_kept() | {key: dict(seconds)}), encoding="utf-8")
+        os.replace(beside, file)
