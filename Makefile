@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: demo test test-slow check format docs peers clean
+.PHONY: demo test test-slow bench check format docs peers clean
 
 demo: $(READY)
 	$(BIN)/isthmus demo $(ARGS)
@@ -15,6 +15,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow $(ARGS)
+
+# Side by side with other libraries, in minutes: ARGS="--json bench.json", --only ROW ..., --clock cpu beside other work.
+bench: $(READY)
+	$(BIN)/python -m benchmarks.side_by_side $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks tools examples

@@ -1,0 +1,119 @@
+"""Side by side with other libraries: `make bench ARGS="--json bench.json"`.
+
+Equal losses, tokens or scores are asserted first; then both sides run in turns in one process. ``--clock cpu`` counts
+the process's own seconds, for machines on which other work runs: read ratios only.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.side_by_side.models import PUBLISHED, TINY, Sizes
+from benchmarks.side_by_side.rows import ROWS, Row
+
+PEERS = Path(__file__).resolve().parents[2] / ".venv-peers"
+
+
+def equal(ours: Any, theirs: Any) -> str | None:
+    """None, or how the two differ."""
+    if isinstance(ours, float):
+        ours, theirs = [ours], [theirs]
+    if len(ours) != len(theirs):
+        return f"{len(ours)} against {len(theirs)} results"
+    if isinstance(ours[0], float):
+        worst = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(ours, theirs, strict=True))
+        return None if worst < 1e-3 else f"they differ by {worst:.1e}"
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    return None if same == len(ours) else f"{same} of {len(ours)} texts are equal"
+
+
+def timed(side: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
+    side()
+    return clock() - start
+
+
+def run(name: str, row: Row, given: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
+    """The facts of a row. Raises SystemExit where the two sides do not agree."""
+    if row.make is None:
+        there = "its environment .venv-peers is there, but this process cannot import it" if PEERS.is_dir() else None
+        return {"peer_name": row.peer, "skipped": there or f"{row.peer} is not here (make peers)"}
+    torch.manual_seed(0)
+    ours, theirs = row.make(sizes, given.rows)
+    if (wrong := equal(ours(), theirs())) is not None:
+        raise SystemExit(f"{name}: the two sides do not agree: {wrong}")
+    clock = time.process_time if given.clock == "cpu" else time.perf_counter
+    pairs = []
+    for n in range(given.pairs):
+        if n % 2:
+            second = timed(theirs, clock)
+            pairs.append((timed(ours, clock), second))
+        else:
+            pairs.append((timed(ours, clock), timed(theirs, clock)))
+    mine, other = (statistics.median(side) for side in zip(*pairs, strict=True))
+    ratio = statistics.median(b / a for a, b in pairs)
+    found = {"peer": round(other, 4), "ours": round(mine, 4), "ratio": round(ratio, 3), "peer_name": row.peer}
+    return found | ({"note": row.note} if row.note else {})
+
+
+def machine() -> dict[str, Any]:
+    name = platform.processor()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    flags = sorted(k for k, v in torch.cpu.get_capabilities().items() if v is True)
+    libraries = {n: version(n) for n in ("isthmus", "torch", "transformers")}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {"cpu": name, "flags": flags, "threads": torch.get_num_threads(), "versions": libraries, "load": load}
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    lines = ["| row | peer | peer s | ours s | ratio | |", "|---|---|---|---|---|---|"]
+    for name, row in facts["rows"].items():
+        if "skipped" in row:
+            lines.append(f"| {name} | {row['peer_name']} | | | | {row['skipped']} |")
+        else:
+            lines.append(
+                f"| {name} | {row['peer_name']} | {row['peer']:.2f} | {row['ours']:.2f} | {row['ratio']:.2f} | "
+                f"{row.get('note', '')} |"
+            )
+    own = facts["machine"]
+    told = ", ".join(f"{k} {v}" for k, v in own["versions"].items())
+    head = f"{own['cpu']} ({', '.join(own['flags'])}), {own['threads']} threads; {told}; load {own['load']:.1f}; "
+    return head + f"{facts['pairs']} pairs, {facts['clock']} seconds, {facts['dtype']}\n\n" + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=4, help="rows of a generation; others are multiples of it")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--tiny", action="store_true", help="small sizes: does every row run?")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    sizes = TINY if given.tiny else PUBLISHED
+    facts: dict[str, Any] = {"machine": machine(), "pairs": given.pairs, "clock": given.clock, "dtype": "float32"}
+    facts["rows"] = {}
+    for name in given.only:
+        facts["rows"][name] = run(name, ROWS[name], given, sizes)
+        print(name, facts["rows"][name], file=sys.stderr, flush=True)
+        if given.json:
+            given.json.write_text(json.dumps(facts, indent=2) + "\n")
+            given.json.with_suffix(".md").write_text(markdown(facts))
+    print(markdown(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The side-by-side benchmark in small sizes: both sides must agree before anything is timed."""
+
+import json
+
+import pytest
+from benchmarks.side_by_side import __main__ as bench
+from benchmarks.side_by_side.models import TINY
+from benchmarks.side_by_side.rows import ROWS
+
+
+@pytest.mark.parametrize("name", ["llava2", "blip2_gen", "flamingo_idefics", "flamingo_idefics_gen", "rank32"])
+def test_both_sides_of_a_row_agree(name):
+    ours, theirs = ROWS[name].make(TINY, 2)
+    assert bench.equal(ours(), theirs()) is None
+
+
+def test_a_run_writes_figures_and_names_what_it_cannot_run(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "bench.json"
+    words = ["--tiny", "--rows", "2", "--pairs", "2", "--only", "blip2_gen", "flamingo_of", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["bench", *words])
+    bench.main()
+    facts = json.loads(file.read_text())
+    row = facts["rows"]["blip2_gen"]
+    assert row["ratio"] > 0
+    assert {"peer", "ours", "peer_name"} <= set(row)
+    assert "skipped" in facts["rows"]["flamingo_of"]
+    assert "| blip2_gen | transformers |" in file.with_suffix(".md").read_text()
+    assert {"cpu", "flags", "threads", "versions"} <= set(facts["machine"])
+
+
+def test_sides_that_differ_are_not_timed(monkeypatch, tmp_path):
+    monkeypatch.setitem(ROWS, "rank32", bench.Row("x", lambda sizes, rows: (lambda: [1.0], lambda: [1.1])))
+    monkeypatch.setattr("sys.argv", ["bench", "--tiny", "--only", "rank32"])
+    with pytest.raises(SystemExit, match="rank32: the two sides do not agree"):
+        bench.main()
+    assert bench.equal([[1, 2], [3]], [[1, 2], [4]]) == "1 of 2 texts are equal"
+    assert bench.equal([1.0], [1.0, 2.0]) == "1 against 2 results"
