@@ -51,6 +51,8 @@ class Stage:
     of the peak rate at which the decay ends. ``clip_norm`` bounds the global gradient norm (none: no
     clipping). ``nan_policy`` ``"skip"`` passes over at most ``nan_limit`` non-finite steps in a row.
     ``precision`` ``"auto"`` is bf16 autocast where that is the quicker on this machine, else fp32.
+    ``frozen_dtype`` ``"bf16"`` halves the memory of frozen matrices whose values are of bf16 anyway, as most published
+    ones are; it needs bf16 autocast.
 
     Raises ConfigError for values that do not fit.
     """
@@ -66,6 +68,7 @@ class Stage:
     eps: float = 1e-8
     clip_norm: float | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"
     log_every: int = 1
     save_every: int = 200
     nan_policy: Literal["stop", "skip"] = "stop"
@@ -82,6 +85,7 @@ class Stage:
         for name, allowed in (
             ("decay", ("cosine", "constant", "linear")),
             ("precision", ("auto", "fp32", "bf16")),
+            ("frozen_dtype", ("fp32", "bf16")),
             ("nan_policy", ("stop", "skip")),
         ):
             if getattr(self, name) not in allowed:
@@ -114,8 +118,14 @@ class Stage:
 
     def fingerprint(self) -> str:
         """sha256 over everything that changes the outcome; a run resumes only under the same fingerprint."""
-        defining = {k: v for k, v in self.to_dict().items() if k not in BOOKKEEPING}
+        defining = defining_keys(self.to_dict())
         return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()
+
+
+def defining_keys(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a stage that change its outcome. One that came later counts only where it is used."""
+    later = {"frozen_dtype": "fp32"}
+    return {k: v for k, v in stage.items() if k not in BOOKKEEPING and (k not in later or v != later[k])}
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.features import FeatureLoader, open_cache
 from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
 from isthmus.recipes.scoring import model_hash
-from isthmus.stage import BOOKKEEPING, apply_stage
+from isthmus.stage import apply_stage, defining_keys
 from isthmus.training import train as train_stage
 from isthmus.training.lock import RunLock
 from isthmus.user_code import pinned_in, placeless
@@ -275,8 +275,8 @@ def _defining(run: dict[str, Any]) -> dict[str, Any]:
     run.get("recipe", {}).pop("about", None)
     for stage in run.get("recipe", {}).get("stages", ()):
         stage.pop("bad_samples", None)
-        for name in BOOKKEEPING:
-            stage.get("stage", {}).pop(name, None)
+        if "stage" in stage:
+            stage["stage"] = defining_keys(stage["stage"])
     return placeless(run)
 
 

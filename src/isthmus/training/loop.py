@@ -113,7 +113,10 @@ def train(
             closing(MetricLog(folder, run.state.step, tensorboard=tensorboard, writes=first())) as log,
             progress_bar(progress, stage.name, stage.budget, run.done) as bar,
         ):
-            run.go(log, bar, stopped)
+            try:
+                run.go(log, bar, stopped)
+            finally:
+                run.widen()
         return run.result()
 
 
@@ -144,6 +147,7 @@ class _Run:
         self.autocast = precision.context(self.precision.precision, self.device)
         self.gradients = proof.GradientProof(self.parameters)
         note = (f"step 0: {len(widened)} half-precision tensors train as fp32 master weights",) if widened else ()
+        self.narrowed, note = self._narrow(note)
         self.state = RunState(
             step=0,
             samples=0,
@@ -164,6 +168,25 @@ class _Run:
             warnings=note,
         )
         self.resumed = self.saved = self._resume(before)
+
+    def _narrow(self, note: tuple[str, ...]) -> tuple[list[torch.nn.Parameter], tuple[str, ...]]:
+        """Frozen matrices to bf16, where the stage asks for it. Raises StageError without bf16 autocast."""
+        if self.stage.frozen_dtype != "bf16":
+            return [], note
+        if self.precision.precision != "bf16":
+            raise StageError(
+                f"Stage {self.stage.name!r}: frozen_dtype bf16 needs bf16 autocast, and this run computes in fp32 "
+                f"({self.precision.why}). Set precision: bf16, or take frozen_dtype out."
+            )
+        narrowed, others = optim.narrow_frozen(self.module)
+        if others:
+            note += (f"step 0: {others} frozen matrices stay fp32, for their values are not of bf16",)
+        return narrowed, note
+
+    def widen(self) -> None:
+        """Frozen matrices as they were before this call, to the bit."""
+        for weight in self.narrowed:
+            weight.data = weight.data.float()
 
     def _resume(self, found: tuple[RunState, Mapping[str, Path]] | None) -> int:
         """Go back to the newest checkpoint, or seed a new run. The step to go on from."""

@@ -42,6 +42,22 @@ def to_master_weights(parameters: Mapping[str, nn.Parameter]) -> tuple[str, ...]
     return tuple(changed)
 
 
+def narrow_frozen(net: nn.Module) -> tuple[list[nn.Parameter], int]:
+    """Frozen matrices of linear layers and convolutions to bf16, where that changes no value: those that were narrowed,
+    and how many others stay as they are. Tables stay too: what is looked up there would make the sums of a transformer
+    half-precision ones."""
+    layers = [m.weight for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d) or type(m).__name__ == "Conv1D"]
+    tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
+    frozen = {id(w): w for w in layers if not w.requires_grad and id(w) not in tables and w.dtype == torch.float32}
+    narrowed = []
+    for weight in frozen.values():
+        half = weight.data.bfloat16()
+        if torch.equal(half.float(), weight.data):
+            weight.data = half
+            narrowed.append(weight)
+    return narrowed, len(frozen) - len(narrowed)
+
+
 def build_optimizer(parameters: Mapping[str, nn.Parameter], table: StageTable, stage: Stage) -> torch.optim.AdamW:
     """AdamW with one group per (pattern, decayed or not); each group carries ``pattern``, ``peak`` and its rate.
 
