@@ -13,7 +13,7 @@ from isthmus.file_kind import but_is, file_kind, near
         (b"\n <!DOCTYPE html><html>", "HTML"),
         (b"\xef\xbb\xbf<html lang=en>", "HTML"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS"),
-        (gzip.compress(b"text"), "gzip"),
+        (gzip.compress(b"text", mtime=0), "gzip"),
         (b"PAR1\x15\x04", "Parquet"),
         ("a,b".encode("utf-16"), "UTF-16"),
         (b"\x00\x00\x00\x1cftypheic", "HEIC"),

@@ -51,7 +51,8 @@ class Net(StagedNet):
 
     def score_endings(self, beginning: Batch, endings: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
         """(n,) log-probabilities of the labelled tokens of n endings of one row, which is read once."""
-        return self.language.score_endings(self.prompt(beginning), endings, labels)
+        language: Any = self.part("language")
+        return language.score_endings(self.prompt(beginning), endings, labels)
 
     @property
     def image_size(self) -> int:

@@ -30,7 +30,7 @@ FILES = {
     "a table that is HTML": ("csv", HTML, {}, "an HTML page"),
     "a table in UTF-16": ("csv", "image,caption\n".encode("utf-16"), {}, "text in UTF-16"),
     "a table of Excel": ("csv", b"PK\x03\x04\x14\x00\xff\xfe", {}, ".xlsx"),
-    "JSON lines in gzip": ("jsonl", gzip.compress(ROWS), {}, "gzip; unpack it"),
+    "JSON lines in gzip": ("jsonl", gzip.compress(ROWS, mtime=0), {}, "gzip; unpack it"),
     "JSON lines that are a table": ("jsonl", b"image,caption\na.png,c\n", {}, "a table is read by `kind: csv`"),
     "JSON lines that are Parquet": ("jsonl", b"PAR1\x15\x98\x15", {}, "a Parquet table"),
     "JSON lines that are YAML": ("jsonl", b"kind: jsonl\n", {}, "not JSON, it begins 'kind: jsonl'"),
@@ -56,7 +56,8 @@ def test_a_file_of_another_form_is_named(tmp_path, fault):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(HTML, "an HTML page"), (LFS, "a Git LFS pointer"), (gzip.compress(b"a"), "gzip; unpack it")]
+    ("content", "said"),
+    [(HTML, "an HTML page"), (LFS, "a Git LFS pointer"), (gzip.compress(b"a", mtime=0), "gzip; unpack it")],
 )
 def test_a_shard_that_is_no_tar_is_named(tmp_path, content, said):
     (tmp_path / "a.tar").write_bytes(content)

@@ -11,7 +11,7 @@ no labels and is rendered by the template itself.
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -160,13 +160,13 @@ class ChatForm:
             said = _conversation(edged, 2, system)
             written = self._said(said, prompt=False)
             for how in _TRIMS:
-                found = Pieces(*(getattr(pieces, name) for name in _PIECES), {**trims, role: how})
+                found = replace(pieces, trims={**trims, role: how})
                 if found.written(said, prompt=False) == written:
                     trims[role] = how
                     break
             else:
                 raise _NoCutError(f"it changes the white space in what the {role} says by no rule that is known here")
-        return Pieces(*(getattr(pieces, name) for name in _PIECES), trims)
+        return replace(pieces, trims=trims)
 
     def _check(self, pieces: Pieces, system: bool) -> None:
         """Raises _NoCutError where the pieces and the template differ, in letters or in ids."""
@@ -299,7 +299,6 @@ class ChatForm:
         return self._special.sub(mark, text)
 
 
-_PIECES = ("head", "open", "ask", "ask_last", "prompt", "next", "end")
 _FORMS: WeakKeyDictionary[Tokenizer, ChatForm] = WeakKeyDictionary()
 
 

@@ -75,6 +75,7 @@ class InterleaveProcessor(Processor):
     """
 
     kind = "interleave"
+    template: str
     limits = ("max_length", "max_images")
 
     def __init__(

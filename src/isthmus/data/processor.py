@@ -200,6 +200,7 @@ class SpliceProcessor(Processor):
     """
 
     kind = "splice"
+    template: str
     limits = ("max_length",)
 
     def __init__(

@@ -73,7 +73,7 @@ class Read:
     logits: Tensor
     layers: Layers
     lengths: list[int]
-    beside: Beside | None = None
+    beside: Any = None  # a Beside, of the language model's own class
 
 
 class Steps(Protocol):

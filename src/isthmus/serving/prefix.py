@@ -25,6 +25,10 @@ class Remembering:
         self._kept: OrderedDict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = OrderedDict()
         self._count = 0
 
+    @property
+    def writable(self) -> bool | str:
+        return self.language.writable
+
     def window(self) -> Window:
         return self.language.window()
 

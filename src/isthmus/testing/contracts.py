@@ -247,7 +247,7 @@ def turns_end(model: Any) -> _Outcome:
     template = getattr(model.processor, "template", None)
     if template != OWN and not isinstance(TEMPLATES.get(str(template)), Grammar):
         return _absent("the model has no template of conversations")
-    asked = tuple(Text(said, role=role) for role, said in (("user", "A?"), ("assistant", "One."), ("user", "B?")))
+    asked = (Text("A?", role="user"), Text("One.", role="assistant"), Text("B?", role="user"))
     prompt = model.processor.prompt(Record("turns", asked)).streams["lm"].ids
     whole = Record("turns", (*asked, Text("Two.", role="assistant", learn=True)))
     try:
