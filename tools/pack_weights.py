@@ -22,7 +22,7 @@ from isthmus.errors import CheckpointError, IsthmusError
 from isthmus.model import load
 
 NAMES = ("clip", "lm", "flamingo", "blip2", "llava")
-MOST = 25 * 10**6
+MOST = 25 * 2**20
 """Bytes of all models together."""
 
 LEFT_OUT = ("recipe.yaml",)
