@@ -23,6 +23,11 @@ from isthmus.model import load
 from isthmus.recipes.scoring import recipe_of
 from tests.cli.test_cli import run
 
+pytestmark = [  # of models made at random, which often say nothing
+    pytest.mark.filterwarnings("ignore:All .* answers are empty"),
+    pytest.mark.filterwarnings("ignore:CIDEr weighs words"),
+]
+
 
 @pytest.fixture(scope="module")
 def compared(rivals, tmp_path_factory):

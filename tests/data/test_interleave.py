@@ -89,7 +89,7 @@ def test_prompts_byte_for_byte(template, parts, expected):
 
 def test_a_tokenizer_that_begins_with_nothing_gives_open_flamingos_rows():
     """<image>{caption}<|endofchunk|>{eos} of its LAION, and its shots: GPT-NeoX's tokenizer adds no beginning."""
-    bare = InterleaveProcessor(TOKENIZER.without_bos(), IMAGE, template="open_flamingo")
+    bare = InterleaveProcessor(TOKENIZER.beginning(), IMAGE, template="open_flamingo")
     pair = bare.example(record(picture(role="text"), Text("a cat", learn=True)))
     assert written(pair) == "<image>a cat<|endofchunk|></s>"
     assert learnt(pair) == "a cat<|endofchunk|></s>"

@@ -103,7 +103,7 @@ def test_a_fault_of_a_folder_is_named_itself(sound, tmp_path, fault):
 def test_a_file_that_is_no_model_is_named(tmp_path):
     for name, content, said in (
         ("a.png", b"\x89PNG\r\n", "a PNG picture; name a folder or file of a model"),
-        ("a.gguf", b"GGUF\x03", "a GGUF file"),
+        ("a.gguf", b"GGUF\x03", "GGUF file"),
         ("a.yaml", b"model: clip\n", "a recipe is trained first"),
     ):
         (tmp_path / name).write_bytes(content)

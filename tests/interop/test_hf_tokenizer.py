@@ -144,6 +144,8 @@ def test_a_llava_and_a_blip2_over_such_lms_get_their_processors_ids(tmp_path: Pa
     assert ids == AutoProcessor.from_pretrained(tmp_path / "llava")(text=said)["input_ids"][0]
     blip2 = tiny_models.blip2()
     write_model(blip2, tmp_path / "blip2", "hf", lossy=True)
+    config = json.loads((tmp_path / "blip2" / "config.json").read_text())
+    (tmp_path / "blip2" / "config.json").write_text(json.dumps(config | {"image_token_index": 6}))
     for name, front in (("opt", [2]), ("smollm", [])):
         FAMILIES[name]().save_pretrained(tmp_path / "blip2")
         assert OPTConfig().model_type == blip2.net.config.language["model_type"]

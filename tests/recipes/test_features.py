@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from isthmus.errors import ConfigError
+from isthmus.nn.tap import Tap
 from isthmus.recipes import run as run_module
 from isthmus.recipes.check import check
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import parse_recipe
-from isthmus.systems import system
 from tests.miniature import tree
 from tests.recipes import test_blip2, test_flamingo
 from tests.recipes.test_run import losses, weights
@@ -44,16 +44,13 @@ def recipe(kind, story, cached):
 @pytest.fixture
 def encoded(monkeypatch):
     """The number of pictures in each call of a net's vision encoder."""
-    calls = []
-    for kind in ("llava", "flamingo", "blip2"):
-        net = system(kind).net
-        real = net.visual_features
+    calls, real = [], Tap.features
 
-        def counted(self, pixels, real=real):
-            calls.append(len(pixels))
-            return real(self, pixels)
+    def counted(self, encoder, pixels):
+        calls.append(len(pixels))
+        return real(self, encoder, pixels)
 
-        monkeypatch.setattr(net, "visual_features", counted)
+    monkeypatch.setattr(Tap, "features", counted)
     return calls
 
 
