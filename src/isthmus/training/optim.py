@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,9 @@ def narrow_frozen(net: nn.Module) -> tuple[list[nn.Parameter], int]:
     """Frozen matrices of linear layers and convolutions to bf16, where that changes no value: those that were narrowed,
     and how many others stay as they are. Tables stay too: what is looked up there would make the sums of a transformer
     half-precision ones."""
-    layers = [m.weight for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d) or type(m).__name__ == "Conv1D"]
+    layers: list[Any] = [
+        m.weight for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d) or type(m).__name__ == "Conv1D"
+    ]
     tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
     frozen = {id(w): w for w in layers if not w.requires_grad and id(w) not in tables and w.dtype == torch.float32}
     narrowed = []
