@@ -184,6 +184,10 @@ def test_names_that_repeat(folder):
         (folder / name).write_bytes(png())
     (folder / "side.jsonl").write_text('{"key": "1", "c": "one"}\n{"key": "1", "c": "two"}\n{"key": "0", "c": "x"}')
     side = {"captions": {"file": "side.jsonl", "key": "key", "fields": "c"}}
-    with pytest.raises(DataError, match="the key, by which the side file names captions, 1 is there twice"):
+    with pytest.raises(DataError, match="the picture name, by which the side file gives captions, 1 is there twice"):
         open_source({"kind": "folder", "folder": "."} | side, data_root=folder)
     assert len(opened(folder, "image,id\nimg/a.png,1\n", **side)[0].texts[0].text) == 2
+    styles = "image,id\nimg/a.png,1\nimg/b.png,1\nimg/a.png,0\n"
+    with pytest.warns(IsthmusWarning, match=r"1 keys \('1' the first\) name 2 or fewer samples each"):
+        source = opened(folder, styles, **side)
+    assert [source[n].texts[0].text for n in range(3)] == [("one", "two"), ("one", "two"), "x"]

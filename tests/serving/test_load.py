@@ -180,9 +180,13 @@ def test_many_clients_for_ten_minutes(tmp_path):
     print(f"{crowd.statuses}, {crowd.gone} hung up; seconds per answer: median {half:.3f}, 99 % {most:.3f}")
 
 
-def test_a_client_that_hangs_up_stops_the_work():
+def test_a_client_that_hangs_up_stops_the_work(monkeypatch):
     with on_port({"lm": models()["lm"]}) as served:
-        body = {"model": "lm", "messages": asked(), "max_tokens": 180, "stream": True}
+        body = {"model": "lm", "messages": asked(), "max_tokens": 180, "stream": True, "temperature": 0}
+        scheduler = served.app.state.server.scheduler
+        step = scheduler._step
+        # As slow as a real model, so that the answer is not over before anybody can hang up.
+        monkeypatch.setattr(scheduler, "_step", lambda name: (time.sleep(0.01), step(name)))
         written = []
         for hang_up in (False, True):
             connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
@@ -190,7 +194,6 @@ def test_a_client_that_hangs_up_stops_the_work():
             answer = connection.getresponse()
             answer.read(200) if hang_up else answer.read()
             connection.close()
-            scheduler = served.app.state.server.scheduler
             while any(scheduler._rows.values()):
                 time.sleep(0.005)
             figures = served.get("/metrics").raw.decode()

@@ -208,7 +208,7 @@ def _folder(root: Root, form: Form, *, folder: str) -> Rows:
     if form.classes and len(form.classes) != len(classes):
         raise DataError(f"{top} has {len(classes)} class folders and the class file {len(form.classes)} names")
     found = NamedImages(top)
-    return _Listed(
+    rows = _Listed(
         Row(
             f"{c.name}/{p.relative_to(c).as_posix()}",
             {"label": number if form.classes else c.name.replace("_", " ")},
@@ -219,6 +219,9 @@ def _folder(root: Root, form: Form, *, folder: str) -> Rows:
         for p in sorted(c.rglob("*"))
         if p.suffix.lower().lstrip(".") in IMAGE_ENDINGS and not p.name.startswith(".")
     )
+    if form.captions is not None:  # two folders number their pictures alike: a name that is nobody's choice
+        once((row.key for row in rows), top, "picture name, by which the side file gives captions,")
+    return rows
 
 
 def _webdataset(root: Root, form: Form, *, shards: Names) -> Rows:

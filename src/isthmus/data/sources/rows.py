@@ -18,7 +18,6 @@ from typing import Any, Literal, Protocol
 from isthmus.data.mix import Source
 from isthmus.data.record import FrameSource, ImageSource, Part, Record, Role, Text
 from isthmus.data.sources.cells import string, unpacked
-from isthmus.data.sources.files import once
 from isthmus.data.sources.turns import (
     MARK,
     PICTURE_PARTS,
@@ -288,10 +287,23 @@ class RowSource(Source):
         self.name, self.rows, self.form = name, rows, form
         count = len(rows) if limit is None else min(limit, len(rows))
         if form.captions is not None:
-            once(self._keys(count), name, "key, by which the side file names captions,")
+            self._name_shared_keys(count)
         self._places = list(self._count(count)) if form.counts else range(count)
         if not self._places:
             raise ConfigError(f"source {name!r}: no question matches {form.matching!r}")
+
+    def _name_shared_keys(self, rows: int) -> None:
+        """Says how many samples share the side file's captions with another: one thing drawn in several styles, or
+        two things under one name."""
+        counts = Counter(self._keys(rows))
+        shared = [key for key, count in counts.items() if count > 1]
+        if shared:
+            warnings.warn(
+                f"source {self.name!r}: {len(shared):,} keys ({shared[0]!r} the first) name {max(counts.values())} or "
+                "fewer samples each, and the side file's captions of a key go to all of them.",
+                IsthmusWarning,
+                stacklevel=2,
+            )
 
     def _keys(self, rows: int) -> Iterator[str]:
         for index in range(rows):
