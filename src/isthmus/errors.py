@@ -15,6 +15,9 @@ class IsthmusWarning(UserWarning):
 class IsthmusError(Exception):
     """Base of all errors that a user can cause and mend."""
 
+    exit_code = 2
+    """What the command line ends with."""
+
 
 class ConfigError(IsthmusError):
     """A recipe, configuration or command-line value does not fit."""

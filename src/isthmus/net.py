@@ -42,9 +42,9 @@ class Net(StagedNet):
     @property
     def shares_beginning(self) -> bool:
         """Whether several prompts, or several endings of one, can go on from a beginning that is read once."""
-        language = self._modules.get("language")
+        language: Any = self._modules.get("language")
         told = type(self).prompt is not Net.prompt  # a net of the user's own may only know how to generate
-        return told and language is not None and getattr(language, "writable", False) is True
+        return told and language is not None and language.writable is True
 
     def prompt(self, batch: Batch, past: "Read | None" = None) -> "Prompt":
         """What a decoder continues; behind ``past``, one row that was read, where all the rows begin so."""

@@ -42,7 +42,7 @@ def _run() -> None:
         sys.exit(EXIT_USER)
     except IsthmusError as error:
         _say(str(error))
-        sys.exit(getattr(error, "exit_code", EXIT_USER))
+        sys.exit(error.exit_code)
     except OSError as error:
         _say(_of_the_system(error))
         sys.exit(EXIT_USER)

@@ -44,7 +44,7 @@ def with_template(processor: Processor, template: str) -> Processor:
             tokenizer, template = tokenizer.with_chat_template(file.read_text(encoding="utf-8")), OWN
         except (OSError, ValueError) as error:
             raise ConfigError(f"template: cannot read {file} ({type(error).__name__}).") from error
-    return processor_from_dict({**described, "template": template}, tokenizer, getattr(processor, "others", None))
+    return processor_from_dict({**described, "template": template}, tokenizer, processor.others)
 
 
 def processor_from_dict(

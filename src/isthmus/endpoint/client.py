@@ -14,6 +14,8 @@ from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from pydantic import BaseModel
+
 from isthmus.errors import ConfigError, EndpointError, MissingExtraError, ReplyError
 
 KEY = "OPENAI_API_KEY"
@@ -160,25 +162,28 @@ class Endpoint:
         return self._read(found, request, name)
 
     def _read(self, found: Any, request: Request, name: str) -> Reply:
-        choices = getattr(found, "choices", None)
-        message = getattr(choices[0], "message", None) if isinstance(choices, Sequence) and choices else None
-        if message is None:
+        # The client checks no shapes: a server's JSON of any kind, or its text, comes as it is.
+        facts = found.model_dump(warnings=False) if isinstance(found, BaseModel) else {}
+        choices = facts.get("choices")
+        choice = choices[0] if isinstance(choices, Sequence) and choices else None
+        message = choice.get("message") if isinstance(choice, Mapping) else None
+        if not isinstance(message, Mapping):
             raise _NoCompletionError(f"no chat completion ({str(found)[:80]!r})")
-        model = str(getattr(found, "model", None) or "")
+        model = str(facts.get("model") or "")
         if model and not model.startswith(self.model):
             raise EndpointError(
                 f"{self.place} was asked for the model {self.model!r} and answered as {model!r}. Nothing is kept of "
                 "another model's answers: name the one that is meant (--model)."
             )
-        usage = getattr(found, "usage", None)
+        usage = facts.get("usage") or {}
         return Reply(
             request=name,
             name=request.name,
-            text=str(message.content or ""),
-            finish=str(choices[0].finish_reason or "") if choices else "",
+            text=str(message.get("content") or ""),
+            finish=str(choice.get("finish_reason") or ""),
             model=model,
-            prompt_tokens=getattr(usage, "prompt_tokens", None),
-            completion_tokens=getattr(usage, "completion_tokens", None),
+            prompt_tokens=usage.get("prompt_tokens"),
+            completion_tokens=usage.get("completion_tokens"),
         )
 
 

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 from isthmus.data.images import BytesImage, FileImage, TarImage, open_image
+from isthmus.data.mix import Source
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.record import Record, Video
 from isthmus.data.video import FileFrames, FolderFrames
@@ -37,7 +38,7 @@ class Sound:
     ) -> None:
         self.records, self.quarantine = records, quarantine
         self._demand, self._pictures = demand, pictures
-        self.name = str(getattr(records, "name", ""))
+        self.name = records.name if isinstance(records, Source) else ""
         faults: dict[str, str] = {}
         self._kept = [i for i in range(len(records)) if self._usable(i, faults)]
         quarantine.seen(len(records))

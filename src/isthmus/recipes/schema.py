@@ -303,8 +303,9 @@ def yaml_value(text: str, what: str) -> Any:
     except yaml.YAMLError as error:
         if file_kind(text.encode()):
             raise ConfigError(f"{what} is not YAML{but_is(text.encode(), '')}.") from None
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        fault = f"line {mark.line + 1}, column {mark.column + 1}: {problem}." if mark else " ".join(str(error).split())
+        fault = " ".join(str(error).split())
+        if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+            fault = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}."
         raise ConfigError(f"{what} is not valid YAML: {fault}") from None
 
 

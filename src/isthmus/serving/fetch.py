@@ -119,9 +119,8 @@ def is_public(address: str) -> bool:
         ip = ipaddress.ip_address(address)
     except ValueError:  # with a scope, or no address at all
         return False
-    mapped = getattr(ip, "ipv4_mapped", None)
-    if mapped is not None:
-        return is_public(str(mapped))
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        return is_public(str(ip.ipv4_mapped))
     refused = any(ip in block for block in _REFUSED if block.version == ip.version)
     return ip.is_global and not (refused or ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 

@@ -244,7 +244,7 @@ def looked_at(model: Any) -> _Outcome:
 def turns_end(model: Any) -> _Outcome:
     """What is learnt of a conversation's last answer ends with a token that stops generation, and the conversation
     begins with the ids of the prompt that asks for that answer."""
-    template = getattr(model.processor, "template", None)
+    template = model.processor.template
     if template != OWN and not isinstance(TEMPLATES.get(str(template)), Grammar):
         return _absent("the model has no template of conversations")
     asked = (Text("A?", role="user"), Text("One.", role="assistant"), Text("B?", role="user"))

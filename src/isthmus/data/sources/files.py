@@ -104,7 +104,7 @@ def read_json(path: Path) -> Any:
     except RecursionError:
         raise DataError(f"{path} is nested too deeply to be data; is it a file of this format?") from None
     except ValueError as error:
-        line = getattr(error, "lineno", 1)
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
         if not content.strip():
             raise DataError(f"{path} is empty; write it again") from None
         if file_kind(content.encode()):
