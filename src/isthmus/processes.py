@@ -1,4 +1,4 @@
-"""The processes of one training, as ``torchrun`` starts them: each holds the whole net and reads its share of the rows.
+"""The processes of one training, as ``torchrun`` starts them: each reads its share of the rows.
 
     join()          # does nothing in a process that is alone
     told(value)     # everybody's value, in order of rank
@@ -8,10 +8,9 @@ Alone, every function here answers as the only process would, without any commun
 
 import atexit
 import os
-import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,10 +20,6 @@ from torch import Tensor
 from isthmus.errors import ConfigError, IsthmusError
 
 T = TypeVar("T")
-_BUCKET = 2**25
-"""Numbers summed over the processes at a time."""
-_NOTE, _HEAD = 2**12, 8
-"""Bytes of a first message, and how many of them tell how long the whole is: what is longer takes a second one."""
 
 
 class LostError(IsthmusError):
@@ -66,7 +61,8 @@ def usable_cores() -> int:
 def join() -> None:
     """Meet the other processes that ``torchrun`` started, until this one ends; alone or met before, nothing.
 
-    Over gloo on CPUs, over NCCL on GPUs. Raises ConfigError when ``WORLD_SIZE`` is set and something else that torchrun
+    Tensors on GPUs travel over NCCL, everything else over gloo. Raises ConfigError when ``WORLD_SIZE`` is set and
+    something else that torchrun
     sets is not.
     """
     if asked() == 1 or world() > 1:
@@ -80,7 +76,7 @@ def join() -> None:
     on_gpu = device().type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device())
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     atexit.register(dist.destroy_process_group)
 
 
@@ -115,57 +111,13 @@ def wait() -> None:
 
 
 def told(value: T) -> list[T]:
-    """The values of all processes in order of rank. They travel pickled between processes of one run."""
+    """The values of all processes in order of rank. They travel pickled between processes of one run, over gloo."""
     if world() == 1:
         return [value]
-    written = bytearray(pickle.dumps(value))
-    note = bytearray(len(written).to_bytes(_HEAD, "big")) + written
-    notes = _gather_bytes(note, _NOTE)
-    longest = max(int.from_bytes(n[:_HEAD], "big") for n in notes) + _HEAD
-    if longest > _NOTE:
-        notes = _gather_bytes(note, longest)
-    return [pickle.loads(n[_HEAD : _HEAD + int.from_bytes(n[:_HEAD], "big")]) for n in notes]
-
-
-def _gather_bytes(note: bytearray, size: int) -> list[bytes]:
-    """The first ``size`` bytes of everybody's note, filled up with zeros."""
-    own = torch.frombuffer(note[:size].ljust(size, b"\0"), dtype=torch.uint8)
-    own = own.to(device()) if dist.get_backend() == "nccl" else own
-    parts = [torch.empty_like(own) for _ in range(world())]
+    found: list[Any] = [None] * world()
     with talking():
-        dist.all_gather(parts, own)
-    return [part.cpu().numpy().tobytes() for part in parts]
-
-
-def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Add up every open parameter's gradient over the processes, in place; one that no process has stays without."""
-    if world() == 1:
-        return
-    bucket: list[Tensor] = []
-    size = 0
-    for parameter in parameters:
-        if not parameter.requires_grad:
-            continue
-        bucket.append(parameter)
-        size += parameter.numel()
-        if size >= _BUCKET:
-            _sum(bucket)
-            bucket, size = [], 0
-    if bucket:
-        _sum(bucket)
-
-
-def _sum(parameters: list[Tensor]) -> None:
-    """One message: the gradients, and behind them which of them there are. They are views of it afterwards, so nothing
-    is copied back."""
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    there = torch.tensor([p.grad is not None for p in parameters]).to(gradients[0])
-    joint = torch.cat([*(g.flatten() for g in gradients), there])
-    with talking():
-        dist.all_reduce(joint)
-    *parts, there = joint.split([*(p.numel() for p in parameters), len(parameters)])
-    for parameter, part, processes in zip(parameters, parts, there.tolist(), strict=True):
-        parameter.grad = part.view_as(parameter) if processes else None
+        dist.all_gather_object(found, value)
+    return found
 
 
 def sizes(rows: int, device: torch.device) -> list[int]:

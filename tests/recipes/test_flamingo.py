@@ -20,6 +20,7 @@ from isthmus.recipes.build import build
 from isthmus.recipes.run import make_loader, train
 from isthmus.recipes.schema import parse_recipe
 from isthmus.stage import apply_stage
+from isthmus.training import parallel
 from isthmus.training import train as train_stage
 from isthmus.training.gradient import backward
 from tests.miniature import STAGE
@@ -126,7 +127,7 @@ def test_rows_of_several_sources_may_share_a_pass_and_the_gradient_is_the_same(s
         batches = [replace(b, visuals=tuple(_double(g) for g in b.visuals)) for b in next(stream)[1]]
         stream.close()
         assert len(batches) == passes
-        losses = backward(net, batches, nullcontext())
+        losses = backward(parallel.engine(net), batches, nullcontext())
         grads = {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
         found.append((sorted(i for b in batches for i in b.ids), losses, grads))
     (ids, losses, grads), *others = found

@@ -9,7 +9,7 @@ import torch
 from isthmus.batch import Batch
 from isthmus.processes import join, rank, told, wait, world
 from isthmus.stage import Group, Stage
-from isthmus.training import Interrupted, train
+from isthmus.training import Interrupted, parallel, train
 from isthmus.training.gradient import NonFiniteLoss, backward
 from isthmus.training.precision import context
 
@@ -56,17 +56,18 @@ def stage(steps: int = 6) -> Stage:
 
 
 def gradient(model: ToyNet, batches: list[Batch]) -> dict[str, Any]:
-    means = backward(model.eval(), batches, FP32)
+    means = backward(parallel.engine(model.eval()), batches, FP32)
     return {"means": means, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
 
 def _non_finite() -> list[str]:
     """What each process says when process 1 alone meets a NaN."""
     model = net()
+    engine = parallel.engine(model)  # begins with the first process's weights
     if rank() == 1:
         model.language["head"].bias.data.fill_(float("nan"))
     try:
-        backward(model, [make_batch([1, 2])], FP32)
+        backward(engine, [make_batch([1, 2])], FP32)
     except NonFiniteLoss as problem:
         return told(str(problem))
     return told("nothing")

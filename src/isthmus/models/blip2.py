@@ -19,7 +19,7 @@ the Q-Former's text half are gone (``instruct`` keeps the latter). Where their p
 
 Differs from the paper: the prefix LM's split point is uniform over the caption's tokens (the paper names no rule);
 decay is on tensors of two and more dimensions only (the code decays the temperature too); a frozen LM's dropout is
-off. Differs from the code: each process's own rows carry the contrast's gradient wherever they stand.
+off. Differs from the code: the contrast's gradient is that of all processes' rows together.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +39,7 @@ from isthmus.net import Net
 from isthmus.nn.connectors.qformer import Past, QFormerConfig, QFormerConnector
 from isthmus.nn.lengths import blocks_by_length
 from isthmus.nn.looking import patch_maps, self_attention
-from isthmus.nn.losses import Similarity, gather
+from isthmus.nn.losses import Similarity, gather, widen
 from isthmus.nn.matching import gather_tokens, hard_negatives, query_contrast
 from isthmus.nn.precision import KeptFloat32, cast_weights
 from isthmus.nn.splice import at_places, splice
@@ -267,8 +267,8 @@ class Blip2(Net):
         terms: dict[str, Term] = {}
         if "itc" in wanted or "itm" in wanted:
             contrast = query_contrast(
-                F.normalize(self.heads.image_proj(seen.hidden).float(), dim=-1),
-                F.normalize(self.embed_texts(text).float(), dim=-1),
+                F.normalize(widen(self.heads.image_proj(seen.hidden)), dim=-1),
+                F.normalize(widen(self.embed_texts(text)), dim=-1),
                 self.heads.temperature,
                 smoothing=self.config.label_smoothing,
             )
@@ -292,7 +292,7 @@ class Blip2(Net):
         logits = self.match_logits(torch.cat([vision, gather(vision)[wrong_image], vision]), joint)
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         labels[: len(vision)] = 1
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
+        return F.cross_entropy(widen(logits), labels, reduction="sum")
 
     def _writing_loss(self, past: Sequence[Past], text: Tokens) -> tuple[Tensor, int]:
         """Label-smoothed next-token cross-entropy of the text after its image: (sum, count)."""
@@ -303,7 +303,7 @@ class Blip2(Net):
             row, column = torch.nonzero(labels[:, 1:] != IGNORE, as_tuple=True)
             logits = self.writing_logits([(k[rows], v[rows]) for k, v in past], own, at=(row, column))
             targets, smoothing = labels[row, column + 1], self.config.label_smoothing
-            losses.append(F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing))
+            losses.append(F.cross_entropy(widen(logits), targets, reduction="sum", label_smoothing=smoothing))
             count += len(row)
         return torch.stack(losses).sum(), count
 

@@ -24,7 +24,7 @@ def similarity(images: Tensor, texts: Tensor, kind: Similarity = "cosine") -> Te
     float32 at least, whatever the autocast.
     """
     with torch.autocast(images.device.type, enabled=False):
-        images, texts = _full(images), _full(texts)
+        images, texts = widen(images), widen(texts)
         if images.ndim == 3:
             return similarity(images.flatten(0, 1), texts, kind).unflatten(0, images.shape[:2]).amax(1)
         if kind == "cosine":
@@ -45,7 +45,7 @@ def info_nce(
     the same non-empty key show the same picture: neither is the other's negative, nor its positive.
     """
     with torch.autocast(images.device.type, enabled=False):
-        images, texts, scale = _full(images), _full(texts), _full(log_scale).exp()
+        images, texts, scale = widen(images), widen(texts), widen(log_scale).exp()
         all_images, all_texts = gather(images), gather(texts)
         target = own_columns(len(images), images.device)
         left_out = same_picture(keys, target)
@@ -72,10 +72,10 @@ def sigmoid_loss(
     Arguments, processes and equal keys as in :func:`info_nce`.
     """
     with torch.autocast(images.device.type, enabled=False):
-        images, texts = _full(images), _full(texts)
+        images, texts = widen(images), widen(texts)
         all_texts = gather(texts)
         target = own_columns(len(images), images.device)
-        logits = _full(log_scale).exp() * similarity(images, all_texts, kind) + _full(bias)
+        logits = widen(log_scale).exp() * similarity(images, all_texts, kind) + widen(bias)
         sign = torch.full_like(logits, -1.0)
         sign[torch.arange(len(images), device=images.device), target] = 1.0
         terms = F.logsigmoid(sign * logits)
@@ -115,7 +115,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # All-reduce and slice rather than reduce-scatter: gloo has only the former.
+        # All-reduce and slice rather than reduce-scatter: processes have unlike numbers of rows.
         gradient = gradients[0].contiguous().clone()
         with talking():
             dist.all_reduce(gradient)
@@ -135,6 +135,6 @@ def same_picture(keys: Sequence[str], target: Tensor) -> Tensor | None:
     return same if bool(same.any()) else None
 
 
-def _full(x: Tensor) -> Tensor:
-    """At least float32: half precision is widened, float64 stays."""
+def widen(x: Tensor) -> Tensor:
+    """In float32 at least: half precision is widened, float64 stays."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

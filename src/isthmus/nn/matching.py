@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isthmus.batch import Tokens
 from isthmus.errors import DataError
-from isthmus.nn.losses import gather_around, own_columns, same_picture
+from isthmus.nn.losses import gather, gather_around, own_columns, same_picture, widen
 from isthmus.processes import talking, world
 
 
@@ -34,12 +34,12 @@ def query_contrast(images: Tensor, texts: Tensor, temperature: Tensor, *, smooth
     An image is as similar to a text as the best of its queries; that maximum is divided by ``temperature``. The
     loss is the mean of both directions' cross-entropy with label smoothing.
 
-    Gradient rule: this process's rows carry it wherever they stand, other processes' rows are constants. On one
-    process that is the plain gradient of both sides (as the published code has it there).
+    Values and gradients are those of one process that holds all rows: the other processes' rows are gathered, and
+    their losses' gradients come back to the rows' own process.
     """
     with torch.autocast(images.device.type, enabled=False):
-        images, texts, temperature = images.float(), texts.float(), temperature.float()
-        all_images, all_texts = gather_around(images), gather_around(texts)
+        images, texts, temperature = widen(images), widen(texts), widen(temperature)
+        all_images, all_texts = gather(images), gather(texts)
         image_to_text = torch.einsum("bqe,ge->bgq", images, all_texts).amax(-1) / temperature
         text_to_image = torch.einsum("be,gqe->bgq", texts, all_images).amax(-1) / temperature
         target = own_columns(len(images), images.device)

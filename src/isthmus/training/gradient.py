@@ -2,9 +2,9 @@
 
 Token terms add up: with ``total`` and ``count`` over the micro-batches m of all processes, the loss is
 sum_m total_m / sum_m count_m, so each micro-batch contributes ``total_m / count`` with the step's whole count, never
-its own mean; several terms add up with their weights, and gradients over the processes. Terms of scope ``batch``
-(contrastive, matching) need all samples at once: several micro-batches go through ``net.cached_loss``, and the rows of
-other processes are gathered within the loss (nn/losses.py).
+its own mean; several terms add up with their weights, and gradients over the processes (parallel.py). Terms of scope
+``batch`` (contrastive, matching) need all samples at once: several micro-batches go through ``net.cached_loss``, and
+the rows of other processes are gathered within the loss (nn/losses.py).
 """
 
 import math
@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.batch import IGNORE, Batch, Term
 from isthmus.errors import StageError
-from isthmus.net import Net
-from isthmus.processes import sum_gradients, told, world
+from isthmus.processes import told, world
+from isthmus.training.parallel import Engine
 
 
 class NonFiniteLoss(Exception):
@@ -32,12 +32,13 @@ class NonFiniteLoss(Exception):
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """What a step carries: samples, real (unpadded) tokens of all streams, and learnt tokens, all summed over the
-    processes; and the most micro-batches that a process has."""
+    processes; and the most and the fewest micro-batches that a process has."""
 
     samples: int
     tokens: int
     supervised: int
-    micro: int
+    most: int
+    fewest: int
 
     @staticmethod
     def of(batches: Sequence[Batch]) -> "Traffic":
@@ -45,7 +46,8 @@ class Traffic:
             samples=sum(len(b) for b in batches),
             tokens=sum(int(t.lengths.sum()) for b in batches for t in b.text.values()),
             supervised=sum(b.supervised() for b in batches),
-            micro=len(batches),
+            most=len(batches),
+            fewest=len(batches),
         )
 
     @staticmethod
@@ -55,30 +57,33 @@ class Traffic:
             samples=sum(t.samples for t in parts),
             tokens=sum(t.tokens for t in parts),
             supervised=sum(t.supervised for t in parts),
-            micro=max(t.micro for t in parts),
+            most=max(t.most for t in parts),
+            fewest=min(t.fewest for t in parts),
         )
 
 
 def backward(
-    net: Net, batches: Sequence[Batch], autocast: AbstractContextManager[object], *, most: int | None = None
+    engine: Engine,
+    batches: Sequence[Batch],
+    autocast: AbstractContextManager[object],
+    *,
+    traffic: Traffic | None = None,
 ) -> dict[str, float]:
     """Add the step's gradient to the parameters; the mean of each term. Several processes call it together, each with
-    its share of the rows (none, maybe), and all end with the whole step's gradient and means. ``most`` is the most
-    micro-batches that one of them has; they ask each other when it is left out.
+    its share of the rows (none, maybe), and all end with the whole step's gradient and means. They ask each other for
+    the step's ``traffic`` when it is left out.
 
     Raises NonFiniteLoss, and StageError when terms cannot be split, nothing is learnt, or nothing open is reached.
     """
-    most = max(told(len(batches))) if most is None else most
-    if most > 1 and net.gradient_cache:
+    traffic = Traffic.sum(told(Traffic.of(batches))) if traffic is None else traffic
+    if traffic.most > 1 and engine.net.gradient_cache:
         with autocast:
-            terms: Mapping[str, Term] = net.cached_loss(batches)
-        means = _Sums.of(terms).agreed().means(batches)
-    elif most == 1:
-        means = _at_once(net, batches, autocast)
-    else:
-        means = _accumulate(net, batches, autocast)
-    sum_gradients(net.parameters())
-    return means
+            terms: Mapping[str, Term] = engine.cached_loss(batches)
+        return _Sums.of(terms).agreed().means(batches)
+    passes = engine.passes(batches, traffic.most, traffic.fewest)
+    if traffic.most == 1:
+        return _at_once(engine, passes, batches, autocast)
+    return _accumulate(engine, passes, batches, autocast)
 
 
 class _Sums:
@@ -124,48 +129,54 @@ class _Sums:
         return {name: total / self.counts[name] for name, total in self.totals.items()}
 
 
-def _at_once(net: Net, batches: Sequence[Batch], autocast: AbstractContextManager[object]) -> dict[str, float]:
+def _at_once(
+    engine: Engine,
+    passes: Sequence[Batch | None],
+    batches: Sequence[Batch],
+    autocast: AbstractContextManager[object],
+) -> dict[str, float]:
     """At most one micro-batch in each process: what the terms count is known before the first gradient."""
     terms: Mapping[str, Term] = {}
-    for batch in batches:
+    for batch in passes:
         with autocast:
-            terms = net.loss(batch)
+            terms = engine.loss(batch, last=True)
     sums = _Sums.of(terms, micro=0).agreed()
     means = sums.means(batches)
     loss = sum((term.weight * (term.total / sums.counts[name]) for name, term in terms.items()), start=0.0)
     # One process of several may hold nothing that is learnt; alone, that is a mistake.
-    if world() == 1 or (isinstance(loss, Tensor) and loss.requires_grad):
-        _reached(loss).backward()
+    engine.backward(loss if world() > 1 else _reached(loss))
     return means
 
 
-def _accumulate(net: Net, batches: Sequence[Batch], autocast: AbstractContextManager[object]) -> dict[str, float]:
+def _accumulate(
+    engine: Engine,
+    passes: Sequence[Batch | None],
+    batches: Sequence[Batch],
+    autocast: AbstractContextManager[object],
+) -> dict[str, float]:
     sums = _Sums()
     table = Counter[str]()
     for part in told(_learnt(batches)):
         table.update(part)
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(passes):
         with autocast:
-            terms = net.loss(batch)
+            terms = engine.loss(batch, last=index == len(passes) - 1)
         sums.add(terms, index)
-        if sums.bad is not None:
+        if sums.bad is not None and world() == 1:  # of several, the others wait for every pass of this one
             break
         parts: list[Tensor] = []
         for name, term in terms.items():
             if term.scope != "token":
                 raise StageError(
                     f"The term {name!r} belongs to the whole batch and cannot be split into "
-                    f"{len(batches)} micro-batches: {type(net).__name__} has no exact gradient cache. "
+                    f"{len(batches)} micro-batches: {type(engine.net).__name__} has no exact gradient cache. "
                     "Use one micro-batch per step."
                 )
             parts.append(term.weight * term.total / max(1, _expected(table, name)))
-        loss = sum(parts, start=0.0)
-        # A micro-batch without a learnt token has a constant loss: nothing to add.
-        if isinstance(loss, Tensor) and loss.requires_grad:
-            loss.backward()
+        engine.backward(sum(parts, start=0.0))
     whole = sums.agreed()
     means = whole.means(batches)
-    _correct(net, whole.counts, {name: _expected(table, name) for name in whole.counts})
+    _correct(engine.net, whole.counts, {name: _expected(table, name) for name in whole.counts})
     return means
 
 
@@ -187,7 +198,7 @@ def _expected(table: Mapping[str, int], name: str) -> int:
     return table.get(name, 0 if "/" in name else table[""])
 
 
-def _correct(net: Net, counts: Mapping[str, int], expected: Mapping[str, int]) -> None:
+def _correct(net: nn.Module, counts: Mapping[str, int], expected: Mapping[str, int]) -> None:
     """Rescale when a term counted other than its labels say. Exact for one term, impossible for several."""
     wrong = [name for name in counts if counts[name] != max(1, expected[name])]
     if not wrong:

@@ -6,8 +6,8 @@ Each step: rates, gradient of the whole step (gradient.py), finiteness, clipping
 line of ``metrics.jsonl``, now and then a checkpoint (state.py). The freezing proof (proof.py) runs along. The same
 call on the same folder goes on where the last one stopped, bit for bit on CPU with the same thread count.
 
-Several processes (processes.py) call it together, each with its share of the rows: every one holds the net and the
-optimizer and makes the same update; the first writes the files and shows the progress.
+Several processes (processes.py) call it together, each with its share of the rows: the engine (parallel.py) sums their
+gradients, and all make the same update; the first writes the files and shows the progress.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from isthmus.errors import DataError, IsthmusError, StageError
 from isthmus.net import Net
 from isthmus.processes import first, rank, told, wait, world
 from isthmus.stage import Stage, StageTable, apply_stage
-from isthmus.training import optim, precision, proof
+from isthmus.training import optim, parallel, precision, proof
 from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_bad_value
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
 from isthmus.training.lock import RunLock
@@ -148,6 +148,7 @@ class _Run:
         self.gradients = proof.GradientProof(self.parameters)
         note = (f"step 0: {len(widened)} half-precision tensors train as fp32 master weights",) if widened else ()
         self.narrowed, note = self._narrow(note)
+        self.engine = parallel.engine(net)
         self.state = RunState(
             step=0,
             samples=0,
@@ -286,7 +287,7 @@ class _Run:
         line: dict[str, Any] = {"loss": None, "lr": rates}
         losses, skipped = self.state.losses, 0
         try:
-            losses = backward(self.net, moved, self.autocast, most=traffic.micro)
+            losses = backward(self.engine, moved, self.autocast, traffic=traffic)
             total, norms = optim.gradient_norms(self.parameters)
             if not torch.isfinite(total):
                 raise NonFiniteLoss("gradient norm", float(total), None)

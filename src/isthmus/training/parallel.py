@@ -1,0 +1,132 @@
+"""How the processes of a run share a step's gradient: PyTorch's engines behind one small interface.
+
+    Alone        one process: the net as it is
+    Replicated   DistributedDataParallel: every process holds the net, gradients are summed while the backward pass runs
+
+Gradients are summed, never averaged: the losses are divided by the step's whole counts already (gradient.py). Every
+process makes the same calls, whatever rows it has: a pass without rows still takes part in the sum.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from isthmus.batch import Batch, Term
+from isthmus.net import Net
+from isthmus.processes import talking, world
+
+
+class Engine:
+    """One process alone, and what engines of several have in common."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+
+    def passes(self, batches: Sequence[Batch], most: int, fewest: int) -> list[Batch | None]:
+        """What each of this process's passes reads, when processes have between ``fewest`` and ``most`` micro-batches;
+        None for a pass without rows."""
+        del most, fewest
+        return list(batches)
+
+    def loss(self, batch: Batch | None, *, last: bool) -> Mapping[str, Term]:
+        """The terms of one pass, ``last`` of the step or not; none without rows. :meth:`backward` comes next."""
+        del last
+        return {} if batch is None else self.net.loss(batch)
+
+    def backward(self, loss: Tensor | float) -> None:
+        """Add the gradient of this process's part of the step's loss. A loss without learnt tokens is a constant, and
+        adds nothing."""
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.backward()
+
+    def cached_loss(self, batches: Sequence[Batch]) -> Mapping[str, Term]:
+        """Exact loss and gradient of micro-batches whose rows are contrasted with each other; the terms come
+        detached (:meth:`.Net.cached_loss`)."""
+        return self.net.cached_loss(batches)
+
+
+Alone = Engine
+
+
+class Replicated(Engine):
+    """DistributedDataParallel. Only a step's last pass sums over the processes."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__(net)
+        with talking():
+            self._ddp = DistributedDataParallel(_Pass(net), broadcast_buffers=False, gradient_as_bucket_view=True)
+        self._ddp.register_comm_hook(None, _summed)
+        self._touch: Tensor | None = None
+
+    def passes(self, batches: Sequence[Batch], most: int, fewest: int) -> list[Batch | None]:
+        del most, fewest
+        return list(batches) or [None]
+
+    def loss(self, batch: Batch | None, *, last: bool) -> Mapping[str, Term]:
+        if last:
+            with talking():
+                terms, self._touch = self._ddp(batch)
+            return terms
+        with self._ddp.no_sync():
+            terms, _ = self._ddp(batch)
+            return terms
+
+    def backward(self, loss: Tensor | float) -> None:
+        touch, self._touch = self._touch, None
+        if touch is None:
+            super().backward(loss)
+            return
+        with talking():
+            (loss + touch).backward()
+
+    def cached_loss(self, batches: Sequence[Batch]) -> Mapping[str, Term]:
+        with self._ddp.no_sync():
+            terms = self.net.cached_loss(batches)
+        self.loss(None, last=True)
+        self.backward(0.0)
+        return terms
+
+
+def engine(net: Net) -> Engine:
+    """The engine for the processes that there are. The net's parameters are opened and frozen by now."""
+    return Alone(net) if world() == 1 else Replicated(net)
+
+
+class _Pass(nn.Module):
+    """``net.loss`` as the forward pass of a module, with a zero that depends on every open parameter: the sum over the
+    processes waits for all of them, and a process may have no row that reaches one."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.module = net
+
+    def forward(self, batch: Batch | None) -> tuple[Mapping[str, Term], Tensor]:
+        terms = {} if batch is None else self.module.loss(batch)
+        return terms, touch(p for p in self.module.parameters() if p.requires_grad)
+
+
+def touch(parameters: Any) -> Tensor:
+    """A zero whose gradient is zero in each of the parameters, without memory for it."""
+    return cast(Tensor, _Touch.apply(*parameters))
+
+
+class _Touch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Tensor) -> Any:
+        return tuple(torch.zeros((), dtype=dtype, device=at).expand(shape) for shape, dtype, at in ctx.like)
+
+
+def _summed(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's hook for one bucket of gradients: their sum over the processes, where DDP would take the mean."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])
