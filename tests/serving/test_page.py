@@ -2,120 +2,15 @@
 
 import base64
 import io
-import shutil
 import threading
-import time
 
 import pytest
 from PIL import Image as PilImage
 
-from isthmus.serving.limits import Limits
 from tests.serving.helpers import encoded, models, on_port, picture
+from tests.serving.pages import IN_A_BROWSER, Slow, answers, ask, give, lies_on_the_picture, over, pick
 
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-pytestmark = [
-    pytest.mark.skipif(not shutil.which("chromium"), reason="no /usr/bin/chromium: apt-get install -y chromium"),
-    # Playwright's own pipes to the browser.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
-
-
-class Slow:
-    """A speaker that takes a while for every token, while ``on``."""
-
-    def __init__(self, speaker):
-        self.speaker, self.on, self.steps = speaker, False, 0
-
-    def __getattr__(self, name):
-        return getattr(self.speaker, name)
-
-    def step(self):
-        self.steps += 1
-        if self.on:
-            time.sleep(0.03)
-        return self.speaker.step()
-
-
-@pytest.fixture(scope="module")
-def site():
-    """A server of its own: one of its models breaks at every question, others can be slowed."""
-    told = models() | {"broken": models()["lm"]}  # it reads no pictures, and says so
-    with on_port(told, limits=Limits(picture=2**20)) as served:
-        speakers = served.app.state.server.scheduler.speakers
-        for name in speakers:
-            speakers[name] = Slow(speakers[name])
-        served.slow = speakers
-        yield served
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking", "--disable-gpu"]
-        )
-        yield found
-        found.close()
-
-
-@pytest.fixture
-def opened(browser, site):
-    """A function that opens the page in a context of its own; in the end nothing was asked of another host, and the
-    console holds no error."""
-    contexts, wrong, faults = [], [], []
-
-    def go(allowed=(), **options):
-        context = browser.new_context(**{"viewport": {"width": 1100, "height": 900}, **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on(
-            "request", lambda r: wrong.append(r.url) if not r.url.startswith((site.url, "data:", "blob:")) else None
-        )
-        page.on("pageerror", lambda e: faults.append(str(e)))
-
-        def said(message):
-            if message.type == "error" and not any(word in message.text for word in allowed):
-                faults.append(message.text)
-
-        page.on("console", said)
-        page.goto(site.url + "/")
-        page.wait_for_selector("#models input")
-        return page
-
-    yield go
-    for context in contexts:
-        context.close()
-    for speaker in site.slow.values():
-        speaker.on = False
-    assert not wrong
-    assert not faults
-
-
-def give(page, image=None, *, name="one.png", kind="image/png", data=None, **options):
-    """Choose a picture by the file input."""
-    raw = encoded(image or picture(1, (60, 40)), **options) if data is None else data
-    page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": raw})
-
-
-def pick(page, *names):
-    for box in page.locator("#models input").all():
-        box.set_checked(box.get_attribute("value") in names)
-
-
-def ask(page, text="what is red?", *, tokens=12):
-    page.fill("#tokens", str(tokens))
-    page.fill("#question", text)
-    page.click("#send")
-
-
-def answers(page, count):
-    """The cards of answers once all have ended."""
-    page.wait_for_function(
-        f"() => [...document.querySelectorAll('.said')].filter(e => e.ariaBusy === 'false').length === {count}"
-    )
-    return page.locator(".answer")
+pytestmark = IN_A_BROWSER
 
 
 def test_ask_stop_and_ask_on(opened, site):
@@ -172,31 +67,6 @@ def test_models_side_by_side_one_of_which_fails(opened):
             assert "reads only text" in problem.inner_text()
         else:
             assert "tokens/s" in card.locator(".facts").inner_text()
-
-
-def over(page, where=".turn"):
-    """Boxes of a picture and of its canvas, and the share of the canvas that is painted."""
-    return page.evaluate(
-        """(where) => {
-          const stage = document.querySelector(where + ' .stage');
-          const box = (e) => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; };
-          const canvas = stage.querySelector('canvas');
-          const dots = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
-          const painted = [];
-          for (let n = 0; n < dots.length / 4; n++) if (dots[4 * n + 3]) painted.push(
-            [n % canvas.width / canvas.width, Math.floor(n / canvas.width) / canvas.height]);
-          const [xs, ys] = [0, 1].map((d) => painted.map((p) => p[d]));
-          const ends = (v) => [v.reduce((a, b) => Math.min(a, b), 9), v.reduce((a, b) => Math.max(a, b), -9)];
-          return {image: box(stage.querySelector('img')), canvas: box(canvas), dots: [canvas.width, canvas.height],
-                  across: ends(xs), down: ends(ys)};
-        }""",
-        where,
-    )
-
-
-def lies_on_the_picture(found):
-    assert found["canvas"] == pytest.approx(found["image"], abs=0.6)
-    assert found["dots"] == pytest.approx(found["image"][2:], abs=1)
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -305,6 +305,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, max=65536, help="Texts that may wait; beyond it clients get 429.")] = 64,
     deadline: Annotated[float, typer.Option(min=1, max=86400, help="Seconds that a request may take.")] = 120.0,
     log_requests: Annotated[bool, typer.Option(help="A line per request: address, route, status.")] = False,
+    pictures: Annotated[Path | None, typer.Option(help="Folder of pictures that the page may search.")] = None,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -319,6 +320,7 @@ def serve(
         limits={"rows": rows, "queue": queue, "deadline": deadline},
         log_requests=log_requests,
         given=given,
+        pictures=pictures,
     )
 
 

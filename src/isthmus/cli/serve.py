@@ -31,9 +31,11 @@ def run(
     log_requests: bool,
     given: Mapping[str, Any],
     browse: bool = False,
+    pictures: Path | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; with ``browse`` a browser shows the page. ``limits``: fields of
-    :class:`isthmus.serving.limits.Limits`; ``given``: further arguments of :func:`isthmus.load`.
+    :class:`isthmus.serving.limits.Limits`; ``given``: further arguments of :func:`isthmus.load`; ``pictures``: a
+    folder that may be searched.
     """
     needs_extra()
     from isthmus.serving.api import create_app
@@ -50,6 +52,7 @@ def run(
         key=key,
         hosts=_LOOPBACK if local else None,
         places={name: Path(place) for name, place in places(named).items()},
+        pictures=pictures,
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if log_requests else "WARN")
     shown = f"[{host}]" if ":" in host else host

@@ -16,12 +16,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from isthmus.model import Model
-from isthmus.serving import chat, errors, page, vectors
+from isthmus.serving import chat, errors, page, search, vectors
 from isthmus.serving.errors import ApiError
 from isthmus.serving.fetch import Remote
 from isthmus.serving.http import App, Gate
 from isthmus.serving.limits import Limits
 from isthmus.serving.parsing import StrictRoute, field_error
+from isthmus.serving.pictures import Pictures
 from isthmus.serving.server import ERRORS, Server
 from isthmus.version import __version__
 
@@ -81,13 +82,16 @@ def create_app(
     hosts: frozenset[str] | None = None,
     routers: Sequence[APIRouter] = (),
     places: Mapping[str, Path] | None = None,
+    pictures: Path | None = None,
 ) -> FastAPI:
     """The application for these models.
 
     ``remote`` is none where no pictures are fetched, ``key`` where everybody may ask, ``hosts`` where requests may
-    name any host. ``routers`` are further routes, ``places`` the models' folders, whose scores the page shows.
+    name any host. ``routers`` are further routes, ``places`` the models' folders, whose scores the page shows,
+    ``pictures`` a folder that may be searched. Raises ConfigError where that has no pictures, or too many.
     """
     limits = limits or Limits()
+    folder = None if pictures is None else Pictures(pictures, limits.images)
     server = Server(models, limits, remote)
 
     @asynccontextmanager
@@ -105,8 +109,8 @@ def create_app(
         lifespan=lifespan,
         separate_input_output_schemas=False,
     )
-    app.state.server, app.state.places = server, dict(places or {})
-    for each in (router, chat.router, vectors.router, page.router, *routers):
+    app.state.server, app.state.places, app.state.pictures = server, dict(places or {}), folder
+    for each in (router, chat.router, vectors.router, page.router, search.router, *routers):
         app.include_router(each)
     _handle_errors(app)
     app.add_middleware(_Gate, server=server, limits=limits, key=key, hosts=hosts)  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from isthmus.data.images import ImageLimits
+
 MOST_MESSAGES = 256
 MOST_INPUTS = 256
 MOST_CHOICES = 8
@@ -46,3 +48,8 @@ class Limits:
     connections: int = 512
     features: int = 64 * 2**20
     prefixes: int = 256 * 2**20
+
+    @property
+    def images(self) -> ImageLimits:
+        """What is refused of a picture before it is decoded."""
+        return ImageLimits(file_bytes=self.picture, pixels=self.pixels, side=self.side, aspect=self.aspect)

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from isthmus.checkpoint import read_json
 from isthmus.data.attention import Attention
-from isthmus.data.images import ImageLimits, open_image
+from isthmus.data.images import open_image
 from isthmus.data.record import Record
 from isthmus.data.sources import open_source
 from isthmus.errors import CapabilityError, CheckpointError
@@ -132,18 +132,21 @@ def _boxes(server: Server, model: Model, record: Record) -> list[tuple[float, fl
     transform = model.processor.image
     if transform is None:  # a model that reads only text was refused its pictures before
         return []
-    limits = ImageLimits(file_bytes=server.limits.picture, pixels=server.limits.pixels)
-    return [transform.box(*open_image(image.source, limits).size) for image in record.images]
+    return [transform.box(*open_image(image.source, server.limits.images).size) for image in record.images]
 
 
 @router.get("/isthmus/runs", responses=ERRORS, operation_id="runs")
 async def runs(request: Request) -> dict[str, Any]:
     """Each model's parts with their numbers of parameters, its size in memory, and the scores in its folder; what a
-    picture may weigh."""
+    picture may weigh, and how many pictures can be searched."""
     server: Server = request.app.state.server
     told = [_told(name, model, request.app.state.places.get(name)) for name, model in server.models.items()]
-    limits = server.limits
-    return {"models": told, "limits": {"pictures": limits.pictures, "picture_bytes": limits.picture}}
+    limits, searched = server.limits, request.app.state.pictures
+    return {
+        "models": told,
+        "limits": {"pictures": limits.pictures, "picture_bytes": limits.picture},
+        "pictures": 0 if searched is None else len(searched.files),
+    }
 
 
 def _told(name: str, model: Model, place: Path | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from isthmus.data.collate import load_pixels
-from isthmus.data.images import BytesImage, ImageLimits, image_size
+from isthmus.data.images import BytesImage, image_size
 from isthmus.data.messages import NO_ANSWER
 from isthmus.data.record import Example, Image, Part, Record, Role, Text
 from isthmus.data.tokenizer import END
@@ -48,7 +48,7 @@ class Reader:
             raise bad_request("invalid_image_url", "A picture's URL begins with data:, http: or https:.", "image_url")
         source = BytesImage(data, "picture")
         try:
-            image_size(source, self._bounds)
+            image_size(source, self.limits.images)
         except DataError:
             raise self._unreadable() from None
         return Image(source, role)
@@ -80,13 +80,8 @@ class Reader:
                 "image_url",
             ) from None
 
-    @property
-    def _bounds(self) -> ImageLimits:
-        own = self.limits
-        return ImageLimits(file_bytes=own.picture, pixels=own.pixels, side=own.side, aspect=own.aspect)
-
     def _unreadable(self) -> ApiError:
-        bounds = self._bounds
+        bounds = self.limits.images
         return bad_request(
             "invalid_image",
             "A picture cannot be read. It must be a sound JPEG, PNG, WebP, GIF or BMP of at most "

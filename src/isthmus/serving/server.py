@@ -26,7 +26,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, what in (
         (400, "The request is not valid."),
         (401, "The key is missing or wrong."),
-        (404, "There is no such model."),
+        (404, "There is no such model, or no such picture."),
         (408, "The request did not arrive in time."),
         (413, "The body is too large."),
         (415, "The body is not plain JSON."),

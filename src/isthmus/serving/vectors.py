@@ -81,7 +81,7 @@ async def score(asked: schema.ScoreRequest, request: Request) -> dict[str, Any]:
         if measure == "likelihood":
             work = _likelihoods(model, parts, candidates)
         else:
-            work = _fits(model, _one_picture(parts), candidates, measure)
+            work = fits(model, _one_picture(parts), candidates, measure)
         scores = await hearing.call(work)
         read = _read(model, parts)
         return {
@@ -102,7 +102,8 @@ def _likelihoods(model: Model, parts: Sequence[Part], candidates: Sequence[str])
         yield found
 
 
-def _fits(model: Model, image: Image, candidates: Sequence[str], measure: str) -> Iterator[list[float]]:
+def fits(model: Model, image: Image, candidates: Sequence[str], measure: str) -> Iterator[list[float]]:
+    """How well each candidate fits a picture, by ``match`` or ``similarity``: those so far, more with each step."""
     if measure == "similarity":
         yield model.similarity([image], candidates)[0].tolist()
         return

@@ -4,9 +4,10 @@
 const MOST_MODELS = 4;
 const KINDS = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
 const COVER = "#808080";
+const RERANKED = 16; // of the pictures found: as many are matched with the text
 
-const state = { models: [], limits: { pictures: 8, picture_bytes: 10485760 }, key: "", attached: [], turns: [],
-  running: new Set() };
+const state = { models: [], limits: { pictures: 8, picture_bytes: 10485760 }, searched: 0, key: "", attached: [],
+  turns: [], running: new Set() };
 const $ = (id) => document.getElementById(id);
 
 function make(tag, options = {}, ...children) {
@@ -184,7 +185,11 @@ async function newScene() {
 
 const can = (model, ...what) => what.some((each) => model.capabilities.includes(each));
 const mode = () => document.querySelector("input[name=mode]:checked").value;
-const able = (model) => mode() === "chat" ? can(model, "chat") : can(model, "classify", "score", "match", "similarity");
+const ABILITIES = { chat: ["chat"], labels: ["classify", "score", "match", "similarity"], match: ["match", "similarity"],
+  search: ["embed_images"] };
+const able = (model) => can(model, ...ABILITIES[mode()]);
+const PLACEHOLDERS = { chat: "what is in the picture?", labels: "only for models that answer questions", match: "",
+  search: "two red cubes; or nothing, and a picture to find ones like it" };
 const chosen = () => [...document.querySelectorAll("#models input:checked:not(:disabled)")].map((box) =>
   state.models.find((model) => model.id === box.value));
 
@@ -206,9 +211,14 @@ function allow() {
   for (const box of boxes) box.disabled = !able(state.models.find((model) => model.id === box.value));
   const ticked = boxes.filter((box) => box.checked && !box.disabled).length;
   for (const box of boxes) if (!box.checked && ticked >= MOST_MODELS) box.disabled = true;
-  const labels = mode() === "labels";
-  $("choices").hidden = !labels;
-  $("question").placeholder = labels ? "only for models that answer questions" : "what is in the picture?";
+  $("choices").hidden = mode() !== "labels" && mode() !== "match";
+  $("question").placeholder = PLACEHOLDERS[mode()];
+  $("question").hidden = $("question").labels[0].hidden = mode() === "match";
+}
+
+function setMode(wanted) {
+  document.querySelector(`input[name=mode][value=${wanted}]`).checked = true;
+  allow();
 }
 
 // Asking
@@ -217,20 +227,37 @@ function send(event) {
   event.preventDefault();
   notice("");
   const models = chosen();
-  const question = $("question").value.trim();
-  const labels = [...new Set($("labels").value.split(",").map((each) => each.trim()).filter(Boolean))];
-  if (!models.length) return notice("Tick a model that can do this.");
-  if (mode() === "labels" && labels.length < 2) return notice("Give at least two words to choose from.");
-  if (mode() === "labels" && !state.attached.length) return notice("Give a picture to choose words for.");
-  if (mode() === "chat" && !question) return notice("Write a question.");
-  const turn = { question, labels: mode() === "labels" ? labels : null, pictures: state.attached, answers: [] };
+  const words = [...new Set($("labels").value.split(",").map((each) => each.trim()).filter(Boolean))];
+  const labels = mode() === "labels" || mode() === "match" ? words : null;
+  const question = mode() === "match" ? "" : $("question").value.trim();
+  const lacking = missing(models, question, labels);
+  if (lacking) return notice(lacking);
+  const turn = { mode: mode(), question, labels, pictures: state.attached, answers: [] };
   turn.before = [...state.turns];
   state.turns.push(turn);
   state.attached = [];
   drawAttached();
   $("question").value = "";
   drawTurn(turn);
-  for (const model of models) ask(turn, model);
+  for (const model of models) {
+    ask(turn, model);
+    if (turn.mode === "search" && question && can(model, "match")) ask(turn, model, { rerank: RERANKED });
+  }
+}
+
+/** What is still to be given before this can be asked. */
+function missing(models, question, labels) {
+  const pictures = state.attached.length;
+  if (!models.length) return "Tick a model that can do this.";
+  if (mode() === "chat" && !question) return "Write a question.";
+  if (mode() === "labels" && labels.length < 2) return "Give at least two words to choose from.";
+  if (mode() === "match" && !labels.length) return "Give words to hold against the pictures.";
+  if (labels && !pictures) return "Give a picture to choose words for.";
+  if (mode() === "search" && (pictures ? 1 : 0) + (question ? 1 : 0) !== 1) {
+    return "Write what to find, or give a picture to find ones like it.";
+  }
+  if (mode() === "search" && pictures > 1) return "Give one picture to find ones like it.";
+  return "";
 }
 
 /** What a model is sent: earlier turns that it answered, then this one, with its pictures or with `pictures`. */
@@ -238,7 +265,7 @@ function messages(turn, model, pictures) {
   const found = [];
   for (const each of turn.before) {
     const answer = each.answers.find((a) => a.model === model && !a.covered && a.text);
-    if (!answer || each.labels) continue;
+    if (!answer || each.mode !== "chat") continue;
     found.push(userTurn(each.question, each.pictures), { role: "assistant", content: answer.text });
   }
   return [...found, userTurn(turn.question, pictures || turn.pictures)];
@@ -253,25 +280,33 @@ const part = (picture) => ({ type: "image_url", image_url: { url: picture.url } 
 
 /** The figures of the pictures that `messages` holds, in order: of the turns that were sent too. */
 function shown(turn, model, own) {
-  const earlier = turn.before.filter((each) => !each.labels &&
+  const earlier = turn.before.filter((each) => each.mode === "chat" &&
     each.answers.some((a) => a.model === model && !a.covered && a.text));
   return [...earlier.flatMap((each) => each.figures), ...own];
 }
 
-function bodyOf(turn, model, pictures) {
-  if (!turn.labels) {
+/** Where a model is asked, and what. `how` may hold other `pictures`, or how many of those found to `rerank`. */
+function bodyOf(turn, model, how) {
+  const pictures = how.pictures || turn.pictures;
+  if (turn.mode === "chat") {
     return ["/v1/chat/completions", { model: model.id, messages: messages(turn, model, pictures),
       max_tokens: Math.min(1024, Math.max(1, Number($("tokens").value) || 128)) }];
   }
-  const input = (pictures || turn.pictures).map(part);
+  const input = pictures.map(part);
+  if (turn.mode === "search") {
+    return ["/isthmus/search", { model: model.id, input: turn.question || input, rerank: how.rerank || 0 }];
+  }
+  if (turn.mode === "match") return ["/isthmus/match", { model: model.id, pictures: input, texts: turn.labels }];
   if (can(model, "classify")) return ["/v1/classify", { model: model.id, input, labels: turn.labels }];
   const text = turn.question && can(model, "score") ? [{ type: "text", text: turn.question }] : [];
   return ["/v1/score", { model: model.id, input: [...input, ...text], candidates: turn.labels }];
 }
 
-async function ask(turn, model, covered) {
-  const [path, body] = bodyOf(turn, model, covered && covered.pictures);
-  const answer = { model, covered, text: "", path, body };
+const DRAWN = { labels: bars, match: pairs, search: hits };
+
+async function ask(turn, model, how = {}) {
+  const [path, body] = bodyOf(turn, model, how);
+  const answer = { model, covered: how.pictures && how, rerank: how.rerank, text: "", path, body };
   turn.answers.push(answer);
   drawAnswer(turn, answer);
   const stopper = new AbortController();
@@ -285,11 +320,11 @@ async function ask(turn, model, covered) {
     const speed = ` · ${(count / Math.max(0.001, (performance.now() - began) / 1000)).toFixed(1)} tokens/s`;
     const sight = `${model.visual_tokens && ` · ${model.visual_tokens}`} · ${megabytes(model.weight_bytes)} of weights`;
     const told = count ? `${count} ${count === 1 ? "token" : "tokens"}${speed}${sight}` : "";
-    answer.facts.textContent = turn.labels ? ended : [told, ended].filter(Boolean).join(" · ");
+    answer.facts.textContent = turn.mode !== "chat" ? ended : [told, ended].filter(Boolean).join(" · ");
   };
   try {
-    if (turn.labels) {
-      bars(answer, await answered(path, body, stopper.signal), turn.labels);
+    if (turn.mode !== "chat") {
+      DRAWN[turn.mode](answer, await answered(path, body, stopper.signal), turn);
     } else {
       await stream(body, stopper.signal, (said) => {
         tokens = said.usage ? said.usage.completion_tokens : tokens;
@@ -324,7 +359,7 @@ function fault(answer, error) {
 }
 
 /** Shares of the labels: probabilities of a classifier, else likelihoods of the answers made to sum to 1. */
-function bars(answer, found, labels) {
+function bars(answer, found, { labels }) {
   const scores = found.measure ? found.data.map((each) => each.score) : found.data[0].probs;
   let shares = scores;
   if (found.measure === "likelihood") {
@@ -332,8 +367,7 @@ function bars(answer, found, labels) {
     const weights = scores.map((score) => Math.exp(score - top));
     shares = weights.map((weight) => weight / weights.reduce((a, b) => a + b, 0));
   }
-  const what = { likelihood: "share of the answers' likelihood", match: "probability of matching",
-    similarity: "similarity" }[found.measure] || "zero-shot probability";
+  const what = { likelihood: "share of the answers' likelihood", ...MEASURES }[found.measure] || "zero-shot probability";
   const rows = labels.map((label, n) => [label, shares[n]]).sort((a, b) => b[1] - a[1]).flatMap(([label, share]) => {
     const bar = make("span", { className: "bar", ariaHidden: "true" });
     bar.style.width = `${Math.max(0, Math.min(1, share)) * 100}%`;
@@ -343,7 +377,47 @@ function bars(answer, found, labels) {
   answer.said.replaceChildren(make("small", { textContent: what }), make("div", { className: "bars" }, ...rows));
 }
 
+const MEASURES = { match: "probability of matching", similarity: "similarity" };
+
+/** A row per picture, a column per text. */
+function pairs(answer, found, turn) {
+  const told = (score) => found.measure === "match" ? `${(score * 100).toFixed(1)} %` : score.toFixed(3);
+  answer.said.replaceChildren(make("small", { textContent: MEASURES[found.measure] }), make("div", { className: "wide" },
+    make("table", {}, make("thead", {}, make("tr", {}, make("td"),
+      ...turn.labels.map((text) => make("th", { scope: "col", textContent: text })))),
+    make("tbody", {}, ...found.data.map(({ scores }, n) => make("tr", {},
+      make("th", { scope: "row", textContent: turn.pictures[n].name }),
+      ...scores.map((score) => make("td", { textContent: told(score),
+        className: score === Math.max(...scores) ? "best" : "" }))))))));
+}
+
+/** The pictures that were found, best first; each can be taken to ask about it, or to find ones like it. */
+function hits(answer, found) {
+  const skipped = found.unreadable ? `, ${found.unreadable} of which cannot be read` : "";
+  const how = found.reranked ? `the best ${found.reranked} in order of similarity and matching` : "by similarity";
+  answer.said.replaceChildren(make("small", { textContent: `${found.pictures} pictures${skipped}, ${how}` }),
+    make("ol", { className: "hits" }, ...found.data.map((hit) => make("li", {},
+      make("img", { src: hit.thumbnail, alt: hit.name }),
+      make("small", { textContent: `${hit.name} · ${hit.score.toFixed(3)}` }),
+      button("Take it", () => takeFound(hit), { ariaLabel: `Take ${hit.name}` })))));
+}
+
+async function takeFound(hit) {
+  notice("");
+  try {
+    const { picture, name } = await answered(`/isthmus/picture?number=${hit.number}`);
+    attach({ url: picture, name });
+    $("attached").scrollIntoView({ block: "nearest" });
+  } catch (error) {
+    notice(error.message);
+  }
+}
+
 // Turns
+
+const titleOf = (turn) => ({ chat: () => turn.question, labels: () => `which fits? ${turn.labels.join(", ")}`,
+  match: () => `which belong together? ${turn.labels.join(", ")}`,
+  search: () => turn.question ? `find: ${turn.question}` : "find pictures like this one" })[turn.mode]();
 
 function drawTurn(turn) {
   turn.figures = turn.pictures.map((picture) => figure(picture, 320, truth(picture)));
@@ -353,7 +427,7 @@ function drawTurn(turn) {
     on: { input: () => everyFigure(turn, (each) => { each.canvas.style.opacity = turn.opacity.value / 100; }) } });
   turn.heat = make("p", { className: "row hint", hidden: true }, make("strong", { textContent: "attention, not proof" }),
     "point at a word, or move to it with Tab", make("label", {}, "opacity ", turn.opacity));
-  const title = turn.labels ? `which fits? ${turn.labels.join(", ")}` : turn.question;
+  const title = titleOf(turn);
   turn.card = make("article", { className: "turn", ariaLabel: title },
     make("h2", { textContent: title }),
     make("div", { className: "pictures" }, ...turn.figures), turn.heat, turn.grid,
@@ -371,7 +445,7 @@ function drawAnswer(turn, answer) {
   answer.problem = make("p", { className: "problem", role: "alert", hidden: true });
   answer.tools = make("p", { className: "row" });
   answer.figures = [];
-  const name = answer.covered ? `${answer.model.id}, covered` : answer.model.id;
+  const name = `${answer.model.id}${answer.covered ? ", covered" : ""}${answer.rerank ? ", reranked" : ""}`;
   answer.card = make("section", { className: "answer", ariaLabel: `Answer of ${name}`, data: { model: answer.model.id } },
     make("h3", { textContent: name }));
   if (answer.covered) {
@@ -384,7 +458,7 @@ function drawAnswer(turn, answer) {
 
 function tools(turn, answer) {
   answer.tools.append(button("Copy as curl", () => copy(curl(answer))), button("Copy as Python", () => copy(python(answer))));
-  if (answer.text && !turn.labels && turn.pictures.length && can(answer.model, "attend")) {
+  if (answer.text && turn.mode === "chat" && turn.pictures.length && can(answer.model, "attend")) {
     const look = button("Where did it look?", async () => {
       look.disabled = true;
       look.textContent = "Looking …";
@@ -408,8 +482,7 @@ function edit(turn) {
   for (const each of state.turns.splice(from)) each.card.remove();
   state.attached = [...turn.pictures];
   drawAttached();
-  document.querySelector(`input[name=mode][value=${turn.labels ? "labels" : "chat"}]`).checked = true;
-  allow();
+  setMode(turn.mode);
   $("question").value = turn.question;
   if (turn.labels) $("labels").value = turn.labels.join(", ");
   $(turn.labels ? "labels" : "question").focus();
@@ -621,9 +694,11 @@ async function start() {
     const { data } = await answered("/v1/models");
     const runs = await answered("/isthmus/runs");
     state.limits = runs.limits;
+    state.searched = runs.pictures;
+    $("finding").hidden = !state.searched;
     state.models = data.map((model) => ({ ...model, ...runs.models.find((each) => each.id === model.id) }));
     const talks = state.models.some((model) => can(model, "chat"));
-    document.querySelector(`input[name=mode][value=${talks ? "chat" : "labels"}]`).checked = true;
+    setMode(talks ? "chat" : "labels");
     listModels();
     listRuns(runs.models);
   } catch (error) {
