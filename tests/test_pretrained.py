@@ -15,6 +15,7 @@ import isthmus
 from isthmus import pretrained
 from isthmus.cli.serve import opened
 from isthmus.errors import CheckpointError
+from isthmus.recipes.scoring import model_hash, recipe_of
 from tests.cli.test_cli import run
 from tests.serving.helpers import encoded, models, picture
 
@@ -139,3 +140,21 @@ def test_the_wheel_answers_in_a_fresh_environment(packed, tmp_path):
         [python, "-c", "import isthmus; print(isthmus.__file__)"], capture_output=True, text=True, env=where
     )
     assert str(tmp_path / "env") in found.stdout
+
+
+def test_commands_take_a_model_of_the_package_by_name(shipped, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("d.yaml").write_text("{kind: scenes, form: questions, split: test, count: 3}")
+    data = ("--data", "d.yaml", "--task", "vqa")
+    assert "language" in run(monkeypatch, capsys, "show", "isthmus:llava")[1]
+    assert run(monkeypatch, capsys, "eval", "isthmus:llava", *data)[0] == 0
+    assert list(Path("runs/eval/llava/d").rglob("manifest.json"))
+    assert run(monkeypatch, capsys, "compare", "isthmus:llava", "isthmus:blip2", *data, "--out", "both")[0] == 0
+    assert not list(shipped.rglob("eval"))
+
+
+def test_recipe_and_identity_of_a_model_of_the_package(shipped):
+    assert model_hash("isthmus:clip") == model_hash(shipped / "clip") != ""
+    recipe = recipe_of(shipped / "llava")
+    assert recipe is not None
+    assert (recipe.model, [spec.name for spec in recipe.evaluate][:1]) == ("llava", ["vqa"])

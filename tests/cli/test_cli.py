@@ -186,7 +186,7 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(monkeypatch, capsys, tmp_pat
         (["chat", "STORY/clip"], "This clip model cannot chat; it can: embed_images"),
         (["chat", "STORY/llava", "--max-new-tokens", "0", "what?"], "max_new_tokens is 0"),
         (["show", "STORY/llava", "seed=1"], "key=value changes recipes only"),
-        (["eval", "STORY/clip", "--task", "vqa"], "names no vqa task of its own"),
+        (["eval", "STORY/clip", "--task", "vqa"], "has no task 'vqa' of its own"),
         (["eval", "STORY/clip", "--data", "nothing.json"], "There is no data at nothing.json"),
         (["eval", "STORY/clip", "--data", "broken.yaml"], "broken.yaml is not valid YAML: line 2"),
         (["eval", "STORY/clip", "--data", "d.yaml", "--set", "count=["], "is not valid YAML"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
+from isthmus import pretrained
 from isthmus.errors import ConfigError
 from isthmus.user_code import is_user_code, label, pin, pinned_in
 
@@ -36,6 +37,7 @@ def run(
     """Print a table per task; outputs, manifest and scores go into ``out``. ``given``: further arguments of
     :func:`isthmus.load`, which belong to the model's identity. ``judge``: who scores open answers, by the fields of
     :class:`isthmus.evaluation.judge.Judge`."""
+    from isthmus.interop.hub import located
     from isthmus.recipes.scoring import SHOWABLE, model_hash, score_model, with_shots
     from isthmus.recipes.tables import score_table
 
@@ -46,7 +48,7 @@ def run(
         task = task or "llava-bench"
         if data is None or task != "llava-bench":
             raise ConfigError("A judge scores questions with references: give --task llava-bench and --data.")
-    folder = Path(model.removeprefix(_PEER))
+    folder = located(model.removeprefix(_PEER), None)
     loaded = _load(model, given or {})
     own = {name: value for name, value in (given or {}).items() if name != "device"}
     identity = " ".join([model_hash(folder) or model, *(f"{name}={value}" for name, value in own.items())])
@@ -60,8 +62,7 @@ def run(
         raise ConfigError(f"--shots go before questions and captions ({', '.join(SHOWABLE)}); {names} takes none.")
     specs = with_shots(specs, counts, select)
     name = f"hf-{Path(data).stem}" if data and model.startswith(_PEER) else Path(data).stem if data else "own"
-    home = folder.parent / "eval" / folder.stem if folder.is_file() else folder / "eval"
-    place = out if out is not None else home / name
+    place = out if out is not None else _home(folder) / name
     console = Console(emoji=False)
 
     def tell(result: Any) -> None:
@@ -108,15 +109,18 @@ def _specs(
     code: Sequence[str],
 ) -> "list[EvalSpec]":
     """The task on ``data``; without data those of the model's own recipe. Raises ConfigError when it has none."""
+    from isthmus.interop.hub import located
     from isthmus.recipes.scoring import own_tasks
 
     if data is not None:
         return [spec_of(task or _task_for(loaded), data, train, options)]
     if model.startswith(_PEER):
         raise ConfigError(f"{model} has no tasks of its own: give --task and --data.")
-    specs = [s for s in own_tasks(Path(model), code) if task in (None, s.task, s.name)]
+    specs = [s for s in own_tasks(located(model, None), code) if task in (None, s.task, s.name)]
     if not specs:
-        raise ConfigError(f"{model} names no {task or ''} task of its own: give --task and --data.")
+        raise ConfigError(
+            f"{model} has no {'tasks' if task is None else f'task {task!r}'} of its own: give --task and --data."
+        )
     return specs
 
 
@@ -167,6 +171,13 @@ def _over_shots(place: Path, results: Sequence[Any]) -> Path | None:
 
 
 _PEER = "hf:"
+
+
+def _home(model: Path) -> Path:
+    """Where a model's scores stand: in its folder, beside its file, never within the installed package."""
+    if model.parent == pretrained.FOLDER:
+        return Path("runs/eval") / model.name
+    return model.parent / "eval" / model.stem if model.is_file() else model / "eval"
 
 
 def _load(model: str, given: Mapping[str, Any]) -> Any:

@@ -21,12 +21,13 @@ def run(
 ) -> None:
     """Show a model's folder or file if ``what`` is one, else a recipe. ``given`` are further arguments of ``load``;
     ``render`` is a question whose prompt is shown as the model reads it."""
-    from isthmus.interop.hub import looks_like_id
+    from isthmus.interop.hub import located, looks_like_id
     from isthmus.recipes.schema import shipped
 
     console = Console(emoji=False)
     recipe = what in shipped() or Path(what).suffix in {".yaml", ".yml"}
-    if "revision" in (given or {}) or (Path(what).exists() and not (recipe and Path(what).is_file())):
+    place = located(what, None)
+    if "revision" in (given or {}) or (place.exists() and not (recipe and place.is_file())):
         if overrides:
             raise ConfigError(f"{what} is a model; key=value changes recipes only.")
         facts = _model(what, console, given or {}, render)

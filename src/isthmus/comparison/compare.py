@@ -24,6 +24,7 @@ from isthmus.evaluation.run import Result
 from isthmus.evaluation.sound import first_sound
 from isthmus.evaluation.turns import turns
 from isthmus.evaluation.vqa import VqaScores
+from isthmus.interop.hub import located
 from isthmus.model import Model
 from isthmus.recipes.schema import EvalSpec, Recipe
 from isthmus.recipes.scoring import model_hash, needs, recipe_of, score_model
@@ -76,7 +77,7 @@ def contestants(folders: Sequence[str | Path]) -> list[Contestant]:
     """One for each folder, called by the folder's name. Raises ConfigError for one that is not there, and when two have
     the same name."""
     found: dict[str, Contestant] = {}
-    for folder in map(Path, folders):
+    for folder in (located(folder, None) for folder in folders):
         if not folder.exists():
             raise ConfigError(f"There is no model at {folder}, so nothing was asked of the others either.")
         name = folder.resolve().parent.name if folder.name == "model" else folder.resolve().name

@@ -6,7 +6,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-from isthmus import checkpoint
+from isthmus import checkpoint, pretrained
 from isthmus.config import check_options
 from isthmus.data.mix import Source
 from isthmus.data.quarantine import Quarantine
@@ -25,8 +25,9 @@ from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.sound import Demand, Sound, all_answered, answered
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
+from isthmus.interop.hub import located
 from isthmus.model import Model, load
-from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe
+from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe, read_recipe
 from isthmus.user_code import is_user_code, label, resolve, vetted
 
 Progress = Callable[[str, int, int], None]
@@ -308,7 +309,10 @@ def own_tasks(folder: Path, code: Sequence[str | Path] = ()) -> list[EvalSpec]:
 
 
 def recipe_of(folder: Path, code: Sequence[str | Path] = ()) -> Recipe | None:
-    """The recipe that a model folder (or run folder) was trained with, if it holds one."""
+    """The recipe that a model folder (or run folder) was trained with, if it holds one; of a model that came with the
+    package the recipe of the demo."""
+    if folder.parent == pretrained.FOLDER:
+        return read_recipe(f"{folder.name}-tiny")
     for place in (folder / "model" / "recipe.yaml", folder / "recipe.yaml"):
         if place.is_file():
             import yaml
@@ -318,9 +322,10 @@ def recipe_of(folder: Path, code: Sequence[str | Path] = ()) -> Recipe | None:
     return None
 
 
-def model_hash(place: Path) -> str:
+def model_hash(place: Path | str) -> str:
     """sha256 that identifies a model's files: of our manifest, of another format's weights, or of a single file; empty
-    where there are none."""
+    where there are none. ``isthmus:NAME`` is the model that came with the package."""
+    place = located(place, None)
     if place.is_file():
         return checkpoint.file_sha256(place)
     inner = place / "model" if (place / "model").is_dir() else place
