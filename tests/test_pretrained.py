@@ -15,7 +15,8 @@ import isthmus
 from isthmus import pretrained
 from isthmus.cli.serve import opened
 from isthmus.errors import CheckpointError
-from isthmus.recipes.scoring import model_hash, recipe_of
+from isthmus.interop.hub import model_hash
+from isthmus.recipes.scoring import recipe_of
 from tests.cli.test_cli import run
 from tests.serving.helpers import encoded, models, picture
 

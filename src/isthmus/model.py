@@ -7,7 +7,7 @@
 names it, so the same class serves CLIP, a bare language model and LLaVA.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,7 +18,8 @@ import torch
 from PIL import Image as PilImage
 from torch import Tensor
 
-from isthmus import checkpoint
+from isthmus import adapter_folder, checkpoint
+from isthmus.adapter_folder import Base
 from isthmus.batch import Tokens
 from isthmus.config import plain
 from isthmus.data.attention import Attention
@@ -85,6 +86,7 @@ class Model:
         self.system = kind if kind is not None else system(net.KIND)
         self.kind = self.system.kind
         self.report: LoadReport | None = None  # of a model that was opened
+        self.base: Base | None = None  # of a model that carries adapters
 
     @property
     def capabilities(self) -> tuple[str, ...]:
@@ -370,6 +372,7 @@ class Model:
                 f"{type(self.system).__name__} does not say in which file it is, so the model could not be opened "
                 "again: take isthmus.systems.system(isthmus.user_code.pin('path/file.py:MySystem'))."
             )
+        weights, told = adapter_folder.weights(self.net, self.base, Path(folder))
         config = {
             "format": FORMAT,
             "isthmus": __version__,
@@ -377,11 +380,12 @@ class Model:
             "config": plain(self.net.config),
             "prompts": self.prompts,
             "forbidden": list(self.forbidden),
+            **told,
         }
         files: dict[str, Any] = {
             "config.json": config,
             "processor.json": self.processor.to_dict(),
-            "model.safetensors": checkpoint.state_tensors(self.net),
+            **weights,
             **tokenizer_files(self.processor),
             **(extra or {}),
         }
@@ -397,6 +401,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     vision: str | Path | None = None,
     language: str | Path | None = None,
+    base: str | Path | None = None,
     tokenizer: str | Path | None = None,
     activation: str | None = None,
     head_width: int | None = None,
@@ -414,6 +419,7 @@ def load(
         dtype: casts the weights (:meth:`Model.cast`): ``float32``, ``bfloat16`` or ``float16``.
         revision: branch, tag or commit of a hub id ``owner/name``, which is then fetched; nothing else is.
         vision, language: models that a checkpoint was trained with and does not hold.
+        base: the model that adapters of ours belong to, where it no longer lies where it was.
         tokenizer: a tokenizer's folder, or OpenAI's merge table, where a checkpoint comes without.
         activation: of a CLIP whose weights do not tell it, ``quick_gelu`` or ``gelu``.
         head_width: of a CLIP whose weights do not tell it and whose size is none that was published.
@@ -426,7 +432,7 @@ def load(
     arguments missing or of no use. Raises ConfigError for a device that is not there.
     """
     place, dtype = device_of(device), dtype_of(dtype)
-    given: dict[str, Any] = {"vision": vision, "language": language, "tokenizer": tokenizer}
+    given: dict[str, Any] = {"vision": vision, "language": language, "base": base, "tokenizer": tokenizer}
     given |= {"activation": activation, "head_width": head_width}
     model = _opened(located(path, revision), given, [code] if isinstance(code, str | Path) else code, Account())
     if template is not None:
@@ -440,7 +446,7 @@ def _opened(folder: Path, given: Mapping[str, Any], code: Sequence[str | Path], 
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     config = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    useless = [name for name, value in given.items() if value is not None]
+    useless = [n for n, value in given.items() if value is not None and (n != "base" or "base" not in (config or {}))]
     if config is not None and "format" in config and useless:
         raise CheckpointError(f"{folder} is a whole model of ours and needs no {useless[0]}: leave it out.")
     with unfilled():
@@ -452,7 +458,8 @@ def _opened(folder: Path, given: Mapping[str, Any], code: Sequence[str | Path], 
             net, processor, forbidden = open_foreign(folder, config, named)
             model = Model(net, processor, prompts=published_request(processor), forbidden=forbidden)
         else:
-            model = _own(folder, vetted(config, outer, code), account)
+            on = partial(adapter_folder.opened, given=given.get("base"), load=lambda at: _opened(at, {}, code, account))
+            model = _own(folder, vetted(config, outer, code), account, on)
         model.report = account.report()
     return model
 
@@ -465,7 +472,7 @@ def _part(account: Account, path: str | Path) -> Model:
     return model
 
 
-def _own(folder: Path, config: Mapping[str, Any], account: Account) -> Model:
+def _own(folder: Path, config: Mapping[str, Any], account: Account, on: Callable[..., tuple[Any, Any]]) -> Model:
     if config["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']!r}; this version reads {FORMAT!r}.")
     files = checkpoint.read_folder(folder)
@@ -473,18 +480,16 @@ def _own(folder: Path, config: Mapping[str, Any], account: Account) -> Model:
     if name not in SYSTEMS and not is_user_code(name):
         raise CheckpointError(f"{folder}: unknown kind of model {name!r}; known: {', '.join(SYSTEMS)}.")
     kind = system(name)
-    net = kind.net.from_config(config["config"])
-    checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"], account), folder, account)
+    net, base = on(folder, config, files) if "base" in config else (kind.net.from_config(config["config"]), None)
+    if base is None:
+        checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"], account), folder, account)
     described = checkpoint.read_json(files["processor.json"])
     tokenizer = None if described.get("kind") == ImagesProcessor.kind else load_tokenizer(folder)
     others = {f.parent.name: Tokenizer.load(f.parent) for n, f in files.items() if n.endswith("/tokenizer.json")}
-    return Model(
-        net,
-        kind.open_processor(described, tokenizer, others),
-        prompts=config.get("prompts"),
-        forbidden=config.get("forbidden", ()),
-        kind=kind,
-    )
+    processor, more = kind.open_processor(described, tokenizer, others), {"prompts": config.get("prompts")}
+    model = Model(net, processor, forbidden=config.get("forbidden", ()), kind=kind, **more)
+    model.base = base
+    return model
 
 
 def _listed(image: AnyImage | Sequence[AnyImage] | None) -> Sequence[AnyImage]:

@@ -12,15 +12,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
+from isthmus import adapters
+from isthmus.adapters import Lora
 from isthmus.errors import ConfigError, StageError, nearest
 
-WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Name components that wrappers (data parallel, compile, activation checkpointing) put before ours."""
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
+"""Name components that wrappers (data parallel, compile, activation checkpointing, adapters) put into ours."""
 
 BOOKKEEPING = ("log_every", "save_every", "nan_policy", "nan_limit")
 """Fields of a stage that do not change what is computed, so a run may go on with other values."""
@@ -32,15 +34,27 @@ class Group:
 
     ``weight_decay`` is decoupled (AdamW) and applies to tensors of two or more dimensions only: gains, biases,
     class tokens and temperatures are never decayed (CLIP, section 2.5).
+
+    With ``lora`` the linear layers among them get adapters, which train at ``lr`` (2e-4 unless given) while the layers
+    themselves stay frozen; what else the pattern matches is left to later patterns.
     """
 
     pattern: str
-    lr: float
+    lr: float = cast(float, None)  # left out it is the adapters' default, and an error without adapters
     weight_decay: float = 0.0
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
+        if self.lr is None:
+            if self.lora is None:
+                raise ConfigError(f"pattern {self.pattern!r} of train: missing 'lr', the peak rate.")
+            object.__setattr__(self, "lr", adapters.LR)
         for name in ("lr", "weight_decay"):
             _number(f"{name} of pattern {self.pattern!r}", getattr(self, name), low=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The group as data; adapters only where it has some."""
+        return {k: v for k, v in asdict(self).items() if k != "lora" or v is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +128,7 @@ class Stage:
 
     def to_dict(self) -> dict[str, Any]:
         """The stage as JSON-able data."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps(asdict(self) | {"train": [group.to_dict() for group in self.train]}))
 
     def fingerprint(self) -> str:
         """sha256 over everything that changes the outcome; a run resumes only under the same fingerprint."""
@@ -125,18 +139,22 @@ class Stage:
 def defining_keys(stage: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a stage that change its outcome. One that came later counts only where it is used."""
     later = {"frozen_dtype": "fp32"}
-    return {k: v for k, v in stage.items() if k not in BOOKKEEPING and (k not in later or v != later[k])}
+    kept = {k: v for k, v in stage.items() if k not in BOOKKEEPING and (k not in later or v != later[k])}
+    groups = [{k: v for k, v in g.items() if k != "lora" or v is not None} for g in stage.get("train", ())]
+    return {**kept, "train": groups} if "train" in kept else kept
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One part of the net (first component of the names): counts of numbers, the rates it trains at."""
+    """One part of the net (first component of the names): counts of numbers, the rates it trains at. ``adapters`` are
+    those of ``parameters`` that adapters have."""
 
     part: str
     parameters: int
     trained: int
     rates: tuple[float, ...]
     unused: int
+    adapters: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +186,7 @@ class StageTable:
                     "parameters": self.parameters,
                     "trained": self.trained,
                     "groups": [
-                        {**asdict(group), "tensors": sum(i == n for i in self.assigned.values())}
+                        {**group.to_dict(), "tensors": sum(i == n for i in self.assigned.values())}
                         for n, group in enumerate(self.groups)
                     ],
                     "unused": list(self.unused),
@@ -187,9 +205,13 @@ class StageTable:
             table.add_row(row.part, f"{row.parameters:,}", f"{row.trained:,}", rates)
         table.add_section()
         table.add_row("all", f"{self.parameters:,}", f"{self.trained:,}", "")
+        told = []
+        if held := sum(row.adapters for row in self.rows):
+            told.append(f"{held:,} numbers are adapters'")
         if self.unused:
             numbers = sum(row.unused for row in self.rows)
-            table.caption = f"{len(self.unused)} tensors ({numbers:,} numbers) are out of the objective's reach: unused"
+            told.append(f"{len(self.unused)} tensors ({numbers:,} numbers) are out of the objective's reach: unused")
+        table.caption = "; ".join(told) or None
         return table
 
 
@@ -204,19 +226,38 @@ def named_parameters(net: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield canonical(name), parameter
 
 
-def apply_stage(net: nn.Module, groups: Sequence[Group]) -> StageTable:
+def named_state(net: nn.Module) -> dict[str, Tensor]:
+    """The net's state dict under canonical names."""
+    return {canonical(name): tensor for name, tensor in net.state_dict().items()}
+
+
+def attach_adapters(net: nn.Module, groups: Sequence[Group], *, seed: int = 0) -> dict[str, int]:
+    """Put on the adapters that the groups ask for, drawn from ``seed``, where they are not there yet; adapted layer ->
+    index of its group. Raises StageError as :func:`isthmus.adapters.plan` and :func:`isthmus.adapters.attach`."""
+    layers = adapters.plan(net, [(g.pattern, g.lora) for g in groups], _unreachable(net))
+    adapters.attach(net, {n: lora for n, i in layers.items() if (lora := groups[i].lora) is not None}, seed=seed)
+    return layers
+
+
+def _unreachable(net: nn.Module) -> set[str]:
+    return {canonical(name) for name in (net.unreachable() if isinstance(net, StagedNet) else ())}
+
+
+def apply_stage(net: nn.Module, groups: Sequence[Group], *, seed: int = 0) -> StageTable:
     """Open what the groups name, freeze the rest, set the modes, and say what was done.
 
+    Adapters that the groups ask for are put on where they are not there yet, drawn from ``seed``.
     Parameters that ``net.unreachable()`` names (a StagedNet has that method) stay frozen and are listed as unused.
 
     Raises StageError when a pattern matches nothing (near names are suggested), is wholly shadowed by earlier
     ones, names only unreachable parameters, or opens one name of a tied tensor and not the other.
     """
+    layers = attach_adapters(net, groups, seed=seed)
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in net.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(canonical(name))
-    chosen = _choose([name for tied in names.values() for name in tied], groups)
-    unreachable = {canonical(name) for name in (net.unreachable() if isinstance(net, StagedNet) else ())}
+    chosen = _choose([name for tied in names.values() for name in tied], groups, layers)
+    unreachable = _unreachable(net)
 
     assigned: dict[str, int] = {}
     unused: list[str] = []
@@ -274,14 +315,18 @@ def set_modes(net: nn.Module) -> None:
     visit(net, False)
 
 
-def _choose(names: Iterable[str], groups: Sequence[Group]) -> dict[str, int]:
-    """Name -> index of the first group that matches. Raises StageError for a pattern without effect."""
+def _choose(names: Iterable[str], groups: Sequence[Group], layers: Mapping[str, int]) -> dict[str, int]:
+    """Name -> index of the first group that matches; a group with adapters takes its ``layers`` and opens of them the
+    adapters alone. Raises StageError for a pattern without effect."""
     names = list(names)
     chosen: dict[str, int] = {}
     if not groups:
         raise StageError("The stage names nothing to train. Give at least one pattern, for example 'connector.*'.")
     for index, group in enumerate(groups):
-        matched = [name for name in names if fnmatchcase(name, group.pattern)]
+        if group.lora is not None:
+            matched = [name for name in names if layers.get(adapters.layer_of(name)) == index]
+        else:
+            matched = [name for name in names if fnmatchcase(name, group.pattern)]
         if not matched:
             raise StageError(
                 f"Pattern {group.pattern!r} matches no parameter of the net; "
@@ -295,7 +340,7 @@ def _choose(names: Iterable[str], groups: Sequence[Group]) -> dict[str, int]:
             )
         for name in matched:
             chosen.setdefault(name, index)
-    return chosen
+    return {name: i for name, i in chosen.items() if groups[i].lora is None or adapters.MARK in name}
 
 
 def _agreed(tied: Sequence[str], chosen: Mapping[str, int], groups: Sequence[Group]) -> int | None:
@@ -332,6 +377,7 @@ def _rows(net: nn.Module, groups: Sequence[Group], assigned: Mapping[str, int], 
             trained=sum(n for name, n in members if name in assigned),
             rates=tuple(dict.fromkeys(groups[assigned[name]].lr for name, _ in members if name in assigned)),
             unused=sum(n for name, n in members if name in unused),
+            adapters=sum(n for name, n in members if adapters.MARK in name),
         )
         for part, members in sizes.items()
     )

@@ -12,13 +12,14 @@ from isthmus.data.sources import open_source
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from isthmus.evaluation.rerank import RerankScores
+from isthmus.interop.hub import model_hash
 from isthmus.model import load
 from isthmus.recipes import run as run_module
 from isthmus.recipes.build import build
 from isthmus.recipes.facts import net_of, stage_costs, stage_facts
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import EvalSpec, parse_recipe, read_recipe
-from isthmus.recipes.scoring import model_hash, score_model
+from isthmus.recipes.scoring import score_model
 from tests.miniature import STAGE
 
 SAID = {"question": "USER: {} ASSISTANT:", "clean": False}

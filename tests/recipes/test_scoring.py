@@ -11,10 +11,11 @@ from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_source
 from isthmus.errors import DataError
 from isthmus.evaluation.protocols import Answers, Embeds, Reranks, Sees, Weighs
+from isthmus.interop.hub import model_hash
 from isthmus.model import load
 from isthmus.recipes import scoring
 from isthmus.recipes.schema import EvalSpec
-from isthmus.recipes.scoring import TASKS, make_task, model_hash, needs, score_model, with_shots
+from isthmus.recipes.scoring import TASKS, make_task, needs, score_model, with_shots
 
 
 def test_each_number_of_shots_is_a_task_of_its_own():

@@ -360,6 +360,9 @@ def convert(
     lossy: Annotated[bool, typer.Option(help="Leave out what the format has no place for.")] = False,
     shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 5GB.")] = "5GB",
     dtype: Annotated[str, typer.Option(help="stored (as the weights were), float32, bfloat16 or float16.")] = "stored",
+    merge: Annotated[
+        bool, typer.Option(help="Add its adapters to their layers first; the outputs are compared.")
+    ] = False,
     json_file: Json = None,
     *,
     given: dict[str, Any],
@@ -376,6 +379,7 @@ def convert(
         lossy=lossy,
         shard=shard_size,
         dtype=dtype,
+        merge=merge,
         json_file=json_file,
     )
 

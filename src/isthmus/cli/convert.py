@@ -24,9 +24,11 @@ def run(
     lossy: bool,
     shard: str,
     dtype: str,
+    merge: bool = False,
     json_file: Path | None,
 ) -> None:
-    """Open, write, and say what was written. ``given`` are further arguments of ``load``.
+    """Open, write, and say what was written. ``given`` are further arguments of ``load``; with ``merge`` the model's
+    adapters are added to their layers first, and what it then computes is compared.
 
     Weights are written in the precision that they were stored in, which is widened to float32 and back without loss.
     """
@@ -34,16 +36,20 @@ def run(
 
     from isthmus.interop.convert import write_model
     from isthmus.model import load
+    from isthmus.testing.merging import merge_and_compare
 
     size = byte_count(shard)
     if dtype not in ("stored", *_DTYPES):
         raise ConfigError(f"--dtype {dtype!r}: {nearest(dtype, ('stored', *_DTYPES))}")
     model = load(source, **given)
+    console = Console()
+    if merge:
+        told = merge_and_compare(model)
+        console.print(f"merged: {told}", highlight=False, markup=False)
     wanted = dtype if dtype != "stored" else model.report.dtype if model.report else "float32"
     if wanted in _DTYPES:
         model.cast(getattr(torch, wanted))
     done = write_model(model, destination, to, replace=replace, lossy=lossy, shard_bytes=size, origin=Path(source))
-    console = Console()
     total = sum(done.files.values())
     console.print(f"{done.folder}: {to}, {len(done.files)} files, {total / 1e6:,.1f} MB", highlight=False)
     for loss in done.losses:

@@ -37,8 +37,8 @@ def run(
     """Print a table per task; outputs, manifest and scores go into ``out``. ``given``: further arguments of
     :func:`isthmus.load`, which belong to the model's identity. ``judge``: who scores open answers, by the fields of
     :class:`isthmus.evaluation.judge.Judge`."""
-    from isthmus.interop.hub import located
-    from isthmus.recipes.scoring import SHOWABLE, model_hash, score_model, with_shots
+    from isthmus.interop.hub import located, model_hash
+    from isthmus.recipes.scoring import SHOWABLE, score_model, with_shots
     from isthmus.recipes.tables import score_table
 
     counts = counted(shots, more_shots)

@@ -16,6 +16,7 @@ LOADING: dict[str, Any] = {
     "dtype": Dtype,
     "vision": Annotated[str | None, typer.Option(help="The vision encoder's model, where a checkpoint holds none.")],
     "language": Annotated[str | None, typer.Option(help="The language model, where a checkpoint holds none.")],
+    "base": Annotated[str | None, typer.Option(help="The model that adapters belong to, where it was moved.")],
     "tokenizer": Annotated[str | None, typer.Option(help="A tokenizer's folder, where a checkpoint comes without.")],
     "activation": Annotated[str | None, typer.Option(help="quick_gelu or gelu, where a CLIP's weights do not tell.")],
     "head_width": Annotated[

@@ -45,6 +45,7 @@ def run(
 
 
 def _model(folder: str, console: Console, given: Mapping[str, Any], render: str | None) -> dict[str, Any]:
+    from isthmus import adapters
     from isthmus.config import plain
     from isthmus.model import load
     from isthmus.recipes.facts import parts_of, visual_tokens, visual_tokens_text
@@ -56,6 +57,8 @@ def _model(folder: str, console: Console, given: Mapping[str, Any], render: str 
     console.print(f"{held / 2**20:,.1f} MiB of weights in memory", highlight=False)
     if tokens is not None:
         console.print(visual_tokens_text(model.net))
+    if held_adapters := adapters.told(model.net):
+        console.print(f"Adapters: {held_adapters}; base: {model.base and model.base.path}", highlight=False)
     if model.report is not None:
         console.print(f"Tensors: {model.report}", highlight=False)
     console.print(f"It can: {', '.join(model.capabilities)}")
@@ -63,6 +66,7 @@ def _model(folder: str, console: Console, given: Mapping[str, Any], render: str 
         "kind": model.kind,
         "parts": parts,
         "weight_bytes": held,
+        "adapters": held_adapters or None,
         "report": None if model.report is None else model.report.to_dict(),
         "visual_tokens": tokens,
         "capabilities": list(model.capabilities),

@@ -24,10 +24,10 @@ from isthmus.evaluation.run import Result
 from isthmus.evaluation.sound import first_sound
 from isthmus.evaluation.turns import turns
 from isthmus.evaluation.vqa import VqaScores
-from isthmus.interop.hub import located
+from isthmus.interop.hub import located, model_hash
 from isthmus.model import Model
 from isthmus.recipes.schema import EvalSpec, Recipe
-from isthmus.recipes.scoring import model_hash, needs, recipe_of, score_model
+from isthmus.recipes.scoring import needs, recipe_of, score_model
 
 SAMPLES = 12
 """Pictures shown in the report."""

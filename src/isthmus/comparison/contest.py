@@ -27,10 +27,11 @@ from isthmus.config import plain
 from isthmus.errors import ConfigError
 from isthmus.evaluation.rescore import rescore
 from isthmus.evaluation.results import write_json
+from isthmus.interop.hub import model_hash
 from isthmus.model import Model, load
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import EvalSpec, Recipe
-from isthmus.recipes.scoring import model_hash, with_shots
+from isthmus.recipes.scoring import with_shots
 from isthmus.user_code import label
 
 Told = Callable[[str, str, int, int], None]

@@ -20,12 +20,13 @@ from isthmus.data.images import open_image
 from isthmus.data.sources import open_source
 from isthmus.demo.jobs import Job, Scoring, Training, run_jobs
 from isthmus.errors import ConfigError
+from isthmus.interop.hub import model_hash
 from isthmus.model import Model, load
 from isthmus.processes import usable_cores
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import Recipe, read_recipe
 from isthmus.recipes.scoring import Progress as Scored
-from isthmus.recipes.scoring import model_hash, score_model
+from isthmus.recipes.scoring import score_model
 
 STORY = {
     "clip": "clip-tiny",

@@ -11,6 +11,7 @@ from dataclasses import replace as replace_
 from importlib import import_module
 from pathlib import Path
 
+from isthmus import adapters
 from isthmus.checkpoint import write_folder
 from isthmus.errors import CheckpointError, ConfigError, nearest
 from isthmus.interop.card import card
@@ -65,6 +66,11 @@ def write_model(
     if to != "isthmus" and to not in writers:
         raise CheckpointError(
             f"A {model.kind} model cannot be written in the format {to}; it can in {', '.join(('isthmus', *writers))}."
+        )
+    if to != "isthmus" and adapters.adapted(model.net):
+        raise CheckpointError(
+            f"This model carries adapters ({adapters.told(model.net)}), and the format {to} has no place for them: "
+            "give --merge to add them to their layers first."
         )
     if folder.exists() and not replace:
         raise CheckpointError(f"{folder} exists already and is never written over unless you say so (--replace).")

@@ -22,15 +22,17 @@ class Given:
     """What the user names beside a checkpoint; ``open``, which loads a model folder of any kind; and the ``account`` of
     the checkpoint's tensors, where every reader writes down what it does with them.
 
-    ``vision`` and ``language`` are models; ``tokenizer`` a folder or OpenAI's merge table; ``activation`` that of a
-    CLIP whose weights do not tell it (``quick_gelu`` for weights trained by OpenAI's code, mostly ``gelu`` else);
-    ``head_width`` that of its attention heads, where its size is none that was published.
+    ``vision``, ``language`` and ``base`` (of adapters of ours, which no reader of others takes) are models;
+    ``tokenizer`` a folder or OpenAI's merge table; ``activation`` that of a CLIP whose weights do not tell it
+    (``quick_gelu`` for weights trained by OpenAI's code, mostly ``gelu`` else); ``head_width`` that of its attention
+    heads, where its size is none that was published.
     """
 
     open: Callable[[str | Path], Any]
     account: Account
     vision: str | Path | None = None
     language: str | Path | None = None
+    base: str | Path | None = None
     tokenizer: str | Path | None = None
     activation: str | None = None
     head_width: int | None = None

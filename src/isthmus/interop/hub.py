@@ -6,6 +6,7 @@ The network is used only when a revision is named: a mistyped path never becomes
 import re
 from pathlib import Path
 
+from isthmus import checkpoint
 from isthmus.errors import CheckpointError
 from isthmus.pretrained import SCHEME, shipped
 
@@ -35,6 +36,19 @@ def located(path: str | Path, revision: str | None) -> Path:
     if not looks_like_id(path):
         raise CheckpointError(f"{path} is neither here nor an id of the hub, which is written owner/name.")
     return _fetched(str(path), revision)
+
+
+def model_hash(place: Path | str) -> str:
+    """sha256 that identifies a model's files: of our manifest, of another format's weights, or of a single file; empty
+    where there are none. ``isthmus:NAME`` is the model that came with the package."""
+    place = located(place, None)
+    if place.is_file():
+        return checkpoint.file_sha256(place)
+    inner = place / "model" if (place / "model").is_dir() else place
+    manifest = inner / checkpoint.MANIFEST
+    found = (sorted(inner.glob(f"*{ending}")) for ending in (".safetensors", ".bin", ".pt", ".pth"))
+    files = [manifest] if manifest.is_file() else next(filter(None, found), [])
+    return " ".join(checkpoint.file_sha256(f) for f in files)
 
 
 def _fetched(name: str, revision: str) -> Path:

@@ -7,12 +7,12 @@ in :mod:`isthmus.systems`.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from isthmus import adapters
 from isthmus.config import merged, plain
 from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.images import ImageTransform
@@ -25,6 +25,7 @@ from isthmus.data.wordpiece import load_wordpiece, train_wordpiece
 from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.model import Model, load
 from isthmus.recipes.schema import Recipe, StageSpec, TokenizerSpec
+from isthmus.stage import attach_adapters, named_state
 from isthmus.systems import system
 from isthmus.systems.base import System, Tokenizers, preset, recall
 
@@ -34,7 +35,8 @@ class Built:
     """A net ready for a stage, with what its processors are made of.
 
     ``memory`` holds tensors under the net's names that a stage without their part has no use for: the language model's
-    while there is none, a half that was dropped.
+    while there is none, a half that was dropped. ``begun`` is the part ``init`` while the net is that model with other
+    values, ``opened`` are the tensors beside adapters that stages have trained so far.
     """
 
     net: Any
@@ -42,6 +44,8 @@ class Built:
     image: ImageTransform | None
     recipe: Recipe
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    begun: str = ""
+    opened: frozenset[str] = frozenset()
 
     @property
     def system(self) -> System:
@@ -57,12 +61,15 @@ class Built:
         tensor that the run has known keeps its value. Raises ConfigError where one would have another shape."""
         before = plain(self.net.config)
         config = merged(before, stage.config)
-        if config == before:
-            return self
-        memory = {**self.memory, **self.net.state_dict()}
-        net = fresh(self.recipe, config)
-        recall(net, memory, f"stage {stage.name!r}")
-        return replace(self, net=net, memory=memory)
+        entered = self
+        if config != before:
+            memory = {**self.memory, **named_state(self.net)}
+            net = fresh(self.recipe, config)
+            adapters.attach(net, adapters.described(self.net))
+            recall(net, memory, f"stage {stage.name!r}")
+            entered = replace(self, net=net, memory=memory, begun="")
+        attach_adapters(entered.net, stage.stage.train, seed=self.recipe.seed)
+        return entered
 
     def processor(self, stage: StageSpec) -> Processor:
         """The processor of one stage: this system's, with the stage's template, image mode and length."""
@@ -97,7 +104,7 @@ def build(recipe: Recipe) -> Built:
     """
     check_parts(recipe)
     kind, described = system(recipe.model), recipe.tokenizer
-    parts = {name: kind.open_part(name, path, partial(load, device="cpu")) for name, path in recipe.parts.items()}
+    parts = {name: kind.open_part(name, path, _open) for name, path in recipe.parts.items()}
     if "init" in parts and parts["init"].kind != kind.kind:
         raise ConfigError(f"The part 'init' is a {parts['init'].kind} model, the recipe trains a {kind.kind}.")
     tokenizers = kind.tokenizers(parts, None if described is None else lambda: make_tokenizer(described))
@@ -106,7 +113,15 @@ def build(recipe: Recipe) -> Built:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # rows of new tokens are drawn around the part's own
         memory = kind.take(net, parts)
-    return Built(net, tokenizers, _image_of(recipe, parts, net), recipe, memory=memory)
+    begun = recipe.parts["init"] if "init" in parts and config == plain(parts["init"].net.config) else ""
+    return Built(net, tokenizers, _image_of(recipe, parts, net), recipe, memory=memory, begun=begun)
+
+
+def _open(path: str) -> Model:
+    """A part on the CPU, the adapters that it may carry merged."""
+    model = load(path, device="cpu")
+    adapters.merge(model.net)
+    return model
 
 
 def on_meta(recipe: Recipe) -> Any:

@@ -35,7 +35,7 @@ from isthmus.recipes.features import demand_frozen
 from isthmus.recipes.run import make_loader
 from isthmus.recipes.schema import EvalSpec, Recipe, StageSpec
 from isthmus.recipes.scoring import make_task
-from isthmus.stage import StageTable, apply_stage
+from isthmus.stage import StageTable, apply_stage, canonical, named_state
 from isthmus.training import train as train_stage
 from isthmus.training.log import read_metrics
 
@@ -351,12 +351,12 @@ def _two_runs(
 def _trained(net: Any, spec: StageSpec) -> dict[str, Tensor]:
     """Copies of everything that the stage may move: open tensors and buffers."""
     table = apply_stage(net, spec.stage.train)
-    buffers = {name for name, _ in net.named_buffers()}
-    return {n: t.detach().clone() for n, t in net.state_dict().items() if n in table.assigned or n in buffers}
+    buffers = {canonical(name) for name, _ in net.named_buffers()}
+    return {n: t.detach().clone() for n, t in named_state(net).items() if n in table.assigned or n in buffers}
 
 
 def _restore(net: Any, tensors: Mapping[str, Tensor]) -> None:
-    state = net.state_dict()
+    state = named_state(net)
     with torch.no_grad():
         for name, tensor in tensors.items():
             state[name].copy_(tensor)

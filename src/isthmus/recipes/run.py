@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from isthmus import checkpoint
+from isthmus import adapters, checkpoint
 from isthmus.data.cache import FeatureCache
 from isthmus.data.fingerprint import fingerprint
 from isthmus.data.joint import JointLoader
@@ -30,13 +31,14 @@ from isthmus.data.mix import Mix, Source
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import named_apart, open_mix, open_source
 from isthmus.errors import CheckpointError, ConfigError
+from isthmus.interop.hub import model_hash
 from isthmus.model import Model, load
 from isthmus.processes import device, first, join, rank, wait, world
 from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.features import FeatureLoader, open_cache
+from isthmus.recipes.saving import save_model
 from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
-from isthmus.recipes.scoring import model_hash
-from isthmus.stage import apply_stage, defining_keys
+from isthmus.stage import apply_stage, defining_keys, named_state
 from isthmus.training import train as train_stage
 from isthmus.training.lock import RunLock
 from isthmus.user_code import pinned_in, placeless
@@ -91,12 +93,21 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, tensorboard: bool) -
         built = built.enter(stage)
         built.net.to(device())
         _run_stage(built, stage, place, opened.pop(stage.name, None), progress=progress, tensorboard=tensorboard)
+        built = _remembered(built, place / "trained")
         kept = stage is not recipe.stages[-1] and any(spec.stage == stage.name for spec in recipe.evaluate)
         if first() and kept and not (place / "model").is_dir():
-            built.model(stage).save(place / "model")
+            save_model(built, place / "model", stage=stage)
     if first():
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        built.model().save(folder / "model", extra={"recipe.yaml": text})
+        save_model(built, folder / "model", extra={"recipe.yaml": text})
+
+
+def _remembered(built: Built, trained: Path) -> Built:
+    """The same, with what the stage that left ``trained`` opened beside its adapters."""
+    if not first():
+        return built  # which writes nothing
+    names = checkpoint.check_header(trained / "trained.safetensors")
+    return replace(built, opened=built.opened | {name for name in names if adapters.MARK not in name})
 
 
 def _run_stage(
@@ -120,7 +131,7 @@ def _run_stage(
     if not first():
         return
     table = apply_stage(built.net, stage.stage.train)
-    state = built.net.state_dict()
+    state = named_state(built.net)
     checkpoint.write_folder(
         trained,
         {
@@ -240,7 +251,7 @@ def _joint_entry(entry: Mapping[str, Any]) -> tuple[dict[str, Any], int, float]:
 
 def _lay_over(net: Any, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
     """Put a finished stage's trained tensors into the net; each must exist there with its shape."""
-    state = net.state_dict()
+    state = named_state(net)
     for name, tensor in tensors.items():
         if name not in state or state[name].shape != tensor.shape:
             raise CheckpointError(f"{where} holds {name} of shape {tuple(tensor.shape)}, which this net does not have.")
@@ -282,7 +293,7 @@ def _defining(run: dict[str, Any]) -> dict[str, Any]:
 
 def _fingerprint(part: str) -> str:
     """The sha256 of a part's files, so that a resumed run starts from the same parts."""
-    found = model_hash(Path(part))
+    found = model_hash(part)
     if not found:
         raise CheckpointError(
             f"The part {part} is not a model folder or file: it holds neither a manifest nor weights. "

@@ -25,7 +25,7 @@ from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.sound import Demand, Sound, all_answered, answered
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
-from isthmus.interop.hub import located
+from isthmus.interop.hub import model_hash
 from isthmus.model import Model, load
 from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe, read_recipe
 from isthmus.user_code import is_user_code, label, resolve, vetted
@@ -320,16 +320,3 @@ def recipe_of(folder: Path, code: Sequence[str | Path] = ()) -> Recipe | None:
             tree: Mapping[str, Any] = yaml.safe_load(place.read_text(encoding="utf-8"))
             return parse_recipe(vetted(tree, folder, code), where=str(place))
     return None
-
-
-def model_hash(place: Path | str) -> str:
-    """sha256 that identifies a model's files: of our manifest, of another format's weights, or of a single file; empty
-    where there are none. ``isthmus:NAME`` is the model that came with the package."""
-    place = located(place, None)
-    if place.is_file():
-        return checkpoint.file_sha256(place)
-    inner = place / "model" if (place / "model").is_dir() else place
-    manifest = inner / checkpoint.MANIFEST
-    found = (sorted(inner.glob(f"*{ending}")) for ending in (".safetensors", ".bin", ".pt", ".pth"))
-    files = [manifest] if manifest.is_file() else next(filter(None, found), [])
-    return " ".join(checkpoint.file_sha256(f) for f in files)

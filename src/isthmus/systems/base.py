@@ -22,6 +22,7 @@ from isthmus.data.record import Example
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import ConfigError, nearest
 from isthmus.net import Net
+from isthmus.stage import named_state
 from isthmus.systems import peers
 
 WRITES = ("generate", "caption", "answer", "chat", "score")
@@ -214,7 +215,7 @@ def preset(net: type[Any], name: str) -> dict[str, Any]:
 @torch.no_grad()
 def recall(net: Any, memory: Mapping[str, Tensor], where: str) -> None:
     """Give the net's tensors the values known under their names. Raises ConfigError when a shape differs."""
-    for name, tensor in net.state_dict().items():
+    for name, tensor in named_state(net).items():
         known = memory.get(name)
         if known is None:
             continue

@@ -99,7 +99,7 @@ def train(
     progress = progress if first() else False
     with RunLock(folder) if first() else nullcontext():
         wait()  # no process reads the folder before the first one has it
-        table = apply_stage(net, stage.train)
+        table = apply_stage(net, stage.train, seed=seed)
         if progress is True:
             Console(stderr=True).print(table.render(f"stage {stage.name}"))
         run = _Run(net, loader, stage, folder, table, seed, dict(identity or {}), on_quarantine)

@@ -1,0 +1,109 @@
+"""A model folder of adapters: PEFT's two files, what was trained beside them, and the base they belong to by content.
+
+config.json                 as every model folder's, with ``base``: where the model was and the sha256 of its files
+adapter_config.json         PEFT's, with the names of the net's own layers
+adapter_model.safetensors   PEFT's
+trained.safetensors         what stages opened beside the adapters, such as the connector; none where nothing was
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus import adapters, checkpoint
+from isthmus.config import plain
+from isthmus.errors import CheckpointError, ConfigError
+from isthmus.interop.hub import located, model_hash
+from isthmus.net import Net
+from isthmus.pretrained import SCHEME
+from isthmus.stage import named_state
+
+_TRAINED = "trained.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that adapters were put on: its place, the :func:`isthmus.interop.hub.model_hash` of it there, and the
+    tensors of it that were trained whole."""
+
+    path: str
+    sha256: str
+    opened: tuple[str, ...] = ()
+
+
+def weights(net: Net, base: Base | None, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The files of a net's weights, and what config.json says of them. Raises ConfigError for adapters whose base is
+    not known."""
+    if not adapters.adapted(net):
+        return {"model.safetensors": checkpoint.state_tensors(net)}, {}
+    if base is None:
+        raise ConfigError("This model carries adapters, and it is not known on which base: merge them, then save it.")
+    config, tensors = adapters.to_peft(net, base.path)
+    files: dict[str, Any] = {"adapter_config.json": config, "adapter_model.safetensors": tensors}
+    if base.opened:
+        state = named_state(net)
+        files[_TRAINED] = {name: state[name] for name in base.opened}
+    told = {"path": base.path, "beside": "", "sha256": base.sha256}
+    if not base.path.startswith(SCHEME):
+        absolute = os.path.abspath(base.path)
+        told |= {"path": absolute, "beside": os.path.relpath(absolute, folder.absolute())}
+    return files, {"base": told}
+
+
+def opened(
+    folder: Path,
+    config: Mapping[str, Any],
+    files: Mapping[str, Path],
+    given: str | Path | None,
+    load: Callable[[Path], Any],
+) -> tuple[Any, Base]:
+    """The net of the base with the folder's adapters on and its trained tensors in. ``given`` is the base's place,
+    where it is another than the recorded one.
+
+    Raises CheckpointError: no base there, another one by its content, or tensors that do not fit it.
+    """
+    told = config["base"]
+    place = _found(folder, told, given)
+    if model_hash(place) != told["sha256"]:
+        raise CheckpointError(
+            f"{place} is not the base that {folder} was trained on: its files have another sha256. Adapters fit the "
+            f"weights that they were trained on and no others; give the right one with base=… (--base)."
+        )
+    model = load(place)
+    adapters.merge(model.net)
+    if plain(model.net.config) != config["config"]:
+        raise CheckpointError(f"{place} has another configuration than {folder} was trained with.")
+    state = named_state(model.net)
+    trained = checkpoint.load_tensors(files[_TRAINED]) if _TRAINED in files else {}
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            _must_fit(name, tensor, state, folder)
+            state[name].copy_(tensor)
+    file = files["adapter_model.safetensors"]
+    values = checkpoint.read_json(files["adapter_config.json"])
+    adapters.from_peft(model.net, values, checkpoint.load_tensors(file), str(file))
+    return model.net, Base(str(place), told["sha256"], tuple(trained))
+
+
+def _must_fit(name: str, tensor: Tensor, state: Mapping[str, Tensor], folder: Path) -> None:
+    if name not in state or state[name].shape != tensor.shape:
+        raise CheckpointError(
+            f"{folder}/{_TRAINED} holds {name} of shape {tuple(tensor.shape)}, which its base has not."
+        )
+
+
+def _found(folder: Path, told: Mapping[str, str], given: str | Path | None) -> Path:
+    known = [located(told["path"], None), folder / told["beside"]]
+    places = [located(given, None)] if given is not None else known
+    for place in places:
+        if place.exists():
+            return place
+    raise CheckpointError(
+        f"{folder} holds adapters, and their base is not at {places[0]}: give its place with base=… (on the command "
+        "line --base)."
+    )
