@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from isthmus import adapters
 from isthmus.adapters import Lora
@@ -122,6 +123,18 @@ def test_peft_itself_opens_what_is_written(tmp_path, kind):
     adapters.from_peft(again, values, tensors, "folder")
     assert torch.equal(again.eval()(x), net(x))
     assert adapters.described(again) == adapters.described(net)
+
+
+def test_layers_with_a_turned_weight_are_adapted_and_merged():
+    net = nn.ModuleDict({"c_attn": Conv1D(12, 8)})
+    apply_stage(net, (Group("*", lora=Lora(rank=2)),))
+    for tensor in adapters.adapter_tensors(net).values():
+        tensor.data.normal_()
+    x = torch.randn(4, 8)
+    before = net["c_attn"](x)
+    adapters.merge(net)
+    torch.testing.assert_close(net["c_attn"](x), before)
+    assert isinstance(net["c_attn"], Conv1D)
 
 
 @pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}])

@@ -103,7 +103,7 @@ def plan(net: nn.Module, patterns: Sequence[tuple[str, Lora | None]], unreachabl
     caught: dict[int, list[str]] = defaultdict(list)
     for name, layer in _linear_layers(net).items():
         matching = [(i, *p) for i, p in enumerate(patterns) if fnmatchcase(f"{name}.weight", p[0])]
-        for index, pattern, lora in matching:
+        for index, _, _ in matching:
             caught[index].append(name)
         for index, pattern, lora in matching:
             if lora is not None and not _targeted(name, layer, lora, heads):

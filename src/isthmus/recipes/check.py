@@ -33,6 +33,7 @@ from isthmus.recipes.build import Built, build
 from isthmus.recipes.facts import steps_of
 from isthmus.recipes.features import demand_frozen
 from isthmus.recipes.run import make_loader
+from isthmus.recipes.saving import save_model
 from isthmus.recipes.schema import EvalSpec, Recipe, StageSpec
 from isthmus.recipes.scoring import make_task
 from isthmus.stage import StageTable, apply_stage, canonical, named_state
@@ -365,7 +366,7 @@ def _restore(net: Any, tensors: Mapping[str, Tensor]) -> None:
 def _saves(built: Built, folder: Path) -> list[str]:
     """The finished model as a folder: written, loaded, compared."""
     model = built.model()
-    model.save(folder, extra={"recipe.yaml": json.dumps(built.recipe.model_dump(mode="json"))})
+    save_model(built, folder, extra={"recipe.yaml": json.dumps(built.recipe.model_dump(mode="json"))})
     again = load(folder, device=model.device)
     saved = checkpoint.state_tensors(model.net)
     other = checkpoint.state_tensors(again.net)
