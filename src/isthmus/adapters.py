@@ -207,6 +207,12 @@ def attach(net: nn.Module, wanted: Mapping[str, Lora], *, seed: int = 0) -> None
             _inject(net, lora, names, turned=turned)
 
 
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Put adapters like those of ``old``, with other values, on the layers of ``new`` that have the same names."""
+    layers = _linear_layers(new)
+    attach(new, {name: lora for name, lora in described(old).items() if name in layers})
+
+
 def _inject(net: nn.Module, lora: Lora, names: Sequence[str], *, turned: bool) -> None:
     """One call of peft. ``turned`` are layers that keep their weight as (in, out)."""
     try:

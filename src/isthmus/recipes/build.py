@@ -65,7 +65,7 @@ class Built:
         if config != before:
             memory = {**self.memory, **named_state(self.net)}
             net = fresh(self.recipe, config)
-            adapters.attach(net, adapters.described(self.net))
+            adapters.carry_over(self.net, net)
             recall(net, memory, f"stage {stage.name!r}")
             entered = replace(self, net=net, memory=memory, begun="")
         attach_adapters(entered.net, stage.stage.train, seed=self.recipe.seed)
