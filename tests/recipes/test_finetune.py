@@ -8,9 +8,10 @@ import torch
 from typer.testing import CliRunner
 
 from isthmus import adapters
-from isthmus.checkpoint import load_tensors, model_hash, read_json, state_tensors
+from isthmus.checkpoint import load_tensors, read_json, state_tensors
 from isthmus.cli.app import app
 from isthmus.errors import CheckpointError
+from isthmus.interop.hub import model_hash
 from isthmus.model import load
 from isthmus.recipes.check import check
 from isthmus.recipes.facts import net_of, stage_facts
