@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -104,8 +103,9 @@ def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _with_features(net: Any, example: Example) -> Example:
-    made = (net.visual_features(make()[None, None])[0] for make in example.pixels)
-    return replace(example, pixels=tuple(partial(Features, features) for features in made))
+    pairs = zip(example.visuals, example.pixels, strict=True)
+    made = [Features(net.visual_features(make(image)[None, None])[0]) for image, make in pairs]
+    return replace(example, pixels=tuple(lambda image, features=features: features for features in made))
 
 
 LONG = "how many of them are there, seen from the left? "

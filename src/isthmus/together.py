@@ -4,7 +4,7 @@ Prompts about one picture share what stands before their questions, few-shot pro
 joins the decoder behind one pass over its beginning, whose keys and values all its rows go on from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +46,9 @@ _Group = tuple[list[int], Cut]
 
 def _groups(examples: Sequence[Example]) -> list[_Group]:
     """Numbers of examples that begin alike, and their cut: those with the same first picture, or all without one."""
-    found: dict[str, list[int]] = {}
+    found: dict[Hashable, list[int]] = {}
     for number, example in enumerate(examples):
-        first = example.visuals[0].content_key() if example.visuals else ""
+        first = example.visuals[0].identity() if example.visuals else ""
         found.setdefault(first, []).append(number)
     cuts = ((numbers, cut([examples[n] for n in numbers])) for numbers in found.values())
     return [(numbers, parts) for numbers, parts in cuts if parts is not None]

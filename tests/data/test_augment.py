@@ -42,7 +42,7 @@ def test_what_is_cut_into_tiles_is_not_cropped():
     tiles = ImageTransform(size=8, mode="anyres", pinpoints=((8, 16), (16, 8)))
     with pytest.raises(ConfigError, match="only flip"):
         Augment(crop=0.5)(example, tiles, 0)
-    assert len(Augment(flip=True)(example, tiles, 0).pixels[0]()) == 3
+    assert len(Augment(flip=True)(example, tiles, 0).pixels[0](example.visuals[0])) == 3
 
 
 def test_a_flip_mirrors_about_half(ramp):

@@ -1,5 +1,7 @@
 """Collate: rows, padding, numbering of pictures and places."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,7 +43,9 @@ def test_rows_pictures_and_places():
     for row, start in zip(places.row.tolist(), places.start.tolist(), strict=True):
         assert tokens.ids[row, start : start + 3].tolist() == [TOKENIZER.pad_id] * 3
     assert batch.owner.tolist() == [0, 0, 2]
-    assert batch.keys == (RED.content_key(), BLUE.content_key(), BLUE.content_key())
+    assert batch.keys == ("", "", "")  # nothing contrasts them
+    keyed = collate([replace(example, keyed=True) for example in examples])
+    assert keyed.keys == (RED.content_key(), BLUE.content_key(), BLUE.content_key())
     (group,) = batch.visuals
     assert group.pixels is not None
     assert group.pixels.shape == (3, 1, 3, 8, 8)
@@ -51,7 +55,9 @@ def test_rows_pictures_and_places():
 def test_pictures_are_grouped_by_shape_and_numbered_in_order():
     def made(size: int, id: str) -> Example:
         image = Image(BytesImage(b"", id), key=id)
-        return Example(id, "s", {"text": Span([1, 2])}, (image,), (lambda: torch.full((3, size, size), float(size)),))
+        return Example(
+            id, "s", {"text": Span([1, 2])}, (image,), (lambda image: torch.full((3, size, size), float(size)),)
+        )
 
     batch = collate([made(4, "a"), made(6, "b"), made(4, "c")])
     assert [v.index.tolist() for v in batch.visuals] == [[0, 2], [1]]
@@ -76,7 +82,7 @@ def test_a_damaged_picture_fails_alone_and_early():
     with pytest.raises(DataError, match=r"broken\.png"):
         load_pixels(example)
     good = load_pixels(ContrastiveProcessor(TOKENIZER, IMAGE).example(record(RED, Text("a cat"))))
-    assert good.pixels[0]() is good.pixels[0]()
+    assert good.pixels[0](RED) is good.pixels[0](RED)
 
 
 def test_one_batch_takes_one_processor():

@@ -32,7 +32,7 @@ def test_contrastive_row_is_start_text_end():
         assert example.streams["text"].ids == [TOKENIZER.bos_id, *TOKENIZER.encode(caption), TOKENIZER.eos_id]
         assert example.streams["text"].labels is None
     assert processor.prompt(pair).streams == processor.example(pair, 0).streams
-    assert torch.equal(example.pixels[0](), IMAGE(picture()))
+    assert torch.equal(example.pixels[0](example.visuals[0]), IMAGE(picture()))
     assert not example.places
     answer = record(picture(), user("describe"), assistant("a cat"))
     assert processor.example(answer).streams["text"].ids[1:-1] == TOKENIZER.encode("a cat")
@@ -92,8 +92,8 @@ def test_same_text_for_any_number_of_pictures(pictures):
     lines = "\n" * pictures
     assert TOKENIZER.decode(ids, skip_special=False) == f"<s>USER: {lines}what? ASSISTANT: yes</s>"
     assert len(example.places) == len(example.pixels) == pictures
-    for colour, pixels in zip(colours, example.pixels, strict=True):
-        assert torch.equal(pixels(), IMAGE(picture(colour)))
+    for colour, image, pixels in zip(colours, example.visuals, example.pixels, strict=True):
+        assert torch.equal(pixels(image), IMAGE(picture(colour)))
 
 
 def test_truncation_leaves_the_picture_intact_at_the_front():

@@ -87,7 +87,7 @@ def test_a_question_without_an_answer_is_left_out_where_one_is_due():
 
 
 def test_pictures_are_left_closed_where_only_words_are_read(records):
-    assert len(Sound(records, Quarantine(), pictures=False)) == 4
+    assert len(Sound(records, Quarantine(), pictures="none")) == 4
 
 
 def test_the_first_that_can_be_read_without_looking_at_the_rest(records, tmp_path):

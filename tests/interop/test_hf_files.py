@@ -43,7 +43,7 @@ def test_llava(mode: str, tmp_path: Path) -> None:
         tiny_models.llava(mode=mode), tmp_path / "m", "A large, blue cube", [{"role": "user", "content": content}]
     )
     assert found["input_ids"][0].tolist() == ours.streams["lm"].ids
-    assert torch.equal(found["pixel_values"][0], ours.pixels[0]())
+    assert torch.equal(found["pixel_values"][0], ours.pixels[0](ours.visuals[0]))
 
 
 @pytest.mark.parametrize("pictures", [(), (1,), (1, 2)])
@@ -79,7 +79,7 @@ def test_blip2(name: str, tmp_path: Path) -> None:
     found, ours = theirs_and_ours(tiny_models.MODELS[name](), tmp_path / "m", "A large, blue (cube)", messages)
     streams = ours.streams
     assert found["input_ids"][0].tolist() == (streams.get("lm") or streams["encoder"]).ids
-    assert torch.equal(found["pixel_values"][0], ours.pixels[0]())
+    assert torch.equal(found["pixel_values"][0], ours.pixels[0](ours.visuals[0]))
     if "qformer" in streams:
         assert found["qformer_input_ids"][0].tolist() == streams["qformer"].ids
 
@@ -91,7 +91,7 @@ def test_pairs(name: str, tmp_path: Path) -> None:
     (stream,) = ours.streams.values()
     moved = {2: model.processor.tokenizer.vocab_size - 1} if name == "clip" else {}  # end of text, renumbered
     assert found["input_ids"][0].tolist() == [moved.get(i, i) for i in stream.ids]
-    assert torch.equal(found["pixel_values"][0], ours.pixels[0]())
+    assert torch.equal(found["pixel_values"][0], ours.pixels[0](ours.visuals[0]))
 
 
 CONVERSATIONS = [

@@ -24,6 +24,7 @@ from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
 from isthmus.nn.vit import VisionConfig
+from isthmus.systems.peers import pixels_of
 from isthmus.testing import probe
 from tests.interop import tiny_models
 from tests.models.tiny_flamingo import redraw
@@ -189,7 +190,7 @@ def test_a_saved_folder_reads_prompts_and_pictures_as_the_librarys_processor(tmp
     theirs = peer(text=[[*shown[:2], "two rings", shown[2], "a red cube"]], add_eos_token=True, return_tensors="pt")
     example = isthmus.load(tmp_path / "out").processor.example(record)
     assert list(example.streams["lm"].ids) == theirs["input_ids"][0].tolist()
-    ours = torch.stack([make() for make in example.pixels])
+    ours = pixels_of(example)
     torch.testing.assert_close(ours, theirs["pixel_values"][0], atol=1e-5, rtol=0)
     seen = torch.tensor(example.streams["lm"].seen)
     mask = theirs["image_attention_mask"][0]

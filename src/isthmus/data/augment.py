@@ -42,7 +42,7 @@ class Augment:
         if self.crop < 1 and transform.mode == "anyres":
             raise ConfigError("augment: a crop changes how many tiles a picture has; with image mode anyres only flip.")
         pixels = (
-            partial(self.pixels, visual, transform, key("augment", draw, n)) for n, visual in enumerate(example.visuals)
+            partial(self.pixels, transform=transform, draw=key("augment", draw, n)) for n in range(len(example.visuals))
         )
         return replace(example, pixels=tuple(pixels))
 

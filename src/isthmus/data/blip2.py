@@ -273,6 +273,7 @@ class PromptProcessor(Processor):
             streams=streams,
             visuals=record.images,
             pixels=pixels_of(self.image, record.images),
+            keyed=False,
             places=tuple(places),
         )
 

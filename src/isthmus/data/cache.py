@@ -11,7 +11,7 @@ import math
 import mmap
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isthmus.data.images import FileImage, TarImage
 from isthmus.data.record import Example, Image
+from isthmus.data.visits import read_once
 from isthmus.errors import CheckpointError
 
 
@@ -57,6 +59,7 @@ class FeatureCache:
         self._data.touch()
         self._entries = self._read_index()
         self._end = max((entry.end for entry in self._entries.values()), default=0)
+        self._known: dict[Hashable, str] = {}  # content keys by what a picture is told by unopened
         self._map: mmap.mmap | None = None
         self._lock = threading.Lock()
 
@@ -94,13 +97,19 @@ class FeatureCache:
         self._entries[key] = entry
 
     def stand_in(self, example: Example) -> Example:
-        """The example whose pictures come as :class:`Features` where these are kept; they are not decoded then."""
-        pixels = (partial(self._of, v, make) for v, make in zip(example.visuals, example.pixels, strict=True))
-        return replace(example, pixels=tuple(pixels))
+        """The example whose pictures come as :class:`Features` where these are kept: those are not decoded, and from
+        their second visit on not opened either."""
+        visuals = tuple(replace(v, key=v.key or self._known.get(v.identity(), "")) for v in example.visuals)
+        pixels = tuple(partial(self._of, v.identity(), make) for v, make in zip(visuals, example.pixels, strict=True))
+        return replace(example, visuals=visuals, pixels=pixels, keyed=True)
 
-    def _of(self, visual: Image, make: Callable[[], Any]) -> Any:
-        found = self.get(visual.content_key())
-        return make() if found is None else Features(found)
+    def _of(self, identity: Hashable, make: Callable[[Image], Any], visual: Image) -> Any:
+        held = visual if visual.key else read_once(visual)
+        key = held.key
+        if isinstance(visual.source, FileImage | TarImage):  # a source that holds its content would be kept with it
+            self._known[identity] = key
+        found = self.get(key)
+        return make(held) if found is None else Features(found)
 
     def _mapped(self, end: int) -> mmap.mmap:
         with self._lock:

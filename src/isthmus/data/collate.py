@@ -10,12 +10,23 @@ from torch import Tensor
 from isthmus.batch import IGNORE, Batch, Places, Tokens, Visuals
 from isthmus.data.cache import Features
 from isthmus.data.record import Example, Span
+from isthmus.data.visits import read_once
 from isthmus.errors import DataError
 
 
 def load_pixels(example: Example) -> Example:
-    """The example with its pictures decoded and kept, so that a damaged one fails here and fails alone."""
-    return replace(example, pixels=tuple(_constant(make()) for make in example.pixels))
+    """The example with its pictures decoded and kept, so that a damaged one fails here and fails alone. Each source is
+    read once, for the content key too where one is due."""
+    visuals, pixels = [], []
+    for image, make in zip(example.visuals, example.pixels, strict=True):
+        if example.keyed and not image.key:
+            held = read_once(image)
+            visuals.append(replace(image, key=held.key))
+            pixels.append(_constant(make(held)))
+        else:
+            visuals.append(image)
+            pixels.append(_constant(make(image)))
+    return replace(example, visuals=tuple(visuals), pixels=tuple(pixels))
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -41,14 +52,14 @@ def collate(examples: Sequence[Example]) -> Batch:
         first = len(owner)
         sizes = example.sizes or (None,) * len(example.visuals)
         for image, make, size in zip(example.visuals, example.pixels, sizes, strict=True):
-            value = make()
+            value = make(image)
             if isinstance(value, Features):
                 value = value.values
             elif value.ndim == 3:
                 value = value[None]  # a picture is a clip of one frame
             groups.setdefault(tuple(value.shape), []).append((len(owner), value, size))
             owner.append(row)
-            keys.append(image.content_key())
+            keys.append(image.content_key() if example.keyed else image.key)
         for place in example.places:
             places[place.stream].append((row, first + place.visual, place.start, place.length))
     return Batch(
@@ -96,5 +107,5 @@ def _places(rows: Sequence[tuple[int, int, int, int]]) -> Places:
     return Places(row=row, visual=visual, start=start, length=length)
 
 
-def _constant(value: Any) -> Callable[[], Any]:
-    return lambda: value
+def _constant(value: Any) -> Callable[[Any], Any]:
+    return lambda image: value

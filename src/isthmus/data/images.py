@@ -209,6 +209,20 @@ def open_image(source: ImageSource, limits: ImageLimits | None = None, *, deep: 
             ) from None
 
 
+def check_header(source: ImageSource, limits: ImageLimits | None = None) -> None:
+    """Raises DataError as :func:`open_image` does for what is known without decoding: format and size."""
+    with _opened(source, limits or ImageLimits()):
+        pass
+
+
+def decoded(source: ImageSource, limits: ImageLimits | None = None) -> PilImage.Image:
+    """The picture decoded and otherwise as it came: what :func:`open_image` makes of this is what it makes of the file.
+    Raises DataError as it does."""
+    with _opened(source, limits or ImageLimits()) as image:
+        image.load()
+        return image
+
+
 def image_size(source: ImageSource, limits: ImageLimits | None = None) -> tuple[int, int]:
     """Height and width of what :func:`open_image` makes, from the header alone. Raises DataError as it does."""
     with _opened(source, limits or ImageLimits()) as image:

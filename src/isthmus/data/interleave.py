@@ -9,7 +9,6 @@ labels and the number of the picture that each token sees are built together, pi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from isthmus.batch import IGNORE
 from isthmus.data.images import ImageTransform
 from isthmus.data.mix import key
-from isthmus.data.processor import Processor
+from isthmus.data.processor import Processor, pixels_of
 from isthmus.data.record import Example, Image, Part, Place, Record, Role, Span, Text, without_answer
 from isthmus.data.text import Chunk, drawn, encode_chunk
 from isthmus.data.tokenizer import END, Tokenizer
@@ -252,7 +251,8 @@ class InterleaveProcessor(Processor):
             source=record.source,
             streams={"lm": Span(ids, labels, seen)},
             visuals=tuple(visuals),
-            pixels=tuple(partial(self.image, image) for image in visuals),
+            pixels=pixels_of(self.image, visuals),
+            keyed=False,
             places=tuple(Place(n, "lm", place, 1) for n, place in enumerate(places)),
         )
 

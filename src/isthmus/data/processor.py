@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -177,6 +176,7 @@ class ImagesProcessor(Processor):
             streams={},
             visuals=record.images,
             pixels=pixels_of(self.image, record.images),
+            keyed=False,
         )
 
     def prompt(self, record: Record) -> Example:
@@ -278,6 +278,7 @@ class SpliceProcessor(Processor):
             streams={"lm": Span(ids[:end], labels[:end])},
             visuals=kept,
             pixels=pixels_of(self.image, kept),
+            keyed=False,
             places=tuple(places),
             sizes=sizes[: len(places)],
         )
@@ -364,9 +365,9 @@ def _caption(text: str, tokenizer: Tokenizer, context: int) -> Example:
     return Example(id=text, source="", streams={"text": Span(ids)})
 
 
-def pixels_of(transform: ImageTransform, images: Sequence[Image]) -> tuple[Callable[[], Any], ...]:
-    """One call per picture that decodes it."""
-    return tuple(partial(transform, image) for image in images)
+def pixels_of(transform: ImageTransform, images: Sequence[Image]) -> tuple[Callable[[Image], Any], ...]:
+    """What decodes each picture, called with it."""
+    return (transform,) * len(images)
 
 
 def _check(template: str, max_length: int) -> None:

@@ -6,7 +6,7 @@ of one system and one stage: token ids and labels built together, and the places
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -45,13 +45,26 @@ class Image:
     key: str = ""
 
     def content_key(self) -> str:
-        """The given key, else the sha256 of the encoded bytes (of mode, size and pixels for a made picture)."""
-        if self.key:
-            return self.key
-        raw = self.source.read()
+        """The given key, else :meth:`key_of` what the source reads: this may open a file."""
+        return self.key or self.key_of(self.source.read())
+
+    @staticmethod
+    def key_of(raw: Any) -> str:
+        """sha256 of encoded bytes (of mode, size and pixels of a made picture)."""
         if isinstance(raw, bytes):
             return hashlib.sha256(raw).hexdigest()
         return hashlib.sha256(f"{raw.mode}{raw.size}".encode() + raw.tobytes()).hexdigest()
+
+    def identity(self) -> Hashable:
+        """What tells the picture from others without opening it: its key, else its source. Equal identities are one
+        picture; unlike ones may still have the same content."""
+        if self.key:
+            return self.key
+        try:
+            hash(self.source)
+        except TypeError:  # a source of a user's own need not be hashable
+            return id(self.source)
+        return self.source
 
 
 @runtime_checkable
@@ -71,12 +84,11 @@ class FrameSource(Protocol):
 class Video(Image):
     """A clip's place in the record: a visual of several frames, its ``source`` a FrameSource."""
 
-    def content_key(self) -> str:
-        """The given key, else the sha256 of the frames."""
-        if self.key:
-            return self.key
+    @staticmethod
+    def key_of(raw: Any) -> str:
+        """sha256 of the frames."""
         digest = hashlib.sha256()
-        for frame in self.source.read():
+        for frame in raw:
             digest.update(f"{frame.mode}{frame.size}".encode() + frame.tobytes())
         return digest.hexdigest()
 
@@ -128,17 +140,19 @@ class Place:
 class Example:
     """A processed sample: streams of ids and labels, places of visuals, and pixels still undecoded.
 
-    ``pixels`` are callables so that planning (lengths) costs no decoding; collate calls them. ``sizes``: height and
-    width of each visual as it came, where the net must know them (AnyRes), else empty.
+    ``pixels`` are callables so that planning (lengths) costs no decoding: collate calls each with its visual.
+    ``sizes``: height and width of each visual as it came, where the net must know them (AnyRes), else empty. ``keyed``:
+    the loss or a cache tells pictures apart by content, so a batch must carry their keys; False spares the hashing.
     """
 
     id: str
     source: str
     streams: Mapping[str, Span]
     visuals: tuple[Image, ...] = ()
-    pixels: tuple[Callable[[], Any], ...] = ()
+    pixels: tuple[Callable[[Image], Any], ...] = ()
     places: tuple[Place, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
+    keyed: bool = True
 
     @property
     def length(self) -> int:

@@ -1,6 +1,6 @@
 """What several examples begin with, so that a model reads it once."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -105,8 +105,8 @@ def _behind(example: Example, end: int, count: int) -> Example:
     )
 
 
-def _visuals(examples: Sequence[Example]) -> list[list[str]]:
-    return [[visual.content_key() for visual in example.visuals] for example in examples]
+def _visuals(examples: Sequence[Example]) -> list[list[Hashable]]:
+    return [[visual.identity() for visual in example.visuals] for example in examples]
 
 
 def _equal(ids: Sequence[Sequence[int]], limit: int) -> int:

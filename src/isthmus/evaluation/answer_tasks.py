@@ -11,7 +11,7 @@ import numpy as np
 from isthmus.data.messages import NO_ANSWER
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import binary, choice, rules, vqa
-from isthmus.evaluation.asking import ask_all, whose_pictures
+from isthmus.evaluation.asking import ask_all, how_asked
 from isthmus.evaluation.bootstrap import Interval, intervals
 from isthmus.evaluation.protocols import Answers, Sample, Weighs
 from isthmus.evaluation.tasks import Questions, Row, VqaTask, listed, unique
@@ -70,13 +70,13 @@ class LikelihoodTask(Questions):
         return {**Questions.describe(self), "rule": "choice", "answer_with": self.answer_with, "per": self.per}
 
     def rows(self, model: Weighs, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        other = whose_pictures(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
+        asking = how_asked(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for record in (self.records[i] for i in todo):  # a truth that is no choice is met before the model is asked
             row = self.row(record.id, last_turn(record), kind_of(record), {"answer": ""})
             choice.CHOICE.points("", row | {"choices": choices_of(record, self.name)})
-        for start in range(0, len(todo), chunk):
-            yield [self._row(model, self.records[i], self.records[other[i]]) for i in todo[start : start + chunk]]
+        for places in asking.chunks(todo, chunk):
+            yield [self._row(model, self.records[i], self.records[asking.other[i]]) for i in places]
 
     def _row(self, model: Weighs, record: Any, other: Any) -> Row:
         choices, asked = choices_of(record, self.name), prompt(record)
@@ -142,11 +142,11 @@ class ConversationTask(Questions):
         return {**Questions.describe(self), **own}
 
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        other = whose_pictures(self.records, self.name, self.controls, self.seed)
+        asking = how_asked(self.records, self.name, self.controls, self.seed)
         todo = [i for i in range(len(self.records)) if not set(self._ids(self.records[i])) <= set(done)]
-        for start in range(0, len(todo), max(1, chunk // 4)):
-            places = todo[start : start + max(1, chunk // 4)]
-            made = self._talk(model, [self.records[i] for i in places], [self.records[other[i]] for i in places])
+        for places in asking.chunks(todo, max(1, chunk // 4)):
+            others = [self.records[asking.other[i]] for i in places]
+            made = self._talk(model, [self.records[i] for i in places], others)
             yield [row for row in made if row["id"] not in done]
 
     def _talk(self, model: Answers, records: Sequence[Any], others: Sequence[Any]) -> list[Row]:

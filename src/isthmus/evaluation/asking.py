@@ -1,7 +1,8 @@
 """Asking a model with and without its eyes: the same questions seen, blind (no picture) and shuffled (another's)."""
 
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice, pairwise
 from typing import Any, Literal, get_args
 
 from isthmus.errors import CapabilityError, ConfigError, DataError, nearest
@@ -9,6 +10,11 @@ from isthmus.evaluation.protocols import Answers, Records
 from isthmus.evaluation.turns import partners, with_pictures_of, without_picture
 
 Control = Literal["blind", "shuffled"]
+
+WINDOW = 64
+"""Different pictures among which the shuffled control finds another one; up to twice as many in the last window."""
+_APART = 1_000_003
+"""Between the seeds of windows, so that none is another one's at a neighbouring seed."""
 
 
 def check_controls(controls: Sequence[str]) -> None:
@@ -76,19 +82,67 @@ def picture_keys(records: Records, task: str, *, mixed: bool = False) -> list[st
 def strangers(keys: Sequence[str], seed: int) -> list[int]:
     """For each record the index of one with another picture; a record without a picture (key "") stands for itself.
 
-    Raises DataError when all pictures are the same.
+    The other record is one of the same window (:func:`windows`), so that both pictures are decoded once, and how many
+    are held at a time does not grow with the data. Raises DataError when all pictures are the same.
     """
     seeing = [i for i, key in enumerate(keys) if key]
     found = list(range(len(keys)))
-    for i, partner in zip(seeing, partners([keys[i] for i in seeing], seed), strict=True):
-        found[i] = seeing[partner]
+    for number, window in enumerate(windows([keys[i] for i in seeing])):
+        places = [seeing[i] for i in window]
+        for i, partner in zip(places, partners([keys[i] for i in places], seed + _APART * number), strict=True):
+            found[i] = places[partner]
     return found
 
 
-def whose_pictures(
-    records: Records, task: str, controls: Sequence[Control], seed: int, *, mixed: bool = False
-) -> Sequence[int]:
-    """Whose pictures each record is asked with under the controls: see :func:`strangers`; without ``shuffled``, its
-    own. Raises DataError when there are controls and no pictures to leave out: see :func:`picture_keys`."""
-    keys = picture_keys(records, task, mixed=mixed) if controls else []
-    return strangers(keys, seed) if "shuffled" in controls else range(len(records))
+def windows(keys: Sequence[str], size: int = WINDOW) -> list[range]:
+    """Neighbouring records in order, ``size`` different pictures at a time; what is left over, less than ``size``, is
+    the last window's."""
+    starts, found = [0], set[str]()
+    for i, key in enumerate(keys):
+        if key not in found and len(found) == size:
+            starts.append(i)
+            found.clear()
+        found.add(key)
+    if len(starts) > 1 and len(found) < size:
+        starts.pop()
+    return [range(a, b) for a, b in pairwise([*starts, len(keys)])]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How records are asked under the controls: ``shuffled`` with the pictures of record ``other[i]``, and those
+    of one window (:func:`windows`) together."""
+
+    other: Sequence[int]
+    window: Sequence[int]
+
+    @classmethod
+    def of(cls, keys: Sequence[str], controls: Sequence[str], seed: int) -> "Asked":
+        """``keys`` of all records, see :func:`picture_keys`. Without ``shuffled`` there is one window."""
+        if "shuffled" not in controls:
+            return cls(range(len(keys)), (0,) * len(keys))
+        seeing = [i for i, key in enumerate(keys) if key]
+        window = [0] * len(keys)
+        for number, places in enumerate(windows([keys[i] for i in seeing])):
+            for place in places:
+                window[seeing[place]] = number
+        return cls(strangers(keys, seed), window)
+
+    def chunks(self, todo: Sequence[int], size: int) -> Iterator[list[int]]:
+        """The numbers ``todo`` in order, at most ``size`` at a time and each time of one window."""
+        for _, places in groupby(todo, lambda i: self.window[i]):
+            some = list(places)
+            yield from (some[start : start + size] for start in range(0, len(some), size))
+
+
+def how_asked(records: Records, task: str, controls: Sequence[Control], seed: int, *, mixed: bool = False) -> Asked:
+    """See :class:`Asked`. Raises DataError when there are controls and no pictures to leave out: see
+    :func:`picture_keys`."""
+    keys = picture_keys(records, task, mixed=mixed) if controls else [""] * len(records)
+    return Asked.of(keys, controls, seed)
+
+
+def shuffled_among(controls: Sequence[str], count: int) -> dict[str, int]:
+    """What a manifest tells of the windows, so that outputs with other strangers are not mixed with new ones. Nothing
+    where ``count`` records are too few for two windows."""
+    return {"shuffled_among": WINDOW} if "shuffled" in controls and count > WINDOW else {}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from isthmus.errors import ConfigError, DataError
-from isthmus.evaluation.asking import Control, ask_all, check_controls, strangers
+from isthmus.evaluation.asking import Asked, Control, ask_all, check_controls, shuffled_among
 from isthmus.evaluation.bootstrap import Array, Interval, intervals
 from isthmus.evaluation.captions import CaptionScores, score_captions
 from isthmus.evaluation.captions.bleu import ngrams
@@ -143,6 +143,7 @@ class CaptionTask(Task):
             "prior": self.prior,
             "decoding": dict(self.decoding),
             "data": fingerprint(self.records),
+            **shuffled_among(self.controls, len(self.ids)),
         }
 
     def asked(self) -> Iterator[Any]:
@@ -158,12 +159,11 @@ class CaptionTask(Task):
         records = [record for record, _ in self._pictures.values()]
         captions = [c for _, c in self._pictures.values()]
         shuffled = "shuffled" in self.controls
-        other = strangers(list(self._pictures), self.seed) if shuffled else range(len(records))
+        asking = Asked.of(list(self._pictures), self.controls, self.seed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
-        for start in range(0, len(todo), chunk):
-            places = todo[start : start + chunk]
-            asked = [self._ask(records[i]) for i in places]
-            answers = ask_all(model, asked, [records[other[i]] for i in places], self.controls, self.decoding)
+        for places in asking.chunks(todo, chunk):
+            asked, others = [self._ask(records[i]) for i in places], [records[asking.other[i]] for i in places]
+            answers = ask_all(model, asked, others, self.controls, self.decoding)
             yield [
                 {
                     "id": records[i].id,

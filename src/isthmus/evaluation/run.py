@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from isthmus.errors import CapabilityError, ConfigError, DataError
@@ -42,6 +43,7 @@ def evaluate(
     *,
     model_hash: str = "",
     left_out: int = 0,
+    facts: Mapping[str, Any] = MappingProxyType({}),
     chunk: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
@@ -52,6 +54,7 @@ def evaluate(
             that tells (image transform, template, prompts, decoding in full) is kept in the manifest.
         model_hash: identity of the weights, kept in the manifest; with one, another model is refused in this folder.
         left_out: samples that could not be read, told in manifest and scores.
+        facts: what else stands in the manifest.
         chunk: items asked for at a time; outputs are on disk after each.
         progress: called with (items done, items in all) at the start and after each chunk.
 
@@ -60,7 +63,7 @@ def evaluate(
     """
     folder = Path(folder)
     left = {"left_out": left_out} if left_out else {}
-    _settle(folder / "manifest.json", _manifest(task, model, model_hash) | left)
+    _settle(folder / "manifest.json", _manifest(task, model, model_hash) | left | dict(facts))
     path = folder / "outputs.jsonl"
     rows = _read(path, task)
     report = progress or (lambda done, total: None)
@@ -78,8 +81,8 @@ def evaluate(
     ordered = [rows[i] for i in task.ids]
     scores = task.score(ordered)
     warn_of(ordered, captions=task.kind == "caption")
-    facts = {"task": task.name, "kind": task.kind, **counts(left_out, ordered), **scores.to_dict()}
-    write_json(folder / "scores.json", facts)
+    told = {"task": task.name, "kind": task.kind, **counts(left_out, ordered), **scores.to_dict()}
+    write_json(folder / "scores.json", told)
     return Result(task.name, task.kind, scores, ordered, folder, left_out)
 
 

@@ -18,7 +18,7 @@ import torch
 from isthmus.data.sources.files import merged_names, same_name
 from isthmus.errors import CapabilityError, ConfigError, DataError, nearest
 from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
-from isthmus.evaluation.asking import Control, ask_all, check_controls, whose_pictures
+from isthmus.evaluation.asking import Control, ask_all, check_controls, how_asked, shuffled_among
 from isthmus.evaluation.embedding import embed
 from isthmus.evaluation.protocols import Answers, Embeds, Measures, Picture, Records, Sample, Sees, TextPart
 from isthmus.evaluation.turns import Turn, captions_of, kind_of, last_turn, prompt
@@ -140,6 +140,7 @@ class Questions(Task):
             "controls": list(self.controls),
             "prior": self.prior.fingerprint() if self.prior else None,
             "data": fingerprint(self.records),
+            **shuffled_among(self.controls, len(self.records)),
         }
 
     def asked(self) -> Iterator[Any]:
@@ -187,14 +188,13 @@ class VqaTask(Questions):
         return {**told, "gaps": True} if self.gaps else told
 
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        other = whose_pictures(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
+        asking = how_asked(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for i in todo:  # what the rule cannot score is met before the model is asked
             self._row(self.records[i], {"answer": ""})
-        for start in range(0, len(todo), chunk):
-            places = todo[start : start + chunk]
+        for places in asking.chunks(todo, chunk):
             records = [self.records[i] for i in places]
-            others = [self.records[other[i]] for i in places]
+            others = [self.records[asking.other[i]] for i in places]
             asked = [prompt(r) for r in records]
             answers = ask_all(model, asked, others, self.controls, self.decoding)
             rows = [self._row(r, {k: v[j] for k, v in answers.items()}) for j, r in enumerate(records)]

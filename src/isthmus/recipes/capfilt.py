@@ -25,6 +25,7 @@ from isthmus.data.record import Image, Record, Text
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.sound import Sound
 from isthmus.evaluation.turns import captions_of
+from isthmus.evaluation.window import original
 
 CHUNK = 64
 
@@ -223,7 +224,7 @@ def _picture(record: Record) -> Image:
 
 def _write_picture(record: Record, folder: Path, number: int) -> str:
     """The picture as it came (encoded bytes), or as PNG when it was made; its name in the folder."""
-    raw = _picture(record).source.read()
+    raw = original(_picture(record).source).read()
     if not isinstance(raw, bytes):
         buffer = io.BytesIO()
         raw.save(buffer, "PNG")

@@ -1,5 +1,6 @@
 """From an evaluation as a recipe (or the command line) names it to a task, and from a model to its scores."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
@@ -11,7 +12,7 @@ from isthmus.config import check_options
 from isthmus.data.mix import Source
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_source
-from isthmus.errors import ConfigError, nearest
+from isthmus.errors import ConfigError, IsthmusWarning, nearest
 from isthmus.evaluation import zero_shot
 from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, LikelihoodTask
 from isthmus.evaluation.caption_task import CaptionTask, typical_caption
@@ -22,9 +23,10 @@ from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
 from isthmus.evaluation.protocols import Answers
 from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.run import Result, evaluate
-from isthmus.evaluation.sound import Demand, Sound, all_answered, answered
+from isthmus.evaluation.sound import Check, Demand, Sound, all_answered, answered
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
+from isthmus.evaluation.window import Undecodable
 from isthmus.interop.hub import model_hash
 from isthmus.model import Model, load
 from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe, read_recipe
@@ -47,8 +49,16 @@ class First(Source):
         return self.source[index]
 
 
-def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quarantine: Quarantine | None = None) -> Task:
-    """The task that ``spec`` names, on its data; with a ``quarantine`` on what can be read of it.
+def make_task(
+    spec: EvalSpec,
+    *,
+    seed: int = 0,
+    limit: int | None = None,
+    quarantine: Quarantine | None = None,
+    pictures: Check = "decode",
+) -> Task:
+    """The task that ``spec`` names, on its data; with a ``quarantine`` on what can be read of it, its ``pictures``
+    looked at beforehand as :class:`.Sound` says.
 
     Training data has a quarantine of its own with the same threshold (``quarantine-train.jsonl`` beside the other's
     file); its pictures are opened only where the task looks at them.
@@ -64,14 +74,15 @@ def make_task(spec: EvalSpec, *, seed: int = 0, limit: int | None = None, quaran
     if limit is not None:
         records = First(records, limit)
     if quarantine is not None:
-        records = Sound(records, quarantine, demand=_demand(spec))
+        records = Sound(records, quarantine, demand=_demand(spec), pictures=pictures)
     train: Any = open_source(spec.train) if spec.train is not None else None
     if train is not None and quarantine is not None and spec.task not in UNTRAINED:
         path = quarantine.path and quarantine.path.with_name("quarantine-train.jsonl")
         shown = "shots" in spec.options
         own = Quarantine(path, threshold=quarantine.threshold, after=quarantine.after)
         demand = answered if shown else _demand(spec)
-        train = Sound(train, own, demand=demand, pictures=shown or spec.task == "linear-probe")
+        seen = shown or spec.task == "linear-probe"
+        train = Sound(train, own, demand=demand, pictures=pictures if seen else "none")
     options = dict(spec.options)
     if is_user_code(spec.task):
         return _users(spec, records, train, seed)
@@ -264,13 +275,34 @@ def score_model(
             spec = spec.model_copy(update={"options": {"similarity": model.net.config.similarity, **spec.options}})
         if spec.task == "caption" and "caption" in model.prompts:
             spec = spec.model_copy(update={"options": {"prompt": model.prompts["caption"], **spec.options}})
-        quarantine = Quarantine(folder / name / "quarantine.jsonl", threshold=spec.bad_samples)
-        task = make_task(spec, seed=seed, limit=limit, quarantine=quarantine)
-        left_out = quarantine.failures
-        found.append(evaluate(model, task, folder / name, model_hash=model_hash, left_out=left_out, progress=report))
+        found.append(
+            _scored(model, spec, folder / name, seed=seed, limit=limit, model_hash=model_hash, progress=report)
+        )
         if done is not None:
             done(found[-1])
     return found
+
+
+def _scored(model: Any, spec: EvalSpec, folder: Path, *, seed: int, limit: int | None, **more: Any) -> Result:
+    """One task. Pictures are decoded when they are asked about. Where one cannot be, now or at an earlier call, the
+    task begins anew with all of them decoded beforehand."""
+
+    def attempt(pictures: Check) -> Result:
+        quarantine = Quarantine(folder / "quarantine.jsonl", threshold=spec.bad_samples)
+        task = make_task(spec, seed=seed, limit=limit, quarantine=quarantine, pictures=pictures)
+        first = {"pictures": "decoded first"} if pictures == "decode" else {}
+        return evaluate(model, task, folder, left_out=quarantine.failures, facts=first, **more)
+
+    manifest = folder / "manifest.json"
+    if manifest.is_file() and "pictures" in checkpoint.read_json(manifest):
+        return attempt("decode")
+    try:
+        return attempt("read")
+    except Undecodable as error:
+        told = f"{error}. The task {spec.name!r} begins anew, every picture decoded before the first is asked about."
+        warnings.warn(told, IsthmusWarning, stacklevel=3)
+        (folder / "outputs.jsonl").unlink(missing_ok=True)
+        return attempt("decode")
 
 
 def _of_stage(run: Path, stage: str, final: Model, final_hash: str) -> tuple[Model, str]:

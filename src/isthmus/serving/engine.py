@@ -6,7 +6,6 @@ A speaker takes rows in while others are being written, and every row's text is 
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -135,13 +134,13 @@ class PictureFeatures:
             key = image.content_key()
             features = self.kept.pop(key, None)
             if features is None:
-                features = self._encode(pixels())
+                features = self._encode(pixels(image))
                 self.held += features.nbytes
             self.kept[key] = features
-            found.append(partial(Features, features))
+            found.append(Features(features))
         while self.held > self.size and self.kept:
             self.held -= self.kept.popitem(last=False)[1].nbytes
-        return replace(example, pixels=tuple(found))
+        return replace(example, pixels=tuple(lambda image, kept=kept: kept for kept in found))
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """(F, P, D) of a picture (3, H, W) or of frames."""

@@ -20,7 +20,7 @@ def inputs(example: Example, token: int | None) -> dict[str, Any]:
         ids[place.start : place.start + place.length] = [token] * place.length
     found = of_text(ids)
     if example.pixels:
-        pixels = [make() for make in example.pixels]
+        pixels = _decoded(example)
         found["pixel_values"] = pad_sequence(pixels, batch_first=True) if example.sizes else torch.stack(pixels)
     if example.sizes:
         found["image_sizes"] = torch.tensor(example.sizes)
@@ -55,7 +55,11 @@ def pictures(batch: Batch) -> Tensor:
 
 def pixels_of(example: Example) -> Tensor:
     """(n, 3, H, W)"""
-    return torch.stack([make() for make in example.pixels])
+    return torch.stack(_decoded(example))
+
+
+def _decoded(example: Example) -> list[Tensor]:
+    return [make(image) for image, make in zip(example.visuals, example.pixels, strict=True)]
 
 
 def text_ids(text: Any, theirs: Any, example: Example) -> Tensor:
