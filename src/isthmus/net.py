@@ -38,6 +38,8 @@ class Net(StagedNet):
     """What it reads of its vision encoder; none: features cannot be cached."""
     pinpoints: tuple[tuple[int, int], ...] = ()
     """Canvases of AnyRes; without them a picture is one view."""
+    reads_clips: bool = False
+    """Whether several frames can be one visual of its prompts."""
 
     @property
     def shares_beginning(self) -> bool:

@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image as PilImage
 
 from isthmus.model import Model
+from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.serving.api import create_app
 from isthmus.serving.limits import Limits
 from isthmus.serving.run import server
@@ -28,7 +29,9 @@ def models() -> dict[str, Model]:
         "clip": tiny_models.clip(),
         "lm": tiny_models.lm(),
         "llava": tiny_models.llava(),
-        "flamingo": tiny_models.flamingo(template="paper"),
+        "flamingo": tiny_models.flamingo(
+            template="paper", resampler=replace(ResamplerConfig.open_flamingo(), frames=4)
+        ),
         "blip2": tiny_models.blip2(),
         "matcher": tiny_models.blip2(None),
     }

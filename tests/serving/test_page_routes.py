@@ -57,6 +57,15 @@ def test_a_scene_has_its_picture_and_its_truth(served):
     assert served.get("/isthmus/scene?number=-1").code == "invalid_value"
 
 
+def test_a_clip_has_its_frames_and_a_question(served):
+    one = served.get("/isthmus/clip?number=7").json
+    assert {PilImage.open(io.BytesIO(base64.b64decode(f.partition(",")[2]))).size for f in one["frames"]} == {(64, 64)}
+    assert len(one["frames"]) == len(set(one["frames"])) == 4
+    assert all(each["question"] and each["answer"] for each in one["questions"])
+    assert served.get("/isthmus/clip?number=8").json["frames"] != one["frames"]
+    assert served.get("/isthmus/clip?number=-1").code == "invalid_value"
+
+
 @pytest.mark.parametrize("name", ["llava", "flamingo", "blip2"])
 def test_a_look_is_a_map_per_word_and_picture(served, name):
     found = served.post("/isthmus/look", {"model": name, "messages": asked("what?", 1), "max_tokens": 6})

@@ -191,6 +191,7 @@ class Flamingo(Net):
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__()
         self.config, self.tap = config, config.tap
+        self.reads_clips = config.resampler.frames > 0
         language = InterleavedLanguageModel.build(config.language, config.new_ids)
         places = [i for i in range(len(language.decoder_layers())) if i % config.every == config.offset]
         if not places:

@@ -54,6 +54,7 @@ def _described(server: Server, name: str) -> dict[str, Any]:
         "kind": found.kind,
         "capabilities": list(found.capabilities),
         "vision": found.processor.image is not None,
+        "clips": found.net.reads_clips,
     }
 
 

@@ -1,11 +1,11 @@
 """The browser page at ``/``: static files, and the few routes of ours that it needs beside the public API.
 
-``/isthmus/scene``: a generated picture with its truth; ``/isthmus/look``: where a model looked for each word of its
-answer; ``/isthmus/runs``: each model's parts, counts and scores.
+``/isthmus/scene`` and ``/isthmus/clip``: a generated picture or clip with its truth; ``/isthmus/look``: where a model
+looked for each word of its answer; ``/isthmus/runs``: each model's parts, counts and scores.
 """
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from io import BytesIO
@@ -14,12 +14,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
+from PIL import Image as PilImage
 from pydantic import Field
 
 from isthmus.checkpoint import read_json
 from isthmus.data.attention import Attention
 from isthmus.data.images import open_image
-from isthmus.data.record import Record
+from isthmus.data.record import Image, Record
 from isthmus.data.sources import open_source
 from isthmus.errors import CapabilityError, CheckpointError
 from isthmus.model import Model
@@ -28,6 +29,7 @@ from isthmus.serving import schema
 from isthmus.serving.errors import bad_request
 from isthmus.serving.limits import MOST_MESSAGES
 from isthmus.serving.parsing import StrictRoute
+from isthmus.serving.prepare import Frames
 from isthmus.serving.server import ERRORS, Server
 
 router = APIRouter(route_class=StrictRoute)
@@ -40,8 +42,8 @@ LONGEST_LOOK = 256
 
 _HEADERS = {
     "content-security-policy": (
-        "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
+        "default-src 'self'; img-src 'self' data: blob:; media-src blob:; object-src 'none'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
     ),
     "cache-control": "no-cache",
 }
@@ -77,26 +79,46 @@ async def scene(request: Request, number: Annotated[int, Query(ge=0, lt=SCENES)]
 
 
 def _scene(number: int) -> dict[str, Any]:
-    described, asked = (
-        open_source({"kind": "scenes", "form": form, "split": "test", "count": SCENES})[number]
-        for form in ("describe", "conversations")
-    )
-    picture = BytesIO()
-    open_image(described.images[0].source).save(picture, "PNG")
+    described, asked = (_made(form)[number] for form in ("describe", "conversations"))
     # A scene that no question fits is drawn anew for its conversation: then the questions are about another picture.
     turns = [str(t.text) for t in asked.texts] if asked.images[0].key == described.images[0].key else []
     return {
         "number": number,
-        "picture": f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}",
+        "picture": _png(open_image(described.images[0].source)),
         "truth": next(str(t.text) for t in described.texts if t.role == "assistant"),
         "questions": [{"question": q, "answer": a} for q, a in zip(turns[::2], turns[1::2], strict=True)],
     }
+
+
+@router.get("/isthmus/clip", responses=ERRORS, operation_id="clip")
+async def clip(request: Request, number: Annotated[int, Query(ge=0, lt=SCENES)] = 0) -> dict[str, Any]:
+    """The frames of a generated clip as PNGs, and a question about what happens with its answer."""
+    server: Server = request.app.state.server
+    return await server.prepared(lambda: _clip(number))
+
+
+def _clip(number: int) -> dict[str, Any]:
+    record = _made("clip_questions")[number]
+    question, answer = (str(t.text) for t in record.texts)
+    frames = [_png(frame) for frame in record.images[0].source.read()]
+    return {"number": number, "frames": frames, "questions": [{"question": question, "answer": answer}]}
+
+
+def _made(form: str) -> Sequence[Record]:
+    return open_source({"kind": "scenes", "form": form, "split": "test", "count": SCENES})
+
+
+def _png(picture: PilImage.Image) -> str:
+    out = BytesIO()
+    picture.save(out, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 @router.post("/isthmus/look", responses=ERRORS, operation_id="look")
 async def look(asked: LookRequest, request: Request) -> dict[str, Any]:
     """Where the model looked for each word of its greedy answer: per picture of the conversation a map per word.
 
+    Each frame of a clip counts as a picture.
     A map is rows x columns of patches, row by row, the mean over layers and the word's tokens. ``box`` (left, top,
     right, bottom) is the part of the picture that the map covers, in fractions of its width and height; it reaches
     beyond 0 and 1 where the picture was padded. Of a picture read in tiles the map is that of the whole view.
@@ -106,7 +128,7 @@ async def look(asked: LookRequest, request: Request) -> dict[str, Any]:
     with server.ticket(request, asked) as hearing:
         record = server.reader.conversation(asked.messages)
         await server.prepared(lambda: server.reader.prompt(model, record))  # refuses what the model cannot read
-        boxes = await server.prepared(lambda: _boxes(server, model, record))
+        boxes = await server.prepared(lambda: [_boxes(server, model, image) for image in record.images])
         found: Attention = await hearing.call(_attention(model, record, asked.max_tokens))
         words = found.words()
         pictures = [
@@ -114,9 +136,10 @@ async def look(asked: LookRequest, request: Request) -> dict[str, Any]:
                 "box": box,
                 "rows": maps.shape[-2],
                 "columns": maps.shape[-1],
-                "maps": [[round(x, 5) for x in heat[0].flatten().tolist()] for heat in found.heat(n)],
+                "maps": [[round(x, 5) for x in heat[frame].flatten().tolist()] for heat in found.heat(n)],
             }
-            for n, (box, maps) in enumerate(zip(boxes, found.maps, strict=True))
+            for n, (own, maps) in enumerate(zip(boxes, found.maps, strict=True))
+            for frame, box in enumerate(own)
         ]
         return {"model": asked.model, "text": found.text, "words": [w for w, _ in words], "pictures": pictures}
 
@@ -128,11 +151,12 @@ def _attention(model: Model, record: Record, tokens: int) -> Iterator[Attention]
         raise bad_request("no_maps", "This model's attention cannot be traced back to the picture.", "model") from None
 
 
-def _boxes(server: Server, model: Model, record: Record) -> list[tuple[float, float, float, float]]:
+def _boxes(server: Server, model: Model, image: Image) -> list[tuple[float, float, float, float]]:
+    """Of a picture one, of a clip one per frame."""
     transform = model.processor.image
-    if transform is None:  # a model that reads only text was refused its pictures before
-        return []
-    return [transform.box(*open_image(image.source, server.limits.images).size) for image in record.images]
+    assert transform is not None  # a model that reads only text was refused its pictures before
+    sources = image.source.pictures if isinstance(image.source, Frames) else [image.source]
+    return [transform.box(*open_image(source, server.limits.images).size) for source in sources]
 
 
 @router.get("/isthmus/runs", responses=ERRORS, operation_id="runs")

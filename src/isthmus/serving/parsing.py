@@ -22,8 +22,8 @@ _FIXED = {
     "less_than": "This number is too large.",
     "less_than_equal": "This number is too large.",
     "literal_error": "This value is none of those that are allowed.",
-    "union_tag_invalid": "A part is of type text or image_url.",
-    "union_tag_not_found": "A part names its type, text or image_url.",
+    "union_tag_invalid": "A part is of type text or image_url, or in a conversation video_url.",
+    "union_tag_not_found": "A part names its type: text or image_url, or in a conversation video_url.",
 }
 _OTHERWISE = "This value is of the wrong type."
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}

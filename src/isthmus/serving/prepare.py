@@ -3,14 +3,17 @@ scheduler computes anything."""
 
 import base64
 import binascii
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from PIL import Image as PilImage
+
 from isthmus.data.collate import load_pixels
-from isthmus.data.images import BytesImage, image_size
+from isthmus.data.images import BytesImage, ImageLimits, image_size, open_image
 from isthmus.data.messages import NO_ANSWER
-from isthmus.data.record import Example, Image, Part, Record, Role, Text
+from isthmus.data.record import Example, Image, Part, Record, Role, Text, Video
 from isthmus.data.tokenizer import END
 from isthmus.errors import DataError
 from isthmus.language import Decoding
@@ -22,7 +25,22 @@ from isthmus.serving.limits import Limits
 
 DEFAULT_TOKENS = 512
 _DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp|gif|bmp);base64,", re.IGNORECASE)
+_CLIP_URL = re.compile(r"data:video/(?:jpeg|jpg|png|webp);base64,", re.IGNORECASE)
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """The frames of a request's clip, undecoded."""
+
+    pictures: tuple[BytesImage, ...]
+    limits: ImageLimits
+
+    def describe(self) -> str:
+        return "clip"
+
+    def read(self) -> list[PilImage.Image]:
+        return [open_image(picture, self.limits) for picture in self.pictures]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +65,14 @@ class Reader:
         else:
             raise bad_request("invalid_image_url", "A picture's URL begins with data:, http: or https:.", "image_url")
         source = BytesImage(data, "picture")
+        self._size(source)
+        return Image(source, role)
+
+    def _size(self, source: BytesImage) -> tuple[int, int]:
         try:
-            image_size(source, self.limits.images)
+            return image_size(source, self.limits.images)
         except DataError:
             raise self._unreadable() from None
-        return Image(source, role)
 
     def _inline(self, url: str) -> bytes:
         head = _DATA_URL.match(url)
@@ -61,10 +82,23 @@ class Reader:
                 "A data: URL of a picture begins with data:image/TYPE;base64, and TYPE is png, jpeg, webp, gif or bmp.",
                 "image_url",
             )
-        try:
-            return base64.b64decode(url[head.end() :], validate=True)
-        except (binascii.Error, ValueError):
-            raise bad_request("invalid_base64", "The picture is not valid base64.", "image_url") from None
+        return _decoded(url[head.end() :])
+
+    def clip(self, url: str, role: Role = "user") -> Video:
+        """The clip whose frames a URL holds, checked by their headers. Raises ApiError."""
+        head = _CLIP_URL.match(url)
+        if head is None:
+            raise bad_request(
+                "invalid_video_url",
+                "A clip's URL is data:video/TYPE;base64, and then its frames with commas between; TYPE is jpeg, png or "
+                "webp.",
+                "video_url",
+            )
+        frames = tuple(BytesImage(_decoded(each), "frame") for each in url[head.end() :].split(","))
+        if len({self._size(frame) for frame in frames}) > 1:
+            raise bad_request("invalid_video", "The frames of a clip are equal in size.", "video_url")
+        key = hashlib.sha256(b"".join(hashlib.sha256(frame.data).digest() for frame in frames)).hexdigest()
+        return Video(Frames(frames, self.limits.images), role, key)
 
     def _fetched(self, url: str) -> bytes:
         if self.remote is None:
@@ -90,16 +124,17 @@ class Reader:
             "image_url",
         )
 
-    def parts(self, content: str | Sequence[schema.Part | str], role: Role) -> list[Part]:
-        """Text and pictures of one turn, in order."""
+    def parts(self, content: str | Sequence[schema.Part | schema.VideoPart | str], role: Role) -> list[Part]:
+        """Text, pictures and clips of one turn, in order."""
         pieces = [content] if isinstance(content, str) else content
-        self.count(sum(isinstance(piece, schema.ImagePart) for piece in pieces))
+        self.count(sum(_pictures(piece) for piece in pieces))
         found: list[Part] = []
         for piece in pieces:
-            if isinstance(piece, schema.ImagePart):
+            if isinstance(piece, schema.ImagePart | schema.VideoPart):
                 if role != "user":
                     raise bad_request("picture_of_another_role", "Only the user's turns may show pictures.", "messages")
-                found.append(self.picture(piece.image_url.url, role))
+                image = isinstance(piece, schema.ImagePart)
+                found.append(self.picture(piece.image_url.url) if image else self.clip(piece.video_url.url))
             else:
                 found.append(Text(checked(piece if isinstance(piece, str) else piece.text), role))
         return found
@@ -112,7 +147,7 @@ class Reader:
                 "invalid_conversation", "A conversation begins and ends with a turn of the user's.", "messages"
             )
         shown = [m.content for m in messages if not isinstance(m.content, str)]
-        self.count(sum(isinstance(piece, schema.ImagePart) for pieces in shown for piece in pieces))
+        self.count(sum(_pictures(piece) for pieces in shown for piece in pieces))
         parts: list[Part] = []
         for message in messages:
             role = _ROLES[message.role]
@@ -126,6 +161,8 @@ class Reader:
         """What the model reads of a record, its pictures decoded. Raises ApiError."""
         if record.images and model.processor.image is None:
             raise bad_request("no_vision", "This model reads only text; send no picture.", "messages")
+        if any(isinstance(image, Video) for image in record.images) and not model.net.reads_clips:
+            raise bad_request("no_clips", "This model reads single pictures; send no clip.", "messages")
         try:
             example = model.processor.prompt(record)
         except DataError:
@@ -146,6 +183,20 @@ class Reader:
                 "messages",
             )
         return too_long()
+
+
+def _pictures(piece: schema.Part | schema.VideoPart | str) -> int:
+    """As how many pictures it counts: each frame of a clip is one."""
+    if isinstance(piece, schema.VideoPart):
+        return piece.video_url.url.count(",")
+    return int(isinstance(piece, schema.ImagePart))
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise bad_request("invalid_base64", "The picture is not valid base64.", "image_url") from None
 
 
 def too_long() -> ApiError:

@@ -48,15 +48,34 @@ class ImagePart(Strict):
     image_url: ImageUrl
 
 
+class VideoUrl(Strict):
+    url: Url = Field(
+        description="data:video/jpeg;base64,FRAME,FRAME,... (or png, webp): frames in order, equal in size."
+    )
+
+
+class VideoPart(Strict):
+    """A clip as its frames, for models that read one as a whole."""
+
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts = Annotated[list[Part], Field(min_length=1, max_length=MOST_INPUTS)]
 
 
 class Message(Strict):
-    """One turn of a conversation. Only the user's holds pictures."""
+    """One turn of a conversation. Only the user's holds pictures and clips."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Words | Parts
+    content: (
+        Words
+        | Annotated[
+            list[Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]],
+            Field(min_length=1, max_length=MOST_INPUTS),
+        ]
+    )
     name: Name | None = None
 
 

@@ -4,10 +4,11 @@
 const MOST_MODELS = 4;
 const KINDS = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
 const COVER = "#808080";
+const FRAME = 448; // longer side in pixels of what is taken from a video file
 const RERANKED = 16; // of the pictures found: as many are matched with the text
 
 const state = { models: [], limits: { pictures: 8, picture_bytes: 10485760 }, searched: 0, key: "", attached: [],
-  turns: [], running: new Set() };
+  shots: [], turns: [], running: new Set() };
 const $ = (id) => document.getElementById(id);
 
 function make(tag, options = {}, ...children) {
@@ -110,6 +111,10 @@ async function take(files) {
   for (const file of files) {
     try {
       const most = state.limits.picture_bytes;
+      if (file.type.startsWith("video/")) {
+        await takeFilm(file);
+        continue;
+      }
       if (!KINDS.includes(file.type)) throw new Error(`${file.name} is no PNG, JPEG, WebP, GIF or BMP.`);
       if (file.size > most) {
         throw new Error(`${file.name} has ${megabytes(file.size)}; the server takes at most ${megabytes(most)}. ` +
@@ -121,6 +126,33 @@ async function take(files) {
     } catch (error) {
       notice(error.message);
     }
+  }
+}
+
+/** Frames of a video file, as many as one question takes and evenly spread, to be asked about as one clip. */
+async function takeFilm(file) {
+  const video = make("video", { muted: true, preload: "auto", src: URL.createObjectURL(file) });
+  const event = (name) => new Promise((done, fail) => {
+    video.addEventListener(name, done, { once: true });
+    video.addEventListener("error", () => fail(new Error(`${file.name} is damaged or no video that this browser reads.`)),
+      { once: true });
+  });
+  try {
+    await event("loadeddata");
+    if (!Number.isFinite(video.duration)) throw new Error(`${file.name} does not say how long it is.`);
+    const room = state.limits.pictures - state.attached.length;
+    const scale = Math.min(1, FRAME / Math.max(video.videoWidth, video.videoHeight));
+    const canvas = make("canvas", { width: video.videoWidth * scale, height: video.videoHeight * scale });
+    for (let n = 0; n < room; n++) {
+      const sought = event("seeked");
+      video.currentTime = video.duration * n / room;
+      await sought;
+      canvas.getContext("2d").drawImage(video, 0, 0, canvas.width, canvas.height);
+      attach({ url: canvas.toDataURL("image/jpeg", 0.9), name: `${file.name}, ${video.currentTime.toFixed(1)} s` });
+    }
+    $("joined").checked = true;
+  } finally {
+    URL.revokeObjectURL(video.src);
   }
 }
 
@@ -140,6 +172,10 @@ function drawAttached() {
     truth(picture),
     button("Remove", () => { state.attached.splice(n, 1); drawAttached(); },
       { ariaLabel: `Remove ${picture.name}` }))));
+  const films = mode() === "chat" && state.models.some((model) => model.clips);
+  $("film").hidden = !films;
+  $("joining").hidden = !films || state.attached.length < 2;
+  if (state.attached.length < 2) $("joined").checked = false;
 }
 
 /** The picture in a box of its own size, with a canvas exactly over it. */
@@ -181,6 +217,58 @@ async function newScene() {
   }
 }
 
+async function newFilm() {
+  notice("");
+  try {
+    const found = await answered(`/isthmus/clip?number=${Math.floor(Math.random() * 1e6)}`);
+    state.attached = found.frames.map((url, n) => ({ url, name: `clip ${found.number}, frame ${n + 1}`,
+      ...(n === 0 && { truth: "what happens in the frames", questions: found.questions }) }));
+    drawAttached();
+    $("joined").checked = true;
+  } catch (error) {
+    notice(error.message);
+  }
+}
+
+// Examples before the question
+
+function addShot(shot) {
+  state.shots.push(shot);
+  drawShots();
+}
+
+function drawShots() {
+  $("shots").replaceChildren(...state.shots.map((shot, n) => shotFigure(shot,
+    button("Remove", () => { state.shots.splice(n, 1); drawShots(); }, { ariaLabel: `Remove example ${n + 1}` }))));
+  if (state.shots.length) $("examples").open = true;
+}
+
+const shotFigure = (shot, ...more) => figure(shot.picture, 100,
+  make("figcaption", { textContent: [shot.question, shot.answer].filter(Boolean).join(" — ") }), ...more);
+
+function makeShot() {
+  notice("");
+  const answer = $("shown").value.trim();
+  if (state.attached.length !== 1) return notice("An example has one picture: choose it above.");
+  if (!answer) return notice("Write the answer that the example gives.");
+  addShot({ picture: state.attached[0], question: $("question").value.trim(), answer });
+  state.attached = [];
+  drawAttached();
+  $("shown").value = "";
+  $("shown").focus();
+}
+
+async function drawShot() {
+  notice("");
+  try {
+    const found = await answered(`/isthmus/scene?number=${Math.floor(Math.random() * 1e6)}`);
+    const [{ question, answer }] = [...found.questions, { question: "", answer: found.truth }];
+    addShot({ picture: { url: found.picture, name: `scene ${found.number}` }, question, answer });
+  } catch (error) {
+    notice(error.message);
+  }
+}
+
 // Models
 
 const can = (model, ...what) => what.some((each) => model.capabilities.includes(each));
@@ -214,6 +302,8 @@ function allow() {
   $("choices").hidden = mode() !== "labels" && mode() !== "match";
   $("question").placeholder = PLACEHOLDERS[mode()];
   $("question").hidden = $("question").labels[0].hidden = mode() === "match";
+  $("examples").hidden = mode() !== "chat";
+  drawAttached();
 }
 
 function setMode(wanted) {
@@ -232,7 +322,8 @@ function send(event) {
   const question = mode() === "match" ? "" : $("question").value.trim();
   const lacking = missing(models, question, labels);
   if (lacking) return notice(lacking);
-  const turn = { mode: mode(), question, labels, pictures: state.attached, answers: [] };
+  const turn = { mode: mode(), question, labels, pictures: state.attached, answers: [],
+    clip: mode() === "chat" && $("joined").checked, shots: mode() === "chat" ? [...state.shots] : [] };
   turn.before = [...state.turns];
   state.turns.push(turn);
   state.attached = [];
@@ -247,9 +338,12 @@ function send(event) {
 
 /** What is still to be given before this can be asked. */
 function missing(models, question, labels) {
-  const pictures = state.attached.length;
+  const pictures = state.attached.length, most = state.limits.pictures;
   if (!models.length) return "Tick a model that can do this.";
   if (mode() === "chat" && !question) return "Write a question.";
+  if (mode() === "chat" && pictures + state.shots.length > most) {
+    return `Examples and question have at most ${most} pictures together.`;
+  }
   if (mode() === "labels" && labels.length < 2) return "Give at least two words to choose from.";
   if (mode() === "match" && !labels.length) return "Give words to hold against the pictures.";
   if (labels && !pictures) return "Give a picture to choose words for.";
@@ -260,29 +354,38 @@ function missing(models, question, labels) {
   return "";
 }
 
-/** What a model is sent: earlier turns that it answered, then this one, with its pictures or with `pictures`. */
+/** Earlier turns that the model answered and that this one goes on from: behind examples stand no others. */
+const earlier = (turn, model) => turn.shots.length ? [] : turn.before.filter((each) => each.mode === "chat" &&
+  !each.shots.length && spoken(each, model));
+const spoken = (turn, model) => turn.answers.find((a) => a.model === model && !a.covered && a.text);
+
+/** What a model is sent: examples or earlier turns, then this one, with its pictures or with `pictures`. */
 function messages(turn, model, pictures) {
-  const found = [];
-  for (const each of turn.before) {
-    const answer = each.answers.find((a) => a.model === model && !a.covered && a.text);
-    if (!answer || each.mode !== "chat") continue;
-    found.push(userTurn(each.question, each.pictures), { role: "assistant", content: answer.text });
-  }
-  return [...found, userTurn(turn.question, pictures || turn.pictures)];
+  const said = (asked, answer) => [asked, { role: "assistant", content: answer }];
+  return [...turn.shots.flatMap((shot) => said(userTurn(shot.question, [shot.picture]), shot.answer)),
+    ...earlier(turn, model).flatMap((each) => said(userTurn(each.question, each.pictures, each.clip),
+      spoken(each, model).text)),
+    userTurn(turn.question, pictures, turn.clip)];
 }
 
-function userTurn(question, pictures) {
+function userTurn(question, pictures, clip) {
   if (!pictures.length) return { role: "user", content: question };
-  return { role: "user", content: [...pictures.map(part), { type: "text", text: question }] };
+  const text = question ? [{ type: "text", text: question }] : [];
+  return { role: "user", content: [...(clip ? [film(pictures)] : pictures.map(part)), ...text] };
+}
+
+/** Frames in the form in which vLLM takes a clip. */
+function film(pictures) {
+  const data = pictures.map(({ url }) => url.slice(url.indexOf(",") + 1));
+  const kind = /^data:image\/(png|jpeg|webp);/.exec(pictures[0].url)?.[1] ?? "png";
+  return { type: "video_url", video_url: { url: `data:video/${kind};base64,${data.join(",")}` } };
 }
 
 const part = (picture) => ({ type: "image_url", image_url: { url: picture.url } });
 
-/** The figures of the pictures that `messages` holds, in order: of the turns that were sent too. */
+/** The figures of the pictures that `messages` holds, in order: of examples and turns that were sent too. */
 function shown(turn, model, own) {
-  const earlier = turn.before.filter((each) => each.mode === "chat" &&
-    each.answers.some((a) => a.model === model && !a.covered && a.text));
-  return [...earlier.flatMap((each) => each.figures), ...own];
+  return [...turn.shotFigures, ...earlier(turn, model).flatMap((each) => each.figures), ...own];
 }
 
 /** Where a model is asked, and what. `how` may hold other `pictures`, or how many of those found to `rerank`. */
@@ -420,23 +523,27 @@ const titleOf = (turn) => ({ chat: () => turn.question, labels: () => `which fit
   search: () => turn.question ? `find: ${turn.question}` : "find pictures like this one" })[turn.mode]();
 
 function drawTurn(turn) {
-  turn.figures = turn.pictures.map((picture) => figure(picture, 320, truth(picture)));
+  turn.figures = turn.pictures.map((picture) => figure(picture, turn.clip ? 200 : 320, truth(picture)));
   for (const each of turn.figures) coverable(turn, each);
+  turn.shotFigures = turn.shots.map((shot) => shotFigure(shot));
   turn.grid = make("div", { className: "answers" });
   turn.opacity = make("input", { type: "range", min: 0, max: 100, value: 70, ariaLabel: "Opacity of the map",
     on: { input: () => everyFigure(turn, (each) => { each.canvas.style.opacity = turn.opacity.value / 100; }) } });
   turn.heat = make("p", { className: "row hint", hidden: true }, make("strong", { textContent: "attention, not proof" }),
     "point at a word, or move to it with Tab", make("label", {}, "opacity ", turn.opacity));
   const title = titleOf(turn);
+  const examples = make("details", { hidden: !turn.shots.length },
+    make("summary", { textContent: `behind ${turn.shots.length} ${turn.shots.length === 1 ? "example" : "examples"}` }),
+    make("div", { className: "pictures" }, ...turn.shotFigures));
   turn.card = make("article", { className: "turn", ariaLabel: title },
-    make("h2", { textContent: title }),
+    make("h2", { textContent: turn.clip ? `${title} (${turn.pictures.length} frames as one clip)` : title }), examples,
     make("div", { className: "pictures" }, ...turn.figures), turn.heat, turn.grid,
     make("p", { className: "row" }, button("Edit and ask again", () => edit(turn))));
   $("log").append(turn.card);
   turn.card.scrollIntoView({ block: "nearest" });
 }
 
-const everyFigure = (turn, what) => state.turns.flatMap((each) => [...each.figures,
+const everyFigure = (turn, what) => state.turns.flatMap((each) => [...each.figures, ...each.shotFigures,
   ...each.answers.flatMap((a) => a.figures || [])]).forEach(what);
 
 function drawAnswer(turn, answer) {
@@ -481,8 +588,10 @@ function edit(turn) {
   const from = state.turns.indexOf(turn);
   for (const each of state.turns.splice(from)) each.card.remove();
   state.attached = [...turn.pictures];
-  drawAttached();
+  state.shots = [...turn.shots];
+  drawShots();
   setMode(turn.mode);
+  $("joined").checked = turn.clip;
   $("question").value = turn.question;
   if (turn.labels) $("labels").value = turn.labels.join(", ");
   $(turn.labels ? "labels" : "question").focus();
@@ -497,7 +606,9 @@ function restart() {
   for (const each of state.turns) each.card.remove();
   state.turns = [];
   state.attached = [];
+  state.shots = [];
   drawAttached();
+  drawShots();
   notice("");
   $("question").focus();
 }
@@ -720,6 +831,9 @@ $("question").addEventListener("keydown", (event) => {
 $("stop").addEventListener("click", stopAll);
 $("new").addEventListener("click", restart);
 $("scene").addEventListener("click", newScene);
+$("film").addEventListener("click", newFilm);
+$("shot").addEventListener("click", makeShot);
+$("drawn").addEventListener("click", drawShot);
 $("choose").addEventListener("click", () => $("file").click());
 $("file").addEventListener("change", () => { take([...$("file").files]); $("file").value = ""; });
 for (const each of document.querySelectorAll("input[name=mode]")) {
