@@ -109,7 +109,7 @@ def test_a_base_that_is_gone_is_asked_for(story, tuned, tmp_path):
 
 def test_without_init_the_base_is_written_beside(story, tmp_path):
     model = train(recipe(story, init=False), tmp_path / "run", progress=False)
-    assert (tmp_path / "run" / "base" / "config.json").is_file()
+    assert (tmp_path / "run" / "model-base" / "config.json").is_file()
     assert adapters.adapted(model.net)
     (tmp_path / "run").rename(tmp_path / "elsewhere")  # both go together
     assert answers(load(tmp_path / "elsewhere")) == answers(model)

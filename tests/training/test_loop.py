@@ -394,5 +394,5 @@ def test_progress_and_table_of_its_own(tmp_path, capfd):
 
 def test_tensorboard_on_request(tmp_path):
     pytest.importorskip("tensorboard")
-    run(tmp_path, tensorboard=True)
+    run(tmp_path, report_to=["tensorboard"])
     assert list((tmp_path / "tensorboard").iterdir())

@@ -27,7 +27,7 @@ from isthmus.data.mix import key
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.record import Example, Video
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.errors import DataError, StageError
+from isthmus.errors import CapabilityError, ConfigError, DataError, StageError
 from isthmus.model import load
 from isthmus.recipes.build import Built, build
 from isthmus.recipes.facts import steps_of
@@ -36,6 +36,7 @@ from isthmus.recipes.run import make_loader
 from isthmus.recipes.saving import save_model
 from isthmus.recipes.schema import EvalSpec, Recipe, StageSpec
 from isthmus.recipes.scoring import make_task
+from isthmus.recipes.validating import validation_of
 from isthmus.stage import StageTable, apply_stage, canonical, named_state
 from isthmus.training import train as train_stage
 from isthmus.training.log import read_metrics
@@ -183,7 +184,8 @@ def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, step
     seconds = 0.0
     try:
         losses, seconds = _two_runs(built, spec, folder, max(steps, len(kinds)), kinds)
-    except (StageError, DataError) as error:
+        _validates(built, spec, folder)
+    except (StageError, DataError, ConfigError, CapabilityError) as error:
         problems.append(f"Stage {spec.name}: {error}")
     return StageCheck(
         name=spec.name,
@@ -195,6 +197,15 @@ def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, step
         total=seconds * steps_of(spec),
         problems=tuple(problems),
     )
+
+
+def _validates(built: Built, spec: StageSpec, folder: Path) -> None:
+    """The stage's validation on a few rows: whether its tasks fit the model and give the metric."""
+    if spec.validate_ is not None:
+        few = spec.validate_.model_copy(update={"rows": min(spec.validate_.rows, 4)})
+        validation = validation_of(built, spec.model_copy(update={"validate_": few}), folder)
+        if validation is not None:
+            validation.look(0)
 
 
 def _look(built: Built, spec: StageSpec, loader: Any, number: int) -> tuple[SourceLook, list[Example]]:

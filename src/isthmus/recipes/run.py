@@ -3,6 +3,7 @@
     runs/demo/llava/
       run.json            the resolved recipe and the sha256 of every part it started from
       stages/<name>/      metrics.jsonl, table.json, quarantine.jsonl, checkpoints/, and at the end trained/
+      stages/<name>/best  the best model of its validations, where the stage keeps it
       stages/<name>/model the model after a stage that an evaluation names
       model/              the finished model: what `isthmus.load` opens
 
@@ -38,6 +39,7 @@ from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.features import FeatureLoader, open_cache
 from isthmus.recipes.saving import save_model
 from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
+from isthmus.recipes.validating import BEST, kept, validation_of
 from isthmus.stage import apply_stage, defining_keys, named_state
 from isthmus.training import train as train_stage
 from isthmus.training.lock import RunLock
@@ -73,12 +75,13 @@ def train(
             _claim(folder, recipe)
         wait()
         if not (folder / "model" / checkpoint.MANIFEST).is_file():
-            _train(recipe, folder, progress=progress and first(), tensorboard=tensorboard)
+            trackers = dict.fromkeys([*recipe.report_to, *(["tensorboard"] if tensorboard else [])])
+            _train(recipe, folder, progress=progress and first(), report_to=tuple(trackers))
         wait()
         return load(folder)
 
 
-def _train(recipe: Recipe, folder: Path, *, progress: bool, tensorboard: bool) -> None:
+def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str, ...]) -> None:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     built = build(recipe)
@@ -92,7 +95,7 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, tensorboard: bool) -
         place = folder / "stages" / stage.name
         built = built.enter(stage)
         built.net.to(device())
-        _run_stage(built, stage, place, opened.pop(stage.name, None), progress=progress, tensorboard=tensorboard)
+        _run_stage(built, stage, place, opened.pop(stage.name, None), progress=progress, report_to=report_to)
         built = _remembered(built, place / "trained")
         kept = stage is not recipe.stages[-1] and any(spec.stage == stage.name for spec in recipe.evaluate)
         if first() and kept and not (place / "model").is_dir():
@@ -117,7 +120,7 @@ def _run_stage(
     data: Mix | list[tuple[Source, int, float]] | None,
     *,
     progress: bool,
-    tensorboard: bool,
+    report_to: tuple[str, ...],
 ) -> None:
     """Train one stage on its data, or take what it trained when it is already done (no data)."""
     trained = folder / "trained"
@@ -127,7 +130,7 @@ def _run_stage(
         return
     with _features(built, stage, folder.parent.parent / "features") as cache:
         loader = make_loader(built, stage, folder, data, cache)
-        _train_stage(built, stage, folder, loader, cache, progress=progress, tensorboard=tensorboard)
+        _train_stage(built, stage, folder, loader, cache, progress=progress, report_to=report_to)
     if not first():
         return
     table = apply_stage(built.net, stage.stage.train)
@@ -165,7 +168,7 @@ def _train_stage(
     cache: FeatureCache | None,
     *,
     progress: bool,
-    tensorboard: bool,
+    report_to: tuple[str, ...],
 ) -> None:
     train_stage(
         built.net,
@@ -175,10 +178,14 @@ def _train_stage(
         seed=built.recipe.seed,
         identity=_identity(built, loader),
         progress=progress,
-        tensorboard=tensorboard,
+        report_to=report_to,
+        validation=validation_of(built, stage, folder),
     )
     if progress and len(loader.quarantine):
         Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {loader.quarantine.summary()}.", highlight=False)
+    if progress and (best := kept(folder)):
+        told = f"the best step was {best['step']}, kept in {folder / BEST}; the model goes on as the last left it"
+        Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {told}.", highlight=False)
     if progress and cache is not None:
         told = f"features of {len(cache):,} pictures, {cache.size / 2**20:,.1f} MiB, in {cache.folder}"
         Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {told}.", highlight=False)
@@ -283,7 +290,8 @@ def _claim(folder: Path, recipe: Recipe) -> None:
 
 def _defining(run: dict[str, Any]) -> dict[str, Any]:
     """What is in ``run.json`` without what may change between two calls: its words, how often is logged and saved."""
-    run.get("recipe", {}).pop("about", None)
+    for words in ("about", "report_to"):
+        run.get("recipe", {}).pop(words, None)
     for stage in run.get("recipe", {}).get("stages", ()):
         stage.pop("bad_samples", None)
         if "stage" in stage:

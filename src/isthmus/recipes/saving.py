@@ -15,17 +15,22 @@ from isthmus.stage import named_state
 
 
 def save_model(
-    built: Built, folder: Path, *, stage: StageSpec | None = None, extra: Mapping[str, Any] | None = None
+    built: Built,
+    folder: Path,
+    *,
+    stage: StageSpec | None = None,
+    extra: Mapping[str, Any] | None = None,
+    replace: bool = False,
 ) -> Path:
     """Write the net as ``stage`` (the last by default) leaves it.
 
     The base of adapters is the part ``init``; where there is none, or a stage changed its configuration, the model
-    without its adapters is written beside, as ``base``.
+    without its adapters is written beside, as ``<folder>-base``.
     """
     model = built.model(stage)
     if adapters.adapted(built.net):
-        model.base = _base(built, model, folder.with_name("base"))
-    return model.save(folder, extra=extra)
+        model.base = _base(built, model, folder.with_name(f"{folder.name}-base"))
+    return model.save(folder, extra=extra, replace=replace)
 
 
 def _base(built: Built, model: Model, beside: Path) -> Base:

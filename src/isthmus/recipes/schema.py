@@ -58,7 +58,7 @@ def _load_yaml(text: str) -> Any:
 class Strict(BaseModel):
     """Base of all recipe parts: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
 
 class FeatureCacheSpec(Strict):
@@ -69,6 +69,36 @@ class FeatureCacheSpec(Strict):
     gib: float = Field(default=4.0, gt=0)
 
 
+class KeepBestSpec(Strict):
+    """The model of the best validation is kept: ``metric`` is ``loss`` or ``TASK.NAME`` (``vqa.accuracy``).
+    After ``patience`` validations without a better one the stage ends."""
+
+    metric: str
+    patience: int | None = Field(default=None, gt=0)
+
+
+class ValidateSpec(Strict):
+    """Every so many steps, at the beginning and at the end: the loss on held-out rows (``data``, sources like a
+    stage's) and the scores of ``tasks``, names of the recipe's ``evaluate``, each on its first ``rows`` samples."""
+
+    every: int = Field(gt=0)
+    data: list[dict[str, Any]] = Field(default_factory=list)
+    tasks: list[str] = Field(default_factory=list)
+    rows: int = Field(default=256, gt=0)
+    keep_best: KeepBestSpec | None = None
+
+    @model_validator(mode="after")
+    def _measures(self) -> "ValidateSpec":
+        if not self.data and not self.tasks:
+            raise ValueError("give data (held-out rows, for the loss), tasks (names of `evaluate`), or both")
+        if self.keep_best is not None:
+            known = [*(["loss"] if self.data else []), *(f"{task}.…" for task in self.tasks)]
+            metric = self.keep_best.metric
+            if metric not in known and not any(metric.startswith(f"{task}.") for task in self.tasks):
+                raise ValueError(f"the metric {metric!r} of keep_best is given by no task; {nearest(metric, known)}")
+        return self
+
+
 class StageSpec(Strict):
     """One stage of a recipe: what it reads and how, beside the keys of :class:`isthmus.stage.Stage`.
 
@@ -77,8 +107,8 @@ class StageSpec(Strict):
     sources' mean losses add up with their ``loss_weight`` (default 1); with ``pass_tokens``, what a pass costs beside
     its tokens, their rows share passes where that is cheaper. ``config`` changes the model's configuration from this
     stage on (BLIP-2's phases); ``processor`` are options of this system's processor; ``augment`` crops and flips the
-    pictures; ``feature_cache`` encodes each of them once. ``bad_samples`` is the fraction of samples that may be
-    quarantined before the run stops.
+    pictures; ``feature_cache`` encodes each of them once; ``validate`` measures on the way and keeps the best.
+    ``bad_samples`` is the fraction of samples that may be quarantined before the run stops.
     """
 
     stage: Stage
@@ -93,6 +123,7 @@ class StageSpec(Strict):
     max_length: int | None = Field(default=None, gt=0)
     augment: Augment | None = None
     feature_cache: FeatureCacheSpec | None = None
+    validate_: ValidateSpec | None = Field(default=None, alias="validate")
     config: dict[str, Any] = Field(default_factory=dict)
     processor: dict[str, Any] = Field(default_factory=dict)
 
@@ -201,6 +232,7 @@ class Recipe(Strict):
     prompts: dict[str, str] = Field(default_factory=dict)
     stages: list[StageSpec] = Field(min_length=1)
     evaluate: list[EvalSpec] = Field(default_factory=list)
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _stages_exist(self) -> "Recipe":
@@ -208,6 +240,12 @@ class Recipe(Strict):
         for spec in self.evaluate:
             if spec.stage is not None and spec.stage not in names:
                 raise ValueError(f"evaluate {spec.name!r}: no stage {spec.stage!r}; {nearest(spec.stage, names)}")
+        tasks = [spec.name for spec in self.evaluate]
+        for stage in self.stages:
+            for task in stage.validate_.tasks if stage.validate_ is not None else ():
+                if task not in tasks:
+                    known = nearest(task, tasks) if tasks else "the recipe has no `evaluate`"
+                    raise ValueError(f"stage {stage.name!r} validates by {task!r}, which is no evaluation; {known}")
         return self
 
     @field_validator("stages")
@@ -327,6 +365,8 @@ _NESTED: dict[str, type[BaseModel]] = {
     "tokenizer": TokenizerSpec,
     "evaluate": EvalSpec,
     "feature_cache": FeatureCacheSpec,
+    "validate": ValidateSpec,
+    "keep_best": KeepBestSpec,
 }
 
 
@@ -386,7 +426,7 @@ def _fields_at(loc: tuple[int | str, ...], kind: type[BaseModel], nested: Mappin
     for step in loc:
         if isinstance(step, str):
             kind = nested.get(step, kind)
-    own = [f for f in kind.model_fields if f != "stage"]
+    own = [f.alias or name for name, f in kind.model_fields.items() if name != "stage"]
     return own + sorted(_STAGE_KEYS) if kind is StageSpec else own
 
 

@@ -1,8 +1,8 @@
-"""What a run says while it trains: JSON lines always, TensorBoard when asked for, a progress bar with time left."""
+"""What a run says while it trains: JSON lines always, trackers when asked for, a progress bar with time left."""
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from isthmus.errors import MissingExtraError
+from isthmus.training.trackers import open_trackers
 
 
 class MetricLog:
@@ -19,26 +19,27 @@ class MetricLog:
     With ``writes`` false it does nothing: of several processes one writes.
     """
 
-    def __init__(self, folder: Path, step: int, *, tensorboard: bool = False, writes: bool = True) -> None:
+    def __init__(self, folder: Path, step: int, *, report_to: Sequence[str] = (), writes: bool = True) -> None:
         self.path = folder / "metrics.jsonl"
         if writes:
             self._truncate(step)
         self._file = self.path.open("a", encoding="utf-8") if writes else None
-        self._board = _summary_writer(folder, step) if writes and tensorboard else None
+        self._trackers = open_trackers(report_to, folder, step) if writes else []
 
     def write(self, line: Mapping[str, Any]) -> None:
         if self._file is not None:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
-        if self._board is not None:
-            for name, value in _flat(line):
-                self._board.add_scalar(name, value, line["step"])
+        if self._trackers:
+            numbers = dict(_flat(line))
+            for tracker in self._trackers:
+                tracker.log(numbers, line["step"])
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _truncate(self, step: int) -> None:
         """Drop lines after ``step`` and a last line that a kill cut short, in one atomic replacement."""
@@ -66,16 +67,6 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             yield text, line
-
-
-def _summary_writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtraError(
-            "TensorBoard was asked for, but is not installed: pip install 'isthmus[track]'."
-        ) from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def _flat(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -34,14 +34,15 @@ from isthmus.batch import Batch
 from isthmus.errors import DataError, IsthmusError, StageError
 from isthmus.net import Net
 from isthmus.processes import first, rank, told, wait, world
-from isthmus.stage import Stage, StageTable, apply_stage
+from isthmus.stage import Stage, StageTable, apply_stage, set_modes
 from isthmus.training import optim, parallel, precision, proof
 from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_bad_value
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
 from isthmus.training.lock import RunLock
-from isthmus.training.log import Bar, MetricLog, progress_bar
+from isthmus.training.log import Bar, MetricLog, progress_bar, read_metrics
 from isthmus.training.protocols import Loader
 from isthmus.training.state import RunState, check_same, checkpoints, newest_state, restore, rng_state, save_state
+from isthmus.training.validation import KEY, Validation
 
 Skipped = Callable[[tuple[str, ...], str], None]
 """Told of the sample ids and the reason when ``nan_policy`` lets a step pass without an update."""
@@ -76,7 +77,8 @@ def train(
     seed: int = 0,
     identity: Mapping[str, Any] | None = None,
     progress: Progress | bool = True,
-    tensorboard: bool = False,
+    report_to: Sequence[str] = (),
+    validation: Validation | None = None,
     on_quarantine: Skipped | None = None,
 ) -> TrainResult:
     """Train ``net`` in place through one stage, on the device it is on; write into ``folder``.
@@ -85,7 +87,8 @@ def train(
         seed: for dropout and whatever else draws at random in the net; the loader has its own.
         identity: JSON-able facts that must be the same on resume, for example a fingerprint of the data.
         progress: a running display to add a bar to, or whether to show one (and the stage's table).
-        tensorboard: also write TensorBoard events; needs the ``track`` extra.
+        report_to: names of trackers that get the numbers too (:mod:`isthmus.training.trackers`).
+        validation: what is measured on the way, which step is kept and when the stage ends early.
         on_quarantine: called with sample ids and reason for each step that ``nan_policy`` skips.
 
     Raises:
@@ -110,11 +113,11 @@ def train(
             _describe(folder, stage, table, run.precision)
         with (
             _stop_flag() as stopped,
-            closing(MetricLog(folder, run.state.step, tensorboard=tensorboard, writes=first())) as log,
+            closing(MetricLog(folder, run.state.step, report_to=report_to, writes=first())) as log,
             progress_bar(progress, stage.name, stage.budget, run.done) as bar,
         ):
             try:
-                run.go(log, bar, stopped)
+                run.go(log, bar, stopped, validation)
             finally:
                 run.widen()
         return run.result()
@@ -223,14 +226,16 @@ class _Run:
         """How much of the budget is used."""
         return self.state.step if self.stage.steps is not None else self.state.samples
 
-    def go(self, log: MetricLog, bar: Bar, stopped: Mapping[str, str]) -> None:
-        """Steps until the budget is used, then the last proofs and the last checkpoint."""
+    def go(self, log: MetricLog, bar: Bar, stopped: Mapping[str, str], validation: Validation | None) -> None:
+        """Steps until the budget is used or validation ends the stage, then the last proofs and the last checkpoint."""
+        if validation is not None:
+            self._begin_validation(log, validation)
         if self.done >= self.stage.budget:
             return
         stream = self.loader.steps(self.loader.position(self.state.position))
         try:
             before = self.state.seconds - time.perf_counter()
-            while self.done < self.stage.budget:
+            while self.done < self.stage.budget and not (validation is not None and validation.over):
                 started, note = time.perf_counter(), dict(stopped)
                 try:
                     position, batches = next(stream)
@@ -248,7 +253,12 @@ class _Run:
                 line["order"] = order
                 now = time.perf_counter()
                 self.state = replace(self.state, position=dict(position.to_dict()), seconds=before + now)
+                if validation is not None and validation.due(self.state.step, last=self.done >= self.stage.budget):
+                    line[KEY] = self._look(validation)
+                    before -= time.perf_counter() - now  # which is no time of a step's
                 self._log(log, line, traffic, seconds=now - started, waited=waited)
+                if validation is not None:
+                    self._keep(validation)
                 bar.show(self.done, self.state.losses)
                 relieve()
                 if self.state.step == proof.WINDOW:
@@ -263,6 +273,37 @@ class _Run:
         self._save()
         # A signal during the last step must not be lost: the caller may have further stages.
         self._stop_if(_signalled(told(dict(stopped))))
+
+    def _begin_validation(self, log: MetricLog, validation: Validation) -> None:
+        """What an earlier call found, or the numbers of the net that the stage begins with."""
+        validation.begin(read_metrics(log.path), self.state.step)
+        if self.state.step == 0 and validation.due(0, last=False):
+            found = self._look(validation)
+            log.write({"step": 0, "loss": None, "samples": 0, "seconds": 0.0, KEY: found})
+        self._keep(validation)
+
+    @contextmanager
+    def _as_stored(self) -> Iterator[None]:
+        """While inside, frozen matrices are as they are stored, for a model that answers without autocast."""
+        self.widen()
+        try:
+            yield
+        finally:
+            set_modes(self.module)
+            for weight in self.narrowed:
+                weight.data = weight.data.bfloat16()
+
+    def _look(self, validation: Validation) -> Mapping[str, float]:
+        with self._as_stored():
+            return validation.look(self.state.step)
+
+    def _keep(self, validation: Validation) -> None:
+        """The net that was the best so far; a checkpoint first, so that no resumed run is behind what is kept."""
+        if validation.best == self.state.step and validation.kept() != self.state.step:
+            if self.state.step:
+                self._save()
+            with self._as_stored():
+                validation.keep(self.state.step, validation.found[self.state.step])
 
     def _meet(self, note: Mapping[str, str], batches: list[Batch]) -> tuple[Mapping[str, str], Traffic, str]:
         """What all processes know before a step: a signal that came, what the step carries, its samples in order."""
@@ -342,7 +383,7 @@ class _Run:
 
     def _log(self, log: MetricLog, line: dict[str, Any], traffic: Traffic, *, seconds: float, waited: float) -> None:
         step = self.state.step
-        if step % self.stage.log_every and self.done < self.stage.budget:
+        if step % self.stage.log_every and self.done < self.stage.budget and KEY not in line:
             return
         log.write(
             {

@@ -1,0 +1,126 @@
+"""A stage's ``validate``: the loss on held-out rows, tasks' scores, the best model beside the last.
+
+stages/<name>/best/     a model folder, with the step and its numbers in validation.json
+"""
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from isthmus import adapters, checkpoint
+from isthmus.data.loader import Loader
+from isthmus.data.quarantine import Quarantine
+from isthmus.data.sources import open_mix
+from isthmus.errors import ConfigError
+from isthmus.processes import world
+from isthmus.recipes.build import Built
+from isthmus.recipes.saving import save_model
+from isthmus.recipes.schema import StageSpec, ValidateSpec
+from isthmus.recipes.scoring import score_model
+from isthmus.stage import apply_stage
+from isthmus.training.validation import Validation
+
+BEST, NUMBERS = "best", "validation.json"
+
+
+def validation_of(built: Built, stage: StageSpec, folder: Path) -> Validation | None:
+    """What the stage measures on the way; none where it says nothing. Raises ConfigError with several processes, and
+    what opening the held-out data raises."""
+    wanted = stage.validate_
+    if wanted is None:
+        return None
+    if world() > 1:
+        raise ConfigError(
+            f"Stage {stage.name!r}: validation is done by one process, and here are {world()}; take `validate` out and "
+            "score the finished model, or train in one process."
+        )
+    held_out = _held_out(built, stage, wanted)
+    opened = {n for n in apply_stage(built.net, stage.stage.train).assigned if adapters.MARK not in n}
+    whole = replace(built, opened=built.opened | opened)
+
+    def measure() -> Mapping[str, float]:
+        with tempfile.TemporaryDirectory(dir=folder, prefix="validation-") as aside:
+            return _measured(built, stage, wanted, held_out, Path(aside))
+
+    def keep(step: int, numbers: Mapping[str, float]) -> None:
+        save_model(whole, folder / BEST, stage=stage, extra={NUMBERS: {"step": step, **numbers}}, replace=True)
+
+    best = wanted.keep_best
+    return Validation(
+        every=wanted.every,
+        measure=measure,
+        metric=best.metric if best else None,
+        patience=best.patience if best else None,
+        keep=keep,
+        kept=lambda: kept(folder).get("step"),
+    )
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    """Step and numbers of the best model of a stage's folder; empty where none is kept."""
+    file = folder / BEST / NUMBERS
+    return checkpoint.read_json(file) if file.is_file() else {}
+
+
+def _held_out(built: Built, stage: StageSpec, wanted: ValidateSpec) -> Loader | None:
+    """The held-out rows as the stage reads its own, in an order that stays."""
+    if not wanted.data:
+        return None
+    processor = built.processor(stage)
+    return Loader(
+        open_mix(wanted.data),
+        processor,
+        batch_size=stage.batch_size or (None if stage.batch_tokens else 8),
+        batch_tokens=stage.batch_tokens,
+        seed=built.recipe.seed,
+        group=not processor.contrasts,
+        whole=processor.full_batches,
+        quarantine=Quarantine(threshold=stage.bad_samples),
+    )
+
+
+def _measured(
+    built: Built, stage: StageSpec, wanted: ValidateSpec, held_out: Loader | None, aside: Path
+) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    model = built.model(stage)
+    if held_out is not None:
+        numbers |= _losses(built.net, held_out, wanted.rows)
+    specs = [spec.model_copy(update={"stage": None}) for spec in built.recipe.evaluate if spec.name in wanted.tasks]
+    results = score_model(model, specs, aside, model_hash="", seed=built.recipe.seed, limit=wanted.rows)
+    for result in results:
+        numbers |= {f"{result.task}.{name}": value for name, value in _flat(result.scores.to_dict())}
+    return numbers
+
+
+def _losses(net: Any, held_out: Loader, rows: int) -> dict[str, float]:
+    """The mean of each term over the first ``rows`` rows, and their weighted sum as ``loss``."""
+    totals: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    weights: dict[str, float] = {}
+    device, done = next(net.parameters()).device, 0
+    for batches in held_out.epoch(0):
+        for batch in batches:
+            if done >= rows:
+                break
+            done += len(batch)
+            for name, term in net.loss(batch.to(device)).items():
+                totals[name] += float(term.total)
+                counts[name] += term.count
+                weights[name] = term.weight
+    means = {name: totals[name] / max(1, counts[name]) for name in totals}
+    terms = {f"{name}_loss": mean for name, mean in means.items()} if len(means) > 1 else {}
+    return {"loss": sum(weights[name] * mean for name, mean in means.items()), **terms}
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a task's scores; those by kind of question are left to its ``scores.json``."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            if name != "kinds":
+                yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{name}", float(value)

@@ -1,0 +1,92 @@
+"""Where a run's numbers go beside ``metrics.jsonl``: TensorBoard, Weights & Biases, Trackio. Nothing leaves the machine
+by itself: Weights & Biases writes offline unless ``WANDB_MODE`` says otherwise, Trackio keeps a local database."""
+
+import hashlib
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from isthmus.errors import ConfigError, MissingExtraError, nearest
+
+PROJECT = "isthmus"
+
+
+class Tracker(Protocol):
+    """Takes numbers by name, step by step."""
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, step: int) -> None:
+        writer = _imported("torch.utils.tensorboard", "TensorBoard", "'isthmus[track]'").SummaryWriter
+        self._writer = writer(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Run:
+    """What Weights & Biases and Trackio have in common."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _wandb(folder: Path, step: int) -> Tracker:
+    del step
+    wandb = _imported("wandb", "Weights & Biases", "wandb")
+    identity = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    mode = os.environ.get("WANDB_MODE", "offline")
+    return _Run(
+        wandb.init(project=PROJECT, name=_name(folder), id=identity, dir=str(folder), mode=mode, resume="allow")
+    )
+
+
+def _trackio(folder: Path, step: int) -> Tracker:
+    del step
+    trackio = _imported("trackio", "Trackio", "trackio")
+    return _Run(trackio.init(project=PROJECT, name=_name(folder), resume="allow"))
+
+
+_TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}
+
+NAMES = tuple(_TRACKERS)
+
+
+def open_trackers(names: Sequence[str], folder: Path, step: int) -> list[Tracker]:
+    """The trackers of a stage's folder, whose run is at ``step``. Raises ConfigError for an unknown name,
+    MissingExtraError for one that is not installed."""
+    for name in names:
+        if name not in _TRACKERS:
+            raise ConfigError(f"report_to: {name!r} is no tracker; {nearest(name, NAMES)}")
+    return [_TRACKERS[name](folder, step) for name in names]
+
+
+def _name(folder: Path) -> str:
+    """``RUN/STAGE``, from ``RUN/stages/STAGE``."""
+    return f"{folder.absolute().parent.parent.name}/{folder.name}"
+
+
+def _imported(module: str, title: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(f"{title} was asked for, but is not installed: pip install {package}.") from error
