@@ -9,7 +9,9 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -20,7 +22,10 @@ import torch
 from benchmarks.side_by_side.models import PUBLISHED, TINY, Sizes
 from benchmarks.side_by_side.rows import ROWS, Row
 
-PEERS = Path(__file__).resolve().parents[2] / ".venv-peers"
+import isthmus
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = ROOT / ".venv-peers" / "bin" / "python"
 
 
 def equal(ours: Any, theirs: Any) -> str | None:
@@ -44,9 +49,8 @@ def timed(side: Callable[[], Any], clock: Callable[[], float]) -> float:
 
 def run(name: str, row: Row, given: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
     """The facts of a row. Raises SystemExit where the two sides do not agree."""
-    if row.make is None:
-        there = "its environment .venv-peers is there, but this process cannot import it" if PEERS.is_dir() else None
-        return {"peer_name": row.peer, "skipped": there or f"{row.peer} is not here (make peers)"}
+    if row.elsewhere:
+        return _elsewhere(name, given) if PEERS.is_file() else {"peer_name": row.peer, "skipped": "make peers"}
     torch.manual_seed(0)
     ours, theirs = row.make(sizes, given.rows)
     if (wrong := equal(ours(), theirs())) is not None:
@@ -65,13 +69,26 @@ def run(name: str, row: Row, given: argparse.Namespace, sizes: Sizes) -> dict[st
     return found | ({"note": row.note} if row.note else {})
 
 
+def _elsewhere(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """The row's facts, both sides run by the interpreter of the peers' environment."""
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "row.json"
+        numbers = [f"--{option}={getattr(given, option)}" for option in ("pairs", "rows", "threads", "clock")]
+        words = ["--only", name, *numbers, *["--tiny"] * given.tiny, "--json", str(file)]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+        command = [str(PEERS), "-m", "benchmarks.side_by_side", *words]
+        if subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode:
+            raise SystemExit(f"{name} did not run in {PEERS}; its error stands above.")
+        return json.loads(file.read_text())["rows"][name]
+
+
 def machine() -> dict[str, Any]:
     name = platform.processor()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     flags = sorted(k for k, v in torch.cpu.get_capabilities().items() if v is True)
-    libraries = {n: version(n) for n in ("isthmus", "torch", "transformers")}
+    libraries = {"isthmus": isthmus.__version__, **{n: version(n) for n in ("torch", "transformers")}}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {"cpu": name, "flags": flags, "threads": torch.get_num_threads(), "versions": libraries, "load": load}
 

@@ -67,6 +67,7 @@ TINY = Sizes(
     qformer={"width": 64, "layers": 2, "heads": 1, "mlp_width": 128, "queries": 4},
     resampler={"layers": 2, "latents": 5, "heads": 1, "head_width": 64},
 )
+OPEN_TOKENS = ("<|endofchunk|>", "<image>")
 WORDS = "what is it? a small red cube beside two large blue rings, seen from the left; how many of them are there?"
 
 
@@ -163,6 +164,33 @@ def idefics(sizes: Sizes) -> Model:
         _placed(told, net), image, max_length=2048, template="paper", tokens=TOKENS[:2], around=True
     )
     return Model(net, processor)
+
+
+def flamingo(sizes: Sizes) -> Model:
+    """A Flamingo in OpenFlamingo's proportions, a gated block before every second layer."""
+    told = tokenizer().with_tokens(*OPEN_TOKENS)
+    language = _llama(sizes)
+    end = language["vocab_size"]
+    torch.manual_seed(0)
+    net = Flamingo(
+        FlamingoConfig(
+            vision=_vision(sizes),
+            language=language,
+            end_id=end,
+            image_id=end + 1,
+            resampler=ResamplerConfig.open_flamingo(),
+            xattn=GatedConfig.open_flamingo(),
+            every=2,
+            offset=1,
+        )
+    )
+    for block in net.xattn:
+        block.attn_gate.data.fill_(0.5)
+        block.mlp_gate.data.fill_(0.5)
+    fill = [f"<fill{n}>" for n in range(end - (told.vocab_size - 2))]
+    placed = tokenizer().with_tokens(*fill, *OPEN_TOKENS)
+    image = ImageTransform.clip(sizes.side)
+    return Model(net, InterleaveProcessor(placed, image, max_length=2048, template="open_flamingo", tokens=OPEN_TOKENS))
 
 
 def _placed(told: Tokenizer, net: Flamingo) -> Tokenizer:

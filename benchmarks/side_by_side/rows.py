@@ -1,14 +1,16 @@
 """The rows of the table: each makes the two sides, as callables that answer with what must be equal."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from benchmarks.side_by_side import peers
 from benchmarks.side_by_side.models import Beside, Sizes, beside, blip2, clip, idefics, llava, picture
+from benchmarks.side_by_side.samples import LONG, contrast_records, interleaved_records, with_features
 from torch import Tensor
 
-from isthmus.data.cache import Features
 from isthmus.data.collate import collate
 from isthmus.data.reading import scored
 from isthmus.data.record import Example, Record, Text
@@ -27,6 +29,11 @@ class Row:
     peer: str
     make: Callable[[Sizes, int], tuple[Side, Side]]
     note: str = ""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the peer lives in an environment of its own, and cannot be imported in this one."""
+        return self.peer.startswith("open_") and find_spec(self.peer) is None
 
 
 def _record(name: str, *parts: Any, answer: str | None = None) -> Record:
@@ -78,7 +85,7 @@ def _steps(
     labels = given["labels"] if own_loss else given.pop("labels")
     if cached:
         with torch.no_grad():
-            examples = [_with_features(net, example) for example in examples]
+            examples = [with_features(net, example) for example in examples]
     batch = collate(examples)
 
     def ours() -> float:
@@ -102,22 +109,11 @@ def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-def _with_features(net: Any, example: Example) -> Example:
-    pairs = zip(example.visuals, example.pixels, strict=True)
-    made = [Features(net.visual_features(make(image)[None, None])[0]) for image, make in pairs]
-    return replace(example, pixels=tuple(lambda image, features=features: features for features in made))
-
-
-LONG = "how many of them are there, seen from the left? "
-
-
 def _clip(sizes: Sizes, rows: int) -> tuple[Side, Side]:
     both = beside(clip, sizes)
     model, theirs = both.ours, both.theirs
     side = model.net.config.vision.image_size
-    records = [
-        Record(str(n), (picture(n, side), Text(LONG * 2 + str(n), role="text", learn=True))) for n in range(rows * 4)
-    ]
+    records = contrast_records(rows * 4, side)
     examples = [model.processor.example(record) for record in records]
     batch = collate(examples)
     texts, towers = batch.text["text"], (model.net.config.text, theirs.config.text_config)
@@ -176,12 +172,7 @@ def _blip2_train(cached: bool) -> Callable[[Sizes, int], tuple[Side, Side]]:
 
 def _idefics_train(sizes: Sizes, rows: int) -> tuple[Side, Side]:
     both = beside(idefics, sizes)
-    records = []
-    for n in range(rows):
-        parts: list[Any] = []
-        for k in range(3):
-            parts += [picture(3 * n + k, sizes.side), Text(LONG, role="text", learn=True)]
-        records.append(Record(str(n), tuple(parts)))
+    records = interleaved_records(rows, sizes.side)
     _opened(
         both.ours.net,
         both.theirs,
@@ -284,19 +275,21 @@ def _shots(sizes: Sizes, rows: int) -> tuple[Side, Side]:
 
 
 TRANSFORMERS = "transformers"
+LENGTHS = "our texts as long as they are, the peer's of the whole context"
+CACHED = "our features are cached, the peer's are not"
 ROWS: dict[str, Row] = {
-    "clip_vs_openclip": Row("open_clip", None),
+    "clip_vs_openclip": Row("open_clip", peers.clip_beside_open_clip, LENGTHS),
     "clip_vs_hf": Row(TRANSFORMERS, _clip),
     "llava1": Row(TRANSFORMERS, _llava_train(1, False)),
-    "llava1_cached": Row(TRANSFORMERS, _llava_train(1, True), "our features are cached, the peer's are not"),
+    "llava1_cached": Row(TRANSFORMERS, _llava_train(1, True), CACHED),
     "llava2": Row(TRANSFORMERS, _llava_train(2, False)),
-    "llava2_cached": Row(TRANSFORMERS, _llava_train(2, True), "our features are cached, the peer's are not"),
+    "llava2_cached": Row(TRANSFORMERS, _llava_train(2, True), CACHED),
     "llava_gen": Row(TRANSFORMERS, _writes(llava, 64)),
     "blip2": Row(TRANSFORMERS, _blip2_train(False)),
-    "blip2_cached": Row(TRANSFORMERS, _blip2_train(True), "our features are cached, the peer's are not"),
+    "blip2_cached": Row(TRANSFORMERS, _blip2_train(True), CACHED),
     "blip2_gen": Row(TRANSFORMERS, _writes(blip2, 32)),
-    "flamingo_of": Row("open_flamingo", None),
-    "flamingo_of_cached": Row("open_flamingo", None),
+    "flamingo_of": Row("open_flamingo", peers.flamingo_whole),
+    "flamingo_of_cached": Row("open_flamingo", peers.flamingo_cached, CACHED),
     "flamingo_idefics": Row(TRANSFORMERS, _idefics_train),
     "flamingo_idefics_gen": Row(TRANSFORMERS, _writes(idefics, 32, pictures=3)),
     "rank32": Row(TRANSFORMERS, _rank, "the peer scores a row each"),

@@ -1,0 +1,33 @@
+"""What the rows read, and features made of it once."""
+
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.side_by_side.models import picture
+
+from isthmus.data.cache import Features
+from isthmus.data.record import Example, Record, Text
+
+LONG = "how many of them are there, seen from the left? "
+
+
+def contrast_records(rows: int, side: int) -> list[Record]:
+    """Pictures with captions of 21 words, each its own."""
+    return [Record(str(n), (picture(n, side), Text(LONG * 2 + str(n), role="text", learn=True))) for n in range(rows)]
+
+
+def interleaved_records(rows: int, side: int) -> list[Record]:
+    """Rows of three pictures, a text behind each."""
+    found = []
+    for n in range(rows):
+        parts: list[Any] = []
+        for k in range(3):
+            parts += [picture(3 * n + k, side), Text(LONG, role="text", learn=True)]
+        found.append(Record(str(n), tuple(parts)))
+    return found
+
+
+def with_features(net: Any, example: Example) -> Example:
+    pairs = zip(example.visuals, example.pixels, strict=True)
+    made = [Features(net.visual_features(make(image)[None, None])[0]) for image, make in pairs]
+    return replace(example, pixels=tuple(lambda image, features=features: features for features in made))
