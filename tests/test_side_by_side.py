@@ -18,6 +18,7 @@ def test_a_run_writes_figures_and_names_what_it_cannot_run(tmp_path, monkeypatch
     file = tmp_path / "bench.json"
     words = ["--tiny", "--rows", "2", "--pairs", "2", "--only", "blip2_gen", "flamingo_of", "--json", str(file)]
     monkeypatch.setattr("sys.argv", ["bench", *words])
+    monkeypatch.setattr(bench, "PEERS", tmp_path / "nobody")
     bench.main()
     facts = json.loads(file.read_text())
     row = facts["rows"]["blip2_gen"]
