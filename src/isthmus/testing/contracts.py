@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from isthmus import adapters
 from isthmus.batch import IGNORE, Tokens
 from isthmus.config import plain
 from isthmus.data.chat import OWN
@@ -29,6 +30,7 @@ from isthmus.testing import probe
 from isthmus.testing.peer import compare
 from isthmus.training.gradient import backward
 from isthmus.training.optim import build_optimizer, open_parameters
+from isthmus.training.parallel import engine
 from isthmus.training.proof import frozen_tensors
 
 Verdict = Literal["pass", "FAIL", "n/a"]
@@ -99,9 +101,12 @@ def _apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 
 def tensors(model: Any) -> _Outcome:
-    """A net built from the configuration alone has exactly these tensors; all are finite numbers."""
+    """A net built from the configuration alone, with like adapters where the model carries some, has exactly these
+    tensors; all are finite numbers."""
     with torch.device("meta"):
-        fresh = type(model.net).from_config(plain(model.net.config)).state_dict()
+        net = type(model.net).from_config(plain(model.net.config))
+    adapters.carry_over(model.net, net)
+    fresh = net.state_dict()
     held = model.net.state_dict()
     strange = sorted(n for n in held.keys() | fresh.keys() if n not in held or n not in fresh)
     strange += sorted(n for n in held.keys() & fresh.keys() if held[n].shape != fresh[n].shape)
@@ -191,7 +196,7 @@ def frozen(model: Any) -> _Outcome:
     try:
         batch = probe.lessons(model, probe.WORDS, (1, 2, 3)).to(model.device)
         optimizer = build_optimizer(opened, table, Stage(name="verify", train=(Group(pattern, 1e-3),), steps=1))
-        backward(net, [batch], nullcontext())
+        backward(engine(net), [batch], nullcontext())
         optimizer.step()
         net.after_step()
         after = frozen_tensors(net)
