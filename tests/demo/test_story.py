@@ -10,6 +10,7 @@ import yaml
 from isthmus.demo import story as demo
 from isthmus.errors import ConfigError
 from isthmus.recipes.schema import read_recipe
+from isthmus.serving.told import scores, training
 from tests.miniature import tree
 from tests.recipes.test_blip2 import TREE as BLIP2
 from tests.recipes.test_flamingo import TREE as FLAMINGO
@@ -53,6 +54,10 @@ def test_the_whole_story(out, capsys, monkeypatch):
     assert f"isthmus serve {out / 'llava'} " in page
     for word in ("What they cost", "llava − blip2", "blip2: loss by stage", "What was trained"):
         assert word in page, word
+    for name in demo.STORY:  # what the browser page tells of each
+        stages = training(out / name)
+        assert all(stage["steps"] and stage["parts"] and stage["curves"] and not stage["problem"] for stage in stages)
+        assert not any(table["problem"] for table in scores(out / name))
     weights = {f: f.read_bytes() for f in out.glob("*/model/model.safetensors")}
     outputs = {f: f.stat().st_mtime_ns for f in out.glob("*/eval/*/outputs.jsonl")}
     assert len(weights) == 5

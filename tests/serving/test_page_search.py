@@ -1,7 +1,10 @@
-"""The page's search of a folder, and its table of what belongs together, in a browser."""
+"""The page's search of a folder, its table of what belongs together, and what was trained, in a browser."""
+
+from itertools import pairwise
 
 from tests.serving.helpers import models, on_port, picture
 from tests.serving.pages import IN_A_BROWSER, answers, give, pick
+from tests.serving.test_told import run
 
 pytestmark = IN_A_BROWSER
 
@@ -62,4 +65,27 @@ def test_without_a_folder_there_is_no_search(browser):
         page.wait_for_selector("#models input")
         assert not page.locator("#finding").is_visible()
         assert page.locator("input[value=match]").is_visible()
+        context.close()
+
+
+def test_what_was_trained_is_shown_with_its_losses(browser, tmp_path):
+    run(
+        tmp_path, [{"step": n, "loss": {"contrastive": 9.0 - n}, "seconds": n} for n in range(1, 6)], "contrast", "more"
+    )
+    with on_port({"clip": models()["clip"]}, places={"clip": tmp_path}) as served:
+        context = browser.new_context(viewport={"width": 360, "height": 700})
+        page = context.new_page()
+        page.goto(served.url + "/")
+        page.wait_for_selector("#models input")
+        assert "trained here" in page.inner_text("#models")
+        page.click("#runs summary")
+        told = page.get_by_role("img", name="loss contrastive: 8.000 at step 1, 4.000 at step 5")
+        told.wait_for()
+        box, chart = told.bounding_box(), told.locator("polyline")
+        assert box["width"] > 100
+        points = [tuple(map(float, each.split(","))) for each in chart.get_attribute("points").split()]
+        assert len(points) == 5
+        assert all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(points))  # down the page
+        assert "stage more: not begun" in page.inner_text("#runs")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
         context.close()

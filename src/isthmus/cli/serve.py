@@ -51,7 +51,7 @@ def run(
         remote=remote(domains, bounds.picture),
         key=key,
         hosts=_LOOPBACK if local else None,
-        places={name: Path(place) for name, place in places(named).items()},
+        places={name: folder(place) for name, place in places(named).items()},
         pictures=pictures,
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if log_requests else "WARN")
@@ -110,6 +110,14 @@ def places(named: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"{found[name]} and {place} would both be called {name!r}; name one: NAME={place}.")
         found[name] = place
     return found
+
+
+def folder(place: str) -> Path:
+    """Where a MODEL is, if it is on this disk; a folder ``model`` of a run counts as the run."""
+    from isthmus.pretrained import SCHEME, shipped
+
+    found = shipped(place) if place.startswith(SCHEME) else Path(place)
+    return found.parent if found.name == "model" and (found.parent / "run.json").is_file() else found
 
 
 def _identified(named: str) -> tuple[str, str]:

@@ -1,11 +1,11 @@
 """The browser page at ``/``: static files, and the few routes of ours that it needs beside the public API.
 
 ``/isthmus/scene`` and ``/isthmus/clip``: a generated picture or clip with its truth; ``/isthmus/look``: where a model
-looked for each word of its answer; ``/isthmus/runs``: each model's parts, counts and scores.
+looked for each word of its answer; ``/isthmus/runs``: each model's parts, counts, losses and scores.
 """
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.resources import files
 from io import BytesIO
@@ -17,13 +17,13 @@ from fastapi.responses import Response
 from PIL import Image as PilImage
 from pydantic import Field
 
-from isthmus.checkpoint import read_json
 from isthmus.data.attention import Attention
 from isthmus.data.images import open_image
 from isthmus.data.record import Image, Record
 from isthmus.data.sources import open_source
-from isthmus.errors import CapabilityError, CheckpointError
+from isthmus.errors import CapabilityError
 from isthmus.model import Model
+from isthmus.pretrained import FOLDER
 from isthmus.recipes.facts import parts_of, visual_tokens, visual_tokens_text
 from isthmus.serving import schema
 from isthmus.serving.errors import bad_request
@@ -31,6 +31,7 @@ from isthmus.serving.limits import MOST_MESSAGES
 from isthmus.serving.parsing import StrictRoute
 from isthmus.serving.prepare import Frames
 from isthmus.serving.server import ERRORS, Server
+from isthmus.serving.told import scores, training
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -161,11 +162,15 @@ def _boxes(server: Server, model: Model, image: Image) -> list[tuple[float, floa
 
 @router.get("/isthmus/runs", responses=ERRORS, operation_id="runs")
 async def runs(request: Request) -> dict[str, Any]:
-    """Each model's parts with their numbers of parameters, its size in memory, and the scores in its folder; what a
-    picture may weigh, and how many pictures can be searched."""
+    """Each model's parts with their numbers of parameters, its size in memory, whether it came with the package, and of
+    its folder the stages of its training with their losses, and the tables of its scores; what a picture may weigh, and
+    how many pictures can be searched."""
     server: Server = request.app.state.server
-    told = [_told(name, model, request.app.state.places.get(name)) for name, model in server.models.items()]
-    limits, searched = server.limits, request.app.state.pictures
+    places, searched = request.app.state.places, request.app.state.pictures
+    told = await server.prepared(
+        lambda: [_told(name, model, places.get(name)) for name, model in server.models.items()]
+    )
+    limits = server.limits
     return {
         "models": told,
         "limits": {"pictures": limits.pictures, "picture_bytes": limits.picture},
@@ -178,22 +183,10 @@ def _told(name: str, model: Model, place: Path | None) -> dict[str, Any]:
         "id": name,
         "kind": model.kind,
         "capabilities": list(model.capabilities),
+        "shipped": place is not None and place.parent == FOLDER,
         "parts": parts_of(model.net),
         "weight_bytes": sum(t.numel() * t.element_size() for t in model.net.state_dict().values()),
         "visual_tokens": "" if visual_tokens(model.net) is None else visual_tokens_text(model.net),
-        "scores": {} if place is None else _scores(place),
+        "stages": [] if place is None else training(place),
+        "scores": [] if place is None else scores(place),
     }
-
-
-def _scores(place: Path) -> Mapping[str, Mapping[str, float | str]]:
-    """The figures of each task that the folder of a run has results of."""
-    found: dict[str, Mapping[str, float | str]] = {}
-    for file in sorted(place.glob("eval/*/scores.json")):
-        try:
-            facts = read_json(file)
-        except CheckpointError:
-            found[file.parent.name] = {"problem": "its scores.json cannot be read"}
-            continue
-        numbers = {k: v for k, v in facts.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        found[file.parent.name] = numbers
-    return found

@@ -284,7 +284,7 @@ const chosen = () => [...document.querySelectorAll("#models input:checked:not(:d
 function listModels() {
   const boxes = state.models.map((model, n) => make("label", {},
     make("input", { type: "checkbox", value: model.id, checked: n === firstAble(), on: { change: allow } }),
-    ` ${model.id} `, make("small", { textContent: model.kind })));
+    ` ${model.id} `, make("small", { textContent: [model.kind, origin(model)].filter(Boolean).join(", ") })));
   $("models").replaceChildren($("models").firstElementChild, ...boxes);
   allow();
 }
@@ -781,20 +781,53 @@ async function copy(text) {
 
 // What was trained
 
+const counted = (value) => value.toLocaleString("en");
+
+function table(title, rows, columns) {
+  const cells = (row, tag) => row.map((value, n) => make(n ? tag : "th", { textContent: value,
+    ...(!n && tag === "td" && { scope: "row" }) }));
+  return make("div", { className: "wide" }, make("strong", { textContent: title }), make("table", {},
+    ...(columns ? [make("thead", {}, make("tr", {}, ...cells(columns, "th")))] : []),
+    make("tbody", {}, ...rows.map((row) => make("tr", {}, ...cells(row, "td"))))));
+}
+
 function listRuns(models) {
-  const table = (title, rows) => make("div", {}, make("strong", { textContent: title }),
-    make("table", {}, make("tbody", {}, ...rows.map(([name, value]) => make("tr", {},
-      make("th", { scope: "row", textContent: name }), make("td", { textContent: value }))))));
-  const number = (value) => typeof value !== "number" ? value :
-    Number.isInteger(value) ? value.toLocaleString("en") : value.toFixed(3);
   $("runs").lastElementChild.replaceChildren(...models.map((model) => make("section", { ariaLabel: model.id },
     make("h3", { textContent: `${model.id} (${model.kind})` }),
+    make("p", { className: "facts", textContent: origin(model) }),
     table("parameters", [...Object.entries(model.parts), ["all", Object.values(model.parts).reduce((a, b) => a + b, 0)]]
-      .map(([name, value]) => [name, number(value)])),
+      .map(([name, value]) => [name, counted(value)])),
     table("memory", [["weights", megabytes(model.weight_bytes)],
       ...(model.visual_tokens ? [["a picture", model.visual_tokens]] : [])]),
-    ...Object.entries(model.scores).map(([task, facts]) => table(task,
-      Object.entries(facts).map(([name, value]) => [name.replaceAll("_", " "), number(value)]))))));
+    ...model.stages.map(stageOf),
+    ...model.scores.map((score) => make("div", {}, score.rows.length ? table(score.task, score.rows, score.columns) :
+      make("strong", { textContent: score.task }), make("p", { className: "facts",
+      textContent: score.caption || score.problem }))))));
+}
+
+const origin = (model) => model.shipped ? "came with the package" : model.stages.length ? "trained here" : "";
+
+/** A stage of a training: what it trains, and its losses over its steps. */
+function stageOf(stage) {
+  const seconds = stage.seconds < 90 ? `${stage.seconds.toFixed(0)} s` : `${(stage.seconds / 60).toFixed(0)} min`;
+  const begun = stage.steps ? `${counted(stage.steps)} steps, ${seconds}` : "not begun";
+  return make("div", {}, table(`stage ${stage.name}: ${begun}`, stage.parts.map((row) =>
+    [row.part, counted(row.parameters), counted(row.trained)]), ["part", "parameters", "trained"]),
+  ...Object.entries(stage.curves).map(([term, points]) => curve(term, points)),
+  make("p", { className: "facts", textContent: stage.problem }));
+}
+
+function curve(term, points) {
+  const losses = points.map(([, loss]) => loss), steps = points.map(([step]) => step);
+  const [low, high] = [Math.min(0, ...losses), Math.max(...losses, 1e-9)];
+  const at = ([step, loss]) => `${(296 * step / steps.at(-1) + 2).toFixed(1)},` +
+    `${(76 - 72 * (loss - low) / (high - low)).toFixed(1)}`;
+  const told = `loss ${term}: ${losses[0].toFixed(3)} at step ${counted(steps[0])}, ` +
+    `${losses.at(-1).toFixed(3)} at step ${counted(steps.at(-1))}`;
+  const chart = $("chart").content.firstElementChild.cloneNode(true);
+  chart.setAttribute("aria-label", told);
+  chart.firstElementChild.setAttribute("points", points.map(at).join(" "));
+  return make("figure", { className: "curve" }, chart, make("figcaption", { textContent: told }));
 }
 
 // Start
@@ -818,6 +851,14 @@ async function start() {
   }
 }
 
+$("runs").addEventListener("toggle", async () => {
+  if (!$("runs").open) return;
+  try {
+    listRuns((await answered("/isthmus/runs")).models); // a training may have gone on
+  } catch (error) {
+    notice(error.message);
+  }
+});
 $("key").addEventListener("submit", (event) => {
   event.preventDefault();
   state.key = $("secret").value;
