@@ -67,6 +67,16 @@ class Net(StagedNet):
         """The part of this name, such as ``language``; none where the net has no such part (now)."""
         return self._modules.get(name)
 
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of its language model, each of which runs once in every loss: what is sharded one by one."""
+        parts = [] if (language := self._modules.get("language")) is None else list(language.modules())
+        kinds = {kind for part in parts for kind in getattr(part, "_no_split_modules", None) or ()}
+        return [part for part in parts if type(part).__name__ in kinds]
+
+    def towers(self) -> list[nn.Module]:
+        """Its encoders, which run as often as a batch has shapes of pictures."""
+        return [m for m in (self._modules.get("vision"), self._modules.get("text")) if m is not None]
+
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> Self:
         """From plain keys and values. Raises ConfigError for an unknown one."""

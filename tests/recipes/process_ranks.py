@@ -8,9 +8,12 @@ import torch
 
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import Recipe, parse_recipe
+from isthmus.training.parallel import Parallel
 from tests.miniature import tree
 from tests.recipes.test_blip2 import tree as blip2_tree
 from tests.recipes.test_flamingo import recipe as flamingo_recipe
+
+SHARDED = ("clip", "llava", "flamingo")
 
 
 def recipes(story: Path) -> dict[str, Recipe]:
@@ -39,3 +42,6 @@ def run(number: int, world: int, port: int, story: str, folder: str) -> None:
     torch.set_num_threads(1)
     for name, recipe in recipes(Path(story)).items():
         train(recipe, Path(folder) / name, progress=False)
+    for name in SHARDED:
+        recipe = recipes(Path(story))[name].model_copy(update={"parallel": Parallel(engine="fsdp")})
+        train(recipe, Path(folder) / f"{name}-sharded", progress=False)

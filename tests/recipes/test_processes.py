@@ -70,6 +70,20 @@ def test_the_folder_is_one_model(both, alone):
     assert not list(both.rglob("quarantine-1.jsonl"))
 
 
+@pytest.mark.parametrize("name", ranks.SHARDED)
+def test_shards_make_the_steps_of_whole_nets_and_one_model(both, name):
+    assert isthmus.load(both / f"{name}-sharded").kind == name
+    ours, theirs = (load_tensors(both / n / "model" / "model.safetensors") for n in (f"{name}-sharded", name))
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+    for value, other in ((ours[n], theirs[n]) for n in theirs):
+        torch.testing.assert_close(value, other, atol=2e-3, rtol=0)  # Adam's first steps go by the gradient's sign
+    for place in sorted((both / name / "stages").iterdir()):
+        sharded = both / f"{name}-sharded" / "stages" / place.name / "metrics.jsonl"
+        for own, other in zip(read_metrics(sharded), read_metrics(place / "metrics.jsonl"), strict=True):
+            assert own["loss"] == pytest.approx(other["loss"], rel=1e-4)
+            assert own["order"] == other["order"]
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_parts_of_a_step_are_its_rows(story, monkeypatch, world):
     recipe = parse_recipe(tree("llava", story))

@@ -11,6 +11,7 @@ from isthmus.processes import join, rank, told, wait, world
 from isthmus.stage import Group, Stage
 from isthmus.training import Interrupted, parallel, train
 from isthmus.training.gradient import NonFiniteLoss, backward
+from isthmus.training.parallel import DDP, Parallel
 from isthmus.training.precision import context
 
 from .toys import ToyLoader, ToyNet, make_batch
@@ -73,17 +74,18 @@ def _non_finite() -> list[str]:
     return told("nothing")
 
 
-def _stopped(folder: Path) -> list[str]:
+def _stopped(folder: Path, how: Parallel = DDP) -> tuple[list[str], dict[str, torch.Tensor]]:
     """A signal to process 1 alone stops both after the same step; the same call goes on."""
     loader = PartLoader()
     loader.stop_at = 3
     try:
-        train(net(), loader, stage(), folder, progress=False)
+        train(net(), loader, stage(), folder, progress=False, parallel=how)
     except Interrupted as stopped:
         heard = told(str(stopped))
-        train(net(), PartLoader(), stage(), folder, progress=False)
-        return heard
-    return told("nothing")
+        resumed = net()
+        train(resumed, PartLoader(), stage(), folder, progress=False, parallel=how)
+        return heard, resumed.state_dict()
+    return told("nothing"), {}
 
 
 def run(number: int, world_size: int, port: int, folder: str) -> None:
@@ -106,6 +108,7 @@ def run(number: int, world_size: int, port: int, folder: str) -> None:
     train(whole, PartLoader(), stage(), place / "whole", progress=False)
     found["weights"] = whole.state_dict()
     found["non-finite"] = _non_finite()
-    found["stopped"] = _stopped(place / "stopped")
+    found["stopped"], _ = _stopped(place / "stopped")
+    found["sharded"] = _stopped(place / "sharded", Parallel(engine="fsdp"))
     torch.save(found, place / f"rank{number}.pt")
     wait()

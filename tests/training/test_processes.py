@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from isthmus import processes
+from isthmus.checkpoint import load_tensors
 from isthmus.errors import ConfigError
 from isthmus.training import train
 from isthmus.training.log import read_metrics
@@ -77,6 +78,24 @@ def test_a_signal_to_one_process_stops_all_after_one_step_and_the_same_call_goes
         assert "after step 4" in each["stopped"][0]
     assert lines(folder / "stopped") == lines(folder / "whole")
     assert [p.name for p in checkpoints(folder / "stopped")] == [p.name for p in checkpoints(folder / "whole")]
+
+
+def test_shards_stop_go_on_and_come_out_as_one_whole_net(both, tmp_path):
+    """Written by two processes that hold half of every tensor, the state is as one process writes it."""
+    alone = ranks.net()
+    train(alone, ToyLoader(), ranks.stage(), tmp_path, progress=False)
+    for each in both[1]:
+        heard, weights = each["sharded"]
+        assert "after step 4" in heard[0]
+        for name, value in alone.state_dict().items():
+            torch.testing.assert_close(weights[name], value, atol=1e-9, rtol=0)
+    for one, two in zip(lines(tmp_path), lines(both[0] / "sharded"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-9)
+    ours, theirs = (load_tensors(checkpoints(f)[-1] / "optimizer.safetensors") for f in (both[0] / "sharded", tmp_path))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-9, rtol=0)
 
 
 def test_a_nan_in_one_process_stops_all(both):

@@ -27,6 +27,7 @@ from isthmus.language.decoding import Decoding, check_ids, library_loop
 from isthmus.language.library import SDPA, LibraryLM, known_fields, library_config
 from isthmus.language.scoring import score_endings
 from isthmus.language.window import Layers, Window, repeated_cache, tensors_of
+from isthmus.nn.losses import widen
 
 LOGITS_AT_ONCE = 2**25
 """Most logits (positions x vocabulary) that a loss holds at a time: 128 MiB in fp32, 1,048 positions of 32,000."""
@@ -336,5 +337,5 @@ def _length(past: Read | None) -> int:
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """(M,) negative log-likelihoods in fp32 from logits (M, V)."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+    """(M,) negative log-likelihoods in fp32 at least from logits (M, V)."""
+    return F.cross_entropy(widen(logits), targets, reduction="none")

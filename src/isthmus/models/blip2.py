@@ -43,7 +43,7 @@ from isthmus.nn.losses import Similarity, gather, widen
 from isthmus.nn.matching import gather_tokens, hard_negatives, query_contrast
 from isthmus.nn.precision import KeptFloat32, cast_weights
 from isthmus.nn.splice import at_places, splice
-from isthmus.nn.tap import Tap
+from isthmus.nn.tap import Tap, trains
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.stage import Group
 
@@ -359,7 +359,22 @@ class Blip2(Net):
         tokens = batch.text[self.prompt_stream]
         places = batch.places.get(self.prompt_stream, Places.none())
         embeds = self.language.embed(tokens.ids.masked_fill(at_places(places, tokens.ids), 0))
-        return splice(embeds, self.visual_tokens(batch), places, names=batch.ids)
+        embeds = splice(embeds, self.visual_tokens(batch), places, names=batch.ids)
+        if batch.visuals or not torch.is_grad_enabled():
+            return embeds
+        return embeds + self._nothing(batch).to(embeds.dtype)
+
+    def _nothing(self, batch: Batch) -> Tensor:
+        """A zero that touches what pictures would touch, for batches without any: processes that share a step then
+        reach the same parameters."""
+        size, parameter = self.config.vision.image_size, next(self.connector.parameters())
+        if trains(self.vision):
+            features = self.visual_features(parameter.new_zeros(1, 1, 3, size, size))
+        else:
+            patches = self.tap.tokens(self.vision.grid(size, size))
+            features = parameter.new_zeros(1, 1, patches, self.tap.width)
+        beside = batch.text[TEXT].rows(slice(0, 1)) if self.config.instruct else None
+        return self.connector(features, text=beside)[:0].sum()
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, T, V) logits of the ``lm`` or ``decoder`` stream; values on padding mean nothing."""

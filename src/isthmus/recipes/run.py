@@ -34,7 +34,7 @@ from isthmus.data.sources import named_apart, open_mix, open_source
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.interop.hub import model_hash
 from isthmus.model import Model, load
-from isthmus.processes import device, first, join, rank, wait, world
+from isthmus.processes import first, join, rank, wait, world
 from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.features import FeatureLoader, open_cache
 from isthmus.recipes.saving import save_model
@@ -43,6 +43,7 @@ from isthmus.recipes.validating import BEST, kept, validation_of
 from isthmus.stage import apply_stage, defining_keys, named_state
 from isthmus.training import train as train_stage
 from isthmus.training.lock import RunLock
+from isthmus.training.parallel import move
 from isthmus.user_code import pinned_in, placeless
 from isthmus.version import __version__
 
@@ -94,7 +95,7 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str
     for stage in recipe.stages:
         place = folder / "stages" / stage.name
         built = built.enter(stage)
-        built.net.to(device())
+        move(built.net, recipe.parallel)
         _run_stage(built, stage, place, opened.pop(stage.name, None), progress=progress, report_to=report_to)
         built = _remembered(built, place / "trained")
         kept = stage is not recipe.stages[-1] and any(spec.stage == stage.name for spec in recipe.evaluate)
@@ -180,6 +181,7 @@ def _train_stage(
         progress=progress,
         report_to=report_to,
         validation=validation_of(built, stage, folder),
+        parallel=built.recipe.parallel,
     )
     if progress and len(loader.quarantine):
         Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {loader.quarantine.summary()}.", highlight=False)
@@ -289,9 +291,10 @@ def _claim(folder: Path, recipe: Recipe) -> None:
 
 
 def _defining(run: dict[str, Any]) -> dict[str, Any]:
-    """What is in ``run.json`` without what may change between two calls: its words, how often is logged and saved."""
-    for words in ("about", "report_to"):
-        run.get("recipe", {}).pop(words, None)
+    """What is in ``run.json`` without what may change between two calls: its words, how processes share it, how
+    often is logged and saved."""
+    for key in ("about", "report_to", "parallel"):
+        run.get("recipe", {}).pop(key, None)
     for stage in run.get("recipe", {}).get("stages", ()):
         stage.pop("bad_samples", None)
         if "stage" in stage:

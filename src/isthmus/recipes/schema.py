@@ -22,6 +22,7 @@ from isthmus.errors import ConfigError, nearest
 from isthmus.file_kind import but_is, file_kind
 from isthmus.stage import Group, Stage
 from isthmus.systems import SYSTEMS, system
+from isthmus.training.parallel import DDP, Parallel
 from isthmus.user_code import is_user_code, pin, pinned_in
 
 _STAGE_KEYS = frozenset(f.name for f in fields(Stage))
@@ -224,6 +225,7 @@ class Recipe(Strict):
     about: str = ""
     seed: int = 0
     threads: int | None = Field(default=None, gt=0)
+    parallel: Parallel = DDP
     variables: dict[str, str] = Field(default_factory=dict)
     config: dict[str, Any] = Field(default_factory=dict)
     parts: dict[str, str] = Field(default_factory=dict)
@@ -233,6 +235,13 @@ class Recipe(Strict):
     stages: list[StageSpec] = Field(min_length=1)
     evaluate: list[EvalSpec] = Field(default_factory=list)
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+
+    @field_validator("parallel", mode="before")
+    @classmethod
+    def _parallel(cls, value: Any) -> Any:
+        """``parallel: fsdp`` is short for ``parallel: {engine: fsdp}``."""
+        value = {"engine": value} if isinstance(value, str) else value
+        return strict(Parallel, value, "parallel") if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _stages_exist(self) -> "Recipe":

@@ -35,11 +35,12 @@ from isthmus.errors import DataError, IsthmusError, StageError
 from isthmus.net import Net
 from isthmus.processes import first, rank, told, wait, world
 from isthmus.stage import Stage, StageTable, apply_stage, set_modes
-from isthmus.training import optim, parallel, precision, proof
+from isthmus.training import optim, precision, proof
 from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_bad_value
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
 from isthmus.training.lock import RunLock
 from isthmus.training.log import Bar, MetricLog, progress_bar, read_metrics
+from isthmus.training.parallel import DDP, Parallel, engine, where
 from isthmus.training.protocols import Loader
 from isthmus.training.state import RunState, check_same, checkpoints, newest_state, restore, rng_state, save_state
 from isthmus.training.validation import KEY, Validation
@@ -80,6 +81,7 @@ def train(
     report_to: Sequence[str] = (),
     validation: Validation | None = None,
     on_quarantine: Skipped | None = None,
+    parallel: Parallel = DDP,
 ) -> TrainResult:
     """Train ``net`` in place through one stage, on the device it is on; write into ``folder``.
 
@@ -90,6 +92,7 @@ def train(
         report_to: names of trackers that get the numbers too (:mod:`isthmus.training.trackers`).
         validation: what is measured on the way, which step is kept and when the stage ends early.
         on_quarantine: called with sample ids and reason for each step that ``nan_policy`` skips.
+        parallel: how several processes share the net.
 
     Raises:
         RunBusyError: another run trains in this folder.
@@ -105,7 +108,7 @@ def train(
         table = apply_stage(net, stage.train, seed=seed)
         if progress is True:
             Console(stderr=True).print(table.render(f"stage {stage.name}"))
-        run = _Run(net, loader, stage, folder, table, seed, dict(identity or {}), on_quarantine)
+        run = _Run(net, loader, stage, folder, table, seed, dict(identity or {}), on_quarantine, parallel)
         if progress is True:
             told = f"stage {stage.name}: precision {run.precision.precision}, {run.precision.why}"
             Console(stderr=True).print(told, highlight=False)
@@ -118,6 +121,7 @@ def train(
         ):
             try:
                 run.go(log, bar, stopped, validation)
+                run.engine.close()
             finally:
                 run.widen()
         return run.result()
@@ -136,22 +140,25 @@ class _Run:
         seed: int,
         identity: dict[str, Any],
         on_quarantine: Skipped | None,
+        how: Parallel,
     ) -> None:
-        self.net, self.module, self.loader = net, net, loader
+        self.net, self.loader = net, loader
         self.stage, self.folder, self.table, self.on_quarantine = stage, folder, table, on_quarantine
-        self.parameters = optim.open_parameters(self.module, table)
-        widened = optim.to_master_weights(self.parameters)
-        self.optimizer = optim.build_optimizer(self.parameters, table, stage)
-        optim.check_holds_exactly(self.optimizer, self.module)
-        self.device = next(iter(self.parameters.values())).device
+        widened = optim.to_master_weights(optim.open_parameters(net, table))
+        self.device = where(net, how)
         before = newest_state(folder)
         kept = before and precision.Choice(before[0].precision, "so the run was begun")
         self.precision = kept or precision.choose(stage, net, self.device)
         self.autocast = precision.context(self.precision.precision, self.device)
-        self.gradients = proof.GradientProof(self.parameters)
         note = (f"step 0: {len(widened)} half-precision tensors train as fp32 master weights",) if widened else ()
         self.narrowed, note = self._narrow(note)
-        self.engine = parallel.engine(net)
+        frozen = proof.frozen_tensors(net)
+        self.engine = engine(net, how)
+        self.net = self.engine.net
+        self.parameters = optim.open_parameters(self.net, table)
+        self.optimizer = optim.build_optimizer(self.parameters, table, stage)
+        optim.check_holds_exactly(self.optimizer, self.net)
+        self.gradients = proof.GradientProof(self.parameters)
         self.state = RunState(
             step=0,
             samples=0,
@@ -160,7 +167,7 @@ class _Run:
             losses={},
             unproven=tuple(self.parameters),
             skipped=0,
-            frozen=proof.frozen_tensors(self.module),
+            frozen=frozen,
             stage=stage.fingerprint(),
             identity=json.loads(json.dumps(identity)),
             seed=seed,
@@ -182,7 +189,7 @@ class _Run:
                 f"Stage {self.stage.name!r}: frozen_dtype bf16 needs bf16 autocast, and this run computes in fp32 "
                 f"({self.precision.why}). Set precision: bf16, or take frozen_dtype out."
             )
-        narrowed, others = optim.narrow_frozen(self.module)
+        narrowed, others = optim.narrow_frozen(self.net)
         if others:
             note += (f"step 0: {others} frozen matrices stay fp32, for their values are not of bf16",)
         return narrowed, note
@@ -201,7 +208,7 @@ class _Run:
         warnings = check_same(saved, self.state, self.folder)
         proof.demand_unchanged(saved.frozen, self.state.frozen, "is not the one this run was begun with")
         self._seed()
-        restore(files, self.module, self.optimizer, self.parameters)
+        restore(files, self.net, self.optimizer, self.parameters)
         self.gradients = proof.GradientProof(saved.unproven)
         now = self.state
         self.state = replace(
@@ -269,7 +276,7 @@ class _Run:
             # Generators stop their workers when closed; a plain iterator has nothing to stop.
             getattr(stream, "close", lambda: None)()
         self.gradients.demand(self.state.step)
-        proof.demand_unchanged(self.state.frozen, proof.frozen_tensors(self.module), "changed during the stage")
+        proof.demand_unchanged(self.state.frozen, proof.frozen_tensors(self.net), "changed during the stage")
         self._save()
         # A signal during the last step must not be lost: the caller may have further stages.
         self._stop_if(_signalled(told(dict(stopped))))
@@ -289,7 +296,7 @@ class _Run:
         try:
             yield
         finally:
-            set_modes(self.module)
+            set_modes(self.net)
             for weight in self.narrowed:
                 weight.data = weight.data.bfloat16()
 
@@ -359,7 +366,7 @@ class _Run:
         gradient = first_bad_gradient(self.net) if problem.micro is None else None
         self.optimizer.zero_grad(set_to_none=True)
         where, micro = None, None
-        if world() == 1 or not self.net.contrasts:  # alone in a forward pass it would wait for ever
+        if self.engine.replays:  # else, alone in a forward pass, it would wait for ever
             where, micro = first_bad_value(self.net, batches, self.autocast, generator)
         micro = problem.micro if problem.micro is not None else micro
         ids = tuple(i for n, batch in enumerate(batches) if micro in (None, n) for i in batch.ids)
@@ -411,8 +418,7 @@ class _Run:
         if self.state.step == self.saved:
             return
         generators = told(rng_state())
-        if first():
-            save_state(self.folder, self.state, self.module, self.optimizer, self.parameters, generators)
+        save_state(self.folder, self.state, self.net, self.optimizer, self.parameters, generators)
         self.saved = self.state.step
 
     def result(self) -> TrainResult:

@@ -1,14 +1,17 @@
 """How the processes of a run share a step's gradient: PyTorch's engines behind one small interface.
 
-    Alone        one process: the net as it is
+    Engine       one process alone: the net as it is
     Replicated   DistributedDataParallel: every process holds the net, gradients are summed while the backward pass runs
+    Sharded      FSDP2 (sharding.py): every process holds its part of each tensor
 
 Gradients are summed, never averaged: the losses are divided by the step's whole counts already (gradient.py). Every
 process makes the same calls, whatever rows it has: a pass without rows still takes part in the sum.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -17,14 +20,37 @@ from torch.nn.parallel import DistributedDataParallel
 
 from isthmus.batch import Batch, Term
 from isthmus.net import Net
-from isthmus.processes import talking, world
+from isthmus.processes import device, talking, world
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How several processes share a net.
+
+    ``engine`` is ``ddp`` (every process holds the whole net) or ``fsdp`` (each holds its share of every tensor, and
+    gathers a block when it runs). With fsdp, ``frozen`` tensors are ``sharded`` too, or ``replicated`` in every
+    process; ``gather: bf16`` casts what is gathered to bf16, which halves what travels and rounds gains and biases as
+    well, while gradients are summed in fp32.
+    """
+
+    engine: Literal["ddp", "fsdp"] = "ddp"
+    frozen: Literal["sharded", "replicated"] = "sharded"
+    gather: Literal["as_is", "bf16"] = "as_is"
+
+
+DDP = Parallel()
 
 
 class Engine:
-    """One process alone, and what engines of several have in common."""
+    """One process alone, and what engines of several have in common. ``net`` is what trains."""
 
     def __init__(self, net: Net) -> None:
         self.net = net
+
+    @property
+    def replays(self) -> bool:
+        """Whether a process may run a forward pass that the others do not run."""
+        return True
 
     def passes(self, batches: Sequence[Batch], most: int, fewest: int) -> list[Batch | None]:
         """What each of this process's passes reads, when processes have between ``fewest`` and ``most`` micro-batches;
@@ -48,8 +74,8 @@ class Engine:
         detached (:meth:`.Net.cached_loss`)."""
         return self.net.cached_loss(batches)
 
-
-Alone = Engine
+    def close(self) -> None:
+        """At the end of training: the net that was given holds what was learnt."""
 
 
 class Replicated(Engine):
@@ -57,10 +83,16 @@ class Replicated(Engine):
 
     def __init__(self, net: Net) -> None:
         super().__init__(net)
-        with talking():
+        with talking(), warnings.catch_warnings():
+            # torch 2.13 renames the option, and the versions before it do not know the new name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self._ddp = DistributedDataParallel(_Pass(net), broadcast_buffers=False, gradient_as_bucket_view=True)
         self._ddp.register_comm_hook(None, _summed)
         self._touch: Tensor | None = None
+
+    @property
+    def replays(self) -> bool:
+        return not self.net.contrasts  # whose loss gathers the rows of all
 
     def passes(self, batches: Sequence[Batch], most: int, fewest: int) -> list[Batch | None]:
         del most, fewest
@@ -76,12 +108,12 @@ class Replicated(Engine):
             return terms
 
     def backward(self, loss: Tensor | float) -> None:
-        touch, self._touch = self._touch, None
-        if touch is None:
+        touched, self._touch = self._touch, None
+        if touched is None:
             super().backward(loss)
             return
         with talking():
-            (loss + touch).backward()
+            (loss + touched).backward()
 
     def cached_loss(self, batches: Sequence[Batch]) -> Mapping[str, Term]:
         with self._ddp.no_sync():
@@ -91,9 +123,30 @@ class Replicated(Engine):
         return terms
 
 
-def engine(net: Net) -> Engine:
+def where(net: Net, parallel: Parallel) -> torch.device:
+    """The device that the net trains on. A net that is sharded waits on the CPU, and its shards are elsewhere."""
+    return device() if _shards(parallel) else next(net.parameters()).device
+
+
+def move(net: Net, parallel: Parallel) -> None:
+    """Move a net to where it trains, unless only its shards go there."""
+    if not _shards(parallel):
+        net.to(device())
+
+
+def _shards(parallel: Parallel) -> bool:
+    return parallel.engine == "fsdp" and world() > 1
+
+
+def engine(net: Net, parallel: Parallel = DDP) -> Engine:
     """The engine for the processes that there are. The net's parameters are opened and frozen by now."""
-    return Alone(net) if world() == 1 else Replicated(net)
+    if world() == 1:
+        return Engine(net)
+    if _shards(parallel):
+        from isthmus.training.sharding import Sharded
+
+        return Sharded(net, parallel)
+    return Replicated(net)
 
 
 class _Pass(nn.Module):
@@ -109,7 +162,7 @@ class _Pass(nn.Module):
         return terms, touch(p for p in self.module.parameters() if p.requires_grad)
 
 
-def touch(parameters: Any) -> Tensor:
+def touch(parameters: Iterable[Tensor]) -> Tensor:
     """A zero whose gradient is zero in each of the parameters, without memory for it."""
     return cast(Tensor, _Touch.apply(*parameters))
 

@@ -6,7 +6,9 @@ from torch import nn
 
 from isthmus.checkpoint import tensor_sha256
 from isthmus.errors import StageError
+from isthmus.processes import told
 from isthmus.stage import canonical, named_parameters
+from isthmus.training.shards import is_shard, local, whole
 
 WINDOW = 50
 """Steps within which every trained tensor must have had a non-zero gradient."""
@@ -19,8 +21,14 @@ class GradientProof:
         self.pending = list(pending)
 
     def see(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Look at the gradients of one step. Costs nothing once everything is proven."""
-        self.pending = [name for name in self.pending if not _has_gradient(parameters[name])]
+        """Look at the gradients of one step: of several processes' shards, at those of all. Costs nothing once
+        everything is proven."""
+        if not self.pending:
+            return
+        seen = [_has_gradient(parameters[name]) for name in self.pending]
+        if any(is_shard(parameters[name]) for name in self.pending):
+            seen = [any(flags) for flags in zip(*told(seen), strict=True)]
+        self.pending = [name for name, flag in zip(self.pending, seen, strict=True) if not flag]
 
     def demand(self, steps: int) -> None:
         """Raises StageError naming the tensors without a gradient after ``steps`` steps."""
@@ -35,12 +43,13 @@ class GradientProof:
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
+    return parameter.grad is not None and bool(local(parameter.grad).any())
 
 
 def frozen_tensors(net: nn.Module) -> dict[str, str]:
-    """sha256 of every tensor that must not move: frozen parameters, and persistent buffers of frozen modules."""
-    digests = {name: tensor_sha256(p) for name, p in named_parameters(net) if not p.requires_grad}
+    """sha256 of every tensor that must not move: frozen parameters, and persistent buffers of frozen modules. Shards
+    are put together first, one tensor at a time: all processes call it together."""
+    digests = {name: tensor_sha256(whole(p)) for name, p in named_parameters(net) if not p.requires_grad}
     moving = moving_buffers(net)
     state = net.state_dict()
     for name, buffer in net.named_buffers():

@@ -23,6 +23,7 @@ from isthmus.errors import CheckpointError, StageError
 from isthmus.processes import first, rank
 from isthmus.stage import canonical
 from isthmus.training.proof import moving_buffers
+from isthmus.training.shards import like, put, whole
 
 KEEP = 2
 """How many checkpoints stay: the newest and the one before."""
@@ -62,15 +63,21 @@ def save_state(
     parameters: Mapping[str, nn.Parameter],
     generators: Sequence[Mapping[str, Any]],
 ) -> Path:
-    """Write the checkpoint of ``state.step`` and drop all but the newest ones. Raises CheckpointError.
+    """Write the checkpoint of ``state.step`` and drop all but the newest ones: the first process does, and all put
+    shards together for it. Raises CheckpointError.
 
     ``generators`` are the processes' :func:`rng_state`.
     """
-    path = write_folder(
-        _path(folder, state.step),
+    trained = {name: whole(tensor) for name, tensor in {**parameters, **_statistics(net)}.items()}
+    moments = {name: whole(tensor) for name, tensor in _optimizer_tensors(optimizer, parameters).items()}
+    path = _path(folder, state.step)
+    if not first():
+        return path
+    write_folder(
+        path,
         {
-            "trained.safetensors": {**parameters, **_statistics(net)},
-            "optimizer.safetensors": _optimizer_tensors(optimizer, parameters),
+            "trained.safetensors": trained,
+            "optimizer.safetensors": moments,
             "rng.json": {"processes": list(generators)},
             "state.json": dataclasses.asdict(state),
         },
@@ -149,17 +156,21 @@ def restore(
     _demand_names(set(targets), set(trained), files["trained.safetensors"])
     with torch.no_grad():
         for name, target in targets.items():
-            if target.shape != trained[name].shape:
+            # What has no dimension has one in shards.
+            if (target.shape or (1,)) != (trained[name].shape or (1,)):
                 raise CheckpointError(
                     f"{files['trained.safetensors']}: {name!r} has shape "
                     f"{tuple(trained[name].shape)}, the net wants {tuple(target.shape)}."
                 )
-            target.copy_(trained[name])
+            put(trained[name], target)
     for key, tensor in load_tensors(files["optimizer.safetensors"]).items():
         kind, _, name = key.partition(":")
         _demand_names({name}, {name} & parameters.keys(), files["optimizer.safetensors"])
         # A copy in memory of its own: the file may be deleted while the optimizer goes on writing.
-        optimizer.state[parameters[name]][kind] = tensor.clone().to(parameters[name].device)
+        parameter = parameters[name]
+        optimizer.state[parameter][kind] = (
+            tensor.clone().to(parameter.device) if kind == "step" else like(tensor, parameter)
+        )
     generators = read_json(files["rng.json"])["processes"]
     # With more processes than before the further ones keep what they were seeded with.
     if rank() < len(generators):

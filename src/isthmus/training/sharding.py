@@ -1,0 +1,142 @@
+"""FSDP2 (``fully_shard``): every process holds its share of each tensor, of its gradient and of the optimizer's state.
+
+Units are the language model's blocks, gathered when they run and dropped behind, and the towers (vision encoder, text
+tower). Everything else (embeddings, connector, gated blocks, heads) is the root, which is gathered once per pass and
+stays until its backward pass is done, as the towers do.
+
+No process may wait for a call that another does not make. A language model's blocks run once per pass in every
+process, so a process with fewer passes than another repeats a row of which nothing is learnt. Towers and connector
+run as often as there are shapes of pictures, maybe never: being gathered by the pass itself, and reduced behind it,
+they ask nothing of the other processes in between.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from isthmus.batch import IGNORE, Batch, Term
+from isthmus.net import Net
+from isthmus.processes import device, talking, told, world
+from isthmus.training.parallel import Engine, Parallel, touch
+from isthmus.training.shards import is_shard, whole
+
+_PASS = "sharded_pass"
+
+
+class Sharded(Engine):
+    """A twin of the net in shards trains; :meth:`close` brings what it learnt back into the net."""
+
+    def __init__(self, net: Net, parallel: Parallel) -> None:
+        self.whole = net
+        super().__init__(_twin(net))
+        self._touch: Tensor | None = None
+        setattr(self.net, _PASS, self._pass)
+        self._towers = [tower for tower in self.net.towers() if any(True for _ in tower.parameters())]
+        self._shard(parallel)
+        self._root = _sharded(self.net)
+        register_fsdp_forward_method(self.net, _PASS)
+
+    @property
+    def replays(self) -> bool:
+        return False
+
+    def _shard(self, parallel: Parallel) -> None:
+        mesh = init_device_mesh(device().type, (world(),))
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if parallel.gather == "bf16":
+            policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        replicated = {p for p in self.net.parameters() if not p.requires_grad and parallel.frozen == "replicated"}
+        for tensor in (*replicated, *self.net.buffers()):
+            tensor.data = tensor.data.to(device())  # the engine moves only what it shards
+        options = {"mesh": mesh, "mp_policy": policy, "ignored_params": replicated}
+        for block in self.net.blocks():
+            fully_shard(block, **options)
+        for tower in self._towers:
+            fully_shard(tower, reshard_after_forward=False, **options)
+        fully_shard(self.net, reshard_after_forward=False, **options)
+        self._resident = [tower for tower in self._towers if isinstance(tower, FSDPModule)]
+        for module in self.net.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # the other way needs NCCL, even for a factor of one
+
+    def _pass(self, batch: Batch | None) -> tuple[Mapping[str, Term], Tensor]:
+        """One pass, behind the root's hook: the towers are gathered, whether or not this process's rows need them."""
+        for tower in self._resident:
+            tower.unshard()
+        resident = [p for p in self.net.parameters() if p.requires_grad and not is_shard(p)]
+        terms = {} if batch is None else self.net.loss(batch)
+        return terms, touch(resident) if resident else torch.zeros((), requires_grad=True)
+
+    def passes(self, batches: Sequence[Batch], most: int, fewest: int) -> list[Batch | None]:
+        spare = _unlearnt(batches[0]) if batches and fewest < most else None
+        if fewest == 0:  # all ask, those that need nothing too
+            spare = next(batch for batch in told(spare) if batch is not None)
+        missing = most - len(batches)
+        return [*batches, *([spare.to(device())] * missing if spare is not None else [])]
+
+    def loss(self, batch: Batch | None, *, last: bool) -> Mapping[str, Term]:
+        del last  # every pass is reduced: gradients of the whole would wait in every process
+        with talking():
+            terms, self._touch = getattr(self.net, _PASS)(batch)
+        return terms
+
+    def backward(self, loss: Tensor | float) -> None:
+        assert self._touch is not None
+        with talking():
+            (loss + self._touch).backward()
+        self._touch = None
+
+    def cached_loss(self, batches: Sequence[Batch]) -> Mapping[str, Term]:
+        """All is gathered for the whole step, and reduced once behind it, so processes may have unlike numbers of
+        chunks."""
+        self._root.set_requires_gradient_sync(False)
+        self._root.set_reshard_after_backward(False)
+        self.loss(None, last=False)
+        with talking():
+            terms = self.net.cached_loss(batches)
+        self._root.set_requires_gradient_sync(True)
+        self._root.set_reshard_after_backward(True)
+        self.loss(None, last=True)
+        self.backward(0.0)
+        return terms
+
+    @torch.no_grad()
+    def close(self) -> None:
+        trained = dict(self.net.named_parameters())
+        for name, parameter in self.whole.named_parameters():
+            value = whole(trained[name])
+            if parameter.requires_grad:
+                parameter.copy_(value.view_as(parameter))
+        buffers = dict(self.net.named_buffers())
+        for name, buffer in self.whole.named_buffers():
+            buffer.copy_(buffers[name])
+
+
+def _twin(net: Net) -> Net:
+    """A copy of the net that shares its values. Numbers without a dimension have one in it, for FSDP2 cuts along it."""
+    shared = {}
+    for parameter in net.parameters():
+        value = parameter.detach()
+        shared[id(parameter)] = nn.Parameter(value.view(1) if value.ndim == 0 else value, parameter.requires_grad)
+    return copy.deepcopy(net, shared)
+
+
+def _sharded(module: nn.Module) -> FSDPModule:
+    assert isinstance(module, FSDPModule)
+    return module
+
+
+def _unlearnt(batch: Batch) -> Batch:
+    """One row of the batch, of which nothing is learnt."""
+    row = batch.select([0])
+    text = {
+        name: replace(t, labels=None if t.labels is None else torch.full_like(t.labels, IGNORE))
+        for name, t in row.text.items()
+    }
+    return replace(row, text=text)

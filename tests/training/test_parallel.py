@@ -1,0 +1,48 @@
+"""DDP and FSDP2: the gradient of one process, for every system and any split of the rows."""
+
+import pytest
+import torch
+
+from isthmus.training.gradient import backward
+from isthmus.training.parallel import Engine
+from tests.models.blip2_ranks import likeliest
+
+from . import parallel_ranks as ranks
+from .test_processes import free_port
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the first and the last of two and of four processes found."""
+    folder = tmp_path_factory.mktemp("parallel")
+    for world in (2, 4):
+        torch.multiprocessing.spawn(ranks.run, args=(world, free_port(), str(folder)), nprocs=world)
+    return [torch.load(folder / f"{world}-{number}.pt") for world in (2, 4) for number in (0, world - 1)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "multinomial", likeliest)
+        answers = {}
+        for system in ranks.SYSTEMS:
+            net, batch = ranks.build(system)
+            means = backward(Engine(net), [batch], ranks.FP32)
+            answers[system] = means, {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+        return answers
+
+
+@pytest.mark.parametrize("system", ranks.SYSTEMS)
+def test_every_split_has_the_gradient_of_one_process(found, alone, system):
+    means, gradients = alone[system]
+    assert any(g.abs().max() > 1e-3 for g in gradients.values())
+    assert sum(case[0] == system for process in found for case in process) >= 4
+    for process in found:
+        for case, answer in process.items():
+            if case[0] != system:
+                continue
+            assert answer["means"] == pytest.approx(means, abs=1e-10), case
+            assert answer["gradients"].keys() == gradients.keys(), case
+            for name, value in gradients.items():
+                ours = answer["gradients"][name].view_as(value)
+                torch.testing.assert_close(ours, value, atol=1e-10, rtol=1e-10, msg=f"{case}: {name}")
