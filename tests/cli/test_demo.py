@@ -1,7 +1,10 @@
 """How the demo ends: at a terminal by serving the page, elsewhere by nothing more."""
 
+import json
 import socket
 import sys
+import threading
+import urllib.request
 
 import pytest
 
@@ -30,7 +33,12 @@ def test_only_a_terminal_is_served_the_page(tmp_path, ended, terminal, wanted):
     demo.run(tmp_path, seed=0, serve=wanted, jobs=None, budget=1.0)
     assert len(served) == (terminal and wanted)
     for models, options in served:
-        assert models == [str(tmp_path / name) for name in ("llava", "blip2", "flamingo", "lm", "clip")]
+        own = [str(tmp_path / name) for name in ("llava", "blip2", "flamingo", "lm", "clip")]
+        assert models == [
+            *own,
+            *(f"shipped-{name}=isthmus:{name}" for name in ("lm", "llava", "flamingo", "clip", "blip2")),
+        ]
+        assert len(list(options["pictures"].glob("*.png"))) == 200
         assert options["host"] == "127.0.0.1"
         assert options["browse"]
 
@@ -49,6 +57,25 @@ def test_a_page_that_is_closed_or_cannot_be_is_no_failure(ended, monkeypatch, ca
     monkeypatch.setattr(serve, "needs_extra", missing)
     demo.show(["some"])
     assert "No page: install the extra" in capsys.readouterr().out
+
+
+def test_the_page_beside_is_there_and_ends(tmp_path, monkeypatch, capsys):
+    """It serves what came with the package while its context is open, in a process that ends with it."""
+    opened = threading.Event()
+    monkeypatch.setattr(demo.webbrowser, "open", lambda address: opened.set())
+    with socket.socket() as free:
+        free.bind((demo.HOST, 0))
+        monkeypatch.setattr(demo, "PORT", free.getsockname()[1])
+    monkeypatch.setattr(demo, "packaged", lambda: ["shipped-clip=isthmus:clip"])
+    with demo.page_beside(tmp_path):
+        assert opened.wait(60), (tmp_path / "page.log").read_text()
+        with urllib.request.urlopen(f"http://{demo.HOST}:{demo.PORT}/isthmus/runs") as reply:
+            told = json.load(reply)
+    assert [(model["id"], model["shipped"]) for model in told["models"]] == [("shipped-clip", True)]
+    assert told["pictures"] == 200
+    assert f"http://127.0.0.1:{demo.PORT}/" in capsys.readouterr().out
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection((demo.HOST, demo.PORT), timeout=1)
 
 
 def test_a_port_that_is_taken_is_left_alone(monkeypatch):

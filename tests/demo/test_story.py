@@ -36,10 +36,11 @@ def test_the_whole_story(out, capsys, monkeypatch):
     pages = []
     write = demo.write_report
     monkeypatch.setattr(demo, "write_report", lambda file, report: pages.append(report) or write(file, report))
-    demo.run_demo(out, seed=3, jobs=2)
+    demo.run_demo(out, seed=3, jobs=2, page="http://127.0.0.1:8000/")
     said = capsys.readouterr().out
     assert f"isthmus chat {out / 'llava'}" in " ".join(said.split())
-    assert said.rstrip().endswith(f"isthmus serve {' '.join(demo.served(out))}")
+    assert said.rstrip().endswith(demo.page_command(out))
+    assert len(list((out / "pictures").glob("*.png"))) == 200
     assert said.index("lm is done") < said.index("blip2 begins") < said.index("blip2 is done")
     # A page as soon as one model is scored, without what a busy machine would tell wrongly.
     assert "Not yet scored: " in pages[0].summary
@@ -52,6 +53,7 @@ def test_the_whole_story(out, capsys, monkeypatch):
     assert facts["seconds"].keys() == {"clip", "lm", "flamingo", "blip2", "llava"}
     page = (out / "report.html").read_text()
     assert f"isthmus serve {out / 'llava'} " in page
+    assert '<a href="http://127.0.0.1:8000/#models=llava,blip2,flamingo">' in page
     for word in ("What they cost", "llava − blip2", "blip2: loss by stage", "What was trained"):
         assert word in page, word
     for name in demo.STORY:  # what the browser page tells of each

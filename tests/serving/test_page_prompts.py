@@ -116,7 +116,7 @@ def test_a_video_file_becomes_frames_in_order(opened):
     page = opened()
     pick(page, "flamingo")
     give(page, name="torn.webm", kind="video/webm", data=filmed()[:200])
-    page.wait_for_function("document.getElementById('notice').textContent.includes('torn.webm is damaged')")
+    page.wait_for_function("() => document.getElementById('notice').textContent.includes('torn.webm is damaged')")
     give(page, name="film.webm", kind="video/webm", data=filmed())
     page.wait_for_selector("#attached figure:nth-child(8) img")
     assert page.is_checked("#joined")
@@ -124,3 +124,14 @@ def test_a_video_file_becomes_frames_in_order(opened):
     levels = [PilImage.open(io.BytesIO(base64.b64decode(u.partition(",")[2]))).getpixel((30, 30))[0] for u in urls]
     assert levels == sorted(levels)
     assert levels[-1] - levels[0] > 120
+
+
+def test_an_address_says_what_is_ready_to_be_asked(opened, site):
+    page = opened()
+    page.goto("about:blank")
+    page.goto(f"{site.url}/#models=flamingo,blip2,nothing&scene=7&question=%3Cb%3Ewhat%3F")
+    page.wait_for_selector("#attached img[alt='scene 7']")
+    ticked = page.evaluate("[...document.querySelectorAll('#models input:checked')].map((box) => box.value)")
+    assert sorted(ticked) == ["blip2", "flamingo"]
+    assert page.input_value("#question") == "<b>what?"
+    assert page.locator(".turn").count() == 0  # nothing is asked before somebody asks it

@@ -4,14 +4,16 @@ Each model is an ordinary recipe run in a folder of its own, so an interrupted d
 ``isthmus train clip-tiny`` does exactly what the demo does. On several cores trainings run side by side.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
+from isthmus.checkpoint import write_folder
 from isthmus.comparison.compare import Contestant, measure
 from isthmus.comparison.curves import png
 from isthmus.comparison.report import write_report
@@ -35,6 +37,10 @@ STORY = {
     "blip2": "blip2-tiny",
     "llava": "llava-tiny",
 }
+_ALSO = {"blip2-represent": "blip2/stages/represent"}
+"""What the page serves too: BLIP-2's first stage, which matches pictures with texts and searches."""
+_PICTURES, _SEARCHED = "pictures", 200
+"""The folder that the page searches, and how many test scenes are in it."""
 _AT_ONCE = 3
 """As many of the models can be trained at the same time. Three that share two cores leave none idle at the end."""
 _TITLE = "isthmus: from pictures and words to answers"
@@ -47,12 +53,21 @@ _SUMMARY = (
 )
 
 
-def run_demo(out: Path, *, seed: int = 0, jobs: int | None = None, budget: float = 1.0) -> None:
+def run_demo(
+    out: Path,
+    *,
+    seed: int = 0,
+    jobs: int | None = None,
+    budget: float = 1.0,
+    page: str = "",
+    beside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
     """Train, score and report everything; the last line is the command that serves the browser page over it.
 
     ``jobs`` at a time share the cores (left out: three, or on a single core one); 1 does everything in this process.
     ``budget``: the share of the recipes' steps that is trained; 0.3 takes a third of the time, and less is learnt.
-    Results and report are written as soon as the first model is scored, and anew with each further one. Raises
+    Results and report are written as soon as the first model is scored, and anew with each further one. ``page`` is the
+    browser page's address, for the report; ``beside`` is open while the models are trained side by side. Raises
     ConfigError for a number of jobs or a budget that cannot be, or for a folder whose demo has another budget.
     """
     console = Console()
@@ -70,14 +85,18 @@ def run_demo(out: Path, *, seed: int = 0, jobs: int | None = None, budget: float
         done = [job.folder for job in story if isinstance(job, Scoring) and job.finished]
         rivals.update({f.name: _scored(f, load(f), recipes[f.name]) for f in done if f.name not in rivals})
 
+    def write() -> None:
+        _write(out, rivals, seed, budget, page)
+
     def ended(job: Job) -> None:
         if isinstance(job, Scoring):
             gather()
-            _write(out, rivals, seed, budget)
+            write()
 
     if jobs > 1:
         console.rule(f"[bold]training[/] ({jobs} at a time, {max(1, cores // jobs)} threads each)")
-        run_jobs(story, at_once=jobs, threads=max(1, cores // jobs), ended=ended)
+        with beside():
+            run_jobs(story, at_once=jobs, threads=max(1, cores // jobs), ended=ended)
     gather()
     for name, recipe in recipes.items():
         console.rule(f"[bold]{name}[/] ({STORY[name]})")
@@ -85,26 +104,46 @@ def run_demo(out: Path, *, seed: int = 0, jobs: int | None = None, budget: float
         if name not in rivals:
             with _bar() as progress:
                 rivals[name] = _scored(out / name, model, recipe, progress)
-            _write(out, rivals, seed, budget)
+            write()
         # Not before: what an answer costs is told by a machine that does nothing else.
         measure(rivals[name], model, out / name / "eval")
-    _write(out, rivals, seed, budget)
+    searched(out)
+    write()
     _tell(console, out, rivals)
 
 
 def served(out: Path) -> list[str]:
     """The finished models, in the order in which the browser page offers them: the last of the story first."""
-    return [str(out / name) for name in reversed(STORY)]
+    also = [f"{name}={out / place}" for name, place in _ALSO.items() if (out / place / "model").is_dir()]
+    return [*(str(out / name) for name in reversed(STORY)), *also]
 
 
-def _write(out: Path, rivals: Mapping[str, Contestant], seed: int, budget: float) -> None:
+def searched(out: Path) -> Path:
+    """The folder that the page searches: scenes of the test split, drawn unless they are there."""
+    folder = out / _PICTURES
+    if not folder.is_dir():
+        scenes = open_source({"kind": "scenes", "form": "describe", "split": "test", "count": _SEARCHED})
+        drawn = (png(open_image(scenes[number].images[0].source)) for number in range(_SEARCHED))
+        write_folder(folder, {f"scene{number}.png": picture for number, picture in enumerate(drawn)})
+    return folder
+
+
+def page_command(out: Path) -> str:
+    """What serves the page over the finished models."""
+    return f"isthmus serve {' '.join(served(out))} --pictures {out / _PICTURES}"
+
+
+def _write(out: Path, rivals: Mapping[str, Contestant], seed: int, budget: float, page: str) -> None:
     """``results.json`` and ``report.html`` of the models that are scored."""
     missing = [name for name in STORY if name not in rivals]
     so_far = f" Not yet scored: {', '.join(missing)}." if missing else ""
     so_far += f" Trained for {budget:g} times the recipes' steps." if budget != 1 else ""
     ordered = [rivals[name] for name in STORY if name in rivals]
-    so_far += "" if missing else f" Ask them yourself, side by side in a browser: isthmus serve {' '.join(served(out))}"
+    so_far += "" if missing else f" Ask them yourself, side by side in a browser: {page_command(out)}"
     report = write_comparison(out, ordered, title=_TITLE, summary=_SUMMARY + so_far, seed=seed)
+    if page and not missing:
+        asked = ",".join(name for name in ("llava", "blip2", "flamingo") if name in rivals)
+        report = replace(report, link=(f"{page}#models={asked}", "The page, while that command runs"))
     write_report(out / "report.html", report)
 
 
@@ -179,4 +218,4 @@ def _tell(console: Console, out: Path, rivals: Mapping[str, Contestant]) -> None
     console.print("Ask the model yourself:", style="bold")
     console.print(f'isthmus chat {out / "llava"} --image {picture} "{question}"', soft_wrap=True, highlight=False)
     console.print("In a browser, side by side, and where each model looks:", style="bold")
-    console.print(f"isthmus serve {' '.join(served(out))}", soft_wrap=True, highlight=False)
+    console.print(page_command(out), soft_wrap=True, highlight=False)

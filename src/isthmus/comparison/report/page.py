@@ -75,11 +75,12 @@ class Report:
 
     ``scores`` and ``retrieval`` by model name, ``seconds`` of wall-clock time by stage, ``facts`` short lines such as
     seed, versions and machine. ``opening`` tables stand before the scores; ``plots`` are figures of scores, ``charts``
-    of training.
+    of training. ``link``: an address that the page leads to, and the words for it.
     """
 
     title: str
     summary: str = ""
+    link: tuple[str, str] | None = None
     opening: Sequence[Listing] = ()
     scores: Mapping[str, VqaScores] = field(default_factory=dict)
     retrieval: Mapping[str, RetrievalScores] = field(default_factory=dict)
@@ -116,6 +117,9 @@ def render(report: Report) -> str:
         _section("Facts", _facts(report.facts)),
     ]
     summary = f'<p class="summary">{escape(report.summary)}</p>' if report.summary else ""
+    if report.link is not None:
+        address, words = (escape(each) for each in report.link)
+        summary += f'<p class="summary"><a href="{address}">{words}</a></p>'
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

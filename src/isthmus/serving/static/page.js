@@ -207,10 +207,10 @@ function truth(picture) {
   return make("details", {}, make("summary", { textContent: "the truth" }), told);
 }
 
-async function newScene() {
+async function newScene(number) {
   notice("");
   try {
-    const found = await answered(`/isthmus/scene?number=${Math.floor(Math.random() * 1e6)}`);
+    const found = await answered(`/isthmus/scene?number=${number ?? Math.floor(Math.random() * 1e6)}`);
     attach({ url: found.picture, name: `scene ${found.number}`, truth: found.truth, questions: found.questions });
   } catch (error) {
     notice(error.message);
@@ -845,10 +845,25 @@ async function start() {
     setMode(talks ? "chat" : "labels");
     listModels();
     listRuns(runs.models);
+    await prefill();
   } catch (error) {
     notice(error.message);
     if (error.status === 401) $("key").hidden = false;
   }
+}
+
+/** An address may say what is ready to be asked: #models=a,b&scene=7&question=… */
+async function prefill() {
+  const wanted = new URLSearchParams(location.hash.slice(1));
+  const names = (wanted.get("models") || "").split(",").slice(0, MOST_MODELS);
+  const boxes = [...document.querySelectorAll("#models input")].filter((box) => able(state.models.find((model) =>
+    model.id === box.value)));
+  if (boxes.some((box) => names.includes(box.value))) {
+    for (const box of boxes) box.checked = names.includes(box.value);
+    allow();
+  }
+  $("question").value ||= wanted.get("question") || "";
+  if (/^\d+$/.test(wanted.get("scene") || "")) await newScene(Number(wanted.get("scene")));
 }
 
 $("runs").addEventListener("toggle", async () => {
@@ -871,7 +886,7 @@ $("question").addEventListener("keydown", (event) => {
 });
 $("stop").addEventListener("click", stopAll);
 $("new").addEventListener("click", restart);
-$("scene").addEventListener("click", newScene);
+$("scene").addEventListener("click", () => newScene());
 $("film").addEventListener("click", newFilm);
 $("shot").addEventListener("click", makeShot);
 $("drawn").addEventListener("click", drawShot);
