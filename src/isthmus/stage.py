@@ -66,7 +66,8 @@ class Stage:
     clipping). ``nan_policy`` ``"skip"`` passes over at most ``nan_limit`` non-finite steps in a row.
     ``precision`` ``"auto"`` is bf16 autocast where that is the quicker on this machine, else fp32.
     ``frozen_dtype`` ``"bf16"`` halves the memory of frozen matrices whose values are of bf16 anyway, as most published
-    ones are; it needs bf16 autocast.
+    ones are; it needs bf16 autocast. ``ema`` (0.999, say) hands over, and validates, a moving average of the trained
+    weights with that decay.
 
     Raises ConfigError for values that do not fit.
     """
@@ -83,6 +84,7 @@ class Stage:
     clip_norm: float | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     frozen_dtype: Literal["fp32", "bf16"] = "fp32"
+    ema: float | None = None
     log_every: int = 1
     save_every: int = 200
     nan_policy: Literal["stop", "skip"] = "stop"
@@ -113,6 +115,8 @@ class Stage:
         _number(f"{where}: eps", self.eps, low=0.0)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"{where}: betas {self.betas} must be two numbers in [0, 1).")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"{where}: ema {self.ema} must be between 0 and 1, such as 0.999; leave it out for none.")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ConfigError(f"{where}: clip_norm {self.clip_norm} must be positive; leave it empty for no clipping.")
 
@@ -138,7 +142,7 @@ class Stage:
 
 def defining_keys(stage: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a stage that change its outcome. One that came later counts only where it is used."""
-    later = {"frozen_dtype": "fp32"}
+    later = {"frozen_dtype": "fp32", "ema": None}
     kept = {k: v for k, v in stage.items() if k not in BOOKKEEPING and (k not in later or v != later[k])}
     groups = [{k: v for k, v in g.items() if k != "lora" or v is not None} for g in stage.get("train", ())]
     return {**kept, "train": groups} if "train" in kept else kept

@@ -35,7 +35,7 @@ from isthmus.errors import DataError, IsthmusError, StageError
 from isthmus.net import Net
 from isthmus.processes import first, rank, told, wait, world
 from isthmus.stage import Stage, StageTable, apply_stage, set_modes
-from isthmus.training import optim, precision, proof
+from isthmus.training import averaging, optim, precision, proof
 from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_bad_value
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
 from isthmus.training.lock import RunLock
@@ -291,10 +291,12 @@ class _Run:
 
     @contextmanager
     def _as_stored(self) -> Iterator[None]:
-        """While inside, frozen matrices are as they are stored, for a model that answers without autocast."""
+        """While inside, the net is what the stage would hand over now: frozen matrices as they are stored, for a model
+        that answers without autocast, and weights averaged where the stage averages them."""
         self.widen()
         try:
-            yield
+            with averaging.averaged(self.optimizer):
+                yield
         finally:
             set_modes(self.net)
             for weight in self.narrowed:
@@ -360,6 +362,8 @@ class _Run:
         optim.clip_gradients(self.parameters, total, self.stage.clip_norm)
         self.optimizer.step()
         self.net.after_step()
+        if self.stage.ema is not None:
+            averaging.update(self.optimizer, self.stage.ema)
 
     def _pass_over(self, problem: NonFiniteLoss, batches: list[Batch], generator: torch.Tensor, skipped: int) -> None:
         """Raise NonFiniteError with all that is known, or report a step that may be skipped."""
@@ -423,6 +427,7 @@ class _Run:
 
     def result(self) -> TrainResult:
         self.optimizer.zero_grad(set_to_none=True)
+        averaging.take(self.optimizer)
         return TrainResult(
             folder=self.folder,
             step=self.state.step,
