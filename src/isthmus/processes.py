@@ -8,6 +8,7 @@ Alone, every function here answers as the only process would, without any commun
 
 import atexit
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ from torch import Tensor
 from isthmus.errors import ConfigError, IsthmusError
 
 T = TypeVar("T")
+STOPS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
+"""Signals that end a training behind a step; not every system has the last one."""
 
 
 class LostError(IsthmusError):

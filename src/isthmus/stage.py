@@ -24,7 +24,7 @@ from isthmus.errors import ConfigError, StageError, nearest
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
 """Name components that wrappers (data parallel, compile, activation checkpointing, adapters) put into ours."""
 
-BOOKKEEPING = ("log_every", "save_every", "nan_policy", "nan_limit")
+BOOKKEEPING = ("log_every", "save_every", "keep_last", "keep_every", "nan_policy", "nan_limit")
 """Fields of a stage that do not change what is computed, so a run may go on with other values."""
 
 
@@ -64,6 +64,8 @@ class Stage:
     ``warmup`` below 1 is a fraction of the budget, from 1 on a count in the budget's unit; ``floor`` is the fraction
     of the peak rate at which the decay ends. ``clip_norm`` bounds the global gradient norm (none: no
     clipping). ``nan_policy`` ``"skip"`` passes over at most ``nan_limit`` non-finite steps in a row.
+    Of the checkpoints, written every ``save_every`` steps, the newest ``keep_last`` stay, and those of every
+    ``keep_every``-th step.
     ``precision`` ``"auto"`` is bf16 autocast where that is the quicker on this machine, else fp32.
     ``frozen_dtype`` ``"bf16"`` halves the memory of frozen matrices whose values are of bf16 anyway, as most published
     ones are; it needs bf16 autocast. ``ema`` (0.999, say) hands over, and validates, a moving average of the trained
@@ -87,6 +89,8 @@ class Stage:
     ema: float | None = None
     log_every: int = 1
     save_every: int = 200
+    keep_last: int = 2
+    keep_every: int | None = None
     nan_policy: Literal["stop", "skip"] = "stop"
     nan_limit: int = 3
 
@@ -94,7 +98,7 @@ class Stage:
         where = f"stage {self.name!r}"
         if (self.steps is None) == (self.samples is None):
             raise ConfigError(f"{where}: the budget is either `steps` or `samples`; give exactly one of them.")
-        for name in ("steps", "samples", "log_every", "save_every", "nan_limit"):
+        for name in ("steps", "samples", "log_every", "save_every", "keep_last", "keep_every", "nan_limit"):
             value = getattr(self, name)
             if value is not None:
                 _number(f"{where}: {name}", value, low=1, whole=True)

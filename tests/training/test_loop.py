@@ -15,7 +15,7 @@ from isthmus.batch import Term
 from isthmus.checkpoint import CheckpointError, tensor_sha256
 from isthmus.errors import DataError, StageError
 from isthmus.stage import Group, Stage
-from isthmus.training import Interrupted, loop, train
+from isthmus.training import Interrupted, Preempted, loop, train
 from isthmus.training.finite import NonFiniteError
 from isthmus.training.gradient import Traffic
 from isthmus.training.lock import RunBusyError, RunLock
@@ -363,14 +363,26 @@ def test_too_many_in_a_row_stop_even_when_skipping(tmp_path):
 # ------------------------------------------------------------------------------------------------- signals, display
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_at_a_step_boundary_with_a_checkpoint(tmp_path, number):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)])
+def test_a_signal_ends_at_a_step_boundary_with_a_checkpoint(tmp_path, number, code):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Interrupted, match=rf"{number.name} after step 6 of stage 'align'.*goes on there") as caught:
         run(tmp_path, loader=StopAfter(5, number))
-    assert caught.value.exit_code == 130
+    assert caught.value.exit_code == code
     assert checkpoints(tmp_path)[-1].name == "step-000006"
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_stop_at_leaves_after_that_step_and_the_run_is_the_same(tmp_path):
+    with pytest.raises(Preempted, match="after step 5"):
+        run(tmp_path / "stopped", stop_at=5)
+    assert checkpoints(tmp_path / "stopped")[-1].name == "step-000005"
+    assert same_bits(run(tmp_path / "stopped")[0], run(tmp_path / "whole")[0])
+
+
+def test_the_newest_checkpoints_stay_and_every_so_many(tmp_path):
+    run(tmp_path, the_stage=stage(save_every=2, keep_last=1, keep_every=4))
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-000004", "step-000008", "step-000012"]
 
 
 def test_a_signal_during_the_last_step_is_not_lost(tmp_path):

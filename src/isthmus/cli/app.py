@@ -57,11 +57,14 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run folder (default: runs/<recipe>).")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard events.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share each step's rows, as by torchrun.")] = 1,
+    stop_at: Annotated[
+        int | None, typer.Option(min=1, help="Save and leave (exit code 85) after this step of the stage that runs.")
+    ] = None,
 ) -> None:
     """Run every stage of a recipe. The same command again resumes a run that was interrupted."""
     from isthmus.cli.train import run
 
-    run(recipe, overrides or [], out, tensorboard=tensorboard, processes=processes)
+    run(recipe, overrides or [], out, tensorboard=tensorboard, processes=processes, stop_at=stop_at)
 
 
 @app.command()
@@ -74,12 +77,16 @@ def show(
         str | None, typer.Option(help="A question: show its prompt, every character and id, as the model reads it.")
     ] = None,
     *,
+    parallel: Annotated[
+        str | None, typer.Option(help="ddp or fsdp: what each process of a recipe's stages would hold and exchange.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=2, help="How many processes --parallel is told for.")] = 8,
     given: dict[str, Any],
 ) -> None:
     """Parts, exact parameter counts, what each stage trains, tokens per image, the compute rule, memory."""
     from isthmus.cli.show import run
 
-    run(what, overrides or [], json_file, given, render=render)
+    run(what, overrides or [], json_file, given, render=render, shared=None if parallel is None else (parallel, ranks))
 
 
 @app.command()

@@ -13,7 +13,7 @@ from typing import IO
 
 from isthmus.errors import ConfigError
 from isthmus.lifeline import PARENT
-from isthmus.processes import LostError, usable_cores
+from isthmus.processes import STOPS, LostError, usable_cores
 
 _LOOK, _PATIENCE = 0.1, 30.0
 """Seconds between looks at the processes, and until those are ended that do not notice the failure of another."""
@@ -92,7 +92,7 @@ def _passing_signals(running: "list[subprocess.Popen[bytes]]") -> Iterator[None]
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in STOPS}
     try:
         yield
     finally:

@@ -18,9 +18,11 @@ def run(
     given: Mapping[str, Any] | None = None,
     *,
     render: str | None = None,
+    shared: tuple[str, int] | None = None,
 ) -> None:
     """Show a model's folder or file if ``what`` is one, else a recipe. ``given`` are further arguments of ``load``;
-    ``render`` is a question whose prompt is shown as the model reads it."""
+    ``render`` is a question whose prompt is shown as the model reads it, ``shared`` an engine and how many processes
+    share a recipe's stages by it."""
     from isthmus.interop.hub import located, looks_like_id
     from isthmus.recipes.schema import shipped
 
@@ -28,13 +30,15 @@ def run(
     recipe = what in shipped() or Path(what).suffix in {".yaml", ".yml"}
     place = located(what, None)
     if "revision" in (given or {}) or (place.exists() and not (recipe and place.is_file())):
+        if shared is not None:
+            raise ConfigError(f"{what} is a model; --parallel tells how a recipe's stages would be shared.")
         if overrides:
             raise ConfigError(f"{what} is a model; key=value changes recipes only.")
         facts = _model(what, console, given or {}, render)
     elif render is not None:
         raise ConfigError(f"{what} is no model folder or file; only a model's prompt can be shown (--render).")
     elif recipe:
-        facts = _recipe(what, overrides, console)
+        facts = _recipe(what, overrides, console, shared)
     else:
         raise ConfigError(
             f"{what} is neither a model folder nor a shipped recipe ({nearest(what, shipped())}) nor a .yaml file."
@@ -89,7 +93,7 @@ def _rendered(model: Any, question: str, console: Console) -> dict[str, Any]:
     return {"text": text, "ids": ids, "tokens": tokenizer.tokens(ids)}
 
 
-def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, Any]:
+def _recipe(name: str, overrides: Sequence[str], console: Console, shared: tuple[str, int] | None) -> dict[str, Any]:
     from isthmus.recipes.facts import (
         StageCost,
         compute_rule,
@@ -104,7 +108,7 @@ def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, 
     from isthmus.recipes.schema import read_recipe
     from isthmus.systems import system
 
-    recipe = read_recipe(name, overrides, to_show=True)
+    recipe = read_recipe(name, [*overrides, *([f"parallel.engine={shared[0]}"] if shared else [])], to_show=True)
     net, built = net_of(recipe)
     kind = system(recipe.model).kind
     parts, tokens, stages = parts_of(net), visual_tokens(net), stage_facts(recipe, net)
@@ -139,6 +143,8 @@ def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, 
             for n, s in enumerate(stages)
         ],
     }
+    if shared is not None:
+        facts["parallel"] = {"engine": shared[0]} | _layouts(recipe, net, shared[1], console)
     if tokens is not None:
         console.print(visual_tokens_text(net))
     if built is not None and built.system.compute_rule:
@@ -152,6 +158,34 @@ def _recipe(name: str, overrides: Sequence[str], console: Console) -> dict[str, 
         )
         facts["compute_rule"] = rule.to_dict()
     return facts
+
+
+def _layouts(recipe: Any, net: Any, ranks: int, console: Console) -> dict[str, Any]:
+    """For each stage what one of so many processes holds and exchanges."""
+    from isthmus.recipes.facts import stage_layouts
+
+    found = {}
+    for name, layout in stage_layouts(recipe, net, ranks):
+        table = Table(title=f"stage {name}: {recipe.parallel.engine} in {ranks} processes")
+        for column in ("unit", "parameters", "trained", "held", "gathered", "gathers", "sums"):
+            table.add_column(column, justify="left" if column == "unit" else "right")
+        for unit in layout.units:
+            title = f"{unit.count} x {unit.name}" if unit.count > 1 else unit.name
+            sizes = [f"{size / 2**20:,.0f} MiB" for size in (unit.held, unit.gathered)]
+            numbers = [
+                *(f"{n / 1e6:,.1f} M" for n in (unit.parameters, unit.trained)),
+                *sizes,
+                str(unit.gathers),
+                str(unit.sums),
+            ]
+            table.add_row(title, *numbers)
+        table.caption = (
+            f"each process holds {layout.held / 2**30:,.2f} GiB of weights, gradients and moments, and gathers up to "
+            f"{layout.gathered / 2**30:,.2f} GiB beside them; {layout.collectives:,} collectives a step"
+        )
+        console.print(table)
+        found[name] = layout.to_dict()
+    return {"stages": found}
 
 
 def _parts(title: str, parts: dict[str, int]) -> Table:

@@ -6,19 +6,28 @@ from pathlib import Path
 from rich.console import Console
 
 
-def run(recipe: str, overrides: Sequence[str], out: Path | None, *, tensorboard: bool, processes: int = 1) -> None:
+def run(
+    recipe: str,
+    overrides: Sequence[str],
+    out: Path | None,
+    *,
+    tensorboard: bool,
+    processes: int = 1,
+    stop_at: int | None = None,
+) -> None:
     """Every stage, then where the model is; with several processes, this command in each of them."""
     if processes > 1:
         from isthmus.cli.several import Ended, start
 
         placed = [] if out is None else ["--out", str(out)]
-        words = ["train", recipe, *overrides, *placed, *(["--tensorboard"] if tensorboard else [])]
+        stops = [] if stop_at is None else ["--stop-at", str(stop_at)]
+        words = ["train", recipe, *overrides, *placed, *stops, *(["--tensorboard"] if tensorboard else [])]
         raise Ended(start(words, processes))
     from isthmus.processes import first
     from isthmus.recipes.run import train
 
     folder = out if out is not None else Path("runs") / Path(recipe).stem
-    model = train(recipe, folder, overrides=overrides, tensorboard=tensorboard)
+    model = train(recipe, folder, overrides=overrides, tensorboard=tensorboard, stop_at=stop_at)
     if not first():
         return
     console = Console(emoji=False)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ from isthmus.recipes.run import make_loader
 from isthmus.recipes.schema import Recipe, StageSpec
 from isthmus.stage import StageTable, apply_stage
 from isthmus.systems import system
+from isthmus.training.layout import Layout, layout
 from isthmus.training.precision import choose, context
 
 TOKENS_PER_PARAMETER = 20
@@ -193,6 +195,18 @@ def stage_facts(recipe: Recipe, net: Any) -> list[StageFacts]:
         budget = f"{stage.steps:,} steps" if stage.steps is not None else f"{stage.samples:,} samples"
         found.append(StageFacts(spec.name, budget, apply_stage(net, stage.train)))
     return found
+
+
+def stage_layouts(recipe: Recipe, net: Any, ranks: int) -> Iterator[tuple[str, Layout]]:
+    """What each of so many processes holds and exchanges in every stage; no value is touched."""
+    for spec in recipe.stages:
+        config = merged(plain(net.config), spec.config)
+        if config != plain(net.config):
+            with torch.device("meta"):
+                net = system(recipe.model).net.from_config(config)
+        apply_stage(net, spec.stage.train)
+        frozen = 2 if spec.stage.frozen_dtype == "bf16" else 4
+        yield spec.name, layout(net, recipe.parallel, ranks, passes=spec.accumulate, frozen_bytes=frozen)
 
 
 def compute_rule(built: Built) -> ComputeRule:

@@ -55,6 +55,7 @@ def train(
     overrides: Sequence[str] = (),
     progress: bool = True,
     tensorboard: bool = False,
+    stop_at: int | None = None,
 ) -> Model:
     """Every stage of a recipe, going on where an earlier call stopped; the finished model.
 
@@ -77,12 +78,12 @@ def train(
         wait()
         if not (folder / "model" / checkpoint.MANIFEST).is_file():
             trackers = dict.fromkeys([*recipe.report_to, *(["tensorboard"] if tensorboard else [])])
-            _train(recipe, folder, progress=progress and first(), report_to=tuple(trackers))
+            _train(recipe, folder, progress=progress and first(), report_to=tuple(trackers), stop_at=stop_at)
         wait()
         return load(folder)
 
 
-def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str, ...]) -> None:
+def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str, ...], stop_at: int | None) -> None:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     built = build(recipe)
@@ -96,7 +97,9 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str
         place = folder / "stages" / stage.name
         built = built.enter(stage)
         move(built.net, recipe.parallel)
-        _run_stage(built, stage, place, opened.pop(stage.name, None), progress=progress, report_to=report_to)
+        _run_stage(
+            built, stage, place, opened.pop(stage.name, None), progress=progress, report_to=report_to, stop_at=stop_at
+        )
         built = _remembered(built, place / "trained")
         kept = stage is not recipe.stages[-1] and any(spec.stage == stage.name for spec in recipe.evaluate)
         if first() and kept and not (place / "model").is_dir():
@@ -122,6 +125,7 @@ def _run_stage(
     *,
     progress: bool,
     report_to: tuple[str, ...],
+    stop_at: int | None,
 ) -> None:
     """Train one stage on its data, or take what it trained when it is already done (no data)."""
     trained = folder / "trained"
@@ -131,7 +135,7 @@ def _run_stage(
         return
     with _features(built, stage, folder.parent.parent / "features") as cache:
         loader = make_loader(built, stage, folder, data, cache)
-        _train_stage(built, stage, folder, loader, cache, progress=progress, report_to=report_to)
+        _train_stage(built, stage, folder, loader, cache, progress=progress, report_to=report_to, stop_at=stop_at)
     if not first():
         return
     table = apply_stage(built.net, stage.stage.train)
@@ -170,6 +174,7 @@ def _train_stage(
     *,
     progress: bool,
     report_to: tuple[str, ...],
+    stop_at: int | None,
 ) -> None:
     train_stage(
         built.net,
@@ -180,6 +185,7 @@ def _train_stage(
         identity=_identity(built, loader),
         progress=progress,
         report_to=report_to,
+        stop_at=stop_at,
         validation=validation_of(built, stage, folder),
         parallel=built.recipe.parallel,
     )

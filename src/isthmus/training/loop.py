@@ -33,7 +33,7 @@ from isthmus.allocator import keep_freed_memory, relieve
 from isthmus.batch import Batch
 from isthmus.errors import DataError, IsthmusError, StageError
 from isthmus.net import Net
-from isthmus.processes import first, rank, told, wait, world
+from isthmus.processes import STOPS, first, rank, told, wait, world
 from isthmus.stage import Stage, StageTable, apply_stage, set_modes
 from isthmus.training import averaging, optim, precision, proof
 from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_bad_value
@@ -50,9 +50,16 @@ Skipped = Callable[[tuple[str, ...], str], None]
 
 
 class Interrupted(IsthmusError):
-    """The run was stopped by a signal after a step was finished and saved. The command line exits with 130."""
+    """The run was stopped by Ctrl-C after a step was finished and saved. The command line exits with 130."""
 
     exit_code = 130
+
+
+class Preempted(Interrupted):
+    """The same by SIGTERM, SIGUSR1 or ``stop_at``: whoever schedules the run is to start it again. The command line
+    exits with 85."""
+
+    exit_code = 85
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,7 @@ def train(
     validation: Validation | None = None,
     on_quarantine: Skipped | None = None,
     parallel: Parallel = DDP,
+    stop_at: int | None = None,
 ) -> TrainResult:
     """Train ``net`` in place through one stage, on the device it is on; write into ``folder``.
 
@@ -93,12 +101,14 @@ def train(
         validation: what is measured on the way, which step is kept and when the stage ends early.
         on_quarantine: called with sample ids and reason for each step that ``nan_policy`` skips.
         parallel: how several processes share the net.
+        stop_at: leave after this step, saved, as a signal would make it: nothing else of the stage changes.
 
     Raises:
         RunBusyError: another run trains in this folder.
         StageError: the stage does not fit the net, a trained tensor never had a gradient, a frozen one moved, or the
             folder was begun with another stage, seed or identity. NonFiniteError: NaN or infinity, before the update.
-        CheckpointError: a checkpoint is damaged, or cannot be written. Interrupted: after SIGTERM or Ctrl-C.
+        CheckpointError: a checkpoint is damaged, or cannot be written. Interrupted: after Ctrl-C.
+        Preempted: after SIGTERM, SIGUSR1, or at ``stop_at``.
     """
     keep_freed_memory()
     folder = Path(folder)
@@ -109,6 +119,7 @@ def train(
         if progress is True:
             Console(stderr=True).print(table.render(f"stage {stage.name}"))
         run = _Run(net, loader, stage, folder, table, seed, dict(identity or {}), on_quarantine, parallel)
+        run.stop_at = stop_at
         if progress is True:
             told = f"stage {stage.name}: precision {run.precision.precision}, {run.precision.why}"
             Console(stderr=True).print(told, highlight=False)
@@ -143,6 +154,7 @@ class _Run:
         how: Parallel,
     ) -> None:
         self.net, self.loader = net, loader
+        self.stop_at: int | None = None
         self.stage, self.folder, self.table, self.on_quarantine = stage, folder, table, on_quarantine
         widened = optim.to_master_weights(optim.open_parameters(net, table))
         self.device = where(net, how)
@@ -272,6 +284,8 @@ class _Run:
                     self.gradients.demand(self.state.step)
                 if self.done < self.stage.budget and self.state.step % self.stage.save_every == 0:
                     self._save()
+                if self.state.step == self.stop_at and self.done < self.stage.budget:
+                    self._stop_if({"signal": f"stop_at {self.stop_at}"})
         finally:
             # Generators stop their workers when closed; a plain iterator has nothing to stop.
             getattr(stream, "close", lambda: None)()
@@ -413,7 +427,7 @@ class _Run:
         """At a step boundary: save and raise Interrupted when a signal came."""
         if stopped:
             self._save()
-            raise Interrupted(
+            raise (Interrupted if stopped["signal"] == "SIGINT" else Preempted)(
                 f"Stopped by {stopped['signal']} after step {self.state.step} of stage "
                 f"{self.stage.name!r}; it is saved in {self.folder}. The same command goes on there."
             )
@@ -422,7 +436,7 @@ class _Run:
         if self.state.step == self.saved:
             return
         generators = told(rng_state())
-        save_state(self.folder, self.state, self.net, self.optimizer, self.parameters, generators)
+        save_state(self.folder, self.state, self.net, self.optimizer, self.parameters, generators, self.stage)
         self.saved = self.state.step
 
     def result(self) -> TrainResult:
@@ -447,13 +461,13 @@ def _signalled(found: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
 
 @contextmanager
 def _stop_flag() -> Iterator[Mapping[str, str]]:
-    """While inside, SIGTERM and Ctrl-C only leave a note; a second one ends the process as usual."""
+    """While inside, SIGTERM, SIGUSR1 and Ctrl-C only leave a note; a second one ends the process as usual."""
     stopped: dict[str, str] = {}
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread may set handlers; elsewhere the caller stops the run.
         yield stopped
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOPS}
 
     def note(number: int, _frame: object) -> None:
         stopped["signal"] = signal.Signals(number).name

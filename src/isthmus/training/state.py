@@ -21,12 +21,9 @@ from torch import Tensor, nn
 from isthmus.checkpoint import clean_leftovers, load_tensors, read_folder, read_json, write_folder
 from isthmus.errors import CheckpointError, StageError
 from isthmus.processes import first, rank
-from isthmus.stage import canonical
+from isthmus.stage import Stage, canonical
 from isthmus.training.proof import moving_buffers
 from isthmus.training.shards import like, put, whole
-
-KEEP = 2
-"""How many checkpoints stay: the newest and the one before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +59,10 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     generators: Sequence[Mapping[str, Any]],
+    stage: Stage,
 ) -> Path:
-    """Write the checkpoint of ``state.step`` and drop all but the newest ones: the first process does, and all put
-    shards together for it. Raises CheckpointError.
+    """Write the checkpoint of ``state.step`` and drop those that ``stage`` does not keep: the first process does, and
+    all put shards together for it. Raises CheckpointError.
 
     ``generators`` are the processes' :func:`rng_state`.
     """
@@ -82,7 +80,9 @@ def save_state(
             "state.json": dataclasses.asdict(state),
         },
     )
-    for old in checkpoints(folder)[:-KEEP]:
+    for old in checkpoints(folder)[: -stage.keep_last]:
+        if stage.keep_every is not None and _step(old) % stage.keep_every == 0:
+            continue
         # Renamed first, so that a kill while deleting never leaves a half folder under a checkpoint's name.
         doomed = old.with_name(f"{old.name}.tmp-{os.getpid()}")
         old.rename(doomed)
@@ -93,7 +93,11 @@ def save_state(
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     found = [p for p in (folder / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_state(folder: Path) -> tuple[RunState, dict[str, Path]] | None:
