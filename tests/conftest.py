@@ -5,6 +5,17 @@ import socket
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+from tests import shapes  # noqa: F401  (named below)
+
+# Before anything of these is imported: the shapes in signatures are checked at every call. Modules without shapes are
+# left out, for the hook hides from torch that a function is a generator.
+SHAPED = [
+    *("isthmus.nn", "isthmus.models", "isthmus.language.causal", "isthmus.language.seq2seq"),
+    *("isthmus.data.images", "isthmus.data.augment", "isthmus.data.cache"),
+]
+install_import_hook(SHAPED, "tests.shapes.shapes_only")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -35,7 +35,7 @@ def test_splice_equals_writing_by_hand(data: st.DataObject) -> None:
     mark = torch.zeros(rows, width, dtype=torch.bool)
     for row, _, start, length in found:
         mark[row, start : start + length] = True
-    assert torch.equal(at_places(where, torch.zeros(rows, width)), mark)
+    assert torch.equal(at_places(where, torch.zeros(rows, width, dtype=torch.long)), mark)
 
 
 def test_gradient_reaches_tokens_and_the_text_around_them_only() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from PIL import Image as PilImage
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class Augment:
         )
         return replace(example, pixels=tuple(pixels))
 
-    def pixels(self, visual: Image, transform: ImageTransform, draw: int) -> Tensor:
+    def pixels(self, visual: Image, transform: ImageTransform, draw: int) -> Float[Tensor, "*frames 3 height width"]:
         """What ``transform`` makes of the augmented picture, or of every frame of a clip."""
         if isinstance(visual, Video):
             return torch.stack([transform(self.picture(frame, draw)) for frame in visual.source.read()])

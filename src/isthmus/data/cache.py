@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.data.images import FileImage, TarImage
@@ -71,7 +72,7 @@ class FeatureCache:
         """Bytes in use."""
         return self._end
 
-    def get(self, key: str) -> Tensor | None:
+    def get(self, key: str) -> Float[Tensor, "F P D"] | None:
         """The picture's (F, P, D), or none. Raises CheckpointError when it is damaged."""
         entry = self._entries.get(key)
         if entry is None:
@@ -81,7 +82,7 @@ class FeatureCache:
             raise CheckpointError(f"{self._data} is damaged at byte {entry.at} ({key!r}); remove {self.folder}.")
         return torch.from_numpy(np.frombuffer(raw, dtype="<f4").reshape(entry.shape).copy())
 
-    def put(self, key: str, features: Tensor) -> None:
+    def put(self, key: str, features: Float[Tensor, "F P D"]) -> None:
         """Keep a picture's (F, P, D), unless it is there already or the cache is full."""
         raw = np.ascontiguousarray(features.detach().float().cpu().numpy(), dtype="<f4").tobytes()
         if key in self._entries or self._end + len(raw) > self.limit:

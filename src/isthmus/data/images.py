@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image as PilImage
 from PIL import UnidentifiedImageError
 from torch import Tensor
@@ -364,7 +365,7 @@ class ImageTransform:
         red, green, blue = (math.floor(255 * m) for m in self.mean)
         return red, green, blue
 
-    def __call__(self, picture: AnyImage) -> Tensor:
+    def __call__(self, picture: AnyImage) -> Float[Tensor, "*frames 3 height width"]:
         """Pixels (3, size, size), or (F, 3, size, size) of a clip. A PIL image is taken as it is and must be RGB; all
         else is opened by :func:`open_image` with its limits and errors."""
         if isinstance(picture, Video):

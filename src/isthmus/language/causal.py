@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -71,7 +72,7 @@ class LanguageModel(LibraryLM):
         """Whether the logits are the output table applied to the last hidden state, and nothing more."""
         return self._has_plain_head(self.embed(torch.zeros(1, 1, dtype=torch.long, device=self.lm.device)))
 
-    def hidden(self, embeds: Tensor) -> Tensor:
+    def hidden(self, embeds: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """(B, T, D) -> the last hidden states (B, T, D'), ready for the head."""
         self._check_context(embeds.shape[1])
         return self.lm.base_model(inputs_embeds=embeds, use_cache=False, return_dict=True).last_hidden_state
@@ -90,7 +91,7 @@ class LanguageModel(LibraryLM):
             return_dict=True,
         ).logits
 
-    def loss(self, embeds: Tensor, tokens: Tokens) -> tuple[Tensor, int]:
+    def loss(self, embeds: Float[Tensor, "B T D"], tokens: Tokens) -> tuple[Float[Tensor, ""], int]:
         """Next-token cross-entropy in fp32 over labelled targets: (sum, count). Position 0 is never a target.
 
         Logits exist only where the next token carries a label, and only LOGITS_AT_ONCE of them at a time. Without
@@ -99,13 +100,15 @@ class LanguageModel(LibraryLM):
         losses, _ = self._label_nll(embeds, tokens)
         return losses.sum(), len(losses)
 
-    def score(self, embeds: Tensor, tokens: Tokens) -> Tensor:
+    def score(self, embeds: Float[Tensor, "B T D"], tokens: Tokens) -> Float[Tensor, " B"]:
         """(B,) sums of log-probabilities of the labelled tokens, for choosing among given answers."""
         losses, row = self._label_nll(embeds, tokens)
         return torch.zeros(len(embeds), device=losses.device).index_add(0, row, -losses)
 
     @torch.no_grad()
-    def generate(self, embeds: Tensor, lengths: Tensor, decoding: Decoding) -> list[list[int]]:
+    def generate(
+        self, embeds: Float[Tensor, "B T D"], lengths: Int[Tensor, " B"], decoding: Decoding
+    ) -> list[list[int]]:
         """Continues every row of right-padded ``embeds`` (B, T, D): the new tokens only, without the stop token.
 
         A row's answer is the same alone and among others. LMs that cannot be written step by step here (see
@@ -336,6 +339,6 @@ def _length(past: Read | None) -> int:
     return 0 if past is None else past.lengths[0]
 
 
-def nll(logits: Tensor, targets: Tensor) -> Tensor:
+def nll(logits: Float[Tensor, "*places V"], targets: Int[Tensor, "*places"]) -> Float[Tensor, "*places"]:
     """(M,) negative log-likelihoods in fp32 at least from logits (M, V)."""
     return F.cross_entropy(widen(logits), targets, reduction="none")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -65,7 +66,9 @@ class Seq2SeqLM(LibraryLM):
         """The token a decoder's stream begins with: T5's pad token."""
         return self.lm.config.pad_token_id
 
-    def logits(self, embeds: Tensor, lengths: Tensor, decoder: Tokens) -> Tensor:
+    def logits(
+        self, embeds: Float[Tensor, "B S D"], lengths: Int[Tensor, " B"], decoder: Tokens
+    ) -> Float[Tensor, "B T V"]:
         """(B, T, V): at each decoder position the logits of the token behind it."""
         return self.lm(
             inputs_embeds=embeds,
@@ -75,18 +78,22 @@ class Seq2SeqLM(LibraryLM):
             return_dict=True,
         ).logits
 
-    def loss(self, embeds: Tensor, lengths: Tensor, decoder: Tokens) -> tuple[Tensor, int]:
+    def loss(
+        self, embeds: Float[Tensor, "B S D"], lengths: Int[Tensor, " B"], decoder: Tokens
+    ) -> tuple[Float[Tensor, ""], int]:
         """Cross-entropy in fp32 over the labelled decoder targets: (sum, count)."""
         losses, _ = self._label_nll(embeds, lengths, decoder)
         return losses.sum(), len(losses)
 
-    def score(self, embeds: Tensor, lengths: Tensor, decoder: Tokens) -> Tensor:
+    def score(self, embeds: Float[Tensor, "B S D"], lengths: Int[Tensor, " B"], decoder: Tokens) -> Float[Tensor, " B"]:
         """(B,) sums of log-probabilities of the labelled decoder tokens."""
         losses, row = self._label_nll(embeds, lengths, decoder)
         return torch.zeros(len(embeds), device=losses.device).index_add(0, row, -losses)
 
     @torch.no_grad()
-    def generate(self, embeds: Tensor, lengths: Tensor, decoding: Decoding) -> list[list[int]]:
+    def generate(
+        self, embeds: Float[Tensor, "B S D"], lengths: Int[Tensor, " B"], decoding: Decoding
+    ) -> list[list[int]]:
         """What the decoder writes for every row of ``embeds`` (B, S, D): new tokens only, without the stop token."""
         return self.continued(Prompt(embeds, lengths), decoding)
 

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.batch import IGNORE, Batch, Places, Term, Tokens, Visuals
@@ -317,12 +318,12 @@ class Blip2(Net):
         hidden = self.connector.qformer(None, ids, text_mask=text.mask, past=past).hidden
         return self.heads.write(hidden[at], self.connector.qformer.words)
 
-    def match_logits(self, vision: Tensor, text: Tokens) -> Tensor:
+    def match_logits(self, vision: Float[Tensor, "B P Dv"], text: Tokens) -> Float[Tensor, "B 2"]:
         """(B, 2) for no and yes, the mean over the queries, of normed ``vision`` (B, P, Dv) with the texts beside."""
         assert self.heads is not None
         return self.heads.itm(self.connector.read(vision, text)).mean(1)
 
-    def embed_images(self, pixels: Tensor) -> Tensor:
+    def embed_images(self, pixels: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n Q E"]:
         """(n, Q, E), one vector per query, not normalised, from (n, 3, H, W)."""
         assert self.heads is not None
         return self.heads.image_proj(self.connector.look(self.normed(pixels)).hidden)
@@ -331,14 +332,14 @@ class Blip2(Net):
         """(n, 3, H, W) -> (n, P, Dv), what the Q-Former looks at."""
         return self.connector.vision_tokens(self.visual_features(pixels[:, None])[:, 0])
 
-    def embed_texts(self, text: Tokens) -> Tensor:
+    def embed_texts(self, text: Tokens) -> Float[Tensor, "B E"]:
         """(B, E), not normalised: the text alone, read at [CLS]."""
         assert self.heads is not None
         return self.heads.text_proj(self.connector.read_text(text))
 
     # Phase generate
 
-    def visual_tokens(self, batch: Batch) -> list[Tensor]:
+    def visual_tokens(self, batch: Batch) -> list[Float[Tensor, "_ D"]]:
         """One (R, D_lm) per visual, in the batch's order; with ``instruct`` the row's ``qformer`` stream is read."""
 
         def tokens(group: Visuals) -> Iterable[Tensor]:
@@ -391,7 +392,7 @@ class Blip2(Net):
             return self.language.loss(embeds, batch.text[self.prompt_stream].lengths, batch.text[DECODER])
         return self.language.loss(embeds, batch.text[self.prompt_stream])
 
-    def score(self, batch: Batch) -> Tensor:
+    def score(self, batch: Batch) -> Float[Tensor, " B"]:
         """(B,) log-probabilities of the labelled tokens."""
         assert self.language is not None
         embeds = self.embed_prompt(batch)

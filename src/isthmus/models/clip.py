@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.batch import Batch, Term, Tokens
@@ -157,15 +158,17 @@ class Clip(Net):
     def from_config(cls, values: Mapping[str, Any]) -> "Clip":
         return cls(ClipConfig.from_dict(values))
 
-    def embed_images(self, pixels: Tensor, *, interpolate: Interpolation | None = None) -> Tensor:
+    def embed_images(
+        self, pixels: Float[Tensor, "n 3 height width"], *, interpolate: Interpolation | None = None
+    ) -> Float[Tensor, "n E"]:
         """(n, E), not normalised, from normalised ``pixels`` (n, 3, H, W); other sizes as the tower allows them."""
         return self.heads.vision_projection(self.vision(pixels, interpolate=interpolate).pooled)
 
-    def embed_texts(self, tokens: Tokens) -> Tensor:
+    def embed_texts(self, tokens: Tokens) -> Float[Tensor, "B E"]:
         """(B, E), not normalised. Raises DataError for a row without end-of-text or longer than the context."""
         return self.heads.text_projection(self.text(tokens.ids, tokens.lengths))
 
-    def logits(self, images: Tensor, texts: Tensor) -> Tensor:
+    def logits(self, images: Float[Tensor, "n E"], texts: Float[Tensor, "B E"]) -> Float[Tensor, "n B"]:
         """(n, B) logits per image from embeddings (n, E) and (B, E)."""
         logits = self.heads.logit_scale.exp() * similarity(images, texts, self.config.similarity)
         return logits if self.heads.logit_bias is None else logits + self.heads.logit_bias

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.batch import Batch, Term, Visuals
@@ -218,16 +219,16 @@ class Flamingo(Net):
         """Parameters that the objective cannot reach: the encoder above the tapped hidden state."""
         return self.tap.unreachable(name for name, _ in self.named_parameters())
 
-    def pooled_features(self, pixels: Tensor) -> Tensor:
+    def pooled_features(self, pixels: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n D"]:
         """(n, 3, H, W) -> (n, d): one vector per picture, by which similar examples are found (RICES)."""
         pooled = self.vision(pixels, interpolate="hf").pooled
         return self.visual_features(pixels[:, None])[:, 0].mean(1) if pooled is None else pooled
 
-    def visual_tokens(self, batch: Batch) -> list[Tensor]:
+    def visual_tokens(self, batch: Batch) -> list[Float[Tensor, "R d"]]:
         """One (R, d) per visual, in the batch's order of visuals, whatever their sizes and lengths."""
         return batch.per_visual(lambda group: self.connector(self.tap.read(self.vision, group)).unbind(0))
 
-    def media(self, batch: Batch) -> Tensor:
+    def media(self, batch: Batch) -> Float[Tensor, "B N R d"]:
         """(B, N, R, d): each row's visuals in the order of their tags, zeros behind the last; N is at least 1.
 
         A batch without visuals gets one made of zeros that nobody sees, so that every open parameter is touched.
@@ -257,11 +258,11 @@ class Flamingo(Net):
             media=media, seen=seen, start=start, mode=self.config.media, before=None if base is None else before
         )
 
-    def embed_prompt(self, batch: Batch) -> Tensor:
+    def embed_prompt(self, batch: Batch) -> Float[Tensor, "B T D"]:
         """The ``lm`` stream embedded, (B, T, D)."""
         return self.language.embed(batch.text[STREAM].ids)
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Batch) -> Float[Tensor, "B T V"]:
         """(B, T, V) logits; values on padding mean nothing."""
         with self.language.looking(self.look(batch)):
             return self.language.logits(self.embed_prompt(batch), batch.text[STREAM].lengths)
@@ -281,7 +282,7 @@ class Flamingo(Net):
             terms[f"{STREAM}/{source}"] = Term(nll[own].sum(), int(own.sum()), weight=batch.loss_weights[source])
         return terms
 
-    def score(self, batch: Batch) -> Tensor:
+    def score(self, batch: Batch) -> Float[Tensor, " B"]:
         """(B,) log-probabilities of the labelled tokens."""
         with self.language.looking(self.look(batch)):
             return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
@@ -297,7 +298,7 @@ class Flamingo(Net):
         return self.language.continued(self.prompt(batch), decoding)
 
     @torch.no_grad()
-    def attention(self, batch: Batch) -> list[list[Tensor]]:
+    def attention(self, batch: Batch) -> list[list[Float[Tensor, "layers _ _ _"]]]:
         """Per row and per its visual a map (layers, T, F, P): how much each token looked at each patch.
 
         The gated block's attention to the visual tokens (mean over heads) times what each visual token was made of, by

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.batch import Batch, Places, Term, Visuals
@@ -158,7 +159,7 @@ class Llava(Net):
         """Parameters that the objective cannot reach: the encoder above the tapped hidden state."""
         return self.tap.unreachable(name for name, _ in self.named_parameters())
 
-    def visual_tokens(self, batch: Batch) -> list[Tensor]:
+    def visual_tokens(self, batch: Batch) -> list[Float[Tensor, "_ D"]]:
         """One (R, D) per visual, in the batch's order of visuals."""
 
         def tokens(group: Visuals) -> Iterable[Tensor]:
@@ -184,7 +185,7 @@ class Llava(Net):
             for views_of_one, size in zip(tokens, group.sizes, strict=True)
         ]
 
-    def embed_prompt(self, batch: Batch) -> Tensor:
+    def embed_prompt(self, batch: Batch) -> Float[Tensor, "B T D"]:
         """(B, T, D): the ``lm`` stream embedded, with the visual tokens in their places.
 
         Raises DataError when a place and its visual disagree about the number of tokens.
@@ -197,7 +198,7 @@ class Llava(Net):
             return embeds
         return embeds + self._nothing().to(embeds.dtype)
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Batch) -> Float[Tensor, "B T V"]:
         """(B, T, V) logits; values on padding mean nothing."""
         return self.language.logits(self.embed_prompt(batch))
 
@@ -206,7 +207,7 @@ class Llava(Net):
         total, count = self.language.loss(self.embed_prompt(batch), batch.text[STREAM])
         return {STREAM: Term(total, count)}
 
-    def score(self, batch: Batch) -> Tensor:
+    def score(self, batch: Batch) -> Float[Tensor, " B"]:
         """(B,) log-probabilities of the labelled tokens."""
         return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
 
@@ -220,7 +221,7 @@ class Llava(Net):
         return self.language.continued(self.prompt(batch), decoding)
 
     @torch.no_grad()
-    def attention(self, batch: Batch) -> list[list[Tensor]]:
+    def attention(self, batch: Batch) -> list[list[Float[Tensor, "layers _ _ _"]]]:
         """Per row and per its visual a map (layers, T, F, P): how the language model's attention to the visual, mean
         over heads, was shared among its patches. Raises CapabilityError for a connector that does not tell which
         patches its tokens are made of."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.batch import Batch, Term
@@ -52,11 +53,11 @@ class BareLM(Net):
         """From plain keys and values. Raises ConfigError for an unknown one."""
         return cls(strict(LmConfig, config, "model"))
 
-    def embed_prompt(self, batch: Batch) -> Tensor:
+    def embed_prompt(self, batch: Batch) -> Float[Tensor, "B T D"]:
         """The ``lm`` stream embedded, (B, T, D)."""
         return self.language.embed(batch.text[STREAM].ids)
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Batch) -> Float[Tensor, "B T V"]:
         """(B, T, V) logits; values on padding mean nothing."""
         return self.language.logits(self.embed_prompt(batch))
 
@@ -65,7 +66,7 @@ class BareLM(Net):
         total, count = self.language.loss(self.embed_prompt(batch), batch.text[STREAM])
         return {STREAM: Term(total, count)}
 
-    def score(self, batch: Batch) -> Tensor:
+    def score(self, batch: Batch) -> Float[Tensor, " B"]:
         """(B,) log-probabilities of the labelled tokens."""
         return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.batch import Tokens
@@ -74,7 +75,9 @@ class ImageEncoder(Net):
     def from_config(cls, values: Mapping[str, Any]) -> "ImageEncoder":
         return cls(ImageEncoderConfig.from_dict(values))
 
-    def embed_images(self, pixels: Tensor, *, interpolate: Interpolation | None = None) -> Tensor:
+    def embed_images(
+        self, pixels: Float[Tensor, "n 3 height width"], *, interpolate: Interpolation | None = None
+    ) -> Float[Tensor, "n E"]:
         """(n, E), not normalised, from normalised ``pixels`` (n, 3, H, W)."""
         return self.projection(self.vision(pixels, interpolate=interpolate).pooled)
 
@@ -95,7 +98,7 @@ class TextEncoder(Net):
     def from_config(cls, values: Mapping[str, Any]) -> "TextEncoder":
         return cls(TextEncoderConfig.from_dict(values))
 
-    def embed_texts(self, tokens: Tokens) -> Tensor:
+    def embed_texts(self, tokens: Tokens) -> Float[Tensor, "B E"]:
         """(B, E), not normalised. Raises DataError for a row without end-of-text or longer than the context."""
         return self.projection(self.text(tokens.ids, tokens.lengths))
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from isthmus.errors import ConfigError
@@ -42,8 +43,13 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
+        self,
+        x: Float[Tensor, "B T D"],
+        context: Float[Tensor, "B S Dc"] | None = None,
+        *,
+        mask: Bool[Tensor, "#B #H #T #S"] | None = None,
+        causal: bool = False,
+    ) -> Float[Tensor, "B T D"]:
         """(B, T, D) from ``x`` (B, T, D), attending to ``context`` (B, S, Dc), or to itself when there is none.
 
         ``mask`` is bool, broadcastable to (B, H, T, S), true where a query may look. ``causal`` hides keys to the
@@ -89,17 +95,32 @@ class CrossAttention(nn.Module):
         self.q_norm = qk_norm(head_width) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(head_width) if qk_norm else nn.Identity()
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(
+        self, context: Float[Tensor, "B S Dc"]
+    ) -> tuple[Float[Tensor, "B H S Dh"], Float[Tensor, "B H S Dh"]]:
         """Keys and values (B, H, S, head_width) of ``context`` (B, S, context_width)."""
         context = cast_once(context)
         return self.k_norm(self._split(self.k_proj(context))), self._split(self.v_proj(context))
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        keys: Float[Tensor, "B H S Dh"],
+        values: Float[Tensor, "B H S Dh"],
+        *,
+        mask: Bool[Tensor, "#B #H #T #S"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
         """(B, T, D) from ``x`` (B, T, D); ``mask`` as in :class:`Attention`."""
         y = attend(self._queries(x), keys, values, mask=mask, causal=False)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
-    def weights(self, x: Tensor, keys: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def weights(
+        self,
+        x: Float[Tensor, "B T D"],
+        keys: Float[Tensor, "B H S Dh"],
+        *,
+        mask: Bool[Tensor, "#B #H #T #S"] | None = None,
+    ) -> Float[Tensor, "B H T S"]:
         """The attention itself, (B, H, T, S); a query that may look nowhere has zeros. For maps, not for training."""
         scores = (self._queries(x) * self.head_width**-0.5) @ keys.transpose(-1, -2)
         if mask is None:
@@ -115,8 +136,14 @@ class CrossAttention(nn.Module):
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool = False, dropout: float = 0.0
-) -> Tensor:
+    q: Float[Tensor, "B H T Dh"],
+    k: Float[Tensor, "B H S Dh"],
+    v: Float[Tensor, "B H S Dh"],
+    *,
+    mask: Tensor | None,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B H T Dh"]:
     """(B, H, T, head_width) from queries (B, H, T, head_width) and keys, values (B, H, S, head_width).
 
     ``dropout`` is the share of attention weights set to zero (the rest is scaled up).

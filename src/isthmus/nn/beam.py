@@ -6,6 +6,7 @@ Legend: B rows, K beams, T tokens written so far, V vocabulary.
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Step = Callable[[Tensor], Tensor]
@@ -50,7 +51,7 @@ class Beams:
         """(B·K, T) texts of the open beams."""
         return self.open.flatten(0, 1)
 
-    def advance(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(self, log_probs: Float[Tensor, "rows V"]) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
         """One step from (B·K, V): the flat number of the beam that each beam now continues, and its new token."""
         width, rows = log_probs.shape[-1], len(self.open)
         sums = (log_probs.float() + self.total.flatten()[:, None]).view(rows, -1)
@@ -100,7 +101,7 @@ class Beams:
 @torch.no_grad()
 def beam_search(
     step: Step,
-    start: Tensor,
+    start: Int[Tensor, " B"],
     *,
     beams: int,
     max_new: int,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from isthmus.errors import ConfigError, nearest
@@ -84,8 +85,13 @@ class Block(nn.Module):
         self.mlp = Mlp(width, hidden, activation)
 
     def forward(
-        self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False, read: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        mask: Bool[Tensor, "#B #H #T #T"] | None = None,
+        causal: bool = False,
+        read: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B _ D"]:
         """(B, T, D) -> (B, T, D); ``mask`` and ``causal`` as in :class:`Attention`.
 
         With ``read`` (B,), one place per row, only what comes out there is computed, (B, 1, D): all that a pooling at

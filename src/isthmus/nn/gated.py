@@ -12,6 +12,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from isthmus.errors import ConfigError, DataError
@@ -101,11 +102,19 @@ class GatedBlock(nn.Module):
         )
         self.mlp_gate = nn.Parameter(torch.zeros(gate))
 
-    def keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(
+        self, media: Float[Tensor, "B N R d"]
+    ) -> tuple[Float[Tensor, "B H N*R Dh"], Float[Tensor, "B H N*R Dh"]]:
         """Keys and values (B, H, N·R, head_width) of ``media`` (B, N, R, d); they serve a whole generation."""
         return self.attn.keys_values(media.flatten(1, 2))
 
-    def forward(self, y: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        y: Float[Tensor, "B T D"],
+        keys: Float[Tensor, "B H S Dh"],
+        values: Float[Tensor, "B H S Dh"],
+        mask: Bool[Tensor, "B T S"],
+    ) -> Float[Tensor, "B T D"]:
         """(B, T, D) -> (B, T, D). ``mask`` (B, T, N·R) is true where a token may look.
 
         A token that may look nowhere gets exactly nothing from the attention; its MLP branch still runs.
@@ -117,19 +126,21 @@ class GatedBlock(nn.Module):
         y = y + self.attn_gate.tanh() * looked
         return y + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(y))
 
-    def weights(self, y: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+    def weights(
+        self, y: Float[Tensor, "B T D"], keys: Float[Tensor, "B H S Dh"], mask: Bool[Tensor, "B T S"]
+    ) -> Float[Tensor, "B T S"]:
         """(B, T, N·R) attention to the visual tokens, mean over heads."""
         return self.attn.weights(self.attn_norm(y), keys, mask=mask[:, None]).mean(1)
 
 
 def media_index(
-    tags: Tensor,
+    tags: Bool[Tensor, "B T"],
     *,
     mode: Media = "previous",
     counts: Sequence[int] | Tensor | None = None,
-    base: Tensor | None = None,
+    base: Int[Tensor, " B"] | None = None,
     names: Sequence[str] = (),
-) -> Tensor:
+) -> Int[Tensor, "B T"]:
     """(B, T) number from 1 of the visual input that each token may see, 0 for none (2204.14198, sec. 3.1.3).
 
     ``previous``: the last one at or before the token. ``next``: at a tag its own, elsewhere the one to come, if any.
@@ -161,7 +172,9 @@ def media_index(
     return seen
 
 
-def look_mask(seen: Tensor, images: int, tokens: int, mode: Media = "previous") -> Tensor:
+def look_mask(
+    seen: Int[Tensor, "B T"], images: int, tokens: int, mode: Media = "previous"
+) -> Bool[Tensor, "B T {images}*{tokens}"]:
     """(B, T, N·R) bool from ``seen`` (B, T): true on the visual tokens that each text token may look at."""
     numbers = torch.arange(1, images + 1, device=seen.device)
     own = seen[..., None] >= numbers if mode == "all" else seen[..., None] == numbers

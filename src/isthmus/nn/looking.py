@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.batch import Places
 from isthmus.errors import CapabilityError
 
 
-def self_attention(lm: Any, embeds: Tensor) -> Tensor:
+def self_attention(lm: Any, embeds: Float[Tensor, "B T D"]) -> Float[Tensor, "B layers T T"]:
     """(B, layers, T, T) attention of a causal LM of transformers over right-padded rows, the mean over heads.
 
     The library tells it only under its eager kernel, which is set for this call. Raises CapabilityError for an LM
@@ -32,8 +33,11 @@ def self_attention(lm: Any, embeds: Tensor) -> Tensor:
 
 
 def patch_maps(
-    weights: Tensor, places: Places, lengths: Sequence[int], made_of: Sequence[Tensor]
-) -> list[list[Tensor]]:
+    weights: Float[Tensor, "B layers T T"],
+    places: Places,
+    lengths: Sequence[int],
+    made_of: Sequence[Float[Tensor, "_ _ _"]],
+) -> list[list[Float[Tensor, "layers _ _ _"]]]:
     """Per row and per its visual, in order of the places, a map (layers, T, F, P).
 
     ``weights`` are those of :func:`self_attention`; ``made_of`` says of each visual which patches its tokens were made

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isthmus.processes import gather_rows, rank, sizes, talking, world
@@ -17,7 +18,9 @@ from isthmus.processes import gather_rows, rank, sizes, talking, world
 Similarity = Literal["cosine", "dot", "euclidean"]
 
 
-def similarity(images: Tensor, texts: Tensor, kind: Similarity = "cosine") -> Tensor:
+def similarity(
+    images: Float[Tensor, "n *queries D"], texts: Float[Tensor, "m D"], kind: Similarity = "cosine"
+) -> Float[Tensor, "n m"]:
     """(B, C) from embeddings (B, D) and (C, D): cosine, dot product or negative squared Euclidean distance.
 
     Images of several vectors each, (B, Q, D), are as similar as the best of them (BLIP-2's queries). Computed in
@@ -36,8 +39,13 @@ def similarity(images: Tensor, texts: Tensor, kind: Similarity = "cosine") -> Te
 
 
 def info_nce(
-    images: Tensor, texts: Tensor, log_scale: Tensor, *, kind: Similarity = "cosine", keys: Sequence[str] = ()
-) -> Tensor:
+    images: Float[Tensor, "B D"],
+    texts: Float[Tensor, "B D"],
+    log_scale: Float[Tensor, ""],
+    *,
+    kind: Similarity = "cosine",
+    keys: Sequence[str] = (),
+) -> Float[Tensor, ""]:
     """Symmetric InfoNCE (Radford et al. 2021, fig. 3), mean over this process's B rows: a scalar.
 
     ``images`` and ``texts`` (B, D) are this process's pairs; rows of all other processes are gathered as negatives,
@@ -59,14 +67,14 @@ def info_nce(
 
 
 def sigmoid_loss(
-    images: Tensor,
-    texts: Tensor,
-    log_scale: Tensor,
-    bias: Tensor,
+    images: Float[Tensor, "B D"],
+    texts: Float[Tensor, "B D"],
+    log_scale: Float[Tensor, ""],
+    bias: Float[Tensor, ""],
     *,
     kind: Similarity = "cosine",
     keys: Sequence[str] = (),
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """SigLIP's loss (Zhai et al. 2023, eq. 1): -Σᵢⱼ log σ(zᵢⱼ (s·simᵢⱼ + b)) over B, z = 1 on pairs and -1 elsewhere.
 
     Arguments, processes and equal keys as in :func:`info_nce`.
@@ -85,7 +93,7 @@ def sigmoid_loss(
         return -terms.sum() / len(images)
 
 
-def own_columns(rows: int, device: torch.device) -> Tensor:
+def own_columns(rows: int, device: torch.device) -> Int[Tensor, " {rows}"]:
     """(B,) where this process's rows stand among those of all."""
     return torch.arange(rows, device=device) + sum(sizes(rows, device)[: rank()])
 
@@ -122,7 +130,7 @@ class _Gather(torch.autograd.Function):
         return gradient[ctx.own]
 
 
-def same_picture(keys: Sequence[str], target: Tensor) -> Tensor | None:
+def same_picture(keys: Sequence[str], target: Int[Tensor, " B"]) -> Bool[Tensor, "B G"] | None:
     """(B, G) bool, true where a row meets another row of the same picture; none when all pictures differ."""
     if not keys:
         return None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from isthmus.batch import Tokens
@@ -23,12 +24,18 @@ class Contrast:
     """``loss`` (scalar mean over B) and the scaled similarities (B, G) of own images with all texts, own texts with
     all images."""
 
-    loss: Tensor
-    image_to_text: Tensor
-    text_to_image: Tensor
+    loss: Float[Tensor, ""]
+    image_to_text: Float[Tensor, "B G"]
+    text_to_image: Float[Tensor, "B G"]
 
 
-def query_contrast(images: Tensor, texts: Tensor, temperature: Tensor, *, smoothing: float = 0.1) -> Contrast:
+def query_contrast(
+    images: Float[Tensor, "B Q E"],
+    texts: Float[Tensor, "B E"],
+    temperature: Float[Tensor, ""],
+    *,
+    smoothing: float = 0.1,
+) -> Contrast:
     """Image-text contrast (ITC) from unit vectors ``images`` (B, Q, E) and ``texts`` (B, E).
 
     An image is as similar to a text as the best of its queries; that maximum is divided by ``temperature``. The
@@ -48,7 +55,9 @@ def query_contrast(images: Tensor, texts: Tensor, temperature: Tensor, *, smooth
 
 
 @torch.no_grad()
-def hard_negatives(contrast: Contrast, keys: Sequence[str], names: Sequence[str]) -> tuple[Tensor, Tensor]:
+def hard_negatives(
+    contrast: Contrast, keys: Sequence[str], names: Sequence[str]
+) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
     """For each own text a wrong image, for each own image a wrong text: (B,), (B,) numbers among the G rows.
 
     Drawn with the probability the contrast gives them, so that likely mistakes come often. The own pair is never

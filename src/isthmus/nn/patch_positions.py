@@ -8,13 +8,14 @@ import math
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 _TEMPERATURE = 20.0
 """Longest wave over shortest: DAB-DETR's for pictures (Liu et al. 2022, 2201.12329), where text has 10,000."""
 
 
-def patch_positions(grid: tuple[int, int], width: int) -> Tensor:
+def patch_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "P {width}"]:
     """(rows · columns, width): sines and cosines of each patch's row, then of its column, mean square 1.
 
     A place is a share of the picture's height and width (DETR's form, Carion et al. 2020, 2005.12872), so a picture of
@@ -31,7 +32,7 @@ def patch_positions(grid: tuple[int, int], width: int) -> Tensor:
     return F.pad(table.flatten(0, 1), (0, width - 4 * quarter))
 
 
-def add_patch_positions(features: Tensor, grid: tuple[int, int]) -> Tensor:
+def add_patch_positions(features: Float[Tensor, "n P D"], grid: tuple[int, int]) -> Float[Tensor, "n P D"]:
     """(n, P, D) or (n, 1 + P, D) features with each patch's position added; a class token in front stays as it is.
 
     A position is as large as the features it is added to (root mean square), so that it counts alike behind encoders of

@@ -6,6 +6,7 @@ Legend: B rows, T tokens, D width, N visuals, R visual tokens per visual, K plac
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isthmus.batch import Places
@@ -13,8 +14,12 @@ from isthmus.errors import DataError
 
 
 def splice(
-    embeds: Tensor, visual_tokens: Sequence[Tensor] | Tensor, places: Places, *, names: Sequence[str] = ()
-) -> Tensor:
+    embeds: Float[Tensor, "B T D"],
+    visual_tokens: Sequence[Float[Tensor, "_ D"]] | Float[Tensor, "N R D"],
+    places: Places,
+    *,
+    names: Sequence[str] = (),
+) -> Float[Tensor, "B T D"]:
     """Put visual tokens into ``embeds`` (B, T, D) at ``places``; answers with a new (B, T, D).
 
     Args:
@@ -37,7 +42,7 @@ def splice(
     return embeds.flatten(0, 1).index_copy(0, target.to(embeds.device), values).unflatten(0, embeds.shape[:2])
 
 
-def at_places(places: Places, ids: Tensor) -> Tensor:
+def at_places(places: Places, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """(B, T) bool, true where a visual stands in ``ids`` (B, T), so that the ids there need mean nothing."""
     positions = torch.arange(ids.shape[1], device=ids.device)
     first = places.start.to(ids.device)[:, None]

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.batch import Visuals
@@ -57,7 +58,9 @@ class Tap:
         """P for a picture of ``grid`` rows and columns of patches."""
         return grid[0] * grid[1] + self.class_token
 
-    def features(self, encoder: VisionTransformer, pixels: Tensor) -> Tensor:
+    def features(
+        self, encoder: VisionTransformer, pixels: Float[Tensor, "n F 3 height width"]
+    ) -> Float[Tensor, "n F P Dv"]:
         """(n, F, 3, H, W) normalised pixels -> (n, F, P, Dv), what a feature cache holds.
 
         Without gradient unless a stage has opened a parameter of the encoder.
@@ -73,7 +76,7 @@ class Tap:
             found = found[:, 1:]
         return found.unflatten(0, pixels.shape[:2])
 
-    def read(self, encoder: VisionTransformer, group: Visuals) -> Tensor:
+    def read(self, encoder: VisionTransformer, group: Visuals) -> Float[Tensor, "n F P Dv"]:
         """(n, F, P, Dv) of a group that brings pixels or cached features. Raises DataError for cached features that
         are of another width, or while the encoder trains, which would change them at every step."""
         if group.pixels is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from isthmus.errors import ConfigError, DataError
@@ -92,7 +93,7 @@ class TextTower(nn.Module):
             assert isinstance(block, Block)
             init_block(block, self.config.layers)
 
-    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, ids: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
         """(B, D) from right-padded ``ids`` (B, T) with ``lengths`` (B,) real tokens; padding never matters.
 
         Nothing right of the furthest pooled place is computed (in a causal tower it could not reach any), and of the

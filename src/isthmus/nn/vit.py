@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.errors import ConfigError
@@ -143,14 +144,14 @@ class VisionConfig:
 class VisionOutput:
     """``pooled`` (n, D) or none; ``layers``: the hidden states asked for, in that order, each (n, P or 1+P, D)."""
 
-    pooled: Tensor | None
-    layers: tuple[Tensor, ...] = ()
+    pooled: Float[Tensor, "n D"] | None
+    layers: tuple[Float[Tensor, "n P D"], ...] = ()
 
 
 class PatchEmbedding(nn.Conv2d):
     """The convolution over patches that do not overlap, as the one matrix product it is: quicker on a CPU."""
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n P D"]:
         """(n, 3, H, W) -> (n, P, D); what is left over at the right and lower edges is unseen."""
         side = self.kernel_size[0]
         rows, columns = pixels.shape[-2] // side, pixels.shape[-1] // side
@@ -170,7 +171,7 @@ class AttentionPool(nn.Module):
         self.ln = nn.LayerNorm(config.width, eps=config.eps)
         self.mlp = Mlp(config.width, config.mlp_width, config.activation)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Float[Tensor, "n P D"]) -> Float[Tensor, "n D"]:
         """(n, P, D) -> (n, D)."""
         y = self.attn(self.probe.expand(len(tokens), -1, -1), tokens)
         return (y + self.mlp(self.ln(y)))[:, 0]
@@ -213,7 +214,7 @@ class VisionTransformer(nn.Module):
 
     def forward(
         self,
-        pixels: Tensor,
+        pixels: Float[Tensor, "n 3 height width"],
         *,
         layers: Sequence[int] = (),
         interpolate: Interpolation | None = None,
@@ -281,8 +282,13 @@ class VisionTransformer(nn.Module):
 
 
 def resize_positions(
-    table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], *, how: Interpolation, class_token: bool
-) -> Tensor:
+    table: Float[Tensor, "_ D"],
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    *,
+    how: Interpolation,
+    class_token: bool,
+) -> Float[Tensor, "_ D"]:
     """A position table (1+P or P, D) for another grid, by bicubic interpolation; the class token's row stays.
 
     ``hf``: plain bicubic, as transformers does at call time. ``open_clip``: antialiased bicubic, as open_clip does

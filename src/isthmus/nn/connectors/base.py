@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.errors import CapabilityError, ConfigError
@@ -14,7 +15,7 @@ class Connector(nn.Module, ABC):
     grid)``; who derives from this one gets what is common, and can say which patches a token was made of."""
 
     @abstractmethod
-    def forward(self, features: Tensor, text: Any = None) -> Tensor:
+    def forward(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R D_out"]:
         """(N, F, P, D) features -> (N, R, D_out). ``text``, one row per visual, is for connectors that read a
         question; those of LLaVA are called with features alone."""
 
@@ -22,7 +23,7 @@ class Connector(nn.Module, ABC):
     def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
         """R for a visual of that many frames, each with ``grid`` rows and columns of patches."""
 
-    def patch_weights(self, features: Tensor, text: Any = None) -> Tensor:
+    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R F P"]:
         """(N, R, F, P): which patches each visual token was made of, every row a distribution.
 
         Raises CapabilityError where that cannot be told.
@@ -44,7 +45,7 @@ def side_of(patches: int, factor: int, who: str) -> int:
     return side
 
 
-def by_frame(weights: Tensor) -> Tensor:
+def by_frame(weights: Float[Tensor, "N F R P"]) -> Float[Tensor, "N F*R F P"]:
     """(N, F, R, P) weights of tokens made of their own frame alone -> (N, F·R, F, P), zeros for the other frames."""
     frames = weights.shape[1]
     out = weights.new_zeros(len(weights), frames, weights.shape[2], frames, weights.shape[3])

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from isthmus.batch import Tokens
@@ -63,7 +64,7 @@ class QFormerConfig:
 class QFormerOutput:
     """``hidden`` (B, rows given, D); ``past`` has one entry per layer, over all rows attended to so far."""
 
-    hidden: Tensor
+    hidden: Float[Tensor, "B rows D"]
     past: tuple[Past, ...]
 
 
@@ -177,11 +178,11 @@ class QFormer(nn.Module):
 
     def forward(
         self,
-        queries: Tensor | None = None,
-        ids: Tensor | None = None,
+        queries: Float[Tensor, "B Q D"] | None = None,
+        ids: Int[Tensor, "B T"] | None = None,
         *,
-        vision: Tensor | None = None,
-        text_mask: Tensor | None = None,
+        vision: Float[Tensor, "B P Dv"] | None = None,
+        text_mask: Bool[Tensor, "B T"] | None = None,
         causal: bool = False,
         past: Sequence[Past] | None = None,
         read: int | None = None,
@@ -212,8 +213,13 @@ class QFormer(nn.Module):
         return QFormerOutput(x, tuple(kept))
 
     def patch_weights(
-        self, queries: Tensor, ids: Tensor | None = None, *, vision: Tensor, text_mask: Tensor | None = None
-    ) -> Tensor:
+        self,
+        queries: Float[Tensor, "B Q D"],
+        ids: Int[Tensor, "B T"] | None = None,
+        *,
+        vision: Float[Tensor, "B P Dv"],
+        text_mask: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B Q P"]:
         """(B, Q, P): how much each query looks at each vision token in the last layer with cross-attention."""
         x, count = self._embed(queries, ids, 0)
         mask = self._mask(x.shape[1], count, text_mask, False, None)
@@ -296,16 +302,16 @@ class QFormerConnector(KeptFloat32, Connector):
         self.projection = None if out_width is None else nn.Linear(config.width, out_width)
         nn.init.normal_(self.queries, std=0.02)
 
-    def vision_tokens(self, features: Tensor) -> Tensor:
+    def vision_tokens(self, features: Float[Tensor, "*rows P Dv"]) -> Float[Tensor, "*rows P Dv"]:
         """(…, P, Dv) features of any precision -> normed, computed in float32."""
         with torch.autocast(features.device.type, enabled=False):
             return self.norm(features.to(self.norm.weight.dtype))
 
-    def look(self, vision: Tensor) -> QFormerOutput:
+    def look(self, vision: Float[Tensor, "B P Dv"]) -> QFormerOutput:
         """The queries alone before normed ``vision`` (B, P, Dv): the image use."""
         return self.qformer(self.queries.expand(len(vision), -1, -1), vision=vision)
 
-    def read(self, vision: Tensor, text: Tokens) -> Tensor:
+    def read(self, vision: Float[Tensor, "B P Dv"], text: Tokens) -> Float[Tensor, "B Q D"]:
         """The query rows (B, Q, D) when queries and ``text`` (B rows) see each other: the joint use."""
 
         def joint(rows: Rows) -> Tensor:
@@ -315,7 +321,7 @@ class QFormerConnector(KeptFloat32, Connector):
 
         return in_blocks(text.lengths, joint)
 
-    def read_text(self, text: Tokens) -> Tensor:
+    def read_text(self, text: Tokens) -> Float[Tensor, "B D"]:
         """(B, D): ``text`` alone, read at its first token [CLS]."""
 
         def alone(rows: Rows) -> Tensor:
@@ -324,7 +330,7 @@ class QFormerConnector(KeptFloat32, Connector):
 
         return in_blocks(text.lengths, alone)
 
-    def forward(self, features: Tensor, text: Tokens | None = None) -> Tensor:
+    def forward(self, features: Float[Tensor, "N F P Dv"], text: Tokens | None = None) -> Float[Tensor, "N R D_out"]:
         """(N, F, P, Dv) -> (N, F·Q, D_out): each frame by itself, its query outputs one behind the other.
 
         ``text`` holds one row per visual (InstructBLIP's instruction).
@@ -338,7 +344,9 @@ class QFormerConnector(KeptFloat32, Connector):
         out = rows if self.projection is None else self.projection(rows)
         return out.unflatten(0, (visuals, frames)).flatten(1, 2)
 
-    def patch_weights(self, features: Tensor, text: Tokens | None = None) -> Tensor:
+    def patch_weights(
+        self, features: Float[Tensor, "N F P Dv"], text: Tokens | None = None
+    ) -> Float[Tensor, "N R F P"]:
         """(N, R, F, P): which vision tokens each visual token was made of, by the last cross-attention. A token is made
         of its own frame alone."""
         visuals, frames = features.shape[:2]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.errors import ConfigError
@@ -75,13 +76,13 @@ class ResamplerLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = Mlp(width, 4 * width, config.activation, bias=False)
 
-    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "N R D"], features: Float[Tensor, "N S D"]) -> Float[Tensor, "N R D"]:
         """(N, R, D) from latents ``x`` and ``features`` (N, S, D)."""
         queries, context = self._inputs(x, features)
         x = x + self.attn(queries, *self.attn.keys_values(context))
         return x + self.mlp(self.mlp_norm(x))
 
-    def weights(self, x: Tensor, features: Tensor) -> Tensor:
+    def weights(self, x: Float[Tensor, "N R D"], features: Float[Tensor, "N S D"]) -> Float[Tensor, "N R S"]:
         """(N, R, S): how much each latent looks at each feature, mean over heads, each row a distribution."""
         queries, context = self._inputs(x, features)
         keys, _ = self.attn.keys_values(context)
@@ -106,7 +107,7 @@ class Resampler(Connector):
         self.layers = nn.ModuleList(ResamplerLayer(width, config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width) if config.final_norm else nn.Identity()
 
-    def forward(self, features: Tensor, text: Any = None) -> Tensor:
+    def forward(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R D"]:
         """(N, F, P, D) -> (N, R, D). Frames are taken as equally spaced.
 
         Raises ConfigError for a clip of several frames without time embeddings, and for no frame at all.
@@ -116,7 +117,7 @@ class Resampler(Connector):
             x = layer(x, features)
         return self.norm(x)
 
-    def patch_weights(self, features: Tensor, text: Any = None) -> Tensor:
+    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R F P"]:
         """(N, R, F, P): which patches each visual token was made of, by the last layer's attention."""
         frames, patches = features.shape[1:3]
         x, features = self._start(features)
@@ -154,18 +155,20 @@ class ResamplerConnector(Connector):
         self.resampler = Resampler(vision_width, config)
         self.projection = nn.Linear(vision_width, out_width)
 
-    def forward(self, features: Tensor, text: Any = None) -> Tensor:
+    def forward(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R D_out"]:
         """(N, F, P, D) -> (N, R, D_out)."""
         return self.projection(self.resampler(features))
 
     def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
         return self.resampler.num_tokens(frames, grid)
 
-    def patch_weights(self, features: Tensor, text: Any = None) -> Tensor:
+    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R F P"]:
         return self.resampler.patch_weights(features)
 
 
-def stretch(table: Tensor, frames: int, align: Literal["ends", "cells"]) -> Tensor:
+def stretch(
+    table: Float[Tensor, "rows D"], frames: int, align: Literal["ends", "cells"]
+) -> Float[Tensor, "{frames} D"]:
     """A table of time embeddings (rows, D) for ``frames`` frames, (frames, D).
 
     Up to ``rows`` frames each takes the row of its number (a picture is frame 0); a longer clip gets the table
