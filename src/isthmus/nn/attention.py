@@ -150,7 +150,7 @@ def attend(
 
     The kernel is PyTorch's SDPA. On a CPU it computes half precision in float32: the half-precision kernel takes 1.2 to
     3.3 times as long. Plain products are up to twice as quick by themselves, but never in whole training steps (torch
-    2.13, AMX bf16; benchmarks/attention.py, docs/results.md).
+    2.13, AMX bf16; benchmarks/attention.py, docs/notes/2026-12-trainings.md).
     """
     with full_precision(q) as cast:
         y = F.scaled_dot_product_attention(

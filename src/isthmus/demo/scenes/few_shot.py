@@ -45,7 +45,7 @@ def echo(dice: Dice) -> tuple[list[str], list[list[str]]]:
     stretches of the same, from anywhere among them.
 
     They teach a small model to look up what followed a word before, which lessons then build on: without them none of
-    ours found out (docs/results.md). From anywhere, as a whole said again can be told by counting too.
+    ours found out (docs/notes/2026-12-trainings.md). From anywhere, as a whole said again can be told by counting too.
     """
     words = dice.different((*_SYLLABLES, *COLOURS, *SHAPES, *SIZES), 6 + dice.below(7))
     starts = [dice.below(len(words) - 3) for _ in range(6)]

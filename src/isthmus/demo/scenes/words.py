@@ -42,7 +42,8 @@ def outlines(scene: Scene) -> tuple[str, ...]:
     """Captions that tell shapes and where they are, and nothing of colours.
 
     Among a batch of pictures colours and places alone tell nearly all apart, so a contrastive model may leave the
-    shapes unseen; these captions need them. Without the places shapes are learnt far worse (docs/results.md).
+    shapes unseen; these captions need them. Without the places shapes are learnt far
+    worse (docs/notes/2026-12-trainings.md).
     """
     solids = in_reading_order(scene)
     return (
