@@ -52,6 +52,8 @@ def test_ask_stop_and_ask_on(opened, site):
 
 def test_models_side_by_side_one_of_which_fails(opened):
     page = opened(allowed=("400",))
+    offered = [box.get_attribute("value") for box in page.locator("#models input").all()]
+    assert len(offered) == len(set(offered))  # so no model stands beside itself
     pick(page, "llava", "flamingo", "blip2", "broken")
     assert page.locator("#models input:not(:checked):not(:disabled)").count() == 0  # four are the most
     give(page)
@@ -270,4 +272,25 @@ def test_a_server_that_stops_in_the_middle_shows_it(browser):
         answers(page, 1)
         assert page.locator(".problem").is_visible()
         assert "The server is shutting down" in page.locator(".problem").inner_text()
+        context.close()
+
+
+def test_a_connection_that_is_lost_in_the_middle_shows_it(browser):
+    """The server is gone at once, as when it is killed: what was said stays, and what happened is told in words."""
+    with on_port({"llava": models()["llava"]}) as served:
+        speakers = served.app.state.server.scheduler.speakers
+        speakers["llava"] = slow = Slow(speakers["llava"])
+        slow.on = True
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(served.url + "/")
+        page.wait_for_selector("#models input")
+        ask(page, "what?", tokens=150)
+        page.wait_for_function("() => document.querySelector('.said')?.textContent.length > 3")
+        for connection in list(served.server.server_state.connections):
+            served.server.servers[0].get_loop().call_soon_threadsafe(connection.transport.abort)
+        answers(page, 1)
+        assert "The connection ended before the answer did" in page.locator(".problem").inner_text()
+        assert len(page.locator(".said").inner_text()) > 3
+        assert page.is_disabled("#stop")
         context.close()
