@@ -1,8 +1,10 @@
 """The examples through the real program: trained, loaded, scored; what a changed or moved file says."""
 
 import json
+import runpy
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from isthmus.cli import main
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.model import load
+from isthmus.pretrained import names
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Two steps teach no answer, and an evaluation says when all of them are empty.
@@ -167,3 +170,21 @@ def test_code_in_a_models_folder_is_never_imported(place, tmp_path):
 @pytest.mark.parametrize("name", [p.name for p in sorted(EXAMPLES.glob("my_*.py"))])
 def test_examples_are_short(name):
     assert len((EXAMPLES / name).read_text().splitlines()) < (150 if name == "my_system.py" else 100)
+
+
+@pytest.mark.skipif(not names(), reason="this installation came without trained models")
+def test_the_gradio_page_answers_with_the_models_of_the_package(monkeypatch):
+    """Without Gradio, which is no dependency: what it would call, and what it would be told."""
+    told = {}
+    stub = types.SimpleNamespace(Interface=lambda answer, **options: told.update(options, answer=answer) or "page")
+    for part in ("Dropdown", "Image", "Textbox"):
+        setattr(stub, part, lambda *values, **options: (values, options))
+    monkeypatch.setitem(sys.modules, "gradio", stub)
+    space = runpy.run_path(str(EXAMPLES / "gradio_space.py"))
+    assert space["page"]() == "page"
+    assert told["inputs"][0][0] == (["blip2", "flamingo", "llava"],)
+    model, scene, question = told["examples"][0]
+    pieces = list(told["answer"](model, scene, question))
+    assert pieces[-1] == load("isthmus:llava", device="cpu").answer(scene, question)
+    assert list(told["answer"](model, None, question)) == ["Give a picture and a question."]
+    assert list(told["answer"]("../llava", scene, question)) == ["There is no such model."]
