@@ -107,6 +107,40 @@ def write_folder(path: str | Path, files: Mapping[str, Content], *, replace: boo
     return path
 
 
+def begin_folder(path: Path) -> Path:
+    """An empty folder beside ``path`` in which several processes write what :func:`finish_folder` makes ``path``.
+
+    Raises CheckpointError when ``path`` exists or its folder cannot be written.
+    """
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    if path.exists():
+        raise CheckpointError(f"{path} exists already and is never written over. Choose another path or remove it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clean_leftovers(path.parent, glob.escape(path.name))
+        aside.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"Cannot write in {path.parent}: {error.strerror}.") from error
+    return aside
+
+
+def entry_of(file: Path) -> dict[str, Any]:
+    """What a manifest says of a file, which is on the disk by then."""
+    _sync(file)
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+
+
+def finish_folder(
+    aside: Path, path: Path, entries: Mapping[str, Mapping[str, Any]], files: Mapping[str, Content]
+) -> None:
+    """Write ``files`` beside those that ``entries`` tell of, the manifest of all, and rename the folder into place.
+
+    Raises OSError where the disk refuses.
+    """
+    _write_files(aside, {_safe_name(name): _prepare(name, content) for name, content in files.items()}, entries)
+    _into_place(aside, path)
+
+
 def read_folder(path: str | Path) -> dict[str, Path]:
     """The files of a folder (name -> path) after its manifest was checked: all there, right size, right sha256.
 
@@ -168,12 +202,16 @@ _Prepared = bytes | dict[str, Tensor] | Foreign
 def _write_aside(aside: Path, files: Mapping[str, _Prepared]) -> None:
     """Write and fsync every file, the manifest, and the folders that hold them."""
     aside.mkdir()
-    entries: dict[str, dict[str, Any]] = {}
+    _write_files(aside, files, {})
+
+
+def _write_files(aside: Path, files: Mapping[str, _Prepared], written: Mapping[str, Mapping[str, Any]]) -> None:
+    entries = dict(written)
     for name, content in files.items():
         file = aside / name
         file.parent.mkdir(parents=True, exist_ok=True)
         _write_file(file, content)
-        entries[name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        entries[name] = entry_of(file)
     _write_file(aside / MANIFEST, _render_manifest(entries))
     for folder in {aside, *(file.parent for file in aside.rglob("*"))}:
         _sync(folder)

@@ -1,6 +1,7 @@
 """What each process of the tests of several processes runs, as torchrun would start it."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from isthmus.batch import Batch
 from isthmus.processes import join, rank, told, wait, world
 from isthmus.stage import Group, Stage
-from isthmus.training import Interrupted, parallel, train
+from isthmus.training import Interrupted, Preempted, parallel, train
 from isthmus.training.gradient import NonFiniteLoss, backward
 from isthmus.training.parallel import DDP, Parallel
 from isthmus.training.precision import context
@@ -88,7 +89,14 @@ def _stopped(folder: Path, how: Parallel = DDP) -> tuple[list[str], dict[str, to
     return told("nothing"), {}
 
 
-def run(number: int, world_size: int, port: int, folder: str) -> None:
+def run_a_while(number: int, world_size: int, port: int, folder: str, stop_at: int | None) -> None:
+    """Go on with a sharded run, up to a step."""
+    enter(number, world_size, port)
+    with suppress(Preempted):
+        train(net(), PartLoader(), stage(8), folder, progress=False, parallel=Parallel(engine="fsdp"), stop_at=stop_at)
+
+
+def enter(number: int, world_size: int, port: int) -> None:
     os.environ |= {
         "RANK": str(number),
         "LOCAL_RANK": str(number),
@@ -97,8 +105,12 @@ def run(number: int, world_size: int, port: int, folder: str) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    place = Path(folder)
     join()
+
+
+def run(number: int, world_size: int, port: int, folder: str) -> None:
+    enter(number, world_size, port)
+    place = Path(folder)
     found: dict[str, Any] = {
         "gradients": [gradient(net(), [make_batch(rows) for rows in own[number]]) for own in SPLITS],
         "one open": gradient(OneOpen(dtype=torch.float64), [make_batch([1, 2])]),

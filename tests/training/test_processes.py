@@ -1,13 +1,13 @@
 """Several processes train as one does: gradients, weights, resume, signals, and what is not finite."""
 
+import shutil
 import socket
 
 import pytest
 import torch
 
 from isthmus import processes
-from isthmus.checkpoint import load_tensors
-from isthmus.errors import ConfigError
+from isthmus.errors import CheckpointError, ConfigError
 from isthmus.training import train
 from isthmus.training.log import read_metrics
 from isthmus.training.state import checkpoints
@@ -92,10 +92,50 @@ def test_shards_stop_go_on_and_come_out_as_one_whole_net(both, tmp_path):
     for one, two in zip(lines(tmp_path), lines(both[0] / "sharded"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-9)
-    ours, theirs = (load_tensors(checkpoints(f)[-1] / "optimizer.safetensors") for f in (both[0] / "sharded", tmp_path))
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, atol=1e-9, rtol=0)
+
+
+def test_one_process_goes_on_from_the_shards_of_two(both, tmp_path):
+    shutil.copytree(both[0] / "sharded", tmp_path / "run")
+    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+    net = ranks.net()
+    assert train(net, ToyLoader(), ranks.stage(), tmp_path / "run", progress=False).resumed == 4
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(both[1][0]["sharded"][1][name], value, atol=1e-9, rtol=0)
+
+
+@pytest.mark.slow  # nine processes are started
+def test_a_sharded_run_goes_on_in_another_number_of_processes(tmp_path):
+    """Four, two, three, and at last one that holds all: the samples' order and the net of one process throughout."""
+    alone, last = ranks.net(), ranks.net()
+    train(alone, ToyLoader(), ranks.stage(8), tmp_path / "alone", progress=False)
+    place = tmp_path / "elastic"
+    for world, stop_at in ((4, 2), (2, 4), (3, 6)):
+        spawn = torch.multiprocessing.spawn
+        spawn(ranks.run_a_while, args=(world, free_port(), str(place), stop_at), nprocs=world)
+        newest = checkpoints(place)[-1]
+        assert newest.name == f"step-00000{stop_at}"
+        assert len(list(newest.glob("shard-*.safetensors"))) == world
+        assert {file.suffix for file in newest.iterdir()} == {".safetensors", ".json"}  # nothing to unpickle
+    assert train(last, ToyLoader(), ranks.stage(8), place, progress=False).resumed == 6
+    for one, two in zip(lines(tmp_path / "alone"), lines(place), strict=True):
+        assert one["order"] == two["order"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(last.state_dict()[name], value, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("damage", ["lost", "flipped"])
+def test_a_damaged_shard_is_named(both, tmp_path, damage):
+    shutil.copytree(both[0] / "sharded", tmp_path / "run")
+    shard = sorted(checkpoints(tmp_path / "run")[-1].glob("shard-*"))[1]
+    if damage == "lost":
+        shard.unlink()
+    else:
+        written = bytearray(shard.read_bytes())
+        written[-3] ^= 1
+        shard.write_bytes(written)
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is (missing|damaged).*goes on from step-000004"):
+        train(ranks.net(), ToyLoader(), ranks.stage(), tmp_path / "run", progress=False)
 
 
 def test_a_nan_in_one_process_stops_all(both):
@@ -104,8 +144,6 @@ def test_a_nan_in_one_process_stops_all(both):
 
 
 def test_a_run_goes_on_in_another_number_of_processes_and_says_so(both, tmp_path):
-    import shutil
-
     shutil.copytree(both[0] / "whole", tmp_path / "run")
     for step in checkpoints(tmp_path / "run")[-1:]:
         shutil.rmtree(step)

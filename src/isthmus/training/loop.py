@@ -42,7 +42,7 @@ from isthmus.training.lock import RunLock
 from isthmus.training.log import Bar, MetricLog, progress_bar, read_metrics
 from isthmus.training.parallel import DDP, Parallel, engine, where
 from isthmus.training.protocols import Loader
-from isthmus.training.state import RunState, check_same, checkpoints, newest_state, restore, rng_state, save_state
+from isthmus.training.state import RunState, check_same, checkpoints, newest_state, restore, rng_state
 from isthmus.training.validation import KEY, Validation
 
 Skipped = Callable[[tuple[str, ...], str], None]
@@ -134,6 +134,7 @@ def train(
                 run.go(log, bar, stopped, validation)
                 run.engine.close()
             finally:
+                run.writer.close()
                 run.widen()
         return run.result()
 
@@ -167,6 +168,7 @@ class _Run:
         frozen = proof.frozen_tensors(net)
         self.engine = engine(net, how)
         self.net = self.engine.net
+        self.writer = self.engine.state_writer()
         self.parameters = optim.open_parameters(self.net, table)
         self.optimizer = optim.build_optimizer(self.parameters, table, stage)
         optim.check_holds_exactly(self.optimizer, self.net)
@@ -292,6 +294,7 @@ class _Run:
         self.gradients.demand(self.state.step)
         proof.demand_unchanged(self.state.frozen, proof.frozen_tensors(self.net), "changed during the stage")
         self._save()
+        self.writer.wait()
         # A signal during the last step must not be lost: the caller may have further stages.
         self._stop_if(_signalled(told(dict(stopped))))
 
@@ -427,6 +430,7 @@ class _Run:
         """At a step boundary: save and raise Interrupted when a signal came."""
         if stopped:
             self._save()
+            self.writer.wait()
             raise (Interrupted if stopped["signal"] == "SIGINT" else Preempted)(
                 f"Stopped by {stopped['signal']} after step {self.state.step} of stage "
                 f"{self.stage.name!r}; it is saved in {self.folder}. The same command goes on there."
@@ -436,7 +440,7 @@ class _Run:
         if self.state.step == self.saved:
             return
         generators = told(rng_state())
-        save_state(self.folder, self.state, self.net, self.optimizer, self.parameters, generators, self.stage)
+        self.writer.save(self.folder, self.state, self.net, self.optimizer, self.parameters, generators, self.stage)
         self.saved = self.state.step
 
     def result(self) -> TrainResult:

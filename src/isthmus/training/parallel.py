@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from isthmus.batch import Batch, Term
 from isthmus.net import Net
 from isthmus.processes import device, talking, world
+from isthmus.training.state import StateWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,10 @@ class Engine:
         """Exact loss and gradient of micro-batches whose rows are contrasted with each other; the terms come
         detached (:meth:`.Net.cached_loss`)."""
         return self.net.cached_loss(batches)
+
+    def state_writer(self) -> StateWriter:
+        """What writes the run's checkpoints."""
+        return StateWriter()
 
     def close(self) -> None:
         """At the end of training: the net that was given holds what was learnt."""

@@ -23,7 +23,9 @@ from isthmus.batch import IGNORE, Batch, Term
 from isthmus.net import Net
 from isthmus.processes import device, talking, told, world
 from isthmus.training.parallel import Engine, Parallel, touch
+from isthmus.training.shard_files import ShardWriter
 from isthmus.training.shards import is_shard, whole
+from isthmus.training.state import StateWriter
 
 _PASS = "sharded_pass"
 
@@ -105,6 +107,9 @@ class Sharded(Engine):
         self.loss(None, last=True)
         self.backward(0.0)
         return terms
+
+    def state_writer(self) -> StateWriter:
+        return ShardWriter()
 
     @torch.no_grad()
     def close(self) -> None:

@@ -23,7 +23,10 @@ from isthmus.errors import CheckpointError, StageError
 from isthmus.processes import first, rank
 from isthmus.stage import Stage, canonical
 from isthmus.training.proof import moving_buffers
-from isthmus.training.shards import like, put, whole
+from isthmus.training.shards import like, put
+
+TRAINED = "trained"
+"""Name of the open tensors' file, and before their names in shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,34 +55,45 @@ class RunState:
     warnings: tuple[str, ...]
 
 
-def save_state(
-    folder: Path,
-    state: RunState,
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    generators: Sequence[Mapping[str, Any]],
-    stage: Stage,
-) -> Path:
-    """Write the checkpoint of ``state.step`` and drop those that ``stage`` does not keep: the first process does, and
-    all put shards together for it. Raises CheckpointError.
+class StateWriter:
+    """Writes checkpoints of a net that every process holds whole: the first process does, before training goes on."""
 
-    ``generators`` are the processes' :func:`rng_state`.
-    """
-    trained = {name: whole(tensor) for name, tensor in {**parameters, **_statistics(net)}.items()}
-    moments = {name: whole(tensor) for name, tensor in _optimizer_tensors(optimizer, parameters).items()}
-    path = _path(folder, state.step)
-    if not first():
-        return path
-    write_folder(
-        path,
-        {
-            "trained.safetensors": trained,
-            "optimizer.safetensors": moments,
-            "rng.json": {"processes": list(generators)},
-            "state.json": dataclasses.asdict(state),
-        },
-    )
+    def save(
+        self,
+        folder: Path,
+        state: RunState,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        generators: Sequence[Mapping[str, Any]],
+        stage: Stage,
+    ) -> None:
+        """Write the checkpoint of ``state.step`` and drop those that ``stage`` does not keep. Raises CheckpointError.
+
+        ``generators`` are the processes' :func:`rng_state`.
+        """
+        if not first():
+            return
+        write_folder(
+            checkpoint_path(folder, state.step),
+            {
+                f"{TRAINED}.safetensors": {**parameters, **moving_statistics(net)},
+                "optimizer.safetensors": optimizer_tensors(optimizer, parameters),
+                "rng.json": {"processes": list(generators)},
+                "state.json": dataclasses.asdict(state),
+            },
+        )
+        drop_old(folder, stage)
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk. Raises CheckpointError where it could not be written."""
+
+    def close(self) -> None:
+        """At the end, whatever it was."""
+
+
+def drop_old(folder: Path, stage: Stage) -> None:
+    """Remove the checkpoints that the stage does not keep."""
     for old in checkpoints(folder)[: -stage.keep_last]:
         if stage.keep_every is not None and _step(old) % stage.keep_every == 0:
             continue
@@ -87,7 +101,6 @@ def save_state(
         doomed = old.with_name(f"{old.name}.tmp-{os.getpid()}")
         old.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -155,9 +168,18 @@ def restore(
     files: Mapping[str, Path], net: nn.Module, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> None:
     """Put trained tensors, optimizer state and random generators back. Raises CheckpointError when they do not fit."""
-    targets = {**parameters, **_statistics(net)}
+    generators = read_json(files["rng.json"])["processes"]
+    # With more processes than before the further ones keep what they were seeded with.
+    if rank() < len(generators):
+        _restore_rng(generators[rank()])
+    if "trained.safetensors" not in files:
+        from isthmus.training.shard_files import restore_shards
+
+        restore_shards(files["state.json"].parent, net, optimizer, parameters)
+        return
+    targets = {**parameters, **moving_statistics(net)}
     trained = load_tensors(files["trained.safetensors"])
-    _demand_names(set(targets), set(trained), files["trained.safetensors"])
+    demand_names(set(targets), set(trained), files["trained.safetensors"])
     with torch.no_grad():
         for name, target in targets.items():
             # What has no dimension has one in shards.
@@ -169,34 +191,34 @@ def restore(
             put(trained[name], target)
     for key, tensor in load_tensors(files["optimizer.safetensors"]).items():
         kind, _, name = key.partition(":")
-        _demand_names({name}, {name} & parameters.keys(), files["optimizer.safetensors"])
+        demand_names({name}, {name} & parameters.keys(), files["optimizer.safetensors"])
         # A copy in memory of its own: the file may be deleted while the optimizer goes on writing.
         parameter = parameters[name]
         optimizer.state[parameter][kind] = (
             tensor.clone().to(parameter.device) if kind == "step" else like(tensor, parameter)
         )
-    generators = read_json(files["rng.json"])["processes"]
-    # With more processes than before the further ones keep what they were seeded with.
-    if rank() < len(generators):
-        _restore_rng(generators[rank()])
 
 
-def _demand_names(wanted: set[str], given: set[str], where: Path) -> None:
+def demand_names(wanted: set[str], given: set[str], where: Path) -> None:
+    """Raises CheckpointError with some of the names that differ."""
     if wanted != given:
         shown = ", ".join(sorted(wanted ^ given)[:5])
         raise CheckpointError(f"{where} does not fit what this stage trains; it differs in: {shown}.")
 
 
-def _path(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where a step's checkpoint stands."""
     return folder / "checkpoints" / f"step-{step:06d}"
 
 
-def _statistics(net: nn.Module) -> dict[str, Tensor]:
+def moving_statistics(net: nn.Module) -> dict[str, Tensor]:
+    """Running statistics, which train along."""
     moving = moving_buffers(net)
     return {canonical(name): buffer for name, buffer in net.named_buffers() if canonical(name) in moving}
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """``kind:parameter`` -> tensor."""
     return {
         f"{kind}:{name}": value
         for name, parameter in parameters.items()
