@@ -77,8 +77,9 @@ def train(
             _claim(folder, recipe)
         wait()
         if not (folder / "model" / checkpoint.MANIFEST).is_file():
-            trackers = dict.fromkeys([*recipe.report_to, *(["tensorboard"] if tensorboard else [])])
-            _train(recipe, folder, progress=progress and first(), report_to=tuple(trackers), stop_at=stop_at)
+            trackers: list[str] = [*recipe.report_to, *(["tensorboard"] if tensorboard else [])]
+            reported = tuple(dict.fromkeys(trackers))
+            _train(recipe, folder, progress=progress and first(), report_to=reported, stop_at=stop_at)
         wait()
         return load(folder)
 
