@@ -139,7 +139,7 @@ def test_rows_that_join_later_write_what_they_write_alone(family):
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "mpt"])
 @torch.no_grad()
-def test_a_conversation_in_chunks_equals_one_pass_and_a_later_image_is_used(family):
+def test_a_conversation_in_chunks_equals_one_pass(family):
     net = tiny(family)
     whole = batch([ROWS["two"]])
     expected, embeds, look = net.logits(whole), net.embed_prompt(whole), net.look(whole)

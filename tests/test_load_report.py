@@ -62,7 +62,7 @@ def test_parts_named_beside_a_checkpoint_are_told_apart(tmp_path):
     assert _counted(report) == _tensors(model.net)
 
 
-def test_a_half_precision_file_is_matched_and_a_buffer_of_old_files_is_unused(tmp_path):
+def test_a_half_precision_file_is_matched_and_an_old_buffer_unused(tmp_path):
     write_model(tiny_models.openai_clip(), tmp_path / "out", "hf")
     state = {n: t.half() for n, t in load_file(tmp_path / "out" / "model.safetensors").items()}
     old = {f"{side}_model.embeddings.position_ids": torch.arange(5)[None] for side in ("vision", "text")}

@@ -24,3 +24,8 @@ def test_links_between_pages_lead_somewhere():
         if "://" not in link
     ]
     assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_names_of_tests_are_short():
+    names = [n for file in (ROOT / "tests").rglob("test_*.py") for n in re.findall(r"def (test_\w+)", file.read_text())]
+    assert [name for name in names if len(name) >= 70] == []

@@ -82,7 +82,7 @@ def test_one_bad_sample_is_counted_and_left_out(monkeypatch, capsys, place, chan
     assert "7" in noted[0]["id"]
 
 
-def test_many_bad_samples_stop_the_run_which_then_goes_on_with_more_allowed(monkeypatch, capsys, place):
+def test_many_bad_samples_stop_the_run_until_more_are_allowed(monkeypatch, capsys, place):
     spoil(place, range(0, 120, 10), missing)
     arguments = ("train", "mine.yaml", "--out", "run")
     code, _, said = run(monkeypatch, capsys, *arguments)

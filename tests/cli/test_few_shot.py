@@ -63,7 +63,7 @@ def test_a_video_that_is_not_there(tmp_path):
         chat.run("x", "what?", [], videos=[tmp_path / "none"], max_new_tokens=1, temperature=0)
 
 
-def test_a_conversation_shows_pictures_in_later_turns_and_survives_a_turn_too_long(tmp_path, capsys, monkeypatch):
+def test_a_conversation_takes_later_pictures_and_survives_a_long_turn(tmp_path, capsys, monkeypatch):
     typed = iter(
         ["what?", f"/image {tmp_path / 'b.png'}", f"/image {tmp_path / 'none.png'}", "and this?", "long", "so?", ""]
     )
@@ -103,7 +103,7 @@ def test_options_that_would_be_ignored_are_refused(monkeypatch, tmp_path, words,
     assert said in str(result.exception)
 
 
-def test_a_picture_that_cannot_be_opened_does_not_stay_in_the_conversation(tmp_path, capsys, monkeypatch):
+def test_a_picture_that_cannot_be_opened_leaves_the_conversation(tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     (tmp_path / "good.png").write_bytes(png())
     (tmp_path / "empty").mkdir()

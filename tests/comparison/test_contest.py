@@ -87,7 +87,7 @@ def out(plan, tmp_path_factory):
     return folder
 
 
-def test_results_stand_as_soon_as_one_arm_is_finished_and_nothing_is_done_twice(out):
+def test_results_are_there_after_one_arm_and_nothing_is_done_twice(out):
     assert list(read_json(out / "first.json")["models"]) == ["llava", "llava-vqa-0-shots", "llava-vqa-2-shots"]
     assert json.loads((out / "changed.json").read_text()) == []
 

@@ -120,7 +120,7 @@ def test_questions_and_answers() -> None:
     assert blind.streams["lm"].ids[0] == LM.bos_id
 
 
-def test_an_encoder_decoder_splits_a_caption_anywhere_and_a_question_at_its_answer() -> None:
+def test_an_encoder_decoder_splits_captions_anywhere_questions_at_answers() -> None:
     processor = prompts(start_id=0)
     whole = LM.encode("a small red cube")
     seen = set()

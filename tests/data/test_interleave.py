@@ -36,7 +36,7 @@ SHOTS = (picture(role="user"), user("what is it?"), assistant("a cat"), picture(
 CAPTIONS = (picture(), assistant("a cat"), picture())
 
 
-def test_new_tokens_stand_behind_the_vocabulary_and_are_never_read_out_of_a_text():
+def test_new_tokens_follow_the_vocabulary_and_are_never_read_from_text():
     assert (byte_level().vocab_size, byte_level().vocab_size + 1) == (END, TAG)
     ids = TOKENIZER.encode("<image>a<|endofchunk|>")
     assert TAG not in ids

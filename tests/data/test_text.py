@@ -238,7 +238,7 @@ def test_templates_are_the_written_ones():
     assert set(TEMPLATES) == {"plain", "document", *conversations}
 
 
-def test_transformers_llava_writes_a_space_between_turns_and_an_end_behind_the_last():
+def test_transformers_llava_writes_spaces_between_turns_and_an_end():
     turns = (picture(), user("what?"), assistant("a cat"), user("where?"), assistant("here"))
     said = str(render(record(*turns), "llava_hf"))
     assert said == "USER: <image>\nwhat? ASSISTANT: a cat USER: where? ASSISTANT: here</s>"

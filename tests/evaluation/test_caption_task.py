@@ -50,7 +50,7 @@ def test_records_of_one_picture_are_one_item_with_all_captions(tmp_path):
     assert rows[0]["truth"] == [SAID["cat"], f"there is {SAID['cat']}", "a cat on a mat"]
 
 
-def test_an_answer_in_a_conversation_is_a_caption_too_and_nothing_of_it_is_shown(tmp_path):
+def test_an_answer_in_a_conversation_is_a_caption_and_is_not_shown(tmp_path):
     spoken = [
         Record(id=w, parts=(Image(Word(w)), Text("What?", role="user"), Text(SAID[w], role="assistant", learn=True)))
         for w in SAID

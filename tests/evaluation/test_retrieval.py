@@ -84,7 +84,7 @@ def test_the_best_of_five_captions_counts():
     assert text_ranks.tolist() == [0, 1, 1, 1, 1, 0, 0, 0, 0, 0]
 
 
-def test_a_model_that_says_the_same_of_everything_scores_what_guessing_does():
+def test_a_constant_answer_scores_what_guessing_does():
     same = torch.full((40, 8), 0.3)
     image_ranks, text_ranks = ranks(same, same, torch.arange(40))
     scores = score(image_ranks.tolist(), [[r] for r in text_ranks.tolist()])

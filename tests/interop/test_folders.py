@@ -329,7 +329,7 @@ def test_a_siglip_folder_cleans_texts_and_starts_them_with_nothing(tmp_path):
         assert torch.allclose(found / found.norm(dim=-1, keepdim=True), expected, atol=1e-5)
 
 
-def test_a_siglip_2_starts_a_text_with_nothing_though_its_tokenizer_names_a_beginning(tmp_path):
+def test_siglip_2_starts_a_text_without_a_beginning_token(tmp_path):
     """Gemma's tokenizer, told to add an end only."""
     tokenizer = Tokenizer.train(["a red cube and a blue ring"] * 3, 320)
     sizes = {**LANGUAGE, "max_position_embeddings": 16, "pad_token_id": 1, "eos_token_id": 2}

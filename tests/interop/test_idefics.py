@@ -178,7 +178,7 @@ def test_an_activation_that_is_not_here_is_refused():
         idefics_config_from_hf(values)
 
 
-def test_a_saved_folder_reads_prompts_and_pictures_as_the_librarys_processor(tmp_path):
+def test_a_saved_folder_reads_as_the_librarys_processor(tmp_path):
     """Ids with a fake token on both sides of a picture, shared by two in a row; pixels; what each token sees."""
     model = tiny_models.idefics()
     write_model(model, tmp_path / "out", "hf")
@@ -197,7 +197,7 @@ def test_a_saved_folder_reads_prompts_and_pictures_as_the_librarys_processor(tmp
     assert torch.equal(torch.where(mask.any(-1), mask.int().argmax(-1) + 1, 0), seen)
 
 
-def test_an_instruct_models_conversation_reads_as_the_librarys_and_its_turns_end(tmp_path):
+def test_an_instruct_models_turns_read_and_end_as_the_librarys(tmp_path):
     """IDEFICS-instruct: a third token ends every turn, the user's too, and stops an answer."""
     write_model(tiny_models.idefics(instruct=True), tmp_path / "out", "hf")
     peer = IdeficsProcessor.from_pretrained(tmp_path / "out")

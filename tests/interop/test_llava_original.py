@@ -99,7 +99,7 @@ def test_projector_files(projector: str, prefix: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "base_model.model.model."])
-def test_the_newline_of_anyres_is_found_beside_a_projector_and_only_where_there_is_one(prefix: str) -> None:
+def test_the_newline_of_anyres_is_found_beside_a_projector(prefix: str) -> None:
     config = tiny(pinpoints=((SIZE, 2 * SIZE),)).config
     side = {f"{prefix}image_newline": torch.ones(3), f"{prefix}mm_projector.0.bias": torch.zeros(3)}
     rest, newline = without_newline(side, config)

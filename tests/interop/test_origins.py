@@ -210,7 +210,7 @@ def _open_clip_folder(folder: Path, clip: Clip, **text) -> Path:
     return folder
 
 
-def test_open_clip_reads_text_by_its_own_tokenizer_though_transformers_lies_beside(clip, tmp_path):
+def test_open_clip_reads_text_by_its_own_tokenizer(clip, tmp_path):
     """It pushes tokenizer.json into every repository of a CLIP, and reads by it only where the configuration names one:
     the two differ in entities and curly quotes."""
     rows = json.loads((OPEN_CLIP / "tokenizer" / "rows.json").read_text())

@@ -166,7 +166,7 @@ def test_a_batch_with_a_seed_per_row_draws_as_its_rows_do() -> None:
         assert lm.continued(Prompt(row[None], torch.tensor([len(row)])), Decoding(**draw, seed=seed)) == [text]
 
 
-def test_one_tensor_per_layer_serves_a_generation_and_no_mask_is_made_anew() -> None:
+def test_one_tensor_per_layer_serves_a_generation() -> None:
     lm = build("llama")
     decoder = Decoder(lm)
     decoder.add(prompt(lm), Decoding(max_new_tokens=10))

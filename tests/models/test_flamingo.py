@@ -54,7 +54,7 @@ def test_openflamingo_sizes_exactly(name, block, blocks, xattn, trained):
     )
 
 
-def test_the_published_recipe_flips_and_leaves_the_new_rows_as_the_released_4b_did():
+def test_the_published_recipe_flips_and_keeps_new_rows_as_the_4b_did():
     (spec,) = read_recipe("open-flamingo-4b", to_show=True).stages
     assert spec.augment == Augment(flip=True)
     net = on_meta("open_flamingo_4b")
@@ -241,7 +241,7 @@ def test_scoring_endings_behind_one_beginning_equals_scoring_whole_rows():
     torch.testing.assert_close(again[1:], found[1:])
 
 
-def test_attention_maps_are_distributions_over_the_patches_of_the_image_seen():
+def test_attention_maps_are_distributions_over_the_images_patches():
     net, rows = tiny(), batch([ROWS["two"], ROWS["clip"], ROWS["none"]])
     two, clip, none = net.attention(rows)
     assert [m.shape for m in two] == [(2, 9, 1, 16), (2, 9, 1, 8)]
@@ -286,7 +286,7 @@ def test_bad_configurations_are_explained():
     assert (IMAGE, END) == (V + 1, V)
 
 
-def test_it_learns_to_tell_two_pictures_apart_with_a_frozen_language_model():
+def test_it_learns_two_pictures_apart_with_a_frozen_language_model():
     net = tiny(gates=(0.0, 0.0), every=1)
     apply_stage(net, TRAINED)
     rows = batch([["a", 5, 6], ["b", 5, 7]], learn_from=2)

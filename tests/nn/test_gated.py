@@ -57,7 +57,7 @@ def test_other_than_as_many_tags_as_images_is_refused():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_attention_is_exactly_zero_without_an_image_and_only_the_seen_image_matters(variant):
+def test_attention_is_zero_without_an_image_and_local_to_its_own(variant):
     net, y, media = block(variant), torch.randn(1, 8, 32), torch.randn(1, 2, 5, 24)
     seen = media_index(TAGS)
     mask = look_mask(seen, 2, 5)

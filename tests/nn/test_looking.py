@@ -25,7 +25,7 @@ def test_a_map_shares_out_what_a_token_gave_to_the_visual():
     assert not found[:, :3].any()  # before the visual, and within it
 
 
-def test_maps_stand_in_the_order_of_the_places_whatever_the_order_of_the_visuals():
+def test_maps_are_in_the_order_of_places_not_of_visuals():
     weights = torch.full((2, 1, 6, 6), 1 / 6)
     one, other = torch.eye(1)[:, None], torch.eye(2)[:, None]
     first, second = patch_maps(weights, places((0, 0, 3, 1), (0, 1, 0, 2), (1, 2, 0, 1)), [6, 2], [one, other, one])
@@ -34,7 +34,7 @@ def test_maps_stand_in_the_order_of_the_places_whatever_the_order_of_the_visuals
 
 
 @torch.no_grad()
-def test_self_attention_is_causal_sums_to_one_and_leaves_the_kernel_as_it_was():
+def test_self_attention_is_causal_and_leaves_the_kernel_as_it_was():
     language = LanguageModel.build(LANGUAGE).eval()
     redraw(language)
     kernel = language.lm.config._attn_implementation

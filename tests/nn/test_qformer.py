@@ -87,7 +87,7 @@ def test_matching_sees_both_ways_and_contrast_neither() -> None:
     torch.testing.assert_close(again[text.mask], alone[text.mask], atol=1e-5, rtol=0)
 
 
-def test_cross_attention_stands_in_even_layers_and_queries_have_their_own_ffn() -> None:
+def test_cross_attention_is_in_even_layers_and_queries_have_an_ffn() -> None:
     net = QFormer(QFORMER)
     layers = [layer for layer in net.layers if isinstance(layer, QFormerLayer)]
     assert [layer.cross is not None for layer in layers] == [True, False, True, False]

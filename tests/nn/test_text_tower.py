@@ -92,7 +92,7 @@ def test_an_end_of_text_in_the_padding_does_not_count():
 
 
 @torch.no_grad()
-def test_a_tower_read_at_its_last_place_sees_real_trailing_ids_but_not_the_batch_padding():
+def test_a_tower_read_at_its_last_place_ignores_batch_padding():
     tower, (ids, lengths) = _tower("last"), _rows()
     pooled = tower(ids, lengths)
     torch.testing.assert_close(tower(torch.nn.functional.pad(ids, (0, 3), value=7), lengths), pooled)

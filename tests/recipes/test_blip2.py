@@ -102,7 +102,7 @@ def scene(number: int = 0):
     return open_source(QUESTIONS)[number].images[0]
 
 
-def test_every_stage_has_its_parts_and_frozen_ones_come_through_bit_for_bit(story, run):
+def test_every_stage_has_its_parts_and_frozen_ones_stay_bit_identical(story, run):
     represent = weights(run / "stages" / "represent")
     generate = weights(run / "stages" / "generate")
     final = weights(run)

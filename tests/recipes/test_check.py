@@ -76,7 +76,7 @@ def test_data_that_draws_numbers_of_its_own_is_found(monkeypatch):
     assert "resumed ended with other bits" in checked.problems[0]
 
 
-def test_bad_data_and_a_pattern_without_gradient_are_problems_with_exit_code_2(monkeypatch, capsys, tmp_path):
+def test_bad_data_and_a_pattern_without_gradient_exit_with_2(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     rows = [{"id": i, "image": f"{i}.png", "caption": f"a thing {i}"} for i in range(10)]
@@ -99,7 +99,7 @@ def test_bad_data_and_a_pattern_without_gradient_are_problems_with_exit_code_2(m
     assert not list(tmp_path.glob("runs*"))
 
 
-def test_bad_evaluation_data_is_a_problem_that_names_the_evaluation_unless_it_may_be_left_out(tmp_path):
+def test_bad_evaluation_data_is_a_problem_that_names_the_evaluation(tmp_path):
     rows = [{"id": i, "image": f"{i}.png", "caption": f"a thing {i}"} for i in range(100)]
     for row in rows[2:]:
         (tmp_path / row["image"]).write_bytes(png((row["id"], 0, 0)))

@@ -55,7 +55,7 @@ def encoded(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava in tiles", "flamingo told places", "blip2 told places"])
-def test_the_losses_are_those_without_a_cache_and_each_picture_is_encoded_once(kind, story, tmp_path, encoded):
+def test_losses_equal_those_without_a_cache_and_encoding_is_once(kind, story, tmp_path, encoded):
     torch.manual_seed(0)
     plain, once, again = (tmp_path / name for name in ("plain", "once", "again"))
     train(recipe(kind, story, None), plain, progress=False)

@@ -113,7 +113,7 @@ def test_every_step_reads_every_source(story, run):
     assert lines.count("lm/scenes-clip_questions-train") == 3
 
 
-def test_rows_of_several_sources_may_share_a_pass_and_the_gradient_is_the_same(story):
+def test_sources_that_share_a_pass_have_the_same_gradient(story):
     found = []
     for tokens, passes in ((None, 3), (10_000, 1), (60, 2)):
         one = recipe(story, **({} if tokens is None else {"pass_tokens": tokens}))

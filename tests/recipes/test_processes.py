@@ -136,7 +136,7 @@ def children(parent):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes below /proc, on Linux alone")
-def test_the_command_speaks_once_and_says_when_a_process_is_lost_and_goes_on(tmp_path):
+def test_the_command_speaks_once_and_survives_a_lost_process(tmp_path):
     running = command(tmp_path)
     metrics = tmp_path / "run/stages/contrast/metrics.jsonl"
     while not (metrics.is_file() and metrics.stat().st_size):

@@ -122,7 +122,7 @@ def test_bad_parts_patterns_and_tokenizers_are_named(story, tmp_path):
         train(parse_recipe(tree("clip") | {"stages": stages}), tmp_path / "options", progress=False)
 
 
-def test_changed_data_is_refused_on_resume_and_the_last_stage_opens_its_data_first(story, tmp_path, monkeypatch):
+def test_changed_data_is_refused_on_resume_for_all_stages_at_once(story, tmp_path, monkeypatch):
     rows = [{"text": f"the cube number {i} is red"} for i in range(40)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

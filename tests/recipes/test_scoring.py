@@ -98,7 +98,7 @@ def test_an_empty_answer_is_left_out_of_questions_and_of_their_prior(story, tmp_
         assert json.loads(line)["id"] == left
 
 
-def test_a_broken_training_picture_is_left_out_of_a_probe_and_too_many_stop_it(tmp_path):
+def test_broken_training_pictures_are_left_out_of_a_probe(tmp_path):
     data = questions(tmp_path, "data.json", ["noise"] * 4)
     (tmp_path / "1.png").write_bytes(b"no picture")
     scenes = {"kind": "scenes", "form": "questions", "count": 4}

@@ -75,7 +75,7 @@ def test_it_is_measured_once_per_machine_and_net(asked, monkeypatch):
     assert ran >= 2 * 3
 
 
-def test_timing_ends_soon_where_the_answer_is_clear_and_in_a_second_where_not():
+def test_timing_ends_soon_where_the_answer_is_clear():
     clear, near = Clock(fp32=0.01, bf16=0.02), Clock(fp32=0.01, bf16=0.0101)
     assert measure(clear.work(), clear) == pytest.approx({"fp32": 0.01, "bf16": 0.02})
     assert len(clear.ran) == 2 * (1 + precision.ROUNDS)

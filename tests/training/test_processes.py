@@ -71,7 +71,7 @@ def test_training_ends_as_in_one_process_and_with_equal_bits_in_all(both, tmp_pa
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
 
 
-def test_a_signal_to_one_process_stops_all_after_one_step_and_the_same_call_goes_on(both):
+def test_a_signal_to_one_process_stops_all_and_the_same_call_goes_on(both):
     folder, found = both
     for each in found:
         assert len(set(each["stopped"])) == 1

@@ -362,7 +362,7 @@ def test_guessing_from_the_question_text_gains_little():
         assert abs(sum(a == "yes" for _, a in test[kind]) / 3000 - 0.5) < 0.04
 
 
-def test_outlines_stand_in_paints_without_a_name_and_never_in_one_their_shape_does_not_have_in_training():
+def test_outlines_are_in_paints_without_a_name_that_training_allows():
     """What tells shapes apart must not need colours, and no held-out pair may be met on the way."""
     records = [SceneSource("outlines")[i] for i in range(200)]
     assert len({r.images[0].content_key() for r in records}) == 200

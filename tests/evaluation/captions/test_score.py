@@ -37,7 +37,7 @@ def test_bleu_by_hand():
     assert found.corpus["CIDEr"] == 0.0, "with one picture every n-gram is in every document"
 
 
-def test_a_word_said_too_often_counts_as_often_as_a_reference_says_it_and_short_captions_pay():
+def test_repeated_words_are_clipped_and_short_captions_pay():
     found = scored([("the the the the", ["the cat sat on the mat"])])
     precision, brevity = 2 / 4, math.exp(1 - 6 / 4)
     assert found.corpus["Bleu_1"] == pytest.approx(precision * brevity, abs=1e-6)

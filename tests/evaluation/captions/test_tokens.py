@@ -49,7 +49,7 @@ def test_plain_words_are_their_own_tokens(words):
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", ["coco_fakecap126", "coco_human500"])
-def test_no_caption_of_the_fixtures_is_cut_otherwise_than_by_the_reference(real_data, name):
+def test_captions_of_the_fixtures_are_cut_as_by_the_reference(real_data, name):
     folder = real_data / "metrics" / name
     expected = json.loads((folder / "tokens.json").read_text())
     raw: dict[str, list[str]] = {}
