@@ -146,8 +146,8 @@ def test_a_conversation_in_chunks_equals_one_pass(family):
     for cuts in ((4,), (1, 4, 5)):
         bounds, cache, found = [0, *cuts, embeds.shape[1]], None, []
         for a, b in itertools.pairwise(bounds):
-            images = int(look.seen[0, :b].max())
-            with net.language.looking(Look(media=look.media[:, : max(images, 1)], seen=look.seen[:, :b])):
+            images = int(look.media_index[0, :b].max())
+            with net.language.looking(Look(media=look.media[:, : max(images, 1)], media_index=look.media_index[:, :b])):
                 logits, cache = net.language.chunk(embeds[:, a:b], cache)
             found.append(logits)
         torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=1e-4)

@@ -27,14 +27,14 @@ IGNORE = -100
 class Tokens:
     """One token stream of a batch, right-padded. ``ids`` (B, T), ``lengths`` (B,), ``labels`` (B, T) or none.
 
-    ``seen`` (B, T) is the number from 1 of the row's visual that a token may look at, 0 for none; only streams with
-    cross-attention to visuals have it (Flamingo's index φ).
+    ``media_index`` (B, T) is the number from 1 of the row's visual that a token may attend to, 0 for none; only streams
+    with cross-attention to visuals have it (Flamingo's index φ).
     """
 
     ids: Tensor
     lengths: Tensor
     labels: Tensor | None = None
-    seen: Tensor | None = None
+    media_index: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -46,8 +46,8 @@ class Tokens:
         lengths = self.lengths[index]
         longest = int(lengths.max()) if len(lengths) else 0
         labels = None if self.labels is None else self.labels[index, :longest]
-        seen = None if self.seen is None else self.seen[index, :longest]
-        return Tokens(ids=self.ids[index, :longest], lengths=lengths, labels=labels, seen=seen)
+        media_index = None if self.media_index is None else self.media_index[index, :longest]
+        return Tokens(ids=self.ids[index, :longest], lengths=lengths, labels=labels, media_index=media_index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +161,7 @@ class Batch:
                     ids=t.ids.to(device),
                     lengths=t.lengths.to(device),
                     labels=_moved(t.labels, device),
-                    seen=_moved(t.seen, device),
+                    media_index=_moved(t.media_index, device),
                 )
                 for k, t in self.text.items()
             },

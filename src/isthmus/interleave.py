@@ -40,15 +40,15 @@ class NewRows(nn.Module):
 class Look:
     """What the blocks of one call look at.
 
-    ``media`` (B, N, R, d); ``seen`` (B, T) the number from 1 of the image that each position of the rows may see, 0
-    for none, from position ``start`` of the rows on; positions behind the last see what the last one sees. Keys and
-    values are made once per block and kept.
+    ``media`` (B, N, R, d). ``media_index`` (B, T) is the number from 1 of the image that each position of the rows may
+    attend to, 0 for none, from position ``start`` of the rows on; later positions attend to what the last one does.
+    Keys and values are made once per block and kept.
     ``recorded`` collects (block number, attention (B, T, N·R)) where a list is given. ``before`` is the look of one row
     that was read and that all these go on from: the first of ``media`` are its own, whose keys and values are made.
     """
 
     media: Tensor
-    seen: Tensor
+    media_index: Tensor
     mode: Media = "previous"
     recorded: list[tuple[int, Tensor]] | None = None
     past: int = 0
@@ -60,14 +60,21 @@ class Look:
     def left_padded(self, lengths: Tensor) -> "Look":
         """The same for rows (B, T) whose right padding moves to the left; padding sees nothing."""
         longest = int(lengths.max())
-        source = torch.arange(longest, device=self.seen.device) - (longest - lengths)[:, None]
-        seen = self.seen.gather(1, source.clamp(min=0)).masked_fill(source < 0, 0)
-        return Look(media=self.media, seen=seen, mode=self.mode)
+        source = torch.arange(longest, device=self.media_index.device) - (longest - lengths)[:, None]
+        media_index = self.media_index.gather(1, source.clamp(min=0)).masked_fill(source < 0, 0)
+        return Look(media=self.media, media_index=media_index, mode=self.mode)
 
     def last(self, lengths: Tensor) -> "Look":
         """The same for what comes after rows of these ``lengths``: keys and values are made already."""
-        rows = torch.arange(len(lengths), device=self.seen.device)
-        return replace(self, seen=self.seen[rows, lengths - 1][:, None], recorded=None, masks={}, start=0, before=None)
+        rows = torch.arange(len(lengths), device=self.media_index.device)
+        return replace(
+            self,
+            media_index=self.media_index[rows, lengths - 1][:, None],
+            recorded=None,
+            masks={},
+            start=0,
+            before=None,
+        )
 
     def join(self, other: "Look") -> "Look":
         """These rows, then those of ``other``; both from :meth:`last`."""
@@ -82,12 +89,14 @@ class Look:
             for block, (k, v) in self.kept.items()
         }
         media = torch.cat([F.pad(look.media, (0, 0, 0, 0, 0, images - look.media.shape[1])) for look in (self, other)])
-        return Look(media=media, seen=torch.cat([self.seen, other.seen]), mode=self.mode, kept=kept)
+        return Look(
+            media=media, media_index=torch.cat([self.media_index, other.media_index]), mode=self.mode, kept=kept
+        )
 
     def take(self, rows: Tensor) -> "Look":
         """These rows of it, in this order."""
         kept = {block: (keys[rows], values[rows]) for block, (keys, values) in self.kept.items()}
-        return Look(media=self.media[rows], seen=self.seen[rows], mode=self.mode, kept=kept)
+        return Look(media=self.media[rows], media_index=self.media_index[rows], mode=self.mode, kept=kept)
 
     def through(self, block: GatedBlock, number: int, hidden: Tensor, *, spare_memory: bool) -> Tensor:
         """``hidden`` (B·k, T, D) through a block; k > 1 when beams or samples repeat each row."""
@@ -121,11 +130,11 @@ class Look:
 
     def _mask(self, length: int) -> Tensor:
         """(B, T, N·R) for the ``length`` positions behind the ``past`` ones; one for all blocks."""
-        past = min(self.past, self.seen.shape[1])
+        past = min(self.past, self.media_index.shape[1])
         if (past, length) not in self.masks:
-            known = self.seen[:, past : past + length]
+            known = self.media_index[:, past : past + length]
             if known.shape[1] < length:
-                known = torch.cat([known, self.seen[:, -1:].expand(-1, length - known.shape[1])], dim=1)
+                known = torch.cat([known, self.media_index[:, -1:].expand(-1, length - known.shape[1])], dim=1)
             _, images, tokens, _ = self.media.shape
             self.masks[past, length] = look_mask(known, images, tokens, self.mode)
         return self.masks[past, length]
@@ -323,7 +332,7 @@ class InterleavedLanguageModel(LanguageModel):
     def chunk(self, embeds: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """The next T tokens of conversations: logits (B, T, V) and the cache to go on from.
 
-        ``embeds`` (B, T, D) has no padding. Inside ``looking``, whose ``seen`` covers the rows from their beginning.
+        ``embeds`` (B, T, D) has no padding. Inside ``looking``, whose ``media_index`` covers the rows from the start.
         """
         past = 0 if cache is None else int(cache.get_seq_length())
         self._check_context(past + embeds.shape[1])

@@ -101,7 +101,7 @@ def test_a_pair_and_its_labels():
     example = processor().example(pair, 1)
     assert written(example) == "<s><image>a red cube<|endofchunk|></s>"
     assert learnt(example) == "a red cube<|endofchunk|></s>"
-    assert example.streams["lm"].seen == [0] + [1] * (len(example.streams["lm"].ids) - 1)
+    assert example.streams["lm"].media_index == [0] + [1] * (len(example.streams["lm"].ids) - 1)
     spaced = [written(processor(space=0.5).example(pair, draw))[10:11] == " " for draw in range(40)]
     assert 8 < sum(spaced) < 32
 
@@ -122,21 +122,21 @@ def test_a_page_ends_a_chunk_before_each_picture_and_at_its_end():
     assert learnt(example) == text.replace("<image>", "")
     assert learnt(processor(blind=False).example(PAGE)) == text[text.index("<image>") :].replace("<image>", "")
     span = example.streams["lm"]
-    assert span.seen == [sum(i == TAG for i in span.ids[: n + 1]) for n in range(len(span.ids))]
+    assert span.media_index == [sum(i == TAG for i in span.ids[: n + 1]) for n in range(len(span.ids))]
     side_by_side = record(picture(role="text"), picture(role="text"), Text("a cat", learn=True))
     assert written(processor().example(side_by_side)) == "<s><image><image>a cat<|endofchunk|></s>"
 
 
 def test_the_next_picture_is_seen_by_half_of_the_pages_only():
-    rows = [processor(p_next=0.5).example(PAGE, draw).streams["lm"].seen for draw in range(40)]
+    rows = [processor(p_next=0.5).example(PAGE, draw).streams["lm"].media_index for draw in range(40)]
     ahead = [row for row in rows if row[0] == 1]
     assert 8 < len(ahead) < 32
     assert ahead[0][-1] == 0
     ids = processor().example(PAGE).streams["lm"].ids
     assert [s for s, i in zip(ahead[0], ids, strict=True) if i == TAG] == [1, 2]
     pair = record(picture(role="text"), Text("a cat", learn=True))
-    assert all(processor(p_next=1.0).example(pair, d).streams["lm"].seen[-1] == 1 for d in range(5))
-    assert processor(p_next=1.0).prompt(PAGE).streams["lm"].seen[0] == 0
+    assert all(processor(p_next=1.0).example(pair, d).streams["lm"].media_index[-1] == 1 for d in range(5))
+    assert processor(p_next=1.0).prompt(PAGE).streams["lm"].media_index[0] == 0
 
 
 def test_a_long_page_is_read_through_windows():
@@ -158,7 +158,7 @@ def test_a_long_page_is_read_through_windows():
         assert [v.content_key() for v in example.visuals] == [
             parts[2 * (first + k)].content_key() for k in range(len(tags))
         ]
-        assert span.seen[-1] == len(tags)
+        assert span.media_index[-1] == len(tags)
     assert len(starts) > 10
 
 
@@ -230,8 +230,8 @@ def test_a_batch_of_pictures_of_any_shape_and_clips():
     batch = collate([keeping.example(r) for r in rows])
     shapes = {tuple(g.pixels.shape): g.index.tolist() for g in batch.visuals}
     assert shapes == {(2, 1, 3, 4, 12): [0, 3], (1, 3, 3, 12, 12): [1], (1, 1, 3, 12, 12): [2]}
-    assert batch.text["lm"].seen is not None
-    assert batch.select([2]).text["lm"].seen.max() == 2
+    assert batch.text["lm"].media_index is not None
+    assert batch.select([2]).text["lm"].media_index.max() == 2
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_a_saved_folder_reads_as_the_librarys_processor(tmp_path):
     assert list(example.streams["lm"].ids) == theirs["input_ids"][0].tolist()
     ours = pixels_of(example)
     torch.testing.assert_close(ours, theirs["pixel_values"][0], atol=1e-5, rtol=0)
-    seen = torch.tensor(example.streams["lm"].seen)
+    seen = torch.tensor(example.streams["lm"].media_index)
     mask = theirs["image_attention_mask"][0]
     assert torch.equal(torch.where(mask.any(-1), mask.int().argmax(-1) + 1, 0), seen)
 

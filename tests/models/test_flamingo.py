@@ -124,8 +124,8 @@ def test_more_tags_than_images_and_images_without_tags_are_refused():
 
 def test_numbers_given_with_the_batch_are_used():
     net, rows = tiny(), batch([ROWS["two"]])
-    ahead = replace(rows.text["lm"], seen=torch.tensor([[1, 2, 2, 2, 2, 0, 0, 0, 0]]))
-    same = replace(rows.text["lm"], seen=torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2, 2]]))
+    ahead = replace(rows.text["lm"], media_index=torch.tensor([[1, 2, 2, 2, 2, 0, 0, 0, 0]]))
+    same = replace(rows.text["lm"], media_index=torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2, 2]]))
     torch.testing.assert_close(net.logits(replace(rows, text={"lm": same})), net.logits(rows))
     changed = (net.logits(replace(rows, text={"lm": ahead})) - net.logits(rows)).abs().amax(-1)[0]
     assert changed[0] < 1e-5

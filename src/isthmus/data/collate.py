@@ -92,14 +92,14 @@ def _pad(spans: Sequence[Span]) -> Tokens:
     ids = torch.zeros(len(spans), max(lengths), dtype=torch.long)
     learnt = any(span.labels is not None for span in spans)
     labels = torch.full_like(ids, IGNORE) if learnt else None
-    seen = torch.zeros_like(ids) if any(span.seen is not None for span in spans) else None
+    media_index = torch.zeros_like(ids) if any(span.media_index is not None for span in spans) else None
     for row, span in enumerate(spans):
         ids[row, : lengths[row]] = torch.tensor(span.ids, dtype=torch.long)
         if labels is not None and span.labels is not None:
             labels[row, : lengths[row]] = torch.tensor(span.labels, dtype=torch.long)
-        if seen is not None and span.seen is not None:
-            seen[row, : lengths[row]] = torch.tensor(span.seen, dtype=torch.long)
-    return Tokens(ids=ids, lengths=torch.tensor(lengths, dtype=torch.long), labels=labels, seen=seen)
+        if media_index is not None and span.media_index is not None:
+            media_index[row, : lengths[row]] = torch.tensor(span.media_index, dtype=torch.long)
+    return Tokens(ids=ids, lengths=torch.tensor(lengths, dtype=torch.long), labels=labels, media_index=media_index)
 
 
 def _places(rows: Sequence[tuple[int, int, int, int]]) -> Places:

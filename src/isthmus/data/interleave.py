@@ -245,11 +245,11 @@ class InterleaveProcessor(Processor):
     ) -> Example:
         tags = torch.zeros(1, len(ids), dtype=torch.bool)
         tags[0, list(places)] = True
-        seen = media_index(tags, mode=mode)[0].tolist()
+        index = media_index(tags, mode=mode)[0].tolist()
         return Example(
             id=record.id,
             source=record.source,
-            streams={"lm": Span(ids, labels, seen)},
+            streams={"lm": Span(ids, labels, index)},
             visuals=tuple(visuals),
             pixels=pixels_of(self.image, visuals),
             keyed=False,

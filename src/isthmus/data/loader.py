@@ -67,7 +67,7 @@ class Loader:
         group: put samples of like length together, and text-only ones apart from those with pictures (only the
             last batches of an epoch mix the two, LLaVA's rule). Without it batches are cut in plain order and
             nothing is measured.
-        whole: leave out an epoch's last batch when it is smaller than the others (needs ``group=False``): a sample
+        drop_last: leave out an epoch's last batch when it is smaller than the others (needs ``group=False``): a sample
             alone has nothing to be contrasted with.
         shuffle: without it samples come in the order of the sources (needs ``group=False``).
         quarantine: where bad samples are counted.
@@ -87,7 +87,7 @@ class Loader:
         accumulate: int = 1,
         seed: int = 0,
         group: bool = True,
-        whole: bool = False,
+        drop_last: bool = False,
         shuffle: bool = True,
         quarantine: Quarantine | None = None,
         augment: Augment | None = None,
@@ -101,15 +101,15 @@ class Loader:
             raise ConfigError("batch_size, batch_tokens and accumulate must be at least 1")
         if batch_tokens is not None and not group:
             raise ConfigError("batch_tokens needs group=True: batches cut by tokens must know the lengths")
-        if group and whole:
-            raise ConfigError("whole=True needs group=False: only plain batches of rows are left out when small")
+        if group and drop_last:
+            raise ConfigError("drop_last=True needs group=False: only plain batches of rows are left out when small")
         if group and not shuffle:
             raise ConfigError("shuffle=False needs group=False: grouping by length changes the order")
         if not isinstance(sources, Mix):
             sources = Mix(sources if isinstance(sources, list | tuple) else [sources])  # type: ignore[list-item]
         self.mix, self.processor, self.seed = sources, processor, seed
         self.batch_size, self.batch_tokens, self.accumulate = batch_size, batch_tokens, accumulate
-        self.group, self.whole, self.shuffle, self.prefetch = group, whole, shuffle, prefetch
+        self.group, self.drop_last, self.shuffle, self.prefetch = group, drop_last, shuffle, prefetch
         self.quarantine = quarantine if quarantine is not None else Quarantine()
         self.augment, self.cache, self.part = augment, cache, part
         self._lengths: dict[tuple[int, int], tuple[int, bool]] = {}
@@ -124,7 +124,7 @@ class Loader:
         visits = [Visit(*row) for row in self.mix.epoch(self.seed, epoch, shuffle=self.shuffle).tolist()]
         if not self.group:
             assert self.batch_size is not None  # checked when built
-            if self.whole and len(visits) > self.batch_size:
+            if self.drop_last and len(visits) > self.batch_size:
                 visits = visits[: len(visits) // self.batch_size * self.batch_size]
             batches = _chunks(visits, self.batch_size)
             # A batch that is contrasted needs a row in every process.

@@ -118,12 +118,13 @@ class Record:
 class Span:
     """One token stream of an example; ``labels`` has the length of ``ids`` (IGNORE where nothing is learnt).
 
-    ``seen``: for each token the number from 1 of the example's visual that it may look at, 0 for none (Flamingo's φ).
+    ``media_index``: for each token the number from 1 of the example's visual that it may attend to, 0 for none
+    (Flamingo's φ).
     """
 
     ids: list[int]
     labels: list[int] | None = None
-    seen: list[int] | None = None
+    media_index: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,8 +41,8 @@ def shared_beginning(examples: Sequence[Example]) -> tuple[Example, list[Tensor]
         return None
     streams = {name: Span(first.streams[name].ids) for name in others}
     if written == "lm":
-        seen = spans[0].seen
-        streams["lm"] = Span(spans[0].ids[:end], None, None if seen is None else seen[:end])
+        media_index = spans[0].media_index
+        streams["lm"] = Span(spans[0].ids[:end], None, None if media_index is None else media_index[:end])
     return (
         replace(first, streams=streams),
         [torch.tensor(s.ids[end:]) for s in spans],
@@ -79,7 +79,7 @@ def cut(examples: Sequence[Example]) -> Cut | None:
 
 def _upto(example: Example, end: int, count: int) -> Example:
     span = example.streams["lm"]
-    own = Span(span.ids[:end], None, None if span.seen is None else span.seen[:end])
+    own = Span(span.ids[:end], None, None if span.media_index is None else span.media_index[:end])
     return replace(
         example,
         streams={**example.streams, "lm": own},
@@ -92,7 +92,7 @@ def _upto(example: Example, end: int, count: int) -> Example:
 
 def _behind(example: Example, end: int, count: int) -> Example:
     span = example.streams["lm"]
-    own = Span(span.ids[end:], None, None if span.seen is None else span.seen[end:])
+    own = Span(span.ids[end:], None, None if span.media_index is None else span.media_index[end:])
     return replace(
         example,
         streams={**example.streams, "lm": own},

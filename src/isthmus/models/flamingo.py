@@ -247,15 +247,15 @@ class Flamingo(Net):
         stream, counts = batch.text[STREAM], [len(row) for row in _order(batch)]
         tags, media = stream.ids == self.config.image_id, self.media(batch)
         before, base = None if past is None else past.beside, None
-        if before is not None and (known := int(before.seen[0, -1])):
+        if before is not None and (known := int(before.media_index[0, -1])):
             counts = [known + own for own in counts]
             base = torch.full((len(batch),), known, device=tags.device)
             media = torch.cat([before.media.expand(len(batch), -1, -1, -1), media], dim=1)
         checked = media_index(tags & stream.mask, counts=counts, base=base, names=batch.ids)
-        seen = checked if stream.seen is None else stream.seen
+        index = checked if stream.media_index is None else stream.media_index
         start = 0 if past is None else past.lengths[0]
         return Look(
-            media=media, seen=seen, start=start, mode=self.config.media, before=None if base is None else before
+            media=media, media_index=index, start=start, mode=self.config.media, before=None if base is None else before
         )
 
     def embed_prompt(self, batch: Batch) -> Float[Tensor, "B T D"]:

@@ -154,10 +154,10 @@ def media_index(
 
     Raises DataError when a row has other than as many tags as visual inputs.
     """
-    seen = tags.long().cumsum(1)
+    index = tags.long().cumsum(1)
     if base is not None:
-        seen = seen + base[:, None].to(seen)
-    last = seen[:, -1] if tags.shape[1] else (base if base is not None else seen.new_zeros(len(tags)))
+        index = index + base[:, None].to(index)
+    last = index[:, -1] if tags.shape[1] else (base if base is not None else index.new_zeros(len(tags)))
     if counts is not None:
         for row, (found, given) in enumerate(zip(last.tolist(), torch.as_tensor(counts).tolist(), strict=True)):
             if found != given:
@@ -167,15 +167,15 @@ def media_index(
                     "tag, and each tag its image"
                 )
     if mode == "next":
-        ahead = seen + (~tags).long()
+        ahead = index + (~tags).long()
         return torch.where(ahead > last[:, None], 0, ahead)
-    return seen
+    return index
 
 
 def look_mask(
-    seen: Int[Tensor, "B T"], images: int, tokens: int, mode: Media = "previous"
+    index: Int[Tensor, "B T"], images: int, tokens: int, mode: Media = "previous"
 ) -> Bool[Tensor, "B T {images}*{tokens}"]:
-    """(B, T, N·R) bool from ``seen`` (B, T): true on the visual tokens that each text token may look at."""
-    numbers = torch.arange(1, images + 1, device=seen.device)
-    own = seen[..., None] >= numbers if mode == "all" else seen[..., None] == numbers
+    """(B, T, N·R) bool from ``index`` (B, T): true on the visual tokens that each text token may look at."""
+    numbers = torch.arange(1, images + 1, device=index.device)
+    own = index[..., None] >= numbers if mode == "all" else index[..., None] == numbers
     return own.repeat_interleave(tokens, dim=-1)

@@ -251,7 +251,7 @@ def make_loader(
         accumulate=stage.accumulate,
         seed=built.recipe.seed,
         group=not contrasts,
-        whole=processor.full_batches,
+        drop_last=processor.full_batches,
         quarantine=quarantine,
         augment=stage.augment,
         cache=cache,

@@ -77,7 +77,7 @@ def _held_out(built: Built, stage: StageSpec, wanted: ValidateSpec) -> Loader | 
         batch_tokens=stage.batch_tokens,
         seed=built.recipe.seed,
         group=not processor.contrasts,
-        whole=processor.full_batches,
+        drop_last=processor.full_batches,
         quarantine=Quarantine(threshold=stage.bad_samples),
     )
 

@@ -68,9 +68,9 @@ class FlamingoSystem(System):
     def peer_inputs(self, model: Any, example: Example, token: int | None) -> dict[str, Any]:
         """A tag stands for its picture already; beside it which picture a token sees, one column per picture."""
         (stream,) = example.streams.values()
-        seen = torch.tensor([stream.seen])
+        media_index = torch.tensor([stream.media_index])
         return {
             **peers.of_text(list(stream.ids)),
-            "image_attention_mask": torch.stack([seen == n + 1 for n in range(len(example.pixels))], -1).long(),
+            "image_attention_mask": torch.stack([media_index == n + 1 for n in range(len(example.pixels))], -1).long(),
             "pixel_values": peers.pixels_of(example)[None],
         }
