@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from isthmus.errors import CheckpointError, ConfigError, MissingExtraError, StageError, nearest
 
 MARK = ".lora_"
-"""What the names of an adapter's tensors hold, behind the name of their layer."""
+"""What the names of an adapter's tensors hold, after the name of their layer."""
 
 LR = 2e-4
 """Peak rate of adapters whose pattern gives none: that of the original LLaVA's LoRA recipe."""

@@ -81,7 +81,7 @@ class Look:
         images, tokens = max(self.media.shape[1], other.media.shape[1]), self.media.shape[2]
 
         def more(x: Tensor, y: Tensor, size: int) -> Tensor:
-            """Zeros behind the images of the rows that have fewer."""
+            """Zeros after the images of the rows that have fewer."""
             return torch.cat([F.pad(part, (0, 0, 0, size - part.shape[2])) for part in (x, y)])
 
         kept = {
@@ -129,7 +129,7 @@ class Look:
         return self.kept[number, times]
 
     def _mask(self, length: int) -> Tensor:
-        """(B, T, N·R) for the ``length`` positions behind the ``past`` ones; one for all blocks."""
+        """(B, T, N·R) for the ``length`` positions after the ``past`` ones; one for all blocks."""
         past = min(self.past, self.media_index.shape[1])
         if (past, length) not in self.masks:
             known = self.media_index[:, past : past + length]
@@ -144,7 +144,7 @@ class InterleavedLanguageModel(LanguageModel):
     """A causal LM with gated blocks before chosen layers, and rows of its own for the tokens ``new_ids``.
 
     ``new_ids`` are the ids of ``<|endofchunk|>`` (ends an answer), ``<image>`` (never generated) and, if there is a
-    third, of a token that ends a turn. They lie right behind the LM's table, or within its unused last rows when the
+    third, of a token that ends a turn. They lie right after the LM's table, or within its unused last rows when the
     table is padded. Raises ConfigError otherwise, for an LM whose decoder layers cannot be told, and for one without an
     output head.
     """
@@ -179,7 +179,7 @@ class InterleavedLanguageModel(LanguageModel):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the LM's table, and what the new tokens add behind them."""
+        """Rows of the LM's table, and what the new tokens add after them."""
         return self._total
 
     @torch.no_grad()
@@ -342,11 +342,11 @@ class InterleavedLanguageModel(LanguageModel):
         )
         return out.logits, out.past_key_values
 
-    def behind(self, ids: Tensor, read: Read) -> Tensor:
-        """As :meth:`LanguageModel.behind`; what follows the row sees what its last token saw."""
+    def after(self, ids: Tensor, read: Read) -> Tensor:
+        """As :meth:`LanguageModel.after`; what follows the row sees what its last token saw."""
         beside = read.beside and read.beside.take(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
         with self.looking(beside):
-            return super().behind(ids, read)
+            return super().after(ids, read)
 
     def _try_head(self, embeds: Tensor) -> bool:
         with self.blind():

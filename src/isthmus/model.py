@@ -215,7 +215,7 @@ class Model:
         """Log-likelihood (natural log, summed over tokens) of each candidate as the answer to ``parts``.
 
         A str is the path of a picture or clip where there is one of that name, else what the user says. Raises
-        DataError for a candidate that does not fit behind the prompt.
+        DataError for a candidate that does not fit after the prompt.
         """
         self.need("score")
         candidates = listed_texts(candidates, "candidates")

@@ -49,7 +49,7 @@ class Net(StagedNet):
         return told and language is not None and language.writable is True
 
     def prompt(self, batch: Batch, past: "Read | None" = None) -> "Prompt":
-        """What a decoder continues; behind ``past``, one row that was read, where all the rows begin so."""
+        """What a decoder continues; after ``past``, one row that was read, where all the rows begin so."""
         raise CapabilityError(f"A {self.KIND} has no language model to continue a prompt with.")
 
     def score_endings(self, beginning: Batch, endings: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:

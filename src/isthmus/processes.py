@@ -22,7 +22,7 @@ from isthmus.errors import ConfigError, IsthmusError
 
 T = TypeVar("T")
 STOPS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
-"""Signals that end a training behind a step; not every system has the last one."""
+"""Signals that end a training after a step; not every system has the last one."""
 
 
 class LostError(IsthmusError):

@@ -1,7 +1,7 @@
 """Many prompts answered together: in batches, and what several of them begin with read once.
 
 Prompts about one picture share what stands before their questions, few-shot prompts their examples. A group of them
-joins the decoder behind one pass over its beginning, whose keys and values all its rows go on from.
+joins the decoder after one pass over its beginning, whose keys and values all its rows go on from.
 """
 
 from collections.abc import Hashable, Mapping, Sequence

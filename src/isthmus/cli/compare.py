@@ -43,7 +43,7 @@ def run(
     from isthmus.recipes.scoring import with_shots
 
     numbers = [name for name in models if shots is not None and name.isdigit() and not Path(name).exists()]
-    models = [name for name in models if name not in numbers]  # --shots 0 4 8: those behind the first one
+    models = [name for name in models if name not in numbers]  # --shots 0 4 8: those after the first one
     if len(models) < 2:
         recipe = f" A comparison recipe is a .yaml file or shipped: {', '.join(shipped('comparisons'))}."
         raise ConfigError("A comparison needs at least two models; `isthmus eval MODEL` scores one." + recipe)

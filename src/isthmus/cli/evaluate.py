@@ -130,10 +130,10 @@ def _task_for(model: Any) -> str:
 
 
 def counted(shots: str | None, more: Sequence[int]) -> list[int]:
-    """The numbers behind ``--shots``: ``0 4 8`` or ``0,4,8``. Raises ConfigError for anything else."""
+    """The numbers after ``--shots``: ``0 4 8`` or ``0,4,8``. Raises ConfigError for anything else."""
     if shots is None:
         if more:
-            raise ConfigError(f"{more[0]} is not expected here; numbers of examples stand behind --shots.")
+            raise ConfigError(f"{more[0]} is not expected here; numbers of examples stand after --shots.")
         return []
     words = [*shots.replace(",", " ").split(), *map(str, more)]
     if not words or not all(word.isdigit() for word in words):

@@ -74,7 +74,7 @@ def _place(out: Path, what: str, arm: str, seed: int) -> Path:
 
 
 def _tasks(plan: Comparison, arm: str) -> list[EvalSpec]:
-    """The comparison's tasks, then the same behind examples."""
+    """The comparison's tasks, then the same after examples."""
     return [*plan.evaluate, *(s for s in with_shots(plan.evaluate, plan.whole(arm).shots) if s not in plan.evaluate)]
 
 

@@ -46,7 +46,7 @@ class Budget(Strict):
 
 class Arm(Strict):
     """One contestant: a model, and what is its own beside the shared. ``redraw`` names parts whose weights are drawn
-    anew from the seed, so that only their shape is kept. ``shots``: it is asked each question again behind so many
+    anew from the seed, so that only their shape is kept. ``shots``: it is asked each question again after so many
     examples. Of another arm's, ``about`` and ``shots`` are not taken over."""
 
     name: str = Field(pattern=_NAME)

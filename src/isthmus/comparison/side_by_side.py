@@ -311,10 +311,10 @@ def _shots_of(task: str) -> tuple[str, int] | None:
 
 
 def shot_scores(rows: Sequence[Row]) -> Listing:
-    """Scores of tasks asked behind several numbers of examples, as wholes."""
+    """Scores of tasks asked after several numbers of examples, as wholes."""
     return Listing(
         heading="Score over shots",
-        caption="The same questions behind so many examples. Percent, with 95 % intervals.",
+        caption="The same questions after so many examples. Percent, with 95 % intervals.",
         head=("model", "task", "shots", "score", "95 %", "gain"),
         rows=[
             (r["model"], place[0], str(place[1]), percent(r["score"]), _spread(r), percent(r["gain"], signed=True))
@@ -326,7 +326,7 @@ def shot_scores(rows: Sequence[Row]) -> Listing:
 
 
 def _answers(rivals: Sequence[Contestant]) -> dict[str, VqaScores]:
-    """Scores of answers by label; those behind examples have a table of their own."""
+    """Scores of answers by label; those after examples have a table of their own."""
     return {
         r.label(x.task): scores
         for r in rivals
@@ -389,7 +389,7 @@ def _answered(rivals: Sequence[Contestant], spec: EvalSpec) -> list[SamplePictur
     found = []
     for record in pictured(spec) if asked else ():
         said = [(r, rows[record.id]) for r, rows in asked if record.id in rows]
-        if not said:  # behind --limit
+        if not said:  # after --limit
             continue
         row = said[0][1]
         found.append(

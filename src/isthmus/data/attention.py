@@ -44,7 +44,7 @@ class Attention:
 
 
 def with_answer(prompt: Example, answer: Sequence[int]) -> Example:
-    """A prompt of stream ``lm`` with the tokens of an answer behind it, which see what its last token sees."""
+    """A prompt of stream ``lm`` with the tokens of an answer after it, which see what its last token sees."""
     span = prompt.streams["lm"]
     media_index = None if span.media_index is None else [*span.media_index, *span.media_index[-1:] * len(answer)]
     return replace(prompt, streams={**prompt.streams, "lm": Span([*span.ids, *answer], None, media_index)})

@@ -1,6 +1,6 @@
 """BLIP-2's processors, one for each phase.
 
-pairs    picture and caption            -> stream qformer: [CLS] caption [SEP], every token behind [CLS] labelled
+pairs    picture and caption            -> stream qformer: [CLS] caption [SEP], every token after [CLS] labelled
 prompts  picture, maybe question/answer -> stream lm: visual places, <s>, text, end; or for an encoder-decoder
          streams encoder: visual places, prompt or prefix, </s> and decoder: start, answer or suffix, </s>;
          with a Q-Former that reads along also stream qformer: [CLS] question [SEP]
@@ -78,7 +78,7 @@ class PairProcessor(Processor):
         return Example(id=text, source="", streams={"qformer": _bert(self.tokenizer, self._cls, text, self.max_text)})
 
     def prompt(self, record: Record) -> Example:
-        """The picture, and [DEC] for the Q-Former to write behind. A question is beyond it."""
+        """The picture, and [DEC] for the Q-Former to write after. A question is beyond it."""
         _one_picture(record)
         assert self.tokenizer.bos_id is not None  # checked when built
         return self._with_picture(record, Span([self.tokenizer.bos_id]))
@@ -111,7 +111,7 @@ class PromptProcessor(Processor):
             decoder) or split at random into the encoder's prefix and the decoder's suffix (the prefix LM).
         question: how a question is put, with one ``{}`` for it. Several turns follow each other with a space.
         end: what ends a decoder's text, ``newline`` (OPT in the paper) or ``eos``.
-        max_text: tokens of text behind the soft prompt, in the encoder and in the decoder each; training text that
+        max_text: tokens of text after the soft prompt, in the encoder and in the decoder each; training text that
             is longer loses its end, a prompt that is longer is an error.
         start_id: an encoder-decoder's start token; with it the streams are ``encoder`` and ``decoder``.
         qformer: the Q-Former's tokenizer where it reads the question too (InstructBLIP; fine-tuning on VQA).

@@ -1,6 +1,6 @@
 """FeatureCache: what a frozen vision encoder makes of each picture, kept on disk by the picture's content key.
 
-    FOLDER/features.bin    float32 arrays one behind the other, read through a memory map
+    FOLDER/features.bin    float32 arrays one after the other, read through a memory map
     FOLDER/index.jsonl     {"key", "shape", "at", "crc"} per picture, written after its array
 
 A process that is killed leaves at worst an array without a line; the next one writes over it.

@@ -187,7 +187,7 @@ class ChatForm:
         )
         if full[: len(begin)] != begin:
             raise _NoCutError(
-                f"it asks for an answer by {pieces.prompt!r} and writes answers behind {pieces.ask_last!r}, "
+                f"it asks for an answer by {pieces.prompt!r} and writes answers after {pieces.ask_last!r}, "
                 "so the model would be asked otherwise than it learnt"
             )
 
@@ -195,7 +195,7 @@ class ChatForm:
         """The token that ends a turn."""
         found = self._special.search(pieces.end)
         if found is None:
-            raise _NoCutError("it writes no special token behind an answer, so a model could not learn where to stop")
+            raise _NoCutError("it writes no special token after an answer, so a model could not learn where to stop")
         return found[0]
 
     # Rendering

@@ -33,7 +33,7 @@ NEW_TOKENS = (END_TOKEN, IMAGE_TOKEN)
 class Style:
     """The words around questions, answers and captions.
 
-    ``between`` stands behind each finished shot, ``user`` before the pictures of a question.
+    ``between`` stands after each finished shot, ``user`` before the pictures of a question.
     """
 
     question: str
@@ -65,12 +65,12 @@ class InterleaveProcessor(Processor):
             holds a picture if the document does; a longer conversation loses its end.
         max_images: most visuals of a document; a window ends before the next one.
         template: ``paper``, ``open_flamingo``, ``idefics`` or ``bare``, one of STYLES.
-        p_next: how often a document's text is paired with the picture behind it instead of the one before (training).
+        p_next: how often a document's text is paired with the picture after it instead of the one before (training).
         space: how often a caption pair gets a space before its text (training; ½ in the paper).
         blind: whether a document's text before its first picture is learnt (not so in OpenFlamingo).
         tokens: the names of the token that ends a chunk, of a picture's, and of one that ends every turn if there is
             such a one (IDEFICS-instruct); without it the first ends an answer.
-        around: whether the former stands on both sides of each picture (IDEFICS), and so not behind the last text.
+        around: whether the former stands on both sides of each picture (IDEFICS), and so not after the last text.
     """
 
     kind = "interleave"
@@ -213,12 +213,12 @@ class InterleaveProcessor(Processor):
     def _start(self, labels: list[int], places: list[int], draw: int) -> int:
         """Where the window begins: drawn among the places that let it hold a picture, if the document does.
 
-        It also holds something to be learnt: anywhere, or behind its first picture where ``blind`` is off.
+        It also holds something to be learnt: anywhere, or after its first picture where ``blind`` is off.
         """
         spare = len(labels) - self.max_length
         if spare <= 0:
             return 0
-        after = [len(labels)] * len(labels)  # the next place to be learnt behind each
+        after = [len(labels)] * len(labels)  # the next place to be learnt after each
         for i in range(len(labels) - 2, -1, -1):
             after[i] = after[i + 1] if labels[i + 1] == IGNORE else i + 1
         starts: list[int] = []
@@ -281,7 +281,7 @@ class _Line:
 
     @property
     def open(self) -> bool:
-        """Does text stand behind the last picture or token?"""
+        """Does text stand after the last picture or token?"""
         return bool(self.pieces) and isinstance(self.pieces[-1], Chunk)
 
     def write(self, text: str, learn: bool) -> None:

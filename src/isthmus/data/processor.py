@@ -195,7 +195,7 @@ class SpliceProcessor(Processor):
             ``anyres`` those of one view, a square number.
         template: one of :data:`isthmus.data.text.TEMPLATES`, or ``chat``, the one that the tokenizer carries.
         max_length: tokens after widening; what is over is cut off, never through a picture.
-        around: names of the tokens before and behind each picture, for models trained with such.
+        around: names of the tokens before and after each picture, for models trained with such.
         stop_ids: ids that end an answer besides end-of-sequence.
     """
 
@@ -216,7 +216,7 @@ class SpliceProcessor(Processor):
     ) -> None:
         _check(template, max_length)
         if len(around) not in (0, 2):
-            raise ConfigError(f"around is a token before each picture and one behind it, not {list(around)}")
+            raise ConfigError(f"around is a token before each picture and one after it, not {list(around)}")
         if num_tokens < 1:
             raise ConfigError(f"a picture takes at least one visual token, not {num_tokens}")
         if image.mode == "anyres" and math.isqrt(num_tokens) ** 2 != num_tokens:

@@ -1,4 +1,4 @@
-"""What a model reads: a prompt in words, a candidate behind it in full, and the beginning that candidates share."""
+"""What a model reads: a prompt in words, a candidate after it in full, and the beginning that candidates share."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -50,7 +50,7 @@ def scored(processor: Processor, record: Record, candidate: str) -> Example:
                 f"{shown}; shorten the prompt"
             )
         raise DataError(
-            f"{shown} is too long: behind the prompt's {prompt} tokens it takes {tokens - prompt} and the model reads "
+            f"{shown} is too long: after the prompt's {prompt} tokens it takes {tokens - prompt} and the model reads "
             f"{limit} in all; shorten it"
         )
     return example

@@ -15,17 +15,17 @@ FEW = 32
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Examples cut in two: their common ``beginning``, and what each has behind it."""
+    """Examples cut in two: their common ``beginning``, and what each has after it."""
 
     beginning: Example
     endings: list[Example]
 
 
 def shared_beginning(examples: Sequence[Example]) -> tuple[Example, list[Tensor], list[Tensor]] | None:
-    """What rows to be scored begin with as one example without labels, then each one's ids and labels behind it.
+    """What rows to be scored begin with as one example without labels, then each one's ids and labels after it.
 
     Nothing learnt is in the beginning, and all visuals are; none when there is no such beginning. What an
-    encoder-decoder reads is the beginning of all that its decoder writes behind the start token.
+    encoder-decoder reads is the beginning of all that its decoder writes after the start token.
     """
     first, visuals = examples[0], _visuals(examples)
     if any(keys != visuals[0] for keys in visuals):
@@ -51,7 +51,7 @@ def shared_beginning(examples: Sequence[Example]) -> tuple[Example, list[Tensor]
 
 
 def cut(examples: Sequence[Example]) -> Cut | None:
-    """Prompts of a causal language model cut behind what they all begin with, visuals and text; none where that is not
+    """Prompts of a causal language model cut after what they all begin with, visuals and text; none where that is not
     worth reading apart. Something is left of every prompt."""
     if len(examples) < 2 or any("lm" not in example.streams for example in examples):
         return None

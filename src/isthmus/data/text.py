@@ -182,7 +182,7 @@ def conversation_turns(record: Record, prompt: bool) -> list[Turn]:
 
 def write_user(out: Rendered, turn: Turn, prompt: bool, *, first: bool) -> None:
     """Pictures at the beginning are each followed by a newline, the text of a turn with pictures is stripped (the
-    released code's rule). What stands behind text stays there, on a new line where no white space is before it."""
+    released code's rule). What stands after text stays there, on a new line where no white space is before it."""
     if not turn.images:
         say(out, turn.said, prompt)
         return
@@ -213,7 +213,7 @@ def say(out: Rendered, said: Sequence[tuple[str, bool]], prompt: bool) -> None:
 
 
 def _stripped(parts: Sequence[Image | tuple[str, bool]]) -> list[Image | tuple[str, bool]]:
-    """Without white space before the first text and behind the last part, where that is text."""
+    """Without white space before the first text and after the last part, where that is text."""
     pieces = list(parts)
     while pieces and not isinstance(last := pieces[-1], Image):
         if last[0].strip():
@@ -246,7 +246,7 @@ def _plain(record: Record, prompt: bool) -> Rendered:
 
 
 def _document(record: Record, prompt: bool) -> Rendered:
-    """Running text as it stands, pictures in their places, one end of sequence behind it."""
+    """Running text as it stands, pictures in their places, one end of sequence after it."""
     out = Rendered()
     learn = False
     for part in record.parts:

@@ -88,7 +88,7 @@ class Tokenizer:
         return number
 
     def with_tokens(self, *tokens: str) -> "Tokenizer":
-        """A tokenizer that has these special tokens too, behind its vocabulary in this order where they are new."""
+        """A tokenizer that has these special tokens too, after its vocabulary in this order where they are new."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
         return self.over(backend)

@@ -64,7 +64,7 @@ _MARKS = frozenset(":,.!?;'")
 
 
 def _mmmu_claims(answer: str) -> list[str]:
-    """What the answer comes down to, by line: the shortest text behind one of the cues; without any, all of it."""
+    """What the answer comes down to, by line: the shortest text after one of the cues; without any, all of it."""
     text = answer.strip().strip(".").lower()
     lines = text.split("\n")  # the published one also means to split sentences, after it has made all letters small
     claims = []

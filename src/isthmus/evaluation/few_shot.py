@@ -214,7 +214,7 @@ class FewShotTask(Task):
         return self.task.score(rows)
 
     def answers(self, model: Any, records: Sequence[Any], **decoding: Any) -> list[str]:
-        """What the model says to each question behind its examples."""
+        """What the model says to each question after its examples."""
         asked = [self._behind(record, self._shots(model, record)) for record in records]
         if not self.candidates:
             return model.answer_records([next(prompts) for prompts in asked], **decoding)
@@ -231,7 +231,7 @@ class FewShotTask(Task):
         return permuted_answers(shots, f"{self.seed}/{'same' if same else record.id}") if self.permuted else shots
 
     def _behind(self, record: Any, shots: list[Record]) -> Iterator[Record]:
-        """The question behind its shots, in ``ensemble`` orders of these."""
+        """The question after its shots, in ``ensemble`` orders of these."""
         # A caption is asked for in the same words everywhere, and in none where the model needs none.
         question = self.task.prompt if isinstance(self.task, CaptionTask) else None
         own = "same" if self.select == "same" else record.id
@@ -246,7 +246,7 @@ class FewShotTask(Task):
 
 @dataclass(frozen=True, slots=True)
 class _Shown:
-    """A model as the questions of a task see it: behind that task's examples."""
+    """A model as the questions of a task see it: after that task's examples."""
 
     task: FewShotTask
     model: Any

@@ -228,7 +228,7 @@ def _alone(text: str, end: int) -> bool:
 
 
 def _clause(text: str) -> str:
-    """What stands behind the last sign that ends a clause."""
+    """What stands after the last sign that ends a clause."""
     return _CLAUSE.split(text)[-1]
 
 

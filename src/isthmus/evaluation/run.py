@@ -2,7 +2,7 @@
 
 The folder holds ``manifest.json`` (what was asked of what, without dates), ``outputs.jsonl`` (one line per item, in
 the order of the data), ``scores.json``, and ``quarantine.jsonl`` where samples could not be read (:mod:`.sound`). An
-interrupted evaluation goes on behind its last whole line, and a finished one can be scored again from its folder alone
+interrupted evaluation goes on after its last whole line, and a finished one can be scored again from its folder alone
 (:mod:`.rescore`).
 """
 

@@ -110,7 +110,7 @@ def unwrapped(content: dict[str, Any]) -> dict[str, Any]:
 
 def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
     """Names without the one prefix that a compiled, distributed or framework's model gave to all of them:
-    ``_orig_mod.``, ``module.``, and ``model.`` where a whole model stands behind it rather than the body of one."""
+    ``_orig_mod.``, ``module.``, and ``model.`` where a whole model stands after it rather than the body of one."""
     while state:
         if any("_orig_mod." in name for name in state):  # of a compiled part, too
             state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}

@@ -107,7 +107,7 @@ def shapes_of(net: nn.Module) -> Shapes:
 
 
 def depth(names: Iterable[str], prefix: str) -> int:
-    """How many numbered blocks there are behind the prefix."""
+    """How many numbered blocks there are after the prefix."""
     return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
 
 

@@ -179,7 +179,7 @@ def llava_export(model: Source, *, shard_bytes: int) -> Export:
 def with_image_token(net: Any, tokenizer: Tokenizer) -> tuple[dict[str, Tensor], dict[str, Any], Tokenizer, int]:
     """State, the LM's configuration, tokenizer and id for a layout whose place of a picture is a token.
 
-    The token is the tokenizer's own ``<image>``, or a new one behind its vocabulary. Where the LM's tables have no row
+    The token is the tokenizer's own ``<image>``, or a new one after its vocabulary. Where the LM's tables have no row
     to spare they get one more, the mean of the others; the model overwrites it wherever the token stands.
     """
     tokenizer = tokenizer if tokenizer.backend.token_to_id(IMAGE) is not None else tokenizer.with_tokens(IMAGE)

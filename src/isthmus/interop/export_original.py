@@ -40,7 +40,7 @@ from isthmus.nn.vit import VisionConfig
 
 TOWER = "vision_tower"
 _OF_TRANSFORMERS = {IMAGE, "<pad>"}
-"""What transformers' LLaVA adds behind the language model's vocabulary."""
+"""What transformers' LLaVA adds after the language model's vocabulary."""
 
 
 # CLIP.
@@ -221,8 +221,8 @@ def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
 
 
 def _without_image_token(model: Source) -> tuple[dict[str, Tensor], LlavaConfig, Tokenizer, tuple[str, ...]]:
-    """State, configuration and tokenizer without transformers' token for the place of a picture and all rows behind it,
-    which their code could write and never reads; and the loss where a token behind it is in use."""
+    """State, configuration and tokenizer without transformers' token for the place of a picture and all rows after it,
+    which their code could write and never reads; and the loss where a token after it is in use."""
     net, tokenizer = model.net, model.processor.tokenizer
     state, config = net.state_dict(), net.config
     if not model.forbidden:

@@ -167,7 +167,7 @@ def _idefics(folder: Path, words: Path, account: Account) -> Opened:
     tokens = IDEFICS_TOKENS[: len(config.new_ids)]
     ids = tuple(tokenizer.id_of(token) for token in tokens)
     if ids != config.new_ids:
-        raise CheckpointError(f"{folder}: its tokenizer has {tokens} at {ids}, its model behind the vocabulary.")
+        raise CheckpointError(f"{folder}: its tokenizer has {tokens} at {ids}, its model after the vocabulary.")
     image = replace(image_transform(folder, config.vision.image_size), mode="squash")
     processor = InterleaveProcessor(
         tokenizer,

@@ -124,7 +124,7 @@ def idefics_config_to_hf(config: FlamingoConfig) -> dict[str, Any]:
     must(last, "feature_layer", config.feature_layer, _WHO, "-1")
     must(not config.patch_positions, "patch_positions", config.patch_positions, _WHO, "false")
     new, first = config.new_ids, language["vocab_size"]
-    must(new == tuple(range(first, first + len(new))), "end_id", config.end_id, _WHO, "vocab_size, the others behind")
+    must(new == tuple(range(first, first + len(new))), "end_id", config.end_id, _WHO, "vocab_size, the others after")
     eps = language.get("rms_norm_eps", 1e-6)
     act = activation_from_hf(language.get("hidden_act", "silu"))
     own = GatedConfig.idefics(*sizes, eps=eps, qk_norm=config.xattn.qk_norm, gate=config.xattn.gate, activation=act)  # type: ignore[arg-type]

@@ -105,7 +105,7 @@ def trained_from_open_flamingo(
 def trained_to_open_flamingo(net: Any, rows: int) -> dict[str, Tensor]:
     """The inverse: resampler, gated blocks, and the embedding tables with the new rows in their places.
 
-    Their code gives a table as many ``rows`` as the tokenizer has tokens: padding behind them is cut off, and a row
+    Their code gives a table as many ``rows`` as the tokenizer has tokens: padding after them is cut off, and a row
     that nothing here speaks of (``<PAD>``) is the mean of the others.
     """
     state = net.state_dict()

@@ -37,7 +37,7 @@ from isthmus.nn.vit import VisionConfig, VisionTransformer
 
 _VISION, _LAYER = "visual_encoder.", "Qformer.bert.encoder.layer."
 _EVA_ONLY = ("norm.", "fc_norm.", "head.")
-"""Behind EVA's last block, which BLIP-2 does without."""
+"""After EVA's last block, which BLIP-2 does without."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _eva_file(source: Path, weights: Mapping[str, Tensor], account: Account) -> 
 
 
 def _clip(own: Mapping[str, Tensor]) -> _Encoder:
-    """CLIP's tower as LAVIS keeps it: OpenAI's names, without the last block and what stands behind it."""
+    """CLIP's tower as LAVIS keeps it: OpenAI's names, without the last block and what stands after it."""
     width, _, patch, _ = own["conv1.weight"].shape
     config = VisionConfig(
         image_size=math.isqrt(len(own["positional_embedding"]) - 1) * patch,

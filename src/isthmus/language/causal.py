@@ -240,13 +240,13 @@ class LanguageModel(LibraryLM):
         logits, cache = self._run(prompt.embeds[:, known:length], before, logits_to_keep=1)
         return Read(logits[:, -1], tensors_of(cache), [length])
 
-    def behind(self, ids: Tensor, read: Read) -> Tensor:
-        """(n, t, V) logits behind each of the tokens (n, t) that follow the one row of ``read``."""
+    def after(self, ids: Tensor, read: Read) -> Tensor:
+        """(n, t, V) logits after each of the tokens (n, t) that follow the one row of ``read``."""
         self._check_context(read.lengths[0] + ids.shape[1])
         return self._run(self.embed(ids), read.layers)[0]
 
     def _run(self, embeds: Tensor, before: Layers | None, **more: Any) -> tuple[Tensor, Cache]:
-        """The library's forward pass, behind one row's keys and values where there are some: logits and cache."""
+        """The library's forward pass, after one row's keys and values where there are some: logits and cache."""
         cache: Cache = DynamicCache()
         if before is not None:
             cache = repeated_cache(before, len(embeds))
@@ -263,7 +263,7 @@ class LanguageModel(LibraryLM):
         return score_endings(self, prompt, endings, labels)
 
     def next(self, ids: Tensor, positions: Tensor, window: Window, beside: Any) -> Tensor:
-        """(n, V) logits behind one more token (n,) of each running row of the window."""
+        """(n, V) logits after one more token (n,) of each running row of the window."""
         own = {"position_ids": positions[:, None]} if self._positioned else {}
         return self.lm(
             inputs_embeds=self.lm.get_input_embeddings()(ids[:, None]),

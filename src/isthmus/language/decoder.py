@@ -95,7 +95,7 @@ class Steps(Protocol):
     def read(self, prompt: Prompt) -> Read: ...
 
     def next(self, ids: Tensor, positions: Tensor, window: Window, beside: Any) -> Tensor:
-        """(n, V) logits behind one more token (n,) at ``positions`` (n,) of each running row of the window."""
+        """(n, V) logits after one more token (n,) at ``positions`` (n,) of each running row of the window."""
         ...
 
 

@@ -197,7 +197,7 @@ def library_loop(lm: Any, decoding: Decoding, vocab_size: int, rows: int, **inpu
 
 
 def write(step: Step, start: Tensor, decoding: Decoding) -> list[list[int]]:
-    """What ``decoding`` writes by a next-token function that the library does not know, behind one token per row,
+    """What ``decoding`` writes by a next-token function that the library does not know, after one token per row,
     ``start`` (B,): the new tokens only, without the stop token. ``step`` hands out logits; see :func:`beam_search`."""
     rules = Rules(decoding, start.device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds_of(decoding, len(start))]

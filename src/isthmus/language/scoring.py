@@ -20,8 +20,8 @@ class Continues(Protocol):
 
     def read(self, prompt: Prompt) -> Read: ...
 
-    def behind(self, ids: Tensor, read: Read) -> Tensor:
-        """(n, t, V) logits behind each of the tokens (n, t) that follow the one row of ``read``."""
+    def after(self, ids: Tensor, read: Read) -> Tensor:
+        """(n, t, V) logits after each of the tokens (n, t) that follow the one row of ``read``."""
         ...
 
 
@@ -32,7 +32,7 @@ def score_endings(language: Continues, prompt: Prompt, endings: Sequence[Tensor]
     ``endings`` are ids (t,), ``labels`` alike with IGNORE. Raises DataError for a prompt of several rows.
     """
     if len(prompt) != 1:
-        raise DataError(f"endings are scored behind one row, not {len(prompt)}.")
+        raise DataError(f"endings are scored after one row, not {len(prompt)}.")
     read = language.read(prompt)
     found = []
     for start in range(0, len(endings), AT_ONCE):
@@ -41,7 +41,7 @@ def score_endings(language: Continues, prompt: Prompt, endings: Sequence[Tensor]
         # The row's last token predicts the first of each ending; what the ending's last one predicts is not asked.
         logits = read.logits[:, None].expand(len(ids), -1, -1)
         if ids.shape[1] > 1:
-            logits = torch.cat([logits, language.behind(ids[:, :-1], read)], dim=1)
+            logits = torch.cat([logits, language.after(ids[:, :-1], read)], dim=1)
         nll = F.cross_entropy(logits.float().transpose(1, 2), wanted, ignore_index=IGNORE, reduction="none")
         found.append(-nll.sum(1))
     return torch.cat(found)

@@ -69,7 +69,7 @@ class Seq2SeqLM(LibraryLM):
     def logits(
         self, embeds: Float[Tensor, "B S D"], lengths: Int[Tensor, " B"], decoder: Tokens
     ) -> Float[Tensor, "B T V"]:
-        """(B, T, V): at each decoder position the logits of the token behind it."""
+        """(B, T, V): at each decoder position the logits of the token after it."""
         return self.lm(
             inputs_embeds=embeds,
             attention_mask=_mask(embeds, lengths),
@@ -135,7 +135,7 @@ class Seq2SeqLM(LibraryLM):
         return Read(logits, own, [1] * len(embeds), Source(across, mask.bool()))
 
     def next(self, ids: Tensor, positions: Tensor, window: Window, beside: "Source") -> Tensor:
-        """(n, V) logits behind one more token (n,) of each running row of the window."""
+        """(n, V) logits after one more token (n,) of each running row of the window."""
         return self.lm(
             encoder_outputs=BaseModelOutput(last_hidden_state=beside.nothing),  # its keys and values are known
             attention_mask=beside.mask[:, None, None] if window.masked else beside.mask.long(),
@@ -146,8 +146,8 @@ class Seq2SeqLM(LibraryLM):
             return_dict=True,
         ).logits[:, -1]
 
-    def behind(self, ids: Tensor, read: Read) -> Tensor:
-        """(n, t, V) logits behind each of the tokens (n, t) that follow the start token of the one row of ``read``."""
+    def after(self, ids: Tensor, read: Read) -> Tensor:
+        """(n, t, V) logits after each of the tokens (n, t) that follow the start token of the one row of ``read``."""
         assert isinstance(read.beside, Source)
         source = read.beside.take(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
         return self.lm(
@@ -160,7 +160,7 @@ class Seq2SeqLM(LibraryLM):
         ).logits
 
     def score_endings(self, prompt: Prompt, endings: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
-        """(n,) log-probabilities of n texts behind the start token; see :func:`.scoring.score_endings`."""
+        """(n,) log-probabilities of n texts after the start token; see :func:`.scoring.score_endings`."""
         return score_endings(self, prompt, endings, labels)
 
     def _label_nll(self, embeds: Tensor, lengths: Tensor, decoder: Tokens) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ class Window:
 
     def join(self, layers: Layers, lengths: Sequence[int], *, ahead: int, waiting: bool) -> None:
         """New rows, right-padded, with room for ``ahead`` more columns. ``waiting``: one column of the rows that are
-        here is still to be written, so that the new ones end behind it."""
+        here is still to be written, so that the new ones end after it."""
         count, longest, behind = len(lengths), max(lengths), int(waiting)
         self._reserve(self.rows + count, longest - behind, ahead + behind, behind, layers)
         end, device = self.column + behind, layers[0][0].device

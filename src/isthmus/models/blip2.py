@@ -309,7 +309,7 @@ class Blip2(Net):
         return torch.stack(losses).sum(), count
 
     def writing_logits(self, past: Sequence[Past], text: Tokens, *, at: Any = ...) -> Tensor:
-        """(B, T, V): logits of the token behind each, [DEC] in place of the first, on a cached image pass. ``at``
+        """(B, T, V): logits of the token after each, [DEC] in place of the first, on a cached image pass. ``at``
         picks positions before the vocabulary is reached."""
         assert self.heads is not None
         assert self.connector.qformer.words is not None

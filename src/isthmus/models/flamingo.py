@@ -229,7 +229,7 @@ class Flamingo(Net):
         return batch.per_visual(lambda group: self.connector(self.tap.read(self.vision, group)).unbind(0))
 
     def media(self, batch: Batch) -> Float[Tensor, "B N R d"]:
-        """(B, N, R, d): each row's visuals in the order of their tags, zeros behind the last; N is at least 1.
+        """(B, N, R, d): each row's visuals in the order of their tags, zeros after the last; N is at least 1.
 
         A batch without visuals gets one made of zeros that nobody sees, so that every open parameter is touched.
         """
@@ -242,7 +242,7 @@ class Flamingo(Net):
         return torch.stack([torch.stack([*(tokens[n] for n in row), *[absent] * (longest - len(row))]) for row in rows])
 
     def look(self, batch: Batch, past: Read | None = None) -> Look:
-        """What the gated blocks see of this batch; behind ``past``, one row that was read, its images too. Raises
+        """What the gated blocks see of this batch; after ``past``, one row that was read, its images too. Raises
         DataError for a row with more tags than images, or fewer."""
         stream, counts = batch.text[STREAM], [len(row) for row in _order(batch)]
         tags, media = stream.ids == self.config.image_id, self.media(batch)

@@ -11,7 +11,7 @@ Dv of the features.
 Version 1 projects each patch with one linear layer, version 1.5 with a two-layer MLP, from a larger picture. Visual
 tokens are ordinary positions: plain causal attention, positions 0..T-1 over the merged row, no type embedding.
 Version 1.6 (LLaVA-NeXT) reads a large picture as a view of the whole and tiles, which stand in F's place; their tokens
-are stitched to one map with a learnt newline behind each row (nn/tiles.py).
+are stitched to one map with a learnt newline after each row (nn/tiles.py).
 
 Differs from the papers: any number of pictures per row and places anywhere in the text, from one code path; several
 hidden states may be joined on channels; the vision encoder may be opened by a stage. LoRA is not here.
@@ -212,7 +212,7 @@ class Llava(Net):
         return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
 
     def prompt(self, batch: Batch, past: Read | None = None) -> Prompt:
-        """What a decoder continues, behind ``past`` where rows begin with what was read already."""
+        """What a decoder continues, after ``past`` where rows begin with what was read already."""
         return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths, past=past)
 
     @torch.no_grad()

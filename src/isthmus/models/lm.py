@@ -71,7 +71,7 @@ class BareLM(Net):
         return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
 
     def prompt(self, batch: Batch, past: Read | None = None) -> Prompt:
-        """What a decoder continues, behind ``past`` where rows begin with what was read already."""
+        """What a decoder continues, after ``past`` where rows begin with what was read already."""
         return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths, past=past)
 
     def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """AnyRes: a large picture as a view of the whole and the tiles of a canvas (LLaVA 1.6; no paper, the released code).
 
     picture h x w ─ best canvas H x W ─→ [whole, tile, tile, …] ─ vision, connector ─→ (1 + tiles, P, D)
-    ─ arrange ─→ [ tokens of the whole | the tiles stitched to one map, its padding cut off, a newline behind each row ]
+    ─ arrange ─→ [ tokens of the whole | the tiles stitched to one map, its padding cut off, a newline after each row ]
 
 Sizes are (height, width) throughout. Legend: F views (the whole and the tiles), P tokens per view, D width, R tokens of
 the picture, G patches along the side of a view.

@@ -120,7 +120,7 @@ _QUESTIONS = (
 )
 
 SHOWABLE = (*_QUESTIONS, "caption")
-"""Tasks whose questions, or pictures to caption, may stand behind examples."""
+"""Tasks whose questions, or pictures to caption, may stand after examples."""
 
 UNTRAINED = ("llava-bench", "matching", "matching-head", "retrieval", "zero-shot")
 """Tasks that take nothing from training data."""

@@ -76,7 +76,7 @@ def lessons(model: Any, texts: Sequence[str], pictures: Sequence[int]) -> Batch:
 
 
 def answered(model: Any, prompt: Example, answer: Sequence[int]) -> Example:
-    """A prompt and the tokens behind it, as the net reads both at once."""
+    """A prompt and the tokens after it, as the net reads both at once."""
     if "encoder" in prompt.streams:
         start = model.processor.start_id
         return replace(prompt, streams={**prompt.streams, "decoder": Span([start, *answer])})
@@ -86,7 +86,7 @@ def answered(model: Any, prompt: Example, answer: Sequence[int]) -> Example:
 
 
 def turned(example: Example, by: int) -> Example:
-    """Text without pictures whose tokens behind the first go round: other text of the same length."""
+    """Text without pictures whose tokens after the first go round: other text of the same length."""
     ((name, span),) = example.streams.items()
     first, *rest, last = span.ids
     return replace(example, streams={name: Span([first, *rest[by:], *rest[:by], last])})
@@ -101,7 +101,7 @@ def outputs(model: Any, batch: Batch) -> list[Tensor]:
 
 @torch.inference_mode()
 def written(model: Any, asked: Sequence[Example], *, forbidden: Sequence[int] = ()) -> list[list[int]]:
-    """The NEW greedy tokens behind each prompt, all prompts in one batch, by the net's own (cached) generation.
+    """The NEW greedy tokens after each prompt, all prompts in one batch, by the net's own (cached) generation.
 
     Nothing ends an answer, so that every position is tried; what the model must never say stays forbidden,
     and so are the ids ``forbidden``.

@@ -36,7 +36,7 @@ class Written:
     prompt: str | None = None
 
     def row(self, seed: int) -> dict[str, Any]:
-        """In LLaVA's form; the picture stands before or behind the first question, as drawn."""
+        """In LLaVA's form; the picture stands before or after the first question, as drawn."""
         pairs = (pair for turn in self.turns for pair in zip(("human", "gpt"), turn, strict=True))
         turns = [{"from": who, "value": text} for who, text in pairs]
         first = turns[0]["value"]

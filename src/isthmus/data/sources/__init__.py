@@ -70,7 +70,7 @@ def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None)
 
 def named_apart(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Descriptions whose files' sources have different names, for losses and bad samples are counted by name: of those
-    that would be called alike, as two files ``train.json`` are, the later ones get a number behind it.
+    that would be called alike, as two files ``train.json`` are, the later ones get a number after it.
 
     Where two of them say the same ``name`` they are counted as one, which one warning says.
     """

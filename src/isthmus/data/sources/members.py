@@ -23,7 +23,7 @@ def in_order(members: Sequence[M]) -> list[M]:
 
 
 def called(name: str, members: Sequence[M]) -> M | None:
-    """The one member with this name behind its key, or as its whole name, with or without the ending; else none."""
+    """The one member with this name after its key, or as its whole name, with or without the ending; else none."""
     for one in dict.fromkeys((name.lower(), name.lower().rsplit("/", 1)[-1])):
         for bare in (False, True):
             hits = [m for m in members if one in _names(m.name.lower(), bare)]

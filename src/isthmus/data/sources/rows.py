@@ -70,7 +70,7 @@ class Form:
         turns: of a list of questions make one conversation (``all``) or one record each (``single``).
         max_turns: longest conversation; a longer list makes several.
         matching: of a list of questions keep those in which this regular expression finds something.
-        suffix: put on a line of its own behind each question.
+        suffix: put on a line of its own after each question.
         instruction: asked before a caption or label, which then becomes an answer.
         classes: class names by label number.
         templates: texts with ``{}`` for the class name, drawn as alternatives.
@@ -179,7 +179,7 @@ class Form:
         return Record(f"{row.id}#{number}" if several else row.id, tuple(parts), source, {**meta, **row.meta})
 
     def _question(self, row: Row) -> str:
-        """The question, behind the mapped context where there is one."""
+        """The question, after the mapped context where there is one."""
         question = string(self.value(row, "question"), "question")
         told = flat(self.value(row, "context")) if "context" in self.fields else ()
         return "\n".join((*told, question))

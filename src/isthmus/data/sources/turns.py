@@ -66,7 +66,7 @@ def _trains(turn: Mapping[str, Any]) -> bool:
 
 
 def after_system(told: Any, parts: list[Part]) -> list[Part]:
-    """The parts behind the text of a row's ``system`` field. Raises DataError where a turn says another one."""
+    """The parts after the text of a row's ``system`` field. Raises DataError where a turn says another one."""
     if told is None or not (text := string(told, "system").strip()):
         return parts
     own = "".join(str(p.text) for p in parts if isinstance(p, Text) and p.role == "system").strip()

@@ -65,7 +65,7 @@ class SceneClip:
 class Lesson:
     """``things`` are one solid each, ``words`` what they are called; the last is asked for.
 
-    In text alone ``end`` stands behind each example.
+    In text alone ``end`` stands after each example.
     """
 
     attribute: str

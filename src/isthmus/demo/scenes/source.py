@@ -13,7 +13,7 @@ symbol_captions  text only: the description that stands for the picture, then a 
 symbol_facts   text only: the description that stands for the picture, then true statements
 readings       text only: one question about the description that stands for the picture (scores a language model)
 fewshot        text only: made-up words whose meaning is only in the examples
-pages          several pictures, each with a caption behind it, as one running document
+pages          several pictures, each with a caption after it, as one running document
 lessons        shots with pictures, then a picture to name: made-up words whose meaning is only in the shots
 lesson_texts   text only: the same, the value (red, cube) standing for the picture
 echoes         text only: words in an order that means nothing, then stretches of the same (learnt but for their start)

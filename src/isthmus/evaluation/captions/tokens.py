@@ -99,7 +99,7 @@ def _word(word: str, rest: str) -> Iterator[str]:
 
 
 def _abbreviated(word: str, rest: str) -> bool:
-    """Does the full stop behind ``word`` belong to it?"""
+    """Does the full stop after ``word`` belong to it?"""
     following = rest.split(maxsplit=1)
     opens = bool(following) and following[0] in _OPENERS
     lowered = word.lower()

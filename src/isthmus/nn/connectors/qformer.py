@@ -195,7 +195,7 @@ class QFormer(nn.Module):
             causal: the mask for writing (ITG): text sees all queries and the text left of it, queries see no text.
                 Else all rows see each other (ITM); text alone and queries alone are ITC's two sides.
             past: what an earlier call handed out, for text that follows those rows under the causal mask: the
-                queries' keys and values, and those of text already written. Positions go on behind that text.
+                queries' keys and values, and those of text already written. Positions go on after that text.
             read: how many rows from the front are wanted; the last layer computes no others. Left out: all.
 
         Raises ConfigError for text without a text half, DataError for more text than positions.
@@ -331,7 +331,7 @@ class QFormerConnector(KeptFloat32, Connector):
         return in_blocks(text.lengths, alone)
 
     def forward(self, features: Float[Tensor, "N F P Dv"], text: Tokens | None = None) -> Float[Tensor, "N R D_out"]:
-        """(N, F, P, Dv) -> (N, F·Q, D_out): each frame by itself, its query outputs one behind the other.
+        """(N, F, P, Dv) -> (N, F·Q, D_out): each frame by itself, its query outputs one after the other.
 
         ``text`` holds one row per visual (InstructBLIP's instruction).
         """
