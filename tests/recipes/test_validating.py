@@ -13,6 +13,7 @@ from isthmus.recipes import run as run_module
 from isthmus.recipes.check import check
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import parse_recipe
+from isthmus.recipes.scoring import own_tasks
 from tests.miniature import tree
 
 HELD_OUT = {"kind": "scenes", "form": "conversations", "split": "test", "count": 10, "turns": 3}
@@ -78,6 +79,7 @@ def test_the_best_step_is_kept_and_named_beside_the_last(story, validated):
     assert told["step"] == min(found, key=lambda step: found[step]["loss"])
     assert told["loss"] == found[told["step"]]["loss"]
     assert load(best).kind == "llava"
+    assert [spec.name for spec in own_tasks(best)] == ["vqa"]  # so `isthmus eval` needs no task
     assert load(validated).kind == "llava"
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 
 from isthmus import adapters, checkpoint
@@ -37,7 +36,7 @@ from isthmus.model import Model, load
 from isthmus.processes import first, join, rank, wait, world
 from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.features import FeatureLoader, open_cache
-from isthmus.recipes.saving import save_model
+from isthmus.recipes.saving import recipe_file, save_model
 from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
 from isthmus.recipes.validating import BEST, kept, validation_of
 from isthmus.stage import apply_stage, defining_keys, named_state
@@ -106,8 +105,7 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str
         if first() and kept and not (place / "model").is_dir():
             save_model(built, place / "model", stage=stage)
     if first():
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        save_model(built, folder / "model", extra={"recipe.yaml": text})
+        save_model(built, folder / "model", extra=recipe_file(recipe))
 
 
 def _remembered(built: Built, trained: Path) -> Built:

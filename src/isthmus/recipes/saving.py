@@ -4,14 +4,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from isthmus import adapters, checkpoint
 from isthmus.adapter_folder import Base
 from isthmus.config import plain
 from isthmus.interop.hub import model_hash
 from isthmus.model import Model
 from isthmus.recipes.build import Built, fresh
-from isthmus.recipes.schema import StageSpec
+from isthmus.recipes.schema import Recipe, StageSpec
 from isthmus.stage import named_state
+
+
+def recipe_file(recipe: Recipe) -> dict[str, str]:
+    """The recipe as the file that a model folder keeps it in."""
+    return {"recipe.yaml": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)}
 
 
 def save_model(

@@ -17,7 +17,7 @@ from isthmus.data.sources import open_mix
 from isthmus.errors import ConfigError
 from isthmus.processes import world
 from isthmus.recipes.build import Built
-from isthmus.recipes.saving import save_model
+from isthmus.recipes.saving import recipe_file, save_model
 from isthmus.recipes.schema import StageSpec, ValidateSpec
 from isthmus.recipes.scoring import score_model
 from isthmus.stage import apply_stage
@@ -46,7 +46,8 @@ def validation_of(built: Built, stage: StageSpec, folder: Path) -> Validation | 
             return _measured(built, stage, wanted, held_out, Path(aside))
 
     def keep(step: int, numbers: Mapping[str, float]) -> None:
-        save_model(whole, folder / BEST, stage=stage, extra={NUMBERS: {"step": step, **numbers}}, replace=True)
+        extra = {NUMBERS: {"step": step, **numbers}, **recipe_file(built.recipe)}
+        save_model(whole, folder / BEST, stage=stage, extra=extra, replace=True)
 
     best = wanted.keep_best
     return Validation(
