@@ -22,12 +22,12 @@ SAMPLES = 256
 def fingerprint(source: Source) -> str:
     """``4,000 samples, sha256 1f0c…``: readable, equal iff nothing that was looked at has changed."""
     digest = hashlib.sha256()
-    for told in source.listing():
-        digest.update(repr(told).encode(errors="backslashreplace"))
+    for fact in source.listing():
+        digest.update(repr(fact).encode(errors="backslashreplace"))
     count = len(source)
     for index in sorted({number * count // SAMPLES for number in range(SAMPLES)} if count > SAMPLES else range(count)):
-        for told in _sample(source, index):
-            digest.update(repr(told).encode(errors="backslashreplace"))
+        for fact in _sample(source, index):
+            digest.update(repr(fact).encode(errors="backslashreplace"))
     return f"{count:,} samples, sha256 {digest.hexdigest()[:16]}"
 
 

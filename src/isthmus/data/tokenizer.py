@@ -292,10 +292,10 @@ def check_text(text: str) -> str:
 def _beginning(folder: Path) -> list[str] | None:
     """What a saved tokenizer says of its beginning; none where it is the named one."""
     file = folder / "tokenizer_config.json"
-    told = json.loads(file.read_text(encoding="utf-8")).get(BEGINS) if file.is_file() else None
-    if told is not None and not (isinstance(told, list) and all(isinstance(token, str) for token in told)):
-        raise CheckpointError(f"{file}: {BEGINS} must be a list of tokens, not {told!r}")
-    return told
+    names = json.loads(file.read_text(encoding="utf-8")).get(BEGINS) if file.is_file() else None
+    if names is not None and not (isinstance(names, list) and all(isinstance(token, str) for token in names)):
+        raise CheckpointError(f"{file}: {BEGINS} must be a list of tokens, not {names!r}")
+    return names
 
 
 def _chat_template(folder: Path) -> str | None:

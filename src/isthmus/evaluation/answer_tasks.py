@@ -79,11 +79,11 @@ class LikelihoodTask(Questions):
             yield [self._row(model, self.records[i], self.records[asking.other[i]]) for i in places]
 
     def _row(self, model: Weighs, record: Any, other: Any) -> Row:
-        choices, asked = choices_of(record, self.name), prompt(record)
+        choices, question = choices_of(record, self.name), prompt(record)
         ways: dict[str, Callable[[], Any]] = {
-            "answer": lambda: asked,
-            "blind": lambda: without_picture(asked),
-            "shuffled": lambda: with_pictures_of(asked, other) if asked.images else asked,
+            "answer": lambda: question,
+            "blind": lambda: without_picture(question),
+            "shuffled": lambda: with_pictures_of(question, other) if question.images else question,
         }
         scores = {way: self._scores(model, ways[way](), choices) for way in ("answer", *self.controls)}
         said = {way: "" if (i := choice.best(s)) is None else choice.LETTERS[i] for way, s in scores.items()}
@@ -170,8 +170,8 @@ class ConversationTask(Questions):
         said: list[list[str]] = [[] for _ in records]
         for n in range(max(len(turns(r)) for r in records)):
             going = [i for i, r in enumerate(records) if len(turns(r)) > n]
-            asked = [_up_to(records[i], n, said[i] if self.history == "own" else None) for i in going]
-            answers = ask_all(model, asked, asked, (), self.decoding)["answer"]
+            prompts = [_up_to(records[i], n, said[i] if self.history == "own" else None) for i in going]
+            answers = ask_all(model, prompts, prompts, (), self.decoding)["answer"]
             for i, answer in zip(going, answers, strict=True):
                 said[i].append(answer)
         return said
@@ -181,8 +181,10 @@ class ConversationTask(Questions):
         places = [(i, n) for i, r in enumerate(records) for n in range(1, len(turns(r)))]
         found = [list(answers) for answers in seen]
         if places:
-            asked = [_without_history(records[i], n) for i, n in places]
-            for (i, n), answer in zip(places, ask_all(model, asked, asked, (), self.decoding)["answer"], strict=True):
+            prompts = [_without_history(records[i], n) for i, n in places]
+            for (i, n), answer in zip(
+                places, ask_all(model, prompts, prompts, (), self.decoding)["answer"], strict=True
+            ):
                 found[i][n] = answer
         return found
 

@@ -34,24 +34,24 @@ def ask(model: Answers, records: Sequence[Any], decoding: Mapping[str, Any]) -> 
 
 def ask_all(
     model: Answers,
-    asked: Sequence[Any],
+    prompts: Sequence[Any],
     others: Sequence[Any],
     controls: Sequence[str],
     decoding: Mapping[str, Any],
 ) -> dict[str, list[str]]:
-    """``answer``, and ``blind`` and ``shuffled`` as far as ``controls`` name them, each in the order of ``asked``.
+    """``answer``, and ``blind`` and ``shuffled`` as far as ``controls`` name them, each in the order of ``prompts``.
 
     ``others`` are the records whose pictures are shown in ``shuffled``. A record without pictures is not asked again:
     its answer stands in the controls too.
     """
-    seeing = [i for i, record in enumerate(asked) if record.images]
+    seeing = [i for i, record in enumerate(prompts) if record.images]
     changed = {
-        "blind": lambda: [without_picture(asked[i]) for i in seeing],
-        "shuffled": lambda: [with_pictures_of(asked[i], others[i]) for i in seeing],
+        "blind": lambda: [without_picture(prompts[i]) for i in seeing],
+        "shuffled": lambda: [with_pictures_of(prompts[i], others[i]) for i in seeing],
     }
     # In one call, so that a model can read what they share once: pictures, shots, the system's words.
-    said = iter(ask(model, [*asked, *(record for control in controls for record in changed[control]())], decoding))
-    answers = {"answer": list(islice(said, len(asked)))}
+    said = iter(ask(model, [*prompts, *(record for control in controls for record in changed[control]())], decoding))
+    answers = {"answer": list(islice(said, len(prompts)))}
     for control in controls:
         found = list(answers["answer"])
         for i in seeing:

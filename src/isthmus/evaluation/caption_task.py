@@ -146,7 +146,7 @@ class CaptionTask(Task):
             **shuffled_among(self.controls, len(self.ids)),
         }
 
-    def asked(self) -> Iterator[Any]:
+    def prompts(self) -> Iterator[Any]:
         return (self._ask(record) for record, _ in self._pictures.values())
 
     def _ask(self, record: Any) -> Any:
@@ -162,8 +162,8 @@ class CaptionTask(Task):
         asking = Asked.of(list(self._pictures), self.controls, self.seed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for places in asking.chunks(todo, chunk):
-            asked, others = [self._ask(records[i]) for i in places], [records[asking.other[i]] for i in places]
-            answers = ask_all(model, asked, others, self.controls, self.decoding)
+            prompts, others = [self._ask(records[i]) for i in places], [records[asking.other[i]] for i in places]
+            answers = ask_all(model, prompts, others, self.controls, self.decoding)
             yield [
                 {
                     "id": records[i].id,

@@ -40,11 +40,11 @@ def _choices(row: Facts) -> Sequence[str]:
 
 def _truth(row: Facts) -> str:
     """A choice to the letter or as an answer is read: the data's author wrote it. A single capital is a letter."""
-    choices, told = _choices(row), str(row["truth"][0]).strip()
-    truth = parse(told, choices)
+    choices, said = _choices(row), str(row["truth"][0]).strip()
+    truth = parse(said, choices)
     if truth is None:
         raise DataError(
-            f"Sample {row.get('id')!r} has the truth {told!r}, which is none of its choices {list(choices)}: write the "
+            f"Sample {row.get('id')!r} has the truth {said!r}, which is none of its choices {list(choices)}: write the "
             "choice's letter or its text."
         )
     return truth

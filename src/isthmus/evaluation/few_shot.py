@@ -202,8 +202,8 @@ class FewShotTask(Task):
             "support": fingerprint(self.support),
         }
 
-    def asked(self) -> Iterator[Any]:
-        return self.task.asked()
+    def prompts(self) -> Iterator[Any]:
+        return self.task.prompts()
 
     def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         if self.select == "rices" and not isinstance(model, Sees):
@@ -215,10 +215,10 @@ class FewShotTask(Task):
 
     def answers(self, model: Any, records: Sequence[Any], **decoding: Any) -> list[str]:
         """What the model says to each question after its examples."""
-        asked = [self._behind(record, self._shots(model, record)) for record in records]
+        permutations = [self._after_shots(record, self._shots(model, record)) for record in records]
         if not self.candidates:
-            return model.answer_records([next(prompts) for prompts in asked], **decoding)
-        return [self._likeliest(model, prompts) for prompts in asked]
+            return model.answer_records([next(prompts) for prompts in permutations], **decoding)
+        return [self._likeliest(model, prompts) for prompts in permutations]
 
     def _shots(self, model: Any, record: Any) -> list[Record]:
         if not self.shots and self.candidates:
@@ -230,7 +230,7 @@ class FewShotTask(Task):
         shots = self.pool.choose(record, self.shots, features, same=same)
         return permuted_answers(shots, f"{self.seed}/{'same' if same else record.id}") if self.permuted else shots
 
-    def _behind(self, record: Any, shots: list[Record]) -> Iterator[Record]:
+    def _after_shots(self, record: Any, shots: list[Record]) -> Iterator[Record]:
         """The question after its shots, in ``ensemble`` orders of these."""
         # A caption is asked for in the same words everywhere, and in none where the model needs none.
         question = self.task.prompt if isinstance(self.task, CaptionTask) else None

@@ -64,7 +64,7 @@ class JudgedTask(Task):
             "contexts": [_context(r, self.name) for r in listed(self.records)],
         }
 
-    def asked(self) -> Iterator[Any]:
+    def prompts(self) -> Iterator[Any]:
         """The records as the model gets them."""
         return (prompt(r) for r in listed(self.records))
 

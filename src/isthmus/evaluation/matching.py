@@ -133,8 +133,8 @@ class MatchingTask(Task):
         return unique([name for name, *_ in self._listed], self.name)
 
     def describe(self) -> dict[str, Any]:
-        told = {"by": self.by, "pairs": self.pairs, "data": fingerprint(self.records)}
-        return told if self.similarity == "cosine" else {**told, "similarity": self.similarity}
+        facts = {"by": self.by, "pairs": self.pairs, "data": fingerprint(self.records)}
+        return facts if self.similarity == "cosine" else {**facts, "similarity": self.similarity}
 
     def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         keys = [r.images[0].content_key() for r in listed(self.records)]

@@ -81,8 +81,8 @@ def evaluate(
     ordered = [rows[i] for i in task.ids]
     scores = task.score(ordered)
     warn_of(ordered, captions=task.kind == "caption")
-    told = {"task": task.name, "kind": task.kind, **counts(left_out, ordered), **scores.to_dict()}
-    write_json(folder / "scores.json", told)
+    written = {"task": task.name, "kind": task.kind, **counts(left_out, ordered), **scores.to_dict()}
+    write_json(folder / "scores.json", written)
     return Result(task.name, task.kind, scores, ordered, folder, left_out)
 
 
@@ -114,7 +114,7 @@ def _provenance(task: Task, model: Any) -> dict[str, Any]:
     """What the model tells of itself, and of its prompts the first one and the hash of all."""
     if not isinstance(model, Tells):
         return {}
-    facts = dict(model.provenance(task.asked(), task.decoding))
+    facts = dict(model.provenance(task.prompts(), task.decoding))
     prompts = facts.pop("prompts", None)
     if prompts:
         sha256 = hashlib.sha256()
@@ -138,9 +138,9 @@ def _settle(path: Path, manifest: Mapping[str, Any]) -> None:
         raise ConfigError(f"{path} is not valid JSON ({error}); delete the folder to evaluate anew.") from error
     changed = [k for k in {**found, **manifest} if found.get(k) != manifest.get(k)]
     if changed:
-        told = "; ".join(f"{k}: {_short(found.get(k))} there, {_short(manifest.get(k))} now" for k in changed)
+        differences = "; ".join(f"{k}: {_short(found.get(k))} there, {_short(manifest.get(k))} now" for k in changed)
         raise ConfigError(
-            f"{path.parent} holds another evaluation ({told}). Its outputs are not mixed with new ones: "
+            f"{path.parent} holds another evaluation ({differences}). Its outputs are not mixed with new ones: "
             "choose another folder, or delete this one."
         )
 

@@ -62,7 +62,7 @@ class Task(ABC):
         """What identifies the evaluation beside name, kind and seed; an output folder goes on only with the same."""
         return {"data": fingerprint(self.records)}
 
-    def asked(self) -> Iterable[Any]:
+    def prompts(self) -> Iterable[Any]:
         """The records as the model gets them, for the manifest; nothing where it gets none."""
         return ()
 
@@ -80,7 +80,7 @@ def fingerprint(records: Records) -> str:
     total = hashlib.sha256()
     for record in listed(records):
         scored = {k: record.meta[k] for k in _SCORED if k in record.meta}
-        total.update(repr((record.id, [_told(p) for p in record.parts], sorted(scored.items()))).encode())
+        total.update(repr((record.id, [_identity(p) for p in record.parts], sorted(scored.items()))).encode())
     return total.hexdigest()
 
 
@@ -89,7 +89,7 @@ def listed(records: Records) -> Iterator[Any]:
     return (records[i] for i in range(len(records)))
 
 
-def _told(part: Any) -> Any:
+def _identity(part: Any) -> Any:
     if isinstance(part, TextPart):
         return (part.role, part.text, part.learn)
     return part.content_key() if isinstance(part, Picture) else repr(part)
@@ -143,7 +143,7 @@ class Questions(Task):
             **shuffled_among(self.controls, len(self.records)),
         }
 
-    def asked(self) -> Iterator[Any]:
+    def prompts(self) -> Iterator[Any]:
         """The records as the model gets them, pictures seen."""
         return (prompt(r) for r in listed(self.records))
 
@@ -184,8 +184,8 @@ class VqaTask(Questions):
         rules.rule(self.rule)
 
     def describe(self) -> dict[str, Any]:
-        told = {**Questions.describe(self), "rule": self.rule, "decoding": dict(self.decoding)}
-        return {**told, "gaps": True} if self.gaps else told
+        facts = {**Questions.describe(self), "rule": self.rule, "decoding": dict(self.decoding)}
+        return {**facts, "gaps": True} if self.gaps else facts
 
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         asking = how_asked(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
@@ -195,17 +195,17 @@ class VqaTask(Questions):
         for places in asking.chunks(todo, chunk):
             records = [self.records[i] for i in places]
             others = [self.records[asking.other[i]] for i in places]
-            asked = [prompt(r) for r in records]
-            answers = ask_all(model, asked, others, self.controls, self.decoding)
+            prompts = [prompt(r) for r in records]
+            answers = ask_all(model, prompts, others, self.controls, self.decoding)
             rows = [self._row(r, {k: v[j] for k, v in answers.items()}) for j, r in enumerate(records)]
             if self.gaps:
-                rows = [row | {"gap": g} for row, g in zip(rows, self._gaps(model, asked), strict=True)]
+                rows = [row | {"gap": g} for row, g in zip(rows, self._gaps(model, prompts), strict=True)]
             yield rows
 
-    def _gaps(self, model: Answers, asked: Sequence[Any]) -> list[float]:
+    def _gaps(self, model: Answers, prompts: Sequence[Any]) -> list[float]:
         if not isinstance(model, Measures):
             raise CapabilityError(f"Task {self.name!r}: this model cannot tell gaps; leave the option out.")
-        return model.gaps(asked, **self.decoding)
+        return model.gaps(prompts, **self.decoding)
 
     def _row(self, record: Sample, said: Mapping[str, str]) -> Row:
         row = self.row(record.id, last_turn(record), kind_of(record), said)
@@ -340,8 +340,8 @@ class ZeroShotTask(_Classified):
         return self._classes_of(self.records)
 
     def describe(self) -> dict[str, Any]:
-        told = {"classes": self._names, "templates": list(self.templates), "data": fingerprint(self.records)}
-        return told if self.similarity == "cosine" else {**told, "similarity": self.similarity}
+        facts = {"classes": self._names, "templates": list(self.templates), "data": fingerprint(self.records)}
+        return facts if self.similarity == "cosine" else {**facts, "similarity": self.similarity}
 
     def rows(self, model: Embeds, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         truths = self._places(self.records, self._names)

@@ -100,8 +100,8 @@ class AnswerPrior:
 
     def fingerprint(self) -> str:
         """sha256 of all it would answer."""
-        told = json.dumps([self.by_question, self.by_kind, self.overall], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()
+        table = json.dumps([self.by_question, self.by_kind, self.overall], sort_keys=True)
+        return hashlib.sha256(table.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
