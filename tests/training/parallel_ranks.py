@@ -27,6 +27,8 @@ WAYS = {
     "ddp": Parallel(),
     "fsdp": Parallel(engine="fsdp"),
     "replicated": Parallel(engine="fsdp", frozen="replicated"),
+    "recomputed": Parallel(engine="fsdp", recompute=True),
+    "bf16": Parallel(engine="fsdp", gather="bf16"),
 }
 
 
@@ -65,6 +67,7 @@ SYSTEMS = {
     # Every second row, and so every row of half of the processes, has no picture.
     "connector": partial(llava, "one", "none"),
 }
+ROUNDED = ("llava", "bf16", "even")
 CONTRASTS = ("clip", "siglip", "represent")
 
 
@@ -74,6 +77,11 @@ def build(system: str) -> tuple[Net, Batch]:
     apply_stage(net, [Group("connector.*" if system == "connector" else "*", 1e-3)])
     visuals = tuple(replace(v, pixels=None if v.pixels is None else v.pixels.double()) for v in batch.visuals)
     return net.double().eval(), replace(batch, visuals=visuals)
+
+
+def single(batch: Batch) -> Batch:
+    visuals = tuple(replace(v, pixels=None if v.pixels is None else v.pixels.float()) for v in batch.visuals)
+    return replace(batch, visuals=visuals)
 
 
 def shares(system: str, batch: Batch, number: int, world: int) -> dict[str, list[Batch]]:
@@ -93,8 +101,11 @@ def shares(system: str, batch: Batch, number: int, world: int) -> dict[str, list
 
 def step(system: str, way: str, name: str, number: int, world: int) -> dict[str, Any]:
     net, batch = build(system)
+    if way == "bf16":
+        net, batch = net.float(), single(batch)
     runs = engine(net, WAYS[way])
-    means = backward(runs, shares(system, batch, number, world)[name], FP32)
+    autocast = context("bf16" if way == "bf16" else "fp32", torch.device("cpu"))
+    means = backward(runs, shares(system, batch, number, world)[name], autocast)
     gradients: dict[str, Tensor] = {n: whole(p.grad) for n, p in runs.net.named_parameters() if p.grad is not None}
     return {"means": means, "gradients": {n: g.clone() for n, g in gradients.items()}}
 
@@ -108,7 +119,8 @@ def cases(world: int) -> list[tuple[str, str, str]]:
         for way in ("ddp", "fsdp")
         for name in shares(system, build(system)[1], 0, world)
     ]
-    return [*found, ("connector", "replicated", "even")]
+    own = [("connector", "replicated", "even"), ("llava", "recomputed", "even"), ("flamingo", "recomputed", "even")]
+    return [*found, *own, ROUNDED]
 
 
 def run(number: int, world: int, port: int, folder: str) -> None:

@@ -11,12 +11,14 @@ process makes the same calls, whatever rows it has: a pass without rows still ta
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from isthmus.batch import Batch, Term
 from isthmus.net import Net
@@ -31,12 +33,14 @@ class Parallel:
     ``engine`` is ``ddp`` (every process holds the whole net) or ``fsdp`` (each holds its share of every tensor, and
     gathers a block when it runs). With fsdp, ``frozen`` tensors are ``sharded`` too, or ``replicated`` in every
     process; ``gather: bf16`` casts what is gathered to bf16, which halves what travels and rounds gains and biases as
-    well, while gradients are summed in fp32.
+    well, while gradients are summed in fp32. ``recompute`` keeps of each block of the language model its input alone,
+    and runs it again in the backward pass: with any engine, and in one process too.
     """
 
     engine: Literal["ddp", "fsdp"] = "ddp"
     frozen: Literal["sharded", "replicated"] = "sharded"
     gather: Literal["as_is", "bf16"] = "as_is"
+    recompute: bool = False
 
 
 DDP = Parallel()
@@ -45,8 +49,8 @@ DDP = Parallel()
 class Engine:
     """One process alone, and what engines of several have in common. ``net`` is what trains."""
 
-    def __init__(self, net: Net) -> None:
-        self.net = net
+    def __init__(self, net: Net, recomputed: Sequence[nn.Module] = ()) -> None:
+        self.net, self._recomputed = net, recomputed
 
     @property
     def replays(self) -> bool:
@@ -80,14 +84,16 @@ class Engine:
         return StateWriter()
 
     def close(self) -> None:
-        """At the end of training: the net that was given holds what was learnt."""
+        """At the end of training: the net that was given holds what was learnt, and is as it was otherwise."""
+        for block in self._recomputed:
+            del block.forward
 
 
 class Replicated(Engine):
     """DistributedDataParallel. Only a step's last pass sums over the processes."""
 
-    def __init__(self, net: Net) -> None:
-        super().__init__(net)
+    def __init__(self, net: Net, recomputed: Sequence[nn.Module] = ()) -> None:
+        super().__init__(net, recomputed)
         with talking(), warnings.catch_warnings():
             # torch 2.13 renames the option, and the versions before it do not know the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -145,13 +151,21 @@ def _shards(parallel: Parallel) -> bool:
 
 def engine(net: Net, parallel: Parallel = DDP) -> Engine:
     """The engine for the processes that there are. The net's parameters are opened and frozen by now."""
-    if world() == 1:
-        return Engine(net)
     if _shards(parallel):
         from isthmus.training.sharding import Sharded
 
         return Sharded(net, parallel)
-    return Replicated(net)
+    kind = Replicated if world() > 1 else Engine
+    return kind(net, recomputed(net) if parallel.recompute else [])
+
+
+def recomputed(net: Net) -> list[nn.Module]:
+    """Let the blocks of the net's language model keep their inputs alone; the blocks. What stands around a block
+    (hooks that gather it, gated blocks before it) runs once."""
+    blocks = net.blocks()
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    return blocks
 
 
 class _Pass(nn.Module):

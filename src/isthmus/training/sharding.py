@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from isthmus.batch import IGNORE, Batch, Term
 from isthmus.net import Net
 from isthmus.processes import device, talking, told, world
-from isthmus.training.parallel import Engine, Parallel, touch
+from isthmus.training.parallel import Engine, Parallel, recomputed, touch
 from isthmus.training.shard_files import ShardWriter
 from isthmus.training.shards import is_shard, whole
 from isthmus.training.state import StateWriter
@@ -39,6 +39,8 @@ class Sharded(Engine):
         self._touch: Tensor | None = None
         setattr(self.net, _PASS, self._pass)
         self._towers = [tower for tower in self.net.towers() if any(True for _ in tower.parameters())]
+        if parallel.recompute:
+            recomputed(self.net)
         self._shard(parallel)
         self._root = _sharded(self.net)
         register_fsdp_forward_method(self.net, _PASS)
