@@ -39,7 +39,7 @@ class DecodedWindow:
                 self._kept.move_to_end(image.key)
                 return self._kept[image.key][0]
         try:
-            found = image.source.read() if image.clip else decoded(image.source)
+            found: Any = image.source.read() if image.clip else decoded(image.source)
         except DataError as error:
             raise Undecodable(str(error)) from None
         size = _bytes(found) if image.clip else _bytes([found])
