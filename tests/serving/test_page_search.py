@@ -37,7 +37,7 @@ def test_find_pictures_by_text_and_by_picture(opened, site):
 
 
 def test_a_table_of_pictures_and_words(opened):
-    page = opened()
+    page = opened(viewport={"width": 360, "height": 700})
     page.check("input[value=match]")
     assert not page.locator("#question").is_visible()
     pick(page, "matcher", "clip")
@@ -52,6 +52,7 @@ def test_a_table_of_pictures_and_words(opened):
         assert card.locator("tbody td").count() == 6
         assert card.locator("td.best").count() >= 2
         assert ("%" in card.locator("td.best").first.inner_text()) == (card.get_attribute("data-model") == "matcher")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.click("text=Edit and ask again")
     assert page.input_value("#labels") == "a red cube, a blue ring, two"
     assert page.locator("#attached img").count() == 2

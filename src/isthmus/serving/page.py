@@ -5,7 +5,7 @@ looked for each word of its answer; ``/isthmus/runs``: each model's parts, count
 """
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from importlib.resources import files
 from io import BytesIO
@@ -19,6 +19,7 @@ from pydantic import Field
 
 from isthmus.data.attention import Attention
 from isthmus.data.images import open_image
+from isthmus.data.mix import Source
 from isthmus.data.record import Image, Record
 from isthmus.data.sources import open_source
 from isthmus.errors import CapabilityError
@@ -105,7 +106,7 @@ def _clip(number: int) -> dict[str, Any]:
     return {"number": number, "frames": frames, "questions": [{"question": question, "answer": answer}]}
 
 
-def _made(form: str) -> Sequence[Record]:
+def _made(form: str) -> Source:
     return open_source({"kind": "scenes", "form": form, "split": "test", "count": SCENES})
 
 
