@@ -3,7 +3,7 @@
 import json
 import socket
 import sys
-import threading
+import time
 import urllib.request
 
 import pytest
@@ -61,14 +61,19 @@ def test_a_page_that_is_closed_or_cannot_be_is_no_failure(ended, monkeypatch, ca
 
 def test_the_page_beside_is_there_and_ends(tmp_path, monkeypatch, capsys):
     """It serves what came with the package while its context is open, in a process that ends with it."""
-    opened = threading.Event()
-    monkeypatch.setattr(demo.webbrowser, "open", lambda address: opened.set())
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", f"{browser} %s")
     with socket.socket() as free:
         free.bind((demo.HOST, 0))
         monkeypatch.setattr(demo, "PORT", free.getsockname()[1])
     monkeypatch.setattr(demo, "packaged", lambda: ["shipped-clip=isthmus:clip"])
     with demo.page_beside(tmp_path):
-        assert opened.wait(60), (tmp_path / "page.log").read_text()
+        end = time.monotonic() + 60
+        while not (opened.exists() and opened.read_text()) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert opened.read_text() == f"http://127.0.0.1:{demo.PORT}/\n", (tmp_path / "page.log").read_text()
         with urllib.request.urlopen(f"http://{demo.HOST}:{demo.PORT}/isthmus/runs") as reply:
             told = json.load(reply)
     assert [(model["id"], model["shipped"]) for model in told["models"]] == [("shipped-clip", True)]

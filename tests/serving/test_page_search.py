@@ -79,7 +79,9 @@ def test_what_was_trained_is_shown_with_its_losses(browser, tmp_path):
         page.goto(served.url + "/")
         page.wait_for_selector("#models input")
         assert "trained here" in page.inner_text("#models")
-        page.click("#runs summary")
+        with page.expect_response("**/isthmus/runs"):  # asked anew, and drawn anew
+            page.click("#runs summary")
+        page.wait_for_timeout(200)
         told = page.get_by_role("img", name="loss contrastive: 8.000 at step 1, 4.000 at step 5")
         told.wait_for()
         box, chart = told.bounding_box(), told.locator("polyline")

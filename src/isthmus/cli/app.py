@@ -313,6 +313,7 @@ def serve(
     deadline: Annotated[float, typer.Option(min=1, max=86400, help="Seconds that a request may take.")] = 120.0,
     log_requests: Annotated[bool, typer.Option(help="A line per request: address, route, status.")] = False,
     pictures: Annotated[Path | None, typer.Option(help="Folder of pictures that the page may search.")] = None,
+    browse: Annotated[bool, typer.Option("--browse", help="Open the page in a browser.")] = False,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -327,6 +328,7 @@ def serve(
         limits={"rows": rows, "queue": queue, "deadline": deadline},
         log_requests=log_requests,
         given=given,
+        browse=browse,
         pictures=pictures,
     )
 

@@ -5,9 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
-import time
-import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -58,7 +55,7 @@ def page_beside(out: Path) -> Iterator[None]:
         yield
         return
     address = f"http://{HOST}:{(port := free_port())}/"
-    words = ["serve", *packaged(), "--port", f"{port}", "--pictures", str(searched(out))]
+    words = ["serve", *packaged(), "--port", f"{port}", "--pictures", str(searched(out)), "--browse"]
     with (out / "page.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "isthmus", *words],
@@ -71,7 +68,6 @@ def page_beside(out: Path) -> Iterator[None]:
     console.print(
         f"Meanwhile, the models that came with the package (shipped-...): {address}", markup=False, highlight=False
     )
-    threading.Thread(target=_open, args=(process, port, address), daemon=True).start()
     try:
         yield
     finally:
@@ -81,18 +77,6 @@ def page_beside(out: Path) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _open(process: "subprocess.Popen[bytes]", port: int, address: str) -> None:
-    """Show the address in a browser as soon as the process listens there."""
-    while process.poll() is None:
-        try:
-            socket.create_connection((HOST, port), timeout=1).close()
-        except OSError:
-            time.sleep(0.2)
-            continue
-        webbrowser.open(address)
-        return
 
 
 def show(models: list[str], pictures: Path | None = None) -> None:
