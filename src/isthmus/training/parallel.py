@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -197,7 +198,7 @@ class _Touch(torch.autograd.Function):
         return tuple(torch.zeros((), dtype=dtype, device=at).expand(shape) for shape, dtype, at in ctx.like)
 
 
-def _summed(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _summed(_state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's hook for one bucket of gradients: their sum over the processes, where DDP would take the mean."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from isthmus.checkpoint import begin_folder, entry_of, finish_folder
 from isthmus.errors import CheckpointError
@@ -42,7 +44,9 @@ class ShardWriter(StateWriter):
     own. All processes call it together."""
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
         self._pool = ThreadPoolExecutor(1, "isthmus-checkpoint")
         self._job: Future[None] | None = None
 
@@ -61,6 +65,7 @@ class ShardWriter(StateWriter):
         aside = told(_begun(path) if first() else None)[0]
         if isinstance(aside, str):
             raise CheckpointError(aside)
+        assert aside is not None
         trained = {f"{TRAINED}:{name}": value for name, value in {**parameters, **moving_statistics(net)}.items()}
         tensors = {**trained, **optimizer_tensors(optimizer, parameters)}
         copies = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
@@ -72,7 +77,7 @@ class ShardWriter(StateWriter):
     ) -> None:
         try:
             writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-            dcp.save(tensors, storage_writer=writer, process_group=self._group)
+            save(tensors, storage_writer=writer, process_group=self._group)
             own = sorted(aside.glob(f"shard-{dist.get_rank() + 1:05d}-*"))
             entries: list[Any] = [None] * world()
             dist.all_gather_object(entries, {file.name: entry_of(file) for file in own}, group=self._group)
@@ -99,7 +104,8 @@ def restore_shards(
     """Trained tensors and the optimizer's state from shards, each process the slices that it holds. Raises
     CheckpointError when they do not fit."""
     reader = HuggingFaceStorageReader(str(folder))
-    known = reader.read_metadata().state_dict_metadata
+    found = reader.read_metadata().state_dict_metadata
+    known = {key: entry.size for key, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
     targets: dict[str, Any] = {f"{TRAINED}:{n}": t for n, t in {**parameters, **moving_statistics(net)}.items()}
     demand_names(set(targets), {key for key in known if key.startswith(f"{TRAINED}:")}, folder)
     for key in known.keys() - targets.keys():
@@ -109,11 +115,11 @@ def restore_shards(
         value = torch.zeros((), device=parameter.device) if kind == "step" else torch.zeros_like(parameter)
         optimizer.state[parameter][kind] = targets[key] = value.detach()
     # What has no dimension has one in shards.
-    laid_out = {key: _with_dimension(key, value.detach(), known[key].size) for key, value in targets.items()}
+    laid_out = {key: _with_dimension(key, value.detach(), known[key]) for key, value in targets.items()}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is .*single process")  # which is what is meant
-            dcp.load(laid_out, storage_reader=reader, no_dist=world() == 1)
+            load(laid_out, storage_reader=reader, no_dist=world() == 1)
     except (CheckpointException, ValueError) as error:
         raise CheckpointError(f"{folder} does not fit what this stage trains: {_reason(error)}") from error
 
@@ -130,7 +136,7 @@ def _begun(path: Path) -> Path | str:
         return str(error)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The first cause that a process had, on one line."""
     if isinstance(error, CheckpointException):
         number, (cause, _) = next(iter(error.failures.items()))
