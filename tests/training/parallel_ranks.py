@@ -13,8 +13,9 @@ from isthmus.batch import Batch
 from isthmus.net import Net
 from isthmus.processes import join, wait
 from isthmus.stage import Group, apply_stage
+from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
-from isthmus.training.parallel import Parallel, engine
+from isthmus.training.parallel import Parallel
 from isthmus.training.precision import context
 from isthmus.training.shards import whole
 from tests.models import tiny_blip2, tiny_flamingo, tiny_llava

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
-from isthmus.training.parallel import Engine, Parallel, engine
+from isthmus.training.parallel import Engine, Parallel
 from tests.models.blip2_ranks import likeliest
 
 from . import parallel_ranks as ranks

@@ -167,7 +167,7 @@ class Endpoint:
         choices = facts.get("choices")
         choice = choices[0] if isinstance(choices, Sequence) and choices else None
         message = choice.get("message") if isinstance(choice, Mapping) else None
-        if not isinstance(message, Mapping):
+        if choice is None or not isinstance(message, Mapping):
             raise _NoCompletionError(f"no chat completion ({str(found)[:80]!r})")
         model = str(facts.get("model") or "")
         if model and not model.startswith(self.model):

@@ -41,8 +41,8 @@ from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
 from isthmus.recipes.validating import BEST, kept, validation_of
 from isthmus.stage import apply_stage, defining_keys, named_state
 from isthmus.training import train as train_stage
+from isthmus.training.engines import move
 from isthmus.training.lock import RunLock
-from isthmus.training.parallel import move
 from isthmus.user_code import pinned_in, placeless
 from isthmus.version import __version__
 

@@ -28,9 +28,9 @@ from isthmus.model import load
 from isthmus.stage import Group, Stage, apply_stage, named_parameters, set_modes
 from isthmus.testing import probe
 from isthmus.testing.peer import compare
+from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
 from isthmus.training.optim import build_optimizer, open_parameters
-from isthmus.training.parallel import engine
 from isthmus.training.proof import frozen_tensors
 
 Verdict = Literal["pass", "FAIL", "n/a"]

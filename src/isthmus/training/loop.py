@@ -36,13 +36,15 @@ from isthmus.net import Net
 from isthmus.processes import STOPS, first, rank, told, wait, world
 from isthmus.stage import Stage, StageTable, apply_stage, set_modes
 from isthmus.training import averaging, optim, precision, proof
+from isthmus.training.engines import engine, where
 from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_bad_value
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
 from isthmus.training.lock import RunLock
 from isthmus.training.log import Bar, MetricLog, progress_bar, read_metrics
-from isthmus.training.parallel import DDP, Parallel, engine, where
+from isthmus.training.parallel import DDP, Parallel
 from isthmus.training.protocols import Loader
-from isthmus.training.state import RunState, check_same, checkpoints, newest_state, restore, rng_state
+from isthmus.training.restoring import restore
+from isthmus.training.state import RunState, check_same, checkpoints, newest_state, rng_state
 from isthmus.training.validation import KEY, Validation
 
 Skipped = Callable[[tuple[str, ...], str], None]

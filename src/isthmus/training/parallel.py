@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from isthmus.batch import Batch, Term
 from isthmus.net import Net
-from isthmus.processes import device, talking, world
+from isthmus.processes import talking
 from isthmus.training.state import StateWriter
 
 
@@ -133,31 +133,6 @@ class Replicated(Engine):
         self.loss(None, last=True)
         self.backward(0.0)
         return terms
-
-
-def where(net: Net, parallel: Parallel) -> torch.device:
-    """The device that the net trains on. A net that is sharded waits on the CPU, and its shards are elsewhere."""
-    return device() if _shards(parallel) else next(net.parameters()).device
-
-
-def move(net: Net, parallel: Parallel) -> None:
-    """Move a net to where it trains, unless only its shards go there."""
-    if not _shards(parallel):
-        net.to(device())
-
-
-def _shards(parallel: Parallel) -> bool:
-    return parallel.engine == "fsdp" and world() > 1
-
-
-def engine(net: Net, parallel: Parallel = DDP) -> Engine:
-    """The engine for the processes that there are. The net's parameters are opened and frozen by now."""
-    if _shards(parallel):
-        from isthmus.training.sharding import Sharded
-
-        return Sharded(net, parallel)
-    kind = Replicated if world() > 1 else Engine
-    return kind(net, recomputed(net) if parallel.recompute else [])
 
 
 def recomputed(net: Net) -> list[nn.Module]:

@@ -164,19 +164,18 @@ def check_same(saved: RunState, current: RunState, folder: Path) -> tuple[str, .
     )
 
 
-def restore(
-    files: Mapping[str, Path], net: nn.Module, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> None:
-    """Put trained tensors, optimizer state and random generators back. Raises CheckpointError when they do not fit."""
+def restore_generators(files: Mapping[str, Path]) -> None:
+    """Put this process's random generators back."""
     generators = read_json(files["rng.json"])["processes"]
     # With more processes than before the further ones keep what they were seeded with.
     if rank() < len(generators):
         _restore_rng(generators[rank()])
-    if "trained.safetensors" not in files:
-        from isthmus.training.shard_files import restore_shards
 
-        restore_shards(files["state.json"].parent, net, optimizer, parameters)
-        return
+
+def restore_tensors(
+    files: Mapping[str, Path], net: nn.Module, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Put trained tensors and optimizer state back. Raises CheckpointError when they do not fit."""
     targets = {**parameters, **moving_statistics(net)}
     trained = load_tensors(files["trained.safetensors"])
     demand_names(set(targets), set(trained), files["trained.safetensors"])
