@@ -17,10 +17,10 @@ def end_with_parent() -> None:
 
     def look(*_: object) -> None:
         if os.getppid() != int(parent):
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
             os.kill(os.getpid(), signal.SIGTERM)
 
     # Linux signals the end of each of the parent's threads, and a second SIGTERM would end us without saving.
-    signal.signal(signal.SIGUSR1, look)
-    ctypes.CDLL(None).prctl(1, signal.SIGUSR1)  # PR_SET_PDEATHSIG
+    signal.signal(signal.SIGUSR2, look)
+    ctypes.CDLL(None).prctl(1, signal.SIGUSR2)  # PR_SET_PDEATHSIG
     look()

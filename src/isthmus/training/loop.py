@@ -17,7 +17,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
@@ -292,7 +292,8 @@ class _Run:
                     self._stop_if({"signal": f"stop_at {self.stop_at}"})
         finally:
             # Generators stop their workers when closed; a plain iterator has nothing to stop.
-            getattr(stream, "close", lambda: None)()
+            if isinstance(stream, Generator):
+                stream.close()
         self.gradients.demand(self.state.step)
         proof.demand_unchanged(self.state.frozen, proof.frozen_tensors(self.net), "changed during the stage")
         self._save()
