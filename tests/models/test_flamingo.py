@@ -16,7 +16,7 @@ from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.patch_positions import add_patch_positions
 from isthmus.recipes.schema import read_recipe
 from isthmus.stage import Group, apply_stage
-from isthmus.training import parallel
+from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
 from tests.models.tiny_flamingo import END, IMAGE, ROWS, VISION, V, batch, picture, tiny
 
@@ -164,7 +164,7 @@ def test_a_step_over_four_sources_is_one_backward_of_the_weighted_sum():
         batch([ROWS["one"][:5], ROWS["none"]], sources=("more", "more"), loss_weights=weights),
         batch([ROWS["clip"]], sources=("clips",), loss_weights=weights),
     ]
-    means = backward(parallel.engine(net), [*parts[0].split(2), *parts[1:]], nullcontext())
+    means = backward(engine(net), [*parts[0].split(2), *parts[1:]], nullcontext())
     found = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
     net.zero_grad()
     plain = [net.loss(replace(part, loss_weights={}))["lm"].mean for part in parts]

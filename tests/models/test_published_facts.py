@@ -17,7 +17,7 @@ from isthmus.nn.gated import GatedBlock, GatedConfig
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.recipes.schema import read_recipe
 from isthmus.stage import Group, apply_stage
-from isthmus.training import parallel
+from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
 from isthmus.training.precision import context
 from tests.models import tiny_blip2, tiny_flamingo, tiny_llava
@@ -165,7 +165,7 @@ def test_blip2s_parts_count_as_published_files_do() -> None:
 
 def gradients(net: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
     net.zero_grad()
-    backward(parallel.engine(net), batches, FP32)
+    backward(engine(net), batches, FP32)
     return {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
 
 

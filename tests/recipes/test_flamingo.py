@@ -20,8 +20,8 @@ from isthmus.recipes.build import build
 from isthmus.recipes.run import make_loader, train
 from isthmus.recipes.schema import parse_recipe
 from isthmus.stage import apply_stage
-from isthmus.training import parallel
 from isthmus.training import train as train_stage
+from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
 from tests.miniature import STAGE
 
@@ -127,7 +127,7 @@ def test_sources_that_share_a_pass_have_the_same_gradient(story):
         batches = [replace(b, visuals=tuple(_double(g) for g in b.visuals)) for b in next(stream)[1]]
         stream.close()
         assert len(batches) == passes
-        losses = backward(parallel.engine(net), batches, nullcontext())
+        losses = backward(engine(net), batches, nullcontext())
         grads = {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
         found.append((sorted(i for b in batches for i in b.ids), losses, grads))
     (ids, losses, grads), *others = found

@@ -10,7 +10,8 @@ import torch
 from isthmus.batch import Batch
 from isthmus.processes import join, rank, told, wait, world
 from isthmus.stage import Group, Stage
-from isthmus.training import Interrupted, Preempted, parallel, train
+from isthmus.training import Interrupted, Preempted, train
+from isthmus.training.engines import engine
 from isthmus.training.gradient import NonFiniteLoss, backward
 from isthmus.training.parallel import DDP, Parallel
 from isthmus.training.precision import context
@@ -58,18 +59,18 @@ def stage(steps: int = 6) -> Stage:
 
 
 def gradient(model: ToyNet, batches: list[Batch]) -> dict[str, Any]:
-    means = backward(parallel.engine(model.eval()), batches, FP32)
+    means = backward(engine(model.eval()), batches, FP32)
     return {"means": means, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
 
 def _non_finite() -> list[str]:
     """What each process says when process 1 alone meets a NaN."""
     model = net()
-    engine = parallel.engine(model)  # begins with the first process's weights
+    replicated = engine(model)  # begins with the first process's weights
     if rank() == 1:
         model.language["head"].bias.data.fill_(float("nan"))
     try:
-        backward(engine, [make_batch([1, 2])], FP32)
+        backward(replicated, [make_batch([1, 2])], FP32)
     except NonFiniteLoss as problem:
         return told(str(problem))
     return told("nothing")

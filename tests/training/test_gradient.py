@@ -10,7 +10,8 @@ from isthmus.batch import IGNORE, Term, Tokens
 from isthmus.errors import StageError
 from isthmus.net import Net
 from isthmus.stage import Group, Stage
-from isthmus.training import parallel, train
+from isthmus.training import train
+from isthmus.training.engines import engine
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
 from isthmus.training.precision import context
 
@@ -21,7 +22,7 @@ FP32 = context("fp32", torch.device("cpu"))
 
 def gradient(net, batches):
     net.zero_grad()
-    means = backward(parallel.engine(net), batches, FP32)
+    means = backward(engine(net), batches, FP32)
     return means, {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
 
 
@@ -139,7 +140,7 @@ def test_batch_terms_use_the_gradient_cache(precision):
     grads = []
     for batches in ([make_batch([1, 2, 3, 4, 5])], [make_batch([1, 2]), make_batch([3]), make_batch([4, 5])]):
         net.zero_grad()
-        backward(parallel.engine(net), batches, own)
+        backward(engine(net), batches, own)
         grads.append({n: p.grad.clone() for n, p in net.named_parameters()})
     tolerance = 1e-12 if precision == "fp32" else 2e-3
     for name, whole in grads[0].items():
@@ -157,7 +158,7 @@ def nn_linear_contrastive():
 
 def test_batch_terms_without_a_cache_are_refused():
     with pytest.raises(StageError, match="'itc' belongs to the whole batch"):
-        backward(parallel.engine(Contrastive(cached=False)), [make_batch([1, 2]), make_batch([3])], FP32)
+        backward(engine(Contrastive(cached=False)), [make_batch([1, 2]), make_batch([3])], FP32)
 
 
 def test_a_micro_batch_without_learnt_tokens_adds_nothing():
@@ -167,13 +168,13 @@ def test_a_micro_batch_without_learnt_tokens_adds_nothing():
     assert close(gradient(net, [make_batch([1, 2])])[1], gradient(net, [silent, make_batch([1]), make_batch([2])])[1])
     for batches in ([silent], [silent, silent]):
         with pytest.raises(StageError, match=r"nothing to learn from.*s7"):
-            backward(parallel.engine(net), batches, FP32)
+            backward(engine(net), batches, FP32)
 
 
 def test_a_loss_without_open_tensors_is_an_error():
     net = ToyNet().requires_grad_(False)
     with pytest.raises(StageError, match="does not depend on any open tensor"):
-        backward(parallel.engine(net), [make_batch([1])], FP32)
+        backward(engine(net), [make_batch([1])], FP32)
 
 
 def test_a_nan_names_its_micro_batch():
@@ -181,7 +182,7 @@ def test_a_nan_names_its_micro_batch():
     real = net.loss
     net.loss = lambda batch: {"lm": Term(real(batch)["lm"].total * (float("nan") if "s3" in batch.ids else 1), 1)}
     with pytest.raises(NonFiniteLoss) as caught:
-        backward(parallel.engine(net), [make_batch([1]), make_batch([2]), make_batch([3, 4])], FP32)
+        backward(engine(net), [make_batch([1]), make_batch([2]), make_batch([3, 4])], FP32)
     assert caught.value.micro == 2
 
 
