@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from benchmarks.side_by_side.models import Sizes, clip, flamingo
-from benchmarks.side_by_side.samples import contrast_records, interleaved_records, with_features
+from benchmarks.side_by_side.samples import contrast_records, interleaved_records, own_step, step, with_features
 from torch import nn
 
 from isthmus.checkpoint import load_tensors, read_json
@@ -41,20 +41,10 @@ def clip_beside_open_clip(sizes: Sizes, rows: int) -> tuple[Any, Any]:
     for net in (model.net, theirs):
         net.train().requires_grad_(True)
 
-    def ours() -> float:
-        model.net.zero_grad()
-        (term,) = model.net.loss(batch).values()
-        loss = term.total / term.count
-        loss.backward()
-        return float(loss.detach())
+    def loss() -> torch.Tensor:
+        return contrast(theirs.encode_image(pixels, True), theirs.encode_text(ids, True), theirs.logit_scale.exp())
 
-    def peers() -> float:
-        theirs.zero_grad()
-        loss = contrast(theirs.encode_image(pixels, True), theirs.encode_text(ids, True), theirs.logit_scale.exp())
-        loss.backward()
-        return float(loss.detach())
-
-    return ours, peers
+    return own_step(model.net, batch), step(theirs, loss)
 
 
 class _Visual(nn.Module):
@@ -115,20 +105,10 @@ def flamingo_beside_open_flamingo(sizes: Sizes, rows: int, *, cached: bool) -> t
             examples = [with_features(model.net, example) for example in examples]
     batch = collate(examples)
 
-    def ours() -> float:
-        model.net.zero_grad()
-        (term,) = model.net.loss(batch).values()
-        loss = term.total / term.count
-        loss.backward()
-        return float(loss.detach())
+    def loss() -> torch.Tensor:
+        return theirs(pixels, text.ids, attention_mask=text.mask.long(), labels=text.labels).loss
 
-    def peers() -> float:
-        theirs.zero_grad()
-        loss = theirs(pixels, text.ids, attention_mask=text.mask.long(), labels=text.labels).loss
-        loss.backward()
-        return float(loss.detach())
-
-    return ours, peers
+    return own_step(model.net, batch), step(theirs, loss)
 
 
 flamingo_cached = partial(flamingo_beside_open_flamingo, cached=True)

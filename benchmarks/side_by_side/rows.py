@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from benchmarks.side_by_side import peers
 from benchmarks.side_by_side.models import Beside, Sizes, beside, blip2, clip, idefics, llava, picture
-from benchmarks.side_by_side.samples import LONG, contrast_records, interleaved_records, with_features
+from benchmarks.side_by_side.samples import LONG, contrast_records, interleaved_records, own_step, step, with_features
 from torch import Tensor
 
 from isthmus.data.collate import collate
@@ -88,21 +88,11 @@ def _steps(
             examples = [with_features(net, example) for example in examples]
     batch = collate(examples)
 
-    def ours() -> float:
-        net.zero_grad()
-        (term,) = net.loss(batch).values()
-        loss = term.total / term.count
-        loss.backward()
-        return float(loss.detach())
-
-    def peers() -> float:
-        theirs.zero_grad()
+    def loss() -> Tensor:
         found = theirs(**given, use_cache=False)
-        loss = found.loss if own_loss else _next_token_loss(found.logits, labels)
-        loss.backward()
-        return float(loss.detach())
+        return found.loss if own_loss else _next_token_loss(found.logits, labels)
 
-    return ours, peers
+    return own_step(net, batch), step(theirs, loss)
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -122,25 +112,15 @@ def _clip(sizes: Sizes, rows: int) -> tuple[Side, Side]:
     for net in (model.net, theirs):
         net.requires_grad_(True)
 
-    def ours() -> float:
-        model.net.zero_grad()
-        (term,) = model.net.loss(batch).values()
-        loss = term.total / term.count
-        loss.backward()
-        return float(loss.detach())
-
-    def peers() -> float:
-        theirs.zero_grad()
-        loss = theirs(
+    def loss() -> Tensor:
+        return theirs(
             input_ids=ids,
             attention_mask=texts.mask.long(),
             pixel_values=batch.visuals[0].pixels[:, 0],
             return_loss=True,
         ).loss
-        loss.backward()
-        return float(loss.detach())
 
-    return ours, peers
+    return own_step(model.net, batch), step(theirs, loss)
 
 
 def _llava_train(stage: int, cached: bool) -> Callable[[Sizes, int], tuple[Side, Side]]:

@@ -1,10 +1,13 @@
 """What the rows read, and features made of it once."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from benchmarks.side_by_side.models import picture
+from torch import Tensor
 
+from isthmus.batch import Batch
 from isthmus.data.cache import Features
 from isthmus.data.record import Example, Record, Text
 
@@ -31,3 +34,25 @@ def with_features(net: Any, example: Example) -> Example:
     pairs = zip(example.visuals, example.pixels, strict=True)
     made = [Features(net.visual_features(make(image)[None, None])[0]) for image, make in pairs]
     return replace(example, pixels=tuple(lambda image, features=features: features for features in made))
+
+
+def step(net: Any, loss: Callable[[], Tensor]) -> Callable[[], float]:
+    """One side of a training row: loss and gradients; answers with the loss."""
+
+    def run() -> float:
+        net.zero_grad()
+        found = loss()
+        found.backward()
+        return float(found.detach())
+
+    return run
+
+
+def own_step(net: Any, batch: Batch) -> Callable[[], float]:
+    """The same of one of our nets, whose loss has one term."""
+
+    def mean() -> Tensor:
+        (term,) = net.loss(batch).values()
+        return term.total / term.count
+
+    return step(net, mean)

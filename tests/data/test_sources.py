@@ -308,32 +308,6 @@ def test_coco_captions_are_alternatives(tmp_path):
         open_source({"kind": "coco", "file": "captions.json"}, data_root=tmp_path)
 
 
-COCO = {
-    "images": [{"id": 5, "file_name": "red.png"}],
-    "annotations": [{"id": n, "image_id": 5, "caption": c} for n, c in enumerate(["one", "one", "two"])],
-}
-
-
-def test_coco_captions_that_two_people_wrote_alike_are_two(tmp_path):
-    write(tmp_path / "captions.json", COCO)
-    source = open_source({"kind": "coco", "file": "captions.json"}, data_root=tmp_path)
-    assert said(source[0])[1] == ("text", ("one", "one", "two"))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"images": COCO["images"] * 2}, "the image id 5 is there twice"),
-        ({"annotations": [*COCO["annotations"], COCO["annotations"][0]]}, "the annotation id 0 is there twice"),
-        ({"annotations": [{"image_id": 777, "caption": "x"}]}, "for the image 777, which is not among `images`"),
-    ],
-)
-def test_coco_files_whose_ids_do_not_fit(tmp_path, change, words):
-    write(tmp_path / "captions.json", COCO | change)
-    with pytest.raises(DataError, match=words):
-        open_source({"kind": "coco", "file": "captions.json"}, data_root=tmp_path)
-
-
 def test_half_a_surrogate_pair_is_a_bad_sample(tmp_path):
     asked = ("what \ud83d?", "\U0001f600?")
     write(tmp_path / "a.jsonl", "\n".join(json.dumps({"question": q, "answer": "x"}) for q in asked))
