@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from isthmus.errors import ConfigError, DataError
-from isthmus.recipes.build import make_tokenizer
+from isthmus.errors import CheckpointError, ConfigError, DataError
+from isthmus.recipes.build import build, make_tokenizer
 from isthmus.recipes.schema import TokenizerSpec, parse_recipe, read_recipe, shipped
 
 STAGE = {
@@ -148,3 +148,10 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=said):
         read_recipe(tmp_path / name)
+
+
+def test_a_part_that_is_not_there_says_how_to_name_one():
+    with pytest.raises(ConfigError, match="leaves its part 'init' to you: give INIT=FOLDER"):
+        build(read_recipe("finetune-llava", to_show=True))
+    with pytest.raises(CheckpointError, match=r"no such file or folder\. Name yours with parts.language=FOLDER"):
+        build(read_recipe("llava-smollm2", ["parts.language=nowhere"]))

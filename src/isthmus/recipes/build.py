@@ -22,9 +22,10 @@ from isthmus.data.sources import open_source
 from isthmus.data.text import render
 from isthmus.data.tokenizer import END, Tokenizer
 from isthmus.data.wordpiece import load_wordpiece, train_wordpiece
-from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.errors import CheckpointError, ConfigError, DataError, nearest
+from isthmus.interop.hub import located
 from isthmus.model import Model, load
-from isthmus.recipes.schema import Recipe, StageSpec, TokenizerSpec
+from isthmus.recipes.schema import VARIABLE, Recipe, StageSpec, TokenizerSpec
 from isthmus.stage import attach_adapters, named_state
 from isthmus.systems import system
 from isthmus.systems.base import System, Tokenizers, preset, recall
@@ -104,7 +105,7 @@ def build(recipe: Recipe) -> Built:
     """
     check_parts(recipe)
     kind, described = system(recipe.model), recipe.tokenizer
-    parts = {name: kind.open_part(name, path, _open) for name, path in recipe.parts.items()}
+    parts = {name: _part(kind, name, path) for name, path in recipe.parts.items()}
     if "init" in parts and parts["init"].kind != kind.kind:
         raise ConfigError(f"The part 'init' is a {parts['init'].kind} model, the recipe trains a {kind.kind}.")
     tokenizers = kind.tokenizers(parts, None if described is None else lambda: make_tokenizer(described))
@@ -115,6 +116,18 @@ def build(recipe: Recipe) -> Built:
         memory = kind.take(net, parts)
     begun = recipe.parts["init"] if "init" in parts and config == plain(parts["init"].net.config) else ""
     return Built(net, tokenizers, _image_of(recipe, parts, net), recipe, memory=memory, begun=begun)
+
+
+def _part(kind: System, name: str, path: str) -> Any:
+    """A part, opened. Raises ConfigError for one that the recipe leaves to its user."""
+    if variable := VARIABLE.fullmatch(path):
+        raise ConfigError(f"The recipe leaves its part {name!r} to you: give {variable[1]}=FOLDER behind its name.")
+    try:
+        return kind.open_part(name, path, _open)
+    except CheckpointError as error:
+        if located(path, None).exists():
+            raise
+        raise CheckpointError(f"The recipe's part {name!r}: {error} Name yours with parts.{name}=FOLDER.") from None
 
 
 def _open(path: str) -> Model:

@@ -467,12 +467,12 @@ def _set(tree: dict[str, Any], key: str, value: Any, *, where: str) -> None:
             raise ConfigError(f"Recipe {where}: {'.'.join(steps[:depth])!r} is a value and has no {step!r} in it.")
 
 
-_VARIABLE = re.compile(r"\{([A-Z][A-Z0-9_]*)\}")
+VARIABLE = re.compile(r"\{([A-Z][A-Z0-9_]*)\}")
 
 
 def _mentioned(tree: Any) -> set[str]:
     if isinstance(tree, str):
-        return set(_VARIABLE.findall(tree))
+        return set(VARIABLE.findall(tree))
     members = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
     return set().union(*(_mentioned(m) for m in members)) if members else set()
 
@@ -487,7 +487,7 @@ def _demand(tree: Any, variables: Mapping[str, str], about: Mapping[str, str], w
 def _fill(tree: Any, variables: Mapping[str, str]) -> Any:
     """The tree with the given variables put in, in all its strings."""
     if isinstance(tree, str):
-        return _VARIABLE.sub(lambda m: variables.get(m.group(1), m.group(0)), tree)
+        return VARIABLE.sub(lambda m: variables.get(m.group(1), m.group(0)), tree)
     if isinstance(tree, dict):
         return {k: _fill(v, variables) for k, v in tree.items()}
     if isinstance(tree, list):
