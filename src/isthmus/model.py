@@ -18,7 +18,7 @@ import torch
 from PIL import Image as PilImage
 from torch import Tensor
 
-from isthmus import adapter_folder, checkpoint
+from isthmus import adapter_folder, borrowed, checkpoint
 from isthmus.adapter_folder import Base
 from isthmus.batch import Tokens
 from isthmus.config import plain
@@ -482,7 +482,7 @@ def _own(folder: Path, config: Mapping[str, Any], account: Account, on: Callable
     kind = system(name)
     net, base = on(folder, config, files) if "base" in config else (kind.net.from_config(config["config"]), None)
     if base is None:
-        checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"], account), folder, account)
+        checkpoint.load_into(net, borrowed.weights(files[borrowed.FILE], config, account), folder, account)
     described = checkpoint.read_json(files["processor.json"])
     tokenizer = None if described.get("kind") == ImagesProcessor.kind else load_tokenizer(folder)
     others = {f.parent.name: Tokenizer.load(f.parent) for n, f in files.items() if n.endswith("/tokenizer.json")}

@@ -56,6 +56,11 @@ class Prompt:
 class Beside(Protocol):
     """What rows look at beside their own texts: one row of it per row that is written."""
 
+    @property
+    def nbytes(self) -> int:
+        """What it holds in memory."""
+        ...
+
     def join(self, other: Any) -> Any:
         """These rows, then those of ``other``."""
         ...
