@@ -48,6 +48,7 @@ from isthmus.language import Decoding, unfilled
 from isthmus.load_report import Account, LoadReport, beside
 from isthmus.nn.losses import similarity
 from isthmus.placement import device_of, dtype_of
+from isthmus.products import multiply_quickly
 from isthmus.streaming import pieces
 from isthmus.systems import SYSTEMS, system
 from isthmus.systems.base import System
@@ -432,6 +433,7 @@ def load(
     arguments missing or of no use. Raises ConfigError for a device that is not there.
     """
     place, dtype = device_of(device), dtype_of(dtype)
+    multiply_quickly(place)
     given: dict[str, Any] = {"vision": vision, "language": language, "base": base, "tokenizer": tokenizer}
     given |= {"activation": activation, "head_width": head_width}
     model = _opened(located(path, revision), given, [code] if isinstance(code, str | Path) else code, Account())
