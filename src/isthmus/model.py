@@ -436,14 +436,21 @@ def load(
     multiply_quickly(place)
     given: dict[str, Any] = {"vision": vision, "language": language, "base": base, "tokenizer": tokenizer}
     given |= {"activation": activation, "head_width": head_width}
-    model = _opened(located(path, revision), given, [code] if isinstance(code, str | Path) else code, Account())
+    model = _opened(located(path, revision), given, [code] if isinstance(code, str | Path) else code, Account(), dtype)
     if template is not None:
         model.processor = with_template(model.processor, template)
     return (model if dtype is None else model.cast(dtype)).to(place)
 
 
-def _opened(folder: Path, given: Mapping[str, Any], code: Sequence[str | Path], account: Account) -> Model:
-    """The model, on the CPU and as it is stored, with its report out of ``account``."""
+def _opened(
+    folder: Path,
+    given: Mapping[str, Any],
+    code: Sequence[str | Path],
+    account: Account,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """The model, on the CPU and as it is stored, or of ``dtype`` where it is made on the way; with its report out of
+    ``account``."""
     outer = outermost(folder)
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
@@ -456,7 +463,7 @@ def _opened(folder: Path, given: Mapping[str, Any], code: Sequence[str | Path], 
             from isthmus.interop.foreign import open_foreign
             from isthmus.interop.given import Given
 
-            named = Given(open=partial(_part, account), account=account, **given)
+            named = Given(open=partial(_part, account), account=account, dtype=dtype, **given)
             net, processor, forbidden = open_foreign(folder, config, named)
             model = Model(net, processor, prompts=published_request(processor), forbidden=forbidden)
         else:
