@@ -43,6 +43,10 @@ class Remembering:
     def writable(self) -> bool | str:
         return self.language.writable
 
+    @property
+    def width(self) -> int:
+        return self.language.width
+
     def window(self) -> Window:
         return self.language.window()
 
