@@ -1,13 +1,14 @@
 """A model folder of adapters: PEFT's two files, what was trained beside them, and the base they belong to by content.
 
-config.json                 as every model folder's, with ``base``: where the model was and the sha256 of its files
+config.json                 as every model folder's, with ``base``: where the model was, the sha256 of its files, and
+                            the layers of it that were in 4 bits, where some were
 adapter_config.json         PEFT's, with the names of the net's own layers
 adapter_model.safetensors   PEFT's
 trained.safetensors         what stages opened beside the adapters, such as the connector; none where nothing was
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus import adapters, checkpoint
+from isthmus import adapters, checkpoint, quantised
 from isthmus.config import plain
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.interop.hub import located, model_hash
@@ -52,23 +53,37 @@ def weights(net: Net, base: Base | None, folder: Path) -> tuple[dict[str, Any], 
     if not base.path.startswith(SCHEME):
         absolute = os.path.abspath(base.path)
         told |= {"path": absolute, "beside": os.path.relpath(absolute, folder.absolute())}
+    if rounded := quantised.names(net):
+        return files, {"base": {**told, "quantised": rounded}}
     return files, {"base": told}
+
+
+def check_useful(folder: Path, config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for an argument of ``load`` that a model folder of ours has no use for."""
+    base = config.get("base", {})
+    useful = {"base": bool(base), "unquantised": "quantised" in base}
+    for name, value in given.items():
+        if value is not None and not useful.get(name):
+            what = "is a whole model of ours" if not base else "holds adapters that were trained over the base as it is"
+            raise CheckpointError(f"{folder} {what}, so it needs no {name}: leave it out.")
 
 
 def opened(
     folder: Path,
     config: Mapping[str, Any],
     files: Mapping[str, Path],
-    given: str | Path | None,
+    given: Mapping[str, Any],
     load: Callable[[Path], Any],
 ) -> tuple[Any, Base]:
-    """The net of the base with the folder's adapters on and its trained tensors in. ``given`` is the base's place,
-    where it is another than the recorded one.
+    """The net of the base with the folder's adapters on and its trained tensors in. Of ``given``, ``base`` is the place
+    of the base, where it is another than the recorded one, and ``unquantised`` leaves the base as it is stored where
+    the adapters were trained over 4 bits of it.
 
-    Raises CheckpointError: no base there, another one by its content, or tensors that do not fit it.
+    Raises CheckpointError: no base there, another one by its content, or tensors that do not fit it; and what
+    :func:`isthmus.quantised.quantise` raises.
     """
     told = config["base"]
-    place = _found(folder, told, given)
+    place = _found(folder, told, given.get("base"))
     if model_hash(place) != told["sha256"]:
         raise CheckpointError(
             f"{place} is not the base that {folder} was trained on: its files have another sha256. Adapters fit the "
@@ -84,10 +99,24 @@ def opened(
         for name, tensor in trained.items():
             _must_fit(name, tensor, state, folder)
             state[name].copy_(tensor)
+    if not given.get("unquantised"):
+        _round(model.net, told.get("quantised", ()), folder)
     file = files["adapter_model.safetensors"]
     values = checkpoint.read_json(files["adapter_config.json"])
     adapters.from_peft(model.net, values, checkpoint.load_tensors(file), str(file))
     return model.net, Base(str(place), told["sha256"], tuple(trained))
+
+
+def _round(net: Net, names: Sequence[str], folder: Path) -> None:
+    strange = [name for name in names if f"{name}.weight" not in named_state(net)]
+    if strange:
+        raise CheckpointError(f"{folder}: its base has no layer {strange[0]!r} to hold in 4 bits.")
+    quantised.quantise(
+        net,
+        names,
+        instead=f"The adapters of {folder} were trained over one; they open over their base as it is stored with "
+        "unquantised=True (--unquantised), and then answer a little otherwise.",
+    )
 
 
 def _must_fit(name: str, tensor: Tensor, state: Mapping[str, Tensor], folder: Path) -> None:

@@ -1,5 +1,5 @@
-"""Low-rank adapters on a net's linear layers, by peft: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023) and DoRA
-(Liu et al. 2024).
+"""Low-rank adapters on a net's linear layers, by peft: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA
+(Liu et al. 2024) and QLoRA (:mod:`isthmus.quantised`).
 
 What a net carries stands in its layers alone: which of them are adapted, with what rank and scale, is read there.
 The layer underneath keeps its tensors, and with :func:`isthmus.stage.canonical` their names.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.errors import CheckpointError, ConfigError, MissingExtraError, StageError, nearest
+from isthmus.quantised import BITS, is_quantised
 
 MARK = ".lora_"
 """What the names of an adapter's tensors hold, after the name of their layer."""
@@ -33,7 +34,10 @@ class Lora:
 
     ``s`` is alpha / rank, or with ``rslora`` alpha / sqrt(rank); ``alpha`` is twice the rank unless given. ``dropout``
     is on what A reads. ``targets`` are ends of layers' names (``q_proj``); without any, every linear layer is adapted
-    but an output head over the vocabulary. ``dora`` trains the magnitude of each row apart. Raises ConfigError.
+    but an output head over the vocabulary. ``dora`` trains the magnitude of each row apart. With ``bits``, 4, every
+    linear layer that the pattern catches and no pattern opens is held in 4 bits, adapted or not, but output heads.
+
+    Raises ConfigError.
     """
 
     rank: int = 16
@@ -42,6 +46,7 @@ class Lora:
     targets: tuple[str, ...] = ()
     rslora: bool = False
     dora: bool = False
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
@@ -50,11 +55,23 @@ class Lora:
             raise ConfigError(f"lora: alpha is {self.alpha!r}; it scales what is learnt and must be above 0.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora: dropout is {self.dropout!r}; it must be at least 0 and below 1.")
+        if self.bits not in (None, BITS):
+            raise ConfigError(f"lora: bits is {self.bits!r}; give 4 (QLoRA), or leave it out for the base as it is.")
 
     @property
     def scale(self) -> float:
         """alpha, with its default filled in."""
         return 2.0 * self.rank if self.alpha is None else float(self.alpha)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What two adapters on one layer must have in common."""
+        return self.rank, self.scale, self.rslora, self.dora, self.bits
+
+    @property
+    def told(self) -> str:
+        words = [f"rank {self.rank}, alpha {self.scale:g}", *(n for n in ("rslora", "dora") if getattr(self, n))]
+        return ", ".join([*words, *([f"over {self.bits} bits"] if self.bits else [])])
 
 
 def layer_of(name: str) -> str:
@@ -82,6 +99,7 @@ def described(net: nn.Module) -> dict[str, Lora]:
             dropout=float(getattr(layer.lora_dropout[_NAME], "p", 0.0)),  # peft has an Identity for none
             rslora=bool(layer.use_rslora[_NAME]),
             dora=bool(layer.use_dora[_NAME]),
+            bits=BITS if is_quantised(layer.get_base_layer().weight) else None,
         )
         for name, layer in adapted(net).items()
     }
@@ -115,6 +133,20 @@ def plan(net: nn.Module, patterns: Sequence[tuple[str, Lora | None]], unreachabl
     for index, (pattern, lora) in enumerate(patterns):
         if lora is not None:
             _caught(pattern, lora, caught[index], [n for n, i in found.items() if i == index], net)
+    return found
+
+
+def in_four_bits(net: nn.Module, patterns: Sequence[tuple[str, Lora | None]]) -> list[str]:
+    """The layers that the patterns hold in 4 bits: those that one with ``bits`` catches, unless another pattern adapts
+    or opens them, they are output heads without an adapter, or share their weight with another."""
+    heads, found = _output_heads(net), []
+    for name, layer in _linear_layers(net).items() if any(lora and lora.bits for _, lora in patterns) else ():
+        matching = [lora for pattern, lora in patterns if fnmatchcase(f"{name}.weight", pattern)]
+        takers = [lora for lora in matching if lora is None or _targeted(name, layer, lora, heads)]
+        left = [lora for lora in matching if tuple(layer.weight.shape) not in heads and not _sharing(net, layer)]
+        lora = (takers or left or [None])[0]
+        if lora is not None and lora.bits:
+            found.append(name)
     return found
 
 
@@ -164,12 +196,17 @@ def _ends(name: str, target: str) -> bool:
 
 
 def _untied(net: nn.Module, name: str, layer: Any, pattern: str) -> None:
-    sharing = [n for n, p in net.named_parameters(remove_duplicate=False) if p is layer.weight]
-    if len(sharing) > 1:
+    if sharing := _sharing(net, layer):
         raise StageError(
             f"Pattern {pattern!r}: {name} has its weight in common with {', '.join(sharing)} (tied weights), so an "
             "adapter could not be merged into it. Take it out of the pattern or the targets."
         )
+
+
+def _sharing(net: nn.Module, layer: Any) -> list[str]:
+    """The names of the layer's weight, where it has several."""
+    found = [n for n, p in net.named_parameters(remove_duplicate=False) if p is layer.weight]
+    return found if len(found) > 1 else []
 
 
 # ------------------------------------------------------------------------------------------- putting them on
@@ -184,13 +221,10 @@ def attach(net: nn.Module, wanted: Mapping[str, Lora], *, seed: int = 0) -> None
     here = described(net)
     for name, lora in wanted.items():
         now = here.get(name)
-        if now is not None and (now.rank, now.scale, now.rslora, now.dora) != (
-            *(lora.rank, lora.scale),
-            *(lora.rslora, lora.dora),
-        ):
+        if now is not None and now.kind != lora.kind:
             raise StageError(
-                f"{name} has an adapter of rank {now.rank} and alpha {now.scale:g} from an earlier stage, and this one "
-                f"asks for rank {lora.rank} and alpha {lora.scale:g}. One layer has one adapter: give both the same."
+                f"{name} has an adapter from an earlier stage ({now.told}), and this one asks for another "
+                f"({lora.told}). One layer has one adapter: give both the same."
             )
     kinds = {(lora.rslora, lora.dora) for lora in (*here.values(), *wanted.values())}
     if len(kinds) > 1:
@@ -228,9 +262,12 @@ def _inject(net: nn.Module, lora: Lora, names: Sequence[str], *, turned: bool) -
         use_dora=lora.dora,
         fan_in_fan_out=turned,
     )
+    model: Any = net
+    model.is_loaded_in_4bit = any(is_quantised(model.get_submodule(name).weight) for name in names)  # so peft is told
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of peft to its developers
-        inject_adapter_in_model(config, net, adapter_name=_NAME)
+        inject_adapter_in_model(config, model, adapter_name=_NAME)
+    del model.is_loaded_in_4bit
     missing = set(names) - adapted(net).keys()
     if missing:
         raise StageError(f"peft put no adapter on {', '.join(sorted(missing)[:3])}: it does not know such a layer.")
@@ -244,10 +281,11 @@ def merge(net: nn.Module) -> int:
     layers = adapted(net)
     for name, layer in layers.items():
         weight = layer.get_base_layer().weight
-        if not weight.is_floating_point() or type(weight).__name__ in ("Params4bit", "Int8Params"):
+        if is_quantised(weight):
             raise CheckpointError(
                 f"The weight of {name} is quantised ({weight.dtype}): with an adapter added to it, it would be rounded "
-                "again and answer otherwise. Open the base in 16 or 32 bits and merge there."
+                "again and answer otherwise. Open the adapters over their base as it is stored, unquantised=True (on "
+                "the command line --unquantised), and merge there; what the rounding had changed goes, so score anew."
             )
     for name, layer in layers.items():
         try:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image as PilImage
 from torch import Tensor
 
-from isthmus import adapter_folder, borrowed, checkpoint
+from isthmus import adapter_folder, checkpoint
 from isthmus.adapter_folder import Base
 from isthmus.batch import Tokens
 from isthmus.config import plain
@@ -48,7 +48,6 @@ from isthmus.language import Decoding, unfilled
 from isthmus.load_report import Account, LoadReport, beside
 from isthmus.nn.losses import similarity
 from isthmus.placement import device_of, dtype_of
-from isthmus.products import multiply_quickly
 from isthmus.streaming import pieces
 from isthmus.systems import SYSTEMS, system
 from isthmus.systems.base import System
@@ -403,6 +402,7 @@ def load(
     vision: str | Path | None = None,
     language: str | Path | None = None,
     base: str | Path | None = None,
+    unquantised: bool = False,
     tokenizer: str | Path | None = None,
     activation: str | None = None,
     head_width: int | None = None,
@@ -421,6 +421,7 @@ def load(
         revision: branch, tag or commit of a hub id ``owner/name``, which is then fetched; nothing else is.
         vision, language: models that a checkpoint was trained with and does not hold.
         base: the model that adapters of ours belong to, where it no longer lies where it was.
+        unquantised: opens adapters that were trained over a base in 4 bits over the base as it is stored.
         tokenizer: a tokenizer's folder, or OpenAI's merge table, where a checkpoint comes without.
         activation: of a CLIP whose weights do not tell it, ``quick_gelu`` or ``gelu``.
         head_width: of a CLIP whose weights do not tell it and whose size is none that was published.
@@ -433,41 +434,32 @@ def load(
     arguments missing or of no use. Raises ConfigError for a device that is not there.
     """
     place, dtype = device_of(device), dtype_of(dtype)
-    multiply_quickly(place)
-    given: dict[str, Any] = {"vision": vision, "language": language, "base": base, "tokenizer": tokenizer}
-    given |= {"activation": activation, "head_width": head_width}
-    model = _opened(located(path, revision), given, [code] if isinstance(code, str | Path) else code, Account(), dtype)
+    given: dict[str, Any] = {"vision": vision, "language": language, "base": base, "unquantised": unquantised or None}
+    given |= {"tokenizer": tokenizer, "activation": activation, "head_width": head_width}
+    model = _opened(located(path, revision), given, [code] if isinstance(code, str | Path) else code, Account())
     if template is not None:
         model.processor = with_template(model.processor, template)
     return (model if dtype is None else model.cast(dtype)).to(place)
 
 
-def _opened(
-    folder: Path,
-    given: Mapping[str, Any],
-    code: Sequence[str | Path],
-    account: Account,
-    dtype: torch.dtype | None = None,
-) -> Model:
-    """The model, on the CPU and as it is stored, or of ``dtype`` where it is made on the way; with its report out of
-    ``account``."""
+def _opened(folder: Path, given: Mapping[str, Any], code: Sequence[str | Path], account: Account) -> Model:
+    """The model, on the CPU and as it is stored, with its report out of ``account``."""
     outer = outermost(folder)
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     config = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    useless = [n for n, value in given.items() if value is not None and (n != "base" or "base" not in (config or {}))]
-    if config is not None and "format" in config and useless:
-        raise CheckpointError(f"{folder} is a whole model of ours and needs no {useless[0]}: leave it out.")
+    if config is not None and "format" in config:
+        adapter_folder.check_useful(folder, config, given)
     with unfilled():
         if config is None or "format" not in config:
             from isthmus.interop.foreign import open_foreign
             from isthmus.interop.given import Given
 
-            named = Given(open=partial(_part, account), account=account, dtype=dtype, **given)
+            named = Given(open=partial(_part, account), account=account, **given)
             net, processor, forbidden = open_foreign(folder, config, named)
             model = Model(net, processor, prompts=published_request(processor), forbidden=forbidden)
         else:
-            on = partial(adapter_folder.opened, given=given.get("base"), load=lambda at: _opened(at, {}, code, account))
+            on = partial(adapter_folder.opened, given=given, load=lambda at: _opened(at, {}, code, account))
             model = _own(folder, vetted(config, outer, code), account, on)
         model.report = account.report()
     return model
@@ -491,7 +483,7 @@ def _own(folder: Path, config: Mapping[str, Any], account: Account, on: Callable
     kind = system(name)
     net, base = on(folder, config, files) if "base" in config else (kind.net.from_config(config["config"]), None)
     if base is None:
-        checkpoint.load_into(net, borrowed.weights(files[borrowed.FILE], config, account), folder, account)
+        checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"], account), folder, account)
     described = checkpoint.read_json(files["processor.json"])
     tokenizer = None if described.get("kind") == ImagesProcessor.kind else load_tokenizer(folder)
     others = {f.parent.name: Tokenizer.load(f.parent) for n, f in files.items() if n.endswith("/tokenizer.json")}

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, cast
 from rich.table import Table
 from torch import Tensor, nn
 
-from isthmus import adapters
+from isthmus import adapters, quantised
 from isthmus.adapters import Lora
 from isthmus.errors import ConfigError, StageError, nearest
 
@@ -54,7 +54,7 @@ class Group:
 
     def to_dict(self) -> dict[str, Any]:
         """The group as data; adapters only where it has some."""
-        return {k: v for k, v in asdict(self).items() if k != "lora" or v is not None}
+        return _said(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +148,14 @@ def defining_keys(stage: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a stage that change its outcome. One that came later counts only where it is used."""
     later = {"frozen_dtype": "fp32", "ema": None}
     kept = {k: v for k, v in stage.items() if k not in BOOKKEEPING and (k not in later or v != later[k])}
-    groups = [{k: v for k, v in g.items() if k != "lora" or v is not None} for g in stage.get("train", ())]
-    return {**kept, "train": groups} if "train" in kept else kept
+    return {**kept, "train": [_said(group) for group in stage["train"]]} if "train" in kept else kept
+
+
+def _said(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's keys without those that came later and are not used."""
+    own = {k: v for k, v in group.items() if k != "lora"}
+    lora = group.get("lora")
+    return own if lora is None else {**own, "lora": {k: v for k, v in lora.items() if k != "bits" or v is not None}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,9 +246,13 @@ def named_state(net: nn.Module) -> dict[str, Tensor]:
 
 
 def attach_adapters(net: nn.Module, groups: Sequence[Group], *, seed: int = 0) -> dict[str, int]:
-    """Put on the adapters that the groups ask for, drawn from ``seed``, where they are not there yet; adapted layer ->
-    index of its group. Raises StageError as :func:`isthmus.adapters.plan` and :func:`isthmus.adapters.attach`."""
-    layers = adapters.plan(net, [(g.pattern, g.lora) for g in groups], _unreachable(net))
+    """Put on the adapters that the groups ask for, drawn from ``seed``, where they are not there yet, over 4 bits where
+    they say so; adapted layer -> index of its group. Raises StageError as :func:`isthmus.adapters.plan` and
+    :func:`isthmus.adapters.attach`, and what :func:`isthmus.quantised.quantise` raises."""
+    patterns = [(g.pattern, g.lora) for g in groups]
+    layers = adapters.plan(net, patterns, _unreachable(net))
+    adapted = adapters.adapted(net)
+    quantised.quantise(net, [name for name in adapters.in_four_bits(net, patterns) if name not in adapted])
     adapters.attach(net, {n: lora for n, i in layers.items() if (lora := groups[i].lora) is not None}, seed=seed)
     return layers
 
@@ -276,6 +286,8 @@ def apply_stage(net: nn.Module, groups: Sequence[Group], *, seed: int = 0) -> St
         if out_of_reach:
             unused.append(name)
         elif index is not None:
+            if quantised.is_quantised(parameter):
+                raise StageError(f"{name!r} is held in 4 bits since an earlier stage, and cannot be trained whole.")
             assigned[name] = index
         parameter.requires_grad_(index is not None and not out_of_reach)
     for index, group in enumerate(groups):
@@ -377,7 +389,7 @@ def _patterns(names: Iterable[str]) -> list[str]:
 def _rows(net: nn.Module, groups: Sequence[Group], assigned: Mapping[str, int], unused: set[str]) -> tuple[Row, ...]:
     sizes: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name, parameter in named_parameters(net):
-        sizes[name.split(".")[0]].append((name, parameter.numel()))
+        sizes[name.split(".")[0]].append((name, quantised.numel(parameter)))
     return tuple(
         Row(
             part=part,

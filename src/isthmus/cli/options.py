@@ -17,16 +17,16 @@ LOADING: dict[str, Any] = {
     "vision": Annotated[str | None, typer.Option(help="The vision encoder's model, where a checkpoint holds none.")],
     "language": Annotated[str | None, typer.Option(help="The language model, where a checkpoint holds none.")],
     "base": Annotated[str | None, typer.Option(help="The model that adapters belong to, where it was moved.")],
+    "unquantised": Annotated[
+        bool | None, typer.Option("--unquantised", help="Over the base as stored, where adapters learnt over 4 bits.")
+    ],
     "tokenizer": Annotated[str | None, typer.Option(help="A tokenizer's folder, where a checkpoint comes without.")],
     "activation": Annotated[str | None, typer.Option(help="quick_gelu or gelu, where a CLIP's weights do not tell.")],
     "head_width": Annotated[
         int | None, typer.Option(help="Width of a CLIP's attention heads, where nothing tells it.")
     ],
     "template": Annotated[
-        str | None,
-        typer.Option(
-            help="How it is asked: a template's name, chat (its own, switches after a colon), or a file in Jinja."
-        ),
+        str | None, typer.Option(help="How it is asked: a template's name, chat (its own), or a file in Jinja.")
     ],
     "revision": Annotated[
         str | None, typer.Option(help="Of a hub id owner/name: main, a tag or a commit; it is fetched.")

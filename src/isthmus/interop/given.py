@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from isthmus.data.images import ImageTransform
@@ -23,11 +22,11 @@ class Given:
     """What the user names beside a checkpoint; ``open``, which loads a model folder of any kind; and the ``account`` of
     the checkpoint's tensors, where every reader writes down what it does with them.
 
-    ``vision``, ``language`` and ``base`` (of adapters of ours, which no reader of others takes) are models;
+    ``vision``, ``language`` and ``base`` (of adapters of ours, as ``unquantised``: no reader of others takes them) are
+    models;
     ``tokenizer`` a folder or OpenAI's merge table; ``activation`` that of a CLIP whose weights do not tell it
     (``quick_gelu`` for weights trained by OpenAI's code, mostly ``gelu`` else); ``head_width`` that of its attention
-    heads, where its size is none that was published. ``dtype`` is what the model is cast to when it is open, for
-    readers that can save the way there.
+    heads, where its size is none that was published.
     """
 
     open: Callable[[str | Path], Any]
@@ -35,10 +34,10 @@ class Given:
     vision: str | Path | None = None
     language: str | Path | None = None
     base: str | Path | None = None
+    unquantised: bool | None = None
     tokenizer: str | Path | None = None
     activation: str | None = None
     head_width: int | None = None
-    dtype: torch.dtype | None = None
 
     def need(self, name: str, where: Path, why: str) -> Any:
         value = getattr(self, name)
@@ -49,7 +48,7 @@ class Given:
     def only(self, *used: str, where: Path) -> None:
         """Raises CheckpointError for an argument that this checkpoint has no use for."""
         for field in fields(self):
-            if field.name not in ("open", "account", "dtype", *used) and getattr(self, field.name) is not None:
+            if field.name not in ("open", "account", *used) and getattr(self, field.name) is not None:
                 raise CheckpointError(f"{where} needs no {field.name}: leave it out.")
 
     def encoder(self, path: str | Path) -> "Encoder":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus import adapters
+from isthmus import adapters, quantised
 from isthmus.config import merged, plain
 from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.images import ImageTransform
@@ -25,6 +25,7 @@ from isthmus.data.wordpiece import load_wordpiece, train_wordpiece
 from isthmus.errors import CheckpointError, ConfigError, DataError, nearest
 from isthmus.interop.hub import located
 from isthmus.model import Model, load
+from isthmus.processes import world
 from isthmus.recipes.schema import VARIABLE, Recipe, StageSpec, TokenizerSpec
 from isthmus.stage import attach_adapters, named_state
 from isthmus.systems import system
@@ -70,7 +71,19 @@ class Built:
             recall(net, memory, f"stage {stage.name!r}")
             entered = replace(self, net=net, memory=memory, begun="")
         attach_adapters(entered.net, stage.stage.train, seed=self.recipe.seed)
+        entered._demand_base(stage)
         return entered
+
+    def _demand_base(self, stage: StageSpec) -> None:
+        """Raises ConfigError for layers in 4 bits whose weights no file of a base holds."""
+        rounded = quantised.names(self.net)
+        moved = [name for name in rounded if f"{name}.weight" in self.opened]
+        if rounded and (moved or not self.begun):
+            why = f"{moved[0]} was trained by an earlier stage" if moved else "the net is not the part `init` as it is"
+            raise ConfigError(
+                f"Stage {stage.name!r}: bits: 4 rounds weights that stay in their base, and {why}. Train in 4 bits "
+                "from a finished model, parts.init=FOLDER, or take bits out."
+            )
 
     def processor(self, stage: StageSpec) -> Processor:
         """The processor of one stage: this system's, with the stage's template, image mode and length."""
@@ -153,11 +166,16 @@ def fresh(recipe: Recipe, config: Mapping[str, Any]) -> Any:
 
 
 def check_parts(recipe: Recipe) -> None:
-    """Raises ConfigError for a part that this kind of model is not built from."""
+    """Raises ConfigError for a part that this kind of model is not built from, and for a base in 4 bits where there can
+    be none (MissingExtraError without bitsandbytes)."""
     kind = system(recipe.model)
     for name in recipe.parts:
         if name not in kind.parts:
             raise ConfigError(f"A {kind.kind} recipe has no part {name!r}; {nearest(name, kind.parts)}")
+    if any(group.lora and group.lora.bits for stage in recipe.stages for group in stage.stage.train):
+        if recipe.parallel.engine == "fsdp" and world() > 1:
+            raise ConfigError("bits: 4 goes with parallel=ddp: FSDP's shards were not tried over weights in 4 bits.")
+        quantised.demand()
 
 
 def _config(recipe: Recipe, parts: Mapping[str, Any], tokenizers: Tokenizers) -> dict[str, Any]:

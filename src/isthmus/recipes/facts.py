@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from isthmus import quantised
 from isthmus.config import merged, plain
 from isthmus.errors import ConfigError
 from isthmus.nn.tiles import num_tokens
@@ -155,7 +156,7 @@ def parts_of(net: Any) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, parameter in net.named_parameters():
         part = name.split(".")[0]
-        counts[part] = counts.get(part, 0) + parameter.numel()
+        counts[part] = counts.get(part, 0) + quantised.numel(parameter)
     return counts
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from isthmus.checkpoint import tensor_sha256
 from isthmus.errors import StageError
 from isthmus.processes import told
+from isthmus.quantised import is_quantised
 from isthmus.stage import canonical, named_parameters
 from isthmus.training.shards import is_shard, local, whole
 
@@ -47,15 +48,16 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
 
 
 def frozen_tensors(net: nn.Module) -> dict[str, str]:
-    """sha256 of every tensor that must not move: frozen parameters, and persistent buffers of frozen modules. Shards
-    are put together first, one tensor at a time: all processes call it together."""
+    """sha256 of every tensor that must not move: frozen parameters, with the scales of those in 4 bits, and persistent
+    buffers of frozen modules. Shards are put together first, one tensor at a time: all processes call it together."""
     digests = {name: tensor_sha256(whole(p)) for name, p in named_parameters(net) if not p.requires_grad}
     moving = moving_buffers(net)
     state = net.state_dict()
     for name, buffer in net.named_buffers():
         if name in state and canonical(name) not in moving:
             digests[canonical(name)] = tensor_sha256(buffer)
-    return digests
+    rounded = tuple(f"{name}." for name, p in net.named_parameters() if is_quantised(p))
+    return digests | {canonical(name): tensor_sha256(t) for name, t in state.items() if name.startswith(rounded)}
 
 
 def moving_buffers(net: nn.Module) -> set[str]:
