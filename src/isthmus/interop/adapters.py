@@ -6,21 +6,23 @@ from pathlib import Path
 
 from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError, IsthmusWarning
-from isthmus.interop.folders import TOKENIZER_FILES, llava_of, load_foreign
+from isthmus.interop.folders import TOKENIZER_FILES, blip2_of, llava_of, load_foreign
 from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_peer import open_class
-from isthmus.interop.lora import CONFIG, FILES, adapter_file, merge_adapter
+from isthmus.interop.lora import CONFIG, FILES, adapter_file, base_named, merge_adapter
 from isthmus.models.lm import BareLM
 
+_WHOLE = {**dict.fromkeys(("llava", "llava_next"), llava_of), **dict.fromkeys(("blip-2", "instructblip"), blip2_of)}
+"""Models of several parts whose adapters may be on any of them: by model_type, what reads their merged weights."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
 def is_adapter(folder: Path) -> bool:
     """Does the folder hold an adapter and no other weights?"""
-    return folder.is_dir() and (folder / CONFIG).is_file() and not _whole(folder)
+    return folder.is_dir() and (folder / CONFIG).is_file() and not _own_weights(folder)
 
 
-def _whole(folder: Path) -> list[str]:
+def _own_weights(folder: Path) -> list[str]:
     """Files of weights of a model's own: neither an adapter's nor what trainers leave beside one."""
     aside = ("training_args.bin", "optimizer.pt", "scheduler.pt", "non_lora_trainables.bin", "mm_projector.bin", *FILES)
     return [f.name for end in _WEIGHTS for f in folder.glob(end) if f.name not in aside]
@@ -28,7 +30,7 @@ def _whole(folder: Path) -> list[str]:
 
 def warn_of_leftover(folder: Path) -> None:
     """Says so where an adapter lies beside a whole model: it is not merged into it."""
-    if folder.is_dir() and (file := adapter_file(folder)) is not None and _whole(folder):
+    if folder.is_dir() and (file := adapter_file(folder)) is not None and _own_weights(folder):
         warnings.warn(
             f"{folder} holds a whole model and an adapter, {file.name}: the model is opened as it is, the adapter is "
             "not merged. Move the adapter to a folder of its own and open that with language=…, or delete it.",
@@ -38,7 +40,7 @@ def warn_of_leftover(folder: Path) -> None:
 
 
 def open_adapter(folder: Path, given: Given) -> Opened:
-    """A LoRA of a causal LM, or of transformers' LLaVA, merged into its base.
+    """A LoRA of a causal LM, or of transformers' LLaVA or BLIP-2, merged into its base.
 
     The base is ``language``, or the folder that the adapter names. Raises CheckpointError without one.
     """
@@ -50,10 +52,10 @@ def open_adapter(folder: Path, given: Given) -> Opened:
     words = given.tokenizer or own
     file = base / "config.json"
     described = read_json(file) if file.is_file() else {}
-    if described.get("model_type") in ("llava", "llava_next"):
+    if (read := _WHOLE.get(described.get("model_type", ""))) is not None:
         peer = open_class(base)
         merge_adapter(peer, folder, given.account)
-        return llava_of(base, Path(words or base), dict(peer.state_dict()), given.account)
+        return read(base, Path(words or base), dict(peer.state_dict()), given.account)
     if "model_type" in described and "format" not in described and "mm_vision_tower" not in described:
         beside = Given(open=given.open, account=given.account, tokenizer=words)
         net, processor, forbidden = load_foreign(base, described, beside)
@@ -62,8 +64,8 @@ def open_adapter(folder: Path, given: Given) -> Opened:
         net, processor, forbidden = model.net, model.processor, model.forbidden
     if not isinstance(net, BareLM):
         raise CheckpointError(
-            f"{folder}: adapters are merged into causal language models and transformers' LLaVA; {base} is a "
-            f"{net.KIND} model."
+            f"{folder}: adapters are merged into causal language models and transformers' LLaVA and BLIP-2; {base} "
+            f"is a {net.KIND} model."
         )
     lm = net.language.lm
     tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
@@ -75,9 +77,7 @@ def open_adapter(folder: Path, given: Given) -> Opened:
 
 
 def _base(folder: Path, given: Given) -> Path:
+    if given.language is None and (found := base_named(folder)) is not None:
+        return found
     named = read_json(folder / CONFIG).get("base_model_name_or_path")
-    if given.language is None and isinstance(named, str) and named:
-        for found in (Path(named), folder / named, folder.parent / named):
-            if found.is_dir():
-                return found
     return Path(given.need("language", folder, f"is an adapter of {named!r}, which is no folder here"))

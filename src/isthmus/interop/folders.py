@@ -181,8 +181,13 @@ def _idefics(folder: Path, words: Path, account: Account) -> Opened:
 
 
 def _blip2(folder: Path, words: Path, account: Account) -> Opened:
-    """The prompts are the paper's; InstructBLIP's instruction stands by itself, its Q-Former has a tokenizer too."""
-    config, state = read_blip2_folder(folder, account)
+    return blip2_of(folder, words, read_state(folder, account), account)
+
+
+def blip2_of(folder: Path, words: Path, stored: Mapping[str, Tensor], account: Account) -> Opened:
+    """A BLIP-2 from its weights under transformers' names, which may be others than those in ``folder``. The prompts
+    are the paper's; InstructBLIP's instruction stands by itself, its Q-Former has a tokenizer too."""
+    config, state = read_blip2_folder(folder, account, stored)
     if config.phase == "represent":
         return _retrieval(folder, words, config, state, account)
     net = Blip2(config)
@@ -224,7 +229,7 @@ def asked_otherwise(net: Blip2, processor: PromptProcessor) -> tuple[str, ...]:
     own = processor.to_dict()
     return tuple(
         f"processor.{name} {own[name]!r}: such a model is asked with {read[name]!r}"
-        for name in ("prompt", "question", "end", "clean", "template")
+        for name in ("prompt", "question", "end", "clean")
         if own[name] != read[name]
     )
 

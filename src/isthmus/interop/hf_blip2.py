@@ -278,13 +278,16 @@ def _retrieval(
     return config, {**state, **filled, "heads.temperature": torch.tensor(TEMPERATURE)}
 
 
-def read_blip2_folder(folder: Path, account: Account | None = None) -> tuple[Blip2Config, dict[str, Tensor]]:
-    """Configuration and state dict of a saved BLIP-2 or InstructBLIP, or of a BLIP-2 for retrieval.
+def read_blip2_folder(
+    folder: Path, account: Account | None = None, stored: Mapping[str, Tensor] | None = None
+) -> tuple[Blip2Config, dict[str, Tensor]]:
+    """Configuration and state dict of a saved BLIP-2 or InstructBLIP, or of a BLIP-2 for retrieval; ``stored`` are its
+    weights where they are others than the folder's.
 
     A T5 head stored beside another embedding table is taken as untied. Raises CheckpointError for strange tensors.
     """
     raw = read_json(folder / "config.json")
-    stored = read_state(folder, account)
+    stored = read_state(folder, account) if stored is None else stored
     config, state = config_from_hf(raw, account), from_hf(stored, str(folder), account)
     for theirs, own in _renamed(config):
         if theirs in state:

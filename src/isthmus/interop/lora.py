@@ -53,6 +53,14 @@ def adapter_file(folder: Path) -> Path | None:
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
 
+def base_named(folder: Path) -> Path | None:
+    """The base that the adapter in ``folder`` names, where that is a folder here: as it says, within, or beside."""
+    values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    named = values.get("base_model_name_or_path")
+    places = (Path(named), folder / named, folder.parent / named) if isinstance(named, str) and named else ()
+    return next((place for place in places if place.is_dir()), None)
+
+
 def merge_adapter(lm: nn.Module, folder: Path, account: Account | None = None) -> None:
     """Merges the adapter in ``folder`` into ``lm``, a model of transformers, in place; without an adapter, nothing.
 

@@ -25,7 +25,7 @@ from isthmus.interop.archives import read_archive, read_state, tensors_of, unwra
 from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_files import further_stops
 from isthmus.interop.hf_tokenizer import open_tokenizer
-from isthmus.interop.lora import merge_adapter
+from isthmus.interop.lora import base_named, merge_adapter
 from isthmus.interop.open_clip import CANONICAL, clip_config_from_open_clip, clip_from_open_clip
 from isthmus.interop.open_flamingo import config_from_open_flamingo, trained_from_open_flamingo
 from isthmus.interop.open_lavis import open_lavis
@@ -218,12 +218,11 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
     """A folder of haotian-liu/LLaVA: the whole model, a projector alone, or a LoRA with its side file."""
     given.only("vision", "language", "tokenizer", where=folder)
     partial = (folder / _PROJECTOR).is_file() or (folder / _TRAINED).is_file()
-    state, tower = (_base(folder, given) if partial else read_state(folder, given.account)), None
-    if given.vision is not None:
-        encoder = given.encoder(given.vision)
-        config, tower = llava_config_from_original(values, encoder.config), encoder.state
-    elif _inside(folder, values["mm_vision_tower"]):
-        encoder = given.encoder(folder / values["mm_vision_tower"])
+    language = (given.language or base_named(folder)) if partial else None
+    state, tower = (_base(folder, language, given) if partial else read_state(folder, given.account)), None
+    place = given.vision or _tower_here(folder, values["mm_vision_tower"])
+    if place is not None:
+        encoder = given.encoder(place)
         config, tower = llava_config_from_original(values, encoder.config), encoder.state
     elif is_known_tower(values):
         config = llava_config_from_original(values)
@@ -240,7 +239,7 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
     )
     tiled: dict[str, Any] = {"mode": "anyres", "pinpoints": config.pinpoints} if config.pinpoints else {}
     image = replace(base, deep="clip", **tiled)
-    found = Path(given.tokenizer or (given.language if partial else folder) or folder)
+    found = Path(given.tokenizer or language or folder)
     tokenizer = open_tokenizer(found)
     must_agree(folder, found, tokenizer, net.language.vocab_size)
     processor = SpliceProcessor(
@@ -257,10 +256,20 @@ def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -
     return net, processor, (tokenizer.id_of("<image>"),) if sayable else ()
 
 
-def _base(folder: Path, given: Given) -> dict[str, Tensor]:
+def _tower_here(folder: Path, name: Any) -> Path | None:
+    """The vision tower that a configuration names, where it is a folder here: within the model's, as it says, or beside
+    it."""
+    if _inside(folder, name):
+        return folder / name
+    places = (Path(name), folder.parent / name) if isinstance(name, str) else ()
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def _base(folder: Path, base: str | Path | None, given: Given) -> dict[str, Tensor]:
     """The language model that a projector or a LoRA belongs to, LoRA merged in, under transformers' names."""
-    base = Path(given.need("language", folder, "holds no language model, only what was trained beside it"))
-    lm = given.open(base).net.language.lm
+    if base is None:
+        base = given.need("language", folder, "holds no language model, only what was trained beside it")
+    lm = given.open(str(base)).net.language.lm
     merge_adapter(lm, folder, given.account)
     return lm.state_dict()
 
