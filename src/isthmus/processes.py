@@ -9,7 +9,7 @@ Alone, every function here answers as the only process would, without any commun
 import atexit
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -31,9 +31,24 @@ class LostError(IsthmusError):
     exit_code = 75
 
 
+_apart = False
+
+
 def world() -> int:
     """Number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _apart else 1
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """While inside, this process is the only one to all that asks: a loss that contrasts the rows of all processes sees
+    its own."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def rank() -> int:
@@ -121,6 +136,26 @@ def told(value: T) -> list[T]:
     with talking():
         dist.all_gather_object(found, value)
     return found
+
+
+def all_of(make: Callable[[], T]) -> list[T]:
+    """What ``make`` gives each process, in order of rank. An IsthmusError of one is raised by all."""
+    found: T | None = None
+    fault: IsthmusError | None = None
+    try:
+        found = make()
+    except IsthmusError as error:
+        fault = error
+    met = told((found, fault))
+    if (fault := next((f for _, f in met if f is not None), None)) is not None:
+        raise fault
+    return [value for value, _ in met]  # type: ignore[misc]
+
+
+def of_first(make: Callable[[], T]) -> T:
+    """What ``make`` gives the first process, in all of them; the others do not call it. Its IsthmusError is raised by
+    all."""
+    return all_of(lambda: make() if first() else None)[0]  # type: ignore[return-value]
 
 
 def sizes(rows: int, device: torch.device) -> list[int]:

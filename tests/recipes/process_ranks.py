@@ -1,19 +1,28 @@
-"""What each process of the tests of recipes in several processes runs: five systems, three steps each."""
+"""What each process of the tests of recipes in several processes runs: every system, three steps each; adapters with
+validation on the way; evaluations."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image as PilImage
 
+from isthmus.cli.evaluate import run as command
+from isthmus.model import load
+from isthmus.processes import of_first
 from isthmus.recipes.run import train
-from isthmus.recipes.schema import Recipe, parse_recipe
+from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe
+from isthmus.recipes.scoring import own_tasks, score_model
 from isthmus.training.parallel import Parallel
 from tests.miniature import tree
 from tests.recipes.test_blip2 import tree as blip2_tree
 from tests.recipes.test_flamingo import recipe as flamingo_recipe
+from tests.recipes.visits import questions
 
-SHARDED = ("clip", "llava", "flamingo")
+SHARDED = ("clip", "llava", "flamingo", "tuned")
+HELD_OUT = {"kind": "scenes", "form": "conversations", "split": "test", "count": 10, "turns": 3}
+LORA = {"pattern": "language.*", "lora": {"rank": 2}, "lr": 1e-3}
 
 
 def recipes(story: Path) -> dict[str, Recipe]:
@@ -28,7 +37,49 @@ def recipes(story: Path) -> dict[str, Recipe]:
         "llava": parse_recipe(llava),
         "flamingo": flamingo_recipe(story),
         "blip2": parse_recipe(blip2),
+        "tuned": parse_recipe(tuned(story)),
+        "ends": parse_recipe(tuned(story, ends=True)),
     }
+
+
+def tuned(story: Path, *, ends: bool = False) -> dict[str, Any]:
+    """Adapters and an average of weights, measured on the way: five rows of loss in two batches, five questions. With
+    ``ends`` a stage whose rate only makes it worse, so that it ends early."""
+    found = tree("llava", story)
+    found["parts"] = {"init": str(story / "llava")}
+    connector = {"pattern": "connector.*", "lr": 1.0 if ends else 1e-3}
+    validate: dict[str, Any] = {"every": 1 if ends else 2, "data": [HELD_OUT], "rows": 5}
+    validate |= {"keep_best": {"metric": "loss", "patience": 1}} if ends else {"tasks": ["vqa"]}
+    if not ends:
+        validate["keep_best"] = {"metric": "loss"}
+    own: dict[str, Any] = {"steps": 9} if ends else {"steps": 3, "ema": 0.5}
+    train = [connector] if ends else [LORA, connector]
+    found["stages"] = [found["stages"][1] | own | {"train": train, "validate": validate}]
+    return found
+
+
+def evaluations(story: Path, folder: Path, trained: Path) -> None:
+    """What is scored in one process and in two, models of ``trained``: more questions than processes, fewer, a ranking,
+    and a picture that cannot be decoded among the second process's."""
+    asked: dict[str, Any] = {"task": None, "data": None, "train": None, "options": (), "seed": 0}
+    command(str(trained / "tuned"), **asked, limit=7, out=folder / "seven", json_file=folder / "seven.json")
+    alone = [spec.model_copy(update={"options": SHORT | {"controls": []}}) for spec in own_tasks(trained / "tuned")]
+    score_model(load(trained / "tuned"), alone, folder / "one", model_hash="x", limit=1)
+    score_model(load(trained / "clip"), own_tasks(trained / "clip"), folder / "ranks", model_hash="x")
+    folder.joinpath("data").mkdir(parents=True, exist_ok=True)
+    broken = EvalSpec(name="vqa", task="vqa", data=of_first(lambda: damaged(folder / "data")), options=SHORT)
+    score_model(load(story / "llava"), [broken], folder / "broken", model_hash="x")
+
+
+SHORT = {"decoding": {"max_new_tokens": 2}}
+
+
+def damaged(folder: Path) -> dict[str, Any]:
+    """Four questions, the last about a picture whose header alone is sound."""
+    data = questions(folder, 4)
+    PilImage.effect_noise((64, 64), 40).save(folder / "3.png")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:900])
+    return data
 
 
 def run(number: int, world: int, port: int, story: str, folder: str) -> None:
@@ -45,3 +96,4 @@ def run(number: int, world: int, port: int, story: str, folder: str) -> None:
     for name in SHARDED:
         recipe = recipes(Path(story))[name].model_copy(update={"parallel": Parallel(engine="fsdp")})
         train(recipe, Path(folder) / f"{name}-sharded", progress=False)
+    evaluations(Path(story), Path(folder) / "scores", Path(folder))

@@ -13,8 +13,8 @@ import torch
 import yaml
 
 import isthmus
-from isthmus.checkpoint import load_tensors
-from isthmus.errors import ConfigError
+from isthmus.checkpoint import load_tensors, read_json
+from isthmus.errors import ConfigError, IsthmusWarning
 from isthmus.recipes import run as run_module
 from isthmus.recipes.run import make_loader, train
 from isthmus.recipes.schema import parse_recipe
@@ -70,7 +70,7 @@ def test_the_folder_is_one_model(both, alone):
     assert not list(both.rglob("quarantine-1.jsonl"))
 
 
-@pytest.mark.parametrize("name", ranks.SHARDED)
+@pytest.mark.parametrize("name", ["clip", "llava", "flamingo"])
 def test_shards_make_the_steps_of_whole_nets_and_one_model(both, name):
     assert isthmus.load(both / f"{name}-sharded").kind == name
     ours, theirs = (load_tensors(both / n / "model" / "model.safetensors") for n in (f"{name}-sharded", name))
@@ -82,6 +82,42 @@ def test_shards_make_the_steps_of_whole_nets_and_one_model(both, name):
         for own, other in zip(read_metrics(sharded), read_metrics(place / "metrics.jsonl"), strict=True):
             assert own["loss"] == pytest.approx(other["loss"], rel=1e-4)
             assert own["order"] == other["order"]
+
+
+@pytest.mark.parametrize("engine", ["", "-sharded"])
+def test_adapters_trained_and_validated_by_two_are_those_of_one(both, alone, engine):
+    ours, theirs = (f / n / "stages/instruct" for f, n in ((both, f"tuned{engine}"), (alone, "tuned")))
+    lines = [[line for line in read_metrics(f / "metrics.jsonl") if "validation" in line] for f in (ours, theirs)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [0, 2, 3]
+    assert lines[0][0]["validation"] == lines[1][0]["validation"]  # to the bit, scores and losses
+    for own, other in zip(*lines, strict=True):
+        assert own["validation"]["loss"] == pytest.approx(other["validation"]["loss"], rel=1e-4)
+    assert read_json(ours / "best/validation.json")["step"] == read_json(theirs / "best/validation.json")["step"]
+    for own, other in ((ours.parents[1] / "model", theirs.parents[1] / "model"), (ours / "best", theirs / "best")):
+        assert read_json(own / "config.json")["base"]["sha256"] == read_json(other / "config.json")["base"]["sha256"]
+        for file in ("adapter_model.safetensors", "trained.safetensors"):
+            found, wanted = load_tensors(own / file), load_tensors(other / file)
+            assert found.keys() == wanted.keys()
+            assert all(torch.allclose(t, wanted[n], atol=2e-3, rtol=0) for n, t in found.items())
+        assert isthmus.load(own).base is not None
+
+
+def test_two_processes_end_a_stage_that_gets_no_better_together(both, alone):
+    steps = [[line["step"] for line in read_metrics(f / "ends/stages/instruct/metrics.jsonl")] for f in (both, alone)]
+    assert steps[0] == steps[1]
+    assert len(steps[0]) < 10
+
+
+def test_two_processes_score_as_one(both, story, tmp_path):
+    with pytest.warns(IsthmusWarning, match="begins anew"):
+        ranks.evaluations(story, tmp_path, both)
+    for name in ("seven/vqa", "one/vqa", "ranks/retrieval", "broken/vqa"):
+        for file in ("outputs.jsonl", "scores.json"):
+            own, other = (f / name / file for f in (both / "scores", tmp_path))
+            assert own.read_text() == other.read_text(), (name, file)
+    assert (both / "scores/seven.json").read_text() == (tmp_path / "seven.json").read_text()
+    assert read_json(both / "scores/broken/vqa/scores.json")["left_out"] == 1
+    assert len((both / "scores/broken/vqa/quarantine.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -1,4 +1,4 @@
-"""Questions about pictures, and what a process opens and decodes of them; light to import, for tests of processes."""
+"""Questions about pictures, and what a process opens and decodes of them."""
 
 import json
 from collections import Counter
@@ -43,11 +43,11 @@ def questions(folder, count):
     return {"kind": "llava", "file": str(folder / "data.json"), "image_folder": str(folder)}
 
 
-def epoch_of(part, data, answers):
+def epoch_of(part, data):
     """What one of two processes of a training opens and decodes in an epoch."""
     with pytest.MonkeyPatch.context() as patch:
         opened, decoded = count_visits(patch)
         sources, processor = [open_source(data)], ContrastiveProcessor(byte_level(), ImageTransform(size=8))
         for batches in Loader(sources, processor, batch_size=4, group=False, part=(part, 2)).epoch():
             assert all(key for batch in batches for key in batch.keys)
-        answers.put((dict(opened), decoded["all"]))
+        return dict(opened), decoded["all"]

@@ -34,13 +34,16 @@ def run(
     given: Mapping[str, Any] | None = None,
     judge: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print a table per task; outputs, manifest and scores go into ``out``. ``given``: further arguments of
+    """Print a table per task; outputs, manifest and scores go into ``out``. Processes that torchrun started share the
+    items, and the first one writes and prints. ``given``: further arguments of
     :func:`isthmus.load`, which belong to the model's identity. ``judge``: who scores open answers, by the fields of
     :class:`isthmus.evaluation.judge.Judge`."""
     from isthmus.interop.hub import located, model_hash
+    from isthmus.processes import first, join
     from isthmus.recipes.scoring import SHOWABLE, score_model, with_shots
     from isthmus.recipes.tables import score_table
 
+    join()
     counts = counted(shots, more_shots)
     if data is None and (options or train):
         raise ConfigError("--set and --train go with --data; without it the recipe's own tasks are asked as they are.")
@@ -63,7 +66,7 @@ def run(
     specs = with_shots(specs, counts, select)
     name = f"hf-{Path(data).stem}" if data and model.startswith(_PEER) else Path(data).stem if data else "own"
     place = out if out is not None else _home(folder) / name
-    console = Console(emoji=False)
+    console = Console(emoji=False, quiet=not first())
 
     def tell(result: Any) -> None:
         console.print(score_table(result.task, result.scores.to_dict()))
@@ -90,6 +93,8 @@ def run(
             done=tell,
             run=folder,
         )
+    if not first():
+        return
     console.print(f"Raw outputs, manifest and scores: [bold]{place}[/]")
     if (curve := _over_shots(place, results)) is not None:
         console.print(f"Score over shots: [bold]{curve}[/]")

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from isthmus.batch import Batch, in_parts
@@ -271,10 +272,23 @@ class Loader:
             if found or parts > 1:
                 yield position, found
 
-    def epoch(self, number: int = 0) -> Iterator[list[Batch]]:
-        """The steps of one epoch alone, for evaluation."""
-        filled = map(self._fill, self._plan(number))
-        return in_background(lambda: map(self._micro_batches, filter(None, filled)), self.prefetch)
+    def epoch(
+        self, number: int = 0, *, rows: int | None = None, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[list[Batch]]:
+        """The steps of one epoch alone, for evaluation; with ``rows`` so many as hold that many rows. A ``share``
+        (which, of how many) is every how-many-th step, and then has an empty one where all samples were bad."""
+        planned = islice(self._first(self._plan(number), rows), share[0], None, share[1])
+        filled = (found for found in map(self._fill, planned) if found or share[1] > 1)
+        return in_background(lambda: map(self._micro_batches, filled), self.prefetch)
+
+    @staticmethod
+    def _first(planned: Iterator[list["_Row"]], rows: int | None) -> Iterator[list["_Row"]]:
+        left = rows
+        for batch in planned:
+            if left is not None and left <= 0:
+                return
+            left = None if left is None else left - len(batch)
+            yield batch
 
 
 def _chunks(rows: list[T], size: int) -> Iterator[list[T]]:

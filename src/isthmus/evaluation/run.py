@@ -3,7 +3,7 @@
 The folder holds ``manifest.json`` (what was asked of what, without dates), ``outputs.jsonl`` (one line per item, in
 the order of the data), ``scores.json``, and ``quarantine.jsonl`` where samples could not be read (:mod:`.sound`). An
 interrupted evaluation goes on after its last whole line, and a finished one can be scored again from its folder alone
-(:mod:`.rescore`).
+(:mod:`.rescore`). Several processes share the items (:mod:`.sharing`); the first one writes.
 """
 
 import hashlib
@@ -19,7 +19,9 @@ from isthmus.evaluation.doubts import warn_of
 from isthmus.evaluation.protocols import Tells
 from isthmus.evaluation.results import versions, write_json
 from isthmus.evaluation.scorers import scorer_of
+from isthmus.evaluation.sharing import shared_rows
 from isthmus.evaluation.tasks import CLOSE, Row, Scores, Task
+from isthmus.processes import first, of_first, world
 from isthmus.user_code import code_of
 
 
@@ -63,27 +65,34 @@ def evaluate(
     """
     folder = Path(folder)
     left = {"left_out": left_out} if left_out else {}
-    _settle(folder / "manifest.json", _manifest(task, model, model_hash) | left | dict(facts))
-    path = folder / "outputs.jsonl"
-    rows = _read(path, task)
+    path, manifest = folder / "outputs.jsonl", _manifest(task, model, model_hash) | left | dict(facts)
+    of_first(lambda: _settle(folder / "manifest.json", manifest))
+    rows = of_first(lambda: _read(path, task))
     report = progress or (lambda done, total: None)
     report(len(rows), len(task.ids))
     if len(rows) < len(task.ids):
         if not isinstance(model, task.needs):
             methods = sorted(n for n in vars(task.needs) if not n.startswith("_"))
             raise CapabilityError(f"Task {task.name!r} needs a model that can {', '.join(methods)}; this one cannot.")
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # half a pair is as JSON writes it
-            for made in task.rows(model, rows.keys(), chunk=chunk):
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
-                file.flush()
-                rows |= {row["id"]: row for row in made}
-                report(len(rows), len(task.ids))
+        for made in shared_rows(task, model, rows.keys(), chunk=chunk):
+            if first():
+                _write(path, made, "a")
+            rows |= {row["id"]: row for row in made}
+            report(len(rows), len(task.ids))
     ordered = [rows[i] for i in task.ids]
     scores = task.score(ordered)
-    warn_of(ordered, captions=task.kind == "caption")
-    written = {"task": task.name, "kind": task.kind, **counts(left_out, ordered), **scores.to_dict()}
-    write_json(folder / "scores.json", written)
+    if first():
+        if world() > 1:  # whose turns are not the order of the data
+            _write(path, ordered, "w")
+        warn_of(ordered, captions=task.kind == "caption")
+        written = {"task": task.name, "kind": task.kind, **counts(left_out, ordered), **scores.to_dict()}
+        write_json(folder / "scores.json", written)
     return Result(task.name, task.kind, scores, ordered, folder, left_out)
+
+
+def _write(path: Path, rows: Sequence[Row], mode: str) -> None:
+    with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:  # half a pair is as JSON writes it
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def counts(left_out: int, rows: Sequence[Row]) -> dict[str, int]:

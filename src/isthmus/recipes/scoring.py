@@ -29,6 +29,7 @@ from isthmus.evaluation.vqa import AnswerPrior
 from isthmus.evaluation.window import Undecodable
 from isthmus.interop.hub import model_hash
 from isthmus.model import Model, load
+from isthmus.processes import first, of_first, world
 from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe, read_recipe
 from isthmus.user_code import is_user_code, label, resolve, vetted
 
@@ -286,22 +287,25 @@ def score_model(
 def _scored(model: Any, spec: EvalSpec, folder: Path, *, seed: int, limit: int | None, **more: Any) -> Result:
     """One task. Pictures are decoded when they are asked about. Where one cannot be, now or at an earlier call, the
     task begins anew with all of them decoded beforehand."""
+    if spec.task == "llava-bench" and world() > 1:
+        raise ConfigError(f"Task {spec.name!r} asks a judge, within one budget: run it in one process.")
 
     def attempt(pictures: Check) -> Result:
-        quarantine = Quarantine(folder / "quarantine.jsonl", threshold=spec.bad_samples)
+        quarantine = Quarantine(folder / "quarantine.jsonl" if first() else None, threshold=spec.bad_samples)
         task = make_task(spec, seed=seed, limit=limit, quarantine=quarantine, pictures=pictures)
-        first = {"pictures": "decoded first"} if pictures == "decode" else {}
-        return evaluate(model, task, folder, left_out=quarantine.failures, facts=first, **more)
+        facts = {"pictures": "decoded first"} if pictures == "decode" else {}
+        return evaluate(model, task, folder, left_out=quarantine.failures, facts=facts, **more)
 
     manifest = folder / "manifest.json"
-    if manifest.is_file() and "pictures" in checkpoint.read_json(manifest):
+    if of_first(lambda: manifest.is_file() and "pictures" in checkpoint.read_json(manifest)):
         return attempt("decode")
     try:
         return attempt("read")
     except Undecodable as error:
-        told = f"{error}. The task {spec.name!r} begins anew, every picture decoded before the first is asked about."
-        warnings.warn(told, IsthmusWarning, stacklevel=3)
-        (folder / "outputs.jsonl").unlink(missing_ok=True)
+        if first():
+            told = f"{error}. The task {spec.name!r} begins anew, each picture decoded before the first is asked about."
+            warnings.warn(told, IsthmusWarning, stacklevel=3)
+            (folder / "outputs.jsonl").unlink(missing_ok=True)
         return attempt("decode")
 
 

@@ -5,17 +5,18 @@ stages/<name>/best/     a model folder, with the step and its numbers in validat
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from isthmus import adapters, checkpoint
+from isthmus.batch import Batch
 from isthmus.data.loader import Loader
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_mix
-from isthmus.errors import ConfigError
-from isthmus.processes import world
+from isthmus.processes import all_of, apart, rank, world
 from isthmus.recipes.build import Built
 from isthmus.recipes.saving import recipe_file, save_model
 from isthmus.recipes.schema import StageSpec, ValidateSpec
@@ -27,16 +28,11 @@ BEST, NUMBERS = "best", "validation.json"
 
 
 def validation_of(built: Built, stage: StageSpec, folder: Path) -> Validation | None:
-    """What the stage measures on the way; none where it says nothing. Raises ConfigError with several processes, and
-    what opening the held-out data raises."""
+    """What the stage measures on the way, several processes together; none where it says nothing. Raises what opening
+    the held-out data raises."""
     wanted = stage.validate_
     if wanted is None:
         return None
-    if world() > 1:
-        raise ConfigError(
-            f"Stage {stage.name!r}: validation is done by one process, and here are {world()}; take `validate` out and "
-            "score the finished model, or train in one process."
-        )
     held_out = _held_out(built, stage, wanted)
     opened = {n for n in apply_stage(built.net, stage.stage.train).assigned if adapters.MARK not in n}
     whole = replace(built, opened=built.opened | opened)
@@ -98,20 +94,26 @@ def _measured(
 
 
 def _losses(net: Any, held_out: Loader, rows: int) -> dict[str, float]:
-    """The mean of each term over the first ``rows`` rows, and their weighted sum as ``loss``."""
+    """The mean of each term over the first ``rows`` rows, and their weighted sum as ``loss``. Each process takes whole
+    batches, and all add up in the order of the batches: to the bit what one process finds."""
+    device, share = next(net.parameters()).device, (rank(), world())
+
+    def summed(batches: Sequence[Batch]) -> dict[str, tuple[float, int, float]]:
+        found = (item for batch in batches for item in net.loss(batch.to(device)).items())
+        return {name: (float(term.total), term.count, term.weight) for name, term in found}
+
+    def own() -> list[dict[str, tuple[float, int, float]]]:
+        with apart():
+            return [summed(batches) for batches in held_out.epoch(rows=rows, share=share)]
+
     totals: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     weights: dict[str, float] = {}
-    device, done = next(net.parameters()).device, 0
-    for batches in held_out.epoch(0):
-        for batch in batches:
-            if done >= rows:
-                break
-            done += len(batch)
-            for name, term in net.loss(batch.to(device)).items():
-                totals[name] += float(term.total)
-                counts[name] += term.count
-                weights[name] = term.weight
+    for found in chain.from_iterable(zip_longest(*all_of(own), fillvalue={})):
+        for name, (total, count, weight) in found.items():
+            totals[name] += total
+            counts[name] += count
+            weights[name] = weight
     means = {name: totals[name] / max(1, counts[name]) for name in totals}
     terms = {f"{name}_loss": mean for name, mean in means.items()} if len(means) > 1 else {}
     return {"loss": sum(weights[name] * mean for name, mean in means.items()), **terms}

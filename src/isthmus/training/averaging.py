@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from isthmus.training.shards import local
+
 _KEY = "average"
 
 
@@ -39,10 +41,14 @@ def take(optimizer: torch.optim.Optimizer) -> None:
             parameter.data.copy_(state[_KEY])
 
 
+@torch.no_grad()
 def _swap(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in _trained(optimizer):
         if _KEY in state:
-            parameter.data, state[_KEY] = state[_KEY], parameter.data
+            weights, average = local(parameter), local(state[_KEY])
+            kept = weights.clone()
+            weights.copy_(average)
+            average.copy_(kept)
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, dict[str, Tensor]]]:

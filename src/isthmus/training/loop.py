@@ -33,8 +33,7 @@ from isthmus.allocator import keep_freed_memory, relieve
 from isthmus.batch import Batch
 from isthmus.errors import DataError, IsthmusError, StageError
 from isthmus.net import Net
-from isthmus.processes import STOPS, first, rank, told, wait, world
-from isthmus.products import multiply_quickly
+from isthmus.processes import STOPS, first, of_first, rank, told, wait, world
 from isthmus.stage import Stage, StageTable, apply_stage, set_modes
 from isthmus.training import averaging, optim, precision, proof
 from isthmus.training.engines import engine, where
@@ -114,7 +113,6 @@ def train(
         Preempted: after SIGTERM, SIGUSR1, or at ``stop_at``.
     """
     keep_freed_memory()
-    multiply_quickly()
     folder = Path(folder)
     progress = progress if first() else False
     with RunLock(folder) if first() else nullcontext():
@@ -136,6 +134,7 @@ def train(
         ):
             try:
                 run.go(log, bar, stopped, validation)
+                averaging.take(run.optimizer)
                 run.engine.close()
             finally:
                 run.writer.close()
@@ -305,7 +304,7 @@ class _Run:
 
     def _begin_validation(self, log: MetricLog, validation: Validation) -> None:
         """What an earlier call found, or the numbers of the net that the stage begins with."""
-        validation.begin(read_metrics(log.path), self.state.step)
+        validation.begin(of_first(lambda: read_metrics(log.path)), self.state.step)
         if self.state.step == 0 and validation.due(0, last=False):
             found = self._look(validation)
             log.write({"step": 0, "loss": None, "samples": 0, "seconds": 0.0, KEY: found})
@@ -313,11 +312,11 @@ class _Run:
 
     @contextmanager
     def _as_stored(self) -> Iterator[None]:
-        """While inside, the net is what the stage would hand over now: frozen matrices as they are stored, for a model
-        that answers without autocast, and weights averaged where the stage averages them."""
+        """While inside, the net is what the stage would hand over now: whole in every process, frozen matrices as they
+        are stored, for a model that answers without autocast, and weights averaged where the stage averages them."""
         self.widen()
         try:
-            with averaging.averaged(self.optimizer):
+            with averaging.averaged(self.optimizer), self.engine.gathered():
                 yield
         finally:
             set_modes(self.net)
@@ -330,11 +329,11 @@ class _Run:
 
     def _keep(self, validation: Validation) -> None:
         """The net that was the best so far; a checkpoint first, so that no resumed run is behind what is kept."""
-        if validation.best == self.state.step and validation.kept() != self.state.step:
+        if of_first(lambda: validation.best == self.state.step and validation.kept() != self.state.step):
             if self.state.step:
                 self._save()
             with self._as_stored():
-                validation.keep(self.state.step, validation.found[self.state.step])
+                of_first(lambda: validation.keep(self.state.step, validation.found[self.state.step]))
 
     def _meet(self, note: Mapping[str, str], batches: list[Batch]) -> tuple[Mapping[str, str], Traffic, str]:
         """What all processes know before a step: a signal that came, what the step carries, its samples in order."""
@@ -450,7 +449,6 @@ class _Run:
 
     def result(self) -> TrainResult:
         self.optimizer.zero_grad(set_to_none=True)
-        averaging.take(self.optimizer)
         return TrainResult(
             folder=self.folder,
             step=self.state.step,

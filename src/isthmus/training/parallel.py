@@ -9,7 +9,8 @@ process makes the same calls, whatever rows it has: a pass without rows still ta
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -83,6 +84,11 @@ class Engine:
     def state_writer(self) -> StateWriter:
         """What writes the run's checkpoints."""
         return StateWriter()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """While inside, the net that was given is what it has learnt so far, in every process."""
+        yield
 
     def close(self) -> None:
         """At the end of training: the net that was given holds what was learnt, and is as it was otherwise."""

@@ -11,7 +11,8 @@ they ask nothing of the other processes in between.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -112,6 +113,16 @@ class Sharded(Engine):
 
     def state_writer(self) -> StateWriter:
         return ShardWriter()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        self.close()
+        waits = next(self.whole.parameters()).device
+        self.whole.to(device())
+        try:
+            yield
+        finally:
+            self.whole.to(waits)
 
     @torch.no_grad()
     def close(self) -> None:

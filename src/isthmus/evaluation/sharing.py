@@ -1,0 +1,32 @@
+"""The rows of an evaluation, made by several processes: each takes a run of neighbouring items."""
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from isthmus.evaluation.tasks import Row, Task
+from isthmus.processes import all_of, apart, rank, world
+
+
+def shared_rows(task: Task, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+    """``task.rows``, some at a time, those of all processes in each. Every process makes the same number of turns,
+    whatever items it has, and an error of one is raised by all."""
+    todo = [name for name in task.ids if name not in done]
+    share = -(-len(todo) // world())
+    own = set(todo[rank() * share :][:share])
+    stream = _apart(task, model, {name for name in task.ids if name not in own}, chunk) if own else iter(())
+    while True:
+        turn = all_of(lambda: next(stream, None))
+        if all(made is None for made in turn):
+            return
+        yield [row for made in turn for row in made or ()]
+
+
+def _apart(task: Task, model: Any, done: Collection[str], chunk: int) -> Iterator[list[Row]]:
+    """The rows of a process that is the only one to the model."""
+    stream = iter(task.rows(model, done, chunk=chunk))
+    while True:
+        with apart():
+            made = next(stream, None)
+        if made is None:
+            return
+        yield made
