@@ -19,6 +19,9 @@ install_import_hook(SHAPED, "tests.shapes.shapes_only")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What a test computes does not depend on which tests of its process came before: isthmus/products.py is a setting of
+# the process. ISTHMUS_PRODUCTS=auto runs all tests with it.
+os.environ.setdefault("ISTHMUS_PRODUCTS", "torch")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,21 +3,24 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 import isthmus
-from isthmus import pretrained
+from isthmus import borrowed, pretrained
 from isthmus.cli.serve import opened
 from isthmus.errors import CheckpointError
 from isthmus.interop.hub import model_hash
 from isthmus.recipes.scoring import recipe_of
 from tests.cli.test_cli import run
+from tests.interop import tiny_models
 from tests.serving.helpers import encoded, models, picture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,9 +35,18 @@ def packer():
     return module
 
 
+@cache
+def given() -> dict[str, isthmus.Model]:
+    """The demo's five in small; LLaVA has CLIP's encoder and the language model's weights."""
+    found = {name: models()[name] for name in packer().NAMES} | {"llava": tiny_models.llava()}
+    found["llava"].net.vision.load_state_dict(found["clip"].net.vision.state_dict())
+    found["llava"].net.language.load_state_dict(found["lm"].net.language.state_dict())
+    return found
+
+
 def demo_folder(folder: Path) -> Path:
-    for name in packer().NAMES:
-        models()[name].save(folder / name / "model", extra={"recipe.yaml": "model: x\n"})
+    for name, model in given().items():
+        model.save(folder / name / "model", extra={"recipe.yaml": "model: x\n"})
     (folder / "results.json").write_text(json.dumps({"llava": {}}))
     return folder
 
@@ -61,9 +73,52 @@ def test_packed_models_hold_what_opening_needs_in_bf16(packed):
         assert "recipe.yaml" not in held
         dtypes = {t.dtype for t in isthmus.checkpoint.load_tensors(packed / name / "model.safetensors").values()}
         assert torch.float32 not in dtypes
-        ours, opened = models()[name].net.state_dict(), isthmus.load(packed / name).net.state_dict()
+        ours, opened = given()[name].net.state_dict(), isthmus.load(packed / name).net.state_dict()
         assert all(torch.equal(opened[n], t.to(torch.bfloat16).to(t.dtype)) for n, t in ours.items())
         assert {t.dtype for t in opened.values()} == {t.dtype for t in ours.values()}
+
+
+def test_what_an_earlier_model_holds_too_is_taken_from_there(packed, tmp_path):
+    told = json.loads((packed / "llava" / "config.json").read_text())["borrowed"]
+    assert {part: place["folder"] for part, place in told.items()} == {"vision": "clip", "language.lm": "lm"}
+    own = isthmus.checkpoint.load_tensors(packed / "llava" / "model.safetensors")
+    assert {name.split(".")[0] for name in own} == {"connector"}
+    assert "borrowed" not in json.loads((packed / "flamingo" / "config.json").read_text())
+    whole = isthmus.load(packed / "llava")
+    whole.save(tmp_path / "whole")
+    opened = isthmus.load(tmp_path / "whole")
+    assert opened.answer(picture(1), "what?", max_new_tokens=6) == whole.answer(picture(1), "what?", max_new_tokens=6)
+
+
+def test_a_folder_that_is_taken_from_must_be_there_and_the_same(packed, tmp_path):
+    shutil.copytree(packed / "llava", tmp_path / "llava")
+    with pytest.raises(CheckpointError, match=r"takes its vision from .*clip/model.safetensors, which is not there"):
+        isthmus.load(tmp_path / "llava")
+    models()["clip"].save(tmp_path / "clip")
+    with pytest.raises(CheckpointError, match=r"takes its vision from: it has another sha256"):
+        isthmus.load(tmp_path / "llava")
+    shutil.rmtree(tmp_path / "clip")
+    for name in ("clip", "lm"):
+        shutil.copytree(packed / name, tmp_path / name)
+    assert isthmus.load(tmp_path / "llava").report.matched > 10
+    for name in ("../clip", "/etc", "..", ""):
+        with pytest.raises(CheckpointError, match="which is no folder beside it"):
+            borrowed.weights(
+                tmp_path / "llava" / "model.safetensors", {"borrowed": {"vision": {"folder": name, "sha256": ""}}}
+            )
+
+
+def test_the_models_that_come_along_are_small():
+    """All of them together, to the byte; and none is there twice."""
+    files = [f for f in (ROOT / "src" / "isthmus" / "pretrained").glob("*/*") if f.suffix != ".pyc"]
+    assert {f.parent.name for f in files} >= set(packer().NAMES)
+    assert sum(f.stat().st_size for f in files) <= 25_000_000
+    seen = {}
+    for file in files:
+        for name, tensor in isthmus.checkpoint.load_tensors(file).items() if file.name == borrowed.FILE else ():
+            if tensor.numel() > 10_000:
+                other = seen.setdefault(isthmus.checkpoint.tensor_sha256(tensor), (file, name))
+                assert other == (file, name), f"{other} is in {file} too, as {name}"
 
 
 def test_a_model_of_the_package_is_opened_by_its_name(shipped, tmp_path, monkeypatch, capsys):

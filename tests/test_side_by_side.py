@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 from benchmarks.side_by_side import __main__ as bench
+from benchmarks.side_by_side import roofline
 from benchmarks.side_by_side.models import TINY
 from benchmarks.side_by_side.rows import ROWS
 
@@ -26,7 +28,30 @@ def test_a_run_writes_figures_and_names_what_it_cannot_run(tmp_path, monkeypatch
     assert {"peer", "ours", "peer_name"} <= set(row)
     assert "skipped" in facts["rows"]["flamingo_of"]
     assert "| blip2_gen | transformers |" in file.with_suffix(".md").read_text()
-    assert {"cpu", "flags", "threads", "versions"} <= set(facts["machine"])
+    assert {"cpu", "flags", "threads", "versions", "rates", "peer_rates", "our_products"} <= set(facts["machine"])
+    assert row["work"]["ours"]["gflop"] > 0
+    assert set(row["memory"]) == {"peer", "ours"}
+
+
+def test_work_counts_products_and_what_is_read_and_written():
+    left, right = torch.randn(30, 20), torch.randn(20, 50)
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with mode(), roofline.WorkCounter() as counted:
+            torch.nn.functional.linear(left, right.T).view(-1)
+        assert counted.flops == 2 * 30 * 20 * 50
+        assert counted.bytes == 4 * (30 * 20 + 20 * 50 + 30 * 50)
+    query = torch.randn(1, 2, 8, 16, requires_grad=True)
+    with roofline.WorkCounter() as counted:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+    assert counted.flops == 2 * (2 * 8 * 8 * 16) * 2 * (1 + 2.5)  # the backward pass makes the weights anew
+    machine = {"gflops": 100.0, "gbs": 10.0}
+    assert roofline.bound({"gflop": 200.0, "gb": 1.0}, machine) == (2.0, "products")
+    assert roofline.bound({"gflop": 1.0, "gb": 20.0}, machine) == (2.0, "bytes")
+
+
+@pytest.mark.skipif(not roofline.CLEAR.exists(), reason="the peak of memory is read where Linux tells it")
+def test_the_peak_is_what_a_side_adds_and_frees_again():
+    assert 90 < (roofline.peak_mib(lambda: torch.ones(25 * 2**20).sum()) or 0) < 130
 
 
 def test_sides_that_differ_are_not_timed(monkeypatch, tmp_path):

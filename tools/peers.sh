@@ -9,8 +9,8 @@ cd "$(dirname "$0")/.."
 
 python3 -m venv .venv-peers
 peer=.venv-peers/bin/python
-"$peer" -m pip install --quiet torch==2.13.0 numpy pillow safetensors huggingface_hub regex ftfy tqdm pyyaml \
-  transformers==5.23.0 einops einops-exts
+# This package with what it needs, in the versions its own tests run with: benchmarks run both sides here.
+"$peer" -m pip install --quiet --constraint constraints.txt --editable . regex ftfy tqdm einops einops-exts
 "$peer" -m pip install --quiet --no-deps open_clip_torch==3.3.0 timm==1.0.31 open_flamingo==2.0.1 \
   salesforce-lavis==1.0.2
 

@@ -1,6 +1,6 @@
 """Writes docs/results.md from the results.json of the models that come with the package.
 
-python -m tools.write_results_page            # run it again after tools/pack_weights.py
+python -m tools.write_results_page            # run it again after tools/score_shipped.py
 """
 
 import json

@@ -1,7 +1,9 @@
 """Side by side with other libraries: `make bench ARGS="--json bench.json"`.
 
 Equal losses, tokens or scores are asserted first; then both sides run in turns in one process. ``--clock cpu`` counts
-the process's own seconds, for machines on which other work runs: read ratios only.
+the process's own seconds, for machines on which other work runs: read ratios only. Then each side's peak memory, its
+FLOPs and its bytes are counted, and set against what the machine multiplies and copies (the roofline).
+``ISTHMUS_PRODUCTS=torch`` leaves fp32 products as torch has them on our side too.
 """
 
 import argparse
@@ -20,9 +22,11 @@ from typing import Any
 
 import torch
 from benchmarks.side_by_side.models import PUBLISHED, TINY, Sizes
+from benchmarks.side_by_side.roofline import bound, peak_mib, rates, work
 from benchmarks.side_by_side.rows import ROWS, Row
 
 import isthmus
+from isthmus.products import multiply_quickly
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
@@ -47,12 +51,27 @@ def timed(side: Callable[[], Any], clock: Callable[[], float]) -> float:
     return clock() - start
 
 
+def as_used(side: Callable[[], Any]) -> Callable[[], Any]:
+    """Our side with fp32 products as `isthmus.load` and training set them (isthmus/products.py); the peer's side has
+    torch's own setting."""
+
+    def run() -> Any:
+        multiply_quickly()
+        try:
+            return side()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    return run
+
+
 def run(name: str, row: Row, given: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
     """The facts of a row. Raises SystemExit where the two sides do not agree."""
     if row.elsewhere:
         return _elsewhere(name, given) if PEERS.is_file() else {"peer_name": row.peer, "skipped": "make peers"}
     torch.manual_seed(0)
     ours, theirs = row.make(sizes, given.rows)
+    ours = as_used(ours)
     if (wrong := equal(ours(), theirs())) is not None:
         raise SystemExit(f"{name}: the two sides do not agree: {wrong}")
     clock = time.process_time if given.clock == "cpu" else time.perf_counter
@@ -66,6 +85,8 @@ def run(name: str, row: Row, given: argparse.Namespace, sizes: Sizes) -> dict[st
     mine, other = (statistics.median(side) for side in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
     found = {"peer": round(other, 4), "ours": round(mine, 4), "ratio": round(ratio, 3), "peer_name": row.peer}
+    found |= {"memory": {"peer": peak_mib(theirs), "ours": peak_mib(ours)}}
+    found |= {"work": {"peer": work(theirs), "ours": work(ours)}}
     return found | ({"note": row.note} if row.note else {})
 
 
@@ -90,23 +111,40 @@ def machine() -> dict[str, Any]:
     flags = sorted(k for k, v in torch.cpu.get_capabilities().items() if v is True)
     libraries = {"isthmus": isthmus.__version__, **{n: version(n) for n in ("torch", "transformers")}}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"cpu": name, "flags": flags, "threads": torch.get_num_threads(), "versions": libraries, "load": load}
+    own = {"cpu": name, "flags": flags, "threads": torch.get_num_threads(), "versions": libraries, "load": load}
+    quick = as_used(lambda: (torch.get_float32_matmul_precision() == "medium", rates()))()
+    return own | {"our_products": "oneDNN" if quick[0] else "torch's own", "rates": quick[1], "peer_rates": rates()}
 
 
 def markdown(facts: dict[str, Any]) -> str:
-    lines = ["| row | peer | peer s | ours s | ratio | |", "|---|---|---|---|---|---|"]
+    """The table; the roofline's columns are of our side."""
+    heads = ("row", "peer", "peer s", "ours s", "ratio", "peer MiB", "ours MiB", "GFLOP", "GB", "least s", "bound by")
+    lines = ["| " + " | ".join([*heads, "of it reached", "|"]), "|" + "---|" * (len(heads) + 2)]
+    own = facts["machine"]
     for name, row in facts["rows"].items():
         if "skipped" in row:
-            lines.append(f"| {name} | {row['peer_name']} | | | | {row['skipped']} |")
-        else:
-            lines.append(
-                f"| {name} | {row['peer_name']} | {row['peer']:.2f} | {row['ours']:.2f} | {row['ratio']:.2f} | "
-                f"{row.get('note', '')} |"
-            )
-    own = facts["machine"]
+            lines.append(f"| {name} | {row['peer_name']} |" + " |" * 10 + f" {row['skipped']} |")
+            continue
+        done, memory = row["work"]["ours"], row["memory"]
+        least, what = bound(done, own["rates"])
+        cells = [name, row["peer_name"], *(f"{row[k]:.2f}" for k in ("peer", "ours", "ratio"))]
+        cells += ["" if memory[k] is None else f"{memory[k]:,.0f}" for k in ("peer", "ours")]
+        cells += [
+            f"{done['gflop']:,.1f}",
+            f"{done['gb']:,.1f}",
+            f"{least:.2f}",
+            what,
+            f"{100 * least / row['ours']:.0f} %",
+        ]
+        lines.append("| " + " | ".join([*cells, row.get("note", "")]) + " |")
     told = ", ".join(f"{k} {v}" for k, v in own["versions"].items())
     head = f"{own['cpu']} ({', '.join(own['flags'])}), {own['threads']} threads; {told}; load {own['load']:.1f}; "
-    return head + f"{facts['pairs']} pairs, {facts['clock']} seconds, {facts['dtype']}\n\n" + "\n".join(lines) + "\n"
+    head += (
+        f"{facts['pairs']} pairs, {facts['clock']} seconds, {facts['dtype']}; our products by {own['our_products']}: "
+    )
+    head += f"1,024³ at {own['rates']['gflops']:,.0f} GFLOP/s, the peer's at {own['peer_rates']['gflops']:,.0f}; "
+    head += f"copies at {own['rates']['gbs']:.1f} GB/s"
+    return head + "\n\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from isthmus.batch import Tokens
 from isthmus.errors import ConfigError
-from isthmus.language import Decoding, LanguageModel, Prompt, Read, Window
+from isthmus.language import Decoding, LanguageModel, Layers, Prompt, Read, Window
 from isthmus.nn.gated import GatedBlock, Media, look_mask
 
 
@@ -56,6 +56,25 @@ class Look:
     masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     start: int = 0
     before: "Look | None" = None
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds in memory."""
+        return self.media.nbytes + self.media_index.nbytes + sum(k.nbytes + v.nbytes for k, v in self.kept.values())
+
+    def apart(self) -> "Look":
+        """The same without the keys and values that were made of it."""
+        return Look(media=self.media, media_index=self.media_index, mode=self.mode)
+
+    def in_common(self, other: "Look") -> int:
+        """How many positions of one row, from its beginning, see what those of ``other``'s one row see."""
+        images = min(self.media.shape[1], other.media.shape[1])
+        same = (self.media[0, :images] == other.media[0, :images]).flatten(1).all(1)
+        known = int(same.cumprod(0).sum())  # so many images are the same from the first on
+        width = min(self.media_index.shape[1], other.media_index.shape[1])
+        index, others = self.media_index[0, :width], other.media_index[0, :width]
+        unlike = ((index != others) | (index > known)).nonzero()
+        return int(unlike[0]) if len(unlike) else width
 
     def left_padded(self, lengths: Tensor) -> "Look":
         """The same for rows (B, T) whose right padding moves to the left; padding sees nothing."""
@@ -318,6 +337,12 @@ class InterleavedLanguageModel(LanguageModel):
         """As :meth:`LanguageModel.read`; keys and values of the media are made here, for all that is written."""
         with self.looking(prompt.look):
             read = super().read(prompt)
+        return read if prompt.look is None else replace(read, beside=prompt.look.last(prompt.lengths))
+
+    def read_on(self, before: Layers, prompt: Prompt) -> Read:
+        """As :meth:`LanguageModel.read_on`; the prompt's look is that of the whole row."""
+        with self.looking(prompt.look):
+            read = super().read_on(before, prompt)
         return read if prompt.look is None else replace(read, beside=prompt.look.last(prompt.lengths))
 
     def next(self, ids: Tensor, positions: Tensor, window: Window, beside: Look | None) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image as PilImage
 from torch import Tensor
 
-from isthmus import adapter_folder, checkpoint
+from isthmus import adapter_folder, borrowed, checkpoint
 from isthmus.adapter_folder import Base
 from isthmus.batch import Tokens
 from isthmus.config import plain
@@ -48,6 +48,7 @@ from isthmus.language import Decoding, unfilled
 from isthmus.load_report import Account, LoadReport, beside
 from isthmus.nn.losses import similarity
 from isthmus.placement import device_of, dtype_of
+from isthmus.products import multiply_quickly
 from isthmus.streaming import pieces
 from isthmus.systems import SYSTEMS, system
 from isthmus.systems.base import System
@@ -434,16 +435,24 @@ def load(
     arguments missing or of no use. Raises ConfigError for a device that is not there.
     """
     place, dtype = device_of(device), dtype_of(dtype)
+    multiply_quickly(place)
     given: dict[str, Any] = {"vision": vision, "language": language, "base": base, "unquantised": unquantised or None}
     given |= {"tokenizer": tokenizer, "activation": activation, "head_width": head_width}
-    model = _opened(located(path, revision), given, [code] if isinstance(code, str | Path) else code, Account())
+    model = _opened(located(path, revision), given, [code] if isinstance(code, str | Path) else code, Account(), dtype)
     if template is not None:
         model.processor = with_template(model.processor, template)
     return (model if dtype is None else model.cast(dtype)).to(place)
 
 
-def _opened(folder: Path, given: Mapping[str, Any], code: Sequence[str | Path], account: Account) -> Model:
-    """The model, on the CPU and as it is stored, with its report out of ``account``."""
+def _opened(
+    folder: Path,
+    given: Mapping[str, Any],
+    code: Sequence[str | Path],
+    account: Account,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """The model, on the CPU and as it is stored, or of ``dtype`` where it is made on the way; with its report out of
+    ``account``."""
     outer = outermost(folder)
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
@@ -455,7 +464,7 @@ def _opened(folder: Path, given: Mapping[str, Any], code: Sequence[str | Path], 
             from isthmus.interop.foreign import open_foreign
             from isthmus.interop.given import Given
 
-            named = Given(open=partial(_part, account), account=account, **given)
+            named = Given(open=partial(_part, account), account=account, dtype=dtype, **given)
             net, processor, forbidden = open_foreign(folder, config, named)
             model = Model(net, processor, prompts=published_request(processor), forbidden=forbidden)
         else:
@@ -483,7 +492,7 @@ def _own(folder: Path, config: Mapping[str, Any], account: Account, on: Callable
     kind = system(name)
     net, base = on(folder, config, files) if "base" in config else (kind.net.from_config(config["config"]), None)
     if base is None:
-        checkpoint.load_into(net, checkpoint.load_tensors(files["model.safetensors"], account), folder, account)
+        checkpoint.load_into(net, borrowed.weights(files[borrowed.FILE], config, account), folder, account)
     described = checkpoint.read_json(files["processor.json"])
     tokenizer = None if described.get("kind") == ImagesProcessor.kind else load_tokenizer(folder)
     others = {f.parent.name: Tokenizer.load(f.parent) for n, f in files.items() if n.endswith("/tokenizer.json")}

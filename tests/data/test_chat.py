@@ -9,6 +9,7 @@ from isthmus.batch import IGNORE
 from isthmus.data.chat import OWN, ChatForm, Pieces
 from isthmus.data.images import as_image
 from isthmus.data.processor import TextProcessor
+from isthmus.data.processors import with_template
 from isthmus.data.record import Record, Text
 from isthmus.data.text import render
 from isthmus.data.tokenizer import Tokenizer
@@ -31,6 +32,10 @@ KINDS: dict[str, str] = {
     "{{ '<|im_start|>system\\nBe good.<|im_end|>\\n' }}{% endif %}" + _EACH + _TURN + _ASK,
     "llama 2": _LLAMA_SYSTEM + "{% for m in rest %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + ("
     "'<<SYS>>\\n' + sys + '\\n<</SYS>>\\n\\n' if loop.first and sys else '') + m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "llama 2, first turn stripped whole": _LLAMA_SYSTEM
+    + "{% for m in rest %}{% if m.role == 'user' %}{{ bos_token + '[INST] '"
+    " + (('<<SYS>>' + sys + '<</SYS>>' if loop.first and sys else '') + m.content).strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
     "llama 3": _EACH + "{{ (bos_token if loop.first else '') + '" + _HEADERS,
     "llama 3.1": "{{ bos_token }}{% if messages[0].role != 'system' %}{{ '<|start_header_id|>system<|end_header_id|>"
@@ -63,6 +68,19 @@ KINDS: dict[str, str] = {
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
 }
 """The grammars of published families in templates of our own."""
+
+THINKS = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}"
+    + _EACH
+    + "{% set said = m.content %}{% if m.role == 'assistant' and '</think>' in said %}"
+    "{% set said = said.split('</think>')[-1].lstrip('\\n') %}{% endif %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>\\n\\n</think>\\n\\n' + said.lstrip('\\n') }}"
+    "{% else %}{{ said }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}" + _ASK + "{% if add_generation_prompt and "
+    "enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+)
+"""Thoughts of earlier answers left out, an empty one before the last, a switch that asks for answers without any."""
+KINDS["thoughts left out"] = THINKS
 
 NO_SYSTEM = ("gemma",)
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
@@ -138,6 +156,57 @@ def test_white_space_goes_where_the_template_takes_it(words: Tokenizer) -> None:
     shown = str(render(Record("r", parts), form))
     assert "\n\nA cube?<|eot_id|>" in shown
     assert "\n\nred<|eot_id|>" in shown
+
+
+def test_thoughts_of_earlier_answers_are_left_out_as_the_template_does(words: Tokenizer) -> None:
+    processor, how = TextProcessor(words.with_chat_template(THINKS), template=OWN), {"return_dict": False}
+    first, answer, further = talk(2).parts[:3]
+    thought = Text("<think>\nSix faces.\n</think>\n\nRed.", role="assistant", learn=True)
+    asked = Record("asked", (first, thought, further))
+    theirs = peer(words).apply_chat_template(
+        messages(asked),
+        chat_template=THINKS,
+        add_generation_prompt=True,
+        **how,  # type: ignore[arg-type]
+    )
+    assert list(processor.prompt(asked).streams["lm"].ids) == theirs
+    assert "Six faces" not in words.decode(theirs)
+    with pytest.raises(DataError, match="'</think>', of which the model's own chat template makes something"):
+        processor.example(Record("r", (first, thought, further, answer)))
+    assert processor.example(Record("r", (first, answer))).streams["lm"].labels
+
+
+def test_a_switch_of_a_template_goes_with_the_model(words: Tokenizer, tmp_path: Any) -> None:
+    own, asked = words.with_chat_template(THINKS), Record("asked", (Text("A cube?", role="user"),))
+    processor = TextProcessor(own, template="chat:enable_thinking=false")
+    assert processor.template == OWN
+    off, on = (
+        peer(words).apply_chat_template(
+            messages(asked), chat_template=THINKS, add_generation_prompt=True, return_dict=False, enable_thinking=think
+        )
+        for think in (False, True)
+    )
+    assert list(TextProcessor(own, template=OWN).prompt(asked).streams["lm"].ids) == on != off
+    processor.tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert list(TextProcessor(again, template=OWN).prompt(asked).streams["lm"].ids) == off
+    assert list(with_template(processor, "chat:enable_thinking=true").prompt(asked).streams["lm"].ids) == on
+    span = processor.example(talk(1)).streams["lm"]
+    assert "think" not in words.decode([i for i in span.labels or () if i != IGNORE])
+    for wrong, said in {
+        "enable_thought=false": "did you mean 'enable_thinking'",
+        "enable_thinking": "NAME=VALUE",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            TextProcessor(own, template=f"chat:{wrong}")
+
+
+def test_a_date_that_is_set_is_none(words: Tokenizer) -> None:
+    dated = "{{ day if day is defined else strftime_now('%d %b') }}" + KINDS["chatml"]
+    with pytest.raises(ConfigError, match="today's date"):
+        TextProcessor(words.with_chat_template(dated), template=OWN).example(talk(1))
+    span = TextProcessor(words.with_chat_template(dated), template="chat:day=26 Jul").example(talk(1)).streams["lm"]
+    assert words.decode(span.ids).startswith("26 Jul")
 
 
 def test_pictures_keep_their_places_in_a_turn(words: Tokenizer) -> None:

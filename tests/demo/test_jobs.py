@@ -19,7 +19,7 @@ from tests.miniature import tree
 
 def job(tmp_path, name, *, steps=3, needs=(), **changes):
     values = tree(name)
-    values["parts"] = {part: str(tmp_path / "runs" / part) for part in needs}
+    values["parts"] = dict(zip(("vision", "language"), (str(tmp_path / "runs" / part) for part in needs), strict=False))
     for stage in values["stages"]:
         stage |= {"steps": steps, **changes}
     file = tmp_path / f"{name}.yaml"
@@ -29,16 +29,27 @@ def job(tmp_path, name, *, steps=3, needs=(), **changes):
     return Training(name=name, words=words, folder=folder, recipe=read_recipe(file), needs=needs)
 
 
-def test_what_is_trained_beside_others_is_what_is_trained_alone(tmp_path):
-    jobs = [job(tmp_path, "clip"), job(tmp_path, "lm")]
-    run_jobs(jobs, at_once=2, threads=1)
-    assert all(j.finished and j.done() == j.steps == 3 for j in jobs)
-    train(jobs[0].recipe.model_copy(update={"threads": None}), tmp_path / "alone")
-    ours, alone = (load(f).net.state_dict() for f in (jobs[0].folder, tmp_path / "alone"))
+def test_jobs_side_by_side_wait_for_what_they_need_and_train_as_alone(tmp_path):
+    clip, lm = job(tmp_path, "clip"), job(tmp_path, "lm")
+    llava = job(tmp_path, "llava", needs=("clip", "lm"))
+    tasks = [spec.name for spec in clip.recipe.evaluate]
+    words = ["eval", str(clip.folder), "--out", str(clip.folder / "eval")]
+    scores = Scoring(name="scoring clip", words=words, folder=clip.folder, tasks=tasks, needs=["clip"])
+    assert (scores.finished, scores.done(), scores.steps) == (False, 0, 100 * len(tasks))
+    jobs, ended = [llava, scores, clip, lm], []
+    run_jobs(jobs, at_once=2, threads=1, ended=lambda job: ended.append(job.name))
+    assert sorted(ended) == ["clip", "llava", "lm", "scoring clip"]
+    assert ended.index("clip") < ended.index("scoring clip")
+    assert max(ended.index("clip"), ended.index("lm")) < ended.index("llava")
+    assert all(j.finished and j.done() == j.steps for j in jobs)
+    assert clip.steps == 3
+    assert tasks[0] in scores.log.read_text()
+    train(clip.recipe.model_copy(update={"threads": None}), tmp_path / "alone")
+    ours, alone = (load(f).net.state_dict() for f in (clip.folder, tmp_path / "alone"))
     assert all((ours[n] - alone[n]).abs().max() < 1e-4 for n in ours)  # of another number of threads
-    before = jobs[0].log.stat().st_mtime_ns
-    run_jobs(jobs, at_once=2, threads=1)
-    assert jobs[0].log.stat().st_mtime_ns == before
+    before = clip.log.stat().st_mtime_ns
+    run_jobs(jobs, at_once=2, threads=1)  # all is there already
+    assert clip.log.stat().st_mtime_ns == before
 
 
 def test_a_failure_stops_the_others_and_says_why(tmp_path):
@@ -55,38 +66,6 @@ def test_a_failure_stops_the_others_and_says_why(tmp_path):
     )
 
 
-def test_a_job_waits_for_what_it_needs(tmp_path):
-    clip, lm = job(tmp_path, "clip"), job(tmp_path, "lm", needs=())
-    llava = job(tmp_path, "llava")
-    needs = {"vision": str(clip.folder), "language": str(lm.folder)}
-    values = yaml.safe_load((tmp_path / "llava.yaml").read_text()) | {"parts": needs}
-    (tmp_path / "llava.yaml").write_text(yaml.safe_dump(values))
-    llava = Training(
-        name="llava",
-        words=llava.words,
-        folder=llava.folder,
-        recipe=read_recipe(tmp_path / "llava.yaml"),
-        needs=("clip", "lm"),
-    )
-    run_jobs([llava, clip, lm], at_once=3, threads=1)
-    assert llava.finished
-
-
-def test_what_is_scored_beside_a_training_is_told_when_it_ended(tmp_path):
-    clip, lm = job(tmp_path, "clip"), job(tmp_path, "lm", steps=40)
-    tasks = [spec.name for spec in clip.recipe.evaluate]
-    words = ["eval", str(clip.folder), "--out", str(clip.folder / "eval")]
-    scores = Scoring(name="scoring clip", words=words, folder=clip.folder, tasks=tasks, needs=["clip"])
-    assert (scores.finished, scores.done(), scores.steps) == (False, 0, 100 * len(tasks))
-    ended = []
-    run_jobs([clip, scores, lm], at_once=2, threads=1, ended=lambda job: ended.append(job.name))
-    assert sorted(ended) == ["clip", "lm", "scoring clip"]
-    assert ended.index("clip") < ended.index("scoring clip")
-    assert scores.finished
-    assert scores.done() == scores.steps
-    assert tasks[0] in scores.log.read_text()
-
-
 def test_jobs_that_wait_for_each_other_are_named(tmp_path):
     one, other = job(tmp_path, "clip"), job(tmp_path, "lm")
     circle = [replace(one, needs=("lm",)), replace(other, needs=("clip",))]
@@ -94,6 +73,7 @@ def test_jobs_that_wait_for_each_other_are_named(tmp_path):
         run_jobs(circle, at_once=2, threads=1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a job ends with its parent on Linux only")
 def test_no_job_outlives_a_parent_that_was_killed(tmp_path):
     slow = job(tmp_path, "lm", steps=100_000)

@@ -94,10 +94,21 @@ def test_it_answers_as_transformers_does(file: Path, tmp_path: Path) -> None:
     with torch.inference_mode():
         ids = theirs.generate(asked, eos_token_id=[2], suppress_tokens=never or None, **how)[0, asked.shape[1] :]
     assert model.chat(messages, max_new_tokens=12) == words.decode(ids, skip_special_tokens=True).strip()
-    half = isthmus.load(file, dtype=torch.bfloat16)
-    assert next(half.net.parameters()).dtype == torch.bfloat16
+    half, cast = isthmus.load(file, dtype=torch.bfloat16).net.state_dict(), model.net.cast(torch.bfloat16).state_dict()
+    assert all(torch.equal(half[name], tensor) for name, tensor in cast.items())
+    assert next(iter(half.values())).dtype == torch.bfloat16
+    model = isthmus.load(file)
     again = isthmus.load(model.save(tmp_path / "own"))
     assert again.chat(messages, max_new_tokens=12) == model.chat(messages, max_new_tokens=12)
+
+
+def test_the_header_is_read_once(file: Path, monkeypatch: Any) -> None:
+    read, own = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(path) or own(path))
+    patched = gguf.GGUFReader
+    isthmus.load(file)
+    assert read == [str(file)]
+    assert gguf.GGUFReader is patched
 
 
 def test_show_writes_the_prompt_to_the_letter(file: Path, tmp_path: Path, capsys: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 import isthmus
+from isthmus.batch import IGNORE
 from isthmus.cli import chat
 from isthmus.data.chat import OWN
 from isthmus.data.images import open_image
@@ -15,6 +16,7 @@ from isthmus.data.processor import SpliceProcessor
 from isthmus.data.record import Record, Text
 from isthmus.errors import ConfigError, DataError, IsthmusWarning
 from isthmus.interop.convert import write_model
+from isthmus.language import Decoding
 from isthmus.model import Model
 from isthmus.recipes.schema import StageSpec
 from isthmus.systems import system
@@ -128,6 +130,64 @@ def test_a_llava_over_it_takes_it_and_transformers_asks_alike(folder: Path, tmp_
         for place in example.places:
             ids[place.start : place.start + place.length] = [processor.image_token_id] * place.length
         assert ids == list(theirs["input_ids"][0])
+
+
+def bridged(kind: str, folder: Path, **options: Any) -> Model:
+    """A BLIP-2 or Flamingo whose language model's tokenizer carries the template, with the processor of a stage."""
+    words = isthmus.load(folder).processor.tokenizer
+    base = tiny_models.blip2() if kind == "blip2" else tiny_models.flamingo()
+    own = system(kind)
+    given = {"data": [{}], "steps": 1, "batch_size": 1, "train": [{"pattern": "connector.*", "lr": 1.0}], **options}
+    stage = StageSpec.model_validate({"name": "generate", **given})
+    return Model(base.net, own.processor(base.net, Tokenizers(own._extended(words)), base.processor.image, stage))
+
+
+@pytest.mark.parametrize("kind", ["blip2", "flamingo"])
+def test_blip2_and_flamingo_over_it_take_it_too(kind: str, folder: Path, tmp_path: Path) -> None:
+    """In a prompt's ids stand those of transformers, but for the picture; what is learnt is an answer and its end."""
+    model, picture = bridged(kind, folder), probe.picture(1)
+    assert model.processor.template == OWN
+    words = AutoTokenizer.from_pretrained(folder)
+    theirs = words.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+    texts = [Text(text, role=role) for role, text in TURNS]  # type: ignore[arg-type]
+    blind = model.processor.prompt(Record("r", tuple(texts)))
+    assert list(blind.streams["lm"].ids) == theirs
+    prompt = model.processor.prompt(Record("r", (texts[0], picture, *texts[1:])))
+    (place,), ids = prompt.places, list(prompt.streams["lm"].ids)
+    rest = ids[: place.start] + ids[place.start + place.length :]
+    if kind == "blip2":
+        assert (place.start, rest) == (0, theirs)
+    else:  # the picture stands in its turn, on a line of its own
+        marked = [*MESSAGES[:1], {"role": "user", "content": "\na cube?"}, *MESSAGES[2:]]
+        assert rest == words.apply_chat_template(marked, add_generation_prompt=True, return_dict=False)
+    span = model.processor.example(Record("r", (picture, texts[1], Text("two", role="assistant", learn=True))), 0)
+    learnt = [label for label in span.streams["lm"].labels or () if label != IGNORE]
+    assert words.decode(learnt) == "two<unk>"
+    assert words.unk_token_id in model.ended(Decoding()).stop_ids
+    assert [row.verdict for row in verify(model, only=["turns end", "batch = single"])] == ["pass", "pass"]
+    again = isthmus.load(model.save(tmp_path / "own"))
+    messages: list[dict[str, Any]] = [*MESSAGES[:1], {"role": "user", "content": [{"type": "text", "text": "a cube?"}]}]
+    messages[1]["content"].insert(0, {"type": "image", "image": open_image(picture.source)})
+    assert again.chat(messages, max_new_tokens=4) == model.chat(messages, max_new_tokens=4)
+    assert all(score < 0 for score in again.score([picture, texts[1]], ["red", "blue"]))
+    assert model.provenance([Record("r", (picture, texts[1]))], {})["template"] == OWN
+
+
+def test_a_stage_may_ask_otherwise(folder: Path) -> None:
+    asked = Record("r", (Text("a cube?", role="user"),))
+    own = bridged("blip2", folder, processor={"question": "Question: {} Answer:"})
+    assert own.processor.template is None
+    words = own.processor.tokenizer
+    assert "Question: a cube? Answer:" in words.decode(own.processor.prompt(asked).streams["lm"].ids)
+    assert bridged("flamingo", folder, template="paper").processor.template == "paper"
+    with pytest.raises(ConfigError, match="take one of them out"):
+        bridged("blip2", folder, template="chat", processor={"question": "{}"})
+    with pytest.raises(ConfigError, match="in the words of `question`; not in 'vicuna_v1'"):
+        bridged("blip2", folder, template="vicuna_v1")
+    (folder / "chat_template.jinja").write_text("{{ messages | length }}")
+    refused = bridged("flamingo", folder).processor
+    with pytest.raises(ConfigError, match="cannot be trained with"):
+        refused.example(Record("r", (*asked.parts, Text("two", role="assistant", learn=True))), 0)
 
 
 def test_an_lm_without_a_template_says_how_to_choose_one(folder: Path) -> None:

@@ -5,7 +5,8 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -60,6 +61,14 @@ def shown(number: int = 0) -> dict[str, Any]:
 def asked(text: str = "how many red things are there?", *pictures: int) -> list[dict[str, Any]]:
     """A conversation of one turn."""
     return [{"role": "user", "content": [*(shown(n) for n in pictures), {"type": "text", "text": text}]}]
+
+
+def until(what: Callable[[], Any], seconds: float = 10.0) -> None:
+    """Waits until ``what`` is true. Raises AssertionError when it is not within ``seconds``."""
+    ends = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < ends, "it did not happen"
+        time.sleep(0.005)
 
 
 @dataclass

@@ -141,11 +141,14 @@ def test_connections_that_stall_are_closed_in_time(small):
 
 
 def test_stalled_connections_slow_nobody(small):
+    """Some say nothing, some stop within their headers, some within their body."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer secret\r\n"
+    whole = head + b"Content-Type: application/json\r\nContent-Length: 500\r\n\r\n{"
     stalled = []
     try:
         for n in range(50):
             sock = socket.create_connection(("127.0.0.1", small.port))
-            sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"[: 5 + n])
+            sock.sendall((b"", head[: 5 + n], whole)[n % 3])
             stalled.append(sock)
         began = time.monotonic()
         assert small.post(CHAT, ask(), headers=KEY).status == 200

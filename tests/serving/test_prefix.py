@@ -1,11 +1,18 @@
 """Prompts that begin alike: what is taken over, that it changes nothing, and how much is kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from isthmus.data.collate import collate
+from isthmus.data.images import as_image
+from isthmus.data.record import Record, Text
 from isthmus.language import Decoder, Decoding, LanguageModel, Prompt
 from isthmus.serving.prefix import Remembering
+from tests.interop import tiny_models
 from tests.models.tiny_flamingo import LANGUAGES, redraw
+from tests.serving.helpers import picture
 
 MORE = {"mistral": {**LANGUAGES["llama"], "sliding_window": 6}, **LANGUAGES}
 
@@ -60,9 +67,9 @@ def test_what_is_kept_stays_within_its_bytes():
         small.read(row(found, list(range(start, start + 10))))
         assert small.held <= 2 * one.held
     small.read(row(found, list(range(33, 43))))
-    assert small.taken == 9
+    assert small.taken == 10
     small.read(row(found, list(range(3, 13))))
-    assert small.taken == 9  # long gone
+    assert small.taken == 10  # long gone
 
 
 @torch.inference_mode()
@@ -74,3 +81,47 @@ def test_a_conversation_that_goes_on_keeps_one_prompt():
         kept.read(row(found, ids))
     assert len(kept._kept) == 1
     assert kept.taken == 17 + 20
+
+
+def asked(model, *parts):
+    """The prompt of a conversation, pictures by number."""
+    shown = (as_image(picture(p)) if isinstance(p, int) else Text(p, role="user") for p in parts)
+    example = model.processor.prompt(Record("r", tuple(shown)))
+    prompt = model.net.prompt(collate([example]))
+    if prompt.look is None:
+        return prompt
+    # Each picture encoded alone, as the server keeps them: together the last digits may differ.
+    alone = [asked(model, p, "x").look.media for p in parts if isinstance(p, int)] if len(parts) > 2 else []
+    return replace(prompt, look=replace(prompt.look, media=torch.cat(alone, dim=1))) if alone else prompt
+
+
+@torch.inference_mode()
+def test_a_flamingos_beginning_is_taken_over_with_the_pictures_it_sees():
+    model = tiny_models.flamingo()
+    found, kept = model.net.language, Remembering(model.net.language, 10**9)
+    question = "how many red things are there beside the large blue cube?"
+    first, other = asked(model, 1, question), asked(model, 2, question)
+    prompts = [first, asked(model, 1, question, 2, "and here?"), asked(model, 2, question, 2, "and here?"), other]
+    taken = []
+    for prompt in prompts:
+        before, read, whole = kept.taken, kept.read(prompt), found.read(prompt)
+        taken.append(kept.taken - before)
+        assert float((read.logits - whole.logits).abs().max()) < 1e-4
+    half = int(first.lengths) // 2
+    assert [n > half for n in taken] == [False, True, False, True]
+    assert taken[2] == 0  # its first picture is another one
+    assert float((found.read(first).logits - found.read(other).logits).abs().max()) > 1e-2
+    assert texts(kept, prompts) == texts(found, prompts)
+
+
+@torch.inference_mode()
+def test_an_encoder_decoder_takes_over_whole_prompts_and_nothing_less():
+    model = tiny_models.blip2({**tiny_models.T5, "vocab_size": tiny_models.ROWS})
+    found, kept = model.net.language, Remembering(model.net.language, 10**9)
+    first, other = asked(model, 1, "how many red things are there?"), asked(model, 1, "how many red things?")
+    prompts = [first, other, first, first]
+    assert texts(kept, prompts) == texts(found, prompts)
+    assert kept.taken == 2 * int(first.lengths)
+    one = Remembering(found, 10**9)
+    one.read(first)
+    assert one.held > first.embeds.nbytes + 2 * sum(k.nbytes for k, _ in kept.read(first).beside.layers)

@@ -14,7 +14,7 @@ from isthmus.serving.errors import ApiError
 from isthmus.serving.limits import Limits
 from isthmus.serving.metrics import Metrics
 from isthmus.serving.scheduler import Call, Found, Said, Scheduler, Text
-from tests.serving.helpers import models
+from tests.serving.helpers import models, until
 
 EXAMPLE = None
 
@@ -86,13 +86,6 @@ class Stage:
     def ended(self, name):
         event = self.heard[name][-1] if self.heard[name] else None
         return isinstance(event, ApiError | Found) or (isinstance(event, Said) and bool(event.ended))
-
-
-def until(what, seconds=10.0):
-    ends = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < ends, "it did not happen"
-        time.sleep(0.005)
 
 
 @pytest.fixture

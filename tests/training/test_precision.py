@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from isthmus import measured
+from isthmus.measured import measure
 from isthmus.stage import Group, Stage
 from isthmus.training import precision
-from isthmus.training.precision import Choice, choose, computes_bf16, context, measure, products
+from isthmus.training.precision import Choice, choose, computes_bf16, context, products
 from tests.training.test_loop import run
 from tests.training.test_loop import stage as loop_stage
 from tests.training.toys import ToyNet
@@ -70,7 +72,7 @@ def test_it_is_measured_once_per_machine_and_net(asked, monkeypatch):
     assert choose(stage(), NET, CPU, timer=slower).precision == "bf16"  # taken from the cache
     assert not slower.ran
     assert choose(stage(), nn.Linear(4, 4), CPU, timer=slower).precision == "fp32"  # another net
-    monkeypatch.setattr(precision, "_processor", lambda: ["another machine"])
+    monkeypatch.setattr(precision, "processor", lambda: ["another machine"])
     assert choose(stage(), NET, CPU, timer=slower).precision == "fp32"
     assert ran >= 2 * 3
 
@@ -78,7 +80,7 @@ def test_it_is_measured_once_per_machine_and_net(asked, monkeypatch):
 def test_timing_ends_soon_where_the_answer_is_clear():
     clear, near = Clock(fp32=0.01, bf16=0.02), Clock(fp32=0.01, bf16=0.0101)
     assert measure(clear.work(), clear) == pytest.approx({"fp32": 0.01, "bf16": 0.02})
-    assert len(clear.ran) == 2 * (1 + precision.ROUNDS)
+    assert len(clear.ran) == 2 * (1 + measured.ROUNDS)
     measure(near.work(), near)
     assert 1.0 < near.now < 1.1
     slow = Clock(fp32=3.0, bf16=4.0)

@@ -26,7 +26,10 @@ LOADING: dict[str, Any] = {
         int | None, typer.Option(help="Width of a CLIP's attention heads, where nothing tells it.")
     ],
     "template": Annotated[
-        str | None, typer.Option(help="How it is asked: a template's name, chat (its own), or a file in Jinja.")
+        str | None,
+        typer.Option(
+            help="How it is asked: a template's name, chat (its own, switches after a colon), or a file in Jinja."
+        ),
     ],
     "revision": Annotated[
         str | None, typer.Option(help="Of a hub id owner/name: main, a tag or a commit; it is fetched.")

@@ -50,6 +50,7 @@ def run(
 
 def _model(folder: str, console: Console, given: Mapping[str, Any], render: str | None) -> dict[str, Any]:
     from isthmus import adapters
+    from isthmus.checkpoint import state_tensors
     from isthmus.config import plain
     from isthmus.model import load
     from isthmus.recipes.facts import parts_of, visual_tokens, visual_tokens_text
@@ -57,7 +58,7 @@ def _model(folder: str, console: Console, given: Mapping[str, Any], render: str 
     model = load(folder, **given)
     parts, tokens = parts_of(model.net), visual_tokens(model.net)
     console.print(_parts(f"{folder}: {model.kind}", parts))
-    held = sum(tensor.numel() * tensor.element_size() for tensor in model.net.state_dict().values())
+    held = sum(tensor.numel() * tensor.element_size() for tensor in state_tensors(model.net).values())
     console.print(f"{held / 2**20:,.1f} MiB of weights in memory", highlight=False)
     if tokens is not None:
         console.print(visual_tokens_text(model.net))

@@ -12,11 +12,12 @@ from itertools import groupby
 from typing import Any, Literal
 
 from isthmus.batch import IGNORE
+from isthmus.data.chat import OWN, chosen, form_of, with_stop
 from isthmus.data.images import ImageTransform
 from isthmus.data.mix import key
 from isthmus.data.processor import Processor, must_fit, must_learn, pixels_of
-from isthmus.data.record import Example, Place, Record, Span, Text
-from isthmus.data.text import Rendered, drawn, encode
+from isthmus.data.record import Example, Part, Place, Record, Span, Text, without_answer
+from isthmus.data.text import Rendered, Template, drawn, encode
 from isthmus.data.tokenizer import END, Tokenizer
 from isthmus.data.wordpiece import cls_id, other_specials
 from isthmus.errors import ConfigError, DataError
@@ -116,6 +117,8 @@ class PromptProcessor(Processor):
         start_id: an encoder-decoder's start token; with it the streams are ``encoder`` and ``decoder``.
         qformer: the Q-Former's tokenizer where it reads the question too (InstructBLIP; fine-tuning on VQA).
         clean: captions and questions as in :func:`clean_caption` and :func:`clean_question`.
+        template: ``chat`` for conversations in the chat template that the tokenizer carries, in ``question``'s place
+            and with the system's text, after the soft prompt as the rest.
     """
 
     kind = "blip2-prompts"
@@ -136,6 +139,7 @@ class PromptProcessor(Processor):
         start_id: int | None = None,
         qformer: Tokenizer | None = None,
         clean: bool = True,
+        template: str | None = None,
     ) -> None:
         if (places := question.count("{}")) != 1:
             raise ConfigError(f"question: {question!r} has {places or 'no'} {{}} for the question and needs one")
@@ -143,7 +147,21 @@ class PromptProcessor(Processor):
             raise ConfigError(f"end: {end!r} is neither newline nor eos")
         if end == "newline" and newline_id(tokenizer) is None:
             raise ConfigError("end: newline ends no text, for the tokenizer has no token for one; take `end: eos`")
-        self.tokenizer, self.image, self.num_tokens = tokenizer, image, num_tokens
+        self._form: Template | None = None
+        self._stops: tuple[int, ...] = ()
+        if template is not None:
+            template, tokenizer = chosen(template, tokenizer)
+            if template != OWN or start_id is not None:
+                raise ConfigError(
+                    f"template: BLIP-2 asks in the chat template of a decoder that carries one ({OWN}), or without a "
+                    f"template in the words of `question`; not in {template!r}"
+                    + " with an encoder-decoder"
+                    * (start_id is not None)
+                )
+            form = form_of(template, tokenizer)
+            assert not isinstance(form, str)  # it is OWN
+            self._form, self._stops = form, with_stop(form, tokenizer, ())
+        self.tokenizer, self.image, self.num_tokens, self.template = tokenizer, image, num_tokens, template
         self.prompt_text, self.question, self.end, self.clean = prompt, question, end, clean
         self.max_text, self.max_question, self.start_id = _room(max_text), _room(max_question), start_id
         self.others = {} if qformer is None else {"qformer": qformer}
@@ -153,7 +171,7 @@ class PromptProcessor(Processor):
     def stop_ids(self) -> tuple[int, ...]:  # type: ignore[override]
         """Ids that end an answer besides end-of-sequence."""
         newline = newline_id(self.tokenizer) if self.end == "newline" else None
-        return () if newline is None else (newline,)
+        return self._stops if newline is None else (newline, *self._stops)
 
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError without exactly one picture, with an empty text, or when nothing would be learnt."""
@@ -204,6 +222,8 @@ class PromptProcessor(Processor):
                 text = clean_caption(text) if self.clean else text
                 self._answer(out, [(text, captions[0].learn)])
             return out, self.prompt_text
+        if self._form is not None:
+            return self._chatted(self._form, record, prompt)
         before, after = self.question.split("{}")  # not str.format, which reads any other brace as a field
         for turn in turns:
             said = [(str(p.text), p.learn) for p in turn]
@@ -216,6 +236,18 @@ class PromptProcessor(Processor):
         if prompt and turns[-1][0].role != "user":
             raise DataError("bad conversation: it has no question to answer; end it with a user's turn")
         return out, asked
+
+    def _chatted(self, form: Template, record: Record, prompt: bool) -> tuple[Rendered, str]:
+        """A conversation in the language model's own template; its pictures stand in front of all of it."""
+        parts: list[Part] = []
+        for part in (without_answer(record) if prompt else record).parts:
+            if not isinstance(part, Text):
+                part = Text("", role="user")
+            elif self.clean and part.role == "user":
+                part = Text(clean_question(str(part.text)), role="user")
+            parts.append(part)
+        asked = [str(p.text) for p in parts if isinstance(p, Text) and p.role == "user" and p.text]
+        return form(Record(record.id, tuple(parts)), prompt), asked[-1].strip() if asked else ""
 
     def _answer(self, out: Rendered, said: Sequence[tuple[str, bool]], *, ends: bool = True) -> None:
         """The pieces of one answer, each with its being learnt, without white space at either end of the whole."""
@@ -288,6 +320,7 @@ class PromptProcessor(Processor):
             "max_question": self.max_question,
             "start_id": self.start_id,
             "clean": self.clean,
+            "template": self.template,
             "image": self.image.to_dict(),
         }
 

@@ -5,10 +5,12 @@ around them are cut out, and a record is then put together from pieces and conte
 are spans, no rendered record is ever searched. What was cut is held against the template's own output, id by id, on
 one to four turns, with a system's text and without. A template that does more than stand around its contents (it
 counts, dates, or asks otherwise than it tells) is refused for training, with the reason, and still asks: a prompt has
-no labels and is rendered by the template itself.
+no labels and is rendered by the template itself. So is one sample where a template looks for a word in what is said,
+as those that leave the thoughts out of earlier answers look for ``</think>``.
 """
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +20,7 @@ from weakref import WeakKeyDictionary
 from isthmus.data.record import Image, Record
 from isthmus.data.text import Rendered, Template, Turn, conversation_turns, encode, say, write_user
 from isthmus.data.tokenizer import END, Tokenizer
-from isthmus.errors import ConfigError, DataError
+from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.language.chat_template import TemplateTimeoutError, render_chat
 
 OWN = "chat"
@@ -26,6 +28,16 @@ OWN = "chat"
 
 _PICTURE = chr(ord(END) - 1)  # reserved like the stand-ins, and never one of them: a template has not that many
 _ROLES = ("system", "user", "assistant")
+FIRST, LAST = "first question", "last answer"
+"""Beside the roles: the turns at a conversation's ends, whose white space some templates treat in a way of its own."""
+_ENDS = {"user": FIRST, "assistant": LAST}
+
+_LOOKS_FOR = re.compile(
+    r"""(?P<q>['"])(?P<word>(?:(?!(?P=q)).)+)(?P=q)\s+(?:not\s+)?in\b"""
+    r"""|\.(?:split|rsplit|startswith|endswith|replace)\(\s*(?P<p>['"])(?P<other>(?:(?!(?P=p)).)+)(?P=p)"""
+)
+"""Where a template's source asks whether a word is in a text, or takes a text apart there."""
+
 _TRIMS = {
     "as it is": str,
     "stripped": str.strip,
@@ -40,6 +52,10 @@ _LEARNT = {"system": "Qxsystem7", "user": "Qxasked{}7", "assistant": "Qxsaid{}7"
 _CHECKED = {"system": "Be brief: 3 words.", "user": "What is no. {}?\n\n(of é, 東)", "assistant": "It's {}, a cube."}
 """Contents that are cut out, and others that what was cut is held against; ``{}`` is the turn's number."""
 
+_TODAY = "Qxtoday7"
+_DATED = f"{{% macro strftime_now(form) %}}{_TODAY}{{% endmacro %}}"
+"""A date that is known again, in Jinja."""
+
 Spoken = Sequence[tuple[str, str]]
 
 
@@ -52,7 +68,7 @@ class Pieces:
     """What a template writes around contents: ``head`` before the system's text and ``open`` before the first question;
     ``ask`` before an answer that a question follows, ``ask_last`` before the last one, ``prompt`` where the answer is
     to be written; ``next`` between an answer and a question, ``end`` at last. ``trims``: what becomes of each role's
-    text. Special tokens are in them as people write them."""
+    text, of FIRST and of LAST. Special tokens are in them as people write them."""
 
     head: str
     open: str
@@ -74,12 +90,13 @@ class Pieces:
             left = len(turns) - number
             if role == "user":
                 around = self.prompt if left == 1 else self.ask if left > 2 else self.ask_last
-                out += self.content(role, text) + (self.ask if prompt and left > 1 else around)
+                out += self.content(role if number else FIRST, text) + (self.ask if prompt and left > 1 else around)
             else:
-                out += self.content(role, text) + (self.end if left == 1 else self.next)
+                out += self.content(LAST if left == 1 else role, text) + (self.end if left == 1 else self.next)
         return out
 
     def content(self, role: str, text: str) -> str:
+        """What the template makes of a role's text, ``role`` one of the three, FIRST or LAST."""
         return _TRIMS[self.trims.get(role, "as it is")](text)
 
 
@@ -101,6 +118,8 @@ class ChatForm:
         self._names = {name: token for name, token in tokenizer.specials.items() if token is not None}
         added = tokenizer.added_tokens()
         self._special = re.compile(_any_of([text for text, token in added.items() if token.special]))
+        words = {(w["word"] or w["other"]).replace("\\n", "\n") for w in _LOOKS_FOR.finditer(self.template)}
+        self._looked_for = re.compile(_any_of([word for word in words - {*_ROLES} if word.strip()]))
         self._shown: dict[str, str] = {}
         self.stop: str | None = None
         self.bare = self._learn(system=False)
@@ -118,24 +137,26 @@ class ChatForm:
         self.stop = stop
         return pieces
 
-    def _said(self, said: Spoken, *, prompt: bool) -> str:
+    def _said(self, said: Spoken, *, prompt: bool, before: str = "") -> str:
+        """What the template makes of a conversation, its source with ``before`` in front."""
         messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in said]
+        template = before + self.template
         try:
-            return render_chat(self.template, messages, self._names, prompt=prompt)
+            return render_chat(template, messages, self._names, prompt=prompt)
         except TemplateTimeoutError:
             raise
         except DataError:
             parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
             try:
-                return render_chat(self.template, parts, self._names, prompt=prompt)
+                return render_chat(template, parts, self._names, prompt=prompt)
             except DataError:
                 pass
             raise
 
     def _cut(self, system: bool) -> Pieces:
-        if "strftime_now" in self.template:
-            raise _NoCutError("it writes today's date, so what was learnt would be asked otherwise tomorrow")
         conversation = _conversation(_LEARNT, 2, system)
+        if "strftime_now" in self.template and _TODAY in self._said(conversation, prompt=False, before=_DATED):
+            raise _NoCutError("it writes today's date, so what was learnt would be asked otherwise tomorrow")
         whole = self._between(self._said(conversation, prompt=False), conversation)
         asked = self._between(self._said(conversation[:-1], prompt=True), conversation[:-1])
         head = whole.pop(0) if system else ""
@@ -154,19 +175,18 @@ class ChatForm:
 
     def _trimmed(self, pieces: Pieces, system: bool) -> Pieces:
         """With what the template makes of each role's white space."""
-        trims: dict[str, str] = {}
         for role in _ROLES[not system :]:
             edged = {**_LEARNT, role: f"\n  {_LEARNT[role]}  \n"}
             said = _conversation(edged, 2, system)
             written = self._said(said, prompt=False)
-            for how in _TRIMS:
-                found = replace(pieces, trims={**trims, role: how})
+            for how, at_end in itertools.product(_TRIMS, _TRIMS):
+                found = replace(pieces, trims={**pieces.trims, role: how, _ENDS.get(role, role): at_end})
                 if found.written(said, prompt=False) == written:
-                    trims[role] = how
+                    pieces = found
                     break
             else:
                 raise _NoCutError(f"it changes the white space in what the {role} says by no rule that is known here")
-        return replace(pieces, trims=trims)
+        return pieces
 
     def _check(self, pieces: Pieces, system: bool) -> None:
         """Raises _NoCutError where the pieces and the template differ, in letters or in ids."""
@@ -206,7 +226,7 @@ class ChatForm:
         turns = conversation_turns(record, prompt)
         system = "".join(str(part.text) for part in record.texts if part.role == "system")
         pieces = self.headed if system else self.bare
-        if isinstance(pieces, Pieces):
+        if isinstance(pieces, Pieces) and not self._treated(pieces, system, turns, prompt):
             return self._put_together(pieces, system, turns, prompt)
         if prompt:
             return self._rendered(system, turns)
@@ -220,13 +240,29 @@ class ChatForm:
             "give the stage a `template:` of another name."
         )
 
+    def _treated(self, pieces: Pieces, system: str, turns: Sequence[Turn], prompt: bool) -> bool:
+        """Does the template make something else of these texts than it stands around, for a word that it looks for in
+        them? Raises DataError where that is so and they are to be learnt."""
+        said = [*([("system", system)] if system else []), *((turn.role, turn.text) for turn in turns)]
+        words = [found[0] for _, text in said if (found := self._looked_for.search(text))]
+        if not words:
+            return False
+        ours, theirs = pieces.written(said, prompt=prompt), self._said(said, prompt=prompt)
+        if ours != theirs and not prompt:
+            raise DataError(
+                f"bad text: it holds {words[0]!r}, of which the model's own chat template makes something of its own "
+                f"({_difference(ours, theirs)}); take it out, or train with a `template:` of another name"
+            )
+        return ours != theirs
+
     def _put_together(self, pieces: Pieces, system: str, turns: Sequence[Turn], prompt: bool) -> Rendered:
         out = self._bare("")
         marks = self._marks
         out.write(marks(pieces.head) + pieces.content("system", system) + marks(pieces.open))
         for number, turn in enumerate(turns):
             last = number == len(turns) - 1
-            said = _sliced(turn.said, pieces.content(turn.role, turn.text))
+            at_end = number == 0 if turn.role == "user" else last
+            said = _sliced(turn.said, pieces.content(_ENDS[turn.role] if at_end else turn.role, turn.text))
             if turn.role == "user":
                 if turn.images:
                     write_user(out, turn, prompt, first=False)
@@ -300,6 +336,29 @@ class ChatForm:
 
 
 _FORMS: WeakKeyDictionary[Tokenizer, ChatForm] = WeakKeyDictionary()
+
+
+def chosen(template: str, tokenizer: Tokenizer) -> tuple[str, Tokenizer]:
+    """The template's name, and the tokenizer with the switches set that stand after it: ``chat:enable_thinking=false``,
+    several with commas. A switch that is set is a line of the template that the tokenizer carries from then on, so
+    that it goes wherever the model goes. Raises ConfigError for a switch that the template does not know."""
+    name, _, switches = template.partition(":")
+    if name != OWN or not switches:
+        return template, tokenizer
+    text = tokenizer.chat_template or ""
+    known = re.findall(r"\b([A-Za-z_]\w*) is (?:not )?defined", text) or ["none"]
+    for switch in switches.split(","):
+        key, equal, value = (part.strip() for part in switch.partition("="))
+        if not equal or not re.search(rf"\b{re.escape(key)}\b", text) or not re.fullmatch(r"[\w .:/-]+", value):
+            raise ConfigError(
+                f"template: {switch!r} sets no switch of this model's chat template; {nearest(key, known)} Write "
+                "chat:NAME=VALUE, several with commas."
+            )
+        plain = value.lower() in ("true", "false", "none") or value.isdecimal()
+        line = f"{{% set {key} = {value.lower() if plain else json.dumps(value)} %}}"
+        before = rf"^((?:{{% set \w+ = [^%]* %}})*?){{% set {re.escape(key)} = [^%]* %}}"
+        text = line + ("\n" if text[:1] == "\n" else "") + re.sub(before, r"\1", text)
+    return name, tokenizer.with_chat_template(text)
 
 
 def form_of(template: str, tokenizer: Tokenizer) -> str | Template:

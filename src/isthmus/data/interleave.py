@@ -5,6 +5,7 @@
 
 A picture or clip takes one token, ``<image>``; ``<|endofchunk|>`` ends what is said about it (2204.14198, fig. 8). Ids,
 labels and the number of the picture that each token sees are built together, piece by piece: nothing is searched for.
+In the language model's own chat template turns are the template's, and end as it ends them.
 """
 
 from collections.abc import Sequence
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 
 from isthmus.batch import IGNORE
+from isthmus.data.chat import OWN, chosen, form_of, with_stop
 from isthmus.data.images import ImageTransform
 from isthmus.data.mix import key
 from isthmus.data.processor import Processor, pixels_of
 from isthmus.data.record import Example, Image, Part, Place, Record, Role, Span, Text, without_answer
-from isthmus.data.text import Chunk, drawn, encode_chunk
+from isthmus.data.text import Chunk, Template, drawn, encode_chunk
 from isthmus.data.tokenizer import END, Tokenizer
 from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.nn.gated import media_index
@@ -64,7 +66,8 @@ class InterleaveProcessor(Processor):
         max_length: tokens. A longer document is read through a window at a place drawn at random, which
             holds a picture if the document does; a longer conversation loses its end.
         max_images: most visuals of a document; a window ends before the next one.
-        template: ``paper``, ``open_flamingo``, ``idefics`` or ``bare``, one of STYLES.
+        template: ``paper``, ``open_flamingo``, ``idefics`` or ``bare``, one of STYLES; or ``chat``, the one that the
+            tokenizer carries.
         p_next: how often a document's text is paired with the picture after it instead of the one before (training).
         space: how often a caption pair gets a space before its text (training; ½ in the paper).
         blind: whether a document's text before its first picture is learnt (not so in OpenFlamingo).
@@ -91,8 +94,9 @@ class InterleaveProcessor(Processor):
         tokens: Sequence[str] = NEW_TOKENS,
         around: bool = False,
     ) -> None:
-        if template not in STYLES:
-            raise ConfigError(f"unknown template {template!r}; {nearest(template, STYLES)}")
+        template, tokenizer = chosen(template, tokenizer)
+        if template not in (*STYLES, OWN):
+            raise ConfigError(f"unknown template {template!r}; {nearest(template, (*STYLES, OWN))}")
         if max_length < 2 or max_images < 1:
             raise ConfigError(f"max_length must be at least 2 and max_images at least 1: {max_length}, {max_images}")
         for name, share in (("p_next", p_next), ("space", space)):
@@ -104,11 +108,14 @@ class InterleaveProcessor(Processor):
         self.tokens, self.around = tuple(tokens), around
         self.end_id, self.image_id, *turn = (tokenizer.id_of(token) for token in self.tokens)
         self.turn_id = turn[0] if turn else None
+        form = form_of(template, tokenizer)
+        self._form = None if isinstance(form, str) else form
+        self.stop_ids = with_stop(form, tokenizer, ())
 
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError when the record does not fit, or nothing of it would be learnt."""
         whole, document = drawn(record, draw), _is_document(record)
-        line = self._document(whole, False, draw) if document else self._turns(whole, False)
+        line = self._document(whole, False, draw) if document else self._spoken(whole, False)
         ids, labels, visuals, places = line.encode()
         if document:
             ids, labels, visuals, places = self._window(ids, labels, visuals, places, draw)
@@ -129,7 +136,7 @@ class InterleaveProcessor(Processor):
     def prompt(self, record: Record) -> Example:
         """Up to the place where the answer begins, without labels. Raises DataError when it is too long."""
         asked = drawn(without_answer(record), 0)
-        line = self._document(asked, True, 0) if _is_document(record) else self._turns(asked, True)
+        line = self._document(asked, True, 0) if _is_document(record) else self._spoken(asked, True)
         ids, _, visuals, places = line.encode()
         if len(ids) > self.max_length:
             raise DataError(
@@ -158,6 +165,20 @@ class InterleaveProcessor(Processor):
             if not any(str(p.text).strip() for p in record.texts):
                 raise DataError("empty text: the document holds no text; drop the sample")
             line.close(learn)
+        return line
+
+    def _spoken(self, record: Record, prompt: bool) -> "_Line":
+        """A conversation, or shots: in the language model's own template or in a style."""
+        return self._turns(record, prompt) if self._form is None else self._chat(self._form, record, prompt)
+
+    def _chat(self, form: Template, record: Record, prompt: bool) -> "_Line":
+        line, rendered = _Line(self), form(record, prompt)
+        line.begun = rendered.begun
+        for number, chunk in enumerate(rendered.chunks):
+            if number:
+                line.place(rendered.images[number - 1])
+            if chunk.text:
+                line.pieces.append(chunk)
         return line
 
     def _turns(self, record: Record, prompt: bool) -> "_Line":
@@ -277,7 +298,7 @@ class _Line:
     def __init__(self, processor: InterleaveProcessor) -> None:
         self.processor = processor
         self.pieces: list[Chunk | Image | tuple[int, bool]] = []
-        self.learnt = False
+        self.learnt = self.begun = False
 
     @property
     def open(self) -> bool:
@@ -317,9 +338,10 @@ class _Line:
         self.write(END, learn)
 
     def encode(self) -> tuple[list[int], list[int], list[Image], list[int]]:
-        """Ids with beginning-of-sequence at the front, labels, visuals, and the positions of their tags."""
+        """Ids with beginning-of-sequence at the front, unless what is said begins itself (``begun``), labels, visuals,
+        and the positions of their tags."""
         tokenizer, image_id = self.processor.tokenizer, self.processor.image_id
-        ids = list(tokenizer.begin_ids)
+        ids = [] if self.begun else list(tokenizer.begin_ids)
         labels = [IGNORE] * len(ids)
         visuals: list[Image] = []
         places: list[int] = []

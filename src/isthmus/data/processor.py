@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from isthmus.batch import IGNORE
-from isthmus.data.chat import OWN, form_of, with_stop
+from isthmus.data.chat import OWN, chosen, form_of, with_stop
 from isthmus.data.images import ImageTransform, image_size
 from isthmus.data.record import Example, Image, Place, Record, Span
 from isthmus.data.text import TEMPLATES, Encoded, drawn, encode, render
@@ -193,7 +193,8 @@ class SpliceProcessor(Processor):
     Args:
         num_tokens: visual tokens a picture takes, from the connector for this transform's fixed size; of image mode
             ``anyres`` those of one view, a square number.
-        template: one of :data:`isthmus.data.text.TEMPLATES`, or ``chat``, the one that the tokenizer carries.
+        template: one of :data:`isthmus.data.text.TEMPLATES`, or ``chat``, the one that the tokenizer carries, with its
+            switches after a colon: ``chat:enable_thinking=false``.
         max_length: tokens after widening; what is over is cut off, never through a picture.
         around: names of the tokens before and after each picture, for models trained with such.
         stop_ids: ids that end an answer besides end-of-sequence.
@@ -214,6 +215,7 @@ class SpliceProcessor(Processor):
         around: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
     ) -> None:
+        template, tokenizer = chosen(template, tokenizer)
         _check(template, max_length)
         if len(around) not in (0, 2):
             raise ConfigError(f"around is a token before each picture and one after it, not {list(around)}")
@@ -314,6 +316,7 @@ class TextProcessor(Processor):
         max_length: int = 2048,
         stop_ids: Sequence[int] = (),
     ) -> None:
+        template, tokenizer = chosen(template, tokenizer)
         _check(template, max_length)
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
         self._form = form_of(template, tokenizer)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isthmus.checkpoint import Content, state_tensors
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
-from isthmus.data.chat import ChatForm, form_of
+from isthmus.data.chat import OWN, ChatForm, form_of
 from isthmus.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from isthmus.interop.export import Export, Source, common_dtype, must, shards
 from isthmus.interop.folders import asked_otherwise
@@ -202,6 +202,8 @@ def idefics_export(model: Source, *, shard_bytes: int) -> Export:
     tokens = IDEFICS_TOKENS[: len(config.new_ids)]
     for name, value, fixed in (("tokens", processor.tokens, tokens), ("around", processor.around, True)):
         must(value == fixed, f"processor.{name}", value, WHO, repr(fixed))
+    read = "paper" if config.turn_id is None else "idefics"
+    asked = f"processor.template {processor.template!r}: such a model is asked in {read!r}"
     weights = idefics_to_hf(state_tensors(model.net), config)
     described |= {"bos_token_id": processor.tokenizer.bos_id, "eos_token_id": processor.tokenizer.eos_id}
     files = {
@@ -225,7 +227,10 @@ def idefics_export(model: Source, *, shard_bytes: int) -> Export:
             "image_num_channels": 3,
         },
     }
-    return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")
+    losses = (asked,) if processor.template == OWN else ()
+    return Export(
+        files=files, losses=losses, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)"
+    )
 
 
 def blip2_export(model: Source, *, shard_bytes: int) -> Export:
@@ -285,7 +290,7 @@ def _prompted(model: Source, losses: tuple[str, ...], shard_bytes: int) -> Expor
         **shards(weights, shard_bytes),
         **tokenizer_files(
             tokenizer,
-            begin=not seq2seq,
+            begin=not seq2seq and processor.template is None,  # a template writes its beginning itself
             end=seq2seq,
             context=net.language.context,
             side="right" if seq2seq else "left",
@@ -293,7 +298,8 @@ def _prompted(model: Source, losses: tuple[str, ...], shard_bytes: int) -> Expor
         ),
         "preprocessor_config.json": image_processor(processor.image),
         "processor_config.json": {"processor_class": owner, "num_query_tokens": config.qformer.queries},
-        CHAT_TEMPLATE: question_template(processor.question, clean=processor.clean),
+        CHAT_TEMPLATE: (processor.template and processor.tokenizer.chat_template)
+        or question_template(processor.question, clean=processor.clean),
     }
     if config.instruct:
         beside = _bert_files(processor.others["qformer"], owner, config.qformer.positions)

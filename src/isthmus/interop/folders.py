@@ -229,7 +229,7 @@ def asked_otherwise(net: Blip2, processor: PromptProcessor) -> tuple[str, ...]:
     own = processor.to_dict()
     return tuple(
         f"processor.{name} {own[name]!r}: such a model is asked with {read[name]!r}"
-        for name in ("prompt", "question", "end", "clean")
+        for name in ("prompt", "question", "end", "clean", "template")
         if own[name] != read[name]
     )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from isthmus.data.images import ImageTransform
@@ -26,7 +27,8 @@ class Given:
     models;
     ``tokenizer`` a folder or OpenAI's merge table; ``activation`` that of a CLIP whose weights do not tell it
     (``quick_gelu`` for weights trained by OpenAI's code, mostly ``gelu`` else); ``head_width`` that of its attention
-    heads, where its size is none that was published.
+    heads, where its size is none that was published. ``dtype`` is what the model is cast to when it is open, for
+    readers that can save the way there.
     """
 
     open: Callable[[str | Path], Any]
@@ -38,6 +40,7 @@ class Given:
     tokenizer: str | Path | None = None
     activation: str | None = None
     head_width: int | None = None
+    dtype: torch.dtype | None = None
 
     def need(self, name: str, where: Path, why: str) -> Any:
         value = getattr(self, name)
@@ -48,7 +51,7 @@ class Given:
     def only(self, *used: str, where: Path) -> None:
         """Raises CheckpointError for an argument that this checkpoint has no use for."""
         for field in fields(self):
-            if field.name not in ("open", "account", *used) and getattr(self, field.name) is not None:
+            if field.name not in ("open", "account", "dtype", *used) and getattr(self, field.name) is not None:
                 raise CheckpointError(f"{where} needs no {field.name}: leave it out.")
 
     def encoder(self, path: str | Path) -> "Encoder":

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import processors
 
 from isthmus.checkpoint import Content, read_json
-from isthmus.data.chat import ChatForm, Pieces
+from isthmus.data.chat import FIRST, LAST, ChatForm, Pieces
 from isthmus.data.clip_tokenizer import ClipTokenizer
 from isthmus.data.images import ImageTransform
 from isthmus.data.text import TEMPLATES, Grammar
@@ -210,7 +210,10 @@ def own_chat_template(form: ChatForm) -> str:
     bare, headed = form.bare, form.headed
     if isinstance(bare, str):
         raise CheckpointError(f"the language model's own chat template has no place for pictures that is known: {bare}")
-    if isinstance(headed, Pieces) and replace(headed, head=bare.head, open=bare.open, trims=bare.trims) == bare:
+    first = _trimmed("text", bare, FIRST)
+    if isinstance(headed, Pieces) and _same_turns(headed, bare):
+        if (own := _trimmed("text", headed, FIRST)) != first:
+            first = f"{own} if own.seen else {first}"
         system = (
             f"{{{{- {json_of(headed.head)} + {_trimmed('own.seen', headed, 'system')} + {json_of(headed.open)} -}}}}"
         )
@@ -225,13 +228,22 @@ def own_chat_template(form: ChatForm) -> str:
         "{%- for message in messages if message['role'] != 'system' -%}{%- set text = said(message['content']) -%}"
         "{%- if message['role'] == 'user' -%}{%- set seen = namespace(n=0) -%}"
         f"{_PICTURES}{{%- if seen.n -%}}{_PLACED}{{%- else -%}}"
-        f"{{%- set text = {_trimmed('text', bare, 'user')} -%}}{{%- endif -%}}{{{{- text -}}}}"
+        f"{{%- set text = ({first}) if loop.first else {_trimmed('text', bare, 'user')} -%}}"
+        "{%- endif -%}{{- text -}}"
         f"{{%- if loop.revindex == 2 -%}}{{{{- {json_of(bare.ask_last)} -}}}}"
         f"{{%- elif not loop.last -%}}{{{{- {json_of(bare.ask)} -}}}}"
         f"{{%- elif add_generation_prompt -%}}{{{{- {json_of(bare.prompt)} -}}}}{{%- endif -%}}"
-        f"{{%- else -%}}{{{{- {_trimmed('text', bare, 'assistant')} -}}}}"
-        f"{{{{- {json_of(bare.end)} if loop.last else {json_of(bare.next)} -}}}}{{%- endif -%}}{{%- endfor -%}}"
+        f"{{%- elif loop.last -%}}{{{{- {_trimmed('text', bare, LAST)} + {json_of(bare.end)} -}}}}"
+        f"{{%- else -%}}{{{{- {_trimmed('text', bare, 'assistant')} + {json_of(bare.next)} -}}}}"
+        "{%- endif -%}{%- endfor -%}"
     )
+
+
+def _same_turns(one: Pieces, other: Pieces) -> bool:
+    """Do they write turns alike, whatever stands before them and becomes of the first question's white space?"""
+    own = {"system", FIRST}
+    trims = [{role: how for role, how in pieces.trims.items() if role not in own} for pieces in (one, other)]
+    return trims[0] == trims[1] and replace(one, head=other.head, open=other.open, trims=other.trims) == other
 
 
 def json_of(text: str) -> str:

@@ -3,8 +3,12 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
+
+import torch
 
 from isthmus.checkpoint import load_into
 from isthmus.data.processor import TextProcessor
@@ -18,6 +22,7 @@ from isthmus.language import known_fields
 from isthmus.models.lm import BareLM, LmConfig
 
 _MAGIC = b"GGUF"
+_ONE_AT_A_TIME = Lock()
 
 
 def is_gguf(path: Path) -> bool:
@@ -30,7 +35,8 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_gguf(path: Path, given: Given) -> Opened:
-    """The LM in a GGUF file, in float32; ``tokenizer`` may be another one's folder.
+    """The LM in a GGUF file, dequantised to the dtype asked for, float32 by default; ``tokenizer`` may be another one's
+    folder.
 
     Raises MissingExtraError without the extra ``gguf``; CheckpointError for a file that is cut short or of an
     architecture that transformers does not read.
@@ -44,8 +50,10 @@ def open_gguf(path: Path, given: Given) -> Opened:
             f"{path} is a GGUF file; reading one needs the extra gguf: pip install 'isthmus[gguf]' ({error.name} is "
             "missing)."
         ) from None
-    peer, words = _read(path)
+    dtype = given.dtype or torch.float32
+    peer, words = _read(path, dtype)
     net = BareLM(LmConfig(language=known_fields(json.loads(peer.config.to_json_string()))))
+    net.cast(dtype)  # before it is filled, so that the weights are taken as they are
     state = match_keys(net.language.lm, peer.state_dict(), where=str(path), account=given.account)
     load_into(net.language.lm, state, where=path, account=given.account)
     if given.tokenizer is not None:
@@ -60,14 +68,13 @@ def open_gguf(path: Path, given: Given) -> Opened:
     return net, TextProcessor(words, template=template, max_length=net.language.context or 2048), ()
 
 
-def _read(path: Path) -> tuple[Any, Tokenizer]:
-    """transformers' model and our tokenizer of the file."""
-    import torch
+def _read(path: Path, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
+    """transformers' model, its weights of ``dtype``, and our tokenizer of the file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     folder = path.parent
-    with _told(path), quiet():
+    with _told(path), quiet(), _read_once():
         words: Any = AutoTokenizer.from_pretrained(folder, **where)
         if getattr(words, "backend_tokenizer", None) is None:
             raise CheckpointError(f"{path}: its tokenizer has no fast form; name another by tokenizer=FOLDER.")
@@ -75,8 +82,23 @@ def _read(path: Path) -> tuple[Any, Tokenizer]:
         if words.chat_template:
             tokenizer = tokenizer.with_chat_template(words.chat_template)
         plain = GgufConfig(dequantize=True)
-        peer = AutoModelForCausalLM.from_pretrained(folder, quantization_config=plain, dtype=torch.float32, **where)
+        peer = AutoModelForCausalLM.from_pretrained(folder, quantization_config=plain, dtype=dtype, **where)
     return peer, tokenizer
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Inside, the header of a file is read once, of which transformers has gguf read every token for the tokenizer, the
+    configuration and the weights each, and the table of tensors' names is made once instead of for each module."""
+    import gguf
+
+    with _ONE_AT_A_TIME:
+        own = {"GGUFReader": gguf.GGUFReader, "get_tensor_name_map": gguf.get_tensor_name_map}
+        vars(gguf).update({name: cache(function) for name, function in own.items()})
+        try:
+            yield
+        finally:
+            vars(gguf).update(own)
 
 
 @contextmanager

@@ -8,13 +8,14 @@ with uncollected():  # transformers, and what it imports of torch
     from isthmus.language.decoding import Decoding, until_stop, write
     from isthmus.language.library import LibraryLM, known_fields, library_config, unfilled, vocabulary_tables
     from isthmus.language.seq2seq import T5_LIKE, Seq2SeqLM, build_language, safe_dtype
-    from isthmus.language.window import Window
+    from isthmus.language.window import Layers, Window
 
 __all__ = [
     "T5_LIKE",
     "Decoder",
     "Decoding",
     "LanguageModel",
+    "Layers",
     "LibraryLM",
     "Logprob",
     "Prompt",

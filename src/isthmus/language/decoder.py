@@ -34,6 +34,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.language.decoding import Decoding, Rules, drawn, seeds_of
 from isthmus.language.window import Layers, Window
 from isthmus.nn.beam import Beams
+from isthmus.products import SMALL, small_products
 
 READ_EVERY = {"cpu": 1, "mps": 8, "cuda": 8}
 """Steps between two looks of the host at what a whole batch has written: a look waits for the device."""
@@ -55,6 +56,11 @@ class Prompt:
 
 class Beside(Protocol):
     """What rows look at beside their own texts: one row of it per row that is written."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds in memory."""
+        ...
 
     def join(self, other: Any) -> Any:
         """These rows, then those of ``other``."""
@@ -78,6 +84,9 @@ class Read:
 
 class Steps(Protocol):
     """What a decoder asks of a language model."""
+
+    @property
+    def width(self) -> int: ...
 
     @property
     def writable(self) -> bool | str:
@@ -287,7 +296,8 @@ class Decoder:
         if beside is not None and window.rows > count:
             beside = beside.take(torch.arange(count, device=self._tokens.device))
         window.running = count
-        logits = self.language.next(self._tokens, self._positions[:count], window, beside).float()
+        with small_products(count * self.language.width**2 < SMALL):
+            logits = self.language.next(self._tokens, self._positions[:count], window, beside).float()
         window.column += 1
         self._positions[:count] += 1
         self._logits = logits if self._logits is None else torch.cat([logits, self._logits])

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.nn.attention import full_precision
+from isthmus.products import small_products
 
 SDPA = "isthmus_sdpa"
 """The library's SDPA with its half precision on a CPU computed in float32, as :func:`isthmus.nn.attention.attend`."""
@@ -53,9 +54,10 @@ class LibraryLM(nn.Module):
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any) -> Any:
-    with full_precision(query) as cast:
+    with full_precision(query) as cast, small_products() as backward_too:
         mask = cast(mask) if mask is not None and mask.is_floating_point() else mask
         y, weights = sdpa_attention_forward(module, cast(query), cast(key), cast(value), mask, **rest)
+        backward_too(y)
     return y.to(query.dtype), weights
 
 

@@ -182,6 +182,11 @@ class Source:
             self.cache.update(keys, values, number)
 
     @property
+    def nbytes(self) -> int:
+        """What it holds in memory."""
+        return self.mask.nbytes + sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+    @property
     def nothing(self) -> Tensor:
         """(n, S, 1) in place of hidden states that nobody reads."""
         return self.layers[0][0].new_zeros(1).expand(*self.mask.shape, 1)

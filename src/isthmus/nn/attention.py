@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from isthmus.errors import ConfigError
+from isthmus.products import small_products
 
 
 class Attention(nn.Module):
@@ -152,10 +153,11 @@ def attend(
     3.3 times as long. Plain products are up to twice as quick by themselves, but never in whole training steps (torch
     2.13, AMX bf16; benchmarks/attention.py, docs/notes/2026-12-trainings.md).
     """
-    with full_precision(q) as cast:
+    with full_precision(q) as cast, small_products() as backward_too:
         y = F.scaled_dot_product_attention(
             cast(q), cast(k), cast(v), attn_mask=mask, is_causal=causal, dropout_p=dropout
         )
+        backward_too(y)
     return y.to(q.dtype)
 
 

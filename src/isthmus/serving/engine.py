@@ -15,7 +15,7 @@ from isthmus.data.cache import Features
 from isthmus.data.collate import collate
 from isthmus.data.record import Example
 from isthmus.errors import CapabilityError
-from isthmus.language import Decoder, Decoding, LanguageModel
+from isthmus.language import Decoder, Decoding, LanguageModel, Seq2SeqLM
 from isthmus.model import Model
 from isthmus.serving.limits import Limits
 from isthmus.serving.prefix import Remembering
@@ -75,7 +75,7 @@ class Together:
         if language is None:
             raise CapabilityError("a model without a language model has nothing for a decoder")
         self.model, self.limits = model, limits
-        if isinstance(language, LanguageModel):
+        if isinstance(language, LanguageModel | Seq2SeqLM):
             language = Remembering(language, limits.prefixes)
         self.decoder = Decoder(language)
         self.pictures = PictureFeatures(model, limits.features)

@@ -1,33 +1,51 @@
 """Prompts that begin as an earlier one did are read from where they part: conversations that go on, several choices,
-many questions about one picture."""
+many questions about one picture. A prompt that was read before is not read again."""
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from isthmus.language import Decoding, LanguageModel, Prompt, Read, Window
+from isthmus.interleave import Look
+from isthmus.language import Decoding, LanguageModel, Prompt, Read, Seq2SeqLM, Window
 
 SHORTEST = 8
 """Tokens in common from which on a beginning is taken over."""
 
 
-class Remembering:
-    """A language model for a Decoder that keeps keys and values of prompts, at most ``size`` bytes of them.
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A prompt that was read: its embeddings ``row`` (T, D), the pictures its tokens saw beside them, what became of
+    it, and the bytes of all that."""
 
-    A beginning is the same when its embeddings are, number by number, pictures and all; so nothing that was read
-    otherwise is ever taken over. Rows that look at pictures beside their text (Flamingo's) are always read in full.
+    row: Tensor
+    look: Look | None
+    read: Read
+    nbytes: int
+
+
+class Remembering:
+    """A language model for a Decoder that keeps what became of prompts, at most ``size`` bytes of it.
+
+    A beginning is the same when its embeddings are, number by number, pictures and all, and of a Flamingo the pictures
+    that its tokens see; so nothing that was read otherwise is ever taken over. An encoder reads every token in the
+    light of all others, so that of an encoder-decoder only whole prompts are taken over.
     """
 
-    def __init__(self, language: LanguageModel, size: int) -> None:
+    def __init__(self, language: LanguageModel | Seq2SeqLM, size: int) -> None:
         self.language, self.size, self.held = language, size, 0
         self.taken = 0  # tokens that were not read again
-        self._kept: OrderedDict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = OrderedDict()
+        self._kept: OrderedDict[int, Kept] = OrderedDict()
         self._count = 0
 
     @property
     def writable(self) -> bool | str:
         return self.language.writable
+
+    @property
+    def width(self) -> int:
+        return self.language.width
 
     def window(self) -> Window:
         return self.language.window()
@@ -40,44 +58,48 @@ class Remembering:
 
     def read(self, prompt: Prompt) -> Read:
         """As the language model reads it."""
-        if len(prompt) != 1 or prompt.look is not None:
+        if len(prompt) != 1:
             return self.language.read(prompt)
         row = prompt.embeds[0, : int(prompt.lengths[0])]
-        number, common = self._nearest(row)
+        number, common = self._nearest(row, prompt.look)
+        known = None if number is None else self._kept[number]
+        if number is not None and known is not None and common == len(row) == len(known.row):
+            self._kept.move_to_end(number)
+            self.taken += common
+            return known.read
         common = min(common, len(row) - 1)  # the last token is read in any case, for what follows it
-        if number is None or common < SHORTEST:
+        if number is None or known is None or common < SHORTEST or not isinstance(self.language, LanguageModel):
             read = self.language.read(prompt)
         else:
-            layers = self._kept[number][1]
-            read = self.language.read_on([(k[:, :, :common], v[:, :, :common]) for k, v in layers], prompt)
+            read = self.language.read_on([(k[:, :, :common], v[:, :, :common]) for k, v in known.read.layers], prompt)
             self.taken += common
             self._kept.move_to_end(number)
-            if common >= len(self._kept[number][0]) - 1:  # the new one holds all of it
+            if common >= len(known.row) - 1:  # the new one holds all of it
                 self._drop(number)
-        self._keep(row, [(keys, values) for keys, values in read.layers])
+        self._keep(row, prompt.look, read)
         return read
 
-    def _nearest(self, row: Tensor) -> tuple[int | None, int]:
+    def _nearest(self, row: Tensor, look: Look | None) -> tuple[int | None, int]:
         """The kept prompt that has most tokens in common with the row's beginning, and how many."""
         best: tuple[int | None, int] = (None, 0)
-        for number, (kept, _) in self._kept.items():
-            width = min(len(row), len(kept))
-            unlike = (row[:width] != kept[:width]).any(-1).nonzero()
+        for number, kept in self._kept.items():
+            width = min(len(row), len(kept.row))
+            unlike = (row[:width] != kept.row[:width]).any(-1).nonzero()
             common = int(unlike[0]) if len(unlike) else width
+            if look is not None and kept.look is not None:
+                common = min(common, look.in_common(kept.look))
             if common > best[1]:
                 best = number, common
         return best
 
-    def _keep(self, row: Tensor, layers: list[tuple[Tensor, Tensor]]) -> None:
-        self._kept[self._count] = (row.clone(), layers)
-        self.held += _bytes(self._kept[self._count])
+    def _keep(self, row: Tensor, look: Look | None, read: Read) -> None:
+        size = row.nbytes + sum(keys.nbytes + values.nbytes for keys, values in read.layers)
+        size += 0 if read.beside is None else read.beside.nbytes  # the pictures that were seen are in it
+        self._kept[self._count] = Kept(row.clone(), None if look is None else look.apart(), read, size)
+        self.held += size
         self._count += 1
         while self.held > self.size and self._kept:
             self._drop(next(iter(self._kept)))
 
     def _drop(self, number: int) -> None:
-        self.held -= _bytes(self._kept.pop(number))
-
-
-def _bytes(entry: tuple[Tensor, list[tuple[Tensor, Tensor]]]) -> int:
-    return entry[0].nbytes + sum(keys.nbytes + values.nbytes for keys, values in entry[1])
+        self.held -= self._kept.pop(number).nbytes

@@ -5,6 +5,7 @@ import base64
 import binascii
 import hashlib
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -215,18 +216,18 @@ def checked(text: str) -> str:
 
 
 def decoding(request: schema.Writing, tokens: int | None, choice: int, room: int | None) -> Decoding:
-    """How one choice is written. ``room``: new tokens that fit behind the prompt. Raises ApiError when none does, or
-    fewer than were asked for."""
+    """How one choice is written; without a seed each time otherwise, where it is drawn. ``room``: new tokens that fit
+    behind the prompt. Raises ApiError when none does, or fewer than were asked for."""
     if room is not None and room < (tokens or 1):
         raise too_long()
     most = tokens or (DEFAULT_TOKENS if room is None else min(DEFAULT_TOKENS, room))
-    seed = ((request.seed or 0) + choice) % 2**63
+    first = secrets.randbelow(2**63) if request.seed is None else request.seed
     return Decoding(
         max_new_tokens=most,
         temperature=request.temperature or 0.0,
         top_p=1.0 if request.top_p is None else request.top_p,
         top_k=request.top_k,
-        seed=seed,
+        seed=(first + choice) % 2**63,
     )
 
 

@@ -16,6 +16,7 @@ from isthmus.batch import Batch
 from isthmus.checkpoint import read_json
 from isthmus.config import merged
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
+from isthmus.data.chat import OWN
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import Processor
 from isthmus.data.record import Example
@@ -127,12 +128,20 @@ class Blip2System(System):
     def processor(
         self, net: Any, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions
     ) -> Processor:
-        """The processor of the phase the net is in."""
+        """The processor of the phase the net is in. A stage of prompts without a ``template``, and without words of its
+        own for questions, takes the chat template that the language model carries."""
         assert image is not None
-        if stage.template is not None:
-            raise ConfigError(f"Stage {stage.name!r}: a blip2 stage has no chat template; see `processor`.")
+        if stage.template is not None and (net.config.phase == "represent" or "question" in stage.processor):
+            raise ConfigError(
+                f"Stage {stage.name!r}: a blip2 stage without a language model has no chat template, and one with a "
+                "template has no `question` among its processor's options; take one of them out."
+            )
         options: dict[str, Any] = {} if stage.max_length is None else {"max_text": stage.max_length}
         options |= stage.processor
+        talks = tokenizers.main.chat_template is not None and "question" not in options
+        if stage.template or (talks and net.config.phase == "generate" and not isinstance(net.language, Seq2SeqLM)):
+            room = (net.language.context or 2048) - net.num_tokens(image.size, image.size)
+            options = {"clean": False, "max_text": room, **options, "template": stage.template or OWN}
         try:
             if net.config.phase == "represent":
                 return PairProcessor(tokenizers.others[QFORMER], image, **options)

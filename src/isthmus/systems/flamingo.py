@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from isthmus.data.chat import default_template
 from isthmus.data.images import ImageTransform
 from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
 from isthmus.data.processor import Processor
@@ -56,7 +57,7 @@ class FlamingoSystem(System):
             "kind": InterleaveProcessor.kind,
             "image": image.to_dict(),
             "max_length": stage.max_length or net.language.context or 2048,
-            "template": stage.template or "paper",
+            "template": stage.template or default_template(tokenizers.main, "paper"),
             **stage.processor,
         }
         return self.open_processor(options, tokenizers.main, {})

@@ -256,7 +256,7 @@ def turns_end(model: Any) -> _Outcome:
     prompt = model.processor.prompt(Record("turns", asked)).streams["lm"].ids
     whole = Record("turns", (*asked, Text("Two.", role="assistant", learn=True)))
     try:
-        span = model.processor.example(whole, 0).streams["lm"]
+        span = model.processor.scored(whole).streams["lm"]
     except ConfigError as error:
         return _absent(str(error))
     learnt = [label for label in span.labels or () if label != IGNORE]

@@ -34,6 +34,7 @@ from isthmus.batch import Batch
 from isthmus.errors import DataError, IsthmusError, StageError
 from isthmus.net import Net
 from isthmus.processes import STOPS, first, of_first, rank, told, wait, world
+from isthmus.products import multiply_quickly
 from isthmus.stage import Stage, StageTable, apply_stage, set_modes
 from isthmus.training import averaging, optim, precision, proof
 from isthmus.training.engines import engine, where
@@ -113,6 +114,7 @@ def train(
         Preempted: after SIGTERM, SIGUSR1, or at ``stop_at``.
     """
     keep_freed_memory()
+    multiply_quickly()
     folder = Path(folder)
     progress = progress if first() else False
     with RunLock(folder) if first() else nullcontext():

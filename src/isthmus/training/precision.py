@@ -7,28 +7,21 @@ and backwards, for a second at most, once per machine and net; the answer is kep
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from isthmus.measured import Timer, measure, processor, recall, remember
 from isthmus.processes import first, told
 from isthmus.stage import Stage
 
-Timer = Callable[[], float]
-
-BUDGET = 1.0
-"""Seconds that timing may take."""
-ROUNDS = 5
-"""Rounds at least; no more where the answer is clear."""
 GAIN = 0.95
 """bf16 must take less than this share of fp32's time."""
 _SHAPES, _ROWS = 6, 512
@@ -76,10 +69,10 @@ def _measured(net: nn.Module, timer: Timer) -> Choice:
     if not shapes:
         return Choice("fp32", "the net has no products to time")
     key = _key(shapes)
-    seconds = _recall(key)
+    seconds = recall(key, ("fp32", "bf16"))
     if seconds is None:
         seconds = measure(_work(shapes), timer)
-        _remember(key, seconds)
+        remember(key, seconds)
     ratio = seconds["bf16"] / seconds["fp32"]
     took = f"bf16 takes {ratio:.2f} of fp32's time for this net's largest products on this machine"
     return Choice("bf16" if ratio < GAIN else "fp32", took)
@@ -114,67 +107,6 @@ def _work(shapes: list[tuple[Shape, int]]) -> dict[str, Callable[[], None]]:
     return {"fp32": lambda: run("fp32"), "bf16": lambda: run("bf16")}
 
 
-def measure(work: Mapping[str, Callable[[], None]], timer: Timer = time.perf_counter) -> dict[str, float]:
-    """The quickest of several rounds of each, in turns, so that what else runs meets both; the first round warms up."""
-    for run in work.values():
-        run()
-    best, began, rounds = dict.fromkeys(work, float("inf")), timer(), 0
-    while rounds < 2 or (timer() - began < BUDGET and not (rounds >= ROUNDS and _clear(best))):
-        rounds += 1
-        for name, run in work.items():
-            start = timer()
-            run()
-            best[name] = min(best[name], max(timer() - start, 1e-9))
-    return best
-
-
-def _clear(best: Mapping[str, float]) -> bool:
-    low, high = min(best.values()), max(best.values())
-    return high / low > 1.15
-
-
 def _key(shapes: list[tuple[Shape, int]]) -> str:
-    facts = [_processor(), torch.__version__, torch.get_num_threads(), shapes]
+    facts = [processor(), torch.__version__, torch.get_num_threads(), torch.get_float32_matmul_precision(), shapes]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def _processor() -> list[str]:
-    """Name and abilities: what tells one machine from another as far as products go."""
-    name = platform.processor()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    able = sorted(str(what) for what, has in torch.cpu.get_capabilities().items() if has is True)
-    return [name, *able]
-
-
-def _file() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "isthmus" / "precision.json"
-
-
-def _kept() -> dict[str, dict[str, float]]:
-    """What was measured before; nothing where the file is absent or is not what was written here."""
-    with suppress(OSError, ValueError, RuntimeError):
-        found = json.loads(_file().read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
-def _recall(key: str) -> dict[str, float] | None:
-    found = _kept().get(key)
-    sound = isinstance(found, dict) and all(
-        isinstance(found.get(n), float) and 0 < found[n] < float("inf") for n in ("fp32", "bf16")
-    )
-    return found if sound else None
-
-
-def _remember(key: str, seconds: Mapping[str, float]) -> None:
-    """Kept where it can be; without, the next run measures again."""
-    with suppress(OSError, RuntimeError):
-        file = _file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(f"{file.name}.{os.getpid()}")
-        beside.write_text(json.dumps(_kept() | {key: dict(seconds)}), encoding="utf-8")
-        os.replace(beside, file)
