@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from isthmus.batch import IGNORE
 from isthmus.data.record import Text
 from isthmus.data.text import TEMPLATES, encode, render
-from isthmus.data.tokenizer import END
+from isthmus.data.tokenizer import END, Tokenizer
 from isthmus.errors import ConfigError, DataError
 from tests.data.helpers import assistant, byte_level, llama_like, picture, record, user
 
@@ -205,6 +205,23 @@ def test_each_chunk_gets_its_dummy_space(family):
     encoded = encode(render(record(picture(), *ONE), "vicuna_bare"), tokenizer)
     tokens = tokenizer.tokens(encoded.ids)
     assert tokens[encoded.marks[0] :][:2] == ["▁", "<0x0A>"]
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_text_around_pictures_is_one_text_where_it_is_so_in_transformers(family, tmp_path):
+    """The library itself splits the whole string at its ``<image>``, which is nobody's first word."""
+    tokenizer = TOKENIZERS[family].with_tokens("<image>").around_pictures()
+    assert tokenizer.whole == (family == "non-legacy")
+    tokenizer.save(tmp_path)
+    turns = (picture(), user("what is the red cube?"), assistant("a sphere"), picture(), user("and here?"))
+    said = "USER: <image>\nwhat is the red cube? ASSISTANT: a sphere</s>USER: <image>\nand here? ASSISTANT: a cat</s>"
+    image, theirs = tokenizer.id_of("<image>"), tokenizer.backend.encode(said, add_special_tokens=False).ids
+    for read in (tokenizer, Tokenizer.load(tmp_path)):
+        encoded = encode(render(record(*turns, assistant("a cat")), "vicuna_bare"), read)
+        first, second = encoded.marks
+        ids = [*encoded.ids[1:first], image, *encoded.ids[first:second], image, *encoded.ids[second:]]
+        assert ids == theirs
+        assert learnt_runs(encoded, tokenizer) == [" a sphere</s>", " a cat</s>"]
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,115 +1,132 @@
 """One drawn folder asked end to end, here and in transformers: what differs, each with where."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PilImage
+from torch import Tensor
+from torch.nn.functional import normalize
 
 import isthmus
-from isthmus.checkpoint import read_json
-from isthmus.data.collate import collate
+from isthmus.data.blip2 import clean_caption
 from isthmus.data.images import MadeImage
 from isthmus.data.record import Record, Text
 from isthmus.data.text import render
 from isthmus.interop.convert import write_model
 from isthmus.interop.hf_peer import load_peer, open_class
-from isthmus.language import Decoding
-from isthmus.testing import peer, probe
-
-TEXTS = ("a red cube", "  two rings\n beside", "café 東京 🙂 what?", "x" * 40, "A Photo of; Question: 12.5%")
-
-
-def pictures(dice: random.Random) -> Iterator[PilImage.Image]:
-    """Odd sizes, shapes and modes."""
-    noise = np.random.default_rng(dice.randrange(2**31))
-    for width, height in ((dice.randint(1, 90), dice.randint(1, 90)), (33, 32), (32, 32), (dice.randint(200, 700), 3)):
-        yield PilImage.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    plain = PilImage.fromarray(noise.integers(0, 256, (40, 61, 3), dtype=np.uint8))
-    for mode in dice.sample(("L", "1", "P", "RGBA", "LA", "CMYK"), 2):
-        yield plain.convert(mode)
-    yield PilImage.fromarray(noise.integers(0, 65536, (31, 45), dtype=np.uint16))
+from isthmus.systems import peers
+from isthmus.testing import peer
+from tests.fuzz.asked import TEXTS, unlike
+from tests.fuzz.pictures import pictures, turned
 
 
 def differences(folder: Path, seed: int) -> list[str]:
     """Sentences; empty where nothing differs."""
     dice = random.Random(seed)
     model = isthmus.load(folder)
-    found = [*_pixels(model, folder, dice), *_ids(model, folder), *_outputs(model, folder), *_beams(model, folder)]
+    found = [*_pixels(model, folder, dice), *_ids(model, folder), *_outputs(model, folder)]
+    found += _embedded(model, folder, dice)
+    if "generate" in model.capabilities and "embed_images" not in model.capabilities:
+        found += unlike(model, folder, dice)
     return found + _round_trip(model, folder)
 
 
-def _pixels(model: Any, folder: Path, dice: random.Random) -> list[str]:
+def _seen(theirs: Any, picture: Any) -> Tensor:
+    """(3, H, W), or tiles (F, 3, H, W), by the folder's own image processor."""
+    made = theirs(picture)
+    made = made if isinstance(made, list | torch.Tensor | np.ndarray) else made["pixel_values"]  # IDEFICS's is bare
+    return torch.as_tensor(np.asarray(made[0]))
+
+
+def _pixels(model: Any, folder: Path, dice: random.Random) -> Iterator[str]:
     image = getattr(model.processor, "image", None)
     if image is None:
-        return []
+        return
     from transformers import AutoImageProcessor
+    from transformers.image_utils import load_image
 
-    theirs, found = AutoImageProcessor.from_pretrained(folder), []
-    for shown in pictures(dice):
-        made = theirs(shown)
-        made = made if isinstance(made, list | torch.Tensor | np.ndarray) else made["pixel_values"]  # IDEFICS's is bare
-        pixels = torch.as_tensor(np.asarray(made[0]))
-        ours = image(MadeImage(shown))
+    theirs = AutoImageProcessor.from_pretrained(folder)
+    photograph = turned(dice, folder.parent)  # which only who opens the file knows to turn
+    shown = [*((p, MadeImage(p), f"{p.size} {p.mode}") for p in pictures(dice))]
+    for given, own, what in (*shown, (load_image(str(photograph)), photograph, "a turned photograph")):
+        pixels, ours = _seen(theirs, given), image(own)
         if pixels.shape != ours.shape or not torch.allclose(pixels, ours, atol=1e-5 if model.kind == "flamingo" else 0):
-            found.append(f"pixels of {shown.size} {shown.mode}")
-    return found
+            yield f"pixels of {what}"
 
 
-def _ids(model: Any, folder: Path) -> list[str]:
-    if model.kind not in ("lm", "clip", "llava"):
-        return []
-    theirs, found = load_peer(folder), []
+def _ids(model: Any, folder: Path) -> Iterator[str]:
     for text in TEXTS:
-        if model.kind == "llava":
-            asked = Record("t", (Text(text, role="user"),))
-            told = str(render(asked, model.processor.template, prompt=True)).replace("</s>", theirs.tokenizer.eos_token)
-            expected = theirs.tokenizer(told)["input_ids"]
-            ours = list(model.processor.prompt(asked).streams["lm"].ids)
-        elif model.kind == "clip":
-            context = model.net.config.text.context
-            expected = theirs.tokenizer(text, truncation=True, max_length=context)["input_ids"]
-            ours = list(model.processor.text_example(text).streams["text"].ids)
-        else:
-            expected = theirs.tokenizer(text)["input_ids"]
-            ours = list(model.processor.prompt(Record("t", (Text(text),))).streams["lm"].ids)
+        expected, ours = _ids_of(model, folder, text)
         if expected != ours:
-            found.append(f"ids of {text!r}: {ours[:6]} for {expected[:6]}")
-    return found
+            yield f"ids of {text!r}: {ours[:6]} for {expected[:6]}"
 
 
-def _outputs(model: Any, folder: Path) -> list[str]:
+def _ids_of(model: Any, folder: Path, text: str) -> tuple[list[int], list[int]]:
+    """Theirs and ours, of a text without pictures; prompts are compared when they are asked."""
+    if model.kind in ("clip", "text_encoder"):
+        tower = model.net.config.text
+        # What is read at its last place is always padded to its whole context.
+        padding = "max_length" if tower.pool == "last" else False
+        how = {"padding": padding, "truncation": True, "max_length": tower.context}
+        ours = list(model.processor.text_example(text).streams["text"].ids)
+        ours += [tower.pad_id] * (tower.context - len(ours) if padding else 0)
+        return _words(folder)(text, **how)["input_ids"], ours
+    if model.kind == "blip2" and model.net.config.phase == "represent":
+        longest = model.processor.max_text
+        ours = list(model.processor.text_example(text).streams["qformer"].ids)
+        return _words(folder)(clean_caption(text), truncation=True, max_length=longest)["input_ids"], ours
+    if model.kind == "llava":
+        theirs, asked = load_peer(folder), Record("t", (Text(text, role="user"),))
+        told = str(render(asked, model.processor.template, prompt=True)).replace("</s>", theirs.tokenizer.eos_token)
+        return theirs.tokenizer(told)["input_ids"], list(model.processor.prompt(asked).streams["lm"].ids)
+    return [], []
+
+
+def _words(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _outputs(model: Any, folder: Path) -> Iterator[str]:
     same = peer.compare(model, folder)
-    found = [] if same.difference <= same.tolerance else [f"outputs by {same.difference:.2g}"]
-    return found if same.tokens == same.of else [*found, f"greedy tokens: {same.tokens} of {same.of}"]
+    if same.difference > same.tolerance:
+        yield f"outputs by {same.difference:.2g}"
+    if same.tokens != same.of:
+        yield f"greedy tokens: {same.tokens} of {same.of}"
 
 
 @torch.inference_mode()
-def _beams(model: Any, folder: Path) -> list[str]:
-    """Three beams, of all prompts in one batch here and one by one there."""
-    if "generate" not in model.capabilities or probe.embeds(model) or model.kind == "flamingo":
-        return []
-    theirs, token = open_class(folder), read_json(folder / "config.json").get("image_token_index")
-    asked = probe.prompts(model, probe.WORDS, (1, 2, 3))
-    never = tuple(sorted({*probe.greedy(model).forbidden_ids, *((token,) if token is not None else ())}))
-    never = tuple(i for i in never if i < model.net.language.vocab_size)
-    ours = model.net.generate(collate(asked), Decoding(max_new_tokens=6, num_beams=3, forbidden_ids=never))
-    found = []
-    for number, (example, own) in enumerate(zip(asked, ours, strict=True)):
-        inputs = model.system.peer_inputs(model, example, token)
-        more = {"suppress_tokens": list(never) or None, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
-        written = theirs.generate(**inputs, max_new_tokens=6, num_beams=3, **more)[0].tolist()
-        written = written[1:] if "encoder" in example.streams else written[-6:]
-        if written != own:
-            found.append(f"beams of prompt {number}: {own} for {written}")
-    return found
+def _embedded(model: Any, folder: Path, dice: random.Random) -> Iterator[str]:
+    """Unit vectors of odd texts and pictures; here all texts in one batch."""
+    if model.kind in ("clip", "text_encoder"):
+        words, theirs, tower = _words(folder), open_class(folder), model.net.config.text
+        padding = "max_length" if tower.pool == "last" else False
+        ours = normalize(model.embed_texts(TEXTS), dim=-1)
+        read = getattr(theirs, "get_text_features", theirs)
+        for text, own in zip(TEXTS, ours, strict=True):
+            given = words(text, padding=padding, truncation=True, max_length=tower.context, return_tensors="pt")
+            given = {"input_ids": given["input_ids"]}
+            if not torch.allclose(own, normalize(peers.vector(read(**given)), dim=-1), atol=1e-4):
+                yield f"embedding of {text!r}"
+    if "embed_images" in model.capabilities and model.kind in ("clip", "image_encoder"):
+        from transformers import AutoImageProcessor
+
+        theirs, images = open_class(folder), AutoImageProcessor.from_pretrained(folder)
+        read = getattr(theirs, "get_image_features", theirs)
+        for picture in dice.sample(list(pictures(dice)), 3):
+            own = normalize(model.embed_images([picture])[0], dim=-1)
+            their = peers.vector(read(pixel_values=_seen(images, picture)[None]))
+            if not torch.allclose(own, normalize(their, dim=-1), atol=1e-4):
+                yield f"embedding of {picture.size} {picture.mode}"
 
 
-def _round_trip(model: Any, folder: Path) -> list[str]:
-    """Written for transformers again: values bit for bit, the same tensors stored, the same model there and here."""
+def _round_trip(model: Any, folder: Path) -> Iterable[str]:
+    """Written for transformers again: values bit for bit, the same tensors stored, the same model there and here, and
+    the same ids and pixels by the processors there."""
     out = folder.parent / f"{folder.name}-again"
     done = write_model(model, out, "hf")
     found = [f"convert needs leave: {loss}" for loss in done.losses]
@@ -128,4 +145,24 @@ def _round_trip(model: Any, folder: Path) -> list[str]:
         for n, t in model.net.state_dict().items()
         if n not in again or not torch.equal(t, again[n][: len(t)] if t.ndim else again[n])
     ]
-    return found + [f"values here of {name}" for name in changed[:4]]
+    found += [f"values here of {name}" for name in changed[:4]]
+    return [*found, *(f"written again: {what}" for what in _read_again(model, folder, out))]
+
+
+def _read_again(model: Any, folder: Path, out: Path) -> Iterator[str]:
+    """What transformers' tokenizer and image processor make otherwise of the folder written than of the first one."""
+    from transformers import AutoImageProcessor
+
+    if model.kind != "image_encoder":
+        one, other = _words(folder), _words(out)
+        for text in TEXTS:
+            text = clean_caption(text) if model.kind == "blip2" else text
+            # IDEFICS's processor begins a text itself and has the tokenizer add nothing.
+            before, after = (t(text, add_special_tokens=model.kind != "flamingo")["input_ids"] for t in (one, other))
+            if before != after:
+                yield f"ids of {text!r}: {after[:6]} for {before[:6]}"
+    if getattr(model.processor, "image", None) is not None:
+        first, second = AutoImageProcessor.from_pretrained(folder), AutoImageProcessor.from_pretrained(out)
+        for picture in list(pictures(random.Random(0)))[:4]:
+            if not torch.equal(_seen(first, picture), _seen(second, picture)):
+                yield f"pixels of {picture.size}"

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
@@ -17,13 +16,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from isthmus.data.tokenizer import Tokenizer
-from isthmus.data.wordpiece import train_wordpiece
-from isthmus.interop.hf_files import swapped
+from tests.fuzz.words import LLAVA, bert, tokenizer
 
-WORDS = (
-    "a red cube and two large blue rings beside the small green ball; what is it? Question: Short answer: a photo of"
-)
 GPT = ("gpt2", "gptj", "gpt_neo", "gpt_neox", "bloom", "mpt", "falcon", "opt")
 LIKE_LLAMA = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "stablelm", "starcoder2", "olmo"),
@@ -47,27 +41,6 @@ def redraw(model: torch.nn.Module, seed: int) -> Any:
             noise = torch.randn(parameter.shape, generator=g) * 0.2
             parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
     return model.eval()
-
-
-def tokenizer(dice: random.Random, folder: Path, *, begin: bool, end: bool = False, image: bool = False) -> Any:
-    """A byte-level tokenizer in the folder that names its special tokens; ``begin`` and ``end`` come by themselves."""
-    trained = Tokenizer.train([WORDS] * 3, dice.choice((300, 340)))
-    if end:  # CLIP takes an end-of-text of id 2 for another rule
-        trained = swapped(trained, trained.eos_id, trained.vocab_size - 1)
-    backend = trained.backend
-    frame = ["<s>"] * begin + ["$A"] + ["</s>"] * end
-    ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
-    backend.post_processor = TemplateProcessing(single=frame, pair=[*frame, "$B"], special_tokens=ids)
-    named = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    if begin or dice.random() < 0.5:  # named is not added
-        named["bos_token"] = "<s>"
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, **{k: v for k, v in named.items() if backend.token_to_id(v) is not None}
-    )
-    if image:
-        made.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    made.save_pretrained(folder)
-    return made
 
 
 def language(dice: random.Random, kind: str, rows: int, **more: Any) -> Any:
@@ -104,6 +77,11 @@ def language(dice: random.Random, kind: str, rows: int, **more: Any) -> Any:
     if kind in ("phi3", "glm", "starcoder2", "cohere2", "gemma2", "smollm3", "helium", "mistral"):
         shared |= {"pad_token_id": 0}
     return AutoConfig.for_model(kind, **{**own, **shared})
+
+
+def _pieces(dice: random.Random) -> str:
+    """How the words of a language model are cut."""
+    return dice.choice(("", "", "each", "first"))
 
 
 def clip_vision(dice: random.Random, **more: Any) -> dict[str, Any]:
@@ -181,14 +159,35 @@ def _tower(dice: random.Random, folder: Path) -> Any:
     return dice.choice(kinds)(config)
 
 
+def _text_tower(dice: random.Random, folder: Path) -> Any:
+    """CLIP's with its projection or without, or SigLIP's."""
+    siglip = dice.random() < 0.4
+    words = tokenizer(dice, folder, begin=not siglip, end=True)
+    text = {
+        "vocab_size": len(words),
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": dice.choice((40, 64)),
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
+    if siglip:
+        return transformers.SiglipTextModel(transformers.SiglipTextConfig(**text, projection_size=32))
+    kind = dice.choice((transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection))
+    return kind(transformers.CLIPTextConfig(**text, projection_dim=24, hidden_act=dice.choice(("quick_gelu", "gelu"))))
+
+
 def _lm(dice: random.Random, folder: Path) -> Any:
-    words = tokenizer(dice, folder, begin=dice.random() < 0.5)
+    words = tokenizer(dice, folder, begin=dice.random() < 0.5, pieces=_pieces(dice), chat=dice.random() < 0.3)
     kind = dice.choice((*GPT, *LIKE_LLAMA))
     return AutoModelForCausalLM.from_config(language(dice, kind, len(words) + dice.choice((0, 5))))
 
 
 def _llava(dice: random.Random, folder: Path) -> Any:
-    words = tokenizer(dice, folder, begin=dice.random() < 0.7, image=True)
+    words = tokenizer(dice, folder, begin=dice.random() < 0.7, pieces=_pieces(dice), further=("<image>",))
     kind = dice.choice((*(k for k in GPT if k != "mpt"), *LIKE_LLAMA))
     siglip = dice.random() < 0.3
     tower = {"model_type": f"{'siglip' if siglip else 'clip'}_vision_model", **clip_vision(dice)}
@@ -200,12 +199,29 @@ def _llava(dice: random.Random, folder: Path) -> Any:
         vision_feature_layer=dice.choice((-1, -2, [-2, -1])),
         tie_word_embeddings=False,
     )
-    _square(dice, LlavaImageProcessorPil, do_pad=dice.random() < 0.4).save_pretrained(folder)
+    images = _square(dice, LlavaImageProcessorPil, do_pad=dice.random() < 0.4)
+    _together(dice, folder, transformers.LlavaProcessor, images, words, config)
     return transformers.LlavaForConditionalGeneration(config)
 
 
+def _together(dice: random.Random, folder: Path, kind: Any, images: Any, words: Any, config: Any) -> None:
+    """Image processor and tokenizer in one processor that knows the model, or apart, as older folders have them."""
+    if dice.random() < 0.3:
+        images.save_pretrained(folder)
+        return
+    vision = config.vision_config
+    kind(
+        image_processor=images,
+        tokenizer=words,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=int("clip" in vision.model_type),
+        chat_template=LLAVA if dice.random() < 0.5 else None,
+    ).save_pretrained(folder)
+
+
 def _next(dice: random.Random, folder: Path) -> Any:
-    words = tokenizer(dice, folder, begin=True, image=True)
+    words = tokenizer(dice, folder, begin=True, pieces=_pieces(dice), further=("<image>",))
     siglip = dice.random() < 0.4
     canvases = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96], [32, 32]]
     canvases = dice.sample(canvases, dice.choice((2, 4, 6)))
@@ -217,7 +233,8 @@ def _next(dice: random.Random, folder: Path) -> Any:
         image_grid_pinpoints=canvases,
         tie_word_embeddings=False,
     )
-    _square(dice, LlavaNextImageProcessorPil, image_grid_pinpoints=canvases).save_pretrained(folder)
+    images = _square(dice, LlavaNextImageProcessorPil, image_grid_pinpoints=canvases)
+    _together(dice, folder, transformers.LlavaNextProcessor, images, words, config)
     return transformers.LlavaNextForConditionalGeneration(config)
 
 
@@ -243,22 +260,14 @@ def _blip2_parts(dice: random.Random, folder: Path, rows: int, **more: Any) -> d
         "cross_attention_frequency": dice.choice((1, 2)),
         **more,
     }
-    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return {"vision_config": vision, "qformer_config": qformer, "num_query_tokens": dice.choice((3, 5))}
-
-
-def _bert(folder: Path) -> int:
-    """BERT's tokenizer in the folder, and how many rows it needs."""
-    words = train_wordpiece([WORDS] * 3, 120)
-    words.save(folder)
-    return words.vocab_size
 
 
 def _blip2(dice: random.Random, folder: Path) -> Any:
     """Over OPT, Llama or T5; or InstructBLIP over one of them."""
     instruct = dice.random() < 0.4
     seq2seq = dice.random() < 0.4
-    words = tokenizer(dice, folder, begin=not seq2seq, image=True)
+    words = tokenizer(dice, folder, begin=not seq2seq, end=seq2seq, pieces=_pieces(dice), further=("<image>",))
     place = words.convert_tokens_to_ids("<image>")
     if seq2seq:
         text: Any = {
@@ -279,8 +288,15 @@ def _blip2(dice: random.Random, folder: Path) -> Any:
         text = language(dice, dice.choice(("opt", "llama", "qwen2", "gpt_neox", "granite")), len(words) + 3)
         if text.model_type == "opt":  # their projection is as wide as the blocks, so only such an OPT runs there
             text.word_embed_proj_dim = text.hidden_size
-    rows = _bert(folder / "qformer_tokenizer") if instruct else 60
-    parts = _blip2_parts(dice, folder, rows)
+    reader = bert(folder / "qformer_tokenizer") if instruct else None
+    parts = _blip2_parts(dice, folder, 60 if reader is None else len(reader))
+    images, queries = BlipImageProcessorPil(size={"height": 32, "width": 32}), parts["num_query_tokens"]
+    if dice.random() < 0.3:  # as folders from before the library had places for pictures
+        images.save_pretrained(folder)
+    elif instruct:
+        transformers.InstructBlipProcessor(images, words, reader, num_query_tokens=queries).save_pretrained(folder)
+    else:
+        transformers.Blip2Processor(images, words, num_query_tokens=queries).save_pretrained(folder)
     if instruct:
         config = transformers.InstructBlipConfig(**parts, text_config=text, image_token_index=place)
         return transformers.InstructBlipForConditionalGeneration(config)
@@ -290,7 +306,9 @@ def _blip2(dice: random.Random, folder: Path) -> Any:
 
 
 def _retrieval(dice: random.Random, folder: Path) -> Any:
-    parts = _blip2_parts(dice, folder, _bert(folder), use_qformer_text_input=True)
+    words = bert(folder)
+    parts = _blip2_parts(dice, folder, len(words), use_qformer_text_input=True)
+    transformers.Blip2Processor(BlipImageProcessorPil(size={"height": 32, "width": 32}), words).save_pretrained(folder)
     config = transformers.Blip2Config(
         **parts, text_config=language(dice, "opt", 40), image_text_hidden_size=dice.choice((12, 16))
     )
@@ -300,9 +318,10 @@ def _retrieval(dice: random.Random, folder: Path) -> Any:
 
 def _idefics(dice: random.Random, folder: Path) -> Any:
     extra = dice.choice((2, 3))
-    words = tokenizer(dice, folder, begin=True)
+    words = tokenizer(dice, folder, begin=dice.random() < 0.7, pieces=_pieces(dice))
     rows = len(words)
     tokens = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"][:extra]
+    words.bos_token = "<s>"  # their processor writes the named one, whether the tokenizer adds it or not
     words.add_special_tokens({"additional_special_tokens": tokens})
     words.save_pretrained(folder)
     heads = dice.choice((2, 4))
@@ -337,15 +356,19 @@ def _idefics(dice: random.Random, folder: Path) -> Any:
             "qk_layer_norms_perceiver": norm,
         },
     )
-    IdeficsImageProcessorPil(image_size=32).save_pretrained(folder)
+    images = IdeficsImageProcessorPil(image_size=32)
+    images.save_pretrained(folder)
+    if dice.random() < 0.7:
+        transformers.IdeficsProcessor(images, words, image_size=32).save_pretrained(folder)
     return transformers.IdeficsForVisionText2Text(config)
 
 
 FAMILIES: dict[str, Callable[[random.Random, Path], Any]] = {
     "clip": _clip,
     "siglip": _siglip,
-    "siglip tower": _siglip_tower,
-    "clip tower": _tower,
+    "siglip-tower": _siglip_tower,
+    "clip-tower": _tower,
+    "text-tower": _text_tower,
     "lm": _lm,
     "llava": _llava,
     "llava-next": _next,

@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": LLAMA_LIKE,
     "mpt": {"vocab_size": V, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2},
     "bloom": {"vocab_size": V, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "falcon": {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
 }
 """Rotary, learned and alibi positions; masks of one kind, of two, and made by the library itself."""
 

@@ -19,14 +19,13 @@ from weakref import WeakKeyDictionary
 
 from isthmus.data.record import Image, Record
 from isthmus.data.text import Rendered, Template, Turn, conversation_turns, encode, say, write_user
-from isthmus.data.tokenizer import END, Tokenizer
+from isthmus.data.tokenizer import PLACE, Tokenizer
 from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.language.chat_template import TemplateTimeoutError, render_chat
 
 OWN = "chat"
 """The name, among templates, of the one that came with the language model."""
 
-_PICTURE = chr(ord(END) - 1)  # reserved like the stand-ins, and never one of them: a template has not that many
 _ROLES = ("system", "user", "assistant")
 FIRST, LAST = "first question", "last answer"
 """Beside the roles: the turns at a conversation's ends, whose white space some templates treat in a way of its own."""
@@ -301,7 +300,7 @@ class ChatForm:
             plain = Rendered()
             if turn.images:
                 write_user(plain, turn, True, first=False)
-            text = _PICTURE.join(chunk.text for chunk in plain.chunks) if turn.images else turn.text
+            text = PLACE.join(chunk.text for chunk in plain.chunks) if turn.images else turn.text
             said.append((turn.role, text))
             images += plain.images
         for role, text in said:
@@ -310,7 +309,7 @@ class ChatForm:
                     f"bad text: the {role}'s text holds {found[0]!r}, a special token, and this model's chat template "
                     f"is rendered in one piece ({self.bare if isinstance(self.bare, str) else self.headed}); remove it"
                 )
-        chunks = self._marks(self._said(said, prompt=True)).split(_PICTURE)
+        chunks = self._marks(self._said(said, prompt=True)).split(PLACE)
         if len(chunks) != len(images) + 1:
             raise DataError(f"the chat template keeps {len(chunks) - 1} of {len(images)} pictures; show fewer")
         out = self._bare(chunks[0])

@@ -21,7 +21,7 @@ from isthmus.data.mix import key
 from isthmus.data.processor import Processor, pixels_of
 from isthmus.data.record import Example, Image, Part, Place, Record, Role, Span, Text, without_answer
 from isthmus.data.text import Chunk, Template, drawn, encode_chunk
-from isthmus.data.tokenizer import END, Tokenizer
+from isthmus.data.tokenizer import END, PLACE, Tokenizer
 from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.nn.gated import media_index
 
@@ -341,6 +341,8 @@ class _Line:
         """Ids with beginning-of-sequence at the front, unless what is said begins itself (``begun``), labels, visuals,
         and the positions of their tags."""
         tokenizer, image_id = self.processor.tokenizer, self.processor.image_id
+        if tokenizer.whole:
+            return self._encode_whole()
         ids = [] if self.begun else list(tokenizer.begin_ids)
         labels = [IGNORE] * len(ids)
         visuals: list[Image] = []
@@ -360,6 +362,26 @@ class _Line:
                 ids.append(token)
                 labels.append(token if learn else IGNORE)
         return ids, labels, visuals, places
+
+    def _encode_whole(self) -> tuple[list[int], list[int], list[Image], list[int]]:
+        """The same of one text in which characters stand for the tokens, its beginning's among them."""
+        tokenizer = self.processor.tokenizer
+        line = Chunk("" if self.begun else "".join(map(tokenizer.stand_in, tokenizer.begins)))
+        for piece in self.pieces:
+            start = len(line.text)
+            if isinstance(piece, Chunk):
+                line.text += piece.text
+                line.spans += [(start + first, start + last) for first, last in piece.spans]
+            elif isinstance(piece, Image):
+                line.text += PLACE
+            else:
+                line.text += tokenizer.stand_in(str(tokenizer.backend.id_to_token(piece[0])))
+                line.spans += [(start, start + 1)] if piece[1] else []
+        ids, labels = encode_chunk(line, tokenizer)
+        places = [number for number, token in enumerate(ids) if token == tokenizer.place_id]
+        for number in places:
+            ids[number] = self.processor.image_id
+        return ids, labels, [piece for piece in self.pieces if isinstance(piece, Image)], places
 
 
 def hateful_memes(image: Image, written: str, answer: str = "") -> tuple[Part, ...]:

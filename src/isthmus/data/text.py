@@ -3,7 +3,8 @@
 A template renders a record to chunks of text with pictures between them. Every chunk knows, while it is put
 together, which of its characters are to be learnt; it is then tokenised as one string and a token is supervised iff
 its characters lie within such a span. Nothing is ever searched for in the rendered string, so an answer may contain
-anything, even ``ASSISTANT:``. Chunks are tokenised apart, as the published models saw them (LLaVA, arXiv:2310.03744).
+anything, even ``ASSISTANT:``. Chunks are tokenised apart, as the published models saw them (LLaVA, arXiv:2310.03744),
+unless the tokenizer is one of a folder of transformers, where a text with its pictures is tokenised as one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 
 from isthmus.batch import IGNORE
 from isthmus.data.record import Image, Record, Role, Text, without_answer
-from isthmus.data.tokenizer import END, RESERVED, Tokenizer
+from isthmus.data.tokenizer import END, PLACE, RESERVED, Tokenizer
 from isthmus.errors import ConfigError, DataError, nearest
 
 _VICUNA = (
@@ -308,7 +309,7 @@ class Encoded:
 
 
 def encode(rendered: Rendered, tokenizer: Tokenizer) -> Encoded:
-    """Tokenise chunk by chunk, what the tokenizer begins a text with once at the front.
+    """Tokenise chunk by chunk, or as one where the tokenizer does; what begins a text stands once at the front.
 
     A token is supervised iff it starts within a learnt span and ends no later than it. The dummy space some
     tokenizers put at the front of each chunk counts with the character it stands before.
@@ -316,14 +317,37 @@ def encode(rendered: Rendered, tokenizer: Tokenizer) -> Encoded:
     ids = [] if rendered.begun else list(tokenizer.begin_ids)
     labels = [IGNORE] * len(ids)
     marks: list[int] = []
-    for number, chunk in enumerate(rendered.chunks):
+    apart = _as_one if tokenizer.whole and rendered.images else _apart
+    for number, (pieces, learnt) in enumerate(apart(rendered.chunks, tokenizer)):
         if number:
             marks.append(len(ids))
-        if chunk.text:
-            pieces, learnt = encode_chunk(chunk, tokenizer)
-            ids += pieces
-            labels += learnt
+        ids += pieces
+        labels += learnt
     return Encoded(ids, labels, marks)
+
+
+_Piece = tuple[list[int], list[int]]
+
+
+def _apart(chunks: Sequence[Chunk], tokenizer: Tokenizer) -> list[_Piece]:
+    return [encode_chunk(chunk, tokenizer) if chunk.text else ([], []) for chunk in chunks]
+
+
+def _as_one(chunks: Sequence[Chunk], tokenizer: Tokenizer) -> list[_Piece]:
+    whole = Chunk()
+    for number, chunk in enumerate(chunks):
+        whole.text += PLACE if number else ""
+        start = len(whole.text)
+        whole.spans += [(start + first, start + last) for first, last in chunk.spans]
+        whole.text += chunk.text
+    found: list[_Piece] = [([], [])]
+    for token, label in zip(*encode_chunk(whole, tokenizer), strict=True):
+        if token == tokenizer.place_id:
+            found.append(([], []))
+            continue
+        found[-1][0].append(token)
+        found[-1][1].append(label)
+    return found
 
 
 def encode_chunk(chunk: Chunk, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

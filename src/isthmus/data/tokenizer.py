@@ -22,8 +22,11 @@ from isthmus.file_kind import but_is, start_of
 END = "\U0010fffd"
 """Stands for the end-of-sequence token inside a template: the last private-use character of Unicode."""
 
+PLACE = "\U0010fffc"
+"""Stands for a picture among text that is tokenised as one."""
+
 FIRST_STAND_IN = 0x10FF00
-"""From here to :data:`END` each character may stand for a special token inside a checkpoint's own chat template."""
+"""From here to :data:`PLACE` each character may stand for a special token inside a checkpoint's own chat template."""
 
 RESERVED = re.compile(f"[{chr(FIRST_STAND_IN)}-{END}]")
 """What no user's text may hold."""
@@ -39,13 +42,17 @@ text: one scheme for all models."""
 BEGINS = "begins_with"
 """In a saved tokenizer_config.json: the tokens that begin a text, where they are not the named ``bos_token`` alone."""
 
+WHOLE = "reads_around_pictures"
+"""There too: true where text around pictures is tokenised as one."""
+
 
 class Tokenizer:
     """A ``tokenizers`` tokenizer with its special ids. ``bos_id`` is none for families without one (Qwen).
 
     ``begin_ids`` are what every text begins with: the named beginning of sequence, or what ``begins`` says. Many
     families name a token there and put nothing in front (GPT-2, SmolLM), some put another one (XGLM) or two (GLM-4).
-    ``chat_template`` is the checkpoint's own, in Jinja, and is saved with the tokenizer.
+    ``chat_template`` is the checkpoint's own, in Jinja, and is saved with the tokenizer. ``whole``: text around
+    pictures is tokenised as one (see :meth:`around_pictures`), not piece by piece.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class Tokenizer:
         unk: str | None = None,
         begins: Sequence[str] | None = None,
         chat_template: str | None = None,
+        whole: bool = False,
     ) -> None:
         """Raises ConfigError when a named special token is not in the vocabulary."""
         self.backend = backend
@@ -69,13 +77,14 @@ class Tokenizer:
         self.begins = named if begins is None else tuple(begins)
         self.begin_ids = tuple(self._id_of(token) for token in self.begins)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        # The encoder is a copy in which no special token is recognised, plus END under an id past the vocabulary.
+        # The encoder is a copy in which no special token is recognised; END and PLACE have ids past the vocabulary.
         self._encoder = tokenizers.Tokenizer.from_str(backend.to_str())
         self._encoder.no_padding()
         self._encoder.no_truncation()
         self._encoder.encode_special_tokens = True
-        self._encoder.add_tokens([AddedToken(END, special=False, normalized=False)])
-        self.chat_template = chat_template
+        self._encoder.add_tokens([AddedToken(char, special=False, normalized=False) for char in (END, PLACE)])
+        self.place_id = self._encoder.token_to_id(PLACE)
+        self.chat_template, self.whole = chat_template, whole
         self._stand_ins: dict[str, str] = {}
         self._real = {self._encoder.token_to_id(END): self.eos_id}
 
@@ -96,12 +105,23 @@ class Tokenizer:
     def over(self, backend: tokenizers.Tokenizer) -> "Tokenizer":
         """Another backend with the special tokens and the beginning of this tokenizer."""
         names = {name.removesuffix("_token"): token for name, token in self.specials.items()}
-        return Tokenizer(backend, **names, begins=self.begins, chat_template=self.chat_template)  # type: ignore[arg-type]
+        kept: dict[str, Any] = {"chat_template": self.chat_template, "whole": self.whole}
+        return Tokenizer(backend, **names, begins=self.begins, **kept)  # type: ignore[arg-type]
 
     def beginning(self, *tokens: str) -> "Tokenizer":
         """A tokenizer like this one that begins a text with these tokens, or without any with nothing."""
         names = {name.removesuffix("_token"): token for name, token in self.specials.items()}
-        return Tokenizer(self.backend, **names, begins=tokens, chat_template=self.chat_template)  # type: ignore[arg-type]
+        kept: dict[str, Any] = {"chat_template": self.chat_template, "whole": self.whole}
+        return Tokenizer(self.backend, **names, begins=tokens, **kept)  # type: ignore[arg-type]
+
+    def around_pictures(self) -> "Tokenizer":
+        """A tokenizer that reads the text before and after a picture as one, as transformers does: a dummy space that
+        belongs to the front of a text does not come again behind a picture. This one where that is no difference."""
+        if self.encode(f"a{PLACE}a") == [*(one := self.encode("a")), self.place_id, *one]:
+            return self
+        found = copy(self)
+        found.whole = True
+        return found
 
     def with_chat_template(self, text: str) -> "Tokenizer":
         """A tokenizer like this one that carries a checkpoint's own chat template."""
@@ -118,7 +138,7 @@ class Tokenizer:
         token does. Raises ConfigError for more different ones than there are characters."""
         if token not in self._stand_ins:
             char = chr(FIRST_STAND_IN + len(self._stand_ins))
-            if char >= END:
+            if char >= PLACE:
                 raise ConfigError(f"a chat template uses more than {len(self._stand_ins)} different special tokens")
             added = self.added_tokens()[token]
             own = AddedToken(char, special=False, normalized=False, lstrip=added.lstrip, rstrip=added.rstrip)
@@ -165,6 +185,8 @@ class Tokenizer:
         } | {k: v for k, v in self.specials.items() if v is not None}
         if self.begins != tuple(t for t in [self.specials["bos_token"]] if t is not None):
             config[BEGINS] = list(self.begins)
+        if self.whole:
+            config[WHOLE] = True
         chat = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template}
         return chat | {
             "tokenizer.json": self.backend.to_str(),
@@ -199,7 +221,8 @@ class Tokenizer:
             bos=names.get("bos_token"),
             pad=names.get("pad_token"),
             unk=names.get("unk_token"),
-            begins=_beginning(folder),
+            begins=_saved(folder, BEGINS),
+            whole=bool(_saved(folder, WHOLE)),
             chat_template=_chat_template(folder),
         )
 
@@ -289,13 +312,19 @@ def check_text(text: str) -> str:
     return text
 
 
-def _beginning(folder: Path) -> list[str] | None:
-    """What a saved tokenizer says of its beginning; none where it is the named one."""
+def _saved(folder: Path, name: str) -> Any:
+    """What a saved tokenizer says under a name of ours; none where it says nothing. Raises CheckpointError."""
     file = folder / "tokenizer_config.json"
-    names = json.loads(file.read_text(encoding="utf-8")).get(BEGINS) if file.is_file() else None
-    if names is not None and not (isinstance(names, list) and all(isinstance(token, str) for token in names)):
-        raise CheckpointError(f"{file}: {BEGINS} must be a list of tokens, not {names!r}")
-    return names
+    found = json.loads(file.read_text(encoding="utf-8")).get(name) if file.is_file() else None
+    fits = {
+        BEGINS: isinstance(found, list) and all(isinstance(token, str) for token in found),
+        WHOLE: isinstance(found, bool),
+    }
+    if found is not None and not fits[name]:
+        raise CheckpointError(
+            f"{file}: {name} must be {'a list of tokens' if name == BEGINS else 'true or false'}, not {found!r}"
+        )
+    return found
 
 
 def _chat_template(folder: Path) -> str | None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from isthmus import adapters
 from isthmus.checkpoint import write_folder
+from isthmus.data.interleave import InterleaveProcessor
+from isthmus.data.processor import SpliceProcessor
 from isthmus.errors import CheckpointError, ConfigError, nearest
 from isthmus.interop.card import card
 from isthmus.interop.export import Export, Source
@@ -82,7 +84,7 @@ def write_model(
     module, _, name = writers[to].partition(":")
     writer: Callable[..., Export] = getattr(import_module(module), name)
     export = writer(model, shard_bytes=shard_bytes)
-    export = replace_(export, notes=(*export.notes, *_pixels(model, to)))
+    export = replace_(export, notes=(*export.notes, *_pixels(model, to), *_words(model, to)))
     if export.losses and not lossy:
         raise CheckpointError(
             f"The format {to} has no place for: {'; '.join(export.losses)}. Give --lossy to write the model without."
@@ -103,6 +105,16 @@ def _pixels(model: Source, to: str) -> tuple[str, ...]:
     if image.deep != "clip":
         notes.append("numbers of more than 8 bits in a picture are cut off at 255 there; here they are scaled")
     return tuple(notes)
+
+
+def _words(model: Source, to: str) -> tuple[str, ...]:
+    """How transformers makes other ids of a text with a picture in it than the model had."""
+    if to != "hf" or not isinstance(model.processor, SpliceProcessor | InterleaveProcessor):
+        return ()
+    words = model.processor.tokenizer
+    if words.whole or words.around_pictures() is words:
+        return ()
+    return ("the text behind a picture begins with a dummy space here, and without one there",)
 
 
 def _recipe(origin: Path | None) -> dict[str, str]:

@@ -148,7 +148,7 @@ def llava_of(folder: Path, words: Path, stored: Mapping[str, Tensor], account: A
         chat_template_of(folder), tokenizer, where=folder, otherwise="vicuna_v1", pictures=True
     )
     processor = SpliceProcessor(
-        tokenizer,
+        tokenizer.around_pictures(),
         image=transform,
         template=template,
         max_length=net.language.context or 2048,
@@ -163,6 +163,8 @@ def _idefics(folder: Path, words: Path, account: Account) -> Opened:
     net = Flamingo(config)  # not from the meta device, as LLaVA's
     load_into(net, state, where=folder, account=account)
     tokenizer = open_tokenizer(words)
+    if (begin := tokenizer.specials["bos_token"]) is not None:  # its processor writes it, whatever the tokenizer adds
+        tokenizer = tokenizer.beginning(begin)
     must_agree(folder, words, tokenizer, net.language.vocab_size)
     tokens = IDEFICS_TOKENS[: len(config.new_ids)]
     ids = tuple(tokenizer.id_of(token) for token in tokens)
@@ -170,7 +172,7 @@ def _idefics(folder: Path, words: Path, account: Account) -> Opened:
         raise CheckpointError(f"{folder}: its tokenizer has {tokens} at {ids}, its model after the vocabulary.")
     image = replace(image_transform(folder, config.vision.image_size), mode="squash")
     processor = InterleaveProcessor(
-        tokenizer,
+        tokenizer.around_pictures(),
         image,
         max_length=net.language.context or 2048,
         template="paper" if config.turn_id is None else "idefics",

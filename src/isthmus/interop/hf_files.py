@@ -19,7 +19,7 @@ from isthmus.data.chat import FIRST, LAST, ChatForm, Pieces
 from isthmus.data.clip_tokenizer import ClipTokenizer
 from isthmus.data.images import ImageTransform
 from isthmus.data.text import TEMPLATES, Grammar
-from isthmus.data.tokenizer import BEGINS, CHAT_TEMPLATE, END, Tokenizer
+from isthmus.data.tokenizer import BEGINS, CHAT_TEMPLATE, END, WHOLE, Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.export import Source, must
 from isthmus.language import Decoding
@@ -69,7 +69,8 @@ def tokenizer_files(
     config = json.loads(files["tokenizer_config.json"])
     if not isinstance(tokenizer, ClipTokenizer):
         files["tokenizer.json"] = _framed(tokenizer, begin=begin, end=end).to_str()
-    config.pop(BEGINS, None)  # the frame says it there
+    for own in (BEGINS, WHOLE):  # the frame says the one there, and the other is so there anyway
+        config.pop(own, None)
     files.pop(CHAT_TEMPLATE, None)  # who writes the model says how it is asked there
     config |= {"padding_side": side, "model_max_length": context or int(1e30), **more}
     return {**files, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}

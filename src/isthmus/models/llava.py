@@ -14,7 +14,7 @@ Version 1.6 (LLaVA-NeXT) reads a large picture as a view of the whole and tiles,
 are stitched to one map with a learnt newline after each row (nn/tiles.py).
 
 Differs from the papers: any number of pictures per row and places anywhere in the text, from one code path; several
-hidden states may be joined on channels; the vision encoder may be opened by a stage. LoRA is not here.
+hidden states may be joined on channels; the vision encoder may be opened by a stage.
 Differs from the original code: visual places are widened before the net sees a row, so truncation happens once and
 never inside a picture; padding is known from lengths, so an unknown-word token is not masked out; blocks above the
 tapped hidden state are kept but not computed; a row without pictures adds an empty slice of one dummy visual.
