@@ -205,8 +205,8 @@ class LanguageModel(LibraryLM):
         return self._window()
 
     def _window(self) -> Window:
-        # Alibi is made of what is padding (Falcon's older models take positions too), and only SDPA takes a mask of what
-        # is seen.
+        # Alibi is made of what is padding (Falcon's first models take positions beside it), and only SDPA takes a mask
+        # of what is seen.
         alibi = getattr(self.lm.config.get_text_config(), "alibi", False)
         masked = self._positioned and not alibi and "sdpa" in self.lm.config._attn_implementation
         return Window(self._sliding, kinds=self._kinds, masked=masked)
