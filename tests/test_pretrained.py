@@ -121,6 +121,15 @@ def test_the_models_that_come_along_are_small():
                 assert other == (file, name), f"{other} is in {file} too, as {name}"
 
 
+def test_the_scores_that_come_along_are_those_of_these_weights():
+    folder = ROOT / "src" / "isthmus" / "pretrained"
+    manifests = json.loads((folder / "results.json").read_text())["manifests"]
+    assert sorted(manifests) == sorted(packer().NAMES)
+    for name, tasks in manifests.items():
+        told = {manifest["model"] for manifest in tasks.values()}
+        assert told == {model_hash(folder / name)}, "run python -m tools.score_shipped"
+
+
 def test_a_model_of_the_package_is_opened_by_its_name(shipped, tmp_path, monkeypatch, capsys):
     model = isthmus.load("isthmus:llava")
     said = model.answer(picture(1), "what?", max_new_tokens=6)

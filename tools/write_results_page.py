@@ -30,6 +30,8 @@ HEAD = """# Results
 The scores of the models that come with the package (`isthmus:llava` and the others), in percent. They are **one
 run** of `isthmus demo` with seed {seed}: {machine}, torch {torch}; training took
 {seconds}.
+They are those of the weights as they come, in bfloat16; BLIP-2's retrieval and zero-shot answers are of its earlier
+stages, which do not come along, and were scored in that run.
 Another run differs by more than the intervals say, for they are over questions alone: the same recipe and seed have
 differed between two machines by 7 points (LLaVA) and by 15 (Flamingo's clips).
 

@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from isthmus.errors import ConfigError
 from isthmus.serving.limits import Limits
+from isthmus.serving.run import bound
+from tests.cli.test_cli import run
 from tests.serving.helpers import asked, models, on_port
 
 CHAT = "/v1/chat/completions"
@@ -197,7 +200,8 @@ def test_addresses_and_methods_that_are_not_there(small, method, path, status):
         ({"top_logprobs": 21, "logprobs": True}, "invalid_value", "top_logprobs"),
         ({"frequency_penalty": 0.5}, "invalid_value", "frequency_penalty"),
         ({"response_format": {"type": "json_object"}}, "invalid_value", "response_format.type"),
-        ({"tools": []}, "unknown_field", None),
+        ({"tools": []}, "unknown_field", "tools"),
+        ({"/etc/passwd": 1}, "unknown_field", ""),
         ({"model": ""}, "invalid_value", "model"),
         ({"model": 3}, "invalid_value", "model"),
     ],
@@ -206,7 +210,7 @@ def test_every_field_has_its_range(small, change, code, param):
     found = small.post(CHAT, ask(**change), headers=KEY)
     assert (found.status, found.code) == (400, code)
     if param is not None:
-        assert found.json["error"]["param"] == param
+        assert (found.json["error"]["param"] or "") == param
 
 
 def test_a_picture_is_refused_by_what_it_is(small, served):
@@ -259,3 +263,22 @@ def test_what_is_said_is_logged_nowhere(small, caplog):
         small.post(CHAT, body, headers=KEY | {"x-more": secret})
     small.post(CHAT, raw=f'{{"{secret}": '.encode(), headers=KEY)
     assert secret not in caplog.text
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_opened(monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, said, wrong = run(monkeypatch, capsys, "serve", "no/such/model", "--port", port)
+    assert (code, said) == (2, "")
+    assert f"Cannot serve at port {port} of 127.0.0.1 because something else listens there" in " ".join(wrong.split())
+    one, *more = bound("localhost", 0)
+    assert all(sock.getsockname()[1] == one.getsockname()[1] for sock in more)
+    for sock in (one, *more):
+        sock.close()
+
+    def unknown(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(ConfigError, match=r"at port 1 of nowhere.invalid \(Name or service not known\): choose"):
+        bound("nowhere.invalid", 1)

@@ -40,9 +40,10 @@ def run(
     needs_extra()
     from isthmus.serving.api import create_app
     from isthmus.serving.limits import Limits
-    from isthmus.serving.run import server
+    from isthmus.serving.run import bound, server
 
-    console, bounds = Console(emoji=False), Limits(**limits)
+    console, bounds, sockets = Console(emoji=False), Limits(**limits), bound(host, port)
+    port = sockets[0].getsockname()[1]
     models = opened(named, given)
     key, local = os.environ.get(KEY) or None, _is_loopback(host)
     app = create_app(
@@ -64,7 +65,7 @@ def run(
     running = server(app, host, port, bounds, log_requests=log_requests)
     if browse:
         threading.Thread(target=_browse, args=(running, f"http://{shown}:{port}/"), daemon=True).start()
-    running.run()
+    running.run(sockets)
 
 
 def _browse(running: Any, address: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ _FIXED = {
     "union_tag_not_found": "A part names its type: text or image_url, or in a conversation video_url.",
 }
 _OTHERWISE = "This value is of the wrong type."
+_PLAIN = re.compile(r"[a-z]+(_[a-z]+){0,4}")
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
@@ -100,7 +102,8 @@ def _check_text(text: str) -> None:
 
 
 def field_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first thing that is wrong with a body's fields, in fixed words; the place by names that are known here."""
+    """The first thing that is wrong with a body's fields, in fixed words; the place by names that are known here, and
+    an unknown field by its own where that is a plain word."""
     problem = _worst(problems)
     kind, bounds = str(problem["type"]), problem.get("ctx", {})
     text = _FIXED.get(kind, _OTHERWISE)
@@ -111,7 +114,9 @@ def field_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
         text = f"{text[:-1]}: it must be {' and '.join(limits)}."
     place = [p for p in problem["loc"] if p != "body"]
     unknown = kind == "extra_forbidden"
-    param = ".".join(str(p) for p in (place[:-1] if unknown else place) if isinstance(p, int) or str(p).isidentifier())
+    if unknown and not _PLAIN.fullmatch(str(place[-1])):
+        place.pop()
+    param = ".".join(str(p) for p in place if isinstance(p, int) or str(p).isidentifier())
     return bad_request("unknown_field" if unknown else "invalid_value", text, param or None)
 
 

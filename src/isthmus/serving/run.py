@@ -1,11 +1,14 @@
 """The application on a port: uvicorn with this server's limits, finishing what it has before it stops."""
 
+import errno
 import logging
+import socket
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
+from isthmus.errors import ConfigError
 from isthmus.serving.http import Protocol
 from isthmus.serving.limits import Limits
 from isthmus.serving.scheduler import Scheduler
@@ -21,6 +24,26 @@ class Draining(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.scheduler.draining = True
         super().handle_exit(sig, frame)
+
+
+def bound(host: str, port: int) -> list[socket.socket]:
+    """Sockets at every address of ``host``, not listening yet; port 0 is any that is free. Raises ConfigError where
+    that cannot be: before a model is opened."""
+    found: list[socket.socket] = []
+    try:
+        for family, kind, _, _, address in dict.fromkeys(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)):
+            one = socket.socket(family, kind)
+            found.append(one)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            one.bind((address[0], found[0].getsockname()[1] or port, *address[2:]))
+    except OSError as error:
+        for one in found:
+            one.close()
+        why = "because something else listens there" if error.errno == errno.EADDRINUSE else f"({error.strerror})"
+        raise ConfigError(f"Cannot serve at port {port} of {host} {why}: choose another --port or --host.") from None
+    return found
 
 
 def server(app: FastAPI, host: str, port: int, limits: Limits, *, log_requests: bool = False) -> Draining:
