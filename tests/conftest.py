@@ -12,7 +12,8 @@ from tests import shapes  # noqa: F401  (named below)
 # Before anything of these is imported: the shapes in signatures are checked at every call. Modules without shapes are
 # left out, for the hook hides from torch that a function is a generator.
 SHAPED = [
-    *("isthmus.nn", "isthmus.models", "isthmus.language.causal", "isthmus.language.seq2seq"),
+    *("isthmus.nn", "isthmus.models"),
+    *(f"isthmus.language.{name}" for name in ("causal", "library", "scoring", "seq2seq", "window")),
     *("isthmus.data.images", "isthmus.data.augment", "isthmus.data.cache"),
 ]
 install_import_hook(SHAPED, "tests.shapes.shapes_only")

@@ -145,7 +145,7 @@ def test_merged_it_computes_the_same_and_is_a_plain_net(kind):
     assert adapters.merge(net) == 2
     torch.testing.assert_close(net(x), before)
     assert net.state_dict().keys() == TwoLayers().state_dict().keys()
-    assert adapters.told(net) == ""
+    assert adapters.summary(net) == ""
 
 
 def test_a_merge_over_quantised_weights_is_refused():

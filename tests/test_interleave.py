@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from isthmus.errors import ConfigError
-from isthmus.interleave import InterleavedLanguageModel, Look
+from isthmus.interleave import InterleavedLanguageModel, MediaContext
 from isthmus.language import Decoder, Decoding, LanguageModel
 from isthmus.nn.beam import beam_search
 from isthmus.nn.gated import GatedBlock, GatedConfig
@@ -92,7 +92,7 @@ def test_sampling_is_seeded_and_row_by_row():
 def test_end_of_chunk_ends_an_answer_and_image_is_never_generated():
     net = tiny()
     rows = batch([ROWS["one"], ROWS["none"]])
-    with net.language.looking(net.look(rows)):
+    with net.language.attending_to(net.media_context(rows)):
         hidden = net.language.hidden(net.embed_prompt(rows))
     last, other = hidden[0, 6], hidden[1, 4]
     end, image = net.language.new_rows.output
@@ -142,12 +142,14 @@ def test_rows_that_join_later_write_what_they_write_alone(family):
 def test_a_conversation_in_chunks_equals_one_pass(family):
     net = tiny(family)
     whole = batch([ROWS["two"]])
-    expected, embeds, look = net.logits(whole), net.embed_prompt(whole), net.look(whole)
+    expected, embeds, context = net.logits(whole), net.embed_prompt(whole), net.media_context(whole)
     for cuts in ((4,), (1, 4, 5)):
         bounds, cache, found = [0, *cuts, embeds.shape[1]], None, []
         for a, b in itertools.pairwise(bounds):
-            images = int(look.media_index[0, :b].max())
-            with net.language.looking(Look(media=look.media[:, : max(images, 1)], media_index=look.media_index[:, :b])):
+            images = int(context.media_index[0, :b].max())
+            with net.language.attending_to(
+                MediaContext(media=context.media[:, : max(images, 1)], media_index=context.media_index[:, :b])
+            ):
                 logits, cache = net.language.chunk(embeds[:, a:b], cache)
             found.append(logits)
         torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=1e-4)
@@ -164,8 +166,8 @@ def test_a_block_without_media_raises_and_stale_media_do_too(gradients):
         net.language.lm(torch.tensor([[1, 2, 3]]))
     with net.language.blind():
         net.language.lm(torch.tensor([[1, 2, 3]]))
-    look = net.look(batch([ROWS["one"], ROWS["two"]]))
-    with net.language.looking(look), pytest.raises(ConfigError, match=r"runs 3 rows, the media .* of 2"):
+    context = net.media_context(batch([ROWS["one"], ROWS["two"]]))
+    with net.language.attending_to(context), pytest.raises(ConfigError, match=r"runs 3 rows, the media .* of 2"):
         net.language.hidden(torch.zeros(3, 4, 32))
 
 

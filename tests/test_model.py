@@ -229,7 +229,7 @@ def test_gaps_are_told_of_plain_greedy_decoding_only(llava):
 def test_gaps_of_an_encoder_decoder_are_refused_before_it_answers(monkeypatch):
     model = tiny_models.blip2({**T5, "vocab_size": tiny_models.ROWS})
     monkeypatch.setattr(model.net, "generate", None)
-    with pytest.raises(CapabilityError, match="of a causal language model only"):
+    with pytest.raises(CapabilityError, match="need a causal language model"):
         model.gaps([Record("r", (Text("what?", role="user"),))], max_new_tokens=2)
 
 

@@ -30,7 +30,7 @@ _TRAINED = "trained.safetensors"
 @dataclass(frozen=True, slots=True)
 class Base:
     """The model that adapters were put on: its place, the :func:`isthmus.interop.hub.model_hash` of it there, and the
-    tensors of it that were trained whole."""
+    tensors of it that were trained without an adapter."""
 
     path: str
     sha256: str
@@ -49,13 +49,13 @@ def weights(net: Net, base: Base | None, folder: Path) -> tuple[dict[str, Any], 
     if base.opened:
         state = named_state(net)
         files[_TRAINED] = {name: state[name] for name in base.opened}
-    told = {"path": base.path, "beside": "", "sha256": base.sha256}
+    of_base = {"path": base.path, "beside": "", "sha256": base.sha256}
     if not base.path.startswith(SCHEME):
         absolute = os.path.abspath(base.path)
-        told |= {"path": absolute, "beside": os.path.relpath(absolute, folder.absolute())}
+        of_base |= {"path": absolute, "beside": os.path.relpath(absolute, folder.absolute())}
     if rounded := quantised.names(net):
-        return files, {"base": {**told, "quantised": rounded}}
-    return files, {"base": told}
+        return files, {"base": {**of_base, "quantised": rounded}}
+    return files, {"base": of_base}
 
 
 def check_useful(folder: Path, config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -82,9 +82,9 @@ def opened(
     Raises CheckpointError: no base there, another one by its content, or tensors that do not fit it; and what
     :func:`isthmus.quantised.quantise` raises.
     """
-    told = config["base"]
-    place = _found(folder, told, given.get("base"))
-    if model_hash(place) != told["sha256"]:
+    of_base = config["base"]
+    place = _found(folder, of_base, given.get("base"))
+    if model_hash(place) != of_base["sha256"]:
         raise CheckpointError(
             f"{place} is not the base that {folder} was trained on: its files have another sha256. Adapters fit the "
             f"weights that they were trained on and no others; give the right one with base=… (--base)."
@@ -100,11 +100,11 @@ def opened(
             _must_fit(name, tensor, state, folder)
             state[name].copy_(tensor)
     if not given.get("unquantised"):
-        _round(model.net, told.get("quantised", ()), folder)
+        _round(model.net, of_base.get("quantised", ()), folder)
     file = files["adapter_model.safetensors"]
     values = checkpoint.read_json(files["adapter_config.json"])
     adapters.from_peft(model.net, values, checkpoint.load_tensors(file), str(file))
-    return model.net, Base(str(place), told["sha256"], tuple(trained))
+    return model.net, Base(str(place), of_base["sha256"], tuple(trained))
 
 
 def _round(net: Net, names: Sequence[str], folder: Path) -> None:
@@ -126,8 +126,8 @@ def _must_fit(name: str, tensor: Tensor, state: Mapping[str, Tensor], folder: Pa
         )
 
 
-def _found(folder: Path, told: Mapping[str, str], given: str | Path | None) -> Path:
-    known = [located(told["path"], None), folder / told["beside"]]
+def _found(folder: Path, of_base: Mapping[str, str], given: str | Path | None) -> Path:
+    known = [located(of_base["path"], None), folder / of_base["beside"]]
     places = [located(given, None)] if given is not None else known
     for place in places:
         if place.exists():

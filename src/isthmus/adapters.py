@@ -354,7 +354,7 @@ def from_peft(net: nn.Module, values: Mapping[str, Any], tensors: Mapping[str, T
         raise CheckpointError(f"{where} holds {next(iter(given))!r}, which no adapted layer has.")
 
 
-def told(net: nn.Module) -> str:
+def summary(net: nn.Module) -> str:
     """The net's adapters in a line; empty without any."""
     kinds = list(described(net).values())
     if not kinds:

@@ -24,7 +24,7 @@ _SHORT = 2
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep up to :func:`kept_bytes` of freed memory; true where that is possible and wanted.
+    """Let glibc keep up to :func:`kept_bytes` of freed memory; true where that is possible and wanted.
 
     The peak stays what it is, only the way back down is shorter, so it suits programs that train or serve.
     """
@@ -70,7 +70,7 @@ def kept_bytes() -> int:
 
 @cache
 def usable_bytes() -> int:
-    """Memory of the machine or of the container this runs in, whichever is less; 0 when it cannot be told."""
+    """Memory of the machine or of the container this runs in, whichever is less; 0 when it is unknown."""
     found = []
     try:
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -87,7 +87,7 @@ def usable_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Memory this process holds right now; 0 when it cannot be told."""
+    """Memory this process holds right now; 0 when it is unknown."""
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):

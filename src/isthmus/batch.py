@@ -1,6 +1,6 @@
 """Batch: what a net sees, and Term: what its loss answers with.
 
-Shapes: B rows, T tokens, N visuals of the whole batch, F frames, P patches, D width, K places.
+Shapes: B rows, T tokens, N visuals of the batch, F frames, P patches, D width, K places.
 
 A batch holds named token streams (``text`` for CLIP, ``lm`` for a decoder, later ``qformer``, ``encoder``,
 ``decoder``), visuals grouped by equal shape, and the places where visuals stand in a stream. Padding is the
@@ -226,7 +226,7 @@ class Term:
     """One named part of a loss: ``total`` (scalar, a sum) over ``count`` items; its mean is total / count.
 
     ``scope`` says over what the sum may be split: a ``token`` term adds up over any micro-batches or ranks; a
-    ``batch`` term (contrastive, matching) belongs to the step's whole batch and must not be split. ``weight`` is what
+    ``batch`` term (contrastive, matching) belongs to the step's full batch and must not be split. ``weight`` is what
     the mean counts in the step's loss. A term of one source's rows is called ``stream/source``.
     """
 

@@ -1,4 +1,4 @@
-"""Our own folders: written whole or not at all, checked when read, and data only (safetensors and JSON).
+"""Our own folders: written completely or not at all, checked when read, and data only (safetensors and JSON).
 
 A folder is written aside (``<path>.tmp-<pid>``), every file and the folder are fsynced, then it is renamed into
 place and the parent is fsynced: after a crash the old folder or the new one is there, never a half. A
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from isthmus import load_report
 from isthmus.errors import CheckpointError, nearest
-from isthmus.file_kind import but_is, start_of
+from isthmus.file_type import but_is, start_of
 from isthmus.load_report import Account
 
 MANIFEST = "manifest.json"
@@ -133,7 +133,7 @@ def entry_of(file: Path) -> dict[str, Any]:
 def finish_folder(
     aside: Path, path: Path, entries: Mapping[str, Mapping[str, Any]], files: Mapping[str, Content]
 ) -> None:
-    """Write ``files`` beside those that ``entries`` tell of, the manifest of all, and rename the folder into place.
+    """Write ``files`` beside those that ``entries`` lists, the manifest of all, and rename the folder into place.
 
     Raises OSError where the disk refuses.
     """
@@ -453,8 +453,8 @@ def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path, 
         )
     taken: set[int] = set()
     for target, source in plan:
-        whole = source.dtype == target.dtype and source.device == target.device and source.is_contiguous()
-        if whole and source.data_ptr() not in taken:  # one tensor given twice must not tie two weights
+        unchanged = source.dtype == target.dtype and source.device == target.device and source.is_contiguous()
+        if unchanged and source.data_ptr() not in taken:  # one tensor given twice must not tie two weights
             taken.add(source.data_ptr())
             target.data = source.detach()
         else:

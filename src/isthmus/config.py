@@ -19,7 +19,7 @@ def strict(cls: type[T], mapping: Any, where: str) -> T:
     """``cls(**mapping)`` with nested dataclasses built, types checked and unknown keys refused.
 
     ``where`` names the place for the reader of an error, e.g. ``"model.vision"``. An integer is accepted where a
-    float is asked for, a list where a tuple is. Raises ConfigError.
+    float is expected, a list where a tuple is. Raises ConfigError.
     """
     if isinstance(mapping, cls):
         return mapping

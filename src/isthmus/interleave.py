@@ -1,14 +1,14 @@
 """InterleavedLanguageModel: gated cross-attention and new tokens in an unmodified causal LM of transformers.
 
     ids ─ embed ─→ h ─→ [gated block] ─ frozen layer 0 ─→ frozen layer 1 ─→ [gated block] ─ frozen layer 2 ─→ … ─ head
-                             ↑ Look: media, and which image each position may see
+                             ↑ MediaContext: media, and which image each position may see
 
 Shapes: B rows, T tokens, N visual inputs per row, R visual tokens each, d width of the media, D of the LM.
 
 The blocks belong to whoever inserts them. A forward pre-hook on a chosen decoder layer sends its input through the
-block first, so the LM's class, its ``generate`` and its state-dict keys stay the library's own. What the blocks look
-at reaches them sideways, by one object that is set for one call (:meth:`InterleavedLanguageModel.looking`); a block
-run without it raises.
+block first, so the LM's class, its ``generate`` and its state-dict keys stay the library's own. The hooks take no
+arguments, so what the blocks attend to is one object that is set for one call
+(:meth:`InterleavedLanguageModel.attending_to`). A block that runs without it raises.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from isthmus.batch import Tokens
 from isthmus.errors import ConfigError
 from isthmus.language import Decoding, LanguageModel, Layers, Prompt, Read, Window
-from isthmus.nn.gated import GatedBlock, Media, look_mask
+from isthmus.nn.gated import GatedBlock, Media, media_mask
 
 
 class NewRows(nn.Module):
@@ -37,14 +37,15 @@ class NewRows(nn.Module):
 
 
 @dataclass(eq=False, kw_only=True)
-class Look:
-    """What the blocks of one call look at.
+class MediaContext:
+    """What the blocks of one call attend to.
 
     ``media`` (B, N, R, d). ``media_index`` (B, T) is the number from 1 of the image that each position of the rows may
     attend to, 0 for none, from position ``start`` of the rows on; later positions attend to what the last one does.
     Keys and values are made once per block and kept.
-    ``recorded`` collects (block number, attention (B, T, N·R)) where a list is given. ``before`` is the look of one row
-    that was read and that all these go on from: the first of ``media`` are its own, whose keys and values are made.
+    ``recorded`` collects (block number, attention (B, T, N·R)) where a list is given. ``before`` is the
+    context of one row that was read and that all these continue: the first of ``media`` are its own, and their keys
+    and values are made.
     """
 
     media: Tensor
@@ -55,18 +56,18 @@ class Look:
     kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     start: int = 0
-    before: "Look | None" = None
+    before: "MediaContext | None" = None
 
     @property
     def nbytes(self) -> int:
         """What it holds in memory."""
         return self.media.nbytes + self.media_index.nbytes + sum(k.nbytes + v.nbytes for k, v in self.kept.values())
 
-    def apart(self) -> "Look":
+    def apart(self) -> "MediaContext":
         """The same without the keys and values that were made of it."""
-        return Look(media=self.media, media_index=self.media_index, mode=self.mode)
+        return MediaContext(media=self.media, media_index=self.media_index, mode=self.mode)
 
-    def in_common(self, other: "Look") -> int:
+    def in_common(self, other: "MediaContext") -> int:
         """How many positions of one row, from its beginning, see what those of ``other``'s one row see."""
         images = min(self.media.shape[1], other.media.shape[1])
         same = (self.media[0, :images] == other.media[0, :images]).flatten(1).all(1)
@@ -76,14 +77,14 @@ class Look:
         unlike = ((index != others) | (index > known)).nonzero()
         return int(unlike[0]) if len(unlike) else width
 
-    def left_padded(self, lengths: Tensor) -> "Look":
+    def left_padded(self, lengths: Tensor) -> "MediaContext":
         """The same for rows (B, T) whose right padding moves to the left; padding sees nothing."""
         longest = int(lengths.max())
         source = torch.arange(longest, device=self.media_index.device) - (longest - lengths)[:, None]
         media_index = self.media_index.gather(1, source.clamp(min=0)).masked_fill(source < 0, 0)
-        return Look(media=self.media, media_index=media_index, mode=self.mode)
+        return MediaContext(media=self.media, media_index=media_index, mode=self.mode)
 
-    def last(self, lengths: Tensor) -> "Look":
+    def last(self, lengths: Tensor) -> "MediaContext":
         """The same for what comes after rows of these ``lengths``: keys and values are made already."""
         rows = torch.arange(len(lengths), device=self.media_index.device)
         return replace(
@@ -95,7 +96,7 @@ class Look:
             before=None,
         )
 
-    def join(self, other: "Look") -> "Look":
+    def join(self, other: "MediaContext") -> "MediaContext":
         """These rows, then those of ``other``; both from :meth:`last`."""
         images, tokens = max(self.media.shape[1], other.media.shape[1]), self.media.shape[2]
 
@@ -107,15 +108,17 @@ class Look:
             block: (more(k, other.kept[block][0], images * tokens), more(v, other.kept[block][1], images * tokens))
             for block, (k, v) in self.kept.items()
         }
-        media = torch.cat([F.pad(look.media, (0, 0, 0, 0, 0, images - look.media.shape[1])) for look in (self, other)])
-        return Look(
+        media = torch.cat(
+            [F.pad(context.media, (0, 0, 0, 0, 0, images - context.media.shape[1])) for context in (self, other)]
+        )
+        return MediaContext(
             media=media, media_index=torch.cat([self.media_index, other.media_index]), mode=self.mode, kept=kept
         )
 
-    def take(self, rows: Tensor) -> "Look":
+    def take(self, rows: Tensor) -> "MediaContext":
         """These rows of it, in this order."""
         kept = {block: (keys[rows], values[rows]) for block, (keys, values) in self.kept.items()}
-        return Look(media=self.media[rows], media_index=self.media_index[rows], mode=self.mode, kept=kept)
+        return MediaContext(media=self.media[rows], media_index=self.media_index[rows], mode=self.mode, kept=kept)
 
     def through(self, block: GatedBlock, number: int, hidden: Tensor, *, spare_memory: bool) -> Tensor:
         """``hidden`` (B·k, T, D) through a block; k > 1 when beams or samples repeat each row."""
@@ -123,7 +126,7 @@ class Look:
         if times * len(self.media) != len(hidden):
             raise ConfigError(
                 f"the language model runs {len(hidden)} rows, the media set for this call are of {len(self.media)}; "
-                "set them anew with `looking` for every call."
+                "set them again with `attending_to` for every call."
             )
         y = hidden.to(block.attn_gate.dtype)
         keys, values = self._keys_values(block, number, times)
@@ -155,7 +158,7 @@ class Look:
             if known.shape[1] < length:
                 known = torch.cat([known, self.media_index[:, -1:].expand(-1, length - known.shape[1])], dim=1)
             _, images, tokens, _ = self.media.shape
-            self.masks[past, length] = look_mask(known, images, tokens, self.mode)
+            self.masks[past, length] = media_mask(known, images, tokens, self.mode)
         return self.masks[past, length]
 
 
@@ -164,8 +167,8 @@ class InterleavedLanguageModel(LanguageModel):
 
     ``new_ids`` are the ids of ``<|endofchunk|>`` (ends an answer), ``<image>`` (never generated) and, if there is a
     third, of a token that ends a turn. They lie right after the LM's table, or within its unused last rows when the
-    table is padded. Raises ConfigError otherwise, for an LM whose decoder layers cannot be told, and for one without an
-    output head.
+    table is padded. Raises ConfigError otherwise, for an LM whose decoder layers cannot be found, and for one without
+    an output head.
     """
 
     def __init__(self, lm: Any, new_ids: Sequence[int] = ()) -> None:
@@ -185,7 +188,7 @@ class InterleavedLanguageModel(LanguageModel):
         self.new_rows = NewRows(len(self.new_ids), table.weight.shape[1], None if tied else head.weight.shape[1])
         self._blocks: dict[int, GatedBlock] = {}
         self._hooks: list[Any] = []
-        self._look: Look | None = None
+        self._context: MediaContext | None = None
         self._blind = False
         if self.new_ids:
             table.forward = _Reading(self, table)
@@ -215,7 +218,7 @@ class InterleavedLanguageModel(LanguageModel):
     # Insertion
 
     def decoder_layers(self) -> nn.ModuleList:
-        """The LM's decoder layers. Raises ConfigError when it cannot be told which they are."""
+        """The LM's decoder layers. Raises ConfigError when they cannot be found."""
         return self._find_layers()[1]
 
     def _find_layers(self) -> tuple[nn.Module, nn.ModuleList]:
@@ -249,17 +252,17 @@ class InterleavedLanguageModel(LanguageModel):
         self._hooks, self._blocks = [], {}
 
     @contextmanager
-    def looking(self, look: Look | None) -> Iterator[None]:
-        """Let the blocks look at this for the calls inside, and at nothing behind them.
+    def attending_to(self, context: MediaContext | None) -> Iterator[None]:
+        """Let the blocks attend to this during the calls inside, and to nothing after them.
 
         A backward pass comes later and needs none of it: a block that spares memory keeps what it is recomputed from,
         and the library recomputes a layer without its hooks.
         """
-        before, self._look = self._look, look
+        before, self._context = self._context, context
         try:
             yield
         finally:
-            self._look = before
+            self._context = before
 
     @contextmanager
     def blind(self) -> Iterator[None]:
@@ -272,19 +275,19 @@ class InterleavedLanguageModel(LanguageModel):
 
     def _count_past(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
-        if self._look is not None:
-            self._look.past = 0 if cache is None else int(cache.get_seq_length()) - self._look.start
+        if self._context is not None:
+            self._context.past = 0 if cache is None else int(cache.get_seq_length()) - self._context.start
 
     def _before(self, number: int, layer: nn.Module, hidden: Tensor) -> Tensor:
         if self._blind:
             return hidden
-        if self._look is None:
+        if self._context is None:
             raise ConfigError(
                 "a gated block was run without media: call the language model through its Flamingo, or inside "
-                "`language.looking(...)` or `language.blind()`."
+                "`language.attending_to(...)` or `language.blind()`."
             )
         spare = any(getattr(m, "gradient_checkpointing", False) for m in (layer, self.lm.base_model))
-        return self._look.through(self._blocks[number], number, hidden, spare_memory=spare)
+        return self._context.through(self._blocks[number], number, hidden, spare_memory=spare)
 
     # New tokens
 
@@ -312,14 +315,14 @@ class InterleavedLanguageModel(LanguageModel):
     @torch.no_grad()
     def generate(self, embeds: Tensor, lengths: Tensor, decoding: Decoding) -> list[list[int]]:
         """As :meth:`LanguageModel.generate`; ``<|endofchunk|>`` ends an answer and ``<image>`` is never generated."""
-        return self.continued(Prompt(embeds, lengths, self._look), decoding)
+        return self.continued(Prompt(embeds, lengths, self._context), decoding)
 
     @torch.no_grad()
     def continued(self, prompt: Prompt, decoding: Decoding) -> list[list[int]]:
-        """As :meth:`generate`, looking at what the prompt names."""
-        if self.writable is True or prompt.look is None:
+        """As :meth:`generate`, attending to what the prompt names."""
+        if self.writable is True or prompt.context is None:
             return super().continued(prompt, decoding)
-        with self.looking(prompt.look.left_padded(prompt.lengths)):
+        with self.attending_to(prompt.context.left_padded(prompt.lengths)):
             return super().continued(prompt, decoding)
 
     def settled(self, decoding: Decoding, prompt: Prompt) -> Decoding:
@@ -335,20 +338,20 @@ class InterleavedLanguageModel(LanguageModel):
 
     def read(self, prompt: Prompt) -> Read:
         """As :meth:`LanguageModel.read`; keys and values of the media are made here, for all that is written."""
-        with self.looking(prompt.look):
+        with self.attending_to(prompt.context):
             read = super().read(prompt)
-        return read if prompt.look is None else replace(read, beside=prompt.look.last(prompt.lengths))
+        return read if prompt.context is None else replace(read, context=prompt.context.last(prompt.lengths))
 
     def read_on(self, before: Layers, prompt: Prompt) -> Read:
-        """As :meth:`LanguageModel.read_on`; the prompt's look is that of the whole row."""
-        with self.looking(prompt.look):
+        """As :meth:`LanguageModel.read_on`; the prompt's context is that of the full row."""
+        with self.attending_to(prompt.context):
             read = super().read_on(before, prompt)
-        return read if prompt.look is None else replace(read, beside=prompt.look.last(prompt.lengths))
+        return read if prompt.context is None else replace(read, context=prompt.context.last(prompt.lengths))
 
-    def next(self, ids: Tensor, positions: Tensor, window: Window, beside: Look | None) -> Tensor:
-        """As :meth:`LanguageModel.next`, with what the rows look at."""
-        with self.looking(beside):
-            return super().next(ids, positions, window, beside)
+    def next(self, ids: Tensor, positions: Tensor, window: Window, context: MediaContext | None) -> Tensor:
+        """As :meth:`LanguageModel.next`, with what the rows attend to."""
+        with self.attending_to(context):
+            return super().next(ids, positions, window, context)
 
     def label_nll(self, embeds: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood (M,) of every labelled target, and the row (M,) it belongs to."""
@@ -357,7 +360,8 @@ class InterleavedLanguageModel(LanguageModel):
     def chunk(self, embeds: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """The next T tokens of conversations: logits (B, T, V) and the cache to go on from.
 
-        ``embeds`` (B, T, D) has no padding. Inside ``looking``, whose ``media_index`` covers the rows from the start.
+        ``embeds`` (B, T, D) has no padding. Inside ``attending_to``, whose ``media_index`` covers the rows from the
+        start.
         """
         past = 0 if cache is None else int(cache.get_seq_length())
         self._check_context(past + embeds.shape[1])
@@ -369,8 +373,8 @@ class InterleavedLanguageModel(LanguageModel):
 
     def after(self, ids: Tensor, read: Read) -> Tensor:
         """As :meth:`LanguageModel.after`; what follows the row sees what its last token saw."""
-        beside = read.beside and read.beside.take(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
-        with self.looking(beside):
+        context = read.context and read.context.take(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
+        with self.attending_to(context):
             return super().after(ids, read)
 
     def _try_head(self, embeds: Tensor) -> bool:

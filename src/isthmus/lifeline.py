@@ -15,12 +15,12 @@ def end_with_parent() -> None:
     if not parent or not sys.platform.startswith("linux"):
         return
 
-    def look(*_: object) -> None:
+    def check_parent(*_: object) -> None:
         if os.getppid() != int(parent):
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
             os.kill(os.getpid(), signal.SIGTERM)
 
     # Linux signals the end of each of the parent's threads, and a second SIGTERM would end us without saving.
-    signal.signal(signal.SIGUSR2, look)
+    signal.signal(signal.SIGUSR2, check_parent)
     ctypes.CDLL(None).prctl(1, signal.SIGUSR2)  # PR_SET_PDEATHSIG
-    look()
+    check_parent()

@@ -1,9 +1,10 @@
 """What became of a checkpoint's tensors: the account that is kept while a model is opened.
 
-Readers tell which tensors files hold, the last step which of them the net took. A tensor of the net that *is* one of a
-file's, in the same memory, was matched, whatever its name; one that was split, joined, transposed or merged on the way
-was converted. What is in no file, and what is in a file and not used, must be told with a reason by whoever decides it.
-Readers are passed the account of what is being opened; one that is called by itself, without, keeps none.
+Readers record which tensors files hold, and the last step which of them the net took. A tensor of the net that *is* one
+of a file's, in the same memory, was matched, whatever its name; one that was split, joined, transposed or merged on the
+way was converted. What is in no file, and what is in a file and not used, must be recorded with a reason by the code
+that decides it. Readers are passed the account of what is being opened; one that is called by itself, without, keeps
+none.
 """
 
 from collections import Counter
@@ -59,9 +60,9 @@ def _place(tensor: Tensor) -> Place:
 
 @dataclass
 class Account:
-    """What has been told so far. ``own`` and ``parts`` are tensors of files by place, of the checkpoint itself and of
-    what was opened beside it; they are kept, so that no other tensor gets the place meanwhile. ``taken`` are the places
-    of what the net was given, ``held`` are its own tensors."""
+    """What has been recorded so far. ``own`` and ``parts`` are tensors of files by place, of the checkpoint itself and
+    of what was opened beside it; they are kept, so that no other tensor gets the place meanwhile. ``taken`` are the
+    places of what the net was given, ``held`` are its own tensors."""
 
     own: dict[Place, Tensor] = field(default_factory=dict)
     parts: dict[Place, Tensor] = field(default_factory=dict)

@@ -45,8 +45,8 @@ class Net(StagedNet):
     def shares_beginning(self) -> bool:
         """Whether several prompts, or several endings of one, can go on from a beginning that is read once."""
         language: Any = self._modules.get("language")
-        told = type(self).prompt is not Net.prompt  # a net of the user's own may only know how to generate
-        return told and language is not None and language.writable is True
+        continues_prompts = type(self).prompt is not Net.prompt  # a net of the user's own may only know how to generate
+        return continues_prompts and language is not None and language.writable is True
 
     def prompt(self, batch: Batch, past: "Read | None" = None) -> "Prompt":
         """What a decoder continues; after ``past``, one row that was read, where all the rows begin so."""
@@ -70,8 +70,8 @@ class Net(StagedNet):
     def blocks(self) -> list[nn.Module]:
         """The blocks of its language model, each of which runs once in every loss: what is sharded one by one."""
         parts = [] if (language := self._modules.get("language")) is None else list(language.modules())
-        kinds = {kind for part in parts for kind in getattr(part, "_no_split_modules", None) or ()}
-        return [part for part in parts if type(part).__name__ in kinds]
+        block_classes = {name for part in parts for name in getattr(part, "_no_split_modules", None) or ()}
+        return [part for part in parts if type(part).__name__ in block_classes]
 
     def towers(self) -> list[nn.Module]:
         """Its encoders, which run as often as a batch has shapes of pictures."""

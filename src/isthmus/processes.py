@@ -1,7 +1,7 @@
 """The processes of one training, as ``torchrun`` starts them: each reads its share of the rows.
 
-    join()          # does nothing in a process that is alone
-    told(value)     # everybody's value, in order of rank
+    join()              # does nothing in a process that is alone
+    all_gather(value)   # everybody's value, in order of rank
 
 Alone, every function here answers as the only process would, without any communication.
 """
@@ -34,7 +34,7 @@ class LostError(IsthmusError):
 _apart = False
 
 
-def world() -> int:
+def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _apart else 1
 
@@ -53,7 +53,7 @@ def apart() -> Iterator[None]:
 
 def rank() -> int:
     """This process's number, from 0."""
-    return dist.get_rank() if world() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def first() -> bool:
@@ -61,7 +61,7 @@ def first() -> bool:
     return rank() == 0
 
 
-def asked() -> int:
+def torchrun_world_size() -> int:
     """How many processes ``torchrun`` says there are. Raises ConfigError when that is no number."""
     given = os.environ.get("WORLD_SIZE") or "1"
     if not given.isdecimal() or given == "0":
@@ -80,16 +80,15 @@ def join() -> None:
     """Meet the other processes that ``torchrun`` started, until this one ends; alone or met before, nothing.
 
     Tensors on GPUs travel over NCCL, everything else over gloo. Raises ConfigError when ``WORLD_SIZE`` is set and
-    something else that torchrun
-    sets is not.
+    something else that torchrun sets is not.
     """
-    if asked() == 1 or world() > 1:
+    if torchrun_world_size() == 1 or world_size() > 1:
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ConfigError(
-            f"WORLD_SIZE is {asked()}, and {', '.join(missing)} not set: start several processes with `torchrun "
-            "--nproc-per-node N -m isthmus train …`, or one without WORLD_SIZE."
+            f"WORLD_SIZE is {torchrun_world_size()}, and {', '.join(missing)} not set: start several processes "
+            "with `torchrun --nproc-per-node N -m isthmus train …`, or one without WORLD_SIZE."
         )
     on_gpu = device().type == "cuda"
     if on_gpu:
@@ -123,19 +122,19 @@ def talking() -> Iterator[None]:
 
 def wait() -> None:
     """Until all processes are here."""
-    if world() > 1:
+    if world_size() > 1:
         with talking():
             dist.barrier()
 
 
-def told(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """The values of all processes in order of rank. They travel pickled between processes of one run, over gloo."""
-    if world() == 1:
+    if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world()
+    gathered: list[Any] = [None] * world_size()
     with talking():
-        dist.all_gather_object(found, value)
-    return found
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def all_of(make: Callable[[], T]) -> list[T]:
@@ -146,7 +145,7 @@ def all_of(make: Callable[[], T]) -> list[T]:
         found = make()
     except IsthmusError as error:
         fault = error
-    met = told((found, fault))
+    met = all_gather((found, fault))
     if (fault := next((f for _, f in met if f is not None), None)) is not None:
         raise fault
     return [value for value, _ in met]  # type: ignore[misc]
@@ -160,10 +159,10 @@ def of_first(make: Callable[[], T]) -> T:
 
 def sizes(rows: int, device: torch.device) -> list[int]:
     """How many rows each process has."""
-    if world() == 1:
+    if world_size() == 1:
         return [rows]
     own = torch.tensor([rows], device=device)
-    parts = [torch.empty_like(own) for _ in range(world())]
+    parts = [torch.empty_like(own) for _ in range(world_size())]
     with talking():
         dist.all_gather(parts, own)
     return torch.cat(parts).tolist()

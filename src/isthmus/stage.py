@@ -101,7 +101,7 @@ class Stage:
         for name in ("steps", "samples", "log_every", "save_every", "keep_last", "keep_every", "nan_limit"):
             value = getattr(self, name)
             if value is not None:
-                _number(f"{where}: {name}", value, low=1, whole=True)
+                _number(f"{where}: {name}", value, low=1, integer=True)
         for name, allowed in (
             ("decay", ("cosine", "constant", "linear")),
             ("precision", ("auto", "fp32", "bf16")),
@@ -126,7 +126,7 @@ class Stage:
 
     @property
     def budget(self) -> int:
-        """The whole budget, in steps or in samples."""
+        """The total budget, in steps or in samples."""
         return self.steps if self.steps is not None else self.samples or 0
 
     @property
@@ -219,13 +219,13 @@ class StageTable:
             table.add_row(row.part, f"{row.parameters:,}", f"{row.trained:,}", rates)
         table.add_section()
         table.add_row("all", f"{self.parameters:,}", f"{self.trained:,}", "")
-        told = []
+        notes = []
         if held := sum(row.adapters for row in self.rows):
-            told.append(f"{held:,} numbers are adapters'")
+            notes.append(f"{held:,} numbers are adapters'")
         if self.unused:
             numbers = sum(row.unused for row in self.rows)
-            told.append(f"{len(self.unused)} tensors ({numbers:,} numbers) are out of the objective's reach: unused")
-        table.caption = "; ".join(told) or None
+            notes.append(f"{len(self.unused)} tensors ({numbers:,} numbers) are out of the objective's reach: unused")
+        table.caption = "; ".join(notes) or None
         return table
 
 
@@ -403,8 +403,8 @@ def _rows(net: nn.Module, groups: Sequence[Group], assigned: Mapping[str, int], 
     )
 
 
-def _number(what: str, value: Any, *, low: float, high: float | None = None, whole: bool = False) -> None:
-    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+def _number(what: str, value: Any, *, low: float, high: float | None = None, integer: bool = False) -> None:
+    right_type = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
     if not right_type or value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ConfigError(f"{what} is {value!r}; it must be {'a whole' if whole else 'a'} number, {bounds}.")
+        raise ConfigError(f"{what} is {value!r}; it must be {'a integer' if integer else 'a'} number, {bounds}.")

@@ -12,7 +12,7 @@ from isthmus.language import Decoder, Decoding
 
 
 def pieces(net: Any, tokenizer: Tokenizer, batch: Batch, decoding: Decoding) -> Iterator[str]:
-    """The text of a batch of one row as it grows, whole characters only; all pieces together are the answer without
+    """The text of a batch of one row as it grows, complete characters only; all pieces together are the answer without
     the white space around it. A net that a Decoder cannot write with, and beams, give it in one piece."""
     words = Words(tokenizer)
     for ids in _ids(net, batch, decoding):

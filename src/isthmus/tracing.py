@@ -1,4 +1,4 @@
-"""An answer run once more, whole: where the model looked for each token, and how near the choice was."""
+"""An answer run once more in one pass: what each token attended to, and how near the choice was."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from isthmus.language import Decoding
 
 
 def attention_of(model: Any, prompt: Example, answer: list[int]) -> Attention:
-    """Where ``model`` looked for each token of the ``answer`` that it gave to ``prompt``."""
+    """What ``model`` attended to for each token of the ``answer`` that it gave to ``prompt``."""
     tokenizer = model.processor.tokenizer
     batch = collate([with_answer(prompt, answer)]).to(model.device)
     grids = {}
@@ -36,7 +36,7 @@ def check_gaps(model: Any, settings: Decoding) -> None:
             raise ConfigError(f"Gaps of the two best tokens are those of plain greedy decoding; leave {name} out.")
     model.need("answer")
     if model.net.prompt_stream != "lm":
-        raise CapabilityError("Gaps of the two best tokens are told of a causal language model only.")
+        raise CapabilityError("Gaps between the two best tokens need a causal language model.")
 
 
 def gap_of(model: Any, prompt: Example, answer: list[int], settings: Decoding) -> float:

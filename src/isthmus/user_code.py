@@ -25,7 +25,7 @@ _FILE = re.compile(r"(?P<file>[^:#{}\n]+\.py):(?P<cls>[A-Za-z_]\w*)(?:#sha256=(?
 _SHORT = re.compile(r"(?P<file>[A-Za-z_]\w*):(?P<cls>[A-Za-z_]\w*)")
 _SHA = "__sha256__"
 _KEYS = ("model", "projector", "kind", "task")
-"""Where a recipe names code; the short form, which other texts may look like, counts only there."""
+"""Where a recipe names code; the short form, which other texts may resemble, counts only there."""
 
 
 def is_user_code(name: Any) -> bool:

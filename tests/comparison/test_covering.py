@@ -90,6 +90,6 @@ def test_the_command_writes_both_and_says_what_it_cannot(tmp_path, capsys):
     assert "attention and not proof" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="is not empty"):
         look.run(str(tmp_path / "llava"), QUESTION, file, out, **options)
-    with pytest.raises(CapabilityError, match="neither tells where it looked nor scores"):
+    with pytest.raises(CapabilityError, match="neither gives attention maps nor scores"):
         look.run(str(tmp_path / "clip"), QUESTION, file, tmp_path / "none", **options)
     assert not (tmp_path / "none").exists()

@@ -52,7 +52,7 @@ def test_an_arm_is_an_ordinary_recipe_of_what_is_shared_and_its_own():
 
 def test_like_takes_over_all_but_the_words_and_the_shots():
     plan = parse_comparison(tree())
-    other = plan.whole("other")
+    other = plan.resolved("other")
     assert other.config == {"projector": "mlp2x_gelu", "feature_layer": -2}
     assert (other.about, other.shots) == ("", [])
 

@@ -31,13 +31,13 @@ def test_stops_above_the_threshold_but_not_before_enough_was_seen(tmp_path):
     quarantine = Quarantine(tmp_path / "q.jsonl", threshold=0.02, after=100)
     for n in range(3):
         quarantine.add(str(n), "s", f"broken image: {n}.png is truncated")
-    quarantine.seen(99)
+    quarantine.count_read(99)
     with pytest.raises(DataError, match=r"3 of 100 samples are bad.*2\.0%.*broken image \(3\).*0\.png.*q\.jsonl"):
-        quarantine.seen(1)
+        quarantine.count_read(1)
     fine = Quarantine(threshold=0.02, after=100)
     for n in range(2):
         fine.add(str(n), "s", "x")
-    fine.seen(100)
+    fine.count_read(100)
     assert fine.samples == 100
 
 

@@ -158,7 +158,7 @@ def test_text_in_a_tar_that_is_not_read_is_named_too(tmp_path):
         members += [(f"{number}.png", png()), (f"{number}.json", json.dumps(row).encode())]
     write_tar(tmp_path / "t.tar", [*members, ("bad.json", b"{")])
     spec = {"kind": "webdataset", "shards": "t.tar"}
-    with pytest.warns(IsthmusWarning, match=r"t\.tar \(of 4 samples .* looked at\): the field `hint` of 2 samples"):
+    with pytest.warns(IsthmusWarning, match=r"t\.tar \(of 4 samples .* read\): the field `hint` of 2 samples"):
         open_source(spec, data_root=tmp_path)
     assert open_source(spec | {"fields": {"context": "hint"}}, data_root=tmp_path)[0].texts[0].text == "x\nq"
 

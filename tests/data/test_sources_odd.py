@@ -220,9 +220,7 @@ def test_a_picture_that_is_an_object(tmp_path):
     asked = {"question": "q", "answer": "a"}
     source = rows(tmp_path, {"image": {"file_name": "red.png"}} | asked, {"image": {"name": "red.png"}} | asked)
     assert colours(source[0]) == [(255, 0, 0)]
-    with pytest.raises(
-        DataError, match=r"bad field: a picture is .*'name'.*; its name is looked for under path, image"
-    ):
+    with pytest.raises(DataError, match=r"bad field: a picture is .*'name'.*; its name is expected under path, image"):
         source[1]
 
 

@@ -10,7 +10,7 @@ import yaml
 from isthmus.demo import story as demo
 from isthmus.errors import ConfigError
 from isthmus.recipes.schema import read_recipe
-from isthmus.serving.told import scores, training
+from isthmus.serving.run_facts import scores, training
 from tests.miniature import tree
 from tests.recipes.test_blip2 import TREE as BLIP2
 from tests.recipes.test_flamingo import TREE as FLAMINGO

@@ -60,7 +60,7 @@ def test_an_answer_in_a_conversation_is_a_caption_and_is_not_shown(tmp_path):
 
 
 def test_without_a_prompt_there_is_no_blind_caption(tmp_path):
-    with pytest.raises(ConfigError, match="nothing is left to ask"):
+    with pytest.raises(ConfigError, match="nothing is left of the question"):
         CaptionTask(name="c", records=records())
     task = CaptionTask(name="c", records=records(), controls=["shuffled"])
     facts = evaluate(Writer("?"), task, tmp_path).scores.to_dict()

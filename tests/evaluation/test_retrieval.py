@@ -58,7 +58,7 @@ def test_ranks_equal_brute_force(space, chunk, kind):
     images, texts, owner, words = space
     values = images @ texts.T if kind == "dot" else -((images[:, None] - texts[None]) ** 2).sum(-1)
     for said in (words, list(range(len(owner)))):
-        found = ranks(images, texts, torch.tensor(owner), words=torch.tensor(said), kind=kind, chunk=chunk)
+        found = ranks(images, texts, torch.tensor(owner), words=torch.tensor(said), metric=kind, chunk=chunk)
         assert tuple(r.tolist() for r in found) == by_hand(values.tolist(), owner, said)
 
 
@@ -98,7 +98,7 @@ def test_ties_neither_favour_what_is_right_nor_hold_it_back():
     tied, broken = torch.zeros(40), torch.zeros(40)
     for space in range(40):
         images, texts = (torch.randint(-1, 2, (30, 3), generator=generator).float() for _ in range(2))
-        tied[space] = ranks(images, texts, torch.arange(30), kind="dot")[0].float().mean()
+        tied[space] = ranks(images, texts, torch.arange(30), metric="dot")[0].float().mean()
         noise = 1e-3 * torch.rand(30, 30, generator=generator)
         values = images @ texts.T + noise
         broken[space] = (values > values.diagonal()[:, None]).sum(1).float().mean()

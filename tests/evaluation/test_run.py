@@ -120,7 +120,7 @@ def test_answers_to_which_another_was_near_are_counted_when_asked_for(tmp_path):
     before = (tmp_path / "scores.json").read_bytes()
     rescore(tmp_path)
     assert (tmp_path / "scores.json").read_bytes() == before
-    with pytest.raises(CapabilityError, match="cannot tell gaps"):
+    with pytest.raises(CapabilityError, match="gives no gaps"):
         evaluate(Reader(), vqa(gaps=True), tmp_path / "other")
 
 

@@ -35,11 +35,11 @@ def test_the_nearest_class_wins_whatever_the_length_of_the_vectors():
 
 
 def test_a_model_trained_with_another_similarity_is_ranked_by_it():
-    vectors = class_vectors(Hashed(), ["cat"], ("a {}.", "{}"), kind="euclidean")
+    vectors = class_vectors(Hashed(), ["cat"], ("a {}.", "{}"), metric="euclidean")
     torch.testing.assert_close(vectors[0], Hashed().embed_texts(["a cat.", "cat"]).mean(0))
     picture, classes = torch.tensor([[1.0, 0]]), torch.tensor([[9.0, 0], [1, 0.5], [20, 20]])
     for kind, best in [("cosine", 0), ("euclidean", 1), ("dot", 2)]:
-        assert classify(picture, classes, torch.tensor([0]), kind=kind)[0][0, 0] == best
+        assert classify(picture, classes, torch.tensor([0]), metric=kind)[0][0, 0] == best
 
 
 def test_ties_count_against_us():

@@ -70,8 +70,8 @@ def test_the_first_stage_is_what_lavis_wrote_and_computed(monkeypatch) -> None:
     vision = net.normed(pixels)
     found = {
         "vision": vision,
-        "images": net.connector.look(vision).hidden,
-        "texts": net.connector.read_text(texts),
+        "images": net.connector.encode_image(vision).hidden,
+        "texts": net.connector.encode_text(texts),
         "matching": net.match_logits(vision, texts)[:, 1],
         **{{"itg": "lm"}.get(name, name): term.mean for name, term in net.loss(batch).items()},
     }

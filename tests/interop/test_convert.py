@@ -268,7 +268,7 @@ def test_the_card_tells_stages_data_and_scores(story: Path, tmp_path: Path) -> N
     assert f"isthmus {isthmus.__version__}" in card
     assert "| align | 3 steps | `connector.*` | scenes form captions count 40 |" in card
     assert "| vqa | accuracy 0.25 |" in card
-    assert "To caption, it was asked: `describe the picture.`" in card
+    assert "Prompt of the task caption: `describe the picture.`" in card
     assert str(tmp_path) not in card
     assert "transformers.LlavaForConditionalGeneration" in card
 

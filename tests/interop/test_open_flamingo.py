@@ -14,7 +14,7 @@ from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.interop.open_flamingo import trained_from_open_flamingo, trained_to_open_flamingo
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
-from isthmus.nn.gated import look_mask, media_index
+from isthmus.nn.gated import media_index, media_mask
 from isthmus.nn.vit import VisionConfig
 
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "open_flamingo"
@@ -116,7 +116,7 @@ def test_resampler_and_block_equal_separately(family: str) -> None:
             resampled = net.connector(tensors["features"].to(dtype).flatten(0, 1)).unflatten(0, (2, 3))
             torch.testing.assert_close(resampled, tensors[f"resampled{exact}"], atol=atol, rtol=rtol)
             block, media = net.xattn[0], tensors["resampled"].to(dtype)[:, :2]
-            mask = look_mask(media_index(tensors["tags"].bool()), 2, media.shape[2])
+            mask = media_mask(media_index(tensors["tags"].bool()), 2, media.shape[2])
             found = block(tensors["hidden"].to(dtype), *block.keys_values(media), mask)  # type: ignore[operator]
         torch.testing.assert_close(found, tensors[f"blocked{exact}"], atol=atol, rtol=rtol)
 

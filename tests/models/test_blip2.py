@@ -224,7 +224,7 @@ def test_the_three_losses_equal_a_direct_computation(texts: list[list[int]], mon
 
     itg = torch.tensor(0.0)
     for row, ids in enumerate(texts):
-        seen = net.connector.look(vision[row : row + 1])
+        seen = net.connector.encode_image(vision[row : row + 1])
         logits = net.writing_logits(seen.past, tokens([ids]))[0]
         itg = itg + smoothed(logits[:-1], torch.tensor(ids[1:])).sum()
         assert torch.equal(logits, net.writing_logits(seen.past, tokens([[5, *ids[1:]]]))[0])  # [DEC] replaces it
@@ -253,9 +253,9 @@ def test_two_processes_have_the_loss_of_one_with_the_whole_batch(tmp_path, monke
 def test_writing_does_not_look_ahead_and_sees_the_picture() -> None:
     net = tiny()
     vision = net.normed(torch.cat([picture(1), picture(2)]))
-    first = net.writing_logits(net.connector.look(vision[:1]).past, tokens([[CLS, 7, 8, 9, SEP]]))
-    later = net.writing_logits(net.connector.look(vision[:1]).past, tokens([[CLS, 7, 8, 20, SEP]]))
-    other = net.writing_logits(net.connector.look(vision[1:]).past, tokens([[CLS, 7, 8, 9, SEP]]))
+    first = net.writing_logits(net.connector.encode_image(vision[:1]).past, tokens([[CLS, 7, 8, 9, SEP]]))
+    later = net.writing_logits(net.connector.encode_image(vision[:1]).past, tokens([[CLS, 7, 8, 20, SEP]]))
+    other = net.writing_logits(net.connector.encode_image(vision[1:]).past, tokens([[CLS, 7, 8, 9, SEP]]))
     torch.testing.assert_close(first[:, :3], later[:, :3], atol=1e-5, rtol=0)
     assert (first[:, 3:] - later[:, 3:]).abs().amax() > 0.05
     assert (first - other).abs().amax((0, 2)).min() > 0.05

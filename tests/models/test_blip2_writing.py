@@ -23,7 +23,7 @@ def test_a_caption_without_a_language_model() -> None:
     pixels = batch.visuals[0].pixels
     assert pixels is not None
     for row, text in enumerate(greedy):
-        past = net.connector.look(net.normed(pixels[row])).past
+        past = net.connector.encode_image(net.normed(pixels[row])).past
         for place, token in enumerate(text):
             logits = net.writing_logits(past, tokens([[CLS, *text[:place]]]))
             assert int(logits[0, -1].argmax()) == token
@@ -46,7 +46,7 @@ def test_captions_without_a_language_model_are_drawn_too() -> None:
     # The first token comes as often as its probability says.
     pixels = batch.visuals[0].pixels
     assert pixels is not None
-    logits = net.writing_logits(net.connector.look(net.normed(pixels[0])).past, tokens([[CLS]]))[0, -1]
+    logits = net.writing_logits(net.connector.encode_image(net.normed(pixels[0])).past, tokens([[CLS]]))[0, -1]
     best = int(logits.argmax())
     first = Decoding(max_new_tokens=1, temperature=1.0)
     drawn = [net.generate(start.select([0]), replace(first, seed=n))[0][0] for n in range(400)]

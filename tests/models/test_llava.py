@@ -243,7 +243,7 @@ def test_errors_name_sample_and_numbers() -> None:
         net.loss(replace(rows, visuals=(Visuals(index=torch.zeros(1).long()),)))
     with pytest.raises(ConfigError, match=r"feature_layer 4 does not exist: .* 3 blocks has 4 hidden states"):
         LlavaConfig(vision=VISION, language=LANGUAGE, feature_layer=4)
-    with pytest.raises(ConfigError, match="the class token is asked for, and this vision encoder has none"):
+    with pytest.raises(ConfigError, match="feature layer is to hold the class token, and this vision encoder has none"):
         LlavaConfig(vision=VisionConfig.siglip_b_16(), language=LANGUAGE, feature_select="cls_patch")
     with pytest.raises(ConfigError, match="names no hidden state"):
         LlavaConfig(vision=VISION, language=LANGUAGE, feature_layer=())

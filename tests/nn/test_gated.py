@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.errors import DataError
-from isthmus.nn.gated import GatedBlock, GatedConfig, look_mask, media_index
+from isthmus.nn.gated import GatedBlock, GatedConfig, media_index, media_mask
 from tests.models.tiny_flamingo import redraw
 
 TAGS = torch.tensor([[0, 0, 1, 0, 0, 1, 0, 0]]).bool()
@@ -29,9 +29,9 @@ def block(variant: str) -> GatedBlock:
 def test_the_papers_three_ways_to_number_images():
     assert media_index(TAGS).tolist() == [[0, 0, 1, 1, 1, 2, 2, 2]]
     assert media_index(TAGS, mode="next").tolist() == [[1, 1, 1, 2, 2, 2, 0, 0]]
-    look = look_mask(media_index(TAGS, mode="all"), 2, 1, "all")[0]
+    look = media_mask(media_index(TAGS, mode="all"), 2, 1, "all")[0]
     assert look.int().tolist() == [[0, 0]] * 2 + [[1, 0]] * 3 + [[1, 1]] * 3
-    assert look_mask(media_index(TAGS), 3, 2)[0, 5].int().tolist() == [0, 0, 1, 1, 0, 0]
+    assert media_mask(media_index(TAGS), 3, 2)[0, 5].int().tolist() == [0, 0, 1, 1, 0, 0]
 
 
 @settings(max_examples=30, deadline=None)
@@ -60,7 +60,7 @@ def test_other_than_as_many_tags_as_images_is_refused():
 def test_attention_is_zero_without_an_image_and_local_to_its_own(variant):
     net, y, media = block(variant), torch.randn(1, 8, 32), torch.randn(1, 2, 5, 24)
     seen = media_index(TAGS)
-    mask = look_mask(seen, 2, 5)
+    mask = media_mask(seen, 2, 5)
     out = net(y, *net.keys_values(media), mask)
     net.attn_gate.zero_()
     without = net(y, *net.keys_values(media), mask)
@@ -79,7 +79,7 @@ def test_attention_is_zero_without_an_image_and_local_to_its_own(variant):
 def test_no_gradient_is_lost_or_not_a_number_where_nothing_is_seen():
     net, y = block("plain"), torch.randn(1, 8, 32, requires_grad=True)
     media = torch.randn(1, 2, 5, 24, requires_grad=True)
-    net(y, *net.keys_values(media), look_mask(media_index(TAGS), 2, 5))[:, :2].sum().backward()
+    net(y, *net.keys_values(media), media_mask(media_index(TAGS), 2, 5))[:, :2].sum().backward()
     assert torch.isfinite(y.grad).all()
     assert not media.grad.any()
 
@@ -87,7 +87,7 @@ def test_no_gradient_is_lost_or_not_a_number_where_nothing_is_seen():
 @torch.no_grad()
 def test_weights_are_what_the_block_attends_with():
     net, y, media = block("plain"), torch.randn(1, 8, 32), torch.randn(1, 2, 5, 24)
-    mask = look_mask(media_index(TAGS), 2, 5)
+    mask = media_mask(media_index(TAGS), 2, 5)
     keys, _values = net.keys_values(media)
     weights = net.weights(y, keys, mask)
     torch.testing.assert_close(weights.sum(-1), (media_index(TAGS) > 0).float())

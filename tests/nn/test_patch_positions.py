@@ -23,9 +23,9 @@ def test_a_position_is_a_row_and_a_column_as_shares_of_the_picture():
 
 def test_positions_count_alike_behind_encoders_of_unlike_scale():
     x = torch.randn(2, 1 + 6, 32, generator=torch.Generator().manual_seed(0))
-    told = add_patch_positions(x, (2, 3))
-    assert torch.equal(told[:, 0], x[:, 0])  # the class token stands nowhere
-    torch.testing.assert_close(add_patch_positions(50 * x, (2, 3)), 50 * told)
+    embedded = add_patch_positions(x, (2, 3))
+    assert torch.equal(embedded[:, 0], x[:, 0])  # the class token stands nowhere
+    torch.testing.assert_close(add_patch_positions(50 * x, (2, 3)), 50 * embedded)
     size = x[:, 1:].square().mean(-1, keepdim=True).sqrt()
-    torch.testing.assert_close(told[:, 1:] - x[:, 1:], size * patch_positions((2, 3), 32).expand(2, -1, -1))
+    torch.testing.assert_close(embedded[:, 1:] - x[:, 1:], size * patch_positions((2, 3), 32).expand(2, -1, -1))
     assert torch.equal(add_patch_positions(torch.zeros(1, 6, 32), (2, 3)), torch.zeros(1, 6, 32))

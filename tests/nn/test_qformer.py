@@ -34,11 +34,11 @@ def test_the_causal_joint_pass_equals_text_on_a_cached_image_pass() -> None:
     vision = features(len(TEXTS))
     queries = net.queries.expand(len(TEXTS), -1, -1)
     joint = net.qformer(queries, text.ids, vision=vision, text_mask=text.mask, causal=True).hidden
-    seen = net.look(vision)
+    seen = net.encode_image(vision)
     after = net.qformer(None, text.ids, text_mask=text.mask, past=seen.past).hidden
     torch.testing.assert_close(joint[:, :QUERIES], seen.hidden, atol=1e-5, rtol=0)
     torch.testing.assert_close(joint[:, QUERIES:][text.mask], after[text.mask], atol=1e-5, rtol=0)
-    other = net.qformer(None, text.ids, text_mask=text.mask, past=net.look(features(len(TEXTS), 2)).past).hidden
+    other = net.qformer(None, text.ids, text_mask=text.mask, past=net.encode_image(features(len(TEXTS), 2)).past).hidden
     assert (other - after)[text.mask].abs().max() > 0.05  # the picture matters to what is written
 
 
@@ -51,13 +51,13 @@ def test_rows_read_alone_are_those_of_the_whole(read: int) -> None:
     front = net.qformer(queries, text.ids, vision=vision, text_mask=text.mask, read=read).hidden
     torch.testing.assert_close(front, whole[:, :read], atol=1e-5, rtol=0)
     alone = net.qformer(None, text.ids, text_mask=text.mask).hidden[:, 0]
-    torch.testing.assert_close(net.read_text(text), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(net.encode_text(text), alone, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_writing_looks_back_only_and_goes_on_token_by_token() -> None:
     net, text = connector(), written(tokens(TEXTS[:1]))
-    past = net.look(features(1)).past
+    past = net.encode_image(features(1)).past
     whole = net.qformer(None, text.ids, past=past).hidden
     changed = text.ids.clone()
     changed[0, 4] = 30
@@ -74,15 +74,15 @@ def test_writing_looks_back_only_and_goes_on_token_by_token() -> None:
 def test_matching_sees_both_ways_and_contrast_neither() -> None:
     net, text = connector(), tokens(TEXTS)
     vision = features(len(TEXTS))
-    read = net.read(vision, text)
-    other_text = net.read(vision, tokens(TEXTS[::-1]))
-    other_image = net.read(features(len(TEXTS), 2), text)
+    read = net.encode_pair(vision, text)
+    other_text = net.encode_pair(vision, tokens(TEXTS[::-1]))
+    other_image = net.encode_pair(features(len(TEXTS), 2), text)
     assert (read - other_text).abs().amax((1, 2)).min() > 0.01
     assert (read - other_image).abs().amax((1, 2)).min() > 0.01
     alone = net.qformer(None, text.ids, text_mask=text.mask).hidden
-    assert (read - net.look(vision).hidden).abs().max() > 0.01  # the text has changed what the queries found
+    assert (read - net.encode_image(vision).hidden).abs().max() > 0.01  # the text has changed what the queries found
     padded = Tokens(ids=torch.nn.functional.pad(text.ids, (0, 3), value=9), lengths=text.lengths)
-    torch.testing.assert_close(net.read(vision, padded), read, atol=1e-5, rtol=0)
+    torch.testing.assert_close(net.encode_pair(vision, padded), read, atol=1e-5, rtol=0)
     again = net.qformer(None, padded.ids, text_mask=padded.mask).hidden[:, : text.ids.shape[1]]
     torch.testing.assert_close(again[text.mask], alone[text.mask], atol=1e-5, rtol=0)
 
@@ -106,11 +106,11 @@ def test_cross_attention_is_in_even_layers_and_queries_have_an_ffn() -> None:
 def test_dropout_is_live_in_training_only_and_the_cache_carries_its_draw() -> None:
     net, text = connector(), written(tokens(TEXTS))
     vision = features(len(TEXTS))
-    torch.testing.assert_close(net.look(vision).hidden, net.look(vision).hidden)
+    torch.testing.assert_close(net.encode_image(vision).hidden, net.encode_image(vision).hidden)
     net.train()
     torch.manual_seed(0)
-    first = net.look(vision)
-    second = net.look(vision)
+    first = net.encode_image(vision)
+    second = net.encode_image(vision)
     assert (first.hidden - second.hidden).abs().max() > 0.01
     assert not torch.equal(first.past[1][0], second.past[1][0])
     assert net.qformer(None, text.ids, text_mask=text.mask, past=first.past).hidden.isfinite().all()
@@ -125,16 +125,16 @@ def test_a_connector_of_any_frames_whose_text_is_per_visual() -> None:
     assert found.shape == (2, 2 * QUERIES, 20)
     assert net.num_tokens(2, (9, 9)) == 2 * QUERIES
     torch.testing.assert_close(found[1, QUERIES:], net(given[1:, 1:])[0])
-    told = net(given, text=tokens(TEXTS[:2]))
-    torch.testing.assert_close(told[1, QUERIES:], net(given[1:, 1:], text=tokens(TEXTS[1:2]))[0])
-    assert (told - found).abs().max() > 0.01
+    with_text = net(given, text=tokens(TEXTS[:2]))
+    torch.testing.assert_close(with_text[1, QUERIES:], net(given[1:, 1:], text=tokens(TEXTS[1:2]))[0])
+    assert (with_text - found).abs().max() > 0.01
 
 
 def test_mistakes_are_named() -> None:
     net = connector(text=False)
     with pytest.raises(ConfigError, match="no text half"):
-        net.read(features(4), tokens(TEXTS))
-    with pytest.raises(ConfigError, match="look at vision"):
+        net.encode_pair(features(4), tokens(TEXTS))
+    with pytest.raises(ConfigError, match="attend to vision"):
         net.qformer(net.queries)
     with pytest.raises(DataError, match="40 positions"):
         connector().qformer(None, torch.zeros(1, 41, dtype=torch.long))

@@ -41,9 +41,9 @@ def test_a_sound_recipe_is_tried_stage_by_stage_and_left_as_it_was(story, monkey
     kept = []
     real = check_module.build
     monkeypatch.setattr(check_module, "build", lambda recipe: kept.append(real(recipe)) or kept[0])
-    told = []
-    checked = check(parse_recipe(tree("llava", story)), samples=1, tell=told.append)
-    assert tuple(told) == checked.stages
+    checks = []
+    checked = check(parse_recipe(tree("llava", story)), samples=1, on_stage=checks.append)
+    assert tuple(checks) == checked.stages
     assert checked.problems == ()
     assert checked.evaluations == {"vqa": 12}
     align, instruct = checked.stages
@@ -88,7 +88,7 @@ def test_bad_data_and_a_pattern_without_gradient_exit_with_2(monkeypatch, capsys
     (tmp_path / "mine.yaml").write_text(json.dumps(mine))  # JSON is YAML too
     code, out, said = run(monkeypatch, capsys, "check", "mine.yaml", "--json", "facts.json")
     assert code == 2
-    assert "1 of 10 samples looked at are bad (allowed: 1.0%), for example: missing image" in " ".join(said.split())
+    assert "1 of 10 samples tried are bad (allowed: 1.0%), for example: missing image" in " ".join(said.split())
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["stages"][0]["sources"][0]["bad"] == {"missing image": 1}
     code, out, said = run(monkeypatch, capsys, "check", "mine.yaml", "stages.contrast.bad_samples=0.2")

@@ -128,7 +128,7 @@ def test_the_parts_of_a_step_are_its_rows(story, monkeypatch, world):
     parts = []
     for number in range(world):
         monkeypatch.setattr(run_module, "rank", lambda number=number: number)
-        monkeypatch.setattr(run_module, "world", lambda: world)
+        monkeypatch.setattr(run_module, "world_size", lambda: world)
         parts.append(make_loader(built, recipe.stages[1]))
     streams = [loader.steps() for loader in (whole, *parts)]
     for _ in range(30):  # past the end of an epoch
@@ -144,7 +144,7 @@ def test_the_parts_of_a_step_are_its_rows(story, monkeypatch, world):
 def test_a_feature_cache_is_for_one_process(story, monkeypatch, tmp_path):
     found = tree("llava", story)
     found["stages"][0]["feature_cache"] = {}
-    monkeypatch.setattr(run_module, "world", lambda: 2)
+    monkeypatch.setattr(run_module, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="written by one process, and here are 2"):
         train(parse_recipe(found), tmp_path, progress=False)
 

@@ -10,7 +10,7 @@ from PIL import Image as PilImage
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_source
 from isthmus.errors import DataError
-from isthmus.evaluation.protocols import Answers, Embeds, Reranks, Sees, Weighs
+from isthmus.evaluation.protocols import Answers, Embeds, HasVisionFeatures, MatchesPairs, Weighs
 from isthmus.interop.hub import model_hash
 from isthmus.model import load
 from isthmus.recipes import scoring
@@ -33,9 +33,9 @@ def test_each_number_of_shots_is_a_task_of_its_own():
         ("caption", {}, Answers),
         ("choice-likelihood", {}, Weighs),
         ("retrieval", {}, Embeds),
-        ("retrieval", {"rerank": 4}, Reranks),
+        ("retrieval", {"rerank": 4}, MatchesPairs),
         ("zero-shot", {}, Embeds),
-        ("linear-probe", {}, Sees),
+        ("linear-probe", {}, HasVisionFeatures),
     ],
 )
 def test_what_a_task_needs_is_known_without_its_data(task, options, protocol):

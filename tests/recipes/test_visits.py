@@ -33,7 +33,7 @@ def test_an_evaluation_decodes_each_picture_once(rivals, tmp_path, visits, name)
 
 def test_many_pictures_and_gaps_decode_each_once_too(rivals, tmp_path, visits, monkeypatch):
     opened, decoded = visits
-    monkeypatch.setattr("isthmus.evaluation.asking.windows.__defaults__", (4,))
+    monkeypatch.setattr("isthmus.evaluation.controls.windows.__defaults__", (4,))
     score_model(load(rivals["llava"]), [task(questions(tmp_path, 18), gaps=True)], tmp_path / "out", model_hash="x")
     assert (set(opened.values()), decoded["all"]) == ({2}, 18)
 
@@ -61,6 +61,20 @@ def test_a_training_visit_opens_and_decodes_once(story, tmp_path, visits, name, 
         keys = [key for batches in loader.epoch(epoch) for batch in batches for key in batch.keys]
         assert len(set(keys)) == (8 if name == "clip" else 1)  # content is asked for where it is contrasted
         assert (set(opened.values()), decoded["all"]) == ({epoch}, 8 * epoch)
+
+
+def test_a_visit_of_a_picture_in_tiles_decodes_once(story, tmp_path, visits):
+    """How many tokens its tiles take is known from its header."""
+    opened, decoded = visits
+    found = tree("llava", story)
+    found["stages"] = [found["stages"][0] | {"config": {"pinpoints": [[64, 128], [128, 64]]}, "image_mode": "anyres"}]
+    found["stages"][0]["data"] = [questions(tmp_path, 8)]
+    recipe = parse_recipe(found)
+    loader = make_loader(build(recipe).enter(recipe.stages[0]), recipe.stages[0])
+    opened.clear()
+    shapes = {tuple(v.pixels.shape[1:]) for batches in loader.epoch(1) for batch in batches for v in batch.visuals}
+    assert shapes == {(3, 3, 64, 64)}  # the overview and two tiles
+    assert (set(opened.values()), decoded["all"]) == ({2}, 8)
 
 
 def test_processes_share_the_visits_of_an_epoch(tmp_path):

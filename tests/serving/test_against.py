@@ -41,22 +41,22 @@ def test_one_altered_weight_is_noticed_and_shown(served, name):
     found = compare(altered(name, 0.5), f"{served.url}/v1", served_as=name)
     wrong = [o for o in found if o.verdict == "FAIL"]
     assert wrong
-    assert all("token" in o.told or "vector" in o.told for o in wrong)
+    assert all("token" in o.detail or "vector" in o.detail for o in wrong)
 
 
 def test_an_engine_without_logprobs_is_compared_by_its_text(served, monkeypatch):
     from isthmus.serving import against
 
-    ask = against.Engine.ask
+    send = against.Engine.send
 
     def without(self, path, body):
-        return ask(self, path, {k: v for k, v in body.items() if k not in ("logprobs", "top_logprobs")})
+        return send(self, path, {k: v for k, v in body.items() if k not in ("logprobs", "top_logprobs")})
 
-    monkeypatch.setattr(against.Engine, "ask", without)
+    monkeypatch.setattr(against.Engine, "send", without)
     found = compare(models()["llava"], f"{served.url}/v1", served_as="llava")
     assert {(o.verdict, o.difference) for o in found} == {("pass", None)}
     found = compare(models()["llava"], f"{served.url}/v1", served_as="flamingo")
-    assert any(o.verdict == "FAIL" and o.told.startswith("token ") for o in found)
+    assert any(o.verdict == "FAIL" and o.detail.startswith("token ") for o in found)
 
 
 def test_the_model_of_the_engine_is_found_or_asked_for(served):
@@ -66,7 +66,7 @@ def test_the_model_of_the_engine_is_found_or_asked_for(served):
     with on_port({"lm": models()["lm"]}) as one:
         assert compare(models()["lm"], f"{one.url}/v1")[0].verdict == "pass"
         refused = compare(models()["lm"], f"{one.url}/v1", served_as="other")
-        assert {o.told for o in refused} == {"the engine refuses it with status 404"}
+        assert {o.detail for o in refused} == {"the engine refuses it with status 404"}
         nowhere = one.url
     with pytest.raises(CheckpointError, match="is an engine there"):
         compare(models()["lm"], f"{nowhere}/v1")

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from tests.serving.helpers import models, on_port, picture
 from tests.serving.pages import IN_A_BROWSER, answers, give, pick
-from tests.serving.test_told import run
+from tests.serving.test_run_facts import run
 
 pytestmark = IN_A_BROWSER
 

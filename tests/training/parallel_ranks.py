@@ -17,7 +17,7 @@ from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
 from isthmus.training.parallel import Parallel
 from isthmus.training.precision import context
-from isthmus.training.shards import whole
+from isthmus.training.shards import full_tensor
 from tests.models import tiny_blip2, tiny_flamingo, tiny_llava
 from tests.models.blip2_ranks import likeliest
 from tests.nn import contrastive_ranks
@@ -107,7 +107,9 @@ def step(system: str, way: str, name: str, number: int, world: int) -> dict[str,
     runs = engine(net, WAYS[way])
     autocast = context("bf16" if way == "bf16" else "fp32", torch.device("cpu"))
     means = backward(runs, shares(system, batch, number, world)[name], autocast)
-    gradients: dict[str, Tensor] = {n: whole(p.grad) for n, p in runs.net.named_parameters() if p.grad is not None}
+    gradients: dict[str, Tensor] = {
+        n: full_tensor(p.grad) for n, p in runs.net.named_parameters() if p.grad is not None
+    }
     return {"means": means, "gradients": {n: g.clone() for n, g in gradients.items()}}
 
 

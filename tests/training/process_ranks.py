@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from isthmus.batch import Batch
-from isthmus.processes import join, rank, told, wait, world
+from isthmus.processes import all_gather, join, rank, wait, world_size
 from isthmus.stage import Group, Stage
 from isthmus.training import Interrupted, Preempted, train
 from isthmus.training.engines import engine
@@ -37,7 +37,7 @@ class OneOpen(ToyNet):
 
 
 class PartLoader(ToyLoader):
-    """Every ``world()``-th row of each step. ``stop_at``: process 1 gets a signal before that step."""
+    """Every ``world_size()``-th row of each step. ``stop_at``: process 1 gets a signal before that step."""
 
     stop_at = -1
 
@@ -45,7 +45,7 @@ class PartLoader(ToyLoader):
         for number, (position, batches) in enumerate(super().steps(start)):
             if number == self.stop_at and rank() == 1:
                 os.kill(os.getpid(), 15)
-            rows = [int(name[1:]) for batch in batches for name in batch.ids][rank() :: world()]
+            rows = [int(name[1:]) for batch in batches for name in batch.ids][rank() :: world_size()]
             yield position, [make_batch(rows)]
 
 
@@ -72,8 +72,8 @@ def _non_finite() -> list[str]:
     try:
         backward(replicated, [make_batch([1, 2])], FP32)
     except NonFiniteLoss as problem:
-        return told(str(problem))
-    return told("nothing")
+        return all_gather(str(problem))
+    return all_gather("nothing")
 
 
 def _stopped(folder: Path, how: Parallel = DDP) -> tuple[list[str], dict[str, torch.Tensor]]:
@@ -83,11 +83,11 @@ def _stopped(folder: Path, how: Parallel = DDP) -> tuple[list[str], dict[str, to
     try:
         train(net(), loader, stage(), folder, progress=False, parallel=how)
     except Interrupted as stopped:
-        heard = told(str(stopped))
+        heard = all_gather(str(stopped))
         resumed = net()
         train(resumed, PartLoader(), stage(), folder, progress=False, parallel=how)
         return heard, resumed.state_dict()
-    return told("nothing"), {}
+    return all_gather("nothing"), {}
 
 
 def run_a_while(number: int, world_size: int, port: int, folder: str, stop_at: int | None) -> None:
@@ -116,7 +116,7 @@ def run(number: int, world_size: int, port: int, folder: str) -> None:
         "gradients": [gradient(net(), [make_batch(rows) for rows in own[number]]) for own in SPLITS],
         "one open": gradient(OneOpen(dtype=torch.float64), [make_batch([1, 2])]),
     }
-    found["told"] = told("a" * 10_000 * number)
+    found["told"] = all_gather("a" * 10_000 * number)
     whole = net()
     train(whole, PartLoader(), stage(), place / "whole", progress=False)
     found["weights"] = whole.state_dict()

@@ -257,7 +257,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path):
 def test_a_contrast_with_a_process_that_has_no_sample_is_an_error_in_all(tmp_path, monkeypatch):
     net = ToyNet()
     net.contrasts = True
-    monkeypatch.setattr(loop, "told", lambda value: [value, ({}, Traffic(0, 0, 0, 0, 0), [])])
+    monkeypatch.setattr(loop, "all_gather", lambda value: [value, ({}, Traffic(0, 0, 0, 0, 0), [])])
     with pytest.raises(DataError, match=r"^Process 1 of .* has no sample in the step after 0.*raise batch_size"):
         run(tmp_path, net)
 

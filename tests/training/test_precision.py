@@ -121,7 +121,7 @@ def test_what_is_said_or_cannot_be_is_not_measured(asked, monkeypatch):
 def test_the_first_process_decides_for_all(asked, monkeypatch):
     clock = asked(fp32=0.01, bf16=0.004)
     monkeypatch.setattr(precision, "first", lambda: False)
-    monkeypatch.setattr(precision, "told", lambda own: [Choice("fp32", "the first one measured"), own])
+    monkeypatch.setattr(precision, "all_gather", lambda own: [Choice("fp32", "the first one measured"), own])
     assert choose(stage(), NET, CPU, timer=clock) == Choice("fp32", "the first one measured")
     assert not clock.ran
 

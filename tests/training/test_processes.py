@@ -157,9 +157,9 @@ def test_a_run_goes_on_in_another_number_of_processes_and_says_so(both, tmp_path
 
 def test_alone_nothing_is_asked_of_others():
     processes.join()
-    assert processes.world() == 1
+    assert processes.world_size() == 1
     assert processes.first()
-    assert processes.told("x") == ["x"]
+    assert processes.all_gather("x") == ["x"]
     assert processes.sizes(3, torch.device("cpu")) == [3]
 
 

@@ -37,7 +37,7 @@ def _run() -> None:
         if end.code == EXIT_INTERRUPTED and type(end) is SystemExit:  # what Typer makes of Ctrl-C, without a word
             _say("Interrupted. The same command goes on where this one stopped.")
         raise
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_USER)
     except IsthmusError as error:

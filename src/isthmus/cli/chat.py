@@ -24,15 +24,15 @@ def run(
     from isthmus.model import load
 
     shown = [*(("image", path) for path in images), *(("video", path) for path in videos)]
-    for kind, path in shown:
-        _there(kind, path)
+    for modality, path in shown:
+        _there(modality, path)
     if question is not None and not question.strip():
         raise DataError("The question is empty; leave it out to start a conversation.")
     model = load(model_folder, **(given or {}))
     model.need("chat")
     if images and model.processor.image is None:
         raise CapabilityError(f"This model ({model.kind}) reads only text; leave --image out, or take one that sees.")
-    pictures = [_opened(kind, path) for kind, path in shown]
+    pictures = [_opened(modality, path) for modality, path in shown]
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     console = Console(emoji=False)
     if question is not None:
@@ -59,7 +59,7 @@ def _talk(
 
     console.print("[dim]/image FILE or /video CLIP shows one more; an empty line ends the conversation.[/]")
     messages: list[dict[str, Any]] = []
-    while text := _ask(console):
+    while text := _read_question(console):
         command, _, path = text.partition(" ")
         if command in ("/image", "/video"):
             try:
@@ -81,32 +81,32 @@ def _talk(
         shown = []
 
 
-def _there(kind: str, path: Path) -> None:
-    if kind == "image" and not path.is_file():
+def _there(modality: str, path: Path) -> None:
+    if modality == "image" and not path.is_file():
         raise DataError(f"There is no picture at {path}.")
-    if kind == "video" and not path.exists():
+    if modality == "video" and not path.exists():
         raise DataError(f"There is no video file or folder of frames at {path}.")
 
 
-def _opened(kind: str, path: Path) -> dict[str, Any]:
+def _opened(modality: str, path: Path) -> dict[str, Any]:
     """The part of a turn that shows what is there. Raises DataError when it cannot be read, MissingExtraError when a
     package is missing that reads it."""
     from isthmus.data.images import FileImage, open_image
     from isthmus.data.video import FileFrames, FolderFrames
 
-    _there(kind, path)
-    if kind == "image":
+    _there(modality, path)
+    if modality == "image":
         open_image(FileImage(path))
     else:
         (FolderFrames(path) if path.is_dir() else FileFrames(path)).read()
-    return {"type": kind, kind: path}
+    return {"type": modality, modality: path}
 
 
 def _turn(pictures: list[dict[str, Any]], text: str) -> dict[str, Any]:
     return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
 
 
-def _ask(console: Console) -> str:
+def _read_question(console: Console) -> str:
     try:
         return console.input("[bold]> [/]").strip()
     except EOFError:

@@ -24,7 +24,9 @@ def run(recipe: str, overrides: Sequence[str], json_file: Path | None, *, sample
     from isthmus.recipes.schema import read_recipe
 
     console = Console(emoji=False)
-    checked = check(read_recipe(recipe, overrides), samples=samples, steps=steps, tell=lambda s: _tell(console, s))
+    checked = check(
+        read_recipe(recipe, overrides), samples=samples, steps=steps, on_stage=lambda s: _print_stage(console, s)
+    )
     for name, count in checked.evaluations.items():
         console.print(f"Evaluation {name}: {count:,} items.")
     total = sum(stage.total for stage in checked.stages)
@@ -39,7 +41,7 @@ def run(recipe: str, overrides: Sequence[str], json_file: Path | None, *, sample
     console.print(f"[bold green]Ready:[/] isthmus train {shlex.join([recipe, *overrides])}", highlight=False)
 
 
-def _tell(console: Console, stage: "StageCheck") -> None:
+def _print_stage(console: Console, stage: "StageCheck") -> None:
     from isthmus.recipes.facts import duration
 
     console.rule(f"stage {stage.name}")
@@ -49,7 +51,7 @@ def _tell(console: Console, stage: "StageCheck") -> None:
         learnt = "" if source.learnt is None else f", {source.learnt:.0%} of them learnt"
         bad = f", {sum(source.bad.values())} bad" if source.bad else ""
         console.print(
-            f"{source.name}: {source.samples:,} samples; of {source.looked} looked at: {mean:.0f} tokens on average, "
+            f"{source.name}: {source.samples:,} samples; of {source.looked} tried: {mean:.0f} tokens on average, "
             f"{longest} at most{learnt}{bad}",
             highlight=False,
         )

@@ -13,7 +13,7 @@ from isthmus.cli.evaluate import counted, spec_of
 from isthmus.errors import ConfigError
 
 _SUMMARY = (
-    "The same questions, asked of every model that can answer them, scored by the same rules. Each model was trained "
+    "The same questions for every model that can answer them, scored by the same rules. Each model was trained "
     "by its own recipe: see what it cost before saying which is better."
 )
 
@@ -35,7 +35,7 @@ def run(
 ) -> None:
     """Score and measure one model after the other; print the tables and write everything below ``out``. ``given``:
     further arguments of :func:`isthmus.load`."""
-    from isthmus.comparison.compare import ask, contestants, measure, shared_tasks
+    from isthmus.comparison.compare import contestants, measure, score_contestant, shared_tasks
     from isthmus.comparison.report import write_report
     from isthmus.comparison.side_by_side import write_comparison
     from isthmus.model import load
@@ -69,13 +69,15 @@ def run(
 
         for rival in rivals:
             model = load(rival.folder, **(given or {}))
-            ask(rival, model, specs, out / "scores" / rival.name, seed=seed, limit=limit, progress=progress)
+            score_contestant(
+                rival, model, specs, out / "scores" / rival.name, seed=seed, limit=limit, progress=progress
+            )
             measure(rival, model, out / "scores" / rival.name)
     if not any(rival.results for rival in rivals):
-        raise ConfigError("None of these models can do the tasks asked of them.")
+        raise ConfigError("None of these models can do any of the tasks.")
     report = write_comparison(out, rivals, title=" · ".join(r.name for r in rivals), summary=_SUMMARY, seed=seed)
     write_report(out / "report.html", report)
-    tell(console, out)
+    show_scores(console, out)
     if json_file is not None:
         _write_facts(json_file, out)
 
@@ -102,7 +104,7 @@ def run_recipe(
     given: Sequence[str],
     json_file: Path | None,
 ) -> None:
-    """Train, ask and measure the arms of a comparison recipe; what is finished is kept and not done again."""
+    """Train, score and measure the arms of a comparison recipe; what is finished is kept and not done again."""
     from isthmus.comparison.contest import run_contest
     from isthmus.comparison.recipe import parse_comparison
     from isthmus.recipes.schema import read_tree
@@ -120,20 +122,20 @@ def run_recipe(
 
     def progress(who: str, task: str, done: int, total: int) -> None:
         if done == total:
-            console.print(f"{who}: {task} asked ({total:,} questions)", highlight=False)
+            console.print(f"{who}: {task} scored ({total:,} questions)", highlight=False)
 
     run_contest(plan, folder, name=Path(name).stem, arms=arms, progress=progress)
-    tell(console, folder)
+    show_scores(console, folder)
     if json_file is not None:
         _write_facts(json_file, folder)
 
 
-def tell(console: Console, out: Path) -> None:
+def show_scores(console: Console, out: Path) -> None:
     """The overall scores, and where everything is."""
     from rich.markdown import Markdown
 
-    whole, *_ = (out / "scores.md").read_text(encoding="utf-8").partition("\n\n")  # kinds stand in the file
-    console.print(Markdown(whole))
+    overall, *_ = (out / "scores.md").read_text(encoding="utf-8").partition("\n\n")  # kinds stand in the file
+    console.print(Markdown(overall))
     console.print(
         f"Report: [bold]{out / 'report.html'}[/]   scores: {out / 'scores.csv'}, {out / 'scores.md'}, "
         f"{out / 'results.json'}",

@@ -44,8 +44,8 @@ def run(
     model = load(source, **given)
     console = Console()
     if merge:
-        told = merge_and_compare(model)
-        console.print(f"merged: {told}", highlight=False, markup=False)
+        summary = merge_and_compare(model)
+        console.print(f"merged: {summary}", highlight=False, markup=False)
     wanted = dtype if dtype != "stored" else model.report.dtype if model.report else "float32"
     if wanted in _DTYPES:
         model.cast(getattr(torch, wanted))

@@ -1,4 +1,4 @@
-"""``isthmus data ...``: write and look at data."""
+"""``isthmus data ...``: write and inspect data."""
 
 import json
 from collections.abc import Sequence

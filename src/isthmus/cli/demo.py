@@ -1,4 +1,4 @@
-"""``isthmus demo``: the whole story; at a terminal the page over the models of the package is open beside it, and in
+"""``isthmus demo``: the full story; at a terminal the page over the models of the package is open beside it, and in
 the end that over the finished models."""
 
 import os
@@ -48,7 +48,7 @@ def page_beside(out: Path) -> Iterator[None]:
     console = Console(emoji=False)
     try:
         needs_extra()
-    except MissingExtraError:  # told in the end, when there is more to show
+    except MissingExtraError:  # reported at the end, when there is more to show
         yield
         return
     if not packaged():
@@ -116,4 +116,4 @@ def free_port() -> int:
             except OSError:
                 continue
             return tried.getsockname()[1]
-    return PORT  # serving tells what is wrong with it
+    return PORT  # serving says what is wrong with it

@@ -68,7 +68,7 @@ def run(o: Options) -> None:
     if o.offline:
         _offline(o, kinds)
     else:
-        _asked(o, kinds)
+        _request_all(o, kinds)
 
 
 def _offline(o: Options, kinds: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ def _offline(o: Options, kinds: Sequence[str]) -> None:
     from isthmus.demo.scenes.instruct import TEMPLATES, written
 
     if o.endpoint or o.model:
-        raise ConfigError("--offline asks no model; leave --endpoint and --model out.")
+        raise ConfigError("--offline runs no model; leave --endpoint and --model out.")
     if o.scenes is None or o.out is None:
         raise ConfigError("--offline writes about generated pictures, whose truth is known: give --scenes N.")
     if (o.out / "making").exists():
@@ -94,10 +94,10 @@ def _offline(o: Options, kinds: Sequence[str]) -> None:
         **report.to_dict(),
     }
     write_rows(o.out, rows, facts, o.seed)
-    _told(o, report, Path("images"))
+    _report(o, report, Path("images"))
 
 
-def _asked(o: Options, kinds: Sequence[str]) -> None:
+def _request_all(o: Options, kinds: Sequence[str]) -> None:
     from isthmus.data.instruct import Checks, instruct, load_prompts
     from isthmus.data.instruct.write import categories_of, existing
     from isthmus.endpoint import Budget, Endpoint
@@ -133,7 +133,7 @@ def _asked(o: Options, kinds: Sequence[str]) -> None:
             console.print(f"[yellow]{len(lost)} pictures are not in {folder} and are left out, such as {lost[0]}.[/]")
     checks = Checks(o.prompts, skip=o.skip, categories=categories_of(pictures))
     with Progress(transient=True, console=console) as bar:
-        task = bar.add_task(f"asking {endpoint.place}", total=None)
+        task = bar.add_task(f"requests to {endpoint.place}", total=None)
         report = instruct(
             pictures,
             prompts,
@@ -148,11 +148,11 @@ def _asked(o: Options, kinds: Sequence[str]) -> None:
             budget=budget,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    _told(o, report, folder)
+    _report(o, report, folder)
     if report.missing:
         name, reason = next(iter(report.missing.items()))
         raise EndpointError(
-            f"{len(report.missing)} requests got no answer, such as {name} ({reason}). The same command asks "
+            f"{len(report.missing)} requests got no answer, such as {name} ({reason}). The same command repeats "
             "them again."
         )
 
@@ -197,7 +197,7 @@ def _scenes(o: Options) -> dict[str, Any]:
     return {"kind": "scenes", "count": o.scenes, "split": o.split, "seed": o.seed, "size": o.size}
 
 
-def _told(o: Options, report: Any, folder: Path | None) -> None:
+def _report(o: Options, report: Any, folder: Path | None) -> None:
     """What came out, what it cost, and how a recipe reads it."""
     console = Console(emoji=False)
     rows = ", ".join(f"{count} {kind}" for kind, count in report.rows.items()) or "nothing"
@@ -210,7 +210,7 @@ def _told(o: Options, report: Any, folder: Path | None) -> None:
             f"{sum(report.refused.values())} replies are not used ({reasons}): {o.out}/making/quarantine.jsonl"
         )
     if report.stopped:
-        console.print(f"[yellow]Not all was asked: {report.stopped}. The same command with more goes on.[/]")
+        console.print(f"[yellow]Not all requests were sent: {report.stopped}. The same command with more goes on.[/]")
     place = f"{o.out}/images" if folder == Path("images") else folder
     images = f", image_folder: {place}" if place is not None else ""
     console.print(f"In a recipe: {{kind: llava, file: {o.out}/instruct.json{images}}}", highlight=False, soft_wrap=True)
@@ -219,7 +219,9 @@ def _told(o: Options, report: Any, folder: Path | None) -> None:
 
 
 def _spent(facts: Mapping[str, Any]) -> str:
-    told = f"{facts['replies']} replies, {facts['prompt_tokens']:,} tokens read, {facts['completion_tokens']:,} written"
+    usage = (
+        f"{facts['replies']} replies, {facts['prompt_tokens']:,} tokens read, {facts['completion_tokens']:,} written"
+    )
     if facts["tokens_not_reported"]:
-        told += f" ({facts['tokens_not_reported']} replies without a report)"
-    return told + (f", cost {facts['cost']:.4f}." if facts["cost"] is not None else ".")
+        usage += f" ({facts['tokens_not_reported']} replies without a report)"
+    return usage + (f", cost {facts['cost']:.4f}." if facts["cost"] is not None else ".")

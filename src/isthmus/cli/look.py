@@ -1,4 +1,4 @@
-"""``isthmus look``: where a model looked for each word of its answer, and what covering each region changes."""
+"""``isthmus look``: what a model attended to for each word of its answer, and what covering each region changes."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def run(
     if not {"attend", "score"} & set(model.capabilities) or model.processor.image is None:
         can = ", ".join(model.capabilities)
         raise CapabilityError(
-            f"This {model.kind} model neither tells where it looked nor scores answers; it can: {can}."
+            f"This {model.kind} model neither gives attention maps nor scores answers; it can: {can}."
         )
     facts: dict[str, Any] = {"model": name, "image": str(image), "question": question}
     words: list[Any] = []

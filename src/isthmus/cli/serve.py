@@ -60,7 +60,7 @@ def run(
     console.print(f"Serving {', '.join(models)} at http://{shown}:{port}/v1", markup=False, highlight=False)
     console.print(f"The page: http://{shown}:{port}/", markup=False, highlight=False)
     if not local and key is None:
-        warning = f"Everybody who reaches {host} may ask. Set {KEY} to ask for a key."
+        warning = f"Everybody who reaches {host} may use it. Set {KEY} to require a key."
         console.print(warning, markup=False, highlight=False)
     running = server(app, host, port, bounds, log_requests=log_requests)
     if browse:

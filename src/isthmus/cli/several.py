@@ -15,8 +15,8 @@ from isthmus.errors import ConfigError
 from isthmus.lifeline import PARENT
 from isthmus.processes import STOPS, LostError, usable_cores
 
-_LOOK, _PATIENCE = 0.1, 30.0
-"""Seconds between looks at the processes, and until those are ended that do not notice the failure of another."""
+_POLL, _PATIENCE = 0.1, 30.0
+"""Seconds between checks of the processes, and until those are ended that do not notice the failure of another."""
 
 
 class Ended(SystemExit):
@@ -61,9 +61,9 @@ def _wait(running: "list[subprocess.Popen[bytes]]") -> int:
     failed: list[int] = []
     patience = _PATIENCE
     while None in (codes := [process.poll() for process in running]):
-        time.sleep(_LOOK)
+        time.sleep(_POLL)
         failed = failed or _failed(codes)
-        patience -= _LOOK if any(codes) else 0.0
+        patience -= _POLL if any(codes) else 0.0
         if patience < 0:
             for process in running:
                 process.kill()

@@ -31,7 +31,7 @@ def run(
     place = located(what, None)
     if "revision" in (given or {}) or (place.exists() and not (recipe and place.is_file())):
         if shared is not None:
-            raise ConfigError(f"{what} is a model; --parallel tells how a recipe's stages would be shared.")
+            raise ConfigError(f"{what} is a model; --parallel shows how a recipe's stages would be shared.")
         if overrides:
             raise ConfigError(f"{what} is a model; key=value changes recipes only.")
         facts = _model(what, console, given or {}, render)
@@ -62,7 +62,7 @@ def _model(folder: str, console: Console, given: Mapping[str, Any], render: str 
     console.print(f"{held / 2**20:,.1f} MiB of weights in memory", highlight=False)
     if tokens is not None:
         console.print(visual_tokens_text(model.net))
-    if held_adapters := adapters.told(model.net):
+    if held_adapters := adapters.summary(model.net):
         console.print(f"Adapters: {held_adapters}; base: {model.base and model.base.path}", highlight=False)
     if model.report is not None:
         console.print(f"Tensors: {model.report}", highlight=False)
@@ -120,7 +120,7 @@ def _recipe(name: str, overrides: Sequence[str], console: Console, shared: tuple
     try:
         costs = stage_costs(built) if built is not None else []
     except DataError as error:
-        console.print(f"No time is told: {error}", highlight=False, markup=False)
+        console.print(f"There is no estimate of time: {error}", highlight=False, markup=False)
     for number, stage in enumerate(stages):
         console.print(
             stage.table.render(
@@ -152,7 +152,7 @@ def _recipe(name: str, overrides: Sequence[str], console: Console, shared: tuple
         rule = compute_rule(built)
         console.print(
             f"N = {rule.parameters:,} parameters, D = {rule.tokens:,} tokens, "
-            f"C = 6ND = {rule.flops:.3g} FLOPs; the compute-optimal rule asks for "
+            f"C = 6ND = {rule.flops:.3g} FLOPs; the compute-optimal rule gives "
             f"D = 20 N = {rule.optimal_tokens:,}: this recipe is "
             f"{rule.off:+.0%} off.",
             highlight=False,

@@ -29,11 +29,11 @@ def run(
     console = Console()
     rows = verify(load(source, **given), only=only)  # type: ignore[arg-type]
     table = Table(title=source)
-    for column in ("contract", "", "largest difference", "tolerance", "what was seen"):
+    for column in ("contract", "", "largest difference", "tolerance", "details"):
         table.add_column(column, justify="right" if column in ("largest difference", "tolerance") else "left")
     for row in rows:
         figures = ["" if x is None else f"{x:.2g}" for x in (row.difference, row.tolerance)]
-        table.add_row(row.name, _STYLES[row.verdict], *figures, row.told)
+        table.add_row(row.name, _STYLES[row.verdict], *figures, row.detail)
     console.print(table)
     failed = [row.name for row in rows if row.verdict == "FAIL"]
     console.print(f"[bold red]{len(failed)} failed:[/] {', '.join(failed)}" if failed else "[bold green]All hold.[/]")
@@ -64,13 +64,13 @@ def run_against(
     key, hint = os.environ.get(KEY) or "none", Path(source).name
     rows = compare(load(source, **given), url, served_as=served_as, hint=hint, key=key)
     if not rows:
-        raise CapabilityError(f"{source} neither answers nor embeds texts, so no engine can be asked the same.")
+        raise CapabilityError(f"{source} neither answers nor embeds texts, so it cannot be compared with an engine.")
     table = Table(title=f"{source} against {url}")
-    for column in ("request", "", "tokens alike", "largest difference", "what was seen"):
+    for column in ("request", "", "tokens alike", "largest difference", "details"):
         table.add_column(column, justify="right" if "tokens" in column or "largest" in column else "left")
     for row in rows:
         difference = "" if row.difference is None else f"{row.difference:.2g}"
-        table.add_row(row.name, _STYLES[row.verdict], f"{row.tokens} of {row.of}", difference, escape(row.told))
+        table.add_row(row.name, _STYLES[row.verdict], f"{row.tokens} of {row.of}", difference, escape(row.detail))
     console.print(table)
     failed = [row.name for row in rows if row.verdict == "FAIL"]
     console.print(f"[bold red]{len(failed)} differ:[/] {', '.join(failed)}" if failed else "[bold green]All alike.[/]")

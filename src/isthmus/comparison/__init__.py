@@ -4,6 +4,7 @@ Only the command line and the demo, which ends with a comparison, import this pa
 
 compare   who takes part, scores, costs     side_by_side   results as tables, plots and samples of the page
 recipe    a comparison as YAML              cost           seconds, parameters, operations, memory
-contest   trains every arm, then compares   curves, looks  losses over steps; where a model looked
+contest   trains every arm, then compares   curves         losses over steps
+attention_pictures   what a model attended to while it answered
 report/   one self-contained HTML page      library/       comparisons that come along
 """

@@ -1,6 +1,6 @@
-"""Models side by side on the same work: who takes part, what each is asked, scores and costs.
+"""Models side by side on the same work: who takes part, the tasks, scores and costs.
 
-A contestant is a model with its folder; every task is asked of every contestant that can do it. The demo ends with the
+A contestant is a model with its folder; every contestant does every task that it can. The demo ends with the
 same comparison of the models it has just trained. What comes out is put on a page by :mod:`.side_by_side`.
 """
 
@@ -12,13 +12,13 @@ from statistics import fmean
 from typing import Any
 
 from isthmus.checkpoint import read_json
+from isthmus.comparison.attention_pictures import attention_pictures
 from isthmus.comparison.cost import Cost, cost_of
-from isthmus.comparison.looks import looks
 from isthmus.data.record import Record, Video
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import rules, vqa
-from isthmus.evaluation.protocols import Answers, Embeds, Matches, Reranks, Sees, Weighs
+from isthmus.evaluation.protocols import Answers, Embeds, HasVisionFeatures, Matches, MatchesPairs, Weighs
 from isthmus.evaluation.results import write_json
 from isthmus.evaluation.run import Result
 from isthmus.evaluation.sound import first_sound
@@ -40,9 +40,9 @@ class Contestant:
     """A model's name in the comparison, its folder, the recipe it was trained with (where known), the tasks it was
     given and what it scored.
 
-    ``looks`` shows where it looked in the task ``looked``, as PNG by sample id. Of a model trained with several seeds,
-    ``results`` are the means over them (with the first one's rows) and ``by_seed`` has each seed's; folder, cost and
-    looks are those of the first.
+    ``attention_pictures`` shows its attention in the task ``attention_task``, as PNG by sample id. Of a model trained
+    with several seeds, ``results`` are the means over them (with the first one's rows) and ``by_seed`` has each seed's;
+    folder, cost and these pictures are those of the first.
     """
 
     name: str
@@ -51,14 +51,14 @@ class Contestant:
     specs: Sequence[EvalSpec] = ()
     results: list[Result] = field(default_factory=list)
     cost: Cost | None = None
-    looks: Mapping[str, bytes] = field(default_factory=dict)
-    looked: str = ""
+    attention_pictures: Mapping[str, bytes] = field(default_factory=dict)
+    attention_task: str = ""
     by_seed: Mapping[int, Sequence[Result]] = field(default_factory=dict)
     dtype: str = ""
 
     @property
     def identity(self) -> str:
-        """Of the model that is asked: its weights, and the numbers they were cast to (``dtype``)."""
+        """Of the model that is scored: its weights, and the numbers they were cast to (``dtype``)."""
         own = model_hash(self.folder)
         return f"{own} dtype={self.dtype}" if self.dtype else own
 
@@ -79,7 +79,7 @@ def contestants(folders: Sequence[str | Path]) -> list[Contestant]:
     found: dict[str, Contestant] = {}
     for folder in (located(folder, None) for folder in folders):
         if not folder.exists():
-            raise ConfigError(f"There is no model at {folder}, so nothing was asked of the others either.")
+            raise ConfigError(f"There is no model at {folder}, so the others were not scored either.")
         name = folder.resolve().parent.name if folder.name == "model" else folder.resolve().name
         if name in found:
             raise ConfigError(
@@ -108,7 +108,7 @@ def shared_tasks(rivals: Sequence[Contestant]) -> list[EvalSpec]:
     return [*found.values(), *of_stages]
 
 
-def ask(
+def score_contestant(
     rival: Contestant,
     model: Model,
     specs: Sequence[EvalSpec],
@@ -143,14 +143,14 @@ _CAPABILITY = {
     Answers: "answer",
     Weighs: "score",
     Embeds: "embed_images",
-    Reranks: "match",
+    MatchesPairs: "match",
     Matches: "match",
-    Sees: "vision_features",
+    HasVisionFeatures: "vision_features",
 }
 
 
 def _can(model: Model, spec: EvalSpec) -> bool:
-    """Has the model the abilities behind the task's methods? A model without a transform has no eyes."""
+    """Has the model the capability that the task needs? A model without an image transform reads no pictures."""
     if _CAPABILITY[needs(spec)] not in model.capabilities:
         return False
     images = [image for record in first_sound(open_source(spec.data), 1) for image in record.images]
@@ -160,10 +160,10 @@ def _can(model: Model, spec: EvalSpec) -> bool:
 
 
 def measure(rival: Contestant, model: Model, out: Path) -> None:
-    """The contestant's cost, on the first questions it was asked, and where it looked for its first answers about
+    """The contestant's cost, on its first questions, and its attention for its first answers about
     pictures.
 
-    Both are kept in ``out`` (``cost.json``, ``looks.json``) and taken from there for the same model.
+    Both are kept in ``out`` (``cost.json``, ``attention_pictures.json``) and taken from there for the same model.
     """
     if recall(rival, out):
         return
@@ -173,12 +173,14 @@ def measure(rival: Contestant, model: Model, out: Path) -> None:
     seeing = next((s for s in specs if pictured(s)), None)
     if seeing is not None:
         written = needs(seeing) is Answers and "shots" not in seeing.options  # else the map would be of another prompt
-        rival.looked = seeing.name
-        rival.looks = looks(model, pictured(seeing), seeing.options.get("decoding", {})) if written else {}
+        rival.attention_task = seeing.name
+        rival.attention_pictures = (
+            attention_pictures(model, pictured(seeing), seeing.options.get("decoding", {})) if written else {}
+        )
     own = rival.identity
     write_json(out / "cost.json", {"model": own, "found": rival.cost.to_dict()})
-    pictures = {name: base64.b64encode(raw).decode("ascii") for name, raw in rival.looks.items()}
-    write_json(out / "looks.json", {"model": own, "task": rival.looked, "found": pictures})
+    pictures = {name: base64.b64encode(raw).decode("ascii") for name, raw in rival.attention_pictures.items()}
+    write_json(out / "looks.json", {"model": own, "task": rival.attention_task, "found": pictures})
 
 
 def recall(rival: Contestant, out: Path) -> bool:
@@ -188,8 +190,8 @@ def recall(rival: Contestant, out: Path) -> bool:
     if cost is None or pictures is None:
         return False
     rival.cost = Cost.from_dict(cost["found"])
-    rival.looked = pictures.get("task", "vqa")  # folders of earlier versions have maps of this task only
-    rival.looks = {name: base64.b64decode(text) for name, text in pictures["found"].items()}
+    rival.attention_task = pictures.get("task", "vqa")  # folders of earlier versions have maps of this task only
+    rival.attention_pictures = {name: base64.b64decode(text) for name, text in pictures["found"].items()}
     return True
 
 
@@ -213,15 +215,15 @@ def questions_of(spec: EvalSpec, most: int) -> list[Record]:
 
 def pictured(spec: EvalSpec) -> list[Record]:
     """Those of the task's first questions that are about pictures; clips are none."""
-    asked = questions_of(spec, SAMPLES)
-    return [r for r in asked if r.images and not any(isinstance(image, Video) for image in r.images)]
+    records = questions_of(spec, SAMPLES)
+    return [r for r in records if r.images and not any(isinstance(image, Video) for image in r.images)]
 
 
 def pooled(runs: Mapping[int, Contestant]) -> Contestant:
     """One contestant out of those of several training seeds. Scores are means over the seeds, of answers with intervals
     over the questions; of other scores the intervals' ends are means too, which makes them rather too wide.
 
-    Raises DataError when the seeds were not asked the same items.
+    Raises DataError when the seeds did not answer the same items.
     """
     first = next(iter(runs.values()))
     by_seed = {seed: rival.results for seed, rival in runs.items()}
@@ -230,7 +232,7 @@ def pooled(runs: Mapping[int, Contestant]) -> Contestant:
 
 
 def _mean(result: Result, by_seed: Mapping[int, Sequence[Result]]) -> Result:
-    """Over the seeds with which the task was asked."""
+    """Over the seeds with which the task was scored."""
     runs = [r for results in by_seed.values() for r in results if r.task == result.task]
     if any([row["id"] for row in r.rows] != [row["id"] for row in result.rows] for r in runs):
         raise DataError(f"The seeds' outputs below {result.folder.parents[1]} are not of the same {result.task} items.")

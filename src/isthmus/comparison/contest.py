@@ -1,12 +1,12 @@
-"""Running a comparison recipe: arm after arm, seed after seed, into one folder that tells what is finished.
+"""Running a comparison recipe: arm after arm, seed after seed, into one folder that shows what is finished.
 
     runs/compare-tiny/
       arms/<arm>/seed-<n>/        the arm's run folder: an ordinary recipe, an ordinary model
       parts/                      parts with weights drawn anew, where an arm wants them
-      scores/<arm>/seed-<n>/      raw outputs and scores by task, costs, where it looked
+      scores/<arm>/seed-<n>/      raw outputs and scores by task, costs, attention maps
       report.html, results.json, scores.csv, scores.md, differences.csv, costs.json
 
-The same command goes on where an earlier one stopped: finished arms are not trained or asked again. All seeds' first
+The same command goes on where an earlier one stopped: finished arms are not trained or scored again. All seeds' first
 runs come before any second one, and everything on the list above is written anew when an arm is finished.
 """
 
@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from isthmus.checkpoint import MANIFEST, read_json
-from isthmus.comparison.compare import Contestant, ask, measure, pooled, recall
+from isthmus.comparison.compare import Contestant, measure, pooled, recall, score_contestant
 from isthmus.comparison.cost import step_flops
 from isthmus.comparison.recipe import Comparison, Statement
 from isthmus.comparison.report import Chart, Listing, write_report
 from isthmus.comparison.report.tables import percent
-from isthmus.comparison.side_by_side import difference, whole, write_comparison
+from isthmus.comparison.side_by_side import difference, main_score, write_comparison
 from isthmus.config import plain
 from isthmus.errors import ConfigError
 from isthmus.evaluation.rescore import rescore
@@ -34,7 +34,7 @@ from isthmus.recipes.schema import EvalSpec, Recipe
 from isthmus.recipes.scoring import with_shots
 from isthmus.user_code import label
 
-Told = Callable[[str, str, int, int], None]
+Progress = Callable[[str, str, int, int], None]
 """Called with (arm and seed, task, items done, items in all)."""
 
 
@@ -44,13 +44,13 @@ def run_contest(
     *,
     name: str,
     arms: Sequence[str] = (),
-    progress: Told | None = None,
+    progress: Progress | None = None,
     show: bool = True,
 ) -> list[Contestant]:
-    """Train, ask and measure every arm with every seed (or only those of ``arms``); what is finished, pooled over
+    """Train, score and measure every arm with every seed (or only those of ``arms``); what is finished, pooled over
     seeds, in the order of the recipe.
 
-    Raises ConfigError for an unknown arm, and what training and asking raise; a later call goes on from there.
+    Raises ConfigError for an unknown arm, and what training and scoring raise; a later call goes on from there.
     """
     chosen = [plan.arm(arm).name for arm in arms] or [arm.name for arm in plan.arms]
     found: list[Contestant] = []
@@ -60,9 +60,11 @@ def run_contest(
             folder = _place(out, "arms", arm, seed)
             model = train(recipe, folder, progress=show)
             rival = Contestant(name=arm, folder=folder, recipe=recipe)
-            told = None if progress is None else (lambda *rest, who=f"{arm}, seed {seed}": progress(who, *rest))
+            named_progress = (
+                None if progress is None else (lambda *rest, who=f"{arm}, seed {seed}": progress(who, *rest))
+            )
             scores = _place(out, "scores", arm, seed)
-            ask(rival, model, _tasks(plan, arm), scores, progress=told)
+            score_contestant(rival, model, _tasks(plan, arm), scores, progress=named_progress)
             measure(rival, model, scores)
             found = finished(plan, out)
             write_contest(plan, found, out, name=name)
@@ -75,11 +77,12 @@ def _place(out: Path, what: str, arm: str, seed: int) -> Path:
 
 def _tasks(plan: Comparison, arm: str) -> list[EvalSpec]:
     """The comparison's tasks, then the same after examples."""
-    return [*plan.evaluate, *(s for s in with_shots(plan.evaluate, plan.whole(arm).shots) if s not in plan.evaluate)]
+    return [*plan.evaluate, *(s for s in with_shots(plan.evaluate, plan.resolved(arm).shots) if s not in plan.evaluate)]
 
 
 def finished(plan: Comparison, out: Path) -> list[Contestant]:
-    """The arms that are trained, asked and measured, pooled over the seeds for which that is so; no model is opened."""
+    """The arms that are trained, scored and measured, pooled over the seeds for which that is so; no model is
+    opened."""
     found = []
     for arm in plan.arms:
         runs = {}
@@ -89,8 +92,8 @@ def finished(plan: Comparison, out: Path) -> list[Contestant]:
             if not (folder / "model" / MANIFEST).is_file() or not recall(rival, scores):
                 continue
             rival.recipe = recipe_of_arm(plan, arm.name, seed, out)
-            asked = [scores / spec.name for spec in rival.specs if (scores / spec.name / "scores.json").is_file()]
-            rival.results = [rescore(place) for place in asked]
+            scored = [scores / spec.name for spec in rival.specs if (scores / spec.name / "scores.json").is_file()]
+            rival.results = [rescore(place) for place in scored]
             runs[seed] = rival
         if runs:
             found.append(pooled(runs))
@@ -99,10 +102,10 @@ def finished(plan: Comparison, out: Path) -> list[Contestant]:
 
 def recipe_of_arm(plan: Comparison, arm: str, seed: int, out: Path) -> Recipe:
     """The arm's recipe with its budget as steps and its redrawn parts made."""
-    whole = plan.whole(arm)
+    resolved = plan.resolved(arm)
     recipe = plan.recipe(arm, seed)
     redrawn = {}
-    for part in whole.redraw:
+    for part in resolved.redraw:
         if part not in recipe.parts:
             raise ConfigError(f"Arm {arm!r} redraws the part {part!r}, which it does not have.")
         redrawn[part] = str(_redrawn(Path(recipe.parts[part]), seed, out / "parts" / f"{part}-seed-{seed}"))
@@ -116,12 +119,12 @@ def recipe_of_arm(plan: Comparison, arm: str, seed: int, out: Path) -> Recipe:
 def _steps_of_flops(plan: Comparison, arm: str, recipe: Recipe, file: Path) -> dict[str, int]:
     """Steps of every stage that cost its share of the budget; measured once and kept, equal for all seeds."""
     assert plan.budget.flops is not None
-    asked = {"flops": plan.budget.flops, "shares": plan.shares(arm)}
-    if file.is_file() and (kept := read_json(file))["asked"] == asked:
+    basis = {"flops": plan.budget.flops, "shares": plan.shares(arm)}
+    if file.is_file() and (kept := read_json(file))["asked"] == basis:
         return kept["steps"]
     one = step_flops(recipe)
-    steps = {name: max(1, round(share * plan.budget.flops / one[name])) for name, share in asked["shares"].items()}
-    write_json(file, {"asked": asked, "flops_of_a_step": one, "steps": steps})
+    steps = {name: max(1, round(share * plan.budget.flops / one[name])) for name, share in basis["shares"].items()}
+    write_json(file, {"asked": basis, "flops_of_a_step": one, "steps": steps})
     return steps
 
 
@@ -184,7 +187,7 @@ def _arms(plan: Comparison, rivals: Sequence[Contestant]) -> Listing:
         rows=[
             (
                 arm.name,
-                label(str(plan.whole(arm.name).model)),
+                label(str(plan.resolved(arm.name).model)),
                 arm.about,
                 f"{seeds.get(arm.name, 0)} of {len(plan.seeds)}",
             )
@@ -195,7 +198,7 @@ def _arms(plan: Comparison, rivals: Sequence[Contestant]) -> Listing:
 
 
 def _design(plan: Comparison, arm: str) -> str:
-    return label(str(plan.whole(arm).model))
+    return label(str(plan.resolved(arm).model))
 
 
 def _tested(plan: Comparison, statement: Statement, rivals: Sequence[Contestant]) -> Listing:
@@ -203,7 +206,7 @@ def _tested(plan: Comparison, statement: Statement, rivals: Sequence[Contestant]
     task = plan.evaluate[0].name
     first, rows = rivals[0], []
     for rival in rivals:
-        score = whole(rival, task)
+        score = main_score(rival, task)
         if score is None:
             continue
         found = None if rival is first else next(iter(difference(first, rival, task, 0)), None)
@@ -235,7 +238,7 @@ def _by_seed(first: Contestant, rival: Contestant, task: str) -> str:
     """The differences of the seeds that both have."""
     shown = []
     for seed in sorted(first.by_seed.keys() & rival.by_seed.keys()):
-        one, other = (whole(replace(side, results=list(side.by_seed[seed])), task) for side in (first, rival))
+        one, other = (main_score(replace(side, results=list(side.by_seed[seed])), task) for side in (first, rival))
         if one is not None and other is not None:
             shown.append(percent(other["score"] - one["score"], signed=True))
     return " ".join(shown)
@@ -247,7 +250,7 @@ def _by_size(plan: Comparison, statement: Statement, rivals: Sequence[Contestant
         return []
     lines: dict[str, list[tuple[float, float]]] = {}
     for rival in rivals:
-        score = whole(rival, plan.evaluate[0].name)
+        score = main_score(rival, plan.evaluate[0].name)
         if rival.recipe is not None and rival.cost is not None and rival.cost.trained and score is not None:
             point = (float(rival.cost.trained), 100 * score["score"])
             lines.setdefault(label(rival.recipe.model), []).append(point)

@@ -153,16 +153,16 @@ def _answering(model: Model, questions: Sequence[Record]) -> dict[str, Any]:
 
 
 def _per_second(model: Model, questions: Sequence[Record], size: int) -> float:
-    """Answers a second at one batch size, over at least one whole batch; short ones are filled by repetition."""
+    """Answers a second at one batch size, over at least one full batch; short ones are filled by repetition."""
     count = max(size, min(len(questions), 2 * _ALONE))
-    asked = [questions[i % len(questions)] for i in range(count)]
+    batch = [questions[i % len(questions)] for i in range(count)]
     started = time.perf_counter()
-    model.answer_records(asked, batch_size=size, max_new_tokens=8)
+    model.answer_records(batch, batch_size=size, max_new_tokens=8)
     return count / (time.perf_counter() - started)
 
 
 def _reset_peak(device: torch.device) -> int | None:
-    """Bytes held now; from here on the peak counts. None where the system does not tell."""
+    """Bytes held now; from here on the peak counts. None where the system does not say."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)

@@ -1,7 +1,7 @@
-"""What an answer depends on: where the model looked for each of its words, and what covering each region changes.
+"""What an answer depends on: what the model attended to for each of its words, and what covering each region changes.
 
 Attention says where information was taken from, not what was made of it; covering a region and scoring the same answer
-again (occlusion; Zeiler and Fergus 2013, 1311.2901, sec. 4.2) asks the model itself.
+again (occlusion; Zeiler and Fergus 2013, 1311.2901, sec. 4.2) runs the model itself.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -43,17 +43,17 @@ def request(picture: PilImage.Image, question: str) -> Record:
 def word_pictures(
     model: Model, picture: PilImage.Image, question: str, *, max_new_tokens: int
 ) -> tuple[str, list[tuple[str, PilImage.Image]]]:
-    """The answer, and for each of its words the picture as the model sees it, bright where it looked.
+    """The answer, and for each of its words the picture as the model gets it, bright where its attention was.
 
     Raises CapabilityError for a model without maps.
     """
     transform = model.processor.image
     if transform is None:
-        raise CapabilityError("This model reads only text, so there is no picture to look at.")
+        raise CapabilityError("This model reads only text, so there is no picture to attend to.")
     found = model.attend([request(picture, question)], max_new_tokens=max_new_tokens)[0]
-    seen = enlarged(transform.views(picture)[0] if transform.mode == "anyres" else transform.fit(picture))
+    shown = enlarged(transform.views(picture)[0] if transform.mode == "anyres" else transform.fit(picture))
     maps = found.heat(0) if found.maps else []
-    return found.text, [(word, overlay(seen, heat[0])) for (word, _), heat in zip(found.words(), maps, strict=True)]
+    return found.text, [(word, overlay(shown, heat[0])) for (word, _), heat in zip(found.words(), maps, strict=True)]
 
 
 def cover(
@@ -89,7 +89,7 @@ def cover(
 
 
 def boxes(size: Sequence[int], cells: int) -> Iterator[tuple[int, int, int, int]]:
-    """Left, top, right, bottom of each cell, row by row; together they are the whole picture."""
+    """Left, top, right, bottom of each cell, row by row; together they cover the picture."""
     across, down = ([side * n // cells for n in range(cells + 1)] for side in size)
     for top, bottom in pairwise(down):
         for left, right in pairwise(across):

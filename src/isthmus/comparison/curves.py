@@ -13,7 +13,7 @@ from isthmus.recipes.schema import Recipe
 
 Points = list[tuple[float, float]]
 _DARK = 45
-"""White where nobody looked, of 255."""
+"""Grey level of no attention, of 255."""
 
 
 def metrics(folder: Path, stage: str) -> list[dict[str, Any]]:

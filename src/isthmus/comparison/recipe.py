@@ -9,7 +9,7 @@
       - {name: llava-linear, like: llava, config: {projector: linear}}
 
 An arm says which of the shared stages it goes through, in its own order, and what is its own in each; a stage of its
-own stands among them. Shares of an arm are parts of its whole budget, so an arm without a stage spends as much on the
+own stands among them. Shares of an arm are parts of its total budget, so an arm without a stage spends as much on the
 others. ``like`` starts from another arm; a stage set to null is left out.
 """
 
@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 
 from isthmus.config import merged
 from isthmus.errors import ConfigError, nearest
-from isthmus.recipes.schema import EvalSpec, Kind, Recipe, Strict, checked, parse_recipe
+from isthmus.recipes.schema import EvalSpec, Recipe, Strict, SystemName, checked, parse_recipe
 
 UNMEASURED = 1_000_000
 """Steps of a stage whose budget in operations has not been turned into steps."""
@@ -46,13 +46,13 @@ class Budget(Strict):
 
 class Arm(Strict):
     """One contestant: a model, and what is its own beside the shared. ``redraw`` names parts whose weights are drawn
-    anew from the seed, so that only their shape is kept. ``shots``: it is asked each question again after so many
+    anew from the seed, so that only their shape is kept. ``shots``: each question is put again after so many
     examples. Of another arm's, ``about`` and ``shots`` are not taken over."""
 
     name: str = Field(pattern=_NAME)
     about: str = ""
     like: str | None = None
-    model: Kind | None = None
+    model: SystemName | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     parts: dict[str, str] = Field(default_factory=dict)
     redraw: list[str] = Field(default_factory=list)
@@ -73,7 +73,7 @@ class Statement(Strict):
 
 
 class Comparison(Strict):
-    """See the head of this file. Every arm is trained once per seed, and asked the tasks of ``evaluate``."""
+    """See the head of this file. Every arm is trained once per seed, and scored on the tasks of ``evaluate``."""
 
     kind: Literal["compare"]
     about: str = ""
@@ -122,21 +122,22 @@ class Comparison(Strict):
             raise ConfigError(f"The comparison has no arm {name!r}; {nearest(name, found)}")
         return found[name]
 
-    def whole(self, name: str) -> Arm:
+    def resolved(self, name: str) -> Arm:
         """The arm with everything that it takes from those it is like."""
         arm = self.arm(name)
         if arm.like is None:
             return arm
-        base = self.whole(arm.like).model_dump(exclude_unset=True, exclude={"about", "shots"})
+        base = self.resolved(arm.like).model_dump(exclude_unset=True, exclude={"about", "shots"})
         own = arm.model_dump(exclude_unset=True, exclude={"like"})
         return Arm.model_validate(merged(base, own))
 
     def recipe(self, name: str, seed: int, *, steps: Mapping[str, int] | None = None) -> Recipe:
         """The arm as an ordinary recipe. ``steps`` by stage is what a budget in operations has come to.
 
-        Raises ConfigError in words: an arm without a model, a stage that is neither shared nor whole, an unknown key.
+        Raises ConfigError in words: an arm without a model, a stage that is neither shared nor complete, an unknown
+        key.
         """
-        arm = self.whole(name)
+        arm = self.resolved(name)
         where = f"of arm {name!r}"
         stages = self._stages(arm, where)
         if steps is None:
@@ -158,7 +159,7 @@ class Comparison(Strict):
 
     def shares(self, name: str) -> dict[str, float]:
         """Stage -> its part of the arm's budget; together 1."""
-        stages = self._stages(self.whole(name), f"of arm {name!r}")
+        stages = self._stages(self.resolved(name), f"of arm {name!r}")
         total = sum(s["share"] for s in stages)
         return {s["name"]: s["share"] / total for s in stages}
 

@@ -29,7 +29,7 @@ MANY = 6
 """With more models than this the page shows the statements alone; every pair is in ``differences.csv``."""
 MAIN = ("accuracy", "CIDEr", "image to text R@1", "text to image R@1", "top_1")
 """Measures whose differences the page shows; ``differences.csv`` has the others too."""
-Row = dict[str, Any]
+ScoreRow = dict[str, Any]
 
 
 def write_comparison(
@@ -83,13 +83,15 @@ def write_comparison(
 def _left_out(rivals: Sequence[Contestant]) -> list[Note]:
     """Samples that could not be read, by task."""
     found = {result.task: result for rival in rivals for result in rival.results if result.left_out}
-    told = ", ".join(f"{r.left_out} of {task} (listed in {r.folder / 'quarantine.jsonl'})" for task, r in found.items())
-    return [Note(heading="Left out", text=f"Samples that could not be read: {told}.")] if found else []
+    samples = ", ".join(
+        f"{r.left_out} of {task} (listed in {r.folder / 'quarantine.jsonl'})" for task, r in found.items()
+    )
+    return [Note(heading="Left out", text=f"Samples that could not be read: {samples}.")] if found else []
 
 
-def score_rows(rivals: Sequence[Contestant]) -> list[Row]:
-    """One flat row per model, task and kind of question (``all`` for the whole) or measure, fractions."""
-    rows: list[Row] = []
+def score_rows(rivals: Sequence[Contestant]) -> list[ScoreRow]:
+    """One flat row per model, task and kind of question (``all`` for all kinds) or measure, fractions."""
+    rows: list[ScoreRow] = []
     for rival in rivals:
         for result in rival.results:
             place = {"model": rival.name, "task": result.task}
@@ -104,13 +106,13 @@ def score_rows(rivals: Sequence[Contestant]) -> list[Row]:
     return rows
 
 
-def whole(rival: Contestant, task: str) -> Row | None:
-    """The row of a task's main score: of all answers, CIDEr, from pictures to texts; none where it was not asked."""
+def main_score(rival: Contestant, task: str) -> ScoreRow | None:
+    """The row of a task's main score: of all answers, CIDEr, from pictures to texts; none where it was not scored."""
     rows = [row for row in score_rows([rival]) if row["task"] == task]
     return next((row for row in rows if row["kind"] == "CIDEr"), rows[0] if rows else None)
 
 
-def _row(kind: str, score: Score) -> Row:
+def _row(kind: str, score: Score) -> ScoreRow:
     low, high = score.interval
     return {
         "kind": kind,
@@ -125,7 +127,7 @@ def _row(kind: str, score: Score) -> Row:
     }
 
 
-def _recalls(scores: RetrievalScores) -> list[Row]:
+def _recalls(scores: RetrievalScores) -> list[ScoreRow]:
     ways = (("image_to_text", scores.image_to_text), ("text_to_image", scores.text_to_image))
     return [
         {
@@ -139,7 +141,7 @@ def _recalls(scores: RetrievalScores) -> list[Row]:
     ]
 
 
-def _measures(facts: Mapping[str, Any]) -> list[Row]:
+def _measures(facts: Mapping[str, Any]) -> list[ScoreRow]:
     """Every measure that comes with an interval; the gain stands beside those of which it is the gain."""
     named = [name for name in facts if f"{name}_interval" in facts and name != "gain"]
     main = "CIDEr" if "CIDEr" in named else named[0] if named else ""
@@ -160,7 +162,7 @@ _COLUMNS = ("model", "task", "kind", "n", "score", "low", "high", "blind", "shuf
 _PAIR_COLUMNS = ("first", "second", "task", "measure", "difference", "low", "high", "p")
 
 
-def _csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
+def _csv(rows: Sequence[ScoreRow], columns: Sequence[str]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
@@ -168,12 +170,12 @@ def _csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
     return file.getvalue()
 
 
-def _markdown(rows: Sequence[Row]) -> str:
-    """Every task as a whole, in percent, then the same by kind of question."""
+def _markdown(rows: Sequence[ScoreRow]) -> str:
+    """Every task over all kinds, in percent, then the same by kind of question."""
     kinds = [r for r in rows if "blind" in r and r["kind"] != "all"]
-    whole = [r for r in rows if r not in kinds]
+    main = [r for r in rows if r not in kinds]
     lines = ["| model | task | | n | score | 95 % | gain |", "|---|---|---|---|---|---|---|"]
-    for row in whole:
+    for row in main:
         cells = [row["model"], row["task"], row["kind"], str(row["n"]), percent(row["score"]), _spread(row)]
         lines.append("| " + " | ".join([*cells, percent(row.get("gain"))]) + " |")
     names = list(dict.fromkeys(r["kind"] for r in kinds))
@@ -186,11 +188,11 @@ def _markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + ("\n\nBy kind of question, with the gain in brackets.\n" if names else "\n")
 
 
-def _spread(row: Row, *, signed: bool = False) -> str:
+def _spread(row: ScoreRow, *, signed: bool = False) -> str:
     return f"{percent(row['low'], signed=signed)} to {percent(row['high'], signed=signed)}"
 
 
-def difference_rows(rivals: Sequence[Contestant], seed: int) -> list[Row]:
+def difference_rows(rivals: Sequence[Contestant], seed: int) -> list[ScoreRow]:
     """Every pair of contestants on every task both did: the second's score less the first's, on the same items."""
     rows = []
     for one, other in combinations(rivals, 2):
@@ -202,7 +204,7 @@ def difference_rows(rivals: Sequence[Contestant], seed: int) -> list[Row]:
     return rows
 
 
-def difference(one: Contestant, other: Contestant, task: str, seed: int) -> list[Row]:
+def difference(one: Contestant, other: Contestant, task: str, seed: int) -> list[ScoreRow]:
     """Difference, interval and p of each measure, the main ones first, over the seeds that both have; none where they
     did not answer the same items, or where the score is no mean over items (an AUC)."""
     ours, theirs = one.folders(task, other), other.folders(task, one)
@@ -218,7 +220,7 @@ def difference(one: Contestant, other: Contestant, task: str, seed: int) -> list
     ]
 
 
-def differences(rows: Sequence[Row]) -> Listing:
+def differences(rows: Sequence[ScoreRow]) -> Listing:
     return Listing(
         heading="Who is better",
         caption="Differences on the same items, in points, with paired 95 % bootstrap intervals.",
@@ -240,15 +242,15 @@ def differences(rows: Sequence[Row]) -> Listing:
 
 def costs(rivals: Sequence[Contestant], budget: str = UNEQUAL) -> list[Listing]:
     """What every contestant cost to train, how far the budgets differ, and what its answers cost."""
-    told = [(r.name, r.cost) for r in rivals if r.cost is not None]
-    least = min((c.training_flops for _, c in told if c.training_flops), default=None)
+    measured = [(r.name, r.cost) for r in rivals if r.cost is not None]
+    least = min((c.training_flops for _, c in measured if c.training_flops), default=None)
     trained = Listing(
         heading="What they cost",
         caption="Parameters in all and trained by any stage; tokens of a picture; operations of training, one measured "
         "step of every stage times its steps, and how many times those of the model that took least; seconds in these "
         f"steps. {budget}",
         head=("model", "parameters", "trained", "visual tokens", "FLOPs", "× least", "time"),
-        rows=[(name, *_training_cells(cost, least)) for name, cost in told],
+        rows=[(name, *_training_cells(cost, least)) for name, cost in measured],
         numeric=1,
     )
     answers = Listing(
@@ -257,7 +259,7 @@ def costs(rivals: Sequence[Contestant], budget: str = UNEQUAL) -> list[Listing]:
         "alone; answers a second in batches of 1, 7 and 64; memory above the weights. Operations count matrix products "
         "and convolutions, two per multiplication and addition.",
         head=("model", "FLOPs", "latency", "answers/s", "memory"),
-        rows=[(name, *_answer_cells(cost)) for name, cost in told if cost.latency is not None],
+        rows=[(name, *_answer_cells(cost)) for name, cost in measured if cost.latency is not None],
         numeric=1,
     )
     return [trained, answers]
@@ -267,29 +269,29 @@ def _training_cells(cost: Cost, least: float | None) -> tuple[str, ...]:
     times = cost.training_flops / least if cost.training_flops is not None and least else None
     return (
         f"{cost.parameters:,}",
-        _told(cost.trained, ","),
-        _told(cost.visual_tokens, ","),
-        _told(cost.training_flops, ".2e"),
-        _told(times, ".1f"),
-        _told(cost.training_seconds, ",.0f", " s"),
+        _formatted(cost.trained, ","),
+        _formatted(cost.visual_tokens, ","),
+        _formatted(cost.training_flops, ".2e"),
+        _formatted(times, ".1f"),
+        _formatted(cost.training_seconds, ",.0f", " s"),
     )
 
 
 def _answer_cells(cost: Cost) -> tuple[str, ...]:
     speeds = cost.throughput or {}
     return (
-        _told(cost.flops_answer, ".2e"),
-        _told(cost.latency and 1000 * cost.latency, ".0f", " ms"),
+        _formatted(cost.flops_answer, ".2e"),
+        _formatted(cost.latency and 1000 * cost.latency, ".0f", " ms"),
         " / ".join(f"{speeds[size]:.0f}" for size in speeds) or "–",
-        _told(cost.memory and cost.memory / 2**20, ",.0f", " MiB"),
+        _formatted(cost.memory and cost.memory / 2**20, ",.0f", " MiB"),
     )
 
 
-def _told(value: float | None, form: str, unit: str = "") -> str:
+def _formatted(value: float | None, form: str, unit: str = "") -> str:
     return "–" if value is None else f"{value:{form}}{unit}"
 
 
-def other_scores(rows: Sequence[Row]) -> Listing:
+def other_scores(rows: Sequence[ScoreRow]) -> Listing:
     """Scores that are no shares of right answers and no recalls: captions, classes, matching."""
     return Listing(
         heading="Other scores",
@@ -310,8 +312,8 @@ def _shots_of(task: str) -> tuple[str, int] | None:
     return (base, int(count)) if task.endswith("-shots") and sep and count.isdigit() else None
 
 
-def shot_scores(rows: Sequence[Row]) -> Listing:
-    """Scores of tasks asked after several numbers of examples, as wholes."""
+def shot_scores(rows: Sequence[ScoreRow]) -> Listing:
+    """Scores of tasks with several numbers of examples, over all kinds."""
     return Listing(
         heading="Score over shots",
         caption="The same questions after so many examples. Percent, with 95 % intervals.",
@@ -348,7 +350,7 @@ def _retrieval(rivals: Sequence[Contestant]) -> dict[str, RetrievalScores]:
 
 
 def _shots(rivals: Sequence[Contestant]) -> list[Chart]:
-    """One chart per task asked with several numbers of shots, a line per contestant."""
+    """One chart per task with several numbers of shots, a line per contestant."""
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for rival in rivals:
         for result in rival.results:
@@ -368,8 +370,8 @@ def _shots(rivals: Sequence[Contestant]) -> list[Chart]:
 
 
 def samples(rivals: Sequence[Contestant]) -> list[SamplePicture]:
-    """The first questions of the first task about pictures, with what every model that was asked them says and where it
-    looked."""
+    """The first questions of the first task about pictures, with the answers and attention maps of every model that has
+    answers to them."""
     specs: dict[str, EvalSpec] = {}
     for rival in rivals:
         for spec in rival.specs:
@@ -380,15 +382,15 @@ def samples(rivals: Sequence[Contestant]) -> list[SamplePicture]:
 
 
 def _answered(rivals: Sequence[Contestant], spec: EvalSpec) -> list[SamplePicture]:
-    asked = [
+    answered = [
         (r, {row["id"]: row for row in x.rows})
         for r in rivals
         for x in r.results
         if x.task == spec.name and answers_of(x.scores) is not None
     ]
     found = []
-    for record in pictured(spec) if asked else ():
-        said = [(r, rows[record.id]) for r, rows in asked if record.id in rows]
+    for record in pictured(spec) if answered else ():
+        said = [(r, rows[record.id]) for r, rows in answered if record.id in rows]
         if not said:  # after --limit
             continue
         row = said[0][1]
@@ -401,7 +403,7 @@ def _answered(rivals: Sequence[Contestant], spec: EvalSpec) -> list[SamplePictur
                     r.name: Answer(
                         text=own["answer"],
                         right=own["correct"] >= 0.5,  # half the points, where several people gave the truth
-                        look=r.looks.get(record.id) if r.looked == spec.name else None,
+                        attention=r.attention_pictures.get(record.id) if r.attention_task == spec.name else None,
                     )
                     for r, own in said
                 },

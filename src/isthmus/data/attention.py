@@ -1,4 +1,4 @@
-"""Where a model looked while it wrote."""
+"""What a model attended to while it wrote."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

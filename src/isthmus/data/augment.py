@@ -1,7 +1,7 @@
 """Augmentation of training pictures: a random crop, a flip, as a pure function of the draw.
 
 A resumed run sees the same. CLIP crops at random (2103.00020, sec. 2.4), BLIP-2 crops and flips (2301.12597, sec. 3.4).
-A model's folder never holds it: answers are given about whole pictures.
+A model's folder never holds it: answers are given about unaugmented pictures.
 """
 
 import math

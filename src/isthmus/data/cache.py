@@ -60,7 +60,7 @@ class FeatureCache:
         self._data.touch()
         self._entries = self._read_index()
         self._end = max((entry.end for entry in self._entries.values()), default=0)
-        self._known: dict[Hashable, str] = {}  # content keys by what a picture is told by unopened
+        self._known: dict[Hashable, str] = {}  # content keys by the identity of an unopened picture
         self._map: mmap.mmap | None = None
         self._lock = threading.Lock()
 
@@ -120,15 +120,15 @@ class FeatureCache:
             return self._map
 
     def _read_index(self) -> dict[str, _Entry]:
-        """The whole lines of the index whose arrays are in the file; a last line cut short is dropped."""
+        """The complete lines of the index whose arrays are in the file; a last line cut short is dropped."""
         if not self._index.exists():
             return {}
         content = self._index.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            self._index.write_bytes(whole)
+        complete = content[: content.rfind(b"\n") + 1]
+        if complete != content:
+            self._index.write_bytes(complete)
         entries: dict[str, _Entry] = {}
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 row = json.loads(line)
                 entry = _Entry(tuple(row["shape"]), int(row["at"]), int(row["crc"]))

@@ -58,7 +58,7 @@ class ClipTokenizer(Tokenizer):
         bpe.add_special_tokens([START, END])
         super().__init__(bpe, eos=END, bos=START, unk=END)
         self.vocab_size = max(vocab.values()) + 1
-        self.pad_id = 0  # what OpenAI's rows are filled with; a causal tower never looks there
+        self.pad_id = 0  # what OpenAI's rows are filled with; a causal tower never attends there
 
     @classmethod
     def load(cls, folder: str | Path) -> "ClipTokenizer":

@@ -1,9 +1,9 @@
 """A source's fingerprint: what a run must find unchanged when it goes on.
 
-Reading a whole data set again at each start would take hours, so the fingerprint is cheap and still sees content, never
+Reading a data set again at each start would take hours, so the fingerprint is cheap and still reads content, never
 times or places (data copied anew is the same data): the number of samples, all that the source keeps in memory anyway
-(rows of text, names and sizes inside shards), and an even spread of whole samples with the bytes of their pictures.
-An edit that changes neither a size nor a row in memory nor one of those samples is not seen.
+(rows of text, names and sizes inside shards), and an even spread of complete samples with the bytes of their pictures.
+An edit that changes neither a size nor a row in memory nor one of those samples is not noticed.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ from isthmus.data.record import Image
 from isthmus.errors import DataError
 
 SAMPLES = 256
-"""Samples looked at whole, evenly spread; a smaller source is looked at whole."""
+"""Samples that are read completely, evenly spread; of a smaller source all are."""
 
 
 def fingerprint(source: Source) -> str:
-    """``4,000 samples, sha256 1f0c…``: readable, equal iff nothing that was looked at has changed."""
+    """``4,000 samples, sha256 1f0c…``: readable, equal iff nothing that was read has changed."""
     digest = hashlib.sha256()
     for fact in source.listing():
         digest.update(repr(fact).encode(errors="backslashreplace"))
@@ -44,7 +44,7 @@ def _sample(source: Source, index: int) -> Iterator[Any]:
 
 
 def _picture(part: Image) -> str:
-    """A stored picture by its bytes. A made one by its key alone: its maker's words already tell of a change."""
+    """A stored picture by its bytes. A made one by its key alone: the key already changes with its generator."""
     if not isinstance(part.source, FileImage | TarImage):
         return part.key or part.source.describe()
     try:

@@ -21,30 +21,19 @@ from PIL import Image as PilImage
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from isthmus.data.orientation import upright, upright_size
 from isthmus.data.record import Image, ImageSource, Video
 from isthmus.errors import ConfigError, DataError, nearest
-from isthmus.file_kind import but_is, near
+from isthmus.file_type import but_is, near
 from isthmus.nn.tiles import best_canvas, check_pinpoints, fitted
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""The only formats opened. Pillow knows 40 more, several of them with a history of holes."""
 _CONVERT = "convert it or drop the sample"
 _REWRITE = "write the file again or drop the sample"
-"""The only formats opened. Pillow knows 40 more, several of them with a history of holes."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-_ORIENTATION_TAG = 0x0112
-_FIRST_TURNED = 5  # of the orientations below, those from here on exchange width and height
-_ORIENTATIONS = {
-    2: PilImage.Transpose.FLIP_LEFT_RIGHT,
-    3: PilImage.Transpose.ROTATE_180,
-    4: PilImage.Transpose.FLIP_TOP_BOTTOM,
-    5: PilImage.Transpose.TRANSPOSE,
-    6: PilImage.Transpose.ROTATE_270,
-    7: PilImage.Transpose.TRANSVERSE,
-    8: PilImage.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,11 +188,9 @@ def open_image(source: ImageSource, limits: ImageLimits | None = None, *, deep: 
             raise DataError(
                 f"a picture of floats: {source.describe()} has no range that is known to be white; scale it to 8 bits"
             )
-        orientation = _orientation(image)
-        image.load()
-        upright = image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image
+        turned = upright(image)
         try:
-            return _to_rgb(upright, deep)
+            return _to_rgb(turned, deep)
         except ValueError:  # Pillow has no way from this mode to RGB
             raise DataError(
                 f"a picture of mode {image.mode}: {source.describe()} cannot be made RGB; convert it first"
@@ -227,8 +214,7 @@ def decoded(source: ImageSource, limits: ImageLimits | None = None) -> PilImage.
 def image_size(source: ImageSource, limits: ImageLimits | None = None) -> tuple[int, int]:
     """Height and width of what :func:`open_image` makes, from the header alone. Raises DataError as it does."""
     with _opened(source, limits or ImageLimits()) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image) >= _FIRST_TURNED else (height, width)
+        return upright_size(image)
 
 
 @contextmanager
@@ -265,15 +251,6 @@ def _opened(source: ImageSource, limits: ImageLimits) -> Iterator[PilImage.Image
         raise DataError(f"broken image: {where} is truncated or damaged; {_REWRITE}") from None
 
 
-def _orientation(image: PilImage.Image) -> int:
-    """EXIF orientation 1..8. Damaged EXIF data counts as upright: the pixels may still be sound."""
-    try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # the EXIF parser is as open-minded about exceptions as the decoders
-        return 1
-    return value if isinstance(value, int) else 1
-
-
 def _to_rgb(image: PilImage.Image, deep: "Deep") -> PilImage.Image:
     """8-bit RGB on white. Scaled, 16-bit grey keeps its high byte, as Pillow does for 16-bit colour; clipped, all goes
     as in transformers, where colour premultiplied by alpha (RGBa) is taken for opaque."""
@@ -307,8 +284,8 @@ class ImageTransform:
     ``square``: short side to ``size``, other side int(size * long / short), centre crop (CLIP; spec of stage 1 of
     LLaVA-1.5). ``pad``: first onto a square canvas of the long side, background floor(255 * mean), offset
     floor((long - short) / 2) (stage 2 of LLaVA-1.5). ``squash``: both sides to ``size`` (SigLIP). ``aspect``: the long
-    side to ``size``, the other in proportion, rounded to whole patches of ``patch`` pixels, so (3, h, w) with any h, w.
-    ``anyres``: views of ``size``, (1 + tiles, 3, size, size): the whole squashed, then the tiles of the canvas among
+    side to ``size``, the other in proportion, rounded to full patches of ``patch`` pixels, so (3, h, w) with any h, w.
+    ``anyres``: views of ``size``, (1 + tiles, 3, size, size): the picture squashed, then the tiles of the canvas among
     ``pinpoints`` (height, width) that suits the picture, fitted into its middle on black (LLaVA 1.6).
     ``mean`` and ``std`` are of pixels in 0..1. ``crop``: where the centre begins when (long - size) / 2 is no whole
     number: ``floor`` (transformers, LLaVA) or the nearest even, ``round`` (OpenAI's CLIP, open_clip). ``deep``: what
@@ -388,15 +365,15 @@ class ImageTransform:
         return torch.from_numpy(np.stack([table[c][levels[:, :, c]] for c in range(3)]))
 
     def views(self, image: PilImage.Image) -> list[PilImage.Image]:
-        """``anyres``: the whole picture, then the tiles of its canvas, row by row."""
+        """``anyres``: the full picture, then the tiles of its canvas, row by row."""
         filter_, size = _RESAMPLING[self.resample], (image.height, image.width)
         canvas = best_canvas(size, self.pinpoints)
         height, width = fitted(size, canvas)
         sheet = PilImage.new("RGB", (canvas[1], canvas[0]))
         sheet.paste(image.resize((width, height), filter_), ((canvas[1] - width) // 2, (canvas[0] - height) // 2))
         corners = [(x, y) for y in range(0, canvas[0], self.size) for x in range(0, canvas[1], self.size)]
-        whole = image.resize((self.size, self.size), filter_)
-        return [whole, *(sheet.crop((x, y, x + self.size, y + self.size)) for x, y in corners)]
+        overview = image.resize((self.size, self.size), filter_)
+        return [overview, *(sheet.crop((x, y, x + self.size, y + self.size)) for x, y in corners)]
 
     def fit(self, image: PilImage.Image, where: str = "the picture") -> PilImage.Image:
         """The size x size picture the model sees (``aspect``: of any shape; not for ``anyres``), unnormalised.
@@ -404,7 +381,7 @@ class ImageTransform:
         Raises DataError, naming ``where``, for a strip too thin to be resized before its middle is cut out.
         """
         if self.mode == "aspect":
-            target = self._whole_patches(*image.size)
+            target = self._multiple_of_patches(*image.size)
             return image if target == image.size else image.resize(target, _RESAMPLING[self.resample])
         if self.mode == "pad":
             image = _on_square(image, self.background)
@@ -442,8 +419,8 @@ class ImageTransform:
         """Where the centre begins along a side. Python rounds half to even, as in the code of OpenAI and open_clip."""
         return round((side - self.size) / 2) if self.crop == "round" else (side - self.size) // 2
 
-    def _whole_patches(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height with the long side at ``size`` and both sides whole patches, at least one."""
+    def _multiple_of_patches(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height with the long side at ``size`` and both sides full patches, at least one."""
         long = max(width, height)
         sides = [
             max(1, math.floor(side * self.size / long / self.patch + 0.5)) * self.patch for side in (width, height)

@@ -1,7 +1,7 @@
 """JointLoader: every step reads a batch of every source, and the sources' mean losses are weighted.
 
 Flamingo's rule (2204.14198, sec. 3.3): gradients of all data sets are accumulated over one step, each with its weight
-λ; taking the sets in turns instead costs 7.8 points there. A mean loss does not ask which rows stood beside it, so rows
+λ; taking the sets in turns instead costs 7.8 points there. A mean loss does not depend on its neighbours, so rows
 of several sources may share a forward pass.
 """
 

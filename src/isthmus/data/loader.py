@@ -216,7 +216,7 @@ class Loader:
                 examples.append(self._seen(example, visit))
             except DataError as error:
                 self.quarantine.add(name, source, str(error))
-        self.quarantine.seen(len(rows))
+        self.quarantine.count_read(len(rows))
         return examples
 
     def _micro_batches(self, examples: Sequence[Example]) -> list[Batch]:

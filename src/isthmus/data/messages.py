@@ -30,14 +30,14 @@ def parts_of(messages: Sequence[Message]) -> list[Part]:
         if not isinstance(pieces, Sequence):
             raise DataError(f"message {number}: content must be a text or a list of parts, got {content!r}.")
         for piece in pieces:
-            kind = piece.get("type") if isinstance(piece, Mapping) else None
-            if kind in ("text", "image", "video") and piece.get(kind) is None:
-                raise DataError(f"message {number}: a part of type {kind!r} lacks its field {kind!r}.")
-            if kind == "text":
+            part_type = piece.get("type") if isinstance(piece, Mapping) else None
+            if part_type in ("text", "image", "video") and piece.get(part_type) is None:
+                raise DataError(f"message {number}: a part of type {part_type!r} lacks its field {part_type!r}.")
+            if part_type == "text":
                 parts.append(Text(str(piece["text"]), role=role))
-            elif kind == "image" and role == "user":
+            elif part_type == "image" and role == "user":
                 parts.append(as_image(piece["image"]))
-            elif kind == "video" and role == "user":
+            elif part_type == "video" and role == "user":
                 parts.append(as_video(piece["video"]))
             else:
                 raise DataError(

@@ -10,8 +10,8 @@ from isthmus.errors import DataError
 class Quarantine:
     """A JSON-lines file of bad samples (``id``, ``source``, ``reason``), each written once even over resumes.
 
-    ``seen(n)`` tells it how many samples were asked for since; when more than ``threshold`` of them were bad, and
-    at least ``after`` were asked for, it raises DataError with the counts. Without a path it only counts.
+    ``count_read(n)`` adds n samples that were read; when more than ``threshold`` of them were bad, and at least
+    ``after`` were read, it raises DataError with the counts. Without a path it only counts.
     """
 
     def __init__(self, path: Path | str | None = None, *, threshold: float = 0.01, after: int = 100) -> None:
@@ -47,12 +47,12 @@ class Quarantine:
                 file.write(f"{self._line_break}{line}\n")
             self._line_break = ""
 
-    def seen(self, count: int) -> None:
-        """``count`` more samples were asked for, the bad ones among them. Raises DataError above the threshold."""
+    def count_read(self, count: int) -> None:
+        """``count`` more samples were read, the bad ones among them. Raises DataError above the threshold."""
         self.samples += count
         if self.samples >= self.after and self.failures > self.threshold * self.samples:
             reasons = ", ".join(f"{reason} ({n})" for reason, n in self.reasons().most_common(3))
-            where = f"all are listed in {self.path}" if self.path else "no quarantine file was asked for"
+            where = f"all are listed in {self.path}" if self.path else "there is no quarantine file"
             raise DataError(
                 f"{self.failures} of {self.samples} samples are bad, more than the allowed "
                 f"{self.threshold:.1%}; most often: {reasons}; for example: {self.example()}. Mend the data "

@@ -31,7 +31,7 @@ def published_request(processor: Any) -> dict[str, str]:
 
 
 def scored(processor: Processor, record: Record, candidate: str) -> Example:
-    """A record that ends with a candidate answer, for its score: whole, and with the pictures that a prompt may have.
+    """A record that ends with a candidate answer, for its score: not cut, and with the pictures that a prompt may have.
 
     Raises DataError, naming the candidate, when it does not fit: cut off, it would score as another text.
     """

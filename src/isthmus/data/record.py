@@ -16,7 +16,7 @@ Role = Literal["text", "system", "user", "assistant"]
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """Anything that can hand over an encoded or raw picture when asked: a path, a tar member, a scene."""
+    """Anything that can hand over an encoded or raw picture on demand: a path, a tar member, a scene."""
 
     def describe(self) -> str:
         """Where it comes from, for error messages: ``cats.tar :: 0001.png``."""
@@ -56,8 +56,8 @@ class Image:
         return hashlib.sha256(f"{raw.mode}{raw.size}".encode() + raw.tobytes()).hexdigest()
 
     def identity(self) -> Hashable:
-        """What tells the picture from others without opening it: its key, else its source. Equal identities are one
-        picture; unlike ones may still have the same content."""
+        """What distinguishes the picture from others without opening it: its key, else its source. Equal identities are
+        one picture; unlike ones may still have the same content."""
         if self.key:
             return self.key
         try:
@@ -69,7 +69,7 @@ class Image:
 
 @runtime_checkable
 class FrameSource(Protocol):
-    """Anything that can hand over the frames of a clip when asked: a video file, a folder of pictures, a scene."""
+    """Anything that can hand over the frames of a clip on demand: a video file, a folder of pictures, a scene."""
 
     def describe(self) -> str:
         """Where it comes from, for error messages."""
@@ -143,7 +143,7 @@ class Example:
 
     ``pixels`` are callables so that planning (lengths) costs no decoding: collate calls each with its visual.
     ``sizes``: height and width of each visual as it came, where the net must know them (AnyRes), else empty. ``keyed``:
-    the loss or a cache tells pictures apart by content, so a batch must carry their keys; False spares the hashing.
+    the loss or a cache distinguishes pictures by content, so a batch must carry their keys; False spares the hashing.
     """
 
     id: str

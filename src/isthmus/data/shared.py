@@ -74,7 +74,7 @@ def cut(examples: Sequence[Example]) -> Cut | None:
     unplaced = any(len(own) != len(e.visuals) for own, e in zip(places, examples, strict=True))
     if end < 1 or unplaced or (not count and end * (len(examples) - 1) < FEW):
         return None
-    return Cut(_upto(first, end, count), [_behind(example, end, count) for example in examples])
+    return Cut(_upto(first, end, count), [_after(example, end, count) for example in examples])
 
 
 def _upto(example: Example, end: int, count: int) -> Example:
@@ -90,7 +90,7 @@ def _upto(example: Example, end: int, count: int) -> Example:
     )
 
 
-def _behind(example: Example, end: int, count: int) -> Example:
+def _after(example: Example, end: int, count: int) -> Example:
     span = example.streams["lm"]
     own = Span(span.ids[end:], None, None if span.media_index is None else span.media_index[end:])
     return replace(

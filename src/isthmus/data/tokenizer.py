@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from isthmus.errors import CheckpointError, ConfigError, DataError, MissingExtraError
-from isthmus.file_kind import but_is, start_of
+from isthmus.file_type import but_is, start_of
 
 END = "\U0010fffd"
 """Stands for the end-of-sequence token inside a template: the last private-use character of Unicode."""

@@ -1,4 +1,4 @@
-"""From token ids to the text of an answer, as far as it can be said already.
+"""From token ids to the text of an answer, as far as it is final already.
 
 Of an answer that is still being written three things are held back: a character of which only some bytes are there,
 the beginning of what may become a stop text, and white space that may turn out to be the answer's end. What was said

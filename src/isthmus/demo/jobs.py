@@ -107,9 +107,9 @@ def run_jobs(
     jobs: Sequence[Job], *, at_once: int, threads: int, ended: Callable[[Job], None] = lambda job: None
 ) -> None:
     """Run all that are not finished, at most ``at_once`` at a time, ``threads`` each, with a bar for each; ``ended`` is
-    told of each that was run to its end, while others go on.
+    called with each that was run to its end, while others go on.
 
-    Raises JobError as soon as one fails; the others are told to stop, save and end first, as they are by Ctrl-C.
+    Raises JobError as soon as one fails; the others get a signal to save and end first, as by Ctrl-C.
     """
     waiting = [job for job in jobs if not job.finished]
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -118,7 +118,7 @@ def run_jobs(
         while waiting or running or over:
             for job in [j for j in waiting if _ready(j, jobs)][: at_once - len(running)]:
                 waiting.remove(job)
-                bars.tell(f"{job.name} begins; what it says goes to {job.log}")
+                bars.announce(f"{job.name} begins; what it says goes to {job.log}")
                 running[job.name] = _start(job, threads)
             if waiting and not running:
                 raise JobError(f"{waiting[0].name} waits for {', '.join(waiting[0].needs)}, and nobody makes that.")
@@ -132,7 +132,7 @@ def run_jobs(
                     del running[name]
                     if process.returncode:
                         raise JobError(f"{name}: {_last_words(job)}\nAll it said is in {job.log}.")
-                    bars.tell(f"{name} is done: {job.folder}")
+                    bars.announce(f"{name} is done: {job.folder}")
                     over.append(job)
 
 
@@ -177,7 +177,7 @@ class _Bars:
         self.progress = progress
         self.tasks: dict[str, TaskID] = {}
 
-    def tell(self, what: str) -> None:
+    def announce(self, what: str) -> None:
         """A line above the bars, or all there is where nobody watches."""
         self.progress.console.print(what, highlight=False, soft_wrap=True)
 
@@ -210,7 +210,7 @@ def _steps_done(stage: Path, steps: int) -> int:
     for line in reversed(lines):
         try:
             return min(int(json.loads(line)["step"]), steps)
-        except (ValueError, KeyError, TypeError):  # a line that is being written, or tells something else
+        except (ValueError, KeyError, TypeError):  # a line that is being written, or has other content
             continue
     return 0
 
@@ -229,5 +229,5 @@ def _part_scored(folder: Path) -> int:
 
 def _last_words(job: Job) -> str:
     """The last paragraph of its log: the program's own message."""
-    told = job.log.read_text(encoding="utf-8", errors="replace").rstrip()
-    return told.rpartition("isthmus: ")[2] if "isthmus: " in told else "\n".join(told.splitlines()[-5:])
+    output = job.log.read_text(encoding="utf-8", errors="replace").rstrip()
+    return output.rpartition("isthmus: ")[2] if "isthmus: " in output else "\n".join(output.splitlines()[-5:])

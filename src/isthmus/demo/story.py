@@ -1,4 +1,4 @@
-"""The whole story in one command: CLIP, a language model, Flamingo, BLIP-2, LLaVA; then scores, a report, a chat.
+"""The full story in one command: CLIP, a language model, Flamingo, BLIP-2, LLaVA; then scores, a report, a chat.
 
 Each model is an ordinary recipe run in a folder of its own, so an interrupted demo goes on where it stopped, and
 ``isthmus train clip-tiny`` does exactly what the demo does. On several cores trainings run side by side.
@@ -105,11 +105,11 @@ def run_demo(
             with _bar() as progress:
                 rivals[name] = _scored(out / name, model, recipe, progress)
             write()
-        # Not before: what an answer costs is told by a machine that does nothing else.
+        # Not before: what an answer costs is measured on a machine that does nothing else.
         measure(rivals[name], model, out / name / "eval")
     searched(out)
     write()
-    _tell(console, out, rivals)
+    _summarise(console, out, rivals)
 
 
 def served(out: Path) -> list[str]:
@@ -142,13 +142,14 @@ def _write(out: Path, rivals: Mapping[str, Contestant], seed: int, budget: float
     so_far += "" if missing else f" Ask them yourself, side by side in a browser: {page_command(out)}"
     report = write_comparison(out, ordered, title=_TITLE, summary=_SUMMARY + so_far, seed=seed)
     if page and not missing:
-        asked = ",".join(name for name in ("llava", "blip2", "flamingo") if name in rivals)
-        report = replace(report, link=(f"{page}#models={asked}", "The page, while that command runs"))
+        names = ",".join(name for name in ("llava", "blip2", "flamingo") if name in rivals)
+        report = replace(report, link=(f"{page}#models={names}", "The page, while that command runs"))
     write_report(out / "report.html", report)
 
 
 def _jobs(recipes: Mapping[str, Recipe], out: Path, budget: float) -> list[Job]:
-    """What `isthmus train` and `isthmus eval` are told for each model: the demo's own recipes, its folder's parts."""
+    """The arguments of `isthmus train` and `isthmus eval` for each model: the demo's own recipes, its folder's
+    parts."""
     jobs: list[Job] = []
     for name, recipe in recipes.items():
         seed = f"{recipe.seed}"
@@ -180,7 +181,7 @@ def _share(name: str, budget: float) -> list[str]:
 
 
 def _scored(folder: Path, model: Model, recipe: Recipe, progress: Scored | None = None) -> Contestant:
-    """The model with what it scored; what is in its folder already is not asked again."""
+    """The model with what it scored; what is in its folder already is not scored again."""
     rival = Contestant(name=folder.name, folder=folder, recipe=recipe, specs=recipe.evaluate)
     own = model_hash(folder)
     rival.results = score_model(
@@ -203,7 +204,7 @@ def _bar() -> Iterator[Scored]:
         yield progress
 
 
-def _tell(console: Console, out: Path, rivals: Mapping[str, Contestant]) -> None:
+def _summarise(console: Console, out: Path, rivals: Mapping[str, Contestant]) -> None:
     """The score tables, where everything is, and the command that chats with the model about a test picture."""
     from isthmus.recipes.tables import score_table
 
@@ -217,5 +218,5 @@ def _tell(console: Console, out: Path, rivals: Mapping[str, Contestant]) -> None
     console.print(f"Scores: [bold]{out / 'results.json'}[/]   report: [bold]{out / 'report.html'}[/]")
     console.print("Ask the model yourself:", style="bold")
     console.print(f'isthmus chat {out / "llava"} --image {picture} "{question}"', soft_wrap=True, highlight=False)
-    console.print("In a browser, side by side, and where each model looks:", style="bold")
+    console.print("In a browser, side by side, and what each model attends to:", style="bold")
     console.print(page_command(out), soft_wrap=True, highlight=False)

@@ -1,7 +1,7 @@
 """One request to an OpenAI-compatible endpoint and its reply.
 
 Waiting out 429 (with its ``Retry-After``), 5xx, timeouts and connections that break is the ``openai`` client's work;
-what it does not look at is looked at here: replies that are no JSON or no chat completion, and another model's name.
+what it does not check is checked here: replies that are no JSON or no chat completion, and another model's name.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ Message = Mapping[str, str]
 @dataclass(frozen=True, slots=True)
 class Request:
     """``messages`` to be answered. ``name`` says what they are about, in messages to people; it is not sent.
-    ``attempt`` counts the times that the same is asked anew; it is sent as the seed."""
+    ``attempt`` counts repetitions of the same request; it is sent as the seed."""
 
     name: str
     messages: tuple[Message, ...]
@@ -55,7 +55,7 @@ class Reply:
 @dataclass(frozen=True)
 class Endpoint:
     """A model at a URL. A URL without a path gets ``/v1``. The key is read from the environment variable ``key``; an
-    endpoint that needs none is asked without. ``options`` are further fields of the request; one that is none is left
+    endpoint that needs none gets none. ``options`` are further fields of the request; one that is none is left
     out (``{"max_tokens": None, "max_completion_tokens": 500}``).
 
     Raises ConfigError for what is no URL, MissingExtraError without the ``openai`` package (at the first request).
@@ -93,13 +93,13 @@ class Endpoint:
 
     def describe(self) -> dict[str, Any]:
         """What decides its answers, for manifests."""
-        told = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
-        return told | dict(self.options)
+        settings = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
+        return settings | dict(self.options)
 
     def hash(self, request: Request) -> str:
         """sha256 of all that decides the reply, where the endpoint stands aside."""
-        told = {**self.describe(), "messages": [dict(m) for m in request.messages], "seed": request.attempt}
-        return hashlib.sha256(json.dumps(told, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        settings = {**self.describe(), "messages": [dict(m) for m in request.messages], "seed": request.attempt}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
     @cached_property
     def _client(self) -> Any:
@@ -136,20 +136,20 @@ class Endpoint:
             )
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise EndpointError(
-                f"{self.place} refuses the key ({_told(error)}). It is read from the environment variable {self.key}."
+                f"{self.place} refuses the key ({_detail(error)}). It is read from the environment variable {self.key}."
             ) from None
         except openai.NotFoundError as error:
             raise EndpointError(
-                f"{self.place} has no model {self.model!r}, or does not complete chats ({_told(error)}). Check the URL "
-                "(it usually ends in /v1) and the model's name."
+                f"{self.place} has no model {self.model!r}, or does not complete chats ({_detail(error)}). Check the "
+                "URL (it usually ends in /v1) and the model's name."
             ) from None
         except openai.RateLimitError as error:
             raise EndpointError(
-                f"{self.place} takes no more requests for now ({_told(error)}), also after {self.retries} tries. The "
+                f"{self.place} takes no more requests for now ({_detail(error)}), also after {self.retries} tries. The "
                 "same command goes on where this one stopped; fewer at once (--concurrency) may help."
             ) from None
         except openai.APIStatusError as error:
-            raise ReplyError(f"request refused: {self.place} answered {request.name} with {_told(error)}") from None
+            raise ReplyError(f"request refused: {self.place} answered {request.name} with {_detail(error)}") from None
         except openai.APITimeoutError:
             raise ReplyError(
                 f"no answer: {self.place} took longer than {self.timeout:g} s for {request.name}"
@@ -172,8 +172,8 @@ class Endpoint:
         model = str(facts.get("model") or "")
         if model and not model.startswith(self.model):
             raise EndpointError(
-                f"{self.place} was asked for the model {self.model!r} and answered as {model!r}. Nothing is kept of "
-                "another model's answers: name the one that is meant (--model)."
+                f"{self.place} got a request for the model {self.model!r} and answered as {model!r}. Nothing is kept "
+                "of another model's answers: name the one that is meant (--model)."
             )
         usage = facts.get("usage") or {}
         return Reply(
@@ -188,9 +188,9 @@ class Endpoint:
 
 
 class _NoCompletionError(Exception):
-    """A reply that can only be asked for again."""
+    """A reply that is of no use: the request can only be repeated."""
 
 
-def _told(error: Any) -> str:
+def _detail(error: Any) -> str:
     """Status and message of an error, in one short line."""
     return " ".join(f"{error.status_code} {error.message}".split())[:200]

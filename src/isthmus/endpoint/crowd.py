@@ -20,7 +20,7 @@ class Budget:
     """What may be spent on all replies of one file, those of earlier runs among them. Prices are per million tokens.
 
     No request is sent that could pass the limit together with those that are out: its prompt is reckoned at the most
-    tokens per byte met so far (the first one goes alone, to tell), and its reply at ``max_tokens``.
+    tokens per byte met so far (the first one goes alone, to measure it), and its reply at ``max_tokens``.
     """
 
     price_in: float | None = None
@@ -84,7 +84,7 @@ class Budget:
 @dataclass(slots=True)
 class Outcome:
     """``failed``: name of a request -> why it has no reply. ``asked`` counts the replies that came now, not those known
-    before. ``stopped`` says why requests were left unasked, empty where none were."""
+    before. ``stopped`` says why requests were not sent, empty where all were."""
 
     asked: int = 0
     failed: dict[str, str] = field(default_factory=dict)
@@ -100,8 +100,8 @@ def ask_all(
     budget: Budget | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Every request that ``replies`` has no answer to is asked, ``concurrency`` at a time, and its reply kept as soon
-    as it comes. ``progress`` is told how many are done, those known before among them.
+    """Every request that ``replies`` has no answer to is sent, ``concurrency`` at a time, and its reply kept as soon
+    as it comes. ``progress`` gets the number of those that are done, those known before among them.
 
     Raises EndpointError where going on would be of no use; what was answered is kept.
     """
@@ -144,7 +144,7 @@ class _Crowd:
             budget.add(reply)
 
     def needs(self, request: Request) -> bool:
-        """Whether it must be asked; one that is known, or asked already, is only counted."""
+        """Whether it must be sent; one that is known, or was sent already, is only counted."""
         name = self.endpoint.hash(request)
         reply = self.replies.get(name)
         known = reply is not None or name in self._met
@@ -152,7 +152,7 @@ class _Crowd:
             self.budget.learn(request, reply)
         self._met.add(name)
         if known:
-            self._told()
+            self._report()
         return not known
 
     def affordable(self, request: Request) -> bool:
@@ -173,7 +173,7 @@ class _Crowd:
                         f"{self._in_a_row} requests in a row got no answer; the last: {error}. The same command goes "
                         "on where this one stopped."
                     ) from None
-            self._told()
+            self._report()
 
     def _keep(self, reply: Reply, request: Request) -> None:
         self.replies.add(reply)
@@ -181,7 +181,7 @@ class _Crowd:
         self.budget.learn(request, reply)
         self.budget.add(reply)
 
-    def _told(self) -> None:
+    def _report(self) -> None:
         if self.progress is not None:
             done = len(self._met) - len(self.out)
             self.progress(done)

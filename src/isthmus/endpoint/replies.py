@@ -13,7 +13,7 @@ class Replies:
     """The replies in ``path``, and the place for more: ``with Replies(path) as replies: ...``.
 
     Each is on the disk before :meth:`add` returns. A last line cut short by a kill is dropped when the file is opened:
-    its request is asked again. One process at a time: the file is locked by the kernel, for as long as it is open.
+    its request is sent again. One process at a time: the file is locked by the kernel, for as long as it is open.
 
     Raises DataError for a file that another process has open, or a damaged line before the last.
     """
@@ -53,15 +53,15 @@ class Replies:
     def _recall(self) -> None:
         assert self._file is not None
         content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        complete = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(complete.split(b"\n")[:-1], start=1):
             try:
                 reply = Reply(**json.loads(line))
             except (ValueError, TypeError):
                 raise DataError(f"{self.path}, line {number} is damaged; delete that line and run again.") from None
             self._found.setdefault(reply.request, reply)
-        if whole != content:
-            os.ftruncate(self._file, len(whole))
+        if complete != content:
+            os.ftruncate(self._file, len(complete))
 
     def add(self, reply: Reply) -> None:
         """Kept once: a second reply to one request is dropped."""

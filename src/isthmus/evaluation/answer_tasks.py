@@ -11,8 +11,8 @@ import numpy as np
 from isthmus.data.messages import NO_ANSWER
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import binary, choice, rules, vqa
-from isthmus.evaluation.asking import ask_all, how_asked
 from isthmus.evaluation.bootstrap import Interval, intervals
+from isthmus.evaluation.controls import answers_with_controls, plan_controls
 from isthmus.evaluation.protocols import Answers, Sample, Weighs
 from isthmus.evaluation.tasks import Questions, Row, VqaTask, listed, unique
 from isthmus.evaluation.turns import (
@@ -70,13 +70,13 @@ class LikelihoodTask(Questions):
         return {**Questions.describe(self), "rule": "choice", "answer_with": self.answer_with, "per": self.per}
 
     def rows(self, model: Weighs, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        asking = how_asked(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
+        plan = plan_controls(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
-        for record in (self.records[i] for i in todo):  # a truth that is no choice is met before the model is asked
+        for record in (self.records[i] for i in todo):  # a truth that is no choice is met before the model runs
             row = self.row(record.id, last_turn(record), kind_of(record), {"answer": ""})
             choice.CHOICE.points("", row | {"choices": choices_of(record, self.name)})
-        for places in asking.chunks(todo, chunk):
-            yield [self._row(model, self.records[i], self.records[asking.other[i]]) for i in places]
+        for places in plan.chunks(todo, chunk):
+            yield [self._row(model, self.records[i], self.records[plan.other[i]]) for i in places]
 
     def _row(self, model: Weighs, record: Any, other: Any) -> Row:
         choices, question = choices_of(record, self.name), prompt(record)
@@ -108,8 +108,8 @@ class LikelihoodTask(Questions):
 class ConversationTask(Questions):
     """Every question of a conversation, in order, one row each (id ``<record>/<turn>``, turns from 1).
 
-    ``history``: the earlier answers in the context are the model's ``own`` (of the same way of asking: the blind
-    model remembers what it said blind), or the ``true`` ones. Each follow-up is also asked ``alone``, with the
+    ``history``: the earlier answers in the context are the model's ``own`` (under the same control: the blind
+    model remembers what it said blind), or the ``true`` ones. Each follow-up is also put ``alone``, with the
     picture and without the earlier turns: where that scores as well, the follow-up needed no memory.
     """
 
@@ -142,10 +142,10 @@ class ConversationTask(Questions):
         return {**Questions.describe(self), **own}
 
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        asking = how_asked(self.records, self.name, self.controls, self.seed)
+        plan = plan_controls(self.records, self.name, self.controls, self.seed)
         todo = [i for i in range(len(self.records)) if not set(self._ids(self.records[i])) <= set(done)]
-        for places in asking.chunks(todo, max(1, chunk // 4)):
-            others = [self.records[asking.other[i]] for i in places]
+        for places in plan.chunks(todo, max(1, chunk // 4)):
+            others = [self.records[plan.other[i]] for i in places]
             made = self._talk(model, [self.records[i] for i in places], others)
             yield [row for row in made if row["id"] not in done]
 
@@ -171,19 +171,19 @@ class ConversationTask(Questions):
         for n in range(max(len(turns(r)) for r in records)):
             going = [i for i, r in enumerate(records) if len(turns(r)) > n]
             prompts = [_up_to(records[i], n, said[i] if self.history == "own" else None) for i in going]
-            answers = ask_all(model, prompts, prompts, (), self.decoding)["answer"]
+            answers = answers_with_controls(model, prompts, prompts, (), self.decoding)["answer"]
             for i, answer in zip(going, answers, strict=True):
                 said[i].append(answer)
         return said
 
-    def _alone(self, model: Answers, records: Sequence[Any], seen: Sequence[Sequence[str]]) -> list[list[str]]:
+    def _alone(self, model: Answers, records: Sequence[Any], first: Sequence[Sequence[str]]) -> list[list[str]]:
         """Follow-ups without what was said before. A first question is alone anyway: its answer stands."""
         places = [(i, n) for i, r in enumerate(records) for n in range(1, len(turns(r)))]
-        found = [list(answers) for answers in seen]
+        found = [list(answers) for answers in first]
         if places:
             prompts = [_without_history(records[i], n) for i, n in places]
             for (i, n), answer in zip(
-                places, ask_all(model, prompts, prompts, (), self.decoding)["answer"], strict=True
+                places, answers_with_controls(model, prompts, prompts, (), self.decoding)["answer"], strict=True
             ):
                 found[i][n] = answer
         return found

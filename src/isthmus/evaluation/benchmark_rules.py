@@ -18,7 +18,7 @@ from isthmus.evaluation.choice import CHOICE
 from isthmus.evaluation.vqa import Facts, Rule
 
 _ENOUGH = 3
-"""People who have to say the same for a whole point."""
+"""People who have to say the same for a full point."""
 _NEAR = 0.5
 """Similarity below which an answer is another one, not one misread."""
 

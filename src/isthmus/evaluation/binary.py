@@ -2,7 +2,7 @@
 
 An answer that says neither is unparsable: a class of its own, wrong, and counted. The published POPE parser instead
 takes every answer without a "no" for a yes; that reading stands beside ours under ``official``, so that numbers can
-be held against published ones and the difference is seen. It knows no true and false: NLVR has no ``official``.
+be held against published ones and the difference shows. It knows no true and false: NLVR has no ``official``.
 """
 
 import re
@@ -92,8 +92,8 @@ def rates(sums: Array) -> Array:
     """(…, 5) sums of :func:`table` -> (…, 5): accuracy, precision, recall, F1, share of yes."""
     true_yes, false_yes, true_no, false_no, n = np.moveaxis(np.asarray(sums, dtype=np.float64), -1, 0)
 
-    def over(part: Array, whole: Array) -> Array:
-        return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+    def over(part: Array, total: Array) -> Array:
+        return np.divide(part, total, out=np.zeros_like(part), where=total > 0)
 
     precision, recall = over(true_yes, true_yes + false_yes), over(true_yes, true_yes + false_no)
     f1 = over(2 * precision * recall, precision + recall)

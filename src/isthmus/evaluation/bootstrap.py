@@ -12,8 +12,8 @@ Array = NDArray[np.float64]
 def resampled_sums(outcomes: Array, *, draws: int, seed: int) -> Array:
     """Column sums over ``draws`` resamples with replacement: (n, C) -> (draws, C).
 
-    Items are drawn whole, so columns stay paired. Items with equal outcomes are interchangeable: drawing how often
-    each distinct row occurs is the same experiment, and costs the number of distinct rows instead of n.
+    An item is drawn with all its columns, so they stay paired. Items with equal outcomes are interchangeable: drawing
+    how often each distinct row occurs is the same experiment, and costs the number of distinct rows instead of n.
     """
     rows, counts = np.unique(outcomes, axis=0, return_counts=True)
     share = counts / counts.sum()

@@ -1,4 +1,5 @@
-"""Captioning: one caption per picture, against all of its references, beside what can be written without looking."""
+"""Captioning: one caption per picture, against all of its references, beside what can be written without the
+picture."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -9,22 +10,22 @@ from typing import Any, ClassVar
 import numpy as np
 
 from isthmus.errors import ConfigError, DataError
-from isthmus.evaluation.asking import Asked, Control, ask_all, check_controls, shuffled_among
 from isthmus.evaluation.bootstrap import Array, Interval, intervals
 from isthmus.evaluation.captions import CaptionScores, score_captions
 from isthmus.evaluation.captions.bleu import ngrams
 from isthmus.evaluation.captions.tokens import tokens
+from isthmus.evaluation.controls import Control, ControlPlan, answers_with_controls, check_controls, shuffled_among
 from isthmus.evaluation.protocols import Answers, Records, TextPart
 from isthmus.evaluation.tasks import Row, Task, fingerprint, listed, unique
 from isthmus.evaluation.turns import captions_of
 from isthmus.evaluation.vqa import controls_of
 
 MAIN = "CIDEr"
-"""The score that the gain is told in."""
+"""The score that the gain is given in."""
 
 
 def typical_caption(records: Sequence[Any]) -> str:
-    """The training caption that says what most captions say: the constant answer of somebody who never looks.
+    """The training caption that says what most captions say: a constant answer that needs no picture.
 
     Of the captions at least as long as the median, the one whose n-grams occur in most captions on average; of equal
     ones the alphabetically first. Raises DataError without captions.
@@ -33,15 +34,15 @@ def typical_caption(records: Sequence[Any]) -> str:
     if not captions:
         raise DataError("The prior needs training captions, and there are none.")
     cut = {c: tokens(c) for c in captions}
-    seen: Counter[tuple[str, ...]] = Counter()
+    counts: Counter[tuple[str, ...]] = Counter()
     for words in cut.values():
-        seen.update({g for order in ngrams(words) for g in order})
+        counts.update({g for order in ngrams(words) for g in order})
     median = sorted(map(len, cut.values()))[len(cut) // 2]
     long_enough = [c for c in captions if len(cut[c]) >= median]
 
     def commonness(caption: str) -> float:
         grams = [g for order in ngrams(cut[caption]) for g in order]
-        return sum(seen[g] for g in grams) / len(grams)
+        return sum(counts[g] for g in grams) / len(grams)
 
     return min(long_enough, key=lambda c: (-commonness(c), c))
 
@@ -94,7 +95,7 @@ def score(rows: Sequence[Row], *, seed: int = 0) -> CaptionTaskScores:
 class CaptionTask(Task):
     """Captions scored by BLEU, ROUGE-L and CIDEr-D; the records of one picture count as one with all their captions.
 
-    ``prompt`` is what the user asks; empty for models that caption a bare picture, which cannot be asked blind.
+    ``prompt`` is the user's text; empty for models that caption a bare picture, which have no blind control.
     ``prior`` is a constant caption, see :func:`typical_caption`.
     """
 
@@ -113,8 +114,8 @@ class CaptionTask(Task):
         check_controls(self.controls)
         if not self.prompt and "blind" in self.controls:
             raise ConfigError(
-                f"Task {self.name!r}: without a prompt nothing is left to ask when the picture is taken away; give "
-                "one (task.prompt=...), or leave the control out (task.controls=[shuffled])."
+                f"Task {self.name!r}: without a prompt nothing is left of the question when the picture is taken away; "
+                "give one (task.prompt=...), or leave the control out (task.controls=[shuffled])."
             )
 
     @cached_property
@@ -147,9 +148,9 @@ class CaptionTask(Task):
         }
 
     def prompts(self) -> Iterator[Any]:
-        return (self._ask(record) for record, _ in self._pictures.values())
+        return (self._prompt(record) for record, _ in self._pictures.values())
 
-    def _ask(self, record: Any) -> Any:
+    def _prompt(self, record: Any) -> Any:
         """The picture and the prompt; nothing of the caption is left."""
         text: Any = next(p for p in record.parts if isinstance(p, TextPart))
         question = (replace(text, text=self.prompt, role="user", learn=False),) if self.prompt else ()
@@ -159,11 +160,11 @@ class CaptionTask(Task):
         records = [record for record, _ in self._pictures.values()]
         captions = [c for _, c in self._pictures.values()]
         shuffled = "shuffled" in self.controls
-        asking = Asked.of(list(self._pictures), self.controls, self.seed)
+        plan = ControlPlan.of(list(self._pictures), self.controls, self.seed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
-        for places in asking.chunks(todo, chunk):
-            prompts, others = [self._ask(records[i]) for i in places], [records[asking.other[i]] for i in places]
-            answers = ask_all(model, prompts, others, self.controls, self.decoding)
+        for places in plan.chunks(todo, chunk):
+            prompts, others = [self._prompt(records[i]) for i in places], [records[plan.other[i]] for i in places]
+            answers = answers_with_controls(model, prompts, others, self.controls, self.decoding)
             yield [
                 {
                     "id": records[i].id,

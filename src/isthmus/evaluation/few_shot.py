@@ -4,7 +4,7 @@ Shots are drawn from a pool of support samples, by chance or by RICES: those who
 question's by the frozen vision features, the nearest last; or the same ones for all questions, which are then read
 once. Zero shots means two examples in words alone, pictures taken out. With given candidates the answer is the
 likeliest one, its log-likelihood averaged over permutations of the shots, and zero shots means none at all: the
-candidates already say what an answer looks like.
+candidates already show the form of an answer.
 """
 
 import random
@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from isthmus.data.record import Image, Part, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation.caption_task import CaptionTask
-from isthmus.evaluation.protocols import Records, Sees
+from isthmus.evaluation.protocols import HasVisionFeatures, Records
 from isthmus.evaluation.tasks import Row, Scores, Task, VqaTask, fingerprint
 from isthmus.evaluation.turns import last_turn
 
@@ -43,7 +43,7 @@ class Support:
         places = random.Random(f"pool/{seed}").sample(range(len(records)), min(pool, len(records)))
         self.records: list[Record] = [records[i] for i in places]
         self.seed = seed
-        # A picture's key may cost reading its file, so each is asked for once.
+        # A picture's key may cost reading its file, so each is computed once.
         self._keys = [frozenset(p.content_key() for p in record.images) for record in self.records]
         self._features: Tensor | None = None
 
@@ -85,10 +85,10 @@ def as_shot(record: Record, *, pictures: bool = True, question: str | None = Non
     """A support sample as a finished turn: its pictures, its last question (if any; or ``question``), its first
     accepted answer."""
     turn = last_turn(record)
-    asks = turn.question if question is None else question
+    text = turn.question if question is None else question
     shown: list[Part] = [replace(p, role="user") for p in record.images] if pictures else []
-    asked: list[Part] = [Text(asks, role="user")] if asks or not shown else []
-    return [*shown, *asked, Text(turn.answers[0], role="assistant")]
+    user_text: list[Part] = [Text(text, role="user")] if text or not shown else []
+    return [*shown, *user_text, Text(turn.answers[0], role="assistant")]
 
 
 def with_shots(
@@ -132,13 +132,13 @@ class FewShotTask(Task):
     """A task of questions or captions with ``shots`` examples before each.
 
     Args:
-        task: what is asked and how it is scored.
+        task: the questions and how they are scored.
         support: where the examples come from.
         select: ``random`` or ``rices``; ``same`` for shots that all questions share, but for a question among them.
         permuted: shuffle the examples' answers, a control.
         candidates: closed answers to rank; then ``ensemble`` permutations of the shots are averaged.
 
-    The controls of the task change the question's picture only, and RICES then looks at that picture.
+    The controls of the task change the question's picture only, and RICES then searches by that picture.
     """
 
     task: VqaTask | CaptionTask
@@ -206,7 +206,7 @@ class FewShotTask(Task):
         return self.task.prompts()
 
     def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        if self.select == "rices" and not isinstance(model, Sees):
+        if self.select == "rices" and not isinstance(model, HasVisionFeatures):
             raise CapabilityError("RICES needs a model that can give vision_features; take select: random.")
         return self.task.rows(_Shown(self, model), done, chunk=chunk)
 
@@ -232,7 +232,7 @@ class FewShotTask(Task):
 
     def _after_shots(self, record: Any, shots: list[Record]) -> Iterator[Record]:
         """The question after its shots, in ``ensemble`` orders of these."""
-        # A caption is asked for in the same words everywhere, and in none where the model needs none.
+        # The prompt of a caption is the same everywhere, and there is none where the model needs none.
         question = self.task.prompt if isinstance(self.task, CaptionTask) else None
         own = "same" if self.select == "same" else record.id
         for order in orders(shots, self.ensemble, f"{self.seed}/{own}/order"):
@@ -240,8 +240,8 @@ class FewShotTask(Task):
 
     def _likeliest(self, model: Any, prompts: Iterator[Record]) -> str:
         """The candidate of the highest mean log-likelihood over permutations of the shots."""
-        seen = [torch.tensor(model.score(prompt.parts, self.candidates)) for prompt in prompts]
-        return self.candidates[int(torch.stack(seen).mean(0).argmax())]
+        scores = [torch.tensor(model.score(prompt.parts, self.candidates)) for prompt in prompts]
+        return self.candidates[int(torch.stack(scores).mean(0).argmax())]
 
 
 @dataclass(frozen=True, slots=True)

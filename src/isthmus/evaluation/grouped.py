@@ -110,10 +110,10 @@ def score_circular(rows: Sequence[Facts], *, seed: int = 0) -> CircularScores:
     def solved(some: Sequence[Facts]) -> list[bool]:
         return _groups(some, lambda row: CHOICE.points(row["answer"], row) == 1)
 
-    whole = np.array([solved(rows)], dtype=np.float64).T
-    interval = intervals(whole, lambda sums: sums / len(whole), seed=seed)[0]
+    outcomes = np.array([solved(rows)], dtype=np.float64).T
+    interval = intervals(outcomes, lambda sums: sums / len(outcomes), seed=seed)[0]
     kinds = {k: float(np.mean(solved(some))) for k, some in _by_kind(rows).items()}
-    return CircularScores(answers, float(whole.mean()), interval, kinds)
+    return CircularScores(answers, float(outcomes.mean()), interval, kinds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """A language model as judge of two answers, as LLaVA-Bench has it (2304.08485, section 5.1; 2310.03744).
 
 Each pair is judged in both orders, for judges like the one that they read first. A reply whose first line is not two
-scores is asked for again; what stays unreadable excludes its question, which is counted.
+scores is requested again; what stays unreadable excludes its question, which is counted.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _PLACES = ("context", "question", "first", "second", "rule")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two answers to a question of a category, and what the judge is told of the picture."""
+    """Two answers to a question of a category, and what the judge reads about the picture."""
 
     name: str
     category: str
@@ -45,8 +45,8 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """What came of one pair: the scores as they stood (none: no reply could be read), how often it was asked, and the
-    last reply."""
+    """What came of one pair: the scores as they stood (none: no reply could be read), how often it was requested, and
+    the last reply."""
 
     scores: Scores | None
     tries: int
@@ -69,7 +69,7 @@ def parse(text: str) -> Scores | None:
 @dataclass(frozen=True, kw_only=True)
 class Judge:
     """The judge at ``url``, called ``model`` there. ``prompt``: a file like the package's ``judge.yaml``, else that.
-    ``tries``: times that a pair is asked until its reply can be read."""
+    ``tries``: requests of one pair until its reply can be read."""
 
     url: str
     model: str
@@ -86,7 +86,7 @@ class Judge:
     def __post_init__(self) -> None:
         if self.tries < 1 or self.concurrency < 1:
             raise ConfigError("A judge needs tries >= 1 and concurrency >= 1.")
-        _ = self._endpoint, self.told  # a URL or a file that does not fit is met before anything is asked
+        _ = self._endpoint, self.template  # a URL or a file that does not fit is met before the first request
 
     @cached_property
     def _endpoint(self) -> Endpoint:
@@ -102,7 +102,7 @@ class Judge:
         )
 
     @cached_property
-    def told(self) -> Mapping[str, Any]:
+    def template(self) -> Mapping[str, Any]:
         """System message, rules by category, and the layout. Raises ConfigError for a file that has them not."""
         import yaml
 
@@ -126,16 +126,16 @@ class Judge:
 
     def describe(self) -> dict[str, Any]:
         """Name, settings and prompt with its sha256, for a manifest; not where it is."""
-        text = json.dumps(self.told, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(self.template, sort_keys=True, ensure_ascii=False)
         return {
             **self._endpoint.describe(),
             "tries": self.tries,
-            "prompt": dict(self.told),
+            "prompt": dict(self.template),
             "prompt_sha256": hashlib.sha256(text.encode()).hexdigest(),
         }
 
     def reviews(self, pairs: Sequence[Pair]) -> list[Review]:
-        """One per pair, in order, several asked at a time. Raises EndpointError and ReplyError as the endpoint does."""
+        """One per pair, in order, several at a time. Raises EndpointError and ReplyError as the endpoint does."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(self._review, pairs))
 
@@ -148,7 +148,7 @@ class Judge:
         return Review(None, self.tries, text)
 
     def _request(self, pair: Pair, attempt: int) -> Request:
-        rules = self.told["rules"]
+        rules = self.template["rules"]
         filled = {
             "context": pair.context,
             "question": pair.question,
@@ -157,15 +157,18 @@ class Judge:
             "rule": str(rules.get(pair.category, rules["other"])).strip(),
         }
         # In one pass: what an answer holds in braces is no place.
-        content = re.sub(rf"\{{({'|'.join(_PLACES)})\}}", lambda m: filled[m[1]], self.told["layout"]).strip()
-        messages = ({"role": "system", "content": self.told["system"].strip()}, {"role": "user", "content": content})
+        content = re.sub(rf"\{{({'|'.join(_PLACES)})\}}", lambda m: filled[m[1]], self.template["layout"]).strip()
+        messages = (
+            {"role": "system", "content": self.template["system"].strip()},
+            {"role": "user", "content": content},
+        )
         return Request(pair.name, messages, attempt)
 
     def probe(self, pairs: Sequence[Pair]) -> Counter[str]:
         """How the judge takes pairs whose first answer is the right one and whose second belongs to another question:
         ``right`` in both orders, ``first`` or ``second`` whichever stood there, ``mixed``, ``unread``.
 
-        Raises EndpointError when it does not tell more than half of them apart: such a judge's scores say nothing.
+        Raises EndpointError when it cannot distinguish more than half of them: such a judge's scores mean nothing.
         """
         both = self.reviews([p for pair in pairs for p in (pair, pair.turned())])
         found = Counter(_verdict(a, b) for a, b in zip(both[::2], both[1::2], strict=True))
@@ -173,7 +176,7 @@ class Judge:
             fault = _fault(found, {review.scores for review in both}, len(pairs))
             raise EndpointError(
                 f"The judge {self.model} {fault} of {len(pairs)} pairs of a right answer and one to another question. "
-                "Its scores would say nothing: take another judge or prompt, or ask it all the same with "
+                "Its scores would mean nothing: take another judge or prompt, or use it all the same with "
                 "--set task.sanity=false."
             )
         return found
@@ -191,10 +194,10 @@ def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def _fault(found: Counter[str], seen: set[Scores | None], pairs: int) -> str:
+def _fault(found: Counter[str], different: set[Scores | None], pairs: int) -> str:
     """What such a judge does, in words that a number of pairs follows."""
-    if len(seen) == 1 and None not in seen:
-        return f"gives the same scores, {next(iter(seen))}, to both orders of all"
+    if len(different) == 1 and None not in different:
+        return f"gives the same scores, {next(iter(different))}, to both orders of all"
     for name, words in (
         ("first", "prefers the answer that stands first, whichever it is, in"),
         ("second", "prefers the answer that stands second, whichever it is, in"),

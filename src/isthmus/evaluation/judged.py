@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from isthmus.errors import ConfigError, DataError
-from isthmus.evaluation.asking import ask
 from isthmus.evaluation.bootstrap import Array, Interval, intervals
+from isthmus.evaluation.controls import answers_of
 from isthmus.evaluation.judge import Judge, Pair, Review
 from isthmus.evaluation.protocols import Answers, Records, Sample
 from isthmus.evaluation.tasks import Row, Task, fingerprint, listed
@@ -28,7 +28,7 @@ _PROBES = 8
 @dataclass(frozen=True, kw_only=True)
 class JudgedTask(Task):
     """The last question of each record, answered and judged beside the record's own answer, the reference.
-    ``meta["context"]`` is what the judge is told of the picture. ``judge``: the fields of :class:`.judge.Judge`,
+    ``meta["context"]`` is what the judge reads about the picture. ``judge``: the fields of :class:`.judge.Judge`,
     ``url`` and ``model`` among them. With ``sanity`` the judge is tried first, on references beside those of other
     questions.
     """
@@ -74,7 +74,7 @@ class JudgedTask(Task):
             self._probe()
         for start in range(0, len(todo), min(chunk, _CHUNK)):
             records = [self.records[i] for i in todo[start : start + min(chunk, _CHUNK)]]
-            answers = ask(model, [prompt(r) for r in records], self.decoding)
+            answers = answers_of(model, [prompt(r) for r in records], self.decoding)
             pairs = [self._pair(r, answer) for r, answer in zip(records, answers, strict=True)]
             reviews = self._judge.reviews([p for pair in pairs for p in (pair, pair.turned())])
             yield [
@@ -119,7 +119,7 @@ class JudgedTask(Task):
 def _context(record: Sample, task: str) -> str:
     context = record.meta.get("context")
     if not context:
-        raise DataError(f"Task {task!r}: sample {record.id!r} has no `context`: a judge must be told of the picture.")
+        raise DataError(f"Task {task!r}: sample {record.id!r} has no `context`, from which a judge knows the picture.")
     return str(context)
 
 
@@ -156,7 +156,7 @@ class Relative:
 
 @dataclass(frozen=True, slots=True)
 class JudgedScores:
-    """Overall and by category; ``retried`` counts the reviews that were asked for more than once, ``orders`` what
+    """Overall and by category; ``retried`` counts the reviews that were requested more than once, ``orders`` what
     became of the winner when the order was turned: ``stays``, ``first`` or ``second`` (whoever stood there), ``mixed``
     (a tie)."""
 

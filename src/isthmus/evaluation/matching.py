@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.errors import ConfigError, DataError
-from isthmus.evaluation.asking import strangers
 from isthmus.evaluation.binary import parse
 from isthmus.evaluation.bootstrap import Array, Interval
+from isthmus.evaluation.controls import shuffled_partners
 from isthmus.evaluation.embedding import embed
 from isthmus.evaluation.protocols import Embeds, Matches, Records
 from isthmus.evaluation.tasks import Row, Task, fingerprint, known, listed, unique
@@ -117,7 +117,7 @@ class MatchingTask(Task):
         own = [(r.id, t, i, i, x) for i, (r, t, x) in enumerate(zip(listed(self.records), texts, labels, strict=True))]
         if self.pairs == "given":
             return own
-        other = strangers(keys, self.seed)
+        other = shuffled_partners(keys, self.seed)
         made = [(f"{name}/other", text, i, other[i], False) for name, text, i, _, _ in own]
         return [pair for both in zip(own, made, strict=True) for pair in both]
 
@@ -138,15 +138,15 @@ class MatchingTask(Task):
 
     def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         keys = [r.images[0].content_key() for r in listed(self.records)]
-        other = strangers(keys, self.seed + 1)
+        other = shuffled_partners(keys, self.seed + 1)
         todo = [p for p in self._listed if p[0] not in done]
         for start in range(0, len(todo), chunk):
             some = todo[start : start + chunk]
             texts = [text for _, text, _, _, _ in some]
-            seen = self._scores(model, texts, [shown for _, _, _, shown, _ in some])
+            scores = self._scores(model, texts, [shown for _, _, _, shown, _ in some])
             shuffled = self._scores(model, texts, [other[i] for _, _, i, _, _ in some])
             yield [
-                {"id": name, "caption": text, "label": label, "score": seen[j], "shuffled": shuffled[j]}
+                {"id": name, "caption": text, "label": label, "score": scores[j], "shuffled": shuffled[j]}
                 for j, (name, text, _, _, label) in enumerate(some)
             ]
 

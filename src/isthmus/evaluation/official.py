@@ -42,10 +42,10 @@ def vqa_references(path: Path) -> dict[str, Question]:
     found: dict[str, Question] = {}
     for a in annotations:
         given = unpacked(a["answers"], "answers")
-        told = [g.get("answer") if isinstance(g, Mapping) else g for g in given] if isinstance(given, list) else []
-        if not told or None in told:
+        texts = [g.get("answer") if isinstance(g, Mapping) else g for g in given] if isinstance(given, list) else []
+        if not texts or None in texts:
             raise DataError(f"{path}: question {a[key]} has no list of answers, each with an `answer`.")
-        answers = tuple(_text(answer, path, "answer", a[key]) for answer in told)
+        answers = tuple(_text(answer, path, "answer", a[key]) for answer in texts)
         found[str(a[key])] = Question(answers, str(a.get("answer_type", "other")), str(a.get("question_type", "other")))
     return found
 

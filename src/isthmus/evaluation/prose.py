@@ -1,6 +1,6 @@
 """Which choice a free answer names, in whatever words: the letter or the text of one, or none.
 
-From the surest form to the least: the whole answer, what it begins with ("B. because"), what follows "answer is", what
+From the surest form to the least: the entire answer, what it begins with ("B. because"), what follows "answer is", what
 is called correct, "option B", and a single choice named in running text. A letter counts where it stands for itself:
 not inside a word, not as the article or pronoun that it may be, not as a part of a name ("vitamin C"). What is denied
 ("not a boat", "A is wrong") is not named. Two different choices named are none.
@@ -22,7 +22,7 @@ _ARTICLE = re.compile(
     r"[ \t]+(?!(?:and|or|because|since|as|is|but|for|due|not|so|which|with|in|on|from|if|rather|instead|given|based|"
     r"would|should|seems)\b)[a-z]"
 )
-"""What follows an article or pronoun, and not the letter of the same look."""
+"""What follows "A" and "I" as words, and does not follow the letter of a choice."""
 _FILLER = re.compile(
     r"[\s:=('\[]|\b(?:most|very|likely|probably|definitely|clearly|therefore|thus|either|both|indeed|simply|option|"
     r"choice|letter|number|answer)\b",
@@ -87,15 +87,15 @@ class _Reader:
 
     def read(self, answer: str) -> int | None:
         text = _bare(answer)
-        if (found := self._whole(text)) is not None:
+        if (found := self._exact(text)) is not None:
             return found
         begins, rest = self._beginning(text)
         if begins is not None and begins >= len(self.letters):
             return None  # a letter beyond the choices names none of them
-        cued = list(self._behind_cues(text))
+        cued = list(self._after_cues(text))
         if begins is not None:
             said = [rest, re.split(r"[.\n;]", rest.strip())[0]]
-            other = next((place for text in said if (place := self._whole(text)) is not None), None)
+            other = next((place for text in said if (place := self._exact(text)) is not None), None)
             if other not in (None, begins) and self._same(said[0].strip()) != begins:
                 return other if re.match(r"A:\s*[B-Z]\W*$", text) else None  # "A: B" is short for "Answer: B"
             if len(_LISTED.findall(text)) < 2 or not cued:  # else the choices are repeated before the answer
@@ -104,7 +104,7 @@ class _Reader:
             cued = list(self._in_prose(text))
         return _one(cued)
 
-    def _whole(self, text: str) -> int | None:
+    def _exact(self, text: str) -> int | None:
         """What the text is, and nothing else: a letter with its brackets and stops, or one choice's text."""
         bare = text.strip()
         alone = re.fullmatch(r"[(\[]?([A-Za-z])[)\]]?[.):!,]?", bare)
@@ -121,18 +121,18 @@ class _Reader:
         return None
 
     def _beginning(self, text: str) -> tuple[int | None, str]:
-        """The letter or whole choice that the answer begins with, cut off by a sign, and what follows it."""
+        """The letter or full choice that the answer begins with, cut off by a sign, and what follows it."""
         if label := _LABEL.match(text):
             letter = next(g for g in label.groups() if g)
             if letter.isupper() or label[1] or label[2] or label[3]:
                 return LETTERS.index(letter.upper()), text[label.end() :]
         first = re.match(r"\s*([^.,;:!?\n]+)[.,;:!?\n]+(?=\s|$)", text)
-        if first and (found := self._whole(first[1])) is not None:
+        if first and (found := self._exact(first[1])) is not None:
             return found, ""
         return None, text
 
-    def _behind_cues(self, text: str) -> Iterator[int]:
-        """What is said to be the answer; else what is called correct or an option."""
+    def _after_cues(self, text: str) -> Iterator[int]:
+        """What follows "the answer is"; else what is called correct or an option."""
         cues = [m for m in _ANSWER.finditer(text) if not _DENIES.search(_clause(text[: m.start()])[-16:])]
         found = [place for cue in cues for place in self._list(text, cue.end())]
         if not found:

@@ -1,4 +1,4 @@
-"""What evaluation asks of models and records. It imports neither: anything of these shapes can be scored.
+"""What evaluation needs of models and records. It imports neither: anything of these shapes can be scored.
 
 Shapes: N pictures, M texts, D width.
 """
@@ -20,7 +20,7 @@ class Answers(Protocol):
 
 @runtime_checkable
 class Measures(Answers, Protocol):
-    """Also tells how near another answer was."""
+    """Also gives how near another answer was."""
 
     def gaps(self, records: Sequence[Any], **decoding: Any) -> list[float]:
         """For each record the smallest distance of the two best tokens at any step of its answer."""
@@ -59,8 +59,8 @@ class Embeds(Protocol):
 
 
 @runtime_checkable
-class Reranks(Embeds, Protocol):
-    """Looks at a picture and a text together: what reranking needs."""
+class MatchesPairs(Embeds, Protocol):
+    """Reads a picture and a text together: what reranking needs."""
 
     def match_logits(self, images: Sequence[Any], texts: Sequence[str], pairs: Tensor) -> Tensor:
         """(n,) logit that they belong together, for (n, 2) numbers of pictures and texts."""
@@ -68,7 +68,7 @@ class Reranks(Embeds, Protocol):
 
 
 @runtime_checkable
-class Sees(Protocol):
+class HasVisionFeatures(Protocol):
     """Gives the features before the projection into the joint space: what a linear probe needs."""
 
     def vision_features(self, images: Sequence[Any]) -> Tensor:
@@ -77,7 +77,7 @@ class Sees(Protocol):
 
 
 @runtime_checkable
-class Tells(Protocol):
+class HasProvenance(Protocol):
     """Says what its outputs depend on beside the weights, for an evaluation's manifest."""
 
     def provenance(self, records: Iterable[Any], decoding: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -124,7 +124,7 @@ class Sample(Protocol):
 
 
 class Records(Protocol):
-    """A source of records: a list, or anything that reads the i-th one when asked."""
+    """A source of records: a list, or anything that reads the i-th one on access."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...

@@ -1,4 +1,4 @@
-"""Two-step retrieval: the best k by embeddings, put in order by a model that looks at picture and text together.
+"""Two-step retrieval: the best k by embeddings, put in order by a model that reads picture and text together.
 
 BLIP-2's protocol (2301.12597, sec. 4.3): a pair among the first k scores its similarity plus the matching logit, every
 other pair -100. Scored beside the first step alone, on the same pictures, so that the gain has a paired interval.
@@ -18,7 +18,7 @@ from isthmus.errors import CapabilityError, ConfigError
 from isthmus.evaluation import retrieval
 from isthmus.evaluation.bootstrap import Array, Interval, intervals
 from isthmus.evaluation.embedding import embed
-from isthmus.evaluation.protocols import Reranks
+from isthmus.evaluation.protocols import MatchesPairs
 from isthmus.evaluation.retrieval import RetrievalScores
 from isthmus.evaluation.tasks import RetrievalTask, Row
 from isthmus.nn.losses import similarity
@@ -57,7 +57,7 @@ class RerankTask(RetrievalTask):
     """Retrieval in two steps; ``rerank`` is k. See the head of this file."""
 
     kind: ClassVar[str] = "rerank"
-    needs: ClassVar[type] = Reranks
+    needs: ClassVar[type] = MatchesPairs
 
     rerank: int = 128
 
@@ -69,7 +69,7 @@ class RerankTask(RetrievalTask):
     def describe(self) -> dict[str, Any]:
         return {**RetrievalTask.describe(self), "rerank": self.rerank}
 
-    def rows(self, model: Reranks, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+    def rows(self, model: MatchesPairs, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         pairs = list(self._pairs.values())
         pictures = [picture for _, picture, _ in pairs]
         texts = [self.prefix + c for _, _, captions in pairs for c in captions]
@@ -118,7 +118,7 @@ def score(rows: Sequence[Row], *, seed: int = 0) -> RerankScores:
 
 
 def two_step(
-    model: Reranks, images: Sequence[Any], texts: Sequence[str], first: Tensor, k: int
+    model: MatchesPairs, images: Sequence[Any], texts: Sequence[str], first: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     """(N, M) scores for ranking texts of a picture, and for ranking pictures of a text, from ``first`` (N, M)."""
     of_images = torch.zeros_like(first, dtype=torch.bool)

@@ -20,7 +20,7 @@ from isthmus.evaluation.tasks import Row
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A score folder: what was asked, and one row per item."""
+    """A score folder: its manifest, and one row per item."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -125,7 +125,7 @@ def compare(
     seed: int = 0,
     draws: int = 10_000,
 ) -> list[Difference]:
-    """Paired bootstrap of two score folders over the same items: items are drawn whole, with both outcomes. A side may
+    """Paired bootstrap of two score folders over the same items: an item is drawn with both outcomes. A side may
     be several folders, one per training seed: then an item's outcome is the mean over them. ``rule``: score all of
     them by this one, whatever they were scored by.
 

@@ -1,7 +1,7 @@
 """Retrieval with several captions per picture: recall@K both ways.
 
 Picture to text: a hit if *any* of the picture's captions is among the first K. Text to picture: a hit if a picture with
-this caption is. Captions of equal text are one caption, so two pictures that are told alike are both right. (Counting
+this caption is. Captions of equal text are one caption, so two pictures with the same caption are both right. (Counting
 one caption per picture is a different, easier number.)
 
 Ties: what the model scores alike is put in an order drawn by lot, the same for every row and every run, which neither
@@ -34,23 +34,23 @@ def ranks(
     owner: Tensor,
     *,
     words: Tensor | None = None,
-    kind: Similarity = "cosine",
+    metric: Similarity = "cosine",
     chunk: int = 512,
 ) -> tuple[Tensor, Tensor]:
     """Ranks from 0: of each picture's best own caption among foreign ones (N,), of each caption's picture (M,).
 
     ``owner`` (M,) is the picture each caption belongs to (every picture needs one); ``words`` (M,) are numbers that
-    are equal for captions of equal text (none given: all differ); ``kind`` the similarity the model was trained with.
-    Works on ``chunk`` rows at a time, so (N, M) never stands in memory.
+    are equal for captions of equal text (none given: all differ); ``metric`` the similarity that the model was trained
+    with. Works on ``chunk`` rows at a time, so (N, M) never stands in memory.
     """
     words = torch.arange(len(texts)) if words is None else words
     pictures, captions = torch.arange(len(images)), torch.arange(len(texts))
     by_image = [
-        rank(similarity(images[rows], texts, kind), owned(owner, words, rows, captions), lots(len(texts)))
+        rank(similarity(images[rows], texts, metric), owned(owner, words, rows, captions), lots(len(texts)))
         for rows in pictures.split(chunk)
     ]
     by_text = [
-        rank(similarity(images, texts[some], kind).T, owned(owner, words, pictures, some).T, lots(len(images)))
+        rank(similarity(images, texts[some], metric).T, owned(owner, words, pictures, some).T, lots(len(images)))
         for some in captions.split(chunk)
     ]
     return torch.cat(by_image), torch.cat(by_text)

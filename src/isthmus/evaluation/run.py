@@ -16,12 +16,12 @@ from typing import Any
 
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation.doubts import warn_of
-from isthmus.evaluation.protocols import Tells
+from isthmus.evaluation.protocols import HasProvenance
 from isthmus.evaluation.results import versions, write_json
 from isthmus.evaluation.scorers import scorer_of
 from isthmus.evaluation.sharing import shared_rows
 from isthmus.evaluation.tasks import CLOSE, Row, Scores, Task
-from isthmus.processes import first, of_first, world
+from isthmus.processes import first, of_first, world_size
 from isthmus.user_code import code_of
 
 
@@ -82,7 +82,7 @@ def evaluate(
     ordered = [rows[i] for i in task.ids]
     scores = task.score(ordered)
     if first():
-        if world() > 1:  # whose turns are not the order of the data
+        if world_size() > 1:  # whose turns are not the order of the data
             _write(path, ordered, "w")
         warn_of(ordered, captions=task.kind == "caption")
         written = {"task": task.name, "kind": task.kind, **counts(left_out, ordered), **scores.to_dict()}
@@ -121,7 +121,7 @@ def _manifest(task: Task, model: Any, model_hash: str) -> dict[str, Any]:
 
 def _provenance(task: Task, model: Any) -> dict[str, Any]:
     """What the model tells of itself, and of its prompts the first one and the hash of all."""
-    if not isinstance(model, Tells):
+    if not isinstance(model, HasProvenance):
         return {}
     facts = dict(model.provenance(task.prompts(), task.decoding))
     prompts = facts.pop("prompts", None)
@@ -164,10 +164,10 @@ def _read(path: Path, task: Task) -> dict[str, Row]:
     if not path.exists():
         return {}
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
+    complete = content[: content.rfind(b"\n") + 1]
     known = set(task.ids)
     rows: dict[str, Row] = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(complete.splitlines(), start=1):
         try:
             row = json.loads(line)
             name = row["id"]
@@ -179,6 +179,6 @@ def _read(path: Path, task: Task) -> dict[str, Row]:
                 "delete the folder to evaluate anew."
             )
         rows[name] = row
-    if whole != content:
-        path.write_bytes(whole)
+    if complete != content:
+        path.write_bytes(complete)
     return rows

@@ -4,14 +4,14 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from isthmus.evaluation.tasks import Row, Task
-from isthmus.processes import all_of, apart, rank, world
+from isthmus.processes import all_of, apart, rank, world_size
 
 
 def shared_rows(task: Task, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
     """``task.rows``, some at a time, those of all processes in each. Every process makes the same number of turns,
     whatever items it has, and an error of one is raised by all."""
     todo = [name for name in task.ids if name not in done]
-    share = -(-len(todo) // world())
+    share = -(-len(todo) // world_size())
     own = set(todo[rank() * share :][:share])
     stream = _apart(task, model, {name for name in task.ids if name not in own}, chunk) if own else iter(())
     while True:

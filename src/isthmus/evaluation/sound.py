@@ -1,10 +1,10 @@
-"""Records that can be used: what cannot be read is quarantined and counted before the first question is asked.
+"""Records that can be used: what cannot be read is quarantined and counted before the first question.
 
 Every picture is opened once, so that a broken one costs its sample and not the evaluation, and neither a partner of
 shuffled pictures nor a rank among others depends on where it stood. The same reading gives its content key, which
-is remembered. Decoding is left to the asking: a picture whose header is sound and whose data are not is met there,
+is remembered. Decoding is left to the questions: a picture whose header is sound and whose data are not is met there,
 raises :class:`.window.Undecodable`, and the evaluation begins anew with every picture decoded beforehand. Pictures
-made in the program that have a key are not looked at. Of a question task every answer to score against is looked at.
+made in the program that have a key are not opened. Of a question task every answer to score against is checked.
 """
 
 from collections.abc import Callable, Hashable
@@ -35,9 +35,9 @@ Demand = Callable[[Record], object]
 class Sound:
     """The records of a source that can be read and meet ``demand``, in order; the others are in ``quarantine``.
 
-    ``pictures`` is how far each picture is looked at: ``none`` for data of which only words are read. Otherwise the
-    records' pictures carry their content keys and are decoded through a window, so that a picture that is asked about
-    in several ways is decoded once.
+    ``pictures`` is how far each picture is read: ``none`` for data of which only words are read. Otherwise the
+    records' pictures carry their content keys and are decoded through a window, so that a picture with several
+    questions and controls is decoded once.
 
     Raises DataError when more are bad than the quarantine allows, or none is left.
     """
@@ -51,7 +51,7 @@ class Sound:
         self.name = records.name if isinstance(records, Source) else ""
         self._keys: list[tuple[str, ...]] = []
         self._kept = [i for i in range(len(records)) if self._usable(i)]
-        quarantine.seen(len(records))
+        quarantine.count_read(len(records))
         if not self._kept:
             raise DataError(f"No sample of {self.name or 'the data'} can be used: {quarantine.example()}")
 
@@ -75,7 +75,7 @@ class Sound:
 
 
 def first_sound(records: Records, most: int) -> list[Record]:
-    """The first ``most`` records that can be read, or as many as there are; the rest is not looked at."""
+    """The first ``most`` records that can be read, or as many as there are; the rest is not read."""
     check = _Pictures("decode")
     readable = (records[i] for i in range(len(records)) if not _checked(records, i, check)[2])
     return list(islice(readable, most))

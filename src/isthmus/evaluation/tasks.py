@@ -18,9 +18,18 @@ import torch
 from isthmus.data.sources.files import merged_names, same_name
 from isthmus.errors import CapabilityError, ConfigError, DataError, nearest
 from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
-from isthmus.evaluation.asking import Control, ask_all, check_controls, how_asked, shuffled_among
+from isthmus.evaluation.controls import Control, answers_with_controls, check_controls, plan_controls, shuffled_among
 from isthmus.evaluation.embedding import embed
-from isthmus.evaluation.protocols import Answers, Embeds, Measures, Picture, Records, Sample, Sees, TextPart
+from isthmus.evaluation.protocols import (
+    Answers,
+    Embeds,
+    HasVisionFeatures,
+    Measures,
+    Picture,
+    Records,
+    Sample,
+    TextPart,
+)
 from isthmus.evaluation.turns import Turn, captions_of, kind_of, last_turn, prompt
 from isthmus.nn.losses import Similarity
 
@@ -42,8 +51,8 @@ class Task(ABC):
     ``name``, ``records`` and ``seed`` (and ``train``, where it takes training data), and gives ``rows`` and ``score``;
     the rest has defaults.
 
-    ``kind`` names the scoring rule, ``needs`` the protocol of models that can do it, ``decoding`` is what the model is
-    asked with.
+    ``kind`` names the scoring rule, ``needs`` the protocol of models that can do it, ``decoding`` how the model
+    generates.
     """
 
     kind: ClassVar[str] = "own"
@@ -144,7 +153,7 @@ class Questions(Task):
         }
 
     def prompts(self) -> Iterator[Any]:
-        """The records as the model gets them, pictures seen."""
+        """The records as the model gets them, with their pictures."""
         return (prompt(r) for r in listed(self.records))
 
     def row(self, name: str, turn: Turn, kind: str, said: Mapping[str, str]) -> Row:
@@ -167,8 +176,8 @@ class VqaTask(Questions):
 
     ``rule`` is a name of :mod:`.rules`: ``exact``, ``vqa``, ``ok-vqa``, ``gqa``, ``yes-no``, ``choice``. In ``mixed``
     data records without a picture keep their answer in the controls. ``decoding`` is handed to the model as it is.
-    ``gaps`` also asks how near another answer was: what is nearer than CLOSE is counted, as it may come out otherwise
-    in another batch or on another machine.
+    ``gaps`` also measures how near another answer was: what is nearer than CLOSE is counted, as it may come out
+    otherwise in another batch or on another machine.
     """
 
     kind: ClassVar[str] = "vqa"
@@ -188,15 +197,15 @@ class VqaTask(Questions):
         return {**facts, "gaps": True} if self.gaps else facts
 
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        asking = how_asked(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
+        plan = plan_controls(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
-        for i in todo:  # what the rule cannot score is met before the model is asked
+        for i in todo:  # what the rule cannot score is met before the model runs
             self._row(self.records[i], {"answer": ""})
-        for places in asking.chunks(todo, chunk):
+        for places in plan.chunks(todo, chunk):
             records = [self.records[i] for i in places]
-            others = [self.records[asking.other[i]] for i in places]
+            others = [self.records[plan.other[i]] for i in places]
             prompts = [prompt(r) for r in records]
-            answers = ask_all(model, prompts, others, self.controls, self.decoding)
+            answers = answers_with_controls(model, prompts, others, self.controls, self.decoding)
             rows = [self._row(r, {k: v[j] for k, v in answers.items()}) for j, r in enumerate(records)]
             if self.gaps:
                 rows = [row | {"gap": g} for row, g in zip(rows, self._gaps(model, prompts), strict=True)]
@@ -204,7 +213,7 @@ class VqaTask(Questions):
 
     def _gaps(self, model: Answers, prompts: Sequence[Any]) -> list[float]:
         if not isinstance(model, Measures):
-            raise CapabilityError(f"Task {self.name!r}: this model cannot tell gaps; leave the option out.")
+            raise CapabilityError(f"Task {self.name!r}: this model gives no gaps; leave the option out.")
         return model.gaps(prompts, **self.decoding)
 
     def _row(self, record: Sample, said: Mapping[str, str]) -> Row:
@@ -267,7 +276,7 @@ class RetrievalTask(Task):
             embed(model.embed_texts, texts, what="captions", chunk=chunk),
             owner,
             words=retrieval.numbered(texts),
-            kind=self.similarity,
+            metric=self.similarity,
         )
         of_captions = iter(text_ranks.tolist())
         rows = [
@@ -345,13 +354,13 @@ class ZeroShotTask(_Classified):
 
     def rows(self, model: Embeds, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         truths = self._places(self.records, self._names)
-        vectors = zero_shot.class_vectors(model, self._names, self.templates, kind=self.similarity)
+        vectors = zero_shot.class_vectors(model, self._names, self.templates, metric=self.similarity)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for start in range(0, len(todo), chunk):
             places = todo[start : start + chunk]
             pictures = [_picture(self.records[i], self.name) for i in places]
             images = embed(model.embed_images, pictures, what="pictures")
-            order, rank = zero_shot.classify(images, vectors, truths[places], kind=self.similarity)
+            order, rank = zero_shot.classify(images, vectors, truths[places], metric=self.similarity)
             yield [
                 {
                     "id": self.ids[i],
@@ -372,7 +381,7 @@ class LinearProbeTask(_Classified):
     """Logistic regression on frozen features: fitted on ``train``, scored on ``records``."""
 
     kind: ClassVar[str] = "linear_probe"
-    needs: ClassVar[type] = Sees
+    needs: ClassVar[type] = HasVisionFeatures
 
     train: Records
 
@@ -383,7 +392,7 @@ class LinearProbeTask(_Classified):
     def describe(self) -> dict[str, Any]:
         return {"classes": self._names, "data": fingerprint(self.records), "train": fingerprint(self.train)}
 
-    def rows(self, model: Sees, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+    def rows(self, model: HasVisionFeatures, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
         def features(records: Records) -> torch.Tensor:
             return embed(model.vision_features, self._pictures(records), what="pictures", chunk=chunk)
 

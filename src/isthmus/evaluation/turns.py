@@ -1,4 +1,4 @@
-"""Questions of a record, and the three ways to ask them: seen, blind (no picture) and shuffled (another's picture)."""
+"""Questions of a record: with their picture, blind (no picture) and shuffled (another's picture)."""
 
 import random
 from collections.abc import Sequence
@@ -30,14 +30,14 @@ def turns(record: Sample) -> list[Turn]:
     texts = [(i, p) for i, p in enumerate(record.parts) if isinstance(p, TextPart)]
     marked = any(p.learn for _, p in texts)
     found: list[Turn] = []
-    asked: list[str] = []
+    question: list[str] = []
     for i, part in texts:
         is_answer = part.learn if marked else part.role == "assistant"
         if is_answer:
-            found.append(Turn(" ".join(asked).strip(), _alternatives(part), i))
-            asked = []
+            found.append(Turn(" ".join(question).strip(), _alternatives(part), i))
+            question = []
         elif part.role != "system":
-            asked.append(_alternatives(part)[0])
+            question.append(_alternatives(part)[0])
     return found
 
 

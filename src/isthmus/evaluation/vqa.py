@@ -1,8 +1,8 @@
-"""Visual question answering: points for answers beside what can be reached without looking.
+"""Visual question answering: points for answers beside what can be reached without the picture.
 
 A score stands beside three scores of a model that does not see the picture: **blind** (the same model without the
 picture), **shuffled** (with another sample's picture) and **prior** (the training answers' most frequent answer to
-the same question text). The highest of the three is the best without looking; the **gain** is the distance above
+the same question text). The highest of the three is the best control; the **gain** is the distance above
 it, per question kind and overall.
 """
 

@@ -1,4 +1,4 @@
-"""Pictures decoded once for all the ways a question is asked: the last ones decoded, within a number of bytes."""
+"""Pictures decoded once for the question and its controls: the last ones decoded, within a number of bytes."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ LIMIT = 256 * 2**20
 
 
 class Undecodable(DataError):
-    """A picture whose header could be read and that could not be decoded when it was asked about."""
+    """A picture whose header could be read and that could not be decoded when its question came."""
 
 
 class DecodedWindow:

@@ -63,19 +63,19 @@ def check_templates(lines: Sequence[str], where: str = "") -> None:
 
 
 def class_vectors(
-    model: Embeds, classes: Sequence[str], prompts: Sequence[str] = PLAIN, *, kind: Similarity = "cosine"
+    model: Embeds, classes: Sequence[str], prompts: Sequence[str] = PLAIN, *, metric: Similarity = "cosine"
 ) -> Tensor:
-    """(C, D) vectors w_c of the classes: of length one for ``cosine``, as long as they come for the other kinds."""
+    """(C, D) vectors w_c of the classes: of length one for ``cosine``, as long as they come for the other metrics."""
     texts = [t.replace("{}", c) for c in classes for t in prompts]
     vectors = embed(model.embed_texts, texts, what="prompts")
-    if kind != "cosine":
+    if metric != "cosine":
         return vectors.view(len(classes), len(prompts), -1).mean(dim=1)
     return unit(unit(vectors).view(len(classes), len(prompts), -1).mean(dim=1))
 
 
-def classify(images: Tensor, classes: Tensor, truth: Tensor, *, kind: Similarity = "cosine") -> tuple[Tensor, Tensor]:
+def classify(images: Tensor, classes: Tensor, truth: Tensor, *, metric: Similarity = "cosine") -> tuple[Tensor, Tensor]:
     """:func:`by_score` of the similarities of (N, D) pictures with (C, D) class vectors."""
-    return by_score(similarity(images, classes, kind), truth)
+    return by_score(similarity(images, classes, metric), truth)
 
 
 def by_score(values: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def by_score(values: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassScores:
     """Fractions of pictures whose class is the first, or among the first five; ``majority`` is the share of the
-    commonest class, which needs no looking."""
+    commonest class, which needs no picture."""
 
     n: int
     classes: int

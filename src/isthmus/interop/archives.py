@@ -1,6 +1,6 @@
 """Weights out of any file or folder, with no code run: safetensors, torch's pickles, TorchScript archives, shards.
 
-What a file is is told by its first bytes, never by its name. A pickle may build tensors and plain containers only; a
+A file is identified by its first bytes, never by its name. A pickle may build tensors and plain containers only; a
 TorchScript archive (OpenAI's CLIP files) is read by an unpickler of its own, its code is never touched.
 """
 
@@ -17,19 +17,19 @@ from torch import Tensor
 from isthmus import load_report
 from isthmus.checkpoint import load_tensors, read_json
 from isthmus.errors import CheckpointError
-from isthmus.file_kind import but_is, start_of
+from isthmus.file_type import but_is, start_of
 from isthmus.load_report import Account
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _OWN = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _OF_A_BODY = {"embed_tokens", "layers", "norm", "decoder"}
-_OF_A_WHOLE = {
+_OF_A_MODEL = {
     *("model", "lm_head", "transformer", "gpt_neox", "visual", "vision_model", "text_model", "visual_projection"),
     *("text_projection", "logit_scale", "logit_bias", "perceiver", "lang_encoder", "Qformer", "visual_encoder"),
     *("query_tokens", "qformer", "language_projection", "module"),
 }
-"""First parts of names within the body of a model, which are below ``model.`` by right, and within a whole one."""
+"""First parts of names within the body of a model, which are below ``model.`` by right, and within a full one."""
 _DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -110,14 +110,14 @@ def unwrapped(content: dict[str, Any]) -> dict[str, Any]:
 
 def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
     """Names without the one prefix that a compiled, distributed or framework's model gave to all of them:
-    ``_orig_mod.``, ``module.``, and ``model.`` where a whole model stands after it rather than the body of one."""
+    ``_orig_mod.``, ``module.``, and ``model.`` where a full model stands after it rather than the body of one."""
     while state:
         if any("_orig_mod." in name for name in state):  # of a compiled part, too
             state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
             continue
         prefix = next((p for p in ("module.", "model.") if all(name.startswith(p) for name in state)), None)
         inside = {name.split(".")[1] for name in state} if prefix else set()
-        if prefix is None or (prefix == "model." and (inside & _OF_A_BODY or not inside & _OF_A_WHOLE)):
+        if prefix is None or (prefix == "model." and (inside & _OF_A_BODY or not inside & _OF_A_MODEL)):
             return state
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
@@ -229,8 +229,8 @@ class _Reader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Tensor:
-        kind, dtype, key, _, count = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isalnum():
+        storage_type, dtype, key, _, count = pid
+        if storage_type != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isalnum():
             raise pickle.UnpicklingError(f"storage {key!r}")
         if key not in self._storages:
             raw = self._archive.read(f"{self._root}/data/{key}")

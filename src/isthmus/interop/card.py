@@ -12,7 +12,7 @@ from isthmus.version import __version__
 
 
 def card(model: Source, export: Export, to: str, origin: Path | None) -> str:
-    """README.md. ``origin`` is where the model was opened: its recipe and scores are told where it has them."""
+    """README.md. ``origin`` is where the model was opened: its recipe and scores are included where it has them."""
     head = {"library_name": "transformers" if to == "hf" else "isthmus", "pipeline_tag": model.system.pipeline}
     lines = [
         "---",
@@ -32,7 +32,7 @@ def card(model: Source, export: Export, to: str, origin: Path | None) -> str:
         f"Text template: `{getattr(model.processor, 'template', getattr(model.processor, 'kind', '-'))}`.",
     ]
     if model.prompts:
-        lines += ["", *(f"To {task}, it was asked: `{words}`" for task, words in model.prompts.items())]
+        lines += ["", *(f"Prompt of the task {task}: `{words}`" for task, words in model.prompts.items())]
     if export.losses:
         lines += ["", "Not in this format:", "", *(f"- {loss}" for loss in export.losses)]
     if export.notes:
@@ -68,11 +68,11 @@ def _training(origin: Path) -> list[str]:
 
 def _data(sources: Sequence[Mapping[str, Any]]) -> str:
     """Kinds of sources with what is not a path on somebody's disk."""
-    told = []
+    data = []
     for source in sources:
         facts = [f"{k} {v}" for k, v in source.items() if k in ("form", "split", "count", "weight") and v is not None]
-        told.append(" ".join([str(source.get("kind", "data")), *facts]))
-    return "; ".join(told)
+        data.append(" ".join([str(source.get("kind", "data")), *facts]))
+    return "; ".join(data)
 
 
 def _scores(origin: Path) -> list[str]:
@@ -80,6 +80,6 @@ def _scores(origin: Path) -> list[str]:
     run = origin.parent if origin.name == "model" else origin
     for file in sorted(run.glob("eval/*/scores.json")):
         scores = read_json(file)
-        told = ", ".join(f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, int | float))
-        rows.append(f"| {scores.get('task', file.parent.name)} | {told} |")
+        numbers = ", ".join(f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, int | float))
+        rows.append(f"| {scores.get('task', file.parent.name)} | {numbers} |")
     return ["", "## Scores", "", "| task | scores (fractions) |", "|---|---|", *rows] if rows else []

@@ -71,7 +71,7 @@ def write_model(
         )
     if to != "isthmus" and adapters.adapted(model.net):
         raise CheckpointError(
-            f"This model carries adapters ({adapters.told(model.net)}), and the format {to} has no place for them: "
+            f"This model carries adapters ({adapters.summary(model.net)}), and the format {to} has no place for them: "
             "give --merge to add them to their layers first."
         )
     if folder.exists() and not replace:

@@ -184,8 +184,8 @@ def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
     """A folder of haotian-liu/LLaVA: the whole model with its tower, and the tower alone in a folder of its own."""
     config, image, who = model.net.config, model.processor.image, "the original LLaVA"
     bases = {"llama": "llava_llama", "mistral": "llava_mistral"}
-    kind = config.language["model_type"]
-    must(kind in bases, "language.model_type", kind, who, " or ".join(bases))
+    model_type = config.language["model_type"]
+    must(model_type in bases, "language.model_type", model_type, who, " or ".join(bases))
     must(isinstance(config.feature_layer, int), "feature_layer", config.feature_layer, who, "one number")
     must(named_mlp(config.projector) is not None, "projector", config.projector, who, "linear or mlpNx_gelu")
     modes = ("square", "pad", "anyres")
@@ -199,7 +199,7 @@ def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
     if config.language.get("tie_word_embeddings"):
         weights.pop("lm_head.weight")
     tower_weights = vision_to_hf(part_of(state, "vision."), config.vision, prefix="vision_model.")
-    described = _original_config(model, config, bases[kind])
+    described = _original_config(model, config, bases[model_type])
     template, stops = template_of(described), [tokenizer.eos_id, *model.processor.stop_ids]
     if model.processor.template != template:
         losses += (f"processor.template {model.processor.template!r}: such a model is asked in {template!r}",)
@@ -240,12 +240,12 @@ def _without_image_token(model: Source) -> tuple[dict[str, Tensor], LlavaConfig,
     return state, config, Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(tree)), **kept), ()  # type: ignore[arg-type]
 
 
-def _original_config(model: Source, config: LlavaConfig, kind: str) -> dict[str, Any]:
+def _original_config(model: Source, config: LlavaConfig, model_type: str) -> dict[str, Any]:
     known = {f"openai/{name}": tower() for name, tower in TOWERS.items()}
     return {
         **config.language,
-        "architectures": ["LlavaLlamaForCausalLM" if kind == "llava_llama" else "LlavaMistralForCausalLM"],
-        "model_type": kind,
+        "architectures": ["LlavaLlamaForCausalLM" if model_type == "llava_llama" else "LlavaMistralForCausalLM"],
+        "model_type": model_type,
         "mm_vision_tower": next((name for name, tower in known.items() if tower == config.vision), TOWER),
         # Their code then reads the tower out of these weights instead of keeping the named one's.
         "unfreeze_mm_vision_tower": True,
@@ -286,15 +286,15 @@ def lavis_export(model: Source, *, shard_bytes: int) -> Export:
         ("patch_positions", config.patch_positions, False),
     ):
         must(value == allowed, field, value, who, repr(allowed))
-    kind = "opt" if config.language is None or config.phase == "represent" else config.language["model_type"]
-    must(kind in ("opt", "t5", "llama"), "language.model_type", kind, who, "opt, t5 or llama")
+    model_type = "opt" if config.language is None or config.phase == "represent" else config.language["model_type"]
+    must(model_type in ("opt", "t5", "llama"), "language.model_type", model_type, who, "opt, t5 or llama")
     losses = []
     if config.norm_eps != NORM_EPS:
         losses.append(f"norm_eps {config.norm_eps:g}: there it is {NORM_EPS:g}; answers differ in the last digits")
     if config.phase == "generate":
         losses += asked_otherwise(model.net, model.processor)
     files: dict[str, Content] = {
-        "model.pth": pickled({"model": to_lavis(model.net.state_dict(), kind)}),
+        "model.pth": pickled({"model": to_lavis(model.net.state_dict(), model_type)}),
         **tokenizer.files(),
     }
     for name, other in getattr(model.processor, "others", {}).items():
@@ -310,8 +310,8 @@ def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
     parts in transformers' form: ``lang_encoder`` and ``vision_encoder``."""
     net, who = model.net, "OpenFlamingo"
     config = net.config
-    kind = config.language["model_type"]
-    must(kind in LAYERS, "language.model_type", kind, who, ", ".join(LAYERS))
+    model_type = config.language["model_type"]
+    must(model_type in LAYERS, "language.model_type", model_type, who, ", ".join(LAYERS))
     must(config.media == "previous", "media", config.media, who, "'previous'")
     must(config.offset == config.every - 1, "offset", config.offset, who, f"every - 1 = {config.every - 1}")
     must(not config.class_token, "class_token", config.class_token, who, "false")
@@ -345,7 +345,7 @@ def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
             "lang_encoder_path": "lang_encoder",
             "tokenizer_path": "lang_encoder",
             "cross_attn_every_n_layers": config.every,
-            "decoder_layers_attr_name": LAYERS[kind],
+            "decoder_layers_attr_name": LAYERS[model_type],
         },
     }
     kept = template == "open_flamingo"

@@ -39,8 +39,8 @@ from isthmus.interop.hf_language import read_language_folder
 from isthmus.interop.hf_llava import llava_from_folder
 from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.interop.hf_towers import read_image_encoder_folder, read_text_encoder_folder
+from isthmus.interop.recognised_template import chat_template_of, places_pictures, recognise_template
 from isthmus.interop.special_ids import must_agree, must_agree_on_image, must_end_alike
-from isthmus.interop.told_template import chat_template_of, places_pictures, told_template
 from isthmus.language import Seq2SeqLM
 from isthmus.load_report import Account
 from isthmus.models.blip2 import Blip2, Blip2Config
@@ -270,7 +270,7 @@ def template_and_tokenizer(
         return otherwise, tokenizer
     if not pictures:  # a LLaVA's is its processor's, which reads pictures as parts of a turn
         tokenizer = tokenizer.with_chat_template(text)
-    told = told_template(text, tokenizer, pictures=pictures)
+    told = recognise_template(text, tokenizer, pictures=pictures)
     if (told.name is None or not told.further) and (not pictures or places_pictures(text, tokenizer)):
         return OWN, tokenizer.with_chat_template(text)
     if not pictures and tokenizer.begins and not told.begins and template_named(text) is None:

@@ -1,4 +1,4 @@
-"""Another code base's file or folder, told by its content and opened by the reader of its kind."""
+"""Another code base's file or folder, recognised by its content and opened by its reader."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ def open_foreign(path: Path, config: Mapping[str, Any] | None, named: Given) -> 
     if depth := next(_beyond(config or {}), None):
         raise CheckpointError(f"{path}: {depth} is more than any model has; its config.json is damaged or hostile.")
     try:
-        return _told(path, config, named)
+        return _opened(path, config, named)
     except IsthmusError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
@@ -32,7 +32,7 @@ def open_foreign(path: Path, config: Mapping[str, Any] | None, named: Given) -> 
         ) from error
 
 
-def _told(path: Path, config: Mapping[str, Any] | None, named: Given) -> Opened:
+def _opened(path: Path, config: Mapping[str, Any] | None, named: Given) -> Opened:
     """A file, the original LLaVA, open_clip, or what transformers wrote."""
     if path.is_file() and hf_gguf.is_gguf(path):
         return hf_gguf.open_gguf(path, named)
@@ -53,7 +53,7 @@ def _told(path: Path, config: Mapping[str, Any] | None, named: Given) -> Opened:
 
 
 def _beyond(config: Mapping[str, Any]) -> Iterator[str]:
-    """Fields that count layers, at any depth, and ask for more than MOST_LAYERS."""
+    """Fields that count layers, at any depth, and are above MOST_LAYERS."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _beyond(value)

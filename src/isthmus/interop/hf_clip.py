@@ -1,4 +1,4 @@
-"""CLIP and SigLIP in transformers' layout: whole models, single towers, and folders with config.json.
+"""CLIP and SigLIP in transformers' layout: full models, single towers, and folders with config.json.
 
 Facts about that layout come from transformers 5.23. The library is not imported here.
 """
@@ -117,7 +117,7 @@ def clip_config_from_hf(config: Mapping[str, Any]) -> ClipConfig:
 
 def clip_config_to_hf(config: ClipConfig) -> dict[str, Any]:
     """A config.json that transformers opens. Raises CheckpointError for variants it has no place for."""
-    kind = _kind(config)
+    kind = _layout(config)
     values: dict[str, Any] = {
         "architectures": ["CLIPModel" if kind == "clip" else "SiglipModel"],
         "model_type": kind,
@@ -154,7 +154,7 @@ def vision_config_from_hf(config: Mapping[str, Any]) -> VisionConfig:
 
 def vision_config_to_hf(config: VisionConfig) -> dict[str, Any]:
     """A ``vision_config``. Raises CheckpointError for a tower that is neither CLIP's nor SigLIP's."""
-    kind = _vision_kind(config)
+    kind = _vision_layout(config)
     values = {
         "model_type": f"{kind}_vision_model",
         "hidden_size": config.width,
@@ -177,7 +177,7 @@ def text_config_from_hf(config: Mapping[str, Any]) -> TextConfig:
         # Such a tower is read at its last place; published configurations carry an end-of-text id outside the table.
         pool, eot = "last", eot if eot < vocab_size else pad
     elif eot == _LEGACY_EOS:
-        pool, eot = "argmax", min(_CLIP_EOS, vocab_size - 1)  # what is looked for is CLIP's own end of text
+        pool, eot = "argmax", min(_CLIP_EOS, vocab_size - 1)  # what the tower searches is CLIP's own end of text
     else:
         pool = "eot"
     return TextConfig(
@@ -251,7 +251,7 @@ def activation_to_hf(name: str) -> str:
     return names[name]
 
 
-def _vision_kind(config: VisionConfig) -> str:
+def _vision_layout(config: VisionConfig) -> str:
     clip = (config.class_token, config.pre_norm, config.patch_bias, config.post_norm, config.pool)
     if clip == (True, True, False, "pooled", "class"):
         return "clip"
@@ -260,9 +260,9 @@ def _vision_kind(config: VisionConfig) -> str:
     raise CheckpointError("transformers has neither a CLIP nor a SigLIP tower of this variant.")
 
 
-def _kind(config: ClipConfig) -> str:
+def _layout(config: ClipConfig) -> str:
     """``clip`` or ``siglip``. The loss is a matter of training, but a bias has a place only in SigLIP."""
-    kind = _vision_kind(config.vision)
+    kind = _vision_layout(config.vision)
     fits = (config.text.causal, config.vision_projection, config.text_projection_bias, config.init_bias is None)
     if fits != ((True, True, False, True) if kind == "clip" else (False, False, True, False)):
         raise CheckpointError(
@@ -278,7 +278,7 @@ def clip_from_hf(state: Mapping[str, Tensor], config: ClipConfig, account: Accou
     """Our state dict from a ``CLIPModel``'s or ``SiglipModel``'s; dtypes stay. Raises CheckpointError on any misfit."""
     with torch.device("meta"):
         shapes = shapes_of(Clip(config))
-    kind = "SiglipModel" if _kind(config) == "siglip" else "CLIPModel"
+    kind = "SiglipModel" if _layout(config) == "siglip" else "CLIPModel"
     return from_theirs(_clip(config), state, shapes, kind, tolerated=TOLERATED, account=account)
 
 
@@ -329,7 +329,7 @@ def _single(
 
 
 def _clip(config: ClipConfig) -> list[Entry]:
-    siglip = _kind(config) == "siglip"
+    siglip = _layout(config) == "siglip"
     rows = [Entry("logit_scale", ("heads.logit_scale",), boxed=siglip)]
     rows += _vision(config.vision, "vision_model.", "vision.") + _text(config.text, "text_model.", "text.")
     if siglip:

@@ -74,7 +74,7 @@ def _read(path: Path, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
 
     where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     folder = path.parent
-    with _told(path), quiet(), _read_once():
+    with _named_errors(path), quiet(), _read_once():
         words: Any = AutoTokenizer.from_pretrained(folder, **where)
         if getattr(words, "backend_tokenizer", None) is None:
             raise CheckpointError(f"{path}: its tokenizer has no fast form; name another by tokenizer=FOLDER.")
@@ -102,7 +102,7 @@ def _read_once() -> Iterator[None]:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _named_errors(path: Path) -> Iterator[None]:
     """Whatever the libraries raise as one paragraph of ours."""
     import transformers
 

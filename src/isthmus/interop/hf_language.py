@@ -60,7 +60,7 @@ def read_seq2seq_folder(path: str | Path, account: Account | None = None) -> tup
 def seq2seq_ties(
     config: Mapping[str, Any], raw: Mapping[str, Any], head: Tensor | None, table: Tensor | None
 ) -> dict[str, Any]:
-    """``config`` with what a T5's files tell of its head: a table of its own where one is stored, else the embedding's,
+    """``config`` with what a T5's files say of its head: a table of its own where one is stored, else the embedding's,
     its input scaled or not. Versions of the library before 5 say "not scaled" by ``tie_word_embeddings``, later ones,
     which tie all that they make, by a field of its own."""
     unscaled = False in (raw.get("scale_decoder_outputs"), raw.get("tie_word_embeddings"))
@@ -106,7 +106,7 @@ def match_keys(
     for key, tensor in state.items():
         if tensor.shape != expected[key].shape:
             raise CheckpointError(
-                f"{where}: {key} is stored as {tuple(tensor.shape)} but the configuration asks for "
+                f"{where}: {key} is stored as {tuple(tensor.shape)} but the configuration says "
                 f"{tuple(expected[key].shape)}."
             )
     return state

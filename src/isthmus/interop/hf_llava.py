@@ -101,7 +101,7 @@ def llava_config_from_hf(config: Mapping[str, Any], account: Account | None = No
 
 
 def _bare(language: dict[str, Any], account: Account | None) -> dict[str, Any]:
-    """The language model with its logits as the head has them, told where that is not its own class's way."""
+    """The language model with its logits as the head gives them, with a note where its own class does otherwise."""
     values = library_config(language)
     own = {name: getattr(values, name, None) for name in _BARE}
     changed = {name: _BARE[name] for name, value in own.items() if value not in (None, _BARE[name])}

@@ -1,4 +1,4 @@
-"""transformers' own models behind the evaluator's protocols: ``isthmus eval hf:FOLDER``.
+"""transformers' own models with the evaluator's protocols: ``isthmus eval hf:FOLDER``.
 
 The folder is read by transformers' own classes, its own processor prepares pictures and prompts, its own ``generate``
 answers. Nothing of isthmus is in the loop but the questions, the scoring and the controls, so a score stands for what
@@ -49,7 +49,7 @@ def load_peer(folder: str | Path, *, template: str = "vicuna_v1") -> "Peer":
         raise CheckpointError(f"{folder} is not a folder of transformers; give it to isthmus eval without hf:.")
     if template not in TEMPLATES:
         raise ConfigError(f"unknown template {template!r}; {nearest(template, TEMPLATES)}")
-    with _told(f"transformers {transformers.__version__} cannot open {folder}"), quiet():
+    with _named_errors(f"transformers {transformers.__version__} cannot open {folder}"), quiet():
         if kind in ("clip", "siglip"):
             return EmbeddingPeer(transformers.AutoModel.from_pretrained(folder), *_tools(folder), kind)
         model = _generator(folder)
@@ -59,7 +59,7 @@ def load_peer(folder: str | Path, *, template: str = "vicuna_v1") -> "Peer":
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _named_errors(what: str) -> Iterator[None]:
     """Whatever the library raises as one line of ours: CheckpointError."""
     try:
         yield
@@ -124,9 +124,9 @@ class Peer:
 
     def pixels(self, pictures: Sequence[Any]) -> Tensor:
         """(N, 3, H, W) by the folder's own image processor, with tiles (N, F, 3, H, W)."""
-        return self.seen(pictures)["pixel_values"]
+        return self.pixel_inputs(pictures)["pixel_values"]
 
-    def seen(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
+    def pixel_inputs(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
         """All that the folder's own image processor makes of them. Raises CapabilityError when it has none."""
         if self.images is None:
             raise CapabilityError(f"This {self.kind} model has no image processor: it reads only text.")
@@ -175,27 +175,27 @@ class AnsweringPeer(Peer):
         self.template, self.processor = template, processor
 
     def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
-        """One answer per record, asked one at a time. Raises ConfigError for decoding settings it does not have."""
+        """One answer per record, one at a time. Raises ConfigError for decoding settings it does not have."""
         settings = self._settings(decoding)
         answers = []
         for record in records:
-            with _told(f"{record.id}: transformers fails at this sample"):
+            with _named_errors(f"{record.id}: transformers fails at this sample"):
                 answers.append(self._answer(without_answer(record), settings))
         return answers
 
     @torch.inference_mode()
     def score(self, parts: Sequence[Part], candidates: Sequence[str]) -> list[float]:
         """Log-likelihood of each candidate as the answer: of the tokens that it adds to the prompt."""
-        with _told("transformers fails at this prompt"):
-            asked = self._inputs(Record(id="scored", parts=tuple(parts)))
-        start = asked["input_ids"].shape[1]
+        with _named_errors("transformers fails at this prompt"):
+            inputs = self._inputs(Record(id="scored", parts=tuple(parts)))
+        start = inputs["input_ids"].shape[1]
         scores = []
         for candidate in candidates:
             added = self.tokenizer(f" {candidate}", add_special_tokens=False, return_tensors="pt")["input_ids"]
-            ids = torch.cat([asked["input_ids"], added], dim=1)
-            logits = self.model(**{**asked, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
-            told = logits[0, start - 1 : -1].float().log_softmax(dim=-1)
-            scores.append(float(told.gather(1, added[0][:, None]).sum()))
+            ids = torch.cat([inputs["input_ids"], added], dim=1)
+            logits = self.model(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
+            log_probs = logits[0, start - 1 : -1].float().log_softmax(dim=-1)
+            scores.append(float(log_probs.gather(1, added[0][:, None]).sum()))
         return scores
 
     def provenance(self, records: Iterable[Record], decoding: Mapping[str, Any]) -> dict[str, Any]:

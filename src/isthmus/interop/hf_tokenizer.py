@@ -1,4 +1,4 @@
-"""The tokenizer of a transformers folder as AutoTokenizer makes it, asked what it puts in front of a text.
+"""The tokenizer of a transformers folder as AutoTokenizer makes it, and what it puts in front of a text.
 
 Which special tokens a text gets stands in a class's code, in ``tokenizer.json`` or in ``tokenizer_config.json``, and
 classes rebuild what the file holds; so nothing is guessed from names: a text is encoded with and without them.
@@ -80,7 +80,7 @@ def rendered(template: str, messages: list[dict[str, Any]], names: Mapping[str, 
     try:
         with quiet():
             return render_chat(template, messages, names, prompt=True)
-    except DataError:  # whatever a template raises; who asks says what follows
+    except DataError:  # whatever a template raises; the caller says what follows
         return None
 
 

@@ -118,16 +118,16 @@ def from_lavis(
     missing: list[str] = []
     for name, target in expected.items():
         head, _, tail = name.rpartition(".attn.")
-        part, _, kind = tail.partition(".")
+        part, _, suffix = tail.partition(".")
         if head.startswith("vision.blocks.") and part in ("q_proj", "k_proj", "v_proj"):
             block = head.replace("vision.", "visual_encoder.") + ".attn."
-            tensor = _piece(left, block, part, kind)
+            tensor = _piece(left, block, part, suffix)
         else:
             tensor = left.get(lavis_name(name, language))
         if tensor is None:
             missing.append(name)
         else:
-            if head.startswith("vision.blocks.") and (part, kind) == ("k_proj", "bias"):
+            if head.startswith("vision.blocks.") and (part, suffix) == ("k_proj", "bias"):
                 load_report.absent(account, [name], "LAVIS's keys have no bias; it is zero")
             found[name] = tensor.reshape(target.shape) if tensor.numel() == target.numel() else tensor
     used = {t for name in found for t in _sources(name, language)}
@@ -153,8 +153,8 @@ def _join(found: dict[str, Tensor], block: str, tail: str, state: Mapping[str, T
         )
 
 
-def _piece(state: Mapping[str, Tensor], block: str, part: str, kind: str) -> Tensor | None:
-    if kind == "weight":
+def _piece(state: Mapping[str, Tensor], block: str, part: str, suffix: str) -> Tensor | None:
+    if suffix == "weight":
         joint = state.get(f"{block}qkv.weight")
         return None if joint is None else joint.chunk(3)["qkv".index(part[0])]
     if part == "k_proj":
@@ -166,8 +166,8 @@ def _piece(state: Mapping[str, Tensor], block: str, part: str, kind: str) -> Ten
 def _sources(name: str, language: str) -> tuple[str, ...]:
     """The LAVIS tensors one of ours comes from."""
     head, _, tail = name.rpartition(".attn.")
-    part, _, kind = tail.partition(".")
+    part, _, suffix = tail.partition(".")
     if head.startswith("vision.blocks.") and part in ("q_proj", "k_proj", "v_proj"):
         block = head.replace("vision.", "visual_encoder.") + ".attn."
-        return (f"{block}qkv.weight",) if kind == "weight" else (f"{block}{part[0]}_bias",)
+        return (f"{block}qkv.weight",) if suffix == "weight" else (f"{block}{part[0]}_bias",)
     return (lavis_name(name, language),)

@@ -114,7 +114,7 @@ def _text(values: Mapping[str, Any], activation: str) -> TextConfig:
         raise CheckpointError(f"text_cfg: pool_type {pool!r} is not known; known: {', '.join(_POOLS)}.")
     if (pool == "last") != bool(values.get("no_causal_mask")):
         raise CheckpointError(
-            "text_cfg: isthmus has causal towers, and towers read at their last place that look both ways."
+            "text_cfg: isthmus has causal towers, and towers read at their last place that attend in both directions."
         )
     act = values.get("act_kwargs") or {}
     if act not in ({}, {"approximate": "tanh"}):
@@ -141,7 +141,7 @@ def _text(values: Mapping[str, Any], activation: str) -> TextConfig:
 def clip_from_open_clip(
     state: Mapping[str, Any], config: ClipConfig, account: Account | None = None
 ) -> dict[str, Tensor]:
-    """Our state dict from ``CLIP``'s, ``CustomTextCLIP``'s (told apart by where the text projection stands) or a
+    """Our state dict from ``CLIP``'s, ``CustomTextCLIP``'s (distinguished by where the text projection stands) or a
     trainer checkpoint that holds either. Raises CheckpointError unless all fits.
     """
     state = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
@@ -153,7 +153,7 @@ def clip_from_open_clip(
 def clip_to_open_clip(
     state: Mapping[str, Tensor], config: ClipConfig, *, custom_text: bool = False
 ) -> dict[str, Tensor]:
-    """Their state dict, of ``CustomTextCLIP`` if asked for; a SigLIP has no other form there."""
+    """Their state dict, of ``CustomTextCLIP`` on request; a SigLIP has no other form there."""
     return to_theirs(_layout(config, custom_text=custom_text), state)
 
 

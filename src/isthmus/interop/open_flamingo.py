@@ -32,7 +32,7 @@ LAYERS = {
 
 
 _HEAD_WIDTH = 64
-"""Of every attention in open_flamingo; the tensors tell only heads times width."""
+"""Of every attention in open_flamingo; the tensors give only heads times width."""
 
 
 def config_from_open_flamingo(
@@ -136,9 +136,11 @@ def _is_table(name: str) -> bool:
 
 
 def _entries(net: Any) -> list[Entry]:
-    kind = net.language.lm.config.model_type
-    if kind not in LAYERS:
-        raise CheckpointError(f"OpenFlamingo has no layout for a {kind} language model; known: {', '.join(LAYERS)}.")
+    model_type = net.language.lm.config.model_type
+    if model_type not in LAYERS:
+        raise CheckpointError(
+            f"OpenFlamingo has no layout for a {model_type} language model; known: {', '.join(LAYERS)}."
+        )
     entries = [Entry("perceiver.latents", ("connector.latents",)), *same("perceiver.norm", "connector.norm")]
     if net.connector.times is not None:
         entries.append(Entry("perceiver.frame_embs", ("connector.times",)))
@@ -149,7 +151,7 @@ def _entries(net: Any) -> list[Entry]:
         entries += _attention(f"{theirs}.0", ours) + _mlp(f"{theirs}.1", ours)
     places = [i for i in range(len(net.language.decoder_layers())) if i % net.config.every == net.config.offset]
     for number, place in enumerate(places):
-        theirs = f"lang_encoder.{LAYERS[kind]}.{place}.gated_cross_attn_layer"
+        theirs = f"lang_encoder.{LAYERS[model_type]}.{place}.gated_cross_attn_layer"
         ours = f"xattn.{number}"
         entries += [
             Entry(f"{theirs}.attn_gate", (f"{ours}.attn_gate",)),

@@ -1,6 +1,6 @@
 """A BLIP-2 or InstructBLIP of LAVIS, from its file and what the file leaves out.
 
-The file tells the Q-Former's sizes, and the encoder's when it is there. Heads are what LAVIS builds: 64 wide in the
+The file gives the Q-Former's sizes, and the encoder's when it is there. Heads are what LAVIS builds: 64 wide in the
 Q-Former and in CLIP, 88 in EVA's ViT-g.
 """
 
@@ -211,10 +211,10 @@ def _clip(own: Mapping[str, Tensor]) -> _Encoder:
 def _without_last(
     config: VisionConfig, state: Mapping[str, Tensor], account: Account
 ) -> tuple[VisionConfig, dict[str, Tensor]]:
-    """A whole CLIP tower as BLIP-2 reads it, before its last block; an encoder that was cut already stays."""
+    """A full CLIP tower as BLIP-2 reads it, before its last block; an encoder that was cut already stays."""
     last = f"blocks.{config.layers - 1}."
-    whole = config.post_norm != "none"
-    kept = {n: t for n, t in state.items() if not (whole and n.startswith((last, "ln_post.", "pool.")))}
+    full_tower = config.post_norm != "none"
+    kept = {n: t for n, t in state.items() if not (full_tower and n.startswith((last, "ln_post.", "pool.")))}
     load_report.ignored(account, set(state) - set(kept), "BLIP-2 reads before the last block")
-    cut = replace(config, layers=config.layers - 1, post_norm="none", pool="none") if whole else config
+    cut = replace(config, layers=config.layers - 1, post_norm="none", pool="none") if full_tower else config
     return cut, {f"vision.{name}": tensor for name, tensor in kept.items()}

@@ -1,7 +1,7 @@
 """CLIP in OpenAI's layout (openai/CLIP), which open_clip's ``CLIP`` class shares.
 
-Their state dict tells every size but two things. The activation: OpenAI's own weights need ``quick_gelu``, most weights
-trained elsewhere ``gelu``, and the wrong one loads cleanly and degrades quietly, so it is always asked for. The number
+Their state dict gives every size but two things. The activation: OpenAI's own weights need ``quick_gelu``, most weights
+trained elsewhere ``gelu``, and the wrong one loads cleanly and degrades quietly, so it must always be named. The number
 of attention heads: OpenAI's are 64 wide; of others it is known for the widths of open_clip's own configurations only.
 """
 
@@ -45,7 +45,7 @@ def clip_config_from_openai(
         raise CheckpointError(f"this is not CLIP with a vision transformer in OpenAI's layout: {error}.") from error
     if head_width is None and (width not in _HEAD_WIDTHS or text_width % HEAD_WIDTH):
         raise CheckpointError(
-            f"the weights do not tell how many attention heads the towers have, and the widths {width} (pictures) and "
+            f"the weights do not say how many attention heads the towers have, and the widths {width} (pictures) and "
             f"{text_width} (texts) are of no published model: give head_width=… (on the command line --head-width), or "
             "put open_clip_config.json beside them and open the folder."
         )

@@ -57,11 +57,11 @@ def llava_config_from_original(config: Mapping[str, Any], vision: VisionConfig |
             f"config.json: the vision tower {config.get('mm_vision_tower')!r} is not known here; "
             "give its configuration."
         )
-    kind = str(config.get("model_type", "llava"))
-    base = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}.get(kind)
+    model_type = str(config.get("model_type", "llava"))
+    base = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}.get(model_type)
     if base is None:
         raise CheckpointError(
-            f"config.json: model_type {kind!r} is not supported, only llava, llava_llama and llava_mistral."
+            f"config.json: model_type {model_type!r} is not supported, only llava, llava_llama and llava_mistral."
         )
     return LlavaConfig(
         vision=vision or TOWERS[tower](),

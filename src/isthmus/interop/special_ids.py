@@ -1,4 +1,4 @@
-"""Ids that a folder tells more than once, held against each other: image, end, beginning and padding.
+"""Ids that a folder holds more than once, compared with each other: image, end, beginning and padding.
 
 A model and a tokenizer that do not belong together load without a sound and answer nonsense. That they do is shown by
 the same ids in the files of configuration, tokenizer, decoding and processor.
@@ -18,12 +18,12 @@ _IMAGE = "<image>"
 
 
 def must_agree(folder: Path, words: Path, tokenizer: Tokenizer, rows: int) -> None:
-    """Raises CheckpointError, naming both, where two sources tell different ids.
+    """Raises CheckpointError, naming both, where two sources have different ids.
 
     ``rows`` is the length of the table of embeddings. An id beyond it, or the default of the model's class, was never
-    set: the library writes its defaults into every file. Ends may be several: one source must tell the tokenizer's own,
-    and another may tell special tokens alone (a chat model's end of turn). A beginning counts where texts get it.
-    Padding may be told as ``<unk>`` or the end, which is what many files without one say.
+    set: the library writes its defaults into every file. Ends may be several: one source must have the tokenizer's own,
+    and another may have special tokens alone (a chat model's end of turn). A beginning counts where texts get it.
+    Padding may be ``<unk>`` or the end, as in many files without one.
     """
     special = {number for number, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
     named = {name: token and tokenizer.id_of(token) for name, token in tokenizer.specials.items()}
@@ -35,18 +35,18 @@ def must_agree(folder: Path, words: Path, tokenizer: Tokenizer, rows: int) -> No
             mine = named[f"{kind}_token"]
             if kind == "bos" and mine not in tokenizer.begin_ids:
                 continue  # nobody reads it: configurations are full of their class's default
-            told = [i for i in _ids(values.get(f"{kind}_token_id")) if 0 <= i < rows]
-            if not told or mine is None or mine in told or told == unset[kind]:
+            given = [i for i in _ids(values.get(f"{kind}_token_id")) if 0 <= i < rows]
+            if not given or mine is None or mine in given or given == unset[kind]:
                 continue
-            if kind == "eos" and mine in ends and set(told) <= special - own:
+            if kind == "eos" and mine in ends and set(given) <= special - own:
                 continue
-            if kind == "pad" and set(told) <= {named["unk_token"], named["eos_token"]}:
+            if kind == "pad" and set(given) <= {named["unk_token"], named["eos_token"]}:
                 continue
             beside = "" if words == folder else f" in {words}"
             raise CheckpointError(
-                f"{folder}: {where} has {kind}_token_id {', '.join(map(str, told))} "
-                f"({_token(tokenizer, told[0])}), the tokenizer{beside} has {tokenizer.specials[f'{kind}_token']!r} at "
-                f"{mine}: they do not belong together, or one of them is wrong. Correct the file that is."
+                f"{folder}: {where} has {kind}_token_id {', '.join(map(str, given))} "
+                f"({_token(tokenizer, given[0])}), the tokenizer{beside} has {tokenizer.specials[f'{kind}_token']!r} "
+                f"at {mine}: they do not belong together, or one of them is wrong. Correct the file that is."
             )
 
 
@@ -54,25 +54,25 @@ def must_agree_on_image(folder: Path, words: Path, tokenizer: Tokenizer) -> None
     """Raises CheckpointError, naming both, where the configuration has its image token at another id than the token
     that the processor writes (``image_token``, else ``<image>``) has in the tokenizer."""
     config = read_json(folder / "config.json")
-    told = {config[name] for name in ("image_token_index", "image_token_id") if config.get(name) is not None}
-    if len(told) > 1:
-        raise CheckpointError(f"{folder}/config.json has two ids of its image token: {', '.join(map(str, told))}.")
+    given = {config[name] for name in ("image_token_index", "image_token_id") if config.get(name) is not None}
+    if len(given) > 1:
+        raise CheckpointError(f"{folder}/config.json has two ids of its image token: {', '.join(map(str, given))}.")
     files = [words / "processor_config.json", words / "tokenizer_config.json", folder / "processor_config.json"]
     names = [read_json(file).get("image_token") for file in files if file.is_file()]
     name = next((n.get("content") if isinstance(n, Mapping) else n for n in names if n), _IMAGE)
     mine = tokenizer.backend.token_to_id(str(name))
-    if told and mine is not None and mine not in told:
-        (index,) = told
+    if given and mine is not None and mine not in given:
+        (index,) = given
         raise CheckpointError(
             f"{folder}: config.json has its image token at {index} ({_token(tokenizer, index)}), the processor's "
-            f"{name!r} is at {mine} in the tokenizer: pictures would be put where the model does not look. Correct the "
-            "file that is wrong."
+            f"{name!r} is at {mine} in the tokenizer: pictures would be put where the model does not expect them. "
+            "Correct the file that is wrong."
         )
 
 
 def must_end_alike(folder: Path, words: Path, tokenizer: Tokenizer, text: TextConfig) -> None:
     """Raises CheckpointError, naming both, where a text tower reads its vector at another end of text than the
-    tokenizer writes: it would be found nowhere, and each text would be told by its first token."""
+    tokenizer writes: it would be found nowhere, and each text's vector would be that of its first token."""
     if text.pool != "eot" or tokenizer.eos_id == text.eot_id:
         return
     beside = "" if words == folder else f" in {words}"
@@ -105,9 +105,11 @@ def _defaults(folder: Path) -> dict[str, list[int]]:
     return {name: _ids(getattr(known, f"{name}_token_id", None)) for name in ("bos", "eos", "pad")}
 
 
-def _ids(told: Any) -> list[int]:
+def _ids(given: Any) -> list[int]:
     """One id or several; what is no id is said by who uses it."""
-    return [i for i in (told if isinstance(told, list) else [told]) if isinstance(i, int) and not isinstance(i, bool)]
+    return [
+        i for i in (given if isinstance(given, list) else [given]) if isinstance(i, int) and not isinstance(i, bool)
+    ]
 
 
 def _token(tokenizer: Tokenizer, number: Any) -> str:

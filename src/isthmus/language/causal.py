@@ -77,7 +77,9 @@ class LanguageModel(LibraryLM):
         self._check_context(embeds.shape[1])
         return self.lm.base_model(inputs_embeds=embeds, use_cache=False, return_dict=True).last_hidden_state
 
-    def logits(self, embeds: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def logits(
+        self, embeds: Float[Tensor, "B T D"], lengths: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B T V"]:
         """(B, T, D) right-padded -> (B, T, V) by the library's own forward. Values on padding mean nothing.
 
         With ``lengths`` (B,) the library also gets the padding mask; real positions come out the same either way.
@@ -119,7 +121,7 @@ class LanguageModel(LibraryLM):
 
     @torch.no_grad()
     def continued(self, prompt: Prompt, decoding: Decoding) -> list[list[int]]:
-        """As :meth:`generate`, of rows that may look at more than their embeddings."""
+        """As :meth:`generate`, of rows that may attend to more than their own tokens."""
         if self.writable is True:
             return write_all(self, prompt, decoding)
         warnings.warn(f"{self.writable} The library's own loop writes instead.", IsthmusWarning, stacklevel=3)
@@ -166,7 +168,7 @@ class LanguageModel(LibraryLM):
         if any("dynamic" in str(value) or "longrope" in str(value) for value in scaling.values()):
             return f"{name} turns its positions by the longest row, so its texts cannot be written step by step here."
         self._sliding = [getattr(layer, "sliding_window", None) for layer in layers]
-        self._kinds = list(getattr(config, "layer_types", None) or ())
+        self._layer_types = list(getattr(config, "layer_types", None) or ())
         self._positioned = "position_ids" in signature(self.lm.forward).parameters
         return None
 
@@ -205,11 +207,11 @@ class LanguageModel(LibraryLM):
         return self._window()
 
     def _window(self) -> Window:
-        # Alibi is made of what is padding (Falcon's first models take positions beside it), and only SDPA takes a mask
-        # of what is seen.
+        # Alibi is computed from the padding mask (Falcon's first models take positions beside it), and only SDPA takes a
+        # mask of visible positions.
         alibi = getattr(self.lm.config.get_text_config(), "alibi", False)
         masked = self._positioned and not alibi and "sdpa" in self.lm.config._attn_implementation
-        return Window(self._sliding, kinds=self._kinds, masked=masked)
+        return Window(self._sliding, layer_types=self._layer_types, masked=masked)
 
     def settled(self, decoding: Decoding, prompt: Prompt) -> Decoding:
         """``decoding``, checked against this LM and ``prompt``. Raises DataError for an empty row, ConfigError for
@@ -242,8 +244,8 @@ class LanguageModel(LibraryLM):
         logits, cache = self._run(prompt.embeds[:, known:length], before, logits_to_keep=1)
         return Read(logits[:, -1], tensors_of(cache), [length])
 
-    def after(self, ids: Tensor, read: Read) -> Tensor:
-        """(n, t, V) logits after each of the tokens (n, t) that follow the one row of ``read``."""
+    def after(self, ids: Int[Tensor, "B T"], read: Read) -> Float[Tensor, "B T V"]:
+        """(B, T, V) logits after each of the tokens (B, T) that follow the one row of ``read``."""
         self._check_context(read.lengths[0] + ids.shape[1])
         return self._run(self.embed(ids), read.layers)[0]
 
@@ -260,12 +262,16 @@ class LanguageModel(LibraryLM):
         found = self.lm(inputs_embeds=embeds, past_key_values=cache, use_cache=True, return_dict=True, **more)
         return found.logits, cache
 
-    def score_endings(self, prompt: Prompt, endings: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
-        """(n,) log-probabilities of n endings of one row; see :func:`.scoring.score_endings`."""
+    def score_endings(
+        self, prompt: Prompt, endings: Sequence[Int[Tensor, " _"]], labels: Sequence[Int[Tensor, " _"]]
+    ) -> Float[Tensor, " B"]:
+        """(B,) log-probabilities of B endings of one row; see :func:`.scoring.score_endings`."""
         return score_endings(self, prompt, endings, labels)
 
-    def next(self, ids: Tensor, positions: Tensor, window: Window, beside: Any) -> Tensor:
-        """(n, V) logits after one more token (n,) of each running row of the window."""
+    def next(
+        self, ids: Int[Tensor, " B"], positions: Int[Tensor, " B"], window: Window, context: Any
+    ) -> Float[Tensor, "B V"]:
+        """(B, V) logits after one more token (B,) of each running row of the window."""
         own = {"position_ids": positions[:, None]} if self._positioned else {}
         return self.lm(
             inputs_embeds=self.lm.get_input_embeddings()(ids[:, None]),
@@ -309,12 +315,12 @@ class LanguageModel(LibraryLM):
         return self._plain_head
 
     def _try_head(self, embeds: Tensor) -> bool:
-        seen: dict[str, Tensor] = {}
+        caught: dict[str, Tensor] = {}
 
         def answer(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            seen["input"] = inputs[0]
-            seen["output"] = torch.linspace(-100, 100, output.shape[-1]).to(output).expand_as(output)
-            return seen["output"].clone()
+            caught["input"] = inputs[0]
+            caught["output"] = torch.linspace(-100, 100, output.shape[-1]).to(output).expand_as(output)
+            return caught["output"].clone()
 
         one = torch.linspace(-1, 1, embeds.shape[-1]).to(embeds)[None, None]
         devices = [embeds.device] if embeds.device.type == "cuda" else []
@@ -327,7 +333,7 @@ class LanguageModel(LibraryLM):
                 hidden = self.hidden(one)
         finally:
             hook.remove()
-        return torch.equal(seen["input"], hidden) and torch.equal(logits, seen["output"].to(logits.dtype))
+        return torch.equal(caught["input"], hidden) and torch.equal(logits, caught["output"].to(logits.dtype))
 
     def _check_context(self, tokens: int, what: str | None = None) -> None:
         if self.context is not None and tokens > self.context:

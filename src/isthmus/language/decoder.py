@@ -37,25 +37,25 @@ from isthmus.nn.beam import Beams
 from isthmus.products import SMALL, small_products
 
 READ_EVERY = {"cpu": 1, "mps": 8, "cuda": 8}
-"""Steps between two looks of the host at what a whole batch has written: a look waits for the device."""
+"""Steps after which the host reads what a batch has written: each read waits for the device."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """Rows to be continued: ``embeds`` (G, T, D), right-padded, and ``lengths`` (G,). ``look`` is what the rows look
-    at beside them (Flamingo's media). ``past`` is what all of them begin with, one row that was read already."""
+    """Rows to be continued: ``embeds`` (G, T, D), right-padded, and ``lengths`` (G,). ``context`` is what the rows
+    cross-attend to (Flamingo's media). ``past`` is what all of them begin with, one row that was read already."""
 
     embeds: Tensor
     lengths: Tensor
-    look: Any = None
+    context: Any = None
     past: "Read | None" = None
 
     def __len__(self) -> int:
         return len(self.embeds)
 
 
-class Beside(Protocol):
-    """What rows look at beside their own texts: one row of it per row that is written."""
+class Context(Protocol):
+    """What rows cross-attend to: one row of it per row that is written."""
 
     @property
     def nbytes(self) -> int:
@@ -74,16 +74,16 @@ class Beside(Protocol):
 @dataclass(frozen=True, slots=True)
 class Read:
     """Prompts that were read: logits (G, V) of each row's next token, keys and values per layer, right-padded, how
-    many of them are the row's, the position of the next token, and what is looked at beside."""
+    many of them are the row's, the position of the next token, and what is cross-attended to."""
 
     logits: Tensor
     layers: Layers
     lengths: list[int]
-    beside: Any = None  # a Beside, of the language model's own class
+    context: Any = None  # a Context, of the language model's own class
 
 
 class Steps(Protocol):
-    """What a decoder asks of a language model."""
+    """What a decoder needs of a language model."""
 
     @property
     def width(self) -> int: ...
@@ -98,12 +98,12 @@ class Steps(Protocol):
         ...
 
     def settled(self, decoding: Decoding, prompt: Prompt) -> Decoding:
-        """``decoding`` with what the model itself asks for. Raises DataError, ConfigError for what cannot be."""
+        """``decoding`` with what the model itself needs. Raises DataError, ConfigError for what cannot be."""
         ...
 
     def read(self, prompt: Prompt) -> Read: ...
 
-    def next(self, ids: Tensor, positions: Tensor, window: Window, beside: Any) -> Tensor:
+    def next(self, ids: Tensor, positions: Tensor, window: Window, context: Any) -> Tensor:
         """(n, V) logits after one more token (n,) at ``positions`` (n,) of each running row of the window."""
         ...
 
@@ -134,9 +134,9 @@ class _Row:
     decoding: Decoding
     places: list[int]  # of the window, one per beam
     generator: torch.Generator | None = None
-    logprobs: int | None = None  # how many of the likeliest to tell, none: tell nothing
+    logprobs: int | None = None  # how many of the likeliest to return; none: no log-probabilities
     count: int = 0  # tokens written
-    ids: list[int] = field(default_factory=list)  # those the host has seen
+    ids: list[int] = field(default_factory=list)  # those the host has read
 
 
 @dataclass(slots=True, eq=False)
@@ -169,11 +169,11 @@ class Decoder:
         self._rows: dict[int, _Row] = {}
         self._searches: list[_Lane] = []
         self._singles: list[_Lane] | None = None
-        self._beside: Any = None
+        self._context: Any = None
         self._logits: Tensor | None = None  # of the places that were not written since they were read
         self._tokens: Tensor | None = None  # the last ones, still to be read by the model, of the first places
         self._positions: Tensor | None = None  # of each place's next token
-        self._unread: list[tuple[Tensor, tuple[Tensor, ...]]] = []  # tokens of all places; what was asked of some
+        self._unread: list[tuple[Tensor, tuple[Tensor, ...]]] = []  # tokens of all places; log-probabilities of some
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -203,7 +203,7 @@ class Decoder:
         ahead = max([decoding.max_new_tokens, *(r.decoding.max_new_tokens - r.count for r in self._rows.values())])
         first = self._window.rows
         self._window.join(read.layers, read.lengths, ahead=ahead, waiting=self._tokens is not None)
-        self._beside = read.beside if first == 0 else self._beside and self._beside.join(read.beside)
+        self._context = read.context if first == 0 else self._context and self._context.join(read.context)
         self._logits = read.logits.float() if self._logits is None else torch.cat([self._logits, read.logits.float()])
         positions = torch.tensor(read.lengths, device=read.logits.device)
         self._positions = positions if self._positions is None else torch.cat([self._positions, positions])
@@ -265,25 +265,25 @@ class Decoder:
     def _advance(self) -> None:
         """Chooses a token for every place from its logits; everything stays on the device."""
         self._read_on()
-        logits, asked = self._logits, self._asked()
+        logits, wanting = self._logits, self._with_logprobs()
         assert logits is not None
         tokens = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         for lane in self._lanes_of_singles():
             tokens[lane.places] = self._choose(lane, logits)
         for lane in self._searches:
             self._continue(lane, logits, tokens)
-        told: tuple[Tensor, ...] = ()
-        if asked:
-            places = self._places(asked)
+        top_logprobs: tuple[Tensor, ...] = ()
+        if wanting:
+            places = self._places(wanting)
             log_probs = logits[places].log_softmax(-1)
-            likeliest = log_probs.topk(max(1, *(row.logprobs or 0 for row in asked)), dim=-1)
-            told = (log_probs.gather(1, tokens[places][:, None])[:, 0], *likeliest)
+            likeliest = log_probs.topk(max(1, *(row.logprobs or 0 for row in wanting)), dim=-1)
+            top_logprobs = (log_probs.gather(1, tokens[places][:, None])[:, 0], *likeliest)
         for row in self._rows.values():
             row.count += 1
         self._tokens, self._logits = tokens, None
-        self._unread.append((tokens, told))
+        self._unread.append((tokens, top_logprobs))
 
-    def _asked(self) -> list[_Row]:
+    def _with_logprobs(self) -> list[_Row]:
         return [row for row in self._rows.values() if row.logprobs is not None]
 
     def _read_on(self) -> None:
@@ -292,19 +292,19 @@ class Decoder:
             return
         window, count = self._window, len(self._tokens)
         assert self._positions is not None
-        beside = self._beside
-        if beside is not None and window.rows > count:
-            beside = beside.take(torch.arange(count, device=self._tokens.device))
+        context = self._context
+        if context is not None and window.rows > count:
+            context = context.take(torch.arange(count, device=self._tokens.device))
         window.running = count
         with small_products(count * self.language.width**2 < SMALL):
-            logits = self.language.next(self._tokens, self._positions[:count], window, beside).float()
+            logits = self.language.next(self._tokens, self._positions[:count], window, context).float()
         window.column += 1
         self._positions[:count] += 1
         self._logits = logits if self._logits is None else torch.cat([logits, self._logits])
         self._tokens = None
 
     def _lanes_of_singles(self) -> list[_Lane]:
-        """Rows without beams by the rules for their scores; by their lengths too where the rules look at the text."""
+        """Rows without beams by the rules for their scores; by their lengths too where the rules depend on the text."""
         if self._singles is None:
             groups: dict[Any, list[_Row]] = {}
             for row in self._rows.values():
@@ -341,14 +341,14 @@ class Decoder:
             self._window.copy(lane.places, lane.places[source], written)
         tokens[lane.places] = chosen
 
-    # What the host learns
+    # What the host reads
 
     def _collect(self) -> list[Written]:
         """Reads what was written since the last time; rows that ended leave."""
         ids = torch.stack([tokens for tokens, _ in self._unread]).tolist()
-        told = [[values.tolist() for values in step] for _, step in self._unread]
+        top_logprobs = [[values.tolist() for values in step] for _, step in self._unread]
         self._unread = []
-        asked = {row.number: n for n, row in enumerate(self._asked())}
+        wanting = {row.number: n for n, row in enumerate(self._with_logprobs())}
         found, ended = [], []
         for row in self._rows.values():
             if row.decoding.num_beams > 1:
@@ -361,7 +361,9 @@ class Decoder:
             logprobs = (
                 ()
                 if row.logprobs is None
-                else tuple(_logprob(token, told[n], asked[row.number], row.logprobs) for n, token in enumerate(new))
+                else tuple(
+                    _logprob(token, top_logprobs[n], wanting[row.number], row.logprobs) for n, token in enumerate(new)
+                )
             )
             found.append(Written(row.number, tuple(new), logprobs, finish))
             if finish is not None:
@@ -401,7 +403,7 @@ class Decoder:
         self._positions = self._positions[order]
         self._tokens = None if self._tokens is None else self._tokens[order]
         self._logits = None if self._logits is None else self._logits[order]
-        self._beside = self._beside and self._beside.take(order)
+        self._context = self._context and self._context.take(order)
         for row in self._rows.values():
             row.places = [moves.get(p, p) for p in row.places]
         self._singles = None
@@ -431,10 +433,10 @@ def _repeated(read: Read, times: int) -> Read:
         logits=read.logits[rows],
         layers=[(keys[rows], values[rows]) for keys, values in read.layers],
         lengths=[n for n in read.lengths for _ in range(times)],
-        beside=None if read.beside is None else read.beside.take(rows),
+        context=None if read.context is None else read.context.take(rows),
     )
 
 
-def _logprob(token: int, told: list[Any], row: int, top: int) -> Logprob:
-    own, values, ids = told
+def _logprob(token: int, top_logprobs: list[Any], row: int, top: int) -> Logprob:
+    own, values, ids = top_logprobs
     return Logprob(token, own[row], tuple(zip(ids[row][:top], values[row][:top], strict=True)))

@@ -32,7 +32,7 @@ class Decoding:
     ``temperature`` 0 is greedy (or beam search with ``num_beams`` > 1); above 0 tokens are drawn, ``top_k`` 0 and
     ``top_p`` 1 meaning no cut. ``stop_ids`` end an answer and are not part of it; without any, an answer ends only at
     ``max_new_tokens``, and none before ``min_new_tokens``. With beams a text of n new tokens scores
-    Σ log p / n^``length_penalty``, so a negative penalty favours short answers. ``repetition_penalty`` looks at the
+    Σ log p / n^``length_penalty``, so a negative penalty favours short answers. ``repetition_penalty`` counts the
     new tokens only. One ``seed`` serves every row alike, so that a row's answer does not depend on its neighbours; a
     tuple gives each row its own.
     """

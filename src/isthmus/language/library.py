@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -42,7 +43,7 @@ class LibraryLM(nn.Module):
     def vocab_size(self) -> int:
         return self.lm.get_input_embeddings().weight.shape[0]
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Int[Tensor, "*places"]) -> Float[Tensor, "*places D"]:
         """(B, T) token ids -> (B, T, D). Raises DataError for an id outside the vocabulary."""
         low, high = (int(v) for v in ids.aminmax()) if ids.numel() else (0, 0)
         if low < 0 or high >= self.vocab_size:
@@ -96,13 +97,13 @@ def library_config(config: Mapping[str, Any], known: Sequence[str] = ()) -> PreT
                 else nearest(model_type, known)
             )
         )
-    kind = CONFIG_MAPPING[model_type]
-    fields = _fields(kind)
+    config_class = CONFIG_MAPPING[model_type]
+    fields = _fields(config_class)
     for name in config:
         if name not in fields:
             raise ConfigError(f"language.{name} is not a field of a {model_type} LM; {nearest(name, fields)}")
     try:
-        return kind(**{name: value for name, value in config.items() if name != "model_type"})
+        return config_class(**{name: value for name, value in config.items() if name != "model_type"})
     except Exception as error:  # the library validates with exception classes of its own
         raise ConfigError(
             f"transformers refuses this {model_type} configuration: " + " ".join(str(error).split())
@@ -135,5 +136,10 @@ def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fields(kind: type[PreTrainedConfig]) -> set[str]:
-    return {f.name for f in dataclasses.fields(kind)} | set(kind.attribute_map) | LEGACY_FIELDS | {"model_type"}
+def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    return (
+        {f.name for f in dataclasses.fields(config_class)}
+        | set(config_class.attribute_map)
+        | LEGACY_FIELDS
+        | {"model_type"}
+    )

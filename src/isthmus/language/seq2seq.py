@@ -45,11 +45,11 @@ class Seq2SeqLM(LibraryLM):
     def build(cls, config: Mapping[str, Any]) -> "Seq2SeqLM":
         """A freshly initialised LM from ``{"model_type": "t5", ...}``. Raises ConfigError as LanguageModel does."""
         # The activation stands in T5's files though it is no field of its configuration class.
-        beside = ("dense_act_fn", "tie_word_embeddings", "scale_decoder_outputs")
-        own = {name: value for name, value in config.items() if name not in beside}
-        kind = type(library_config(own, T5_LIKE))
-        more = {name: config[name] for name in beside if name in config}
-        settings = kind(**{name: value for name, value in own.items() if name != "model_type"}, **more)
+        extra = ("dense_act_fn", "tie_word_embeddings", "scale_decoder_outputs")
+        own = {name: value for name, value in config.items() if name not in extra}
+        config_class = type(library_config(own, T5_LIKE))
+        more = {name: config[name] for name in extra if name in config}
+        settings = config_class(**{name: value for name, value in own.items() if name != "model_type"}, **more)
         lm = AutoModelForSeq2SeqLM.from_config(settings, dtype=torch.float32)
         lm.tie_weights()
         if config.get("tie_word_embeddings") is False:
@@ -134,22 +134,24 @@ class Seq2SeqLM(LibraryLM):
         own, across = tensors_of(cache.self_attention_cache), tensors_of(cache.cross_attention_cache)
         return Read(logits, own, [1] * len(embeds), Source(across, mask.bool()))
 
-    def next(self, ids: Tensor, positions: Tensor, window: Window, beside: "Source") -> Tensor:
-        """(n, V) logits after one more token (n,) of each running row of the window."""
+    def next(
+        self, ids: Int[Tensor, " B"], positions: Int[Tensor, " B"], window: Window, context: "Source"
+    ) -> Float[Tensor, "B V"]:
+        """(B, V) logits after one more token (B,) of each running row of the window."""
         return self.lm(
-            encoder_outputs=BaseModelOutput(last_hidden_state=beside.nothing),  # its keys and values are known
-            attention_mask=beside.mask[:, None, None] if window.masked else beside.mask.long(),
+            encoder_outputs=BaseModelOutput(last_hidden_state=context.nothing),  # its keys and values are known
+            attention_mask=context.mask[:, None, None] if window.masked else context.mask.long(),
             decoder_input_ids=ids[:, None],
             decoder_attention_mask=window.mask(),
-            past_key_values=EncoderDecoderCache(window.cache, beside.cache),
+            past_key_values=EncoderDecoderCache(window.cache, context.cache),
             use_cache=True,
             return_dict=True,
         ).logits[:, -1]
 
-    def after(self, ids: Tensor, read: Read) -> Tensor:
-        """(n, t, V) logits after each of the tokens (n, t) that follow the start token of the one row of ``read``."""
-        assert isinstance(read.beside, Source)
-        source = read.beside.take(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
+    def after(self, ids: Int[Tensor, "B T"], read: Read) -> Float[Tensor, "B T V"]:
+        """(B, T, V) logits after each of the tokens (B, T) that follow the start token of the one row of ``read``."""
+        assert isinstance(read.context, Source)
+        source = read.context.take(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
         return self.lm(
             encoder_outputs=BaseModelOutput(last_hidden_state=source.nothing),
             attention_mask=source.mask.long(),
@@ -159,8 +161,10 @@ class Seq2SeqLM(LibraryLM):
             return_dict=True,
         ).logits
 
-    def score_endings(self, prompt: Prompt, endings: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
-        """(n,) log-probabilities of n texts after the start token; see :func:`.scoring.score_endings`."""
+    def score_endings(
+        self, prompt: Prompt, endings: Sequence[Int[Tensor, " _"]], labels: Sequence[Int[Tensor, " _"]]
+    ) -> Float[Tensor, " B"]:
+        """(B,) log-probabilities of B texts after the start token; see :func:`.scoring.score_endings`."""
         return score_endings(self, prompt, endings, labels)
 
     def _label_nll(self, embeds: Tensor, lengths: Tensor, decoder: Tokens) -> tuple[Tensor, Tensor]:
@@ -200,7 +204,7 @@ class Source:
         masks = [F.pad(m, (0, width - m.shape[1])) for m in (self.mask, other.mask)]
         return Source(layers, torch.cat(masks))
 
-    def take(self, rows: Tensor) -> "Source":
+    def take(self, rows: Int[Tensor, " _"]) -> "Source":
         return Source([(keys[rows], values[rows]) for keys, values in self.layers], self.mask[rows])
 
 
@@ -215,7 +219,7 @@ def build_language(config: Mapping[str, Any]) -> LanguageModel | Seq2SeqLM:
 
 
 def safe_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """``dtype``, but bf16 where an fp16 T5 was asked for: its activations overflow fp16 (BLIP-2, sec. 4.1)."""
+    """``dtype``, but bf16 where an fp16 T5 was requested: its activations overflow fp16 (BLIP-2, sec. 4.1)."""
     return torch.bfloat16 if config.get("model_type") in T5_LIKE and dtype == torch.float16 else dtype
 
 

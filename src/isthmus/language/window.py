@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
@@ -35,11 +36,11 @@ class Window:
         kinds: the library's names of the layers' kinds, where a mask for each of several is wanted.
     """
 
-    def __init__(self, sliding: Sequence[int | None], *, kinds: Sequence[str] = (), masked: bool = True) -> None:
+    def __init__(self, sliding: Sequence[int | None], *, layer_types: Sequence[str] = (), masked: bool = True) -> None:
         self.layers = [_Layer(self, own if masked else None) for own in sliding]
         self.cache = Cache(layers=list(self.layers))
         self.masked = masked  # the library takes masks that are ready, else what is padding
-        self.kinds = dict(zip(kinds, sliding, strict=True)) if len(set(kinds)) > 1 else {}
+        self.layer_types = dict(zip(layer_types, sliding, strict=True)) if len(set(layer_types)) > 1 else {}
         self.only = sliding[0] if len(set(sliding)) == 1 else None
         self.bounded = any(size is not None for size in sliding) or not masked
         self.starts: list[int] = []
@@ -60,9 +61,9 @@ class Window:
     def join(self, layers: Layers, lengths: Sequence[int], *, ahead: int, waiting: bool) -> None:
         """New rows, right-padded, with room for ``ahead`` more columns. ``waiting``: one column of the rows that are
         here is still to be written, so that the new ones end after it."""
-        count, longest, behind = len(lengths), max(lengths), int(waiting)
-        self._reserve(self.rows + count, longest - behind, ahead + behind, behind, layers)
-        end, device = self.column + behind, layers[0][0].device
+        count, longest, waiting_columns = len(lengths), max(lengths), int(waiting)
+        self._reserve(self.rows + count, longest - waiting_columns, ahead + waiting_columns, waiting_columns, layers)
+        end, device = self.column + waiting_columns, layers[0][0].device
         rows = slice(self.rows, self.rows + count)
         own = torch.tensor(lengths, device=device)
         source = (torch.arange(longest, device=device) - (longest - own)[:, None]).clamp(min=0)
@@ -78,9 +79,9 @@ class Window:
         self.rows += count
         self.first = min(self.starts)
 
-    def _reserve(self, rows: int, back: int, ahead: int, behind: int, layers: Layers) -> None:
+    def _reserve(self, rows: int, back: int, ahead: int, waiting_columns: int, layers: Layers) -> None:
         """Room for that many rows, for ``back`` columns before the present one and for ``ahead`` from it on; rows that
-        joined since the last step reach ``behind`` columns into the latter."""
+        joined since the last step reach ``waiting_columns`` into the latter."""
         height, width = self.capacity
         column = self.column if self.rows else back
         if rows <= height and column >= back and column + ahead <= width:
@@ -98,8 +99,8 @@ class Window:
                 # Zeros, since a masked column weighs nothing only while it is finite.
                 new = torch.zeros(size[0], like.shape[1], size[1], like.shape[3], dtype=like.dtype, device=like.device)
                 if held:
-                    kept = getattr(layer, name)[: self.rows, :, self.first : self.column + behind]
-                    new[: self.rows, :, column - held : column + behind] = kept
+                    kept = getattr(layer, name)[: self.rows, :, self.first : self.column + waiting_columns]
+                    new[: self.rows, :, column - held : column + waiting_columns] = kept
                 setattr(layer, name, new)
             layer.is_initialized = True
         self.starts = [start + column - self.column for start in self.starts]
@@ -124,7 +125,7 @@ class Window:
         self.first = min(self.starts, default=0)
         return moves
 
-    def copy(self, targets: Tensor, sources: Tensor, columns: int) -> None:
+    def copy(self, targets: Int[Tensor, " B"], sources: Int[Tensor, " B"], columns: int) -> None:
         """The last ``columns`` columns of some rows from those of others."""
         for layer in self.layers:
             for kept in layer.pair:
@@ -139,8 +140,8 @@ class Window:
             return None
         if not self.masked:
             return self.visible[: self.running, self.first : stop].long()
-        if self.kinds:
-            return {kind: self._mask(size, stop) for kind, size in self.kinds.items()}
+        if self.layer_types:
+            return {layer_type: self._mask(size, stop) for layer_type, size in self.layer_types.items()}
         return self._mask(self.only, stop)
 
     def _mask(self, size: int | None, stop: int) -> Tensor:

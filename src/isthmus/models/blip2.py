@@ -37,9 +37,9 @@ from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding, Prompt, Read, Seq2SeqLM, build_language, safe_dtype, write
 from isthmus.models.published import flan_t5, opt, vicuna
 from isthmus.net import Net
+from isthmus.nn.attention_maps import patch_maps, self_attention
 from isthmus.nn.connectors.qformer import Past, QFormerConfig, QFormerConnector
 from isthmus.nn.lengths import blocks_by_length
-from isthmus.nn.looking import patch_maps, self_attention
 from isthmus.nn.losses import Similarity, gather, widen
 from isthmus.nn.matching import gather_tokens, hard_negatives, query_contrast
 from isthmus.nn.precision import KeptFloat32, cast_weights
@@ -57,10 +57,10 @@ class Blip2Config:
     """Encoder, Q-Former and (for ``generate``) the LM.
 
     ``feature_layer`` counts over the encoder's L+1 hidden states: -1 for the published encoders, which come without
-    their last block; -2 for a whole CLIP tower. ``patch_positions`` tells the Q-Former where each patch stands; in the
+    their last block; -2 for a full CLIP tower. ``patch_positions`` adds position embeddings to what it reads; in the
     paper only the encoder does. ``instruct`` keeps the text half in ``generate``: the question or
     instruction stands beside the queries (InstructBLIP, and BLIP-2's fine-tuning on VQA). ``embed_dim`` is the
-    contrast's width. ``norm_eps`` is that of the LayerNorm behind the encoder: 1e-5 in the original code, 1e-6 in
+    contrast's width. ``norm_eps`` is that of the LayerNorm after the encoder: 1e-5 in the original code, 1e-6 in
     transformers. ``objectives`` are those of ``represent``.
     """
 
@@ -215,7 +215,7 @@ class Blip2(Net):
         return cls(Blip2Config.from_dict(values))
 
     def cast(self, dtype: torch.dtype) -> "Blip2":
-        """Encoder and LM to ``dtype`` (a T5 in bf16 where fp16 was asked for); connector and heads stay float32."""
+        """Encoder and LM to ``dtype`` (a T5 in bf16 where fp16 was requested); connector and heads stay float32."""
         cast_weights(self.vision, dtype)
         if self.language is not None and self.config.language is not None:
             cast_weights(self.language, safe_dtype(self.config.language, dtype))
@@ -249,10 +249,10 @@ class Blip2(Net):
         """
         if self.heads is None:
             return {"lm": Term(*self._answer_loss(batch))}
-        vision, keys = self._seen_in_rows(batch, "BLIP-2's first stage")
+        vision, keys = self._vision_of_rows(batch, "BLIP-2's first stage")
         return self._represent(vision, batch.text[TEXT], keys, batch.ids)
 
-    def _seen_in_rows(self, batch: Batch, what: str) -> tuple[Tensor, list[str]]:
+    def _vision_of_rows(self, batch: Batch, what: str) -> tuple[Tensor, list[str]]:
         """Normed vision tokens (B, P, Dv) in order of rows, and the content key of each row's picture; no clips."""
         order = batch.visual_of_rows(what)
         groups = batch.per_visual(lambda group: self.tap.read(self.vision, group).unbind(0))
@@ -264,11 +264,11 @@ class Blip2(Net):
     def _represent(self, vision: Tensor, text: Tokens, keys: Sequence[str], names: Sequence[str]) -> dict[str, Term]:
         assert self.heads is not None
         rows, wanted = len(vision), self.config.objectives
-        seen = self.connector.look(vision)
+        image = self.connector.encode_image(vision)
         terms: dict[str, Term] = {}
         if "itc" in wanted or "itm" in wanted:
             contrast = query_contrast(
-                F.normalize(widen(self.heads.image_proj(seen.hidden)), dim=-1),
+                F.normalize(widen(self.heads.image_proj(image.hidden)), dim=-1),
                 F.normalize(widen(self.embed_texts(text)), dim=-1),
                 self.heads.temperature,
                 smoothing=self.config.label_smoothing,
@@ -279,7 +279,7 @@ class Blip2(Net):
                 loss = self._matching_loss(vision, text, *hard_negatives(contrast, keys, names))
                 terms["itm"] = Term(loss, 3 * rows, scope="batch")
         if "itg" in wanted:
-            terms["itg"] = Term(*self._writing_loss(seen.past, text))
+            terms["itg"] = Term(*self._writing_loss(image.past, text))
         return terms
 
     def _matching_loss(self, vision: Tensor, text: Tokens, wrong_image: Tensor, wrong_text: Tensor) -> Tensor:
@@ -321,21 +321,21 @@ class Blip2(Net):
     def match_logits(self, vision: Float[Tensor, "B P Dv"], text: Tokens) -> Float[Tensor, "B 2"]:
         """(B, 2) for no and yes, the mean over the queries, of normed ``vision`` (B, P, Dv) with the texts beside."""
         assert self.heads is not None
-        return self.heads.itm(self.connector.read(vision, text)).mean(1)
+        return self.heads.itm(self.connector.encode_pair(vision, text)).mean(1)
 
     def embed_images(self, pixels: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n Q E"]:
         """(n, Q, E), one vector per query, not normalised, from (n, 3, H, W)."""
         assert self.heads is not None
-        return self.heads.image_proj(self.connector.look(self.normed(pixels)).hidden)
+        return self.heads.image_proj(self.connector.encode_image(self.normed(pixels)).hidden)
 
     def normed(self, pixels: Tensor) -> Tensor:
-        """(n, 3, H, W) -> (n, P, Dv), what the Q-Former looks at."""
+        """(n, 3, H, W) -> (n, P, Dv), what the Q-Former attends to."""
         return self.connector.vision_tokens(self.visual_features(pixels[:, None])[:, 0])
 
     def embed_texts(self, text: Tokens) -> Float[Tensor, "B E"]:
         """(B, E), not normalised: the text alone, read at [CLS]."""
         assert self.heads is not None
-        return self.heads.text_proj(self.connector.read_text(text))
+        return self.heads.text_proj(self.connector.encode_text(text))
 
     # Phase generate
 
@@ -418,7 +418,7 @@ class Blip2(Net):
         """Per row and per its visual a map (layers, T, F, P): the LM's attention to the visual tokens, mean over heads,
         times what each was made of, by the last cross-attention of the Q-Former. Raises CapabilityError with a T5."""
         if self.language is None or isinstance(self.language, Seq2SeqLM):
-            raise CapabilityError("Where BLIP-2 looked is told with a causal language model only.")
+            raise CapabilityError("Attention maps of BLIP-2 need a causal language model, and this is a T5.")
 
         def made_of(group: Visuals) -> Iterable[Tensor]:
             shares = self.connector.patch_weights(self.tap.read(self.vision, group), self._beside(batch, group))[
@@ -426,9 +426,9 @@ class Blip2(Net):
             ]
             return shares / shares.sum((-2, -1), keepdim=True).clamp(min=1e-12)  # the class token is no place
 
-        seen = self_attention(self.language.lm, self.embed_prompt(batch))
+        weights = self_attention(self.language.lm, self.embed_prompt(batch))
         places, lengths = batch.places.get("lm", Places.none()), batch.text["lm"].lengths.tolist()
-        return patch_maps(seen, places, lengths, batch.per_visual(made_of))
+        return patch_maps(weights, places, lengths, batch.per_visual(made_of))
 
     def _write(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
         """Captions without any LM: the ITG use, from [DEC]."""
@@ -437,12 +437,12 @@ class Blip2(Net):
                 f"max_new_tokens {decoding.max_new_tokens} passes the Q-Former's {self.config.qformer.positions} "
                 "positions; ask for fewer."
             )
-        vision, _ = self._seen_in_rows(batch, "captioning without a language model")
-        seen = self.connector.look(vision.repeat_interleave(decoding.num_beams, dim=0))
+        vision, _ = self._vision_of_rows(batch, "captioning without a language model")
+        image = self.connector.encode_image(vision.repeat_interleave(decoding.num_beams, dim=0))
 
         def step(ids: Tensor) -> Tensor:
             lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
-            return self.writing_logits(seen.past, Tokens(ids=ids, lengths=lengths), at=(slice(None), -1))
+            return self.writing_logits(image.past, Tokens(ids=ids, lengths=lengths), at=(slice(None), -1))
 
         start = torch.full((len(batch),), self.config.qformer.dec_id, device=vision.device)
         return write(step, start, decoding)

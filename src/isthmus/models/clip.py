@@ -176,7 +176,7 @@ class Clip(Net):
     def loss(self, batch: Batch) -> dict[str, Term]:
         """The contrastive term of a batch with one picture per row, in which all other rows are negatives.
 
-        Under several processes the rows of all of them are; the mean over processes is then the whole step's loss.
+        Under several processes the rows of all of them are; the mean over processes is then the step's loss.
         """
         return self._terms(*self._embed(batch), _keys(batch))
 
@@ -186,7 +186,7 @@ class Clip(Net):
         The gradient cache (Gao et al. 2021, 2101.06983): embed every chunk without a graph; take the loss and its
         gradient with respect to the embeddings, temperature and bias; embed each chunk again and push its share of
         the gradient through the towers, which draw no random numbers. Adds to ``.grad``; the terms come detached.
-        Of several processes each adds what its rows give: the sum over processes is the whole gradient.
+        Of several processes each adds what its rows give: the sum over processes is the step's gradient.
         """
         with torch.no_grad():
             embedded = [self._embed(batch) for batch in batches]
@@ -215,11 +215,11 @@ class Clip(Net):
         return torch.stack(images), self.embed_texts(batch.text["text"])
 
     def _terms(self, images: Tensor, texts: Tensor, keys: Sequence[str]) -> dict[str, Term]:
-        kind, scale, bias = self.config.similarity, self.heads.logit_scale, self.heads.logit_bias
+        metric, scale, bias = self.config.similarity, self.heads.logit_scale, self.heads.logit_bias
         if bias is None:
-            mean = info_nce(images, texts, scale, kind=kind, keys=keys)
+            mean = info_nce(images, texts, scale, metric=metric, keys=keys)
         else:
-            mean = sigmoid_loss(images, texts, scale, bias, kind=kind, keys=keys)
+            mean = sigmoid_loss(images, texts, scale, bias, metric=metric, keys=keys)
         return {"contrastive": Term(mean * len(images), len(images), scope="batch")}
 
 

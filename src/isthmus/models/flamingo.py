@@ -8,13 +8,13 @@
 Legend: B rows, T tokens, N visuals per row, n visuals of one shape, F frames, P patches, R visual tokens per visual,
 d width of the features, D width of the LM.
 
-p(y | x) = Π p(y_l | y_<l, x_≤l): text token l looks, through gated cross-attention, at the R visual tokens of the last
+p(y | x) = Π p(y_l | y_<l, x_≤l): text token l attends, by gated cross-attention, to the R visual tokens of the last
 image before it and at no other; earlier images reach it through the LM's own attention. A visual costs R tokens of
 cross-attention whatever its size and length, and one token of the LM's context.
 
 Differs from the paper: ``<image>`` is a token with a row of its own, like ``<|endofchunk|>`` (OpenFlamingo); the vision
 encoder is a ViT, and Chinchilla's place is taken by any causal LM. Differs from OpenFlamingo: only the new tokens' rows
-train, not the whole table under a mask; a row with other than as many tags as images is refused.
+train, not the full table under a mask; a row with other than as many tags as images is refused.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from isthmus.batch import Batch, Term, Visuals
 from isthmus.config import plain, strict
 from isthmus.errors import ConfigError
-from isthmus.interleave import InterleavedLanguageModel, Look
+from isthmus.interleave import InterleavedLanguageModel, MediaContext
 from isthmus.language import Decoding, Prompt, Read
 from isthmus.models.published import tiny_llama
 from isthmus.net import Net
@@ -50,7 +50,7 @@ class FlamingoConfig:
     reads the encoder's class token beside the patches (IDEFICS). ``turn_id`` is the id of a third new token, which ends
     every turn (IDEFICS-instruct). ``feature_layer`` counts over the encoder's L+1 hidden states: -1, the last before
     the final norm, is the paper's; a class token's encoder teaches its last patches least (LLaVA reads -2).
-    ``patch_positions`` tells the resampler where each patch stands; in the paper only the encoder does.
+    ``patch_positions`` adds position embeddings to what the resampler reads; in the paper only the encoder has them.
     """
 
     vision: VisionConfig
@@ -241,12 +241,12 @@ class Flamingo(Net):
         longest = max(map(len, rows))
         return torch.stack([torch.stack([*(tokens[n] for n in row), *[absent] * (longest - len(row))]) for row in rows])
 
-    def look(self, batch: Batch, past: Read | None = None) -> Look:
-        """What the gated blocks see of this batch; after ``past``, one row that was read, its images too. Raises
+    def media_context(self, batch: Batch, past: Read | None = None) -> MediaContext:
+        """What the gated blocks attend to in this batch; after ``past``, one row that was read, its images too. Raises
         DataError for a row with more tags than images, or fewer."""
         stream, counts = batch.text[STREAM], [len(row) for row in _order(batch)]
         tags, media = stream.ids == self.config.image_id, self.media(batch)
-        before, base = None if past is None else past.beside, None
+        before, base = None if past is None else past.context, None
         if before is not None and (known := int(before.media_index[0, -1])):
             counts = [known + own for own in counts]
             base = torch.full((len(batch),), known, device=tags.device)
@@ -254,7 +254,7 @@ class Flamingo(Net):
         checked = media_index(tags & stream.mask, counts=counts, base=base, names=batch.ids)
         index = checked if stream.media_index is None else stream.media_index
         start = 0 if past is None else past.lengths[0]
-        return Look(
+        return MediaContext(
             media=media, media_index=index, start=start, mode=self.config.media, before=None if base is None else before
         )
 
@@ -264,7 +264,7 @@ class Flamingo(Net):
 
     def logits(self, batch: Batch) -> Float[Tensor, "B T V"]:
         """(B, T, V) logits; values on padding mean nothing."""
-        with self.language.looking(self.look(batch)):
+        with self.language.attending_to(self.media_context(batch)):
             return self.language.logits(self.embed_prompt(batch), batch.text[STREAM].lengths)
 
     def loss(self, batch: Batch) -> dict[str, Term]:
@@ -272,7 +272,7 @@ class Flamingo(Net):
 
         The step's loss is Σ_m λ_m · mean over the labelled tokens of source m (sec. 3.3, eq. 2).
         """
-        with self.language.looking(self.look(batch)):
+        with self.language.attending_to(self.media_context(batch)):
             nll, row = self.language.label_nll(self.embed_prompt(batch), batch.text[STREAM])
         if not batch.loss_weights:
             return {STREAM: Term(nll.sum(), len(nll))}
@@ -284,12 +284,12 @@ class Flamingo(Net):
 
     def score(self, batch: Batch) -> Float[Tensor, " B"]:
         """(B,) log-probabilities of the labelled tokens."""
-        with self.language.looking(self.look(batch)):
+        with self.language.attending_to(self.media_context(batch)):
             return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
 
     def prompt(self, batch: Batch, past: Read | None = None) -> Prompt:
-        """What a decoder continues, with what it looks at: the images of ``past`` too, where rows begin so."""
-        return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths, self.look(batch, past), past)
+        """What a decoder continues, with what it attends to: the images of ``past`` too, where rows begin so."""
+        return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths, self.media_context(batch, past), past)
 
     @torch.no_grad()
     def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
@@ -299,7 +299,7 @@ class Flamingo(Net):
 
     @torch.no_grad()
     def attention(self, batch: Batch) -> list[list[Float[Tensor, "layers _ _ _"]]]:
-        """Per row and per its visual a map (layers, T, F, P): how much each token looked at each patch.
+        """Per row and per its visual a map (layers, T, F, P): how much each token attended to each patch.
 
         The gated block's attention to the visual tokens (mean over heads) times what each visual token was made of, by
         the resampler's last layer. A token that does not see the visual has zeros, else its map sums to 1.
@@ -310,12 +310,12 @@ class Flamingo(Net):
             return (weights / weights.sum((-2, -1), keepdim=True).clamp(min=1e-12)).unbind(0)
 
         patches = batch.per_visual(shares)
-        look = self.look(batch)
-        look.recorded = []
-        with self.language.looking(look):
+        context = self.media_context(batch)
+        context.recorded = []
+        with self.language.attending_to(context):
             self.language.hidden(self.embed_prompt(batch))
-        heat = torch.stack([weights for _, weights in look.recorded], dim=1)  # (B, layers, T, N·R)
-        heat = heat.unflatten(-1, look.media.shape[1:3])
+        heat = torch.stack([weights for _, weights in context.recorded], dim=1)  # (B, layers, T, N·R)
+        heat = heat.unflatten(-1, context.media.shape[1:3])
         lengths = batch.text[STREAM].lengths.tolist()
         return [
             [

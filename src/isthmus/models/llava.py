@@ -10,7 +10,7 @@ Dv of the features.
 
 Version 1 projects each patch with one linear layer, version 1.5 with a two-layer MLP, from a larger picture. Visual
 tokens are ordinary positions: plain causal attention, positions 0..T-1 over the merged row, no type embedding.
-Version 1.6 (LLaVA-NeXT) reads a large picture as a view of the whole and tiles, which stand in F's place; their tokens
+Version 1.6 (LLaVA-NeXT) reads a large picture as an overview and tiles, which stand in F's place; their tokens
 are stitched to one map with a learnt newline after each row (nn/tiles.py).
 
 Differs from the papers: any number of pictures per row and places anywhere in the text, from one code path; several
@@ -35,8 +35,8 @@ from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding, LanguageModel, Prompt, Read
 from isthmus.models.published import tiny_llama, vicuna
 from isthmus.net import Net
+from isthmus.nn.attention_maps import patch_maps, self_attention
 from isthmus.nn.connectors import Connector, build_connector
-from isthmus.nn.looking import patch_maps, self_attention
 from isthmus.nn.splice import at_places, splice
 from isthmus.nn.tap import Tap, trains
 from isthmus.nn.tiles import PINPOINTS, arrange, check_pinpoints
@@ -223,7 +223,7 @@ class Llava(Net):
     @torch.no_grad()
     def attention(self, batch: Batch) -> list[list[Float[Tensor, "layers _ _ _"]]]:
         """Per row and per its visual a map (layers, T, F, P): how the language model's attention to the visual, mean
-        over heads, was shared among its patches. Raises CapabilityError for a connector that does not tell which
+        over heads, was shared among its patches. Raises CapabilityError for a connector that does not say which
         patches its tokens are made of."""
         made_of = batch.per_visual(self._made_of)
         weights = self_attention(self.language.lm, self.embed_prompt(batch))
@@ -234,7 +234,7 @@ class Llava(Net):
         """Per visual (R, F, P): which patches each of its tokens is made of."""
         if not isinstance(self.connector, Connector):
             raise CapabilityError(
-                f"The connector {type(self.connector).__name__} does not tell which patches its tokens are made "
+                f"The connector {type(self.connector).__name__} does not say which patches its tokens are made "
                 "of: derive it from isthmus.nn.connectors.Connector and give it patch_weights."
             )
         features = self.tap.read(self.vision, group)

@@ -53,11 +53,13 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """(B, T, D) from ``x`` (B, T, D), attending to ``context`` (B, S, Dc), or to itself when there is none.
 
-        ``mask`` is bool, broadcastable to (B, H, T, S), true where a query may look. ``causal`` hides keys to the
-        right of a query. A query that may look nowhere gets the output bias alone.
+        ``mask`` is bool, broadcastable to (B, H, T, S), true where a query may attend. ``causal`` hides keys to
+        the right of a query. A query without a key gets the output bias alone.
         """
         if causal and context is not None:
-            raise ConfigError("causal attention has one sequence; with a context, say by `mask` what may be seen.")
+            raise ConfigError(
+                "causal attention has one sequence; with a context, pass `mask` to say what may be attended to."
+            )
         x = cast_once(x)
         source = x if context is None else cast_once(context)
         q, k, v = self._split(self.q_proj(x)), self._split(self.k_proj(source)), self._split(self.v_proj(source))
@@ -122,7 +124,7 @@ class CrossAttention(nn.Module):
         *,
         mask: Bool[Tensor, "#B #H #T #S"] | None = None,
     ) -> Float[Tensor, "B H T S"]:
-        """The attention itself, (B, H, T, S); a query that may look nowhere has zeros. For maps, not for training."""
+        """The attention itself, (B, H, T, S); a query without a key has zeros. For maps, not for training."""
         scores = (self._queries(x) * self.head_width**-0.5) @ keys.transpose(-1, -2)
         if mask is None:
             return scores.softmax(-1)
@@ -164,18 +166,18 @@ def attend(
 def cast_once(x: Tensor) -> Tensor:
     """``x`` in autocast's precision, where autocast is on: several projections would each cast it anew, and cast their
     gradients back."""
-    kind = x.device.type
-    known = torch.amp.is_autocast_available(kind)  # not for tensors of the meta device
-    cast = known and x.dtype == torch.float32 and torch.is_autocast_enabled(kind)
-    return x.to(torch.get_autocast_dtype(kind)) if cast else x
+    device_type = x.device.type
+    known = torch.amp.is_autocast_available(device_type)  # not for tensors of the meta device
+    cast = known and x.dtype == torch.float32 and torch.is_autocast_enabled(device_type)
+    return x.to(torch.get_autocast_dtype(device_type)) if cast else x
 
 
 @contextmanager
 def full_precision(q: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
     """Inside, attention on ``q`` may run in float32 where that is the faster way; yields how to cast its tensors.
 
-    Under autocast that is asked of full tensors, too: rotary positions turn half-precision queries into those, and
-    autocast would turn them back.
+    Under autocast this holds for full-precision tensors, too: rotary positions turn half-precision queries into those,
+    and autocast would turn them back.
     """
     if q.device.type != "cpu" or not (q.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu")):
         yield lambda x: x

@@ -1,4 +1,4 @@
-"""Beam search over any next-token function, all rows at once and without a look at the host.
+"""Beam search over any next-token function, all rows at once and without a round trip to the host.
 
 Legend: B rows, K beams, T tokens written so far, V vocabulary.
 """

@@ -105,7 +105,7 @@ class GatedBlock(nn.Module):
     def keys_values(
         self, media: Float[Tensor, "B N R d"]
     ) -> tuple[Float[Tensor, "B H N*R Dh"], Float[Tensor, "B H N*R Dh"]]:
-        """Keys and values (B, H, N·R, head_width) of ``media`` (B, N, R, d); they serve a whole generation."""
+        """Keys and values (B, H, N·R, head_width) of ``media`` (B, N, R, d); they serve all steps of a generation."""
         return self.attn.keys_values(media.flatten(1, 2))
 
     def forward(
@@ -115,15 +115,16 @@ class GatedBlock(nn.Module):
         values: Float[Tensor, "B H S Dh"],
         mask: Bool[Tensor, "B T S"],
     ) -> Float[Tensor, "B T D"]:
-        """(B, T, D) -> (B, T, D). ``mask`` (B, T, N·R) is true where a token may look.
+        """(B, T, D) -> (B, T, D). ``mask`` (B, T, N·R) is true where a token may attend.
 
-        A token that may look nowhere gets exactly nothing from the attention; its MLP branch still runs.
+        A token without a visual token to attend to gets exactly nothing from the attention; its MLP branch still runs.
         """
         somewhere = mask.any(-1, keepdim=True)
-        # A row without any key is up to the kernel, gradients too: it looks everywhere instead and is overwritten.
-        looked = self.attn(self.attn_norm(y), keys, values, mask=(mask | ~somewhere)[:, None])
-        looked = torch.where(somewhere, looked, 0.0)
-        y = y + self.attn_gate.tanh() * looked
+        # Kernels disagree about a row without any key, gradients too: it attends to every key instead and is
+        # overwritten.
+        attended = self.attn(self.attn_norm(y), keys, values, mask=(mask | ~somewhere)[:, None])
+        attended = torch.where(somewhere, attended, 0.0)
+        y = y + self.attn_gate.tanh() * attended
         return y + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(y))
 
     def weights(
@@ -172,10 +173,10 @@ def media_index(
     return index
 
 
-def look_mask(
+def media_mask(
     index: Int[Tensor, "B T"], images: int, tokens: int, mode: Media = "previous"
 ) -> Bool[Tensor, "B T {images}*{tokens}"]:
-    """(B, T, N·R) bool from ``index`` (B, T): true on the visual tokens that each text token may look at."""
+    """(B, T, N·R) bool from ``index`` (B, T): true on the visual tokens that each text token may attend to."""
     numbers = torch.arange(1, images + 1, device=index.device)
     own = index[..., None] >= numbers if mode == "all" else index[..., None] == numbers
     return own.repeat_interleave(tokens, dim=-1)

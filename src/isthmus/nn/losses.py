@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from isthmus.processes import gather_rows, rank, sizes, talking, world
+from isthmus.processes import gather_rows, rank, sizes, talking, world_size
 
 Similarity = Literal["cosine", "dot", "euclidean"]
 
 
 def similarity(
-    images: Float[Tensor, "n *queries D"], texts: Float[Tensor, "m D"], kind: Similarity = "cosine"
+    images: Float[Tensor, "n *queries D"], texts: Float[Tensor, "m D"], metric: Similarity = "cosine"
 ) -> Float[Tensor, "n m"]:
     """(B, C) from embeddings (B, D) and (C, D): cosine, dot product or negative squared Euclidean distance.
 
@@ -29,11 +29,11 @@ def similarity(
     with torch.autocast(images.device.type, enabled=False):
         images, texts = widen(images), widen(texts)
         if images.ndim == 3:
-            return similarity(images.flatten(0, 1), texts, kind).unflatten(0, images.shape[:2]).amax(1)
-        if kind == "cosine":
+            return similarity(images.flatten(0, 1), texts, metric).unflatten(0, images.shape[:2]).amax(1)
+        if metric == "cosine":
             return F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
         products = images @ texts.T
-        if kind == "dot":
+        if metric == "dot":
             return products
         return 2 * products - images.square().sum(-1)[:, None] - texts.square().sum(-1)[None]
 
@@ -43,7 +43,7 @@ def info_nce(
     texts: Float[Tensor, "B D"],
     log_scale: Float[Tensor, ""],
     *,
-    kind: Similarity = "cosine",
+    metric: Similarity = "cosine",
     keys: Sequence[str] = (),
 ) -> Float[Tensor, ""]:
     """Symmetric InfoNCE (Radford et al. 2021, fig. 3), mean over this process's B rows: a scalar.
@@ -59,7 +59,7 @@ def info_nce(
         left_out = same_picture(keys, target)
         total = images.new_zeros(())
         for own, others in ((images, all_texts), (texts, all_images)):
-            logits = scale * similarity(own, others, kind)
+            logits = scale * similarity(own, others, metric)
             if left_out is not None:
                 logits = logits.masked_fill(left_out, -torch.inf)
             total = total + F.cross_entropy(logits, target)
@@ -72,7 +72,7 @@ def sigmoid_loss(
     log_scale: Float[Tensor, ""],
     bias: Float[Tensor, ""],
     *,
-    kind: Similarity = "cosine",
+    metric: Similarity = "cosine",
     keys: Sequence[str] = (),
 ) -> Float[Tensor, ""]:
     """SigLIP's loss (Zhai et al. 2023, eq. 1): -Σᵢⱼ log σ(zᵢⱼ (s·simᵢⱼ + b)) over B, z = 1 on pairs and -1 elsewhere.
@@ -83,7 +83,7 @@ def sigmoid_loss(
         images, texts = widen(images), widen(texts)
         all_texts = gather(texts)
         target = own_columns(len(images), images.device)
-        logits = widen(log_scale).exp() * similarity(images, all_texts, kind) + widen(bias)
+        logits = widen(log_scale).exp() * similarity(images, all_texts, metric) + widen(bias)
         sign = torch.full_like(logits, -1.0)
         sign[torch.arange(len(images), device=images.device), target] = 1.0
         terms = F.logsigmoid(sign * logits)
@@ -100,12 +100,12 @@ def own_columns(rows: int, device: torch.device) -> Int[Tensor, " {rows}"]:
 
 def gather(x: Tensor) -> Tensor:
     """(G, D): the rows (B, D) of all processes in order of rank, with the exact gradient. B may differ."""
-    return _Gather.apply(x) if world() > 1 else x  # type: ignore[return-value]
+    return _Gather.apply(x) if world_size() > 1 else x  # type: ignore[return-value]
 
 
 def gather_around(x: Tensor) -> Tensor:
     """(G, ...): the rows of all processes in order of rank; only this process's own rows carry a gradient."""
-    if world() == 1:
+    if world_size() == 1:
         return x
     parts, _ = gather_rows(x)
     parts[rank()] = x

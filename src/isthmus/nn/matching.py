@@ -16,7 +16,7 @@ from torch import Tensor
 from isthmus.batch import Tokens
 from isthmus.errors import DataError
 from isthmus.nn.losses import gather, gather_around, own_columns, same_picture, widen
-from isthmus.processes import talking, world
+from isthmus.processes import talking, world_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def barred_pairs(keys: Sequence[str], scores: Tensor) -> Tensor:
 @torch.no_grad()
 def gather_tokens(tokens: Tokens) -> Tokens:
     """The token rows of all processes, (G, T) with the longest T of any. Labels stay behind."""
-    if world() == 1:
+    if world_size() == 1:
         return Tokens(ids=tokens.ids, lengths=tokens.lengths)
     width = torch.tensor(tokens.ids.shape[1], device=tokens.ids.device)
     with talking():

@@ -1,7 +1,8 @@
-"""Where a patch stands, said to a connector that reads patches as a set.
+"""Position embeddings of patches, for a connector that reads patches as a set.
 
-A Q-Former and a resampler know a place only by what the encoder left of it in the features; a language model that gets
-every patch in order counts for itself. Qwen-VL's resampler is told as well (Bai et al. 2023, 2308.12966, sec. 2.1).
+A Q-Former and a resampler know a patch's position only by what the encoder left of it in the features. A language
+model that gets every patch in order has positions of its own. Qwen-VL's resampler gets such embeddings as well (Bai et
+al. 2023, 2308.12966, sec. 2.1).
 """
 
 import math
@@ -35,8 +36,8 @@ def patch_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "P {widt
 def add_patch_positions(features: Float[Tensor, "n P D"], grid: tuple[int, int]) -> Float[Tensor, "n P D"]:
     """(n, P, D) or (n, 1 + P, D) features with each patch's position added; a class token in front stays as it is.
 
-    A position is as large as the features it is added to (root mean square), so that it counts alike behind encoders of
-    unlike scale: what reads them norms them first.
+    A position is as large as the features it is added to (root mean square), so that it weighs the same after
+    encoders of different scales: what reads them norms them first.
     """
     patches = grid[0] * grid[1]
     table = patch_positions(grid, features.shape[-1]).to(features)

@@ -47,7 +47,7 @@ class Tap:
                     f"{count} hidden states, 0 to {count - 1} or -{count} to -1."
                 )
         if self.class_token and not self.vision.class_token:
-            raise ConfigError("the class token is asked for, and this vision encoder has none.")
+            raise ConfigError("the feature layer is to hold the class token, and this vision encoder has none.")
 
     @property
     def width(self) -> int:

@@ -22,8 +22,8 @@ class TextConfig:
     """Sizes and variant of a text tower; ``context`` is the length of the position table in tokens.
 
     ``pool`` is the place a row is read at. ``eot``: the first ``eot_id``. ``argmax``: the largest id, OpenAI's rule,
-    right while end-of-text is the largest id in use. ``last``: place context - 1 (SigLIP); such a tower looks both
-    ways and every row is padded to the whole context with ``pad_id``.
+    right while end-of-text is the largest id in use. ``last``: place context - 1 (SigLIP); such a tower
+    attends in both directions and every row is padded to the full context with ``pad_id``.
     """
 
     context: int = 77

@@ -1,10 +1,11 @@
-"""AnyRes: a large picture as a view of the whole and the tiles of a canvas (LLaVA 1.6; no paper, the released code).
+"""AnyRes: a large picture as an overview and the tiles of a canvas (LLaVA 1.6; no paper, the released code).
 
-    picture h x w ─ best canvas H x W ─→ [whole, tile, tile, …] ─ vision, connector ─→ (1 + tiles, P, D)
-    ─ arrange ─→ [ tokens of the whole | the tiles stitched to one map, its padding cut off, a newline after each row ]
+    picture h x w ─ best canvas H x W ─→ [overview, tile, tile, …] ─ vision, connector ─→ (1 + tiles, P, D)
+    ─ arrange ─→ [ tokens of the overview | the tiles stitched to one map, its padding cut off, a newline after each row
+    ]
 
-Sizes are (height, width) throughout. Legend: F views (the whole and the tiles), P tokens per view, D width, R tokens of
-the picture, G patches along the side of a view.
+Sizes are (height, width) throughout. Legend: F views (the overview and the tiles), P tokens per view, D width, R tokens
+of the picture, G patches along the side of a view.
 """
 
 import math
@@ -77,7 +78,7 @@ def patch_map(size: Size, pinpoints: Sequence[Size], tile: int, side: int) -> Si
 
 
 def num_tokens(size: Size, pinpoints: Sequence[Size], *, tile: int, side: int) -> int:
-    """R of a picture of that size: those of the whole, and those of the map with a newline per row."""
+    """R of a picture of that size: those of the overview, and those of the map with a newline per row."""
     rows, columns = unpadded(size, patch_map(size, pinpoints, tile, side))
     return side * side + rows * (columns + 1)
 

@@ -3,7 +3,7 @@
     pixels (n, 3, H, W) → patches (n, P, D) → [class token] + positions → [ln_pre] → blocks → pooled (n, D)
 
 Legend: n pictures, P patches (row-major), D width. A tower hands out any of its L+1 hidden states, and computes no
-block above the highest one asked for.
+block above the highest requested one.
 """
 
 import math
@@ -142,7 +142,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class VisionOutput:
-    """``pooled`` (n, D) or none; ``layers``: the hidden states asked for, in that order, each (n, P or 1+P, D)."""
+    """``pooled`` (n, D) or none; ``layers``: the requested hidden states, in that order, each (n, P or 1+P, D)."""
 
     pooled: Float[Tensor, "n D"] | None
     layers: tuple[Float[Tensor, "n P D"], ...] = ()
@@ -152,7 +152,7 @@ class PatchEmbedding(nn.Conv2d):
     """The convolution over patches that do not overlap, as the one matrix product it is: quicker on a CPU."""
 
     def forward(self, pixels: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n P D"]:
-        """(n, 3, H, W) -> (n, P, D); what is left over at the right and lower edges is unseen."""
+        """(n, 3, H, W) -> (n, P, D); what is left over at the right and lower edges is not read."""
         side = self.kernel_size[0]
         rows, columns = pixels.shape[-2] // side, pixels.shape[-1] // side
         cut = pixels[..., : rows * side, : columns * side].unflatten(-1, (columns, side)).unflatten(2, (rows, side))
@@ -209,7 +209,7 @@ class VisionTransformer(nn.Module):
             init_attention(self.pool.attn, scale, scale)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of a picture of that many pixels; what is left over at the edges is unseen."""
+        """Rows and columns of patches of a picture of that many pixels; what is left over at the edges is not read."""
         return height // self.config.patch_size, width // self.config.patch_size
 
     def forward(

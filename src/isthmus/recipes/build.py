@@ -25,7 +25,7 @@ from isthmus.data.wordpiece import load_wordpiece, train_wordpiece
 from isthmus.errors import CheckpointError, ConfigError, DataError, nearest
 from isthmus.interop.hub import located
 from isthmus.model import Model, load
-from isthmus.processes import world
+from isthmus.processes import world_size
 from isthmus.recipes.schema import VARIABLE, Recipe, StageSpec, TokenizerSpec
 from isthmus.stage import attach_adapters, named_state
 from isthmus.systems import system
@@ -173,7 +173,7 @@ def check_parts(recipe: Recipe) -> None:
         if name not in kind.parts:
             raise ConfigError(f"A {kind.kind} recipe has no part {name!r}; {nearest(name, kind.parts)}")
     if any(group.lora and group.lora.bits for stage in recipe.stages for group in stage.stage.train):
-        if recipe.parallel.engine == "fsdp" and world() > 1:
+        if recipe.parallel.engine == "fsdp" and world_size() > 1:
             raise ConfigError("bits: 4 goes with parallel=ddp: FSDP's shards were not tried over weights in 4 bits.")
         quantised.demand()
 

@@ -2,8 +2,8 @@
 ranked by a CLIP model, the best kept.
 
 Written is a data set of its own: ``captions.jsonl`` (one line per picture, ``caption`` the list of those kept) and
-``images/``, read back with ``{kind: jsonl, file: captions.jsonl, image_folder: images}``; a caption is drawn anew in
-every epoch, as the paper does.
+``images/``, read back with ``{extension: jsonl, file: captions.jsonl, image_folder: images}``; a caption is drawn anew
+in every epoch, as the paper does.
 """
 
 import io
@@ -105,8 +105,8 @@ def capfilt(
     """Write the data set ``out``: per picture the best ``keep`` among its web caption and ``k`` synthetic ones.
 
     ``decoding`` is how captions are drawn (default: temperature 1, nucleus of 0.9, at most 40 tokens). The folder
-    appears only when it is whole. A record that cannot be read, or has not exactly one picture and a caption, is left
-    out, counted and listed in ``OUT.quarantine.jsonl``.
+    appears only when it is complete. A record that cannot be read, or has not exactly one picture and a caption, is
+    left out, counted and listed in ``OUT.quarantine.jsonl``.
 
     Raises ConfigError for counts that make no sense, DataError when ``out`` exists or more than the share
     ``bad_samples`` is bad.
@@ -229,9 +229,9 @@ def _write_picture(record: Record, folder: Path, number: int) -> str:
         buffer = io.BytesIO()
         raw.save(buffer, "PNG")
         raw = buffer.getvalue()
-    kind = (
+    extension = (
         "png" if raw[:4] == b"\x89PNG" else "jpg" if raw[:2] == b"\xff\xd8" else "webp" if raw[:4] == b"RIFF" else "img"
     )
-    name = f"{number:08d}.{kind}"
+    name = f"{number:08d}.{extension}"
     (folder / name).write_bytes(raw)
     return name

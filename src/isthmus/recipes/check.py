@@ -41,7 +41,7 @@ from isthmus.stage import StageTable, apply_stage, canonical, named_state
 from isthmus.training import train as train_stage
 from isthmus.training.log import read_metrics
 
-LOOK = 64
+SAMPLES_READ = 64
 """Samples of each source that are processed and decoded, evenly spread."""
 
 
@@ -63,8 +63,9 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class SourceLook:
-    """What a look at evenly spread samples found. ``lengths`` are in tokens; ``learnt`` is the share of learnt ones."""
+class SourceSummary:
+    """What evenly spread samples of a source are like. ``lengths`` are in tokens; ``learnt`` is the share of learnt
+    ones."""
 
     name: str
     samples: int
@@ -77,10 +78,10 @@ class SourceLook:
 
 @dataclass(frozen=True)
 class StageCheck:
-    """What was found for one stage. ``seconds`` is the time of one step here, ``total`` of the whole stage at it."""
+    """What was found for one stage. ``seconds`` is the time of one step here, ``total`` of the full stage at it."""
 
     name: str
-    sources: tuple[SourceLook, ...]
+    sources: tuple[SourceSummary, ...]
     shown: tuple[Shown, ...]
     table: StageTable
     losses: Mapping[str, float]
@@ -112,7 +113,7 @@ class StageCheck:
 
 @dataclass(frozen=True)
 class Checked:
-    """A whole preflight. ``problems`` are those of all stages and of the model and evaluations; empty means go."""
+    """A preflight. ``problems`` are those of all stages and of the model and evaluations; empty means go."""
 
     stages: tuple[StageCheck, ...]
     evaluations: Mapping[str, int]
@@ -129,9 +130,10 @@ class Checked:
 
 
 def check(
-    recipe: Recipe, *, samples: int = 2, steps: int = 2, tell: Callable[[StageCheck], None] | None = None
+    recipe: Recipe, *, samples: int = 2, steps: int = 2, on_stage: Callable[[StageCheck], None] | None = None
 ) -> Checked:
-    """Try a recipe; ``tell`` is called with each stage as soon as it is known, ``samples`` are shown of each source.
+    """Try a recipe; ``on_stage`` is called with each stage as soon as it is known, ``samples`` are shown of each
+    source.
 
     Raises what building the net or opening the data raises; what only shows when tried is in ``problems``.
     """
@@ -141,8 +143,8 @@ def check(
         for spec in recipe.stages:
             built = built.enter(spec)
             stages.append(_check_stage(built, spec, Path(folder) / spec.name, samples, steps))
-            if tell is not None:
-                tell(stages[-1])
+            if on_stage is not None:
+                on_stage(stages[-1])
         problems = _saves(built, Path(folder) / "model")
     evaluations = {}
     for spec in recipe.evaluate:
@@ -165,14 +167,14 @@ def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, step
     sources, shown = [], []
     kinds: set[str] = set()
     for number in range(len(loader.sources)):
-        found, examples = _look(built, spec, loader, number)
+        found, examples = _summarise(built, spec, loader, number)
         sources.append(found)
         shown += [
             show(example, built.tokenizer, built.tokenizers.others) for example in _varied_first(examples)[:samples]
         ]
-        kinds |= {kind for example in examples for kind in _kinds(example)}
+        kinds |= {kind for example in examples for kind in _modalities(example)}
     problems = [
-        f"Stage {spec.name}, source {s.name}: {sum(s.bad.values())} of {s.looked} samples looked at are bad "
+        f"Stage {spec.name}, source {s.name}: {sum(s.bad.values())} of {s.looked} samples tried are bad "
         f"(allowed: {spec.bad_samples:.1%}), for example: {s.example}."
         for s in sources
         if sum(s.bad.values()) > spec.bad_samples * s.looked
@@ -208,10 +210,10 @@ def _validates(built: Built, spec: StageSpec, folder: Path) -> None:
             validation.look(0)
 
 
-def _look(built: Built, spec: StageSpec, loader: Any, number: int) -> tuple[SourceLook, list[Example]]:
+def _summarise(built: Built, spec: StageSpec, loader: Any, number: int) -> tuple[SourceSummary, list[Example]]:
     """Process and decode evenly spread samples of one source; what failed is counted by reason."""
     source, processor = loader.sources[number], built.processor(spec)
-    places = range(0, len(source), max(1, -(-len(source) // LOOK)))
+    places = range(0, len(source), max(1, -(-len(source) // SAMPLES_READ)))
     examples: list[Example] = []
     bad: Counter[str] = Counter()
     worst = ""
@@ -228,7 +230,7 @@ def _look(built: Built, spec: StageSpec, loader: Any, number: int) -> tuple[Sour
     labels = [label for e in examples for s in e.streams.values() if s.labels is not None for label in s.labels]
     learnt = sum(label != IGNORE for label in labels) / len(labels) if labels else None
     lengths = tuple(example.length for example in examples)
-    return SourceLook(source.name, len(source), len(places), lengths, learnt, dict(bad), worst), examples
+    return SourceSummary(source.name, len(source), len(places), lengths, learnt, dict(bad), worst), examples
 
 
 def show(example: Example, tokenizer: Tokenizer, others: Mapping[str, Tokenizer]) -> Shown:
@@ -265,45 +267,45 @@ class _Varied:
     """A loader that passes over steps without anything new until each of ``kinds`` was in one: two steps of mostly
     text would say nothing of the parts that read pictures.
 
-    ``seen`` remembers, over several loaders of one stage, what had been in the steps up to a position. As many steps
-    as there are samples are passed over at most.
+    ``kinds_so_far`` remembers, over several loaders of one stage, what had been in the steps up to a position. As many
+    steps as there are samples are passed over at most.
     """
 
-    def __init__(self, loader: Any, kinds: Set[str], seen: dict[str, frozenset[str]]) -> None:
-        self.loader, self.kinds, self.seen = loader, kinds, seen
+    def __init__(self, loader: Any, kinds: Set[str], kinds_so_far: dict[str, frozenset[str]]) -> None:
+        self.loader, self.kinds, self.kinds_so_far = loader, kinds, kinds_so_far
         self.position = loader.position
 
     def steps(self, start: Any) -> Iterator[Any]:
         stream = self.loader.steps(start)
-        found, left = self.seen.get(str(start.to_dict()), frozenset()), sum(map(len, self.loader.sources))
+        found, left = self.kinds_so_far.get(str(start.to_dict()), frozenset()), sum(map(len, self.loader.sources))
         try:
             for after, batches in stream:
-                new = frozenset(kind for batch in batches for kind in _kinds_of(batch))
+                new = frozenset(kind for batch in batches for kind in _modalities_of(batch))
                 if left > 0 and not self.kinds <= found and new <= found:
                     left -= 1
                     continue
-                found = self.seen[str(after.to_dict())] = found | new
+                found = self.kinds_so_far[str(after.to_dict())] = found | new
                 yield after, batches
         finally:
             stream.close()
 
 
-def _kinds(example: Example) -> set[str]:
+def _modalities(example: Example) -> set[str]:
     """What a sample is read with: ``clip``, ``picture``, or neither: ``text``."""
     return {"clip" if isinstance(v, Video) else "picture" for v in example.visuals} or {"text"}
 
 
-def _kinds_of(batch: Batch) -> set[str]:
-    """The same of all rows. Frames whose sizes are told are views of one picture."""
+def _modalities_of(batch: Batch) -> set[str]:
+    """The same of all rows. Frames with known sizes are views of one picture."""
     alone = len(set(batch.owner.tolist())) < len(batch)
-    told = [(v, v.pixels if v.pixels is not None else v.features) for v in batch.visuals]
-    clips = {x is not None and x.shape[1] > 1 and v.sizes is None for v, x in told}
+    values = [(v, v.pixels if v.pixels is not None else v.features) for v in batch.visuals]
+    clips = {x is not None and x.shape[1] > 1 and v.sizes is None for v, x in values}
     return ({"text"} if alone else set()) | {"clip" if clip else "picture" for clip in clips}
 
 
 def _varied_first(examples: Sequence[Example]) -> list[Example]:
     """The first sample of each kind, then the others."""
-    firsts = {min(_kinds(example)): example for example in reversed(examples)}
+    firsts = {min(_modalities(example)): example for example in reversed(examples)}
     shown = sorted(firsts.values(), key=examples.index)
     return [*shown, *(example for example in examples if all(example is not first for first in shown))]
 
@@ -332,16 +334,16 @@ def _two_runs(
     """
     stage = replace(spec.stage, steps=steps, samples=None, warmup=0.0, save_every=1, log_every=1)
     net, seed = built.net, built.recipe.seed
-    seen: dict[str, frozenset[str]] = {}
+    kinds_so_far: dict[str, frozenset[str]] = {}
     before = _trained(net, spec)
 
     def once(name: str, *, stops: bool = False) -> Any:
         _restore(net, before)
-        loader: Any = _Varied(make_loader(built, spec), kinds, seen)
+        loader: Any = _Varied(make_loader(built, spec), kinds, kinds_so_far)
         return train_stage(net, _OneStep(loader) if stops else loader, stage, folder / name, seed=seed, progress=False)
 
     try:
-        whole = once("whole")
+        uninterrupted = once("whole")
         after = _trained(net, spec)
         try:
             once("parts", stops=True)
@@ -351,13 +353,13 @@ def _two_runs(
     finally:
         _restore(net, before)
     differing = [name for name in after if not torch.equal(after[name], again[name])]
-    if differing or dict(whole.losses) != dict(resumed.losses):
+    if differing or dict(uninterrupted.losses) != dict(resumed.losses):
         raise StageError(
             "a run that was interrupted after one step and resumed ended with other bits than one that was not (first "
             f"in {differing[0] if differing else 'the loss'}). Something in the net or the data draws its own numbers."
         )
     lines = read_metrics(folder / "whole" / "metrics.jsonl")
-    return whole.losses, (lines[-1]["seconds"] - lines[0]["seconds"]) / max(1, len(lines) - 1)
+    return uninterrupted.losses, (lines[-1]["seconds"] - lines[0]["seconds"]) / max(1, len(lines) - 1)
 
 
 def _trained(net: Any, spec: StageSpec) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A stage with a feature cache: each picture is seen by the frozen vision encoder once, ever.
+"""A stage with a feature cache: each picture goes through the frozen vision encoder once.
 
 The encoder meets every picture alone, never in a batch: what is kept is then a function of picture and encoder, and a
 resumed run sees the same bits as one that was never stopped.
@@ -80,9 +80,9 @@ class FeatureLoader:
     def steps(self, start: Any) -> Iterator[tuple[Any, list[Batch]]]:
         with closing(self.loader.steps(start)) as stream:
             for position, batches in stream:
-                yield position, [self._seen(batch) for batch in batches]
+                yield position, [self._cached_or_encoded(batch) for batch in batches]
 
-    def _seen(self, batch: Batch) -> Batch:
+    def _cached_or_encoded(self, batch: Batch) -> Batch:
         """The batch with its pictures grouped by shape of features: the same order for whatever was cached before."""
         found: dict[int, Tensor] = {}
         sizes: dict[int, Tensor] = {}

@@ -33,7 +33,7 @@ from isthmus.data.sources import named_apart, open_mix, open_source
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.interop.hub import model_hash
 from isthmus.model import Model, load
-from isthmus.processes import first, join, rank, wait, world
+from isthmus.processes import first, join, rank, wait, world_size
 from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.features import FeatureLoader, open_cache
 from isthmus.recipes.saving import recipe_file, save_model
@@ -154,9 +154,9 @@ def _features(built: Built, stage: StageSpec, folder: Path) -> Iterator[FeatureC
     if stage.feature_cache is None:
         yield None
         return
-    if world() > 1:
+    if world_size() > 1:
         raise ConfigError(
-            f"Stage {stage.name!r}: a feature cache is written by one process, and here are {world()}; take "
+            f"Stage {stage.name!r}: a feature cache is written by one process, and here are {world_size()}; take "
             "`feature_cache` out, or train in one process."
         )
     cache = open_cache(built.net, built.processor(stage).image, stage, folder)
@@ -238,7 +238,7 @@ def make_loader(
             quarantine=quarantine,
             augment=stage.augment,
             cache=cache,
-            part=(rank(), world()),
+            part=(rank(), world_size()),
         )
     contrasts = processor.contrasts
     return Loader(
@@ -253,7 +253,7 @@ def make_loader(
         quarantine=quarantine,
         augment=stage.augment,
         cache=cache,
-        part=(rank(), world()),
+        part=(rank(), world_size()),
     )
 
 

@@ -1,4 +1,4 @@
-"""A trained net as a model folder: whole, or with adapters beside a base."""
+"""A trained net as a model folder: complete, or as adapters with a named base."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -19,7 +19,7 @@ from isthmus.config import strict
 from isthmus.data.augment import Augment
 from isthmus.data.images import Mode
 from isthmus.errors import ConfigError, nearest
-from isthmus.file_kind import but_is, file_kind
+from isthmus.file_type import but_is, file_type
 from isthmus.stage import Group, Stage
 from isthmus.systems import SYSTEMS, system
 from isthmus.training.parallel import DDP, Parallel
@@ -39,7 +39,7 @@ def _trained(kind: str) -> str:
     return kind
 
 
-Kind = Annotated[str, AfterValidator(_trained)]
+SystemName = Annotated[str, AfterValidator(_trained)]
 """A system that a recipe can train: one of ours, or a user's class, which is pinned to what its file says now."""
 
 
@@ -221,7 +221,7 @@ class EvalSpec(Strict):
 class Recipe(Strict):
     """A model, its parts, its stages and how it is scored: everything a run needs to be repeated."""
 
-    model: Kind
+    model: SystemName
     about: str = ""
     seed: int = 0
     threads: int | None = Field(default=None, gt=0)
@@ -348,7 +348,7 @@ def yaml_value(text: str, what: str) -> Any:
     try:
         return _load_yaml(text)
     except yaml.YAMLError as error:
-        if file_kind(text.encode()):
+        if file_type(text.encode()):
             raise ConfigError(f"{what} is not YAML{but_is(text.encode(), '')}.") from None
         fault = " ".join(str(error).split())
         if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):

@@ -29,7 +29,7 @@ from isthmus.evaluation.vqa import AnswerPrior
 from isthmus.evaluation.window import Undecodable
 from isthmus.interop.hub import model_hash
 from isthmus.model import Model, load
-from isthmus.processes import first, of_first, world
+from isthmus.processes import first, of_first, world_size
 from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe, read_recipe
 from isthmus.user_code import is_user_code, label, resolve, vetted
 
@@ -287,7 +287,7 @@ def score_model(
 def _scored(model: Any, spec: EvalSpec, folder: Path, *, seed: int, limit: int | None, **more: Any) -> Result:
     """One task. Pictures are decoded when they are asked about. Where one cannot be, now or at an earlier call, the
     task begins anew with all of them decoded beforehand."""
-    if spec.task == "llava-bench" and world() > 1:
+    if spec.task == "llava-bench" and world_size() > 1:
         raise ConfigError(f"Task {spec.name!r} asks a judge, within one budget: run it in one process.")
 
     def attempt(pictures: Check) -> Result:

@@ -71,7 +71,7 @@ def _judged_table(name: str, facts: dict[str, Any]) -> Table:
         cells = [str(row["n"]), _percent(row["relative"]), span, *means, str(row["excluded"])]
         out.add_row(kind, *cells, style="bold" if kind == "all" else "")
     orders = ", ".join(f"{name} {count}" for name, count in facts["orders"].items())
-    out.caption = f"the winner when the order is turned: {orders}; {facts['retried']} reviews asked for again"
+    out.caption = f"the winner when the order is turned: {orders}; {facts['retried']} reviews requested again"
     return out
 
 
@@ -79,16 +79,16 @@ _BESIDES = ("precision", "recall", "f1", "yes_ratio", "f1_over_kinds", "majority
 
 
 def _besides(facts: dict[str, Any]) -> str:
-    """What a task tells beside accuracy and gain, in one line; nothing where there is nothing to tell."""
-    told = [f"{name} {_percent(facts[name])}" for name in _BESIDES if name in facts]
-    told += [f"{name} {facts[name]:.1f} points" for name in ("perception", "cognition") if name in facts]
-    told += [f"{facts[name]} {name}" for name in ("empty", "unparsable") if facts.get(name)]
+    """What a task reports beside accuracy and gain, in one line; empty where that is nothing."""
+    notes = [f"{name} {_percent(facts[name])}" for name in _BESIDES if name in facts]
+    notes += [f"{name} {facts[name]:.1f} points" for name in ("perception", "cognition") if name in facts]
+    notes += [f"{facts[name]} {name}" for name in ("empty", "unparsable") if facts.get(name)]
     later = facts.get("follow_ups", {})
     if "alone" in later:
-        told.append(
+        notes.append(
             f"follow-ups {_percent(later['accuracy'])}, without what was said before {_percent(later['alone'])}"
         )
-    return "; ".join(told)
+    return "; ".join(notes)
 
 
 def difference_table(first: str, second: str, differences: Sequence[Difference]) -> Table:

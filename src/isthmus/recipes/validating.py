@@ -16,7 +16,7 @@ from isthmus.batch import Batch
 from isthmus.data.loader import Loader
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_mix
-from isthmus.processes import all_of, apart, rank, world
+from isthmus.processes import all_of, apart, rank, world_size
 from isthmus.recipes.build import Built
 from isthmus.recipes.saving import recipe_file, save_model
 from isthmus.recipes.schema import StageSpec, ValidateSpec
@@ -96,7 +96,7 @@ def _measured(
 def _losses(net: Any, held_out: Loader, rows: int) -> dict[str, float]:
     """The mean of each term over the first ``rows`` rows, and their weighted sum as ``loss``. Each process takes whole
     batches, and all add up in the order of the batches: to the bit what one process finds."""
-    device, share = next(net.parameters()).device, (rank(), world())
+    device, share = next(net.parameters()).device, (rank(), world_size())
 
     def summed(batches: Sequence[Batch]) -> dict[str, tuple[float, int, float]]:
         found = (item for batch in batches for item in net.loss(batch.to(device)).items())

@@ -1,7 +1,7 @@
 """The same requests to a model of ours and to another engine that serves it, compared token by token.
 
-Both are asked through the same API: ours by an application in this process, the other one over HTTP. Where an engine
-tells log-probabilities, tokens and numbers are compared; else the texts, cut into tokens by our tokenizer.
+Both get the same requests: ours by an application in this process, the other one over HTTP. Where an engine
+gives log-probabilities, tokens and numbers are compared; else the texts, cut into tokens by our tokenizer.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from PIL import ImageDraw
 from isthmus.errors import CheckpointError, ConfigError, MissingExtraError
 from isthmus.model import Model
 from isthmus.serving.api import create_app
-from isthmus.serving.batch import ask
+from isthmus.serving.batch import post
 
 OURS = "model"
 NEW_TOKENS = 24
@@ -37,17 +37,17 @@ _QUESTIONS = (
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One request. ``tokens`` of ours were equal from the start; ``difference`` the largest of what was compared by
-    size, none where the engine told no numbers; ``told`` the first difference."""
+    size, none where the engine gave no numbers; ``detail`` the first difference."""
 
     name: str
     verdict: Literal["pass", "FAIL"]
     tokens: int
     of: int
     difference: float | None
-    told: str
+    detail: str
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"told": self.detail}  # its name before, which readers of the JSON know
 
 
 class Engine:
@@ -79,7 +79,7 @@ class Engine:
         shown = ", ".join(names[:20]) or "none"
         raise ConfigError(f"{url} serves {len(names)} models: name yours with --served-as. They are: {shown}.")
 
-    def ask(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    def send(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer as plain JSON. Raises the client's BadRequestError and its kin."""
         return self.client.post(path.removeprefix("/v1"), body=dict(body) | {"model": self.name}, cast_to=object)  # type: ignore[return-value]
 
@@ -99,7 +99,7 @@ async def _compared(model: Model, engine: Engine, tolerance: float) -> list[Outc
     found = []
     async with app.router.lifespan_context(app):
         for name, path, body in _requests(model):
-            status, ours = await ask(app, path, body | {"model": OURS})
+            status, ours = await post(app, path, body | {"model": OURS})
             if status == 200:  # what our model does not take is no matter of comparison
                 found.append(_outcome(model, engine, tolerance, name, path, body, ours))
     return found
@@ -157,21 +157,21 @@ def _outcome(
     if path.endswith("embeddings"):
         return _vectors(name, tolerance, ours, theirs)
     own, other = ours["choices"][0], theirs["choices"][0]
-    told = (own.get("logprobs") or {}).get("content"), (other.get("logprobs") or {}).get("content")
-    if told[0] and told[1]:
-        return _tokens(name, tolerance, told[0], told[1])
+    logprobs = (own.get("logprobs") or {}).get("content"), (other.get("logprobs") or {}).get("content")
+    if logprobs[0] and logprobs[1]:
+        return _tokens(name, tolerance, logprobs[0], logprobs[1])
     return _texts(name, model, own["message"]["content"], other["message"]["content"] or "")
 
 
 def _their_answer(engine: Engine, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Asked for log-probabilities, and without them where the engine does not know the word."""
+    """With log-probabilities, and without them where the engine does not know the field."""
     try:
-        return engine.ask(path, body)
+        return engine.send(path, body)
     except (engine.errors.BadRequestError, engine.errors.UnprocessableEntityError):
         plain = {k: v for k, v in body.items() if k not in ("logprobs", "top_logprobs")}
         if len(plain) == len(body):
             raise
-        return engine.ask(path, plain)
+        return engine.send(path, plain)
 
 
 def _tokens(name: str, tolerance: float, ours: Sequence[Any], theirs: Sequence[Any]) -> Outcome:
@@ -179,19 +179,19 @@ def _tokens(name: str, tolerance: float, ours: Sequence[Any], theirs: Sequence[A
     for place, (own, other) in enumerate(zip(ours, theirs, strict=False)):
         if _bytes(own) != _bytes(other):
             gap = own["logprob"] - own["top_logprobs"][1]["logprob"] if len(own["top_logprobs"]) > 1 else float("inf")
-            told = (
+            detail = (
                 f"token {place + 1}: ours {own['token']!r} at {own['logprob']:.4f} ({gap:.4f} above our next), "
                 f"theirs {other['token']!r} at {other['logprob']:.4f}"
             )
-            return Outcome(name, "FAIL", equal, len(ours), worst, told)
+            return Outcome(name, "FAIL", equal, len(ours), worst, detail)
         difference = abs(own["logprob"] - other["logprob"])
         if not difference <= tolerance:  # also one that is no number
-            told = f"token {place + 1}, {own['token']!r}: ours {own['logprob']:.5f}, theirs {other['logprob']:.5f}"
-            return Outcome(name, "FAIL", equal, len(ours), max(worst, difference), told)
+            detail = f"token {place + 1}, {own['token']!r}: ours {own['logprob']:.5f}, theirs {other['logprob']:.5f}"
+            return Outcome(name, "FAIL", equal, len(ours), max(worst, difference), detail)
         worst, equal = max(worst, difference), equal + 1
     if len(ours) != len(theirs):
-        told = f"ours ends after {len(ours)} tokens, theirs after {len(theirs)}"
-        return Outcome(name, "FAIL", equal, len(ours), worst, told)
+        detail = f"ours ends after {len(ours)} tokens, theirs after {len(theirs)}"
+        return Outcome(name, "FAIL", equal, len(ours), worst, detail)
     return Outcome(name, "pass", equal, len(ours), worst, "tokens and log-probabilities")
 
 
@@ -204,7 +204,7 @@ def _texts(name: str, model: Model, ours: str, theirs: str) -> Outcome:
     own, other = tokenizer.encode(ours), tokenizer.encode(theirs.strip())
     equal = next((n for n, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other)))
     if own == other:
-        return Outcome(name, "pass", equal, len(own), None, "tokens; the engine tells no log-probabilities")
+        return Outcome(name, "pass", equal, len(own), None, "tokens; the engine gives no log-probabilities")
     shown = [tokenizer.decode(ids[equal : equal + 1]) if equal < len(ids) else "its end" for ids in (own, other)]
     return Outcome(name, "FAIL", equal, len(own), None, f"token {equal + 1}: ours {shown[0]!r}, theirs {shown[1]!r}")
 
@@ -215,5 +215,5 @@ def _vectors(name: str, tolerance: float, ours: Any, theirs: Any) -> Outcome:
         return Outcome(name, "FAIL", 0, len(pairs), None, "the vectors are not of one number and length")
     apart = [max(abs(x - y) for x, y in zip(a["embedding"], b["embedding"], strict=True)) for a, b in pairs]
     wrong = [n for n, d in enumerate(apart) if not d <= tolerance]
-    told = f"vector {wrong[0] + 1} differs by {apart[wrong[0]]:.3g}" if wrong else "vectors"
-    return Outcome(name, "FAIL" if wrong else "pass", len(pairs) - len(wrong), len(pairs), max(apart), told)
+    detail = f"vector {wrong[0] + 1} differs by {apart[wrong[0]]:.3g}" if wrong else "vectors"
+    return Outcome(name, "FAIL" if wrong else "pass", len(pairs) - len(wrong), len(pairs), max(apart), detail)

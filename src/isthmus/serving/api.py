@@ -87,7 +87,7 @@ def create_app(
 ) -> FastAPI:
     """The application for these models.
 
-    ``remote`` is none where no pictures are fetched, ``key`` where everybody may ask, ``hosts`` where requests may
+    ``remote`` is none where no pictures are fetched, ``key`` where no key is needed, ``hosts`` where requests may
     name any host. ``routers`` are further routes, ``places`` the models' folders, whose scores the page shows,
     ``pictures`` a folder that may be searched. Raises ConfigError where that has no pictures, or too many.
     """

@@ -139,17 +139,17 @@ async def _run(
 
 
 async def _patient(app: FastAPI, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-    """Asked again while the queue is full: there is time."""
-    status, answer = await ask(app, path, body)
+    """Posted again while the queue is full: there is time."""
+    status, answer = await post(app, path, body)
     for _ in range(_TRIES):
         if status != 429:
             break
         await asyncio.sleep(_PAUSE)
-        status, answer = await ask(app, path, body)
+        status, answer = await post(app, path, body)
     return status, answer
 
 
-async def ask(app: FastAPI, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+async def post(app: FastAPI, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
     """Status and answer of one request to an application in this process."""
     raw = json.dumps(body).encode()
     scope = {

@@ -38,42 +38,42 @@ class Events(StreamingResponse):
 
 
 @router.post("/v1/chat/completions", responses=ERRORS | _STREAMS, operation_id="chat")
-async def chat(asked: schema.ChatRequest, request: Request) -> Any:
-    """The assistant's next turn of a conversation with pictures, whole or as server-sent events."""
+async def chat(body: schema.ChatRequest, request: Request) -> Any:
+    """The assistant's next turn of a conversation with pictures, complete or as server-sent events."""
     server: Server = request.app.state.server
-    model = server.model(asked.model, "chat")
-    if asked.top_logprobs and not asked.logprobs:
+    model = server.model(body.model, "chat")
+    if body.top_logprobs and not body.logprobs:
         raise bad_request("invalid_value", "top_logprobs needs logprobs: true.", "top_logprobs")
-    top = (asked.top_logprobs or 0) if asked.logprobs else None
-    hearing = server.ticket(request, asked, asked.n or 1)
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    hearing = server.ticket(request, body, body.n or 1)
     try:
         reader = server.reader
-        example = await server.prepared(lambda: reader.prompt(model, reader.conversation(asked.messages)))
-        tokens = asked.max_completion_tokens or asked.max_tokens
-        texts = _texts(server, hearing, model, asked, [example], tokens, top, strip=True)
-        answer = Answer(asked.model, model.processor.tokenizer, example.length, "chat", top)
-        return await _answered(hearing, asked, texts, answer)
+        example = await server.prepared(lambda: reader.prompt(model, reader.conversation(body.messages)))
+        tokens = body.max_completion_tokens or body.max_tokens
+        texts = _texts(server, hearing, model, body, [example], tokens, top, strip=True)
+        answer = Answer(body.model, model.processor.tokenizer, example.length, "chat", top)
+        return await _answered(hearing, body, texts, answer)
     except BaseException:
         hearing.close()
         raise
 
 
 @router.post("/v1/completions", responses=ERRORS | _STREAMS, operation_id="complete")
-async def complete(asked: schema.CompletionRequest, request: Request) -> Any:
+async def complete(body: schema.CompletionRequest, request: Request) -> Any:
     """Running text continued, by a language model without a vision encoder."""
     server: Server = request.app.state.server
-    model = server.model(asked.model, "generate")
+    model = server.model(body.model, "generate")
     if model.processor.image is not None:
         raise bad_request("model_cannot", "Only a language model alone continues text; use chat/completions.", "model")
-    prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
-    hearing = server.ticket(request, asked, len(prompts) * (asked.n or 1))
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    hearing = server.ticket(request, body, len(prompts) * (body.n or 1))
     try:
         records = [Record(id="request", parts=(Text(checked(p), "text"),)) for p in prompts]
         examples = await server.prepared(lambda: [server.reader.prompt(model, record) for record in records])
-        texts = _texts(server, hearing, model, asked, examples, asked.max_tokens or 16, asked.logprobs, strip=False)
+        texts = _texts(server, hearing, model, body, examples, body.max_tokens or 16, body.logprobs, strip=False)
         read = sum(example.length for example in examples)
-        answer = Answer(asked.model, model.processor.tokenizer, read, "completion", asked.logprobs)
-        return await _answered(hearing, asked, texts, answer)
+        answer = Answer(body.model, model.processor.tokenizer, read, "completion", body.logprobs)
+        return await _answered(hearing, body, texts, answer)
     except BaseException:
         hearing.close()
         raise
@@ -83,7 +83,7 @@ def _texts(
     server: Server,
     hearing: Hearing,
     model: Model,
-    asked: schema.Writing,
+    body: schema.Writing,
     examples: list[Example],
     tokens: int | None,
     top: int | None,
@@ -91,33 +91,33 @@ def _texts(
     strip: bool,
 ) -> list[Work]:
     """The choices to be written, those of each prompt together."""
-    speaker = server.scheduler.speakers[asked.model]
+    speaker = server.scheduler.speakers[body.model]
     if top is not None and not speaker.tells_logprobs:
-        raise bad_request("no_logprobs", "This model does not tell log-probabilities.", "logprobs")
+        raise bad_request("no_logprobs", "This model does not give log-probabilities.", "logprobs")
     texts: list[Work] = []
-    choices = asked.n or 1
+    choices = body.n or 1
     for number, example in enumerate(examples):
         room = None if speaker.context is None else speaker.context - example.length
         for choice in range(choices):
-            how = decoding(asked, tokens, choice, room)
-            words = Words(model.processor.tokenizer, stops(asked), strip=strip)
+            how = decoding(body, tokens, choice, room)
+            words = Words(model.processor.tokenizer, stops(body), strip=strip)
             texts.append(Written(hearing.ticket, number * choices + choice, example, how, words, top))
-        server.metrics.tokens.labels(asked.model, "read").inc(example.length)
+        server.metrics.tokens.labels(body.model, "read").inc(example.length)
     return texts
 
 
-async def _answered(hearing: Hearing, asked: schema.Writing, texts: list[Work], answer: Answer) -> Any:
+async def _answered(hearing: Hearing, body: schema.Writing, texts: list[Work], answer: Answer) -> Any:
     """The texts written, in one answer or as a stream, whose status is only fixed when the first event is there."""
     hearing.server.scheduler.submit(hearing.ticket, texts)
     first = await hearing.unless_gone(hearing.next())
     assert isinstance(first, Said)
-    if asked.stream:
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
         return Events(_pieces(hearing, first, answer, len(texts), usage), hearing)
     answer.hear(first)
     await hearing.unless_gone(_heard(hearing, answer, len(texts)))
     hearing.close()
-    return JSONResponse(answer.whole())
+    return JSONResponse(answer.response())
 
 
 async def _heard(hearing: Hearing, answer: Answer, choices: int) -> None:

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's forms, whole or in pieces."""
+"""Answers in OpenAI's forms, complete or in pieces."""
 
 import math
 import time
@@ -65,7 +65,7 @@ class Answer:
             "choices": choices,
         }
 
-    def whole(self) -> dict[str, Any]:
+    def response(self) -> dict[str, Any]:
         """The answer in one piece."""
         if self.kind == "chat":
             choices = [self._chat(n, c) for n, c in sorted(self.choices.items())]
@@ -94,7 +94,7 @@ class Answer:
         return self.frame("chat.completion.chunk", [one])
 
     def closing(self) -> dict[str, Any]:
-        """The last piece, where usage was asked for."""
+        """The last piece, where usage was requested."""
         return self.frame("chat.completion.chunk" if self.kind == "chat" else "text_completion", []) | {
             "usage": self.usage()
         }
@@ -120,20 +120,20 @@ class Answer:
         return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
 
     def _completion(self, number: int, text: str, tokens: Sequence[Token], ended: str, before: int) -> dict[str, Any]:
-        told = None
+        logprobs = None
         if self.top is not None:
             names = [self._name(t.id) for t in tokens]
             offsets, at = [], before
             for name in names:
                 offsets.append(at)
                 at += len(name)
-            told = {
+            logprobs = {
                 "tokens": names,
                 "token_logprobs": [_finite(t.logprob) for t in tokens],
                 "top_logprobs": [{self._name(i): _finite(p) for i, p in t.top} for t in tokens],
                 "text_offset": offsets,
             }
-        return {"index": number, "text": text, "logprobs": told, "finish_reason": ended or None}
+        return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": ended or None}
 
     def _bytes(self, token: int | None) -> bytes:
         assert token is not None  # only written tokens are kept

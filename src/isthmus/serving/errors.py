@@ -55,7 +55,7 @@ def too_late(seconds: int = 5) -> ApiError:
         503,
         "deadline_exceeded",
         "The request was not finished within the time that one may take, and was stopped. Ask for fewer tokens, or "
-        "try again when less is being asked.",
+        "try again when there are fewer requests.",
         headers={"retry-after": str(seconds)},
     )
 

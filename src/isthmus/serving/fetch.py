@@ -40,7 +40,7 @@ _REFUSED = [
 
 
 class RefusedError(DataError):
-    """An address that may not be fetched, or that did not give what was asked."""
+    """An address that may not be fetched, or that did not give what was requested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def _get(
         body = b""
         if response.status == 200:
             if response.getheader("Content-Encoding", "identity") != "identity":
-                raise RefusedError("the host gives a compressed answer, which nobody asked for")
+                raise RefusedError("the host gives a compressed answer, which was not requested")
             body = _body(response, sock, remote.size, ends)
         return response.status, response.getheader("Location"), body
     finally:

@@ -21,7 +21,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 OPEN = ("/health", "/", "/page.css", "/page.js")
-"""Paths that need no key: they tell nothing of the models."""
+"""Paths that need no key: they reveal nothing of the models."""
 
 LINGER = 1.0
 """Seconds in which a refused connection may still send what nobody reads."""
@@ -109,8 +109,8 @@ class Gate:
                     headers={"www-authenticate": "Bearer"},
                 )
         if scope["method"] in ("POST", "PUT", "PATCH"):
-            kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-            if kind != b"application/json":
+            content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+            if content_type != b"application/json":
                 raise ApiError(
                     415, "unsupported_media_type", "The body must be JSON, of content type application/json."
                 )
@@ -118,7 +118,7 @@ class Gate:
                 raise ApiError(415, "unsupported_encoding", "The body must not be compressed.")
 
     async def _body(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
-        """The whole body. Raises ApiError when it is too large, by its header or as it comes, or too slow."""
+        """The complete body. Raises ApiError when it is too large, by its header or as it comes, or too slow."""
         announced = headers.get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > self.limits.body:
             raise self._too_large()

@@ -1,4 +1,4 @@
-"""What Prometheus may ask: counts and times, never what was said."""
+"""What Prometheus may read: counts and times, never texts."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 

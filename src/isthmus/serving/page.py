@@ -1,7 +1,7 @@
 """The browser page at ``/``: static files, and the few routes of ours that it needs beside the public API.
 
-``/isthmus/scene`` and ``/isthmus/clip``: a generated picture or clip with its truth; ``/isthmus/look``: where a model
-looked for each word of its answer; ``/isthmus/runs``: each model's parts, counts, losses and scores.
+``/isthmus/scene`` and ``/isthmus/clip``: a generated picture or clip with its truth; ``/isthmus/look``: what a model
+attended to for each word of its answer; ``/isthmus/runs``: each model's parts, counts, losses and scores.
 """
 
 import base64
@@ -31,8 +31,8 @@ from isthmus.serving.errors import bad_request
 from isthmus.serving.limits import MOST_MESSAGES
 from isthmus.serving.parsing import StrictRoute
 from isthmus.serving.prepare import Frames
+from isthmus.serving.run_facts import scores, training
 from isthmus.serving.server import ERRORS, Server
-from isthmus.serving.told import scores, training
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -40,7 +40,7 @@ SCENES = 1_000_000
 """Generated pictures to choose from: those of the test split, which no model of the demo was trained on."""
 
 LONGEST_LOOK = 256
-"""Tokens of an answer that can be looked into: maps are told for each."""
+"""Most tokens of an answer with attention maps: each has its own."""
 
 _HEADERS = {
     "content-security-policy": (
@@ -57,16 +57,16 @@ PAGE = {
 """The static files by their address."""
 
 
-async def _static(name: str, kind: str) -> Response:
+async def _static(name: str, media_type: str) -> Response:
     content = files("isthmus.serving").joinpath("static", name).read_bytes()
-    return Response(content, media_type=kind, headers=_HEADERS)
+    return Response(content, media_type=media_type, headers=_HEADERS)
 
 
 for _path, _file in PAGE.items():
     router.add_api_route(_path, partial(_static, *_file), include_in_schema=False)
 
 
-class LookRequest(schema.Asking):
+class LookRequest(schema.BaseRequest):
     """A conversation that the model is to continue greedily, as ``/v1/chat/completions`` takes it."""
 
     messages: Annotated[list[schema.Message], Field(min_length=1, max_length=MOST_MESSAGES)]
@@ -81,9 +81,9 @@ async def scene(request: Request, number: Annotated[int, Query(ge=0, lt=SCENES)]
 
 
 def _scene(number: int) -> dict[str, Any]:
-    described, asked = (_made(form)[number] for form in ("describe", "conversations"))
+    described, body = (_made(form)[number] for form in ("describe", "conversations"))
     # A scene that no question fits is drawn anew for its conversation: then the questions are about another picture.
-    turns = [str(t.text) for t in asked.texts] if asked.images[0].key == described.images[0].key else []
+    turns = [str(t.text) for t in body.texts] if body.images[0].key == described.images[0].key else []
     return {
         "number": number,
         "picture": _png(open_image(described.images[0].source)),
@@ -117,21 +117,21 @@ def _png(picture: PilImage.Image) -> str:
 
 
 @router.post("/isthmus/look", responses=ERRORS, operation_id="look")
-async def look(asked: LookRequest, request: Request) -> dict[str, Any]:
-    """Where the model looked for each word of its greedy answer: per picture of the conversation a map per word.
+async def look(body: LookRequest, request: Request) -> dict[str, Any]:
+    """What the model attended to for each word of its greedy answer: per picture of the conversation a map per word.
 
     Each frame of a clip counts as a picture.
     A map is rows x columns of patches, row by row, the mean over layers and the word's tokens. ``box`` (left, top,
     right, bottom) is the part of the picture that the map covers, in fractions of its width and height; it reaches
-    beyond 0 and 1 where the picture was padded. Of a picture read in tiles the map is that of the whole view.
+    beyond 0 and 1 where the picture was padded. Of a picture read in tiles the map is that of the overview.
     """
     server: Server = request.app.state.server
-    model = server.model(asked.model, "attend")
-    with server.ticket(request, asked) as hearing:
-        record = server.reader.conversation(asked.messages)
+    model = server.model(body.model, "attend")
+    with server.ticket(request, body) as hearing:
+        record = server.reader.conversation(body.messages)
         await server.prepared(lambda: server.reader.prompt(model, record))  # refuses what the model cannot read
         boxes = await server.prepared(lambda: [_boxes(server, model, image) for image in record.images])
-        found: Attention = await hearing.call(_attention(model, record, asked.max_tokens))
+        found: Attention = await hearing.call(_attention(model, record, body.max_tokens))
         words = found.words()
         pictures = [
             {
@@ -143,7 +143,7 @@ async def look(asked: LookRequest, request: Request) -> dict[str, Any]:
             for n, (own, maps) in enumerate(zip(boxes, found.maps, strict=True))
             for frame, box in enumerate(own)
         ]
-        return {"model": asked.model, "text": found.text, "words": [w for w, _ in words], "pictures": pictures}
+        return {"model": body.model, "text": found.text, "words": [w for w, _ in words], "pictures": pictures}
 
 
 def _attention(model: Model, record: Record, tokens: int) -> Iterator[Attention]:
@@ -168,18 +168,18 @@ async def runs(request: Request) -> dict[str, Any]:
     how many pictures can be searched."""
     server: Server = request.app.state.server
     places, searched = request.app.state.places, request.app.state.pictures
-    told = await server.prepared(
-        lambda: [_told(name, model, places.get(name)) for name, model in server.models.items()]
+    facts = await server.prepared(
+        lambda: [_model_facts(name, model, places.get(name)) for name, model in server.models.items()]
     )
     limits = server.limits
     return {
-        "models": told,
+        "models": facts,
         "limits": {"pictures": limits.pictures, "picture_bytes": limits.picture},
         "pictures": 0 if searched is None else len(searched.files),
     }
 
 
-def _told(name: str, model: Model, place: Path | None) -> dict[str, Any]:
+def _model_facts(name: str, model: Model, place: Path | None) -> dict[str, Any]:
     return {
         "id": name,
         "kind": model.kind,

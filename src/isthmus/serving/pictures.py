@@ -1,6 +1,6 @@
 """The folder of pictures that the server searches: its files by number, and their vectors in each model's space.
 
-Only files within the folder are ever opened, through our own decoder and within the server's limits. Nobody is told a
+Only files within the folder are ever opened, through our own decoder and within the server's limits. Nobody learns a
 path: a picture is a number and the name of its file.
 
 Shapes: N pictures, Q vectors per picture (one of CLIP, one per query of BLIP-2), D width.
@@ -77,7 +77,7 @@ class Pictures:
         return [numbers[i] for i in order.tolist()], scores[order]
 
     def read(self, name: str, model: Model) -> Iterator[int]:
-        """Vectors of the pictures that ``model`` has not seen yet, some with each step, which gives how many there are.
+        """Vectors of the pictures that ``model`` has not read yet, some with each step, which gives how many there are.
         They stay when it is stopped half way."""
         known = self._vectors.setdefault(name, {})
         left = [n for n in range(len(self.files)) if n not in known and n not in self.unreadable]

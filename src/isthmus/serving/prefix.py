@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from isthmus.interleave import Look
+from isthmus.interleave import MediaContext
 from isthmus.language import Decoding, LanguageModel, Prompt, Read, Seq2SeqLM, Window
 
 SHORTEST = 8
@@ -20,7 +20,7 @@ class Kept:
     it, and the bytes of all that."""
 
     row: Tensor
-    look: Look | None
+    context: MediaContext | None
     read: Read
     nbytes: int
 
@@ -53,15 +53,15 @@ class Remembering:
     def settled(self, decoding: Decoding, prompt: Prompt) -> Decoding:
         return self.language.settled(decoding, prompt)
 
-    def next(self, ids: Tensor, positions: Tensor, window: Window, beside: Any) -> Tensor:
-        return self.language.next(ids, positions, window, beside)
+    def next(self, ids: Tensor, positions: Tensor, window: Window, context: Any) -> Tensor:
+        return self.language.next(ids, positions, window, context)
 
     def read(self, prompt: Prompt) -> Read:
         """As the language model reads it."""
         if len(prompt) != 1:
             return self.language.read(prompt)
         row = prompt.embeds[0, : int(prompt.lengths[0])]
-        number, common = self._nearest(row, prompt.look)
+        number, common = self._nearest(row, prompt.context)
         known = None if number is None else self._kept[number]
         if number is not None and known is not None and common == len(row) == len(known.row):
             self._kept.move_to_end(number)
@@ -76,26 +76,26 @@ class Remembering:
             self._kept.move_to_end(number)
             if common >= len(known.row) - 1:  # the new one holds all of it
                 self._drop(number)
-        self._keep(row, prompt.look, read)
+        self._keep(row, prompt.context, read)
         return read
 
-    def _nearest(self, row: Tensor, look: Look | None) -> tuple[int | None, int]:
+    def _nearest(self, row: Tensor, context: MediaContext | None) -> tuple[int | None, int]:
         """The kept prompt that has most tokens in common with the row's beginning, and how many."""
         best: tuple[int | None, int] = (None, 0)
         for number, kept in self._kept.items():
             width = min(len(row), len(kept.row))
             unlike = (row[:width] != kept.row[:width]).any(-1).nonzero()
             common = int(unlike[0]) if len(unlike) else width
-            if look is not None and kept.look is not None:
-                common = min(common, look.in_common(kept.look))
+            if context is not None and kept.context is not None:
+                common = min(common, context.in_common(kept.context))
             if common > best[1]:
                 best = number, common
         return best
 
-    def _keep(self, row: Tensor, look: Look | None, read: Read) -> None:
+    def _keep(self, row: Tensor, context: MediaContext | None, read: Read) -> None:
         size = row.nbytes + sum(keys.nbytes + values.nbytes for keys, values in read.layers)
-        size += 0 if read.beside is None else read.beside.nbytes  # the pictures that were seen are in it
-        self._kept[self._count] = Kept(row.clone(), None if look is None else look.apart(), read, size)
+        size += 0 if read.context is None else read.context.nbytes  # the pictures that were seen are in it
+        self._kept[self._count] = Kept(row.clone(), None if context is None else context.apart(), read, size)
         self.held += size
         self._count += 1
         while self.held > self.size and self._kept:

@@ -1,4 +1,4 @@
-"""What requests look like: OpenAI's fields where it has them, each number in its range.
+"""The form of requests: OpenAI's fields where it has them, each number in its range.
 
 A field that would change the answer and is not known here is an error; those that only name or count somebody are
 taken and ignored.
@@ -55,7 +55,7 @@ class VideoUrl(Strict):
 
 
 class VideoPart(Strict):
-    """A clip as its frames, for models that read one as a whole."""
+    """A clip as its frames, for models that read clips."""
 
     type: Literal["video_url"]
     video_url: VideoUrl
@@ -79,8 +79,8 @@ class Message(Strict):
     name: Name | None = None
 
 
-class Asking(Strict):
-    """What every request says."""
+class BaseRequest(Strict):
+    """Fields of every request."""
 
     model: Name
     user: Annotated[str, StringConstraints(max_length=256)] | None = Field(
@@ -93,7 +93,7 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
-class Writing(Asking):
+class Writing(BaseRequest):
     """How a text is written. Temperature 0, the default, is greedy."""
 
     max_tokens: Tokens | None = None
@@ -133,14 +133,14 @@ class CompletionRequest(Writing):
     suffix: None = None
 
 
-class EmbeddingRequest(Asking):
+class EmbeddingRequest(BaseRequest):
     """Texts and pictures into the space in which they are compared."""
 
     input: Said | Annotated[list[Said | Part], Field(min_length=1, max_length=MOST_INPUTS)]
     encoding_format: Literal["float", "base64"] = "float"
 
 
-class ScoreRequest(Asking):
+class ScoreRequest(BaseRequest):
     """How well candidates fit: likelihood as the answer, probability of matching, or similarity."""
 
     input: Said | Parts
@@ -150,7 +150,7 @@ class ScoreRequest(Asking):
     )
 
 
-class ClassifyRequest(Asking):
+class ClassifyRequest(BaseRequest):
     """Zero-shot probabilities of labels for one picture."""
 
     input: Parts

@@ -1,4 +1,4 @@
-"""What the page asks about many pictures: search of a folder by text or by picture, and which belongs to which."""
+"""What the page does with many pictures: search of a folder by text or by picture, and which belongs to which."""
 
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
@@ -23,7 +23,7 @@ MOST_RERANKED = 64
 MOST_TEXTS = 32
 
 
-class SearchRequest(schema.Asking):
+class SearchRequest(schema.BaseRequest):
     """A text or a picture, for which the most similar pictures of the folder are wanted."""
 
     input: schema.Said | Annotated[list[schema.Part], Field(min_length=1, max_length=1)]
@@ -33,13 +33,13 @@ class SearchRequest(schema.Asking):
     )
 
 
-class MatchRequest(schema.Asking):
+class MatchRequest(schema.BaseRequest):
     """Pictures and texts, each of which is held against each."""
 
     pictures: schema.Parts
     texts: Annotated[list[schema.Said], Field(min_length=1, max_length=MOST_TEXTS)]
     measure: Literal["match", "similarity"] | None = Field(
-        None, description="Default: the probability of matching where the model tells it, else the similarity."
+        None, description="Default: the probability of matching where the model gives it, else the similarity."
     )
 
 
@@ -65,44 +65,44 @@ async def picture(request: Request, number: Annotated[int, Query(ge=0, lt=MOST_P
 
 
 @router.post("/isthmus/search", responses=ERRORS, operation_id="search")
-async def search(asked: SearchRequest, request: Request) -> dict[str, Any]:
+async def search(body: SearchRequest, request: Request) -> dict[str, Any]:
     """The pictures of the folder that are most similar to a text or a picture, best first, with small copies.
 
-    The first search with a model reads the whole folder; one that takes longer than a request may goes on where it
-    stopped when it is asked again.
+    The first search with a model reads all of the folder; one that takes longer than a request may goes on where it
+    stopped at the next request.
     """
     server: Server = request.app.state.server
     pictures = _pictures(request)
-    model = server.model(asked.model, "embed_images")
-    with server.ticket(request, asked) as hearing:
-        pieces: Sequence[schema.Part | str] = [asked.input] if isinstance(asked.input, str) else asked.input
+    model = server.model(body.model, "embed_images")
+    with server.ticket(request, body) as hearing:
+        pieces: Sequence[schema.Part | str] = [body.input] if isinstance(body.input, str) else body.input
         (part,) = await server.prepared(lambda: server.reader.parts(pieces, "user"))
-        for needed, wanted in (("embed_texts", not isinstance(part, Image)), ("match", asked.rerank > 0)):
+        for needed, wanted in (("embed_texts", not isinstance(part, Image)), ("match", body.rerank > 0)):
             if wanted and needed not in model.capabilities:
                 raise bad_request("model_cannot", "This model cannot search so; /v1/models lists what each can.")
-        if asked.rerank and isinstance(part, Image):
+        if body.rerank and isinstance(part, Image):
             raise bad_request("invalid_value", "Only a search by text is reranked.", "rerank")
-        order = await hearing.call(_search(pictures, asked, model, part))
-        hits = await server.prepared(lambda: _shown(pictures, order[: asked.top]))
+        order = await hearing.call(_search(pictures, body, model, part))
+        hits = await server.prepared(lambda: _shown(pictures, order[: body.top]))
         return {
             "object": "list",
-            "model": asked.model,
-            "reranked": min(asked.rerank, len(order)),
+            "model": body.model,
+            "reranked": min(body.rerank, len(order)),
             "pictures": len(pictures.files),
             "unreadable": len(pictures.unreadable),
             "data": hits,
         }
 
 
-def _search(pictures: Pictures, asked: SearchRequest, model: Model, part: Part) -> Iterator[list[tuple[int, float]]]:
-    for _ in pictures.read(asked.model, model):
+def _search(pictures: Pictures, body: SearchRequest, model: Model, part: Part) -> Iterator[list[tuple[int, float]]]:
+    for _ in pictures.read(body.model, model):
         yield []
     query = model.embed_images([part])[0] if isinstance(part, Image) else model.embed_texts([str(part.text)])
-    numbers, scores = pictures.rank(asked.model, model, query.reshape(-1, query.shape[-1]))
+    numbers, scores = pictures.rank(body.model, model, query.reshape(-1, query.shape[-1]))
     values = scores.tolist()
     yield list(zip(numbers, values, strict=True))
-    if asked.rerank and not isinstance(part, Image):
-        first = numbers[: asked.rerank]
+    if body.rerank and not isinstance(part, Image):
+        first = numbers[: body.rerank]
         for both in pictures.reranked(model, str(part.text), first, scores):
             yield []
             if len(both) == len(first):
@@ -111,7 +111,7 @@ def _search(pictures: Pictures, asked: SearchRequest, model: Model, part: Part) 
 
 
 def _shown(pictures: Pictures, order: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
-    """What is told of each; one that cannot be read any more is left out."""
+    """The facts of each; one that cannot be read any more is left out."""
     found = []
     for number, score in order:
         try:
@@ -123,21 +123,21 @@ def _shown(pictures: Pictures, order: Sequence[tuple[int, float]]) -> list[dict[
 
 
 @router.post("/isthmus/match", responses=ERRORS, operation_id="match")
-async def match(asked: MatchRequest, request: Request) -> dict[str, Any]:
+async def match(body: MatchRequest, request: Request) -> dict[str, Any]:
     """For each picture and each text the probability that they belong together, or their similarity."""
     server: Server = request.app.state.server
-    model = server.model(asked.model, "match", "similarity")
-    measure = asked.measure or ("match" if "match" in model.capabilities else "similarity")
+    model = server.model(body.model, "match", "similarity")
+    measure = body.measure or ("match" if "match" in model.capabilities else "similarity")
     if measure not in model.capabilities:
         raise bad_request("model_cannot", "This model has no such measure.", "measure")
-    with server.ticket(request, asked) as hearing:
-        parts = await server.prepared(lambda: server.reader.parts(asked.pictures, "user"))
+    with server.ticket(request, body) as hearing:
+        parts = await server.prepared(lambda: server.reader.parts(body.pictures, "user"))
         images = [part for part in parts if isinstance(part, Image)]
         if len(images) < len(parts):
             raise bad_request("only_pictures", "What is matched with the texts are pictures.", "pictures")
-        rows = await hearing.call(_matrix(model, images, [checked(text) for text in asked.texts], measure))
+        rows = await hearing.call(_matrix(model, images, [checked(text) for text in body.texts], measure))
         data = [{"object": "match", "index": n, "scores": row} for n, row in enumerate(rows)]
-        return {"object": "list", "model": asked.model, "measure": measure, "data": data}
+        return {"object": "list", "model": body.model, "measure": measure, "data": data}
 
 
 def _matrix(model: Model, images: Sequence[Image], texts: Sequence[str], measure: str) -> Iterator[list[list[float]]]:

@@ -64,7 +64,7 @@ class Server:
         """What a function returns that decodes or tokenises, away from the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.preparers, function)
 
-    def ticket(self, request: Request, asked: schema.Asking, units: int = 1) -> "Hearing":
+    def ticket(self, request: Request, body: schema.BaseRequest, units: int = 1) -> "Hearing":
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         host = request.client.host if request.client else ""
 
@@ -72,8 +72,8 @@ class Server:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         ticket = self.scheduler.reserve(
-            f"{host} {asked.user or ''}",
-            asked.model,
+            f"{host} {body.user or ''}",
+            body.model,
             hear,
             units,
         )

@@ -21,27 +21,27 @@ AT_ONCE = 32
 MOST_PROMPTS = 1024
 """Labels times templates."""
 MEASURES = {"likelihood": "score", "match": "match", "similarity": "similarity"}
-"""What /v1/score can tell, and the capability it takes; the first that a model has is its own."""
+"""What /v1/score can measure, and the capability it takes; the first that a model has is its own."""
 
 
 @router.post("/v1/embeddings", responses=ERRORS, operation_id="embed")
-async def embeddings(asked: schema.EmbeddingRequest, request: Request) -> dict[str, Any]:
+async def embeddings(body: schema.EmbeddingRequest, request: Request) -> dict[str, Any]:
     """Texts and pictures as vectors. A BLIP-2 gives one vector per query for a picture: ``shape`` says how many."""
     server: Server = request.app.state.server
-    model = server.model(asked.model, "embed_images", "embed_texts")
-    with server.ticket(request, asked) as hearing:
-        inputs = [asked.input] if isinstance(asked.input, str) else asked.input
+    model = server.model(body.model, "embed_images", "embed_texts")
+    with server.ticket(request, body) as hearing:
+        inputs = [body.input] if isinstance(body.input, str) else body.input
         parts = await server.prepared(lambda: server.reader.parts(inputs, "user"))
-        for needed, kind in (("embed_images", "pictures"), ("embed_texts", "texts")):
-            if needed not in model.capabilities and any(isinstance(p, Image) == (kind == "pictures") for p in parts):
-                raise bad_request("model_cannot", f"This model gives no vectors of {kind}.", "input")
+        for needed, what in (("embed_images", "pictures"), ("embed_texts", "texts")):
+            if needed not in model.capabilities and any(isinstance(p, Image) == (what == "pictures") for p in parts):
+                raise bad_request("model_cannot", f"This model gives no vectors of {what}.", "input")
         vectors = await hearing.call(_vectors(model, parts))
         read = _read(model, parts)
-        server.metrics.tokens.labels(asked.model, "read").inc(read)
+        server.metrics.tokens.labels(body.model, "read").inc(read)
         return {
             "object": "list",
-            "model": asked.model,
-            "data": [_vector(n, v, asked.encoding_format) for n, v in enumerate(vectors)],
+            "model": body.model,
+            "data": [_vector(n, v, body.encoding_format) for n, v in enumerate(vectors)],
             "usage": {"prompt_tokens": read, "total_tokens": read},
         }
 
@@ -67,17 +67,17 @@ def _vector(number: int, vector: Tensor, form: str) -> dict[str, Any]:
 
 
 @router.post("/v1/score", responses=ERRORS, operation_id="score")
-async def score(asked: schema.ScoreRequest, request: Request) -> dict[str, Any]:
+async def score(body: schema.ScoreRequest, request: Request) -> dict[str, Any]:
     """How well each candidate fits: its log-likelihood as the answer, its probability of matching the picture, or its
     similarity with it."""
     server: Server = request.app.state.server
-    model = server.model(asked.model, *MEASURES.values())
-    measure = asked.measure or next(m for m, can in MEASURES.items() if can in model.capabilities)
+    model = server.model(body.model, *MEASURES.values())
+    measure = body.measure or next(m for m, can in MEASURES.items() if can in model.capabilities)
     if MEASURES[measure] not in model.capabilities:
         raise bad_request("model_cannot", "This model has no such measure.", "measure")
-    with server.ticket(request, asked) as hearing:
-        parts = await server.prepared(lambda: server.reader.parts(asked.input, "user"))
-        candidates = [checked(c) for c in asked.candidates]
+    with server.ticket(request, body) as hearing:
+        parts = await server.prepared(lambda: server.reader.parts(body.input, "user"))
+        candidates = [checked(c) for c in body.candidates]
         if measure == "likelihood":
             work = _likelihoods(model, parts, candidates)
         else:
@@ -86,7 +86,7 @@ async def score(asked: schema.ScoreRequest, request: Request) -> dict[str, Any]:
         read = _read(model, parts)
         return {
             "object": "list",
-            "model": asked.model,
+            "model": body.model,
             "measure": measure,
             "data": [{"object": "score", "index": n, "score": s} for n, s in enumerate(scores)],
             "usage": {"prompt_tokens": read, "total_tokens": read},
@@ -114,25 +114,25 @@ def fits(model: Model, image: Image, candidates: Sequence[str], measure: str) ->
 
 
 @router.post("/v1/classify", responses=ERRORS, operation_id="classify")
-async def classify(asked: schema.ClassifyRequest, request: Request) -> dict[str, Any]:
+async def classify(body: schema.ClassifyRequest, request: Request) -> dict[str, Any]:
     """Zero-shot probabilities of labels for one picture, in the order of the labels."""
     server: Server = request.app.state.server
-    model = server.model(asked.model, "classify")
-    if any(t.count("{}") != 1 for t in asked.templates):
+    model = server.model(body.model, "classify")
+    if any(t.count("{}") != 1 for t in body.templates):
         raise bad_request("invalid_value", "Each template has exactly one {} where the label goes.", "templates")
-    if len(set(asked.labels)) < len(asked.labels):
+    if len(set(body.labels)) < len(body.labels):
         raise bad_request("invalid_value", "The labels must differ from each other.", "labels")
-    if len(asked.labels) * len(asked.templates) > MOST_PROMPTS:
+    if len(body.labels) * len(body.templates) > MOST_PROMPTS:
         raise bad_request("invalid_value", f"Labels times templates are at most {MOST_PROMPTS:,}.", "labels")
-    with server.ticket(request, asked) as hearing:
-        parts = await server.prepared(lambda: server.reader.parts(asked.input, "user"))
-        image, labels = _one_picture(parts), [checked(label) for label in asked.labels]
-        templates = [checked(template) for template in asked.templates]
+    with server.ticket(request, body) as hearing:
+        parts = await server.prepared(lambda: server.reader.parts(body.input, "user"))
+        image, labels = _one_picture(parts), [checked(label) for label in body.labels]
+        templates = [checked(template) for template in body.templates]
         found = await hearing.call(_classes(model, image, labels, templates))
         probs = [found[label] for label in labels]
         best = max(range(len(labels)), key=probs.__getitem__)
         one = {"index": 0, "label": labels[best], "probs": probs, "num_classes": len(labels)}
-        return {"object": "list", "model": asked.model, "labels": labels, "data": [one]}
+        return {"object": "list", "model": body.model, "labels": labels, "data": [one]}
 
 
 def _classes(model: Model, image: Image, labels: Sequence[str], templates: Sequence[str]) -> Iterator[dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The systems: all facts of a kind of model beside its net, one file each, imported only when asked for.
+"""The systems: all facts of a kind of model beside its net, one file each, imported on first use.
 
 A user's own system is a class of the same base, :class:`isthmus.systems.base.System`, in a file of theirs, and goes by
 that file's pinned name (:mod:`isthmus.user_code`).

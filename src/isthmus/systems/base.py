@@ -1,7 +1,7 @@
 """System: what is to be known about one kind of model beside its net, with defaults for a vision encoder, a connector
 and a language model that takes visual tokens in its sequence.
 
-A recipe's ``model`` names a system; ``isthmus train`` asks it for tokenizers, configuration, weights and processors,
+A recipe's ``model`` names a system; ``isthmus train`` gets from it tokenizers, configuration, weights and processors,
 ``isthmus.load`` for the net's class and the processor, and the commands for what such a model can do.
 """
 

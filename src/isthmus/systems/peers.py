@@ -64,7 +64,7 @@ def _decoded(example: Example) -> list[Tensor]:
 
 def text_ids(text: Any, theirs: Any, example: Example) -> Tensor:
     """(1, T) as the folder has them, where writing it moved end-of-text to another id; a tower that is read at its last
-    place always gets its whole context. ``text`` and ``theirs`` are both sides' configurations of the tower."""
+    place always gets its full context. ``text`` and ``theirs`` are both sides' configurations of the tower."""
     (stream,) = example.streams.values()
     ids = list(stream.ids)
     if text.pool == "last":
@@ -83,11 +83,11 @@ def vector(found: Any) -> Tensor:
 
 def before_norm(tower: Any, pixels: Tensor) -> Tensor:
     """(P, D) what the last block of a tower's class hands to its norm for one picture; its output is normed."""
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
     norm = next(module for name, module in tower.named_modules() if name.endswith("post_layernorm"))
-    hook = norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    hook = norm.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     try:
         tower(pixel_values=pixels)
     finally:
         hook.remove()
-    return seen[0][0]
+    return inputs[0][0]

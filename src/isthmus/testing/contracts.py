@@ -1,7 +1,7 @@
-"""``isthmus verify``: contracts on any checkpoint, each with the largest difference seen and what is allowed.
+"""``isthmus verify``: contracts on any checkpoint, each with the largest difference found and what is allowed.
 
-A contract answers with a :class:`Row`. The same ones run on the tiny random models of the tests, and on models that are
-broken on purpose, which must fail.
+A contract answers with a :class:`Check`. The same ones run on the tiny random models of the tests, and on models that
+are broken on purpose, which must fail.
 """
 
 import tempfile
@@ -37,20 +37,20 @@ Verdict = Literal["pass", "FAIL", "n/a"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One contract's outcome. ``difference`` is the largest one seen, none where nothing is compared by size."""
+class Check:
+    """One contract's outcome. ``difference`` is the largest one found, none where nothing is compared by size."""
 
     name: str
     verdict: Verdict
-    told: str
+    detail: str
     difference: float | None = None
     tolerance: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"told": self.detail}  # its name before, which readers of the JSON know
 
 
-def verify(model: Any, *, only: Sequence[str] = ()) -> list[Row]:
+def verify(model: Any, *, only: Sequence[str] = ()) -> list[Check]:
     """Every contract (or those named) on a loaded model; it is left as it was. Raises ConfigError for a name that is
     none. A contract in which the model raises an error has failed with that error."""
     for name in only:
@@ -64,21 +64,21 @@ def verify(model: Any, *, only: Sequence[str] = ()) -> list[Row]:
             found = contract(model)
         except (IsthmusError, RuntimeError, ValueError) as error:
             found = _Outcome("FAIL", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-        rows.append(Row(name, found.verdict, found.told, found.difference, found.tolerance))
+        rows.append(Check(name, found.verdict, found.detail, found.difference, found.tolerance))
     return rows
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
     verdict: Verdict
-    told: str
+    detail: str
     difference: float | None = None
     tolerance: float | None = None
 
 
-def _within(difference: float, tolerance: float, told: str) -> _Outcome:
+def _within(difference: float, tolerance: float, detail: str) -> _Outcome:
     # Written so that a difference that is not a number fails.
-    return _Outcome("pass" if difference <= tolerance else "FAIL", told, difference, tolerance)
+    return _Outcome("pass" if difference <= tolerance else "FAIL", detail, difference, tolerance)
 
 
 def _absent(why: str) -> _Outcome:
@@ -112,24 +112,24 @@ def tensors(model: Any) -> _Outcome:
     strange += sorted(n for n in held.keys() & fresh.keys() if held[n].shape != fresh[n].shape)
     bad = [n for n, t in held.items() if t.is_meta or (t.is_floating_point() and not bool(t.isfinite().all()))]
     numbers = sum(p.numel() for p in model.net.parameters())
-    told = f"{len(held)} tensors, {numbers:,} numbers"
+    detail = f"{len(held)} tensors, {numbers:,} numbers"
     if model.report is not None:
-        told += f"; {str(model.report).splitlines()[0]}"
+        detail += f"; {str(model.report).splitlines()[0]}"
     if strange:
-        told = f"not of the configuration: {', '.join(strange[:3])} ({len(strange)})"
+        detail = f"not of the configuration: {', '.join(strange[:3])} ({len(strange)})"
     elif bad:
-        told = f"not finite: {', '.join(bad[:3])} ({len(bad)})"
-    return _within(float(len(strange) + len(bad)), 0.0, told)
+        detail = f"not finite: {', '.join(bad[:3])} ({len(bad)})"
+    return _within(float(len(strange) + len(bad)), 0.0, detail)
 
 
 def batched(model: Any) -> _Outcome:
     """Rows of equal length together and alone."""
-    asked = probe.prompts(model, probe.WORDS[1:2] * 3, (1, 2, 3))
+    prompts = probe.prompts(model, probe.WORDS[1:2] * 3, (1, 2, 3))
     if not probe.sees(model):
-        asked = [probe.turned(example, n) for n, example in enumerate(asked)]
-    asked = [_complete(model, example) for example in asked]
-    alone = [probe.outputs(model, collate([example]))[0] for example in asked]
-    together = probe.outputs(model, collate(asked))
+        prompts = [probe.turned(example, n) for n, example in enumerate(prompts)]
+    prompts = [_complete(model, example) for example in prompts]
+    alone = [probe.outputs(model, collate([example]))[0] for example in prompts]
+    together = probe.outputs(model, collate(prompts))
     return _within(_apart(together, alone), _tolerance(model, alone), "3 rows")
 
 
@@ -137,15 +137,15 @@ def padded(model: Any) -> _Outcome:
     """Rows of several lengths together: right padding in one pass; in generation, where all rows end together, left."""
     if not probe.reads(model):
         return _absent("the model reads no text")
-    asked = probe.prompts(model, probe.WORDS, (1, 2, 3))
-    whole = [_complete(model, example) for example in asked]
-    alone = [probe.outputs(model, collate([example]))[0] for example in whole]
-    right = _apart(probe.outputs(model, collate(whole)), alone)
+    prompts = probe.prompts(model, probe.WORDS, (1, 2, 3))
+    complete = [_complete(model, example) for example in prompts]
+    alone = [probe.outputs(model, collate([example]))[0] for example in complete]
+    right = _apart(probe.outputs(model, collate(complete)), alone)
     allowed = _tolerance(model, alone)
-    lengths = ", ".join(str(example.length) for example in whole)
+    lengths = ", ".join(str(example.length) for example in complete)
     if not _writes(model):
         return _within(right, allowed, f"lengths {lengths}")
-    left = max(probe.regret(model, e, a) for e, a in zip(asked, probe.written(model, asked), strict=True))
+    left = max(probe.regret(model, e, a) for e, a in zip(prompts, probe.written(model, prompts), strict=True))
     return _within(max(right, left), allowed, f"lengths {lengths}: right {right:.1g}, left {left:.1g}")
 
 
@@ -153,10 +153,10 @@ def cached(model: Any) -> _Outcome:
     """Every greedy token written with the cache is what a pass without it likes best."""
     if not _writes(model):
         return _absent("nothing is written with a cache")
-    asked = probe.prompts(model, probe.WORDS, (1, 2, 3))
-    answers = [probe.written(model, [example])[0] for example in asked]
-    worst = max(probe.regret(model, e, a) for e, a in zip(asked, answers, strict=True))
-    rows = [probe.outputs(model, collate([_complete(model, e)]))[0] for e in asked]
+    prompts = probe.prompts(model, probe.WORDS, (1, 2, 3))
+    answers = [probe.written(model, [example])[0] for example in prompts]
+    worst = max(probe.regret(model, e, a) for e, a in zip(prompts, answers, strict=True))
+    rows = [probe.outputs(model, collate([_complete(model, e)]))[0] for e in prompts]
     count = sum(map(len, answers))
     if not count:
         return _absent("every answer ends at once, so nothing is written")
@@ -176,10 +176,10 @@ def saved(model: Any) -> _Outcome:
         ours, theirs = model.net.state_dict(), again.net.state_dict()
         differ = [n for n in ours.keys() | theirs.keys() if not _same(ours.get(n), theirs.get(n))]
         words = model.processor.to_dict() == again.processor.to_dict()
-    told = f"{len(ours)} tensors equal, processor {'equal' if words else 'another'}"
+    detail = f"{len(ours)} tensors equal, processor {'equal' if words else 'another'}"
     if differ:
-        told = f"another: {', '.join(sorted(differ)[:3])} ({len(differ)})"
-    return _within(float(len(differ) + (not words)), 0.0, told)
+        detail = f"another: {', '.join(sorted(differ)[:3])} ({len(differ)})"
+    return _within(float(len(differ) + (not words)), 0.0, detail)
 
 
 def frozen(model: Any) -> _Outcome:
@@ -213,8 +213,8 @@ def frozen(model: Any) -> _Outcome:
     touched = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if touched:
         return _within(float(len(touched)), 0.0, f"{pattern} trained, but touched: {', '.join(touched[:3])}")
-    told = f"{pattern} trained: {moved} of {len(opened)} tensors moved, {len(before)} frozen ones did not"
-    return _Outcome("pass" if moved else "FAIL", told, 0.0, 0.0)
+    detail = f"{pattern} trained: {moved} of {len(opened)} tensors moved, {len(before)} frozen ones did not"
+    return _Outcome("pass" if moved else "FAIL", detail, 0.0, 0.0)
 
 
 def exported(model: Any) -> _Outcome:
@@ -227,10 +227,10 @@ def exported(model: Any) -> _Outcome:
         except CheckpointError as error:
             return _absent(str(error))
         found = compare(model, done.folder)
-    told = f"{found.name}" + (f", {found.tokens} of {found.of} greedy tokens equal" if found.of else "")
+    detail = f"{found.name}" + (f", {found.tokens} of {found.of} greedy tokens equal" if found.of else "")
     if found.tokens < found.of:
-        return _Outcome("FAIL", told, found.difference, found.tolerance)
-    return _within(found.difference, found.tolerance, told)
+        return _Outcome("FAIL", detail, found.difference, found.tolerance)
+    return _within(found.difference, found.tolerance, detail)
 
 
 def looked_at(model: Any) -> _Outcome:
@@ -242,29 +242,29 @@ def looked_at(model: Any) -> _Outcome:
     changes = {"blank": _apart(real, blank), "shuffled": _apart(real, other)}
     least = min(changes.values())
     floor = 1e-5 * max(1.0, *(float(row.abs().max()) for row in real))
-    told = ", ".join(f"{name} changes {value:.2g}" for name, value in changes.items())
-    return _Outcome("pass" if least > floor else "FAIL", f"{told}; must be above the tolerance", least, floor)
+    detail = ", ".join(f"{name} changes {value:.2g}" for name, value in changes.items())
+    return _Outcome("pass" if least > floor else "FAIL", f"{detail}; must be above the tolerance", least, floor)
 
 
 def turns_end(model: Any) -> _Outcome:
     """What is learnt of a conversation's last answer ends with a token that stops generation, and the conversation
-    begins with the ids of the prompt that asks for that answer."""
+    begins with the ids of that answer's prompt."""
     template = model.processor.template
     if template != OWN and not isinstance(TEMPLATES.get(str(template)), Grammar):
         return _absent("the model has no template of conversations")
-    asked = (Text("A?", role="user"), Text("One.", role="assistant"), Text("B?", role="user"))
-    prompt = model.processor.prompt(Record("turns", asked)).streams["lm"].ids
-    whole = Record("turns", (*asked, Text("Two.", role="assistant", learn=True)))
+    parts = (Text("A?", role="user"), Text("One.", role="assistant"), Text("B?", role="user"))
+    prompt = model.processor.prompt(Record("turns", parts)).streams["lm"].ids
+    complete = Record("turns", (*parts, Text("Two.", role="assistant", learn=True)))
     try:
-        span = model.processor.scored(whole).streams["lm"]
+        span = model.processor.scored(complete).streams["lm"]
     except ConfigError as error:
         return _absent(str(error))
     learnt = [label for label in span.labels or () if label != IGNORE]
     stops = model.ended(Decoding()).stop_ids
     if list(span.ids[: len(prompt)]) != list(prompt):
         return _Outcome("FAIL", "the prompt of an answer is not what stands before it in training", 1.0, 0.0)
-    told = f"the last token learnt is {learnt[-1]}; generation stops at {', '.join(map(str, stops))}"
-    return _within(float(learnt[-1] not in stops), 0.0, told)
+    detail = f"the last token learnt is {learnt[-1]}; generation stops at {', '.join(map(str, stops))}"
+    return _within(float(learnt[-1] not in stops), 0.0, detail)
 
 
 CONTRACTS: dict[str, Callable[[Any], _Outcome]] = {
@@ -293,9 +293,9 @@ def _complete(model: Any, example: Any) -> Any:
     return probe.answered(model, example, [5, 6]) if "encoder" in example.streams else example
 
 
-def _ends(model: Any, asked: Sequence[Any]) -> list[Tensor]:
+def _ends(model: Any, prompts: Sequence[Any]) -> list[Tensor]:
     """Per row the output that only what stands before it can change by: the last logits, or the vector."""
-    rows = probe.outputs(model, collate([_complete(model, e) for e in asked]))
+    rows = probe.outputs(model, collate([_complete(model, e) for e in prompts]))
     return [row[-1] if row.ndim > 1 else row for row in rows]
 
 

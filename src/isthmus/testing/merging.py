@@ -17,8 +17,8 @@ def merge_and_compare(model: Any) -> str:
     Raises ConfigError without adapters, CheckpointError where an output moved by more than TOLERANCE or as
     :func:`isthmus.adapters.merge`; the model is then of no more use.
     """
-    told = adapters.told(model.net)
-    if not told:
+    summary = adapters.summary(model.net)
+    if not summary:
         raise ConfigError("This model carries no adapters, so there is nothing to merge: leave --merge out.")
     batch = collate(prompts(model, WORDS, (1, 2, 3)))
     before = outputs(model, batch)
@@ -32,4 +32,4 @@ def merge_and_compare(model: Any) -> str:
             f"Merged, the model computes otherwise: an output moved by {moved:.3g}, where the largest is {largest:.3g} "
             f"and {TOLERANCE:g} of it is let pass. Nothing was written; open it in float32 (--dtype float32)."
         )
-    return f"{told}; outputs moved by at most {moved:.2g} (largest {largest:.3g})"
+    return f"{summary}; outputs moved by at most {moved:.2g} (largest {largest:.3g})"

@@ -32,12 +32,12 @@ def compare(model: Any, folder: Path) -> Comparison:
     """
     peer = open_class(folder)
     token = read_json(folder / "config.json").get("image_token_index")
-    asked = probe.prompts(model, probe.WORDS, (1, 2, 3))
+    prompts = probe.prompts(model, probe.WORDS, (1, 2, 3))
     worst, largest, equal, of = 0.0, 1.0, 0, 0
-    for example in asked:
-        whole = probe.answered(model, example, [5, 6]) if "encoder" in example.streams else example
-        (ours,) = probe.outputs(model, collate([whole]))
-        theirs = model.system.peer_outputs(model, peer, whole, token)
+    for example in prompts:
+        complete = probe.answered(model, example, [5, 6]) if "encoder" in example.streams else example
+        (ours,) = probe.outputs(model, collate([complete]))
+        theirs = model.system.peer_outputs(model, peer, complete, token)
         worst = max(worst, float((ours - theirs[..., : ours.shape[-1]]).abs().max()))
         largest = max(largest, float(ours.abs().max()))
         if "generate" in model.capabilities and not probe.embeds(model):

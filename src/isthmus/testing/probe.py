@@ -1,4 +1,4 @@
-"""What the contracts ask a model: a few records of its own kind, and its raw outputs for them.
+"""What the contracts run a model on: a few records of its own kind, and its raw outputs for them.
 
 Legend: B rows, T tokens, V vocabulary, E embedding width.
 """
@@ -64,7 +64,7 @@ def records(model: Any, texts: Sequence[str], pictures: Sequence[int]) -> list[R
 
 
 def prompts(model: Any, texts: Sequence[str], pictures: Sequence[int]) -> list[Example]:
-    """The same as a model reads them when it is asked; a pair is read whole."""
+    """The same as prompts of the model; of a model that embeds, complete pairs."""
     if embeds(model):
         return [model.processor.example(r, 0) for r in records(model, texts, pictures)]
     return [model.processor.prompt(r) for r in records(model, texts, pictures)]
@@ -81,8 +81,8 @@ def answered(model: Any, prompt: Example, answer: Sequence[int]) -> Example:
         start = model.processor.start_id
         return replace(prompt, streams={**prompt.streams, "decoder": Span([start, *answer])})
     beside = {name: span for name, span in prompt.streams.items() if name != "lm"}
-    whole = with_answer(prompt, answer)
-    return replace(whole, streams={**whole.streams, **beside})
+    example = with_answer(prompt, answer)
+    return replace(example, streams={**example.streams, **beside})
 
 
 def turned(example: Example, by: int) -> Example:
@@ -100,13 +100,13 @@ def outputs(model: Any, batch: Batch) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def written(model: Any, asked: Sequence[Example], *, forbidden: Sequence[int] = ()) -> list[list[int]]:
+def written(model: Any, prompts: Sequence[Example], *, forbidden: Sequence[int] = ()) -> list[list[int]]:
     """The NEW greedy tokens after each prompt, all prompts in one batch, by the net's own (cached) generation.
 
     Nothing ends an answer, so that every position is tried; what the model must never say stays forbidden,
     and so are the ids ``forbidden``.
     """
-    return model.net.eval().generate(collate(asked).to(model.device), greedy(model, forbidden))
+    return model.net.eval().generate(collate(prompts).to(model.device), greedy(model, forbidden))
 
 
 def greedy(model: Any, forbidden: Sequence[int] = ()) -> Decoding:

@@ -3,7 +3,7 @@
 import torch
 
 from isthmus.net import Net
-from isthmus.processes import device, world
+from isthmus.processes import device, world_size
 from isthmus.training.parallel import DDP, Engine, Parallel, Replicated, recomputed
 
 
@@ -19,7 +19,7 @@ def move(net: Net, parallel: Parallel) -> None:
 
 
 def _shards(parallel: Parallel) -> bool:
-    return parallel.engine == "fsdp" and world() > 1
+    return parallel.engine == "fsdp" and world_size() > 1
 
 
 def engine(net: Net, parallel: Parallel = DDP) -> Engine:
@@ -28,5 +28,5 @@ def engine(net: Net, parallel: Parallel = DDP) -> Engine:
         from isthmus.training.sharding import Sharded
 
         return Sharded(net, parallel)
-    kind = Replicated if world() > 1 else Engine
-    return kind(net, recomputed(net) if parallel.recompute else [])
+    engine_class = Replicated if world_size() > 1 else Engine
+    return engine_class(net, recomputed(net) if parallel.recompute else [])

@@ -1,10 +1,10 @@
 """The gradient of one step, the same for any split of its samples into micro-batches and over processes.
 
 Token terms add up: with ``total`` and ``count`` over the micro-batches m of all processes, the loss is
-sum_m total_m / sum_m count_m, so each micro-batch contributes ``total_m / count`` with the step's whole count, never
-its own mean; several terms add up with their weights, and gradients over the processes (parallel.py). Terms of scope
-``batch`` (contrastive, matching) need all samples at once: several micro-batches go through ``net.cached_loss``, and
-the rows of other processes are gathered within the loss (nn/losses.py).
+sum_m total_m / sum_m count_m, so each micro-batch contributes ``total_m / count`` with the count of the full step,
+never its own mean; several terms add up with their weights, and gradients over the processes (parallel.py). Terms of
+scope ``batch`` (contrastive, matching) need all samples at once: several micro-batches go through ``net.cached_loss``,
+and the rows of other processes are gathered within the loss (nn/losses.py).
 """
 
 import math
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from isthmus.batch import IGNORE, Batch, Term
 from isthmus.errors import StageError
-from isthmus.processes import told, world
+from isthmus.processes import all_gather, world_size
 from isthmus.training.parallel import Engine
 
 
 class NonFiniteLoss(Exception):
-    """A term is NaN or infinite; ``micro`` is the micro-batch it was seen in (none: in the step as a whole)."""
+    """A term is NaN or infinite; ``micro`` is the micro-batch it was found in (none: in the step as a whole)."""
 
     def __init__(self, term: str, value: float, micro: int | None) -> None:
         super().__init__(f"the loss {term!r} is {value}")
@@ -70,12 +70,12 @@ def backward(
     traffic: Traffic | None = None,
 ) -> dict[str, float]:
     """Add the step's gradient to the parameters; the mean of each term. Several processes call it together, each with
-    its share of the rows (none, maybe), and all end with the whole step's gradient and means. They ask each other for
+    its share of the rows (none, maybe), and all end with the step's gradient and means. They gather from each other
     the step's ``traffic`` when it is left out.
 
     Raises NonFiniteLoss, and StageError when terms cannot be split, nothing is learnt, or nothing open is reached.
     """
-    traffic = Traffic.sum(told(Traffic.of(batches))) if traffic is None else traffic
+    traffic = Traffic.sum(all_gather(Traffic.of(batches))) if traffic is None else traffic
     if traffic.most > 1 and engine.net.gradient_cache:
         with autocast:
             terms: Mapping[str, Term] = engine.cached_loss(batches)
@@ -110,17 +110,17 @@ class _Sums:
 
     def agreed(self) -> "_Sums":
         """The sums of all processes. Raises NonFiniteLoss in every process when one met such a value."""
-        whole = _Sums()
-        for totals, counts in told((self.totals, self.counts)):
+        totals_of_all = _Sums()
+        for totals, counts in all_gather((self.totals, self.counts)):
             for name, total in totals.items():
-                whole.totals[name] = whole.totals.get(name, 0.0) + total
-                whole.counts[name] = whole.counts.get(name, 0) + counts[name]
+                totals_of_all.totals[name] = totals_of_all.totals.get(name, 0.0) + total
+                totals_of_all.counts[name] = totals_of_all.counts.get(name, 0) + counts[name]
         if self.bad is not None:
             raise self.bad
-        for name, total in whole.totals.items():
+        for name, total in totals_of_all.totals.items():
             if not math.isfinite(total):
-                raise NonFiniteLoss(name, total / max(1, whole.counts[name]), None)
-        return whole
+                raise NonFiniteLoss(name, total / max(1, totals_of_all.counts[name]), None)
+        return totals_of_all
 
     def means(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Raises StageError for a term that counts nothing."""
@@ -144,7 +144,7 @@ def _at_once(
     means = sums.means(batches)
     loss = sum((term.weight * (term.total / sums.counts[name]) for name, term in terms.items()), start=0.0)
     # One process of several may hold nothing that is learnt; alone, that is a mistake.
-    engine.backward(loss if world() > 1 else _reached(loss))
+    engine.backward(loss if world_size() > 1 else _reached(loss))
     return means
 
 
@@ -156,13 +156,15 @@ def _accumulate(
 ) -> dict[str, float]:
     sums = _Sums()
     table = Counter[str]()
-    for part in told(_learnt(batches)):
+    for part in all_gather(_learnt(batches)):
         table.update(part)
     for index, batch in enumerate(passes):
         with autocast:
             terms = engine.loss(batch, last=index == len(passes) - 1)
         sums.add(terms, index)
-        if sums.bad is not None and world() == 1:  # of several, the others wait for every pass of this one
+        if (
+            sums.bad is not None and world_size() == 1
+        ):  # with several processes, the others wait for every pass of this one
             break
         parts: list[Tensor] = []
         for name, term in terms.items():
@@ -174,9 +176,9 @@ def _accumulate(
                 )
             parts.append(term.weight * term.total / max(1, _expected(table, name)))
         engine.backward(sum(parts, start=0.0))
-    whole = sums.agreed()
-    means = whole.means(batches)
-    _correct(engine.net, whole.counts, {name: _expected(table, name) for name in whole.counts})
+    totals_of_all = sums.agreed()
+    means = totals_of_all.means(batches)
+    _correct(engine.net, totals_of_all.counts, {name: _expected(table, name) for name in totals_of_all.counts})
     return means
 
 

@@ -19,7 +19,7 @@ BUCKET = 25 * 2**20
 @dataclass(frozen=True)
 class Unit:
     """``count`` like units of a net. ``held`` are the bytes of weights, gradients and moments that a process holds of
-    each between steps, ``gathered`` those of one that is whole while it runs; ``gathers`` and ``sums`` are the
+    each between steps, ``gathered`` those of one that is unsharded while it runs; ``gathers`` and ``sums`` are the
     collectives of each in one pass."""
 
     name: str
@@ -47,8 +47,8 @@ class Layout:
 
     @property
     def gathered(self) -> int:
-        """Most bytes of whole weights beside them: what stays for the pass, and the largest two blocks, the one that
-        runs and the one that is fetched meanwhile."""
+        """Most bytes of unsharded weights beside them: what stays for the pass, and the largest two blocks, the one
+        that runs and the one that is fetched meanwhile."""
         stays = sum(unit.gathered for unit in self.units if unit.gathers == 1)
         return stays + 2 * max((unit.gathered for unit in self.units if unit.gathers > 1), default=0)
 
@@ -76,13 +76,13 @@ def layout(net: Net, parallel: Parallel, ranks: int, *, passes: int = 1, frozen_
         sums = ceil(trained * GRADIENT / BUCKET)
         # Only the last pass of a step sums.
         return Layout((Unit("net", 1, sum(p.numel() for p in own), trained, held, 0, 0, sums),), ranks, 1)
-    seen: set[int] = set()
+    counted: set[int] = set()
     found: dict[tuple[Any, ...], int] = {}
     blocks, towers = {id(m) for m in net.blocks()}, {id(m) for m in net.towers()}
     modules = [(name or "the rest", m) for name, m in net.named_modules() if id(m) in blocks | towers]
     for name, module in [*modules, ("the rest", net)]:
-        own = [p for p in module.parameters() if id(p) not in seen]
-        seen |= {id(p) for p in own}
+        own = [p for p in module.parameters() if id(p) not in counted]
+        counted |= {id(p) for p in own}
         unit = _unit(
             "blocks" if id(module) in blocks else name, own, id(module) in blocks, parallel, ranks, frozen_bytes
         )
@@ -94,11 +94,11 @@ def _unit(
     name: str, own: list[Tensor], block: bool, parallel: Parallel, ranks: int, frozen_bytes: int
 ) -> tuple[Any, ...]:
     sharded = [p for p in own if p.requires_grad or parallel.frozen == "sharded"]
-    whole = [p for p in own if not (p.requires_grad or parallel.frozen == "sharded")]
+    replicated = [p for p in own if not (p.requires_grad or parallel.frozen == "sharded")]
     trained = sum(p.numel() for p in own if p.requires_grad)
     narrow = 2 if parallel.gather == "bf16" else WEIGHT
     gathered = sum(p.numel() * (narrow if p.requires_grad else min(narrow, frozen_bytes)) for p in sharded)
-    held = _held(sharded, ranks, frozen_bytes) + _held(whole, 1, frozen_bytes)
+    held = _held(sharded, ranks, frozen_bytes) + _held(replicated, 1, frozen_bytes)
     gathers = (2 if block else 1) if sharded else 0
     return name, sum(p.numel() for p in own), trained, held, gathered, gathers, int(trained > 0)
 

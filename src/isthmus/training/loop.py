@@ -2,7 +2,7 @@
 
     result = train(net, loader, Stage(name="align", train=(Group("connector.*", lr=1e-3),), steps=500), "runs/x/align")
 
-Each step: rates, gradient of the whole step (gradient.py), finiteness, clipping, AdamW, ``net.after_step()``, one
+Each step: rates, gradient of the step (gradient.py), finiteness, clipping, AdamW, ``net.after_step()``, one
 line of ``metrics.jsonl``, now and then a checkpoint (state.py). The freezing proof (proof.py) runs along. The same
 call on the same folder goes on where the last one stopped, bit for bit on CPU with the same thread count.
 
@@ -33,7 +33,7 @@ from isthmus.allocator import keep_freed_memory, relieve
 from isthmus.batch import Batch
 from isthmus.errors import DataError, IsthmusError, StageError
 from isthmus.net import Net
-from isthmus.processes import STOPS, first, of_first, rank, told, wait, world
+from isthmus.processes import STOPS, all_gather, first, of_first, rank, wait, world_size
 from isthmus.products import multiply_quickly
 from isthmus.stage import Stage, StageTable, apply_stage, set_modes
 from isthmus.training import averaging, optim, precision, proof
@@ -125,8 +125,8 @@ def train(
         run = _Run(net, loader, stage, folder, table, seed, dict(identity or {}), on_quarantine, parallel)
         run.stop_at = stop_at
         if progress is True:
-            told = f"stage {stage.name}: precision {run.precision.precision}, {run.precision.why}"
-            Console(stderr=True).print(told, highlight=False)
+            note = f"stage {stage.name}: precision {run.precision.precision}, {run.precision.why}"
+            Console(stderr=True).print(note, highlight=False)
         if first():
             _describe(folder, stage, table, run.precision)
         with (
@@ -190,7 +190,7 @@ class _Run:
             stage=stage.fingerprint(),
             identity=json.loads(json.dumps(identity)),
             seed=seed,
-            processes=world(),
+            processes=world_size(),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
             precision=self.precision.precision,
@@ -302,7 +302,7 @@ class _Run:
         self._save()
         self.writer.wait()
         # A signal during the last step must not be lost: the caller may have further stages.
-        self._stop_if(_signalled(told(dict(stopped))))
+        self._stop_if(_signalled(all_gather(dict(stopped))))
 
     def _begin_validation(self, log: MetricLog, validation: Validation) -> None:
         """What an earlier call found, or the numbers of the net that the stage begins with."""
@@ -340,10 +340,10 @@ class _Run:
     def _meet(self, note: Mapping[str, str], batches: list[Batch]) -> tuple[Mapping[str, str], Traffic, str]:
         """What all processes know before a step: a signal that came, what the step carries, its samples in order."""
         ids = [i for batch in batches for i in batch.ids]
-        met = told((note, Traffic.of(batches), ids))
+        met = all_gather((note, Traffic.of(batches), ids))
         if self.net.contrasts and (empty := [n for n, (_, t, _) in enumerate(met) if not t.samples]):
             raise DataError(
-                f"Process {empty[0]} of {world()} has no sample in the step after {self.state.step}, and stage "
+                f"Process {empty[0]} of {world_size()} has no sample in the step after {self.state.step}, and stage "
                 f"{self.stage.name!r} contrasts the rows of all: raise batch_size, or start fewer processes."
             )
         rows = chain.from_iterable(zip_longest(*(names for _, _, names in met)))
@@ -381,7 +381,7 @@ class _Run:
         return line
 
     def _update(self, total: torch.Tensor) -> None:
-        self.gradients.see(self.parameters)
+        self.gradients.observe(self.parameters)
         optim.clip_gradients(self.parameters, total, self.stage.clip_norm)
         self.optimizer.step()
         self.net.after_step()
@@ -445,7 +445,7 @@ class _Run:
     def _save(self) -> None:
         if self.state.step == self.saved:
             return
-        generators = told(rng_state())
+        generators = all_gather(rng_state())
         self.writer.save(self.folder, self.state, self.net, self.optimizer, self.parameters, generators, self.stage)
         self.saved = self.state.step
 

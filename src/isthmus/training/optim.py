@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import StageError
 from isthmus.stage import Stage, StageTable, named_parameters
-from isthmus.training.shards import whole
+from isthmus.training.shards import full_tensor
 
 
 def lr_at(stage: Stage, done: int, size: int = 1) -> float:
@@ -108,7 +108,7 @@ def gradient_norms(parameters: Mapping[str, nn.Parameter]) -> tuple[Tensor, dict
     for name, parameter in parameters.items():
         if parameter.grad is not None:
             parts[name.split(".")[0]].append(parameter.grad)
-    norms = {part: whole(torch.nn.utils.get_total_norm(gradients)) for part, gradients in parts.items()}
+    norms = {part: full_tensor(torch.nn.utils.get_total_norm(gradients)) for part, gradients in parts.items()}
     if not norms:
         return torch.zeros(()), {}
     total = torch.nn.utils.get_total_norm(list(norms.values()))

@@ -4,7 +4,7 @@
     Replicated   DistributedDataParallel: every process holds the net, gradients are summed while the backward pass runs
     Sharded      FSDP2 (sharding.py): every process holds its part of each tensor
 
-Gradients are summed, never averaged: the losses are divided by the step's whole counts already (gradient.py). Every
+Gradients are summed, never averaged: the losses are divided by the counts of the full step already (gradient.py). Every
 process makes the same calls, whatever rows it has: a pass without rows still takes part in the sum.
 """
 
@@ -32,7 +32,7 @@ from isthmus.training.state import StateWriter
 class Parallel:
     """How several processes share a net.
 
-    ``engine`` is ``ddp`` (every process holds the whole net) or ``fsdp`` (each holds its share of every tensor, and
+    ``engine`` is ``ddp`` (every process holds the full net) or ``fsdp`` (each holds its share of every tensor, and
     gathers a block when it runs). With fsdp, ``frozen`` tensors are ``sharded`` too, or ``replicated`` in every
     process; ``gather: bf16`` casts what is gathered to bf16, which halves what travels and rounds gains and biases as
     well, while gradients are summed in fp32. ``recompute`` keeps of each block of the language model its input alone,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from isthmus.measured import Timer, measure, processor, recall, remember
-from isthmus.processes import first, told
+from isthmus.processes import all_gather, first
 from isthmus.stage import Stage
 
 GAIN = 0.95
@@ -61,7 +61,7 @@ def choose(stage: Stage, net: nn.Module, device: torch.device, *, timer: Timer =
         return Choice("fp32", f"this {device.type} does not multiply in bf16")
     if device.type != "cpu":
         return Choice("bf16", f"this {device.type} multiplies in bf16")
-    return told(_measured(net, timer) if first() else None)[0] or Choice("fp32", "nobody measured")
+    return all_gather(_measured(net, timer) if first() else None)[0] or Choice("fp32", "nobody measured")
 
 
 def _measured(net: nn.Module, timer: Timer) -> Choice:

@@ -6,10 +6,10 @@ from torch import nn
 
 from isthmus.checkpoint import tensor_sha256
 from isthmus.errors import StageError
-from isthmus.processes import told
+from isthmus.processes import all_gather
 from isthmus.quantised import is_quantised
 from isthmus.stage import canonical, named_parameters
-from isthmus.training.shards import is_shard, local, whole
+from isthmus.training.shards import full_tensor, is_shard, local
 
 WINDOW = 50
 """Steps within which every trained tensor must have had a non-zero gradient."""
@@ -21,15 +21,15 @@ class GradientProof:
     def __init__(self, pending: Iterable[str]) -> None:
         self.pending = list(pending)
 
-    def see(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Look at the gradients of one step: of several processes' shards, at those of all. Costs nothing once
+    def observe(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Note which pending tensors have a gradient in this step, in any process's shard. Costs nothing once
         everything is proven."""
         if not self.pending:
             return
-        seen = [_has_gradient(parameters[name]) for name in self.pending]
+        has_gradient = [_has_gradient(parameters[name]) for name in self.pending]
         if any(is_shard(parameters[name]) for name in self.pending):
-            seen = [any(flags) for flags in zip(*told(seen), strict=True)]
-        self.pending = [name for name, flag in zip(self.pending, seen, strict=True) if not flag]
+            has_gradient = [any(flags) for flags in zip(*all_gather(has_gradient), strict=True)]
+        self.pending = [name for name, flag in zip(self.pending, has_gradient, strict=True) if not flag]
 
     def demand(self, steps: int) -> None:
         """Raises StageError naming the tensors without a gradient after ``steps`` steps."""
@@ -50,7 +50,7 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
 def frozen_tensors(net: nn.Module) -> dict[str, str]:
     """sha256 of every tensor that must not move: frozen parameters, with the scales of those in 4 bits, and persistent
     buffers of frozen modules. Shards are put together first, one tensor at a time: all processes call it together."""
-    digests = {name: tensor_sha256(whole(p)) for name, p in named_parameters(net) if not p.requires_grad}
+    digests = {name: tensor_sha256(full_tensor(p)) for name, p in named_parameters(net) if not p.requires_grad}
     moving = moving_buffers(net)
     state = net.state_dict()
     for name, buffer in net.named_buffers():

@@ -1,4 +1,4 @@
-"""A run's state back into net, optimizer and random generators, whether it was written as a whole or in shards."""
+"""A run's state back into net, optimizer and random generators, whether it was written in one piece or in shards."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,8 +1,8 @@
 """The state of a run in shards: every process writes its part of each tensor, while training goes on.
 
 ``checkpoints/step-000200/`` holds ``shard-*.safetensors`` by torch.distributed.checkpoint, with ``rng.json`` and
-``state.json`` as a whole state has them (state.py). Nothing in it is a pickle. It is read by any number of processes
-and any engine: each takes the slices that it holds.
+``state.json`` as an unsharded state has them (state.py). Nothing in it is a pickle. It is read by any number of
+processes and any engine: each takes the slices that it holds.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from isthmus.checkpoint import begin_folder, entry_of, finish_folder
 from isthmus.errors import CheckpointError
-from isthmus.processes import first, told, world
+from isthmus.processes import all_gather, first, world_size
 from isthmus.stage import Stage
 from isthmus.training.state import (
     TRAINED,
@@ -62,7 +62,7 @@ class ShardWriter(StateWriter):
     ) -> None:
         self.wait()
         path = checkpoint_path(folder, state.step)
-        aside = told(_begun(path) if first() else None)[0]
+        aside = all_gather(_begun(path) if first() else None)[0]
         if isinstance(aside, str):
             raise CheckpointError(aside)
         assert aside is not None
@@ -79,7 +79,7 @@ class ShardWriter(StateWriter):
             writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
             save(tensors, storage_writer=writer, process_group=self._group)
             own = sorted(aside.glob(f"shard-{dist.get_rank() + 1:05d}-*"))
-            entries: list[Any] = [None] * world()
+            entries: list[Any] = [None] * world_size()
             dist.all_gather_object(entries, {file.name: entry_of(file) for file in own}, group=self._group)
             if first():
                 finish_folder(aside, path, {name: entry for found in entries for name, entry in found.items()}, rest)
@@ -119,7 +119,7 @@ def restore_shards(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is .*single process")  # which is what is meant
-            load(laid_out, storage_reader=reader, no_dist=world() == 1)
+            load(laid_out, storage_reader=reader, no_dist=world_size() == 1)
     except (CheckpointException, ValueError) as error:
         raise CheckpointError(f"{folder} does not fit what this stage trains: {_reason(error)}") from error
 

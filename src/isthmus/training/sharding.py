@@ -22,10 +22,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from isthmus.batch import IGNORE, Batch, Term
 from isthmus.net import Net
-from isthmus.processes import device, talking, told, world
+from isthmus.processes import all_gather, device, talking, world_size
 from isthmus.training.parallel import Engine, Parallel, recomputed, touch
 from isthmus.training.shard_files import ShardWriter
-from isthmus.training.shards import is_shard, whole
+from isthmus.training.shards import full_tensor, is_shard
 from isthmus.training.state import StateWriter
 
 _PASS = "sharded_pass"
@@ -35,7 +35,7 @@ class Sharded(Engine):
     """A twin of the net in shards trains; :meth:`close` brings what it learnt back into the net."""
 
     def __init__(self, net: Net, parallel: Parallel) -> None:
-        self.whole = net
+        self.unsharded = net
         super().__init__(_twin(net))
         self._touch: Tensor | None = None
         setattr(self.net, _PASS, self._pass)
@@ -51,7 +51,7 @@ class Sharded(Engine):
         return False
 
     def _shard(self, parallel: Parallel) -> None:
-        mesh = init_device_mesh(device().type, (world(),))
+        mesh = init_device_mesh(device().type, (world_size(),))
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if parallel.gather == "bf16":
             policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -71,7 +71,7 @@ class Sharded(Engine):
                 module.set_force_sum_reduction_for_comms(True)  # the other way needs NCCL, even for a factor of one
 
     def _pass(self, batch: Batch | None) -> tuple[Mapping[str, Term], Tensor]:
-        """One pass, behind the root's hook: the towers are gathered, whether or not this process's rows need them."""
+        """One pass, after the root's hook: the towers are gathered, whether or not this process's rows need them."""
         for tower in self._resident:
             tower.unshard()
         resident = [p for p in self.net.parameters() if p.requires_grad and not is_shard(p)]
@@ -80,13 +80,13 @@ class Sharded(Engine):
 
     def passes(self, batches: Sequence[Batch], most: int, fewest: int) -> list[Batch | None]:
         spare = _unlearnt(batches[0]) if batches and fewest < most else None
-        if fewest == 0:  # all ask, those that need nothing too
-            spare = next(batch for batch in told(spare) if batch is not None)
+        if fewest == 0:  # a collective: processes that need nothing take part too
+            spare = next(batch for batch in all_gather(spare) if batch is not None)
         missing = most - len(batches)
         return [*batches, *([spare.to(device())] * missing if spare is not None else [])]
 
     def loss(self, batch: Batch | None, *, last: bool) -> Mapping[str, Term]:
-        del last  # every pass is reduced: gradients of the whole would wait in every process
+        del last  # every pass is reduced: unsharded gradients would wait in every process
         with talking():
             terms, self._touch = getattr(self.net, _PASS)(batch)
         return terms
@@ -98,8 +98,7 @@ class Sharded(Engine):
         self._touch = None
 
     def cached_loss(self, batches: Sequence[Batch]) -> Mapping[str, Term]:
-        """All is gathered for the whole step, and reduced once behind it, so processes may have unlike numbers of
-        chunks."""
+        """All is gathered for the step and reduced once after it, so processes may have unlike numbers of chunks."""
         self._root.set_requires_gradient_sync(False)
         self._root.set_reshard_after_backward(False)
         self.loss(None, last=False)
@@ -127,12 +126,12 @@ class Sharded(Engine):
     @torch.no_grad()
     def close(self) -> None:
         trained = dict(self.net.named_parameters())
-        for name, parameter in self.whole.named_parameters():
-            value = whole(trained[name])
+        for name, parameter in self.unsharded.named_parameters():
+            value = full_tensor(trained[name])
             if parameter.requires_grad:
                 parameter.copy_(value.view_as(parameter))
         buffers = dict(self.net.named_buffers())
-        for name, buffer in self.whole.named_buffers():
+        for name, buffer in self.unsharded.named_buffers():
             buffer.copy_(buffers[name])
 
 

@@ -1,4 +1,4 @@
-"""A tensor that is spread over the processes (DTensor), and the same tensor whole."""
+"""A tensor that is sharded over the processes (DTensor), and the full tensor."""
 
 import sys
 
@@ -20,8 +20,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, put together from the processes' shards where it is one of those: all processes ask together."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor, put together from the processes' shards where it is one of those: a collective of all processes."""
     if not is_shard(tensor):
         return tensor
     with talking():
@@ -29,7 +29,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
-    """A copy of the whole tensor ``value`` laid out as ``target``: on its device, this process's shard of it where it
+    """A copy of the full tensor ``value`` laid out as ``target``: on its device, this process's shard of it where it
     has those."""
     value = value.to(target.device, copy=True).view(target.shape)
     if not is_shard(target):
@@ -42,5 +42,5 @@ def like(value: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put(value: Tensor, target: Tensor) -> None:
-    """Put the whole tensor ``value`` into ``target``, which may be a shard."""
+    """Put the full tensor ``value`` into ``target``, which may be a shard."""
     local(target).copy_(local(like(value, target)))

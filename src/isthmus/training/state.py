@@ -1,4 +1,4 @@
-"""Saving and resuming: everything that the next step depends on, in one folder that is whole or not there.
+"""Saving and resuming: everything that the next step depends on, in one folder that is complete or not there.
 
 ``checkpoints/step-000200/`` holds ``trained.safetensors`` (open tensors and running statistics),
 ``optimizer.safetensors``, ``rng.json`` and ``state.json``. Frozen tensors are not stored; their hashes are.
@@ -56,7 +56,7 @@ class RunState:
 
 
 class StateWriter:
-    """Writes checkpoints of a net that every process holds whole: the first process does, before training goes on."""
+    """Writes checkpoints of a net that every process holds in full: the first process does, before training goes on."""
 
     def save(
         self,

@@ -153,7 +153,7 @@ def test_the_command_with_an_endpoint(tmp_path, monkeypatch, capsys):
         (["--scenes", 2], "--endpoint URL and --model NAME, or --offline"),
         (["--scenes", 2, "--data", "x"], "either --data"),
         (["--offline", "--data", "x"], "give --scenes N"),
-        (["--offline", "--scenes", 2, "--model", "x"], "asks no model"),
+        (["--offline", "--scenes", 2, "--model", "x"], "runs no model"),
         (["--offline", "--scenes", 2, "--kind", "detial"], "did you mean 'detail'"),
         (["--offline", "--scenes", 2, "--split", "tset"], "did you mean 'test'"),
         (["--data", "nowhere", "--endpoint", "http://x", "--model", "m"], "no data at nowhere"),

@@ -19,11 +19,11 @@ from isthmus.evaluation.vqa import VqaScores
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model said of a sample, whether it is right, and perhaps where it looked (PNG bytes)."""
+    """What a model said of a sample, whether it is right, and perhaps its attention map (PNG bytes)."""
 
     text: str
     right: bool
-    look: bytes | None = None
+    attention: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ def _scores(report: Report, numbers: _Numbers) -> str:
         "looking: <i>blind</i>, the same model without the picture; <i>shuffled</i>, with the picture of another "
         "sample; <i>prior</i>, the most frequent training answer to the same question. The <i>gain</i> is the "
         "distance above the best of the three (underlined), in colour where its interval leaves out zero. In the "
-        "bars, grey is what needs no looking, colour is the gain, and the thin line is the interval of the "
+        "bars, grey is what needs no picture, colour is the gain, and the thin line is the interval of the "
         "accuracy.</p>"
     )
     return _section("Scores", overall + by_kind + reading)
@@ -210,14 +210,14 @@ def _charts(charts: Sequence[Chart], *, after: int = 0) -> str:
 def _samples(samples: Sequence[SamplePicture]) -> str:
     if not samples:
         return ""
-    blind = {n for s in samples for n in s.answers} - {n for s in samples for n, a in s.answers.items() if a.look}
-    looked = any(a.look for s in samples for a in s.answers.values())
+    blind = {n for s in samples for n in s.answers} - {n for s in samples for n, a in s.answers.items() if a.attention}
+    with_maps = any(a.attention for s in samples for a in s.answers.values())
     note = (
-        '<p class="reading">The small pictures show where a model looked while it wrote: bright where its attention '
-        "was, the mean over layers and new tokens."
+        '<p class="reading">The small pictures show what a model attended to while it wrote: bright where its '
+        "attention was, the mean over layers and new tokens."
         + (f" No such map exists of {escape(', '.join(sorted(blind)))}." if blind else "")
         + "</p>"
-        if looked
+        if with_maps
         else ""
     )
     return note + '<div class="samples">' + "".join(_sample(s) for s in samples) + "</div>"
@@ -230,7 +230,11 @@ def _sample(sample: SamplePicture) -> str:
         f'<span class="mark" role="img" aria-label="{"right" if a.right else "wrong"}">{"✓" if a.right else "✗"}</span>'
         f'<span class="said">{escape(a.text) if a.text.strip() else "<i>no answer</i>"}</span>'
         + ("" if alone else f'<span class="who">{escape(name)}</span>')
-        + ("" if a.look is None else f'<img class="look" src="{_embedded(a.look)}" alt="where {escape(name)} looked">')
+        + (
+            ""
+            if a.attention is None
+            else f'<img class="look" src="{_embedded(a.attention)}" alt="attention of {escape(name)}">'
+        )
         + "</li>"
         for name, a in sample.answers.items()
     )
@@ -279,12 +283,12 @@ def _seconds(report: Report, numbers: _Numbers) -> str:
 
 def _duration(seconds: float) -> str:
     """3 s, 2 min 05 s, 1 h 02 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    total = round(seconds)
+    if total < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    return f"{total // 3600} h {total % 3600 // 60:02d} min"
 
 
 def _facts(facts: Mapping[str, object]) -> str:

@@ -65,9 +65,9 @@ def bar(score: Score) -> str:
     else:
         parts.append(f'<rect class="missed" x="{reached:.1f}" width="{best - reached:.1f}" height="10"/>')
     parts.append(f'<path class="spread" d="M{low:.1f} 5H{high:.1f}"/>')
-    told = f"accuracy {reached:.1f} percent, without looking {best:.1f}"
+    label = f"accuracy {reached:.1f} percent, without looking {best:.1f}"
     return (
-        f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{told}">'
+        f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{label}">'
         f'<rect class="track" width="100" height="10"/>{"".join(parts)}</svg>'
     )
 

@@ -2,7 +2,7 @@
 boxes in its place and writes conversations, detailed descriptions and complex reasoning about it.
 
     symbols.py   pictures in words: captions and boxes of COCO, Visual Genome, or JSON lines
-    prompts.py   what the language model is told, from files that a user can copy and change
+    prompts.py   the prompts of the language model, from files that a user can copy and change
     checks.py    what is wrong with a reply
     write.py     requests, replies, checks, and the files that come out
 """

@@ -1,4 +1,4 @@
-"""What is wrong with a reply, told by its picture's captions and boxes. The first thing found is the reason; the word
+"""What is wrong with a reply, judged by its picture's captions and boxes. The first thing found is the reason; the word
 lists are in ``prompts/checks.yaml``."""
 
 import re
@@ -15,7 +15,7 @@ from isthmus.errors import ConfigError, nearest
 _PATTERNS = ("refusal", "leaked words", "leaked coordinates", "cannot be told", "no answer")
 _WORDS = ("colours", "supposing")
 NAMES = ("cut", "empty", *_PATTERNS, "bad form", "wrong count", "colour", "not there")
-"""The reasons, in the order in which they are looked for."""
+"""The reasons, in the order in which they are tried."""
 NUMBERS = {
     "no": 0, "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
     "nine": 9, "ten": 10, "eleven": 11, "twelve": 12,
@@ -26,7 +26,7 @@ Turns = Sequence[tuple[str, str]]
 
 
 class Checks:
-    """``skip``: names of reasons that are not looked for. ``categories``: all that the data know, so that one which a
+    """``skip``: names of reasons that are not tried. ``categories``: all that the data know, so that one which a
     picture has not is noticed when it is named."""
 
     def __init__(
@@ -58,7 +58,7 @@ class Checks:
 
     @staticmethod
     def _any(words: Sequence[Any]) -> re.Pattern[str] | None:
-        """One of the words, whole; "n't" is the end of one."""
+        """One of the words, and no part of a longer one; "n't" is the end of one."""
         ends = [rf"{re.escape(w)}\b" if w.startswith("n't") else rf"\b{re.escape(w)}\b" for w in map(str, words)]
         return re.compile("|".join(ends), re.IGNORECASE) if ends else None
 
@@ -77,7 +77,7 @@ class Checks:
             return "" if reply.text.strip() else "there is no text"
         if name == "bad form":
             if turns is None or not all(q and a for q, a in turns):
-                return f"not of the form that was asked for: {_short(reply.text)}"
+                return f"not of the requested form: {_short(reply.text)}"
             return ""
         turns = turns or [("", reply.text)]
         if name in _PATTERNS:
@@ -90,13 +90,12 @@ class Checks:
         return self._not_there(texts, symbols)
 
     def _matched(self, name: str, turns: Turns) -> str:
-        told = " ".join(turns[0])
         for pattern in self.patterns[name]:
             for question, answer in turns:
                 text = {"cannot be told": question, "no answer": answer, "refusal": answer}.get(name)
-                told = text if text is not None else f"{question} {answer}"
-                if found := pattern.search(told):
-                    return f"{found[0]!r} in {_short(told)}"
+                shown = text if text is not None else f"{question} {answer}"
+                if found := pattern.search(shown):
+                    return f"{found[0]!r} in {_short(shown)}"
         return ""
 
     def _miscounted(self, turns: Turns, symbols: Symbols) -> str:
@@ -107,10 +106,10 @@ class Checks:
         for category in counts.keys() - symbols.uncounted:
             names = self.names(category)
             said = re.compile(rf"\b({'|'.join(NUMBERS)}|\d+)\s+(?:\w+\s+)?({names})\b", re.IGNORECASE)
-            asked = re.compile(rf"\bhow many ({names})\b", re.IGNORECASE)
+            how_many = re.compile(rf"\bhow many ({names})\b", re.IGNORECASE)
             allowed = {_number(n) for n, _ in said.findall(captions)} | {counts[category]}
             for question, answer in turns:
-                exact = asked.search(question) is not None
+                exact = how_many.search(question) is not None
                 if exact and (first := re.search(rf"\b({'|'.join(NUMBERS)}|\d+)\b", answer, re.IGNORECASE)):
                     number = _number(first[1])
                     if number not in allowed:
@@ -126,11 +125,11 @@ class Checks:
     def _coloured(self, texts: Sequence[str], symbols: Symbols) -> str:
         if self.colours is None:
             return ""
-        told = {c.lower() for c in self.colours.findall(" ".join(symbols.captions))}
-        told |= {"grey", "gray"} if told & {"grey", "gray"} else set()
+        named = {c.lower() for c in self.colours.findall(" ".join(symbols.captions))}
+        named |= {"grey", "gray"} if named & {"grey", "gray"} else set()
         for sentence in self._claims(texts):
             for colour in self.colours.findall(sentence):
-                if colour.lower() not in told:
+                if colour.lower() not in named:
                     return f"no caption says {colour!r}, in {_short(sentence)}"
         return ""
 

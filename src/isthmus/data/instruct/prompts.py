@@ -1,4 +1,4 @@
-"""What the language model is told, by kind of data: YAML files in ``prompts/``, which a user can copy and change."""
+"""The prompts of the language model, by kind of data: YAML files in ``prompts/``, which a user can copy and change."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ class Prompt:
         return self.questions[key(seed, "question", symbols.id) % len(self.questions)]
 
     def turns_of(self, text: str, symbols: Symbols, seed: int) -> list[tuple[str, str]] | None:
-        """The reply as (question, answer) pairs; none where it is not of the form that was asked for."""
+        """The reply as (question, answer) pairs; none where it is not of the requested form."""
         if self.questions:
             return [(self.question(symbols, seed), text.strip())]
         pieces = [piece.strip() for piece in text.strip().strip("=").split(SEPARATOR)]

@@ -27,7 +27,7 @@ class Box:
 @dataclass(frozen=True, slots=True)
 class Symbols:
     """What is known of one picture. ``uncounted`` are categories whose boxes are no count, as one stands for a crowd.
-    ``known`` tells whether boxes were looked for at all."""
+    ``known``: whether there is a file of boxes at all."""
 
     id: str
     image: str
@@ -38,8 +38,8 @@ class Symbols:
 
     def text(self, *, boxes: bool) -> str:
         """As a prompt has it: a caption a line, then with ``boxes`` an empty line and a box a line."""
-        told = "\n".join(self.captions)
-        return f"{told}\n\n" + "\n".join(map(str, self.boxes)) if boxes and self.boxes else told
+        text = "\n".join(self.captions)
+        return f"{text}\n\n" + "\n".join(map(str, self.boxes)) if boxes and self.boxes else text
 
     @property
     def counts(self) -> Counter[str]:
@@ -72,7 +72,7 @@ def read_symbols(spec: Mapping[str, Any]) -> list[Symbols]:
 
 
 def guess_symbols(path: Path) -> dict[str, Any]:
-    """What :func:`read_symbols` takes, seen from a file or folder. Raises DataError where nothing fits."""
+    """What :func:`read_symbols` takes, recognised from a file or folder. Raises DataError where nothing fits."""
     if path.is_dir():
         files = {name: path / f"{name}.json" for name in ("region_descriptions", "objects", "image_data")}
         if all(file.is_file() for file in files.values()):
@@ -103,14 +103,14 @@ def coco(*, captions: str, instances: str | None = None, image_folder: str | Non
     """COCO: a captions file and, for boxes, the instances file of the same pictures (annotations with ``bbox`` as x, y,
     width, height in pixels; a crowd is no countable thing). Lin et al. 2014, cocodataset.org/#format-data."""
     path = Path(captions)
-    told = read_json(path)
+    content = read_json(path)
     try:
-        once((image["id"] for image in told["images"]), path, "image id")
+        once((image["id"] for image in content["images"]), path, "image id")
         texts: defaultdict[Any, list[str]] = defaultdict(list)
-        for annotation in told["annotations"]:
+        for annotation in content["annotations"]:
             if text := " ".join(str(annotation["caption"]).split()):
                 texts[annotation["image_id"]].append(text)
-        pictures = [(i["id"], str(i["file_name"]), i.get("width"), i.get("height")) for i in told["images"]]
+        pictures = [(i["id"], str(i["file_name"]), i.get("width"), i.get("height")) for i in content["images"]]
     except (KeyError, TypeError):
         raise DataError(
             f"{path} is not a COCO captions file: it needs images (id, file_name) and annotations (image_id, caption)"
@@ -162,25 +162,27 @@ def visual_genome(
 ) -> list[Symbols]:
     """Visual Genome: ``region_descriptions.json`` (the largest regions' phrases stand for captions), ``objects.json``
     and ``image_data.json`` (sizes; the picture's name is the last two parts of its URL). Krishna et al. 2017."""
-    told, things, facts = (read_json(Path(p)) for p in (regions, objects, images))
+    described, things, facts = (read_json(Path(p)) for p in (regions, objects, images))
     try:
         sizes = {i["image_id"]: (i["width"], i["height"]) for i in facts}
         names = {i["image_id"]: "/".join(str(i["url"]).split("/")[-2:]) for i in facts}
         boxes = {i.get("image_id", i.get("id")): i["objects"] for i in things}
         found = []
-        for item in told:
+        for item in described:
             number = item.get("id", item.get("image_id"))
             largest = sorted(item["regions"], key=lambda r: -r["width"] * r["height"])
             phrases = dict.fromkeys(" ".join(str(r["phrase"]).split()) for r in largest)
             picked = tuple(p for p in phrases if p)[:captions]
             if not picked:
                 continue
-            seen = [
+            listed = [
                 _box(str(o["names"][0]), (o["x"], o["y"], o["w"], o["h"]), sizes[number], Path(objects), number)
                 for o in boxes.get(number, [])
             ]
             # People marked some things several times, and others never: a number of boxes is no count.
-            found.append(Symbols(str(number), names[number], picked, tuple(seen), frozenset(b.category for b in seen)))
+            found.append(
+                Symbols(str(number), names[number], picked, tuple(listed), frozenset(b.category for b in listed))
+            )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(
             f"These are not Visual Genome's files: {error!r} (region_descriptions.json with regions of phrase, width, "

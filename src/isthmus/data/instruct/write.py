@@ -2,7 +2,7 @@
 
 DIR/instruct.json            the data, in LLaVA's form
 DIR/manifest.json            how they were made, what they cost, what the checks found
-DIR/making/replies.jsonl     every reply, by the hash of its request: what is there is not asked again
+DIR/making/replies.jsonl     every reply, by the hash of its request: what is there is not requested again
 DIR/making/quarantine.jsonl  replies that are not used, with the reason
 DIR/images/                  pictures, where they were drawn for it
 """
@@ -100,9 +100,9 @@ def instruct(
 ) -> Report:
     """Each kind of data about each picture, as far as the endpoint answers and the budget lasts.
 
-    The same call goes on where an earlier one stopped, however it ended: replies that are there are not asked again. A
-    reply that the checks refuse is asked for anew until ``attempts`` replies were tried. What comes out is written also
-    when the work stops early.
+    The same call goes on where an earlier one stopped, however it ended: replies that are there are not requested
+    again. A reply that the checks refuse is requested again until ``attempts`` replies were tried. What comes out is
+    written also when the work stops early.
 
     Raises ConfigError (prompts need boxes that the data have not; another setting in ``out``), EndpointError (the
     endpoint refuses or does not answer).
@@ -152,7 +152,7 @@ def _check_boxes(pictures: Sequence[Symbols], prompts: Mapping[Kind, Prompt]) ->
     if wanting and not any(s.known for s in pictures):
         raise ConfigError(
             f"{' and '.join(wanting)} are written from boxes too, and the data have none: name the file of them "
-            "(COCO: instances), or ask for --kind conversation alone."
+            "(COCO: instances), or take --kind conversation alone."
         )
 
 

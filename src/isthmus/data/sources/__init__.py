@@ -123,7 +123,7 @@ def _demand_fields(form: Form, known: Collection[str], path: Path) -> None:
 
 
 def _demand_columns(form: Form, columns: Sequence[str], path: Path) -> None:
-    """:func:`_demand_fields` of a table; where its header is one column, what divides it is looked for first."""
+    """:func:`_demand_fields` of a table; where its header is one column, its delimiter is found first."""
     wanted = {*form.theirs, *(name for name in KNOWN if name not in form.fields)}
     if len(columns) == 1 and columns[0] not in wanted:
         for other in (*DELIMITERS, ":", " "):
@@ -246,7 +246,7 @@ SOURCES: dict[str, Callable[..., Rows]] = {
 
 
 BY_NAME = {"scenes": "isthmus.demo.scenes.source:SceneSource"}
-"""Kinds that are whole sources by themselves, made with the description's options; imported when first named."""
+"""Kinds that are sources by themselves, made with the description's options; imported when first named."""
 
 
 DOCUMENTS = ("obelics", "mmc4")

@@ -34,8 +34,9 @@ def vqav2(
     ``by``: the kind of question is its ``answer_type`` or its ``question_type``.
     """
     one_of("by", by, ("answer_type", "question_type"))
-    asked, told = read_json(root.path(questions)), read_json(root.path(annotations))
-    items, answers = listed_under(asked, "questions", questions), listed_under(told, "annotations", annotations)
+    question_file, annotation_file = read_json(root.path(questions)), read_json(root.path(annotations))
+    items = listed_under(question_file, "questions", questions)
+    answers = listed_under(annotation_file, "annotations", annotations)
     found = {str(q["question_id"]): q for q in each_once(items, "question_id", questions)}
     for a in each_once(answers, "question_id", annotations):
         if str(a["question_id"]) not in found:
@@ -45,7 +46,7 @@ def vqav2(
     if len(answers) < len(found):
         lost = sorted(set(found) - {str(a["question_id"]) for a in answers})
         raise DataError(f"{annotations}: {len(lost)} questions of {questions} have no answers, the first is {lost[0]}.")
-    split = str(asked.get("data_subtype", ""))
+    split = str(question_file.get("data_subtype", ""))
 
     pictures = named_images(root, image_folder, images, beside=root.path(questions))
 
@@ -64,7 +65,7 @@ def vqav2(
         name = filled_name(image_name, id=int(image), split=split)
         return Row(f"vqa/{number}", values, (pictures.find(name),), key=number, meta={"answers": tuple(ten)})
 
-    return LazyRows(answers, make, pictures, told=found.values())
+    return LazyRows(answers, make, pictures, also_read=found.values())
 
 
 def vizwiz(root: Root, form: Form, *, file: str, image_folder: str | None = None, images: Names = ()) -> Rows:
@@ -98,7 +99,7 @@ def textvqa(
     images: Names = (),
 ) -> Rows:
     """TextVQA: an object whose ``data`` lists question, question_id, image_id and ten answers as texts. OCR tokens are
-    not read: the question is asked as it is."""
+    not read: the question is taken as it is."""
     items = each_once(listed_under(read_json(root.path(file)), "data", file), "question_id", file)
     pictures = named_images(root, image_folder, images, beside=root.path(file))
 
@@ -223,7 +224,7 @@ def scienceqa(
             meta={"answers": (letter,)},
         )
 
-    return LazyRows(chosen, make, pictures, told=[content[n] for n in chosen])
+    return LazyRows(chosen, make, pictures, also_read=[content[n] for n in chosen])
 
 
 def scienceqa_texts(problem: Mapping[str, Any], format: str) -> tuple[str, str, str]:

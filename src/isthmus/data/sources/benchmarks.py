@@ -1,7 +1,7 @@
 """Official files of benchmarks that LLaVA-1.5 and later models report: A-OKVQA, DocVQA, MMBench, MME, SEED-Bench, MMMU,
 VSR. As in :mod:`.annotations`, each reader knows the fields of its files.
 
-Choices are asked as LLaVA-1.5 asks them (2310.03744, appendix): the question, one ``A. text`` a line, and the request
+Choices have LLaVA-1.5's form (2310.03744, appendix): the question, one ``A. text`` a line, and the request
 for the letter. The scorers' rules are in :mod:`isthmus.evaluation.benchmark_rules` and ``grouped``.
 """
 
@@ -51,7 +51,7 @@ def aokvqa(
     image_id (COCO 2017), question, choices, correct_choice_idx, direct_answers, difficult_direct_answer.
 
     ``answer``: the right one of four choices (``choice``), or in one's own words (``direct``), which the official
-    script asks only of questions that are not difficult_direct_answer.
+    script leaves out the questions that are difficult_direct_answer.
     """
     one_of("answer", answer, ("choice", "direct"))
     content = read_json(root.path(file))
@@ -66,17 +66,21 @@ def aokvqa(
         number = str(item["question_id"])
         sample = f"question {number}"
         picture = pictures.find(filled_name(image_name, id=field_of(sample, item, "image_id", int)))
-        asked = field_of(sample, item, "question")
+        question = field_of(sample, item, "question")
         if answer == "direct":
-            said = [str(a) for a in field_of(sample, item, "direct_answers", list)]
-            if not said:
+            direct = [str(a) for a in field_of(sample, item, "direct_answers", list)]
+            if not direct:
                 raise DataError(
                     f"empty answer: {sample} has no direct answers; those of the test set are not published"
                 )
-            values = {"question": asked, "answer": max(said, key=said.count)}
-            return Row(f"a-okvqa/{number}", values, (picture,), key=number, meta={"answers": tuple(said)})
+            values = {"question": question, "answer": max(direct, key=direct.count)}
+            return Row(f"a-okvqa/{number}", values, (picture,), key=number, meta={"answers": tuple(direct)})
         return _row(
-            f"a-okvqa/{number}", asked, field_of(sample, item, "choices", list), item.get("correct_choice_idx"), picture
+            f"a-okvqa/{number}",
+            question,
+            field_of(sample, item, "choices", list),
+            item.get("correct_choice_idx"),
+            picture,
         )
 
     return LazyRows(items, make, pictures)
@@ -130,8 +134,8 @@ def seedbench(root: Root, form: Form, *, file: str, image_folder: str | None = N
         kind = str(item.get("question_type_id"))
         picture = pictures.find(str(field_of(sample, item, "data_id", str | int)))
         place = _letter(sample, item.get("answer"), choices)
-        asked = field_of(sample, item, "question")
-        return _row(f"seed-bench/{number}", asked, choices, place, picture, kind=names.get(kind, kind))
+        question = field_of(sample, item, "question")
+        return _row(f"seed-bench/{number}", question, choices, place, picture, kind=names.get(kind, kind))
 
     return LazyRows(items, make, pictures)
 
@@ -171,7 +175,7 @@ _PLACES = re.compile(r"<image ([1-7])>")
 def mmmu(root: Root, form: Form, *, file: Names, image_folder: str | None = None, images: Names = ()) -> Rows:
     """MMMU (Yue et al. 2024, github.com/MMMU-Benchmark/MMMU) as JSON or JSON lines of its fields: id, question, options
     (a list, or Python's text of one), answer, question_type, and image_1 to image_7 as names. ``<image 1>`` in question
-    or options is the place of a picture. The kind is the subject, told by the id: ``validation_Accounting_1``."""
+    or options is the place of a picture. The kind is the subject, taken from the id: ``validation_Accounting_1``."""
     items = each_once([row for path in root.files(file) for row in read_rows(path)], "id", str(file))
     pictures = named_images(root, image_folder, images, beside=root.files(file)[0])
 
@@ -179,8 +183,8 @@ def mmmu(root: Root, form: Form, *, file: Names, image_folder: str | None = None
         number = str(item["id"])
         sample = f"question {number}"
         choices = [str(o) for o in _all(item.get("options"), f"options of {sample}")]
-        asked = field_of(sample, item, "question")
-        text = multiple_choice(asked, choices) if choices else f"{asked}\n{SHORTLY}"
+        question = field_of(sample, item, "question")
+        text = multiple_choice(question, choices) if choices else f"{question}\n{SHORTLY}"
         shown = [int(n) for n in _PLACES.findall(text)]
         own = [n for n in range(1, 8) if item.get(f"image_{n}")]
         before = [n for n in own if n not in shown]
@@ -190,7 +194,7 @@ def mmmu(root: Root, form: Form, *, file: Names, image_folder: str | None = None
         if choices:
             return _row(
                 f"mmmu/{number}", text, choices, _letter(sample, item.get("answer"), choices), *found, kind=subject,
-                whole=True,
+                complete=True,
             )  # fmt: skip
         answers = tuple(str(a) for a in _all(item.get("answer"), f"answer of {sample}"))
         if not answers or answers == ("?",):
@@ -219,11 +223,11 @@ def mme(root: Root, form: Form, *, folder: str, categories: Sequence[str] = ()) 
 
     def make(item: tuple[str, Path, int, str]) -> Row:
         category, path, number, line = item
-        asked, tab, answer = line.rpartition("\t")
+        question, tab, answer = line.rpartition("\t")
         if not tab or answer.strip().lower() not in ("yes", "no"):
             raise DataError(f"bad answer: {path}, line {number} should end in a tab and Yes or No: {line!r:.100}")
         group = f"{category}/{path.stem}"
-        values = {"question": asked, "answer": answer.strip(), "kind": category}
+        values = {"question": question, "answer": answer.strip(), "kind": category}
         picture = pictures.find(_beside(path, top))
         return Row(f"mme/{group}/{number}", values, (picture,), key=group, meta={"group": group})
 
@@ -323,20 +327,20 @@ def _long_cells() -> Iterator[None]:
 
 def _row(
     name: str,
-    asked: str,
+    question: str,
     choices: Sequence[Any],
     place: Any,
     *pictures: ImageSource,
     kind: str | None = None,
     hint: str = "",
     group: str | None = None,
-    whole: bool = False,
+    complete: bool = False,
 ) -> Row:
-    """A question with choices; ``asked`` is the ``whole`` text, or the question alone."""
+    """A question with choices; ``question`` is the ``complete`` prompt, or the question alone."""
     if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(choices) <= len(LETTERS):
         raise DataError(f"bad answer: {name}: {place!r} is not the number of one of the {len(choices)} choices")
     texts = [str(c) for c in choices]
-    text = asked if whole else multiple_choice(asked, texts, hint=hint)
+    text = question if complete else multiple_choice(question, texts, hint=hint)
     values = {"question": text, "answer": LETTERS[place], "choices": texts, "kind": kind}
     meta = {"answers": (LETTERS[place],)} | ({"group": group} if group is not None else {})
     return Row(name, values, pictures, key=name.partition("/")[2], meta=meta)

@@ -60,7 +60,7 @@ class DocumentSource(Source):
         return len(self._kept)
 
     def listing(self) -> Iterator[Any]:
-        """What a fingerprint looks at beside whole samples."""
+        """What a fingerprint reads beside complete samples."""
         yield self._kept
         yield from self.pages.listing()
         if self.images is not None:
@@ -175,7 +175,7 @@ def _members(listed: Sequence[Picture], images: Sequence[Any]) -> dict[Picture, 
     """The picture of a tar's sample that each of the page's is: by name, else by number.
 
     Where names are known, one that is no member's is left out. Raises DataError when two names are one member's, or
-    when there are too few members to be told by number.
+    when there are too few members for their numbers.
     """
     members = in_order(images)
     wanted = [picture for picture in listed if picture.encoded is None]

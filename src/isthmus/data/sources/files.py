@@ -17,7 +17,7 @@ from isthmus.data.images import FileImage, TarImage
 from isthmus.data.record import ImageSource
 from isthmus.data.sources.tar import index_tar
 from isthmus.errors import ConfigError, DataError, IsthmusWarning
-from isthmus.file_kind import but_is, file_kind, start_of
+from isthmus.file_type import but_is, file_type, start_of
 
 Names = str | Sequence[str]
 
@@ -47,8 +47,8 @@ class Root:
         """
         found: dict[Path, None] = {}
         for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
-            whole = str(Path(pattern).expanduser())
-            for name in [whole] if self.path(whole).is_file() else _braces(whole):
+            literal = str(Path(pattern).expanduser())
+            for name in [literal] if self.path(literal).is_file() else _braces(literal):
                 if self.path(name).is_file():
                     paths = [self.path(name)]
                 else:  # below the folder, whose own name is no pattern
@@ -107,7 +107,7 @@ def read_json(path: Path) -> Any:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
         if not content.strip():
             raise DataError(f"{path} is empty; write it again") from None
-        if file_kind(content.encode()):
+        if file_type(content.encode()):
             raise DataError(f"{path} is not JSON{but_is(content.encode(), '')}") from None
         raise DataError(f"{path} is not valid JSON: it goes wrong at line {line}; is it truncated?") from None
 
@@ -142,7 +142,7 @@ def _no_line(path: Path, number: int, line: str) -> DataError:
         if number == 1 and isinstance(read_json(path), dict):
             return DataError(f"{path} holds one JSON object over several lines; write a list, or one object a line")
         return DataError(f"{path}, line {number}: not valid JSON; is the file truncated?")
-    if file_kind(line.encode()):
+    if file_type(line.encode()):
         return DataError(f"{path} is not JSON{but_is(line.encode(), '')}")
     table = any(len(columns_of(line.rstrip(), delimiter)) > 1 for delimiter in DELIMITERS)
     return DataError(
@@ -173,7 +173,7 @@ def read_table(
         named = re.fullmatch(r'"?sep=([^"\r\n])"?[,;\t]*', first.rstrip("\r\n"))
         if first.lstrip().startswith(("[{", '{"')):
             raise DataError(f"{path} holds JSON and no table; JSON is read by `kind: jsonl`")
-        if file_kind(first.encode()):
+        if file_type(first.encode()):
             raise DataError(f"{path} is no table{but_is(first.encode(), '')}")
         if not first.strip():
             raise DataError(f"{path} has no header in its first line: it is empty")

@@ -1,4 +1,4 @@
-"""What kind of source a file or folder is, seen from its content, for the command line."""
+"""What kind of source a file or folder is, by its content, for the command line."""
 
 import json
 from itertools import islice
@@ -10,7 +10,7 @@ from isthmus.data.sources.files import below, read_table, safe_name
 from isthmus.data.sources.rows import KNOWN
 from isthmus.data.sources.webdataset import IMAGE_ENDINGS
 from isthmus.errors import DataError
-from isthmus.file_kind import but_is, file_kind, start_of
+from isthmus.file_type import but_is, file_type, start_of
 
 _TABLES = (".csv", ".tsv", ".tab")
 _FILES = (*_TABLES, ".json", ".jsonl")
@@ -27,7 +27,7 @@ _BY_SIGHT = {
     "pope": {"question_id", "image", "text", "label"},
     "vizwiz": {"image", "question", "answers", "answer_type", "answerable"},
 }
-"""The fields of the first entry that tell a layout."""
+"""The fields of the first entry that identify a layout."""
 
 
 _TEXTVQA = {"question_id", "image_id", "question"}
@@ -116,9 +116,9 @@ def _json_kind(path: Path) -> tuple[str, dict[str, Any]]:
     """llava, coco, obelics, mmc4, pope or jsonl, with the first entry (a COCO file's first picture). JSON lines,
     whatever the file's ending, are judged by the first."""
     try:
-        content = _first_line(path) if path.suffix == ".jsonl" else _whole(path)
+        content = _first_line(path) if path.suffix == ".jsonl" else _first_value(path)
     except (ValueError, RecursionError):
-        if file_kind(start_of(path)):
+        if file_type(start_of(path)):
             raise DataError(f"{path} is neither JSON nor JSON lines{but_is(start_of(path), '')}") from None
         raise DataError(f"{path} is neither JSON nor JSON lines. {_HELP}") from None
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
@@ -138,7 +138,7 @@ def _first_line(path: Path) -> list[Any]:
         return [json.loads(line) for line in islice(file, 1)]
 
 
-def _whole(path: Path) -> Any:
+def _first_value(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError:

@@ -1,4 +1,4 @@
-"""What readers of official files share: rows made from items when they are asked for, and fields that are checked."""
+"""What readers of official files share: rows made from items on access, and fields that are checked."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,22 +9,22 @@ from isthmus.errors import ConfigError, DataError, nearest
 
 
 class LazyRows:
-    """Rows made from items when they are asked for; the item itself is checked then.
+    """Rows made from items on access; the item itself is checked then.
 
-    ``told``: what else ``make`` looks into, of which, as of the items, a fingerprint must see every change.
+    ``also_read``: what else ``make`` reads. A change of it, as of the items, must change the fingerprint.
     """
 
     def __init__(
-        self, items: Sequence[Any], make: Callable[[Any], Row], images: NamedImages, told: Iterable[Any] = ()
+        self, items: Sequence[Any], make: Callable[[Any], Row], images: NamedImages, also_read: Iterable[Any] = ()
     ) -> None:
-        self.items, self.make, self.images, self.told = items, make, images, told
+        self.items, self.make, self.images, self.also_read = items, make, images, also_read
 
     def __len__(self) -> int:
         return len(self.items)
 
     def listing(self) -> Iterator[Any]:
         yield from self.items
-        yield from self.told
+        yield from self.also_read
         yield from self.images.listing()
 
     def __getitem__(self, index: int) -> Row:

@@ -26,14 +26,14 @@ def llava_bench(
     category and bbox in 0..1). The kind is the category: conv, detail or complex. ``image_name`` makes the file's name
     from the ``{image}`` of a question: COCO's 2014 files are called ``COCO_val2014_{image}``.
     """
-    asked = each_once(read_rows(root.path(questions)), "question_id", questions)
+    items = each_once(read_rows(root.path(questions)), "question_id", questions)
     given = {str(a["question_id"]): a for a in each_once(read_rows(root.path(references)), "question_id", references)}
-    told = {str(c["image"]): c for c in each_once(read_rows(root.path(contexts)), "image", contexts)}
-    for item in asked:
+    context_of = {str(c["image"]): c for c in each_once(read_rows(root.path(contexts)), "image", contexts)}
+    for item in items:
         number, image = str(item["question_id"]), str(item.get("image"))
         if number not in given:
             raise DataError(f"{references}: question {number} of {questions} has no reference answer.")
-        if image not in told:
+        if image not in context_of:
             raise DataError(f"{contexts}: the picture {image} of question {number} has no context.")
     pictures = named_images(root, image_folder, images, beside=root.path(questions))
 
@@ -44,10 +44,14 @@ def llava_bench(
         values = {"question": field_of(sample, item, "text"), "answer": answer, "kind": item.get("category")}
         picture = pictures.find(image_name.replace("{image}", image))
         return Row(
-            f"llava-bench/{number}", values, (picture,), key=number, meta={"context": _context(told[image], image)}
+            f"llava-bench/{number}",
+            values,
+            (picture,),
+            key=number,
+            meta={"context": _context(context_of[image], image)},
         )
 
-    return LazyRows(asked, make, pictures, told=[*given.values(), *told.values()])
+    return LazyRows(items, make, pictures, also_read=[*given.values(), *context_of.values()])
 
 
 def _context(item: Mapping[str, Any], image: str) -> str:

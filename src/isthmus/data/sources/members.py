@@ -8,7 +8,7 @@ from isthmus.errors import DataError
 
 
 class Named(Protocol):
-    """A member of a tar: ``name`` is its whole name there."""
+    """A member of a tar: ``name`` is its full name there."""
 
     @property
     def name(self) -> str: ...
@@ -23,7 +23,7 @@ def in_order(members: Sequence[M]) -> list[M]:
 
 
 def called(name: str, members: Sequence[M]) -> M | None:
-    """The one member with this name after its key, or as its whole name, with or without the ending; else none."""
+    """The one member with this name after its key, or as its full name, with or without the ending; else none."""
     for one in dict.fromkeys((name.lower(), name.lower().rsplit("/", 1)[-1])):
         for bare in (False, True):
             hits = [m for m in members if one in _names(m.name.lower(), bare)]

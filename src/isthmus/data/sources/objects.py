@@ -1,8 +1,8 @@
 """POPE's questions made from annotated objects (Li et al. 2023, 2305.10355, sec. 5.1): is there such a thing?
 
-Of every picture with enough different objects as many are asked for that are there as that are not. What is not there
-is taken in three ways: at ``random``; the most ``popular`` objects of all pictures; ``adversarial``, those that most
-often stand beside what is in this picture. Each way is the kind of its questions.
+Of every picture with enough different objects there are as many questions about what is there as about what is not.
+What is not there is taken in three ways: at ``random``; the most ``popular`` objects of all pictures; ``adversarial``,
+those that most often stand beside what is in this picture. Each way is the kind of its questions.
 """
 
 from collections import Counter
@@ -45,8 +45,8 @@ def pope_objects(
         raise ConfigError(f"source of kind 'pope-objects': each is 1 to fewest ({fewest}), not {each}")
     path = root.path(file)
     found = read_objects(path)
-    asked = [(s, *q) for s in samplings for q in questions(found, s, each=each, fewest=fewest, seed=seed)]
-    if not asked:
+    made = [(s, *q) for s in samplings for q in questions(found, s, each=each, fewest=fewest, seed=seed)]
+    if not made:
         raise DataError(f"{path}: no picture has {fewest} different objects and {each} that it has not")
     pictures = named_images(root, image_folder, images, beside=path)
 
@@ -60,7 +60,7 @@ def pope_objects(
         }
         return Row(f"pope/{sampling}/{image}/{thing}", values, (pictures.find(image),), key=image)
 
-    return LazyRows(asked, make, pictures)
+    return LazyRows(made, make, pictures)
 
 
 def questions(objects: Objects, sampling: str, *, each: int, fewest: int, seed: int = 0) -> list[tuple[str, str, bool]]:

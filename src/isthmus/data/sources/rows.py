@@ -71,7 +71,7 @@ class Form:
         max_turns: longest conversation; a longer list makes several.
         matching: of a list of questions keep those in which this regular expression finds something.
         suffix: put on a line of its own after each question.
-        instruction: asked before a caption or label, which then becomes an answer.
+        instruction: a question before a caption or label, which then becomes an answer.
         classes: class names by label number.
         templates: texts with ``{}`` for the class name, drawn as alternatives.
         captions: further captions by row key, from a side file.
@@ -181,8 +181,8 @@ class Form:
     def _question(self, row: Row) -> str:
         """The question, after the mapped context where there is one."""
         question = string(self.value(row, "question"), "question")
-        told = flat(self.value(row, "context")) if "context" in self.fields else ()
-        return "\n".join((*told, question))
+        context = flat(self.value(row, "context")) if "context" in self.fields else ()
+        return "\n".join((*context, question))
 
     def unread(self, values: Mapping[str, Any]) -> list[str]:
         """Fields of a row that carry text and that this form does not read."""
@@ -220,9 +220,9 @@ class Form:
         parts: list[Part] = [] if marked else _pictures(row, "user")
         waiting = list(row.images)
         for question, answer in pairs:
-            asked = string(question, "question") + (f"\n{self.suffix}" if self.suffix else "")
+            prompt = string(question, "question") + (f"\n{self.suffix}" if self.suffix else "")
             answers = _answers(answer)
-            parts += marked_parts(asked, "user", waiting) if marked else [Text(asked, role="user")]
+            parts += marked_parts(prompt, "user", waiting) if marked else [Text(prompt, role="user")]
             learnt = max(answers, key=answers.count)  # the commonest, the first of equals
             parts.append(Text(learnt, role="assistant", learn=True))
             meta["answers"] = answers  # of the last turn, which is the one that is scored
@@ -269,7 +269,7 @@ class Form:
 
 
 def _instead(values: Mapping[str, Any]) -> str:
-    """What to do about a row without a text: it may be a whole file rather than a sample."""
+    """What to do about a row without a text: it may be an entire file rather than a sample."""
     if {"images", "annotations"} <= values.keys():
         return "captions in COCO's form are read by `kind: coco`"
     lists = [name for name, value in values.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
@@ -324,7 +324,7 @@ class RowSource(Source):
         return len(self._places)
 
     def listing(self) -> Iterator[Any]:
-        """What a fingerprint looks at beside whole samples."""
+        """What a fingerprint reads beside complete samples."""
         yield self.form
         yield from self.rows.listing()
 
@@ -374,9 +374,7 @@ def _name(item: Any) -> Any:
         item = within
     name = next((item[key] for key in _NAMES if isinstance(item.get(key), str)), None)
     if name is None and item.get("type") not in PICTURE_PARTS:
-        raise DataError(
-            f"bad field: a picture is {dict(item)!r:.200}; its name is looked for under {', '.join(_NAMES)}"
-        )
+        raise DataError(f"bad field: a picture is {dict(item)!r:.200}; its name is expected under {', '.join(_NAMES)}")
     return name
 
 

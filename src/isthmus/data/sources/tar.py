@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from isthmus.data.images import TarImage
 from isthmus.errors import DataError
-from isthmus.file_kind import but_is, start_of
+from isthmus.file_type import but_is, start_of
 
 _BLOCK = 512
 
@@ -14,7 +14,7 @@ def index_tar(path: Path) -> list[TarImage]:
     """All regular files of an uncompressed tar, in order.
 
     Raises DataError naming the shard when it is missing, empty, not a tar, truncated, damaged in the middle, or
-    when a member's name leaves the folder. A damaged shard is refused as a whole: samples that silently go missing
+    when a member's name leaves the folder. A damaged shard is refused entirely: samples that silently go missing
     are worse than a stop before the first step.
     """
     try:

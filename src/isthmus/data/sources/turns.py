@@ -58,16 +58,16 @@ def conversation(turns: Any, images: Sequence[ImageSource | FrameSource]) -> lis
 def _trains(turn: Mapping[str, Any]) -> bool:
     """Whether an answer is learnt: not where its ``weight``, ``train`` or ``loss`` is 0 or false (OpenAI's habit)."""
     for name in ("weight", "train", "loss"):
-        if (said := turn.get(name)) is not None and said not in (0, 1):
-            raise DataError(f"bad conversation: a turn's {name} is {said!r}; it must be 0 (only read) or 1 (learnt)")
-        if said is not None and not said:
+        if (flag := turn.get(name)) is not None and flag not in (0, 1):
+            raise DataError(f"bad conversation: a turn's {name} is {flag!r}; it must be 0 (only read) or 1 (learnt)")
+        if flag is not None and not flag:
             return False
     return True
 
 
-def after_system(told: Any, parts: list[Part]) -> list[Part]:
+def after_system(system: Any, parts: list[Part]) -> list[Part]:
     """The parts after the text of a row's ``system`` field. Raises DataError where a turn says another one."""
-    if told is None or not (text := string(told, "system").strip()):
+    if system is None or not (text := string(system, "system").strip()):
         return parts
     own = "".join(str(p.text) for p in parts if isinstance(p, Text) and p.role == "system").strip()
     if own and own != text:

@@ -48,7 +48,7 @@ class WebDatasetRows:
             self.samples += _group(shard)
         if form is not None and self.samples:
             count = min(len(self.samples), _LOOKED_AT)
-            form.name_unread(self._first(count), f"{shards[0]} (of {count:,} samples that were looked at)")
+            form.name_unread(self._first(count), f"{shards[0]} (of {count:,} samples that were read)")
 
     def _first(self, count: int) -> Iterator[Mapping[str, Any]]:
         for index in range(count):
@@ -67,14 +67,14 @@ class WebDatasetRows:
         sample = self.samples[index]
         values: dict[str, Any] = {}
         for ending, member in sample.members.items():
-            kind = ending.rsplit(".", 1)[-1]
-            if kind == "json":
+            extension = ending.rsplit(".", 1)[-1]
+            if extension == "json":
                 values |= {name: v for name, v in _json(member).items() if v is not None or name not in values}
-            elif kind == "txt":
+            elif extension == "txt":
                 values["caption"] = _text(member).strip()
-            elif kind == "cls":
+            elif extension == "cls":
                 values["label"] = _number(member)
-            elif f".{kind}" in VIDEOS:
+            elif f".{extension}" in VIDEOS:
                 raise DataError(
                     f"bad video: {member.describe()} is in a tar, where no clip is read; unpack it, and name it in the "
                     "`video` field of a JSON file"

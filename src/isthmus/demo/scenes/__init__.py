@@ -3,7 +3,7 @@
 from isthmus.demo.scenes.draw import ScenePicture, draw
 from isthmus.demo.scenes.export import export
 from isthmus.demo.scenes.few_shot import RESERVED_WORDS, TRAINING_WORDS
-from isthmus.demo.scenes.questions import KINDS, Question, ask
+from isthmus.demo.scenes.questions import KINDS, Question, make_question
 from isthmus.demo.scenes.scene import COLOURS, HELD_OUT, SHAPES, SIZES, Scene, Solid, make_scene
 from isthmus.demo.scenes.source import FORMS, SceneSource
 
@@ -21,8 +21,8 @@ __all__ = [
     "ScenePicture",
     "SceneSource",
     "Solid",
-    "ask",
     "draw",
     "export",
+    "make_question",
     "make_scene",
 ]

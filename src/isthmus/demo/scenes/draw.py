@@ -1,7 +1,7 @@
 """Drawing scenes: shaded solids on a soft ground, anti-aliased, with a little noise.
 
 Each (shape, size) is rendered once by marching rays through its signed distance function (Hart 1996, "Sphere
-tracing"), seen from slightly above, and kept as a sprite; a picture is then a handful of small blends. Nothing
+tracing"), from slightly above, and kept as a sprite; a picture is then a handful of small blends. Nothing
 here knows about questions, and nothing but the scene and the side length decides the pixels.
 """
 
@@ -108,7 +108,7 @@ class _Sprite:
 
 @lru_cache(maxsize=256)
 def _sprite(shape: str, pixels: int) -> _Sprite:
-    """One solid seen from above at ``_TILT``, ``pixels`` wide, averaged over ``_OVERSAMPLING``² rays per pixel."""
+    """One solid from above at ``_TILT``, ``pixels`` wide, averaged over ``_OVERSAMPLING``² rays per pixel."""
     distance = _SOLIDS[shape]
     n = pixels * _OVERSAMPLING
     ticks = (np.arange(n) + 0.5) / n * 2 - 1
@@ -160,7 +160,7 @@ def draw(scene: Scene, side: int = 64, *, repainted: bool = False) -> Image.Imag
     """The scene as an RGB picture, ``side`` x ``side`` pixels; equal arguments always give equal pixels.
 
     ``repainted`` gives each solid a paint of its own between the named ones, none near a colour that its shape never
-    has in training: what the solids are is then all that a caption can tell.
+    has in training: what the solids are is then all that a caption can say.
     """
     if not _MIN_SIDE <= side <= _MAX_SIDE:
         raise ConfigError(f"scenes can be drawn {_MIN_SIDE} to {_MAX_SIDE} pixels wide, not {side}")

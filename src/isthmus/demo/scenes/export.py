@@ -24,7 +24,7 @@ def export(
     """Write ``count`` scenes to the folder ``out`` and return it.
 
     Formats: ``llava`` (conversations), ``webdataset`` and ``coco`` (captions).
-    The folder appears under its name only when it is whole. Raises DataError when it exists and is not empty,
+    The folder appears under its name only when it is complete. Raises DataError when it exists and is not empty,
     ConfigError for an unknown format.
     """
     if format not in _WRITERS:

@@ -12,10 +12,10 @@ from isthmus.demo.scenes.scene import Scene
 
 def facts(scene: Scene, dice: Dice, count: int = 8) -> str:
     """At most ``count`` different statements in any order, one for each attribute that one solid alone has."""
-    told = [f"the thing at the {s.place} is a {s.full_name}." for s in scene.solids]
+    statements = [f"the thing at the {s.place} is a {s.full_name}." for s in scene.solids]
     for s in scene.solids:
         if only(scene, shape=s.shape):
-            told.append(f"the {s.shape} is {s.size} and {s.colour} at the {s.place}.")
+            statements.append(f"the {s.shape} is {s.size} and {s.colour} at the {s.place}.")
         if only(scene, colour=s.colour):
-            told.append(f"the {s.colour} thing is a {s.size} {s.shape} at the {s.place}.")
-    return " ".join(dice.shuffled(told)[:count])
+            statements.append(f"the {s.colour} thing is a {s.size} {s.shape} at the {s.place}.")
+    return " ".join(dice.shuffled(statements)[:count])

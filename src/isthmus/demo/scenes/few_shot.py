@@ -1,6 +1,6 @@
 """Few-shot tasks in text whose rule is only in the examples: made-up words stand for the values of one attribute.
 
-Each prompt makes up its own words, so nothing but the examples can tell what they mean. One fifth of the words is
+Each prompt makes up its own words, so nothing but the examples shows what they mean. One fifth of the words is
 kept for evaluation and never occurs in training. The hyphen in a word keeps tokenizers from merging those they have
 seen: new ones are made of the same pieces.
 """
@@ -23,7 +23,7 @@ _VALUES: dict[str, tuple[str, ...]] = {"colour": COLOURS, "shape": SHAPES, "size
 
 @dataclass(frozen=True, slots=True)
 class FewShot:
-    """``examples`` are (thing, word) pairs; the last word is the task, and was seen at least once before."""
+    """``examples`` are (thing, word) pairs; the last word is the task, and came at least once before."""
 
     attribute: str
     examples: tuple[tuple[str, str], ...]
@@ -32,9 +32,9 @@ class FewShot:
 def few_shot(dice: Dice, *, reserved: bool = False, shots: int = 6) -> FewShot:
     """A task of two or three made-up words, ``shots`` examples, and one thing to name at the end."""
     attribute = dice.choice(sorted(_VALUES))
-    kinds = min(2 + dice.below(2), len(_VALUES[attribute]))
-    values = dice.shuffled(_VALUES[attribute])[:kinds]
-    words = dice.different(_EVALUATION_WORDS if reserved else TRAINING_WORDS, kinds)
+    count = min(2 + dice.below(2), len(_VALUES[attribute]))
+    values = dice.shuffled(_VALUES[attribute])[:count]
+    words = dice.different(_EVALUATION_WORDS if reserved else TRAINING_WORDS, count)
     order = [*dice.shuffled([v for _ in range(shots) for v in values][:shots]), dice.choice(values)]
     meaning = dict(zip(values, words, strict=True))
     return FewShot(attribute, tuple((_thing(dice, attribute, v, reserved), meaning[v]) for v in order))
@@ -45,7 +45,8 @@ def echo(dice: Dice) -> tuple[list[str], list[list[str]]]:
     stretches of the same, from anywhere among them.
 
     They teach a small model to look up what followed a word before, which lessons then build on: without them none of
-    ours found out (docs/notes/2026-12-trainings.md). From anywhere, as a whole said again can be told by counting too.
+    ours found out (docs/notes/2026-12-trainings.md). The repetition begins anywhere, since a full repetition could be
+    predicted by counting, too.
     """
     words = dice.different((*_SYLLABLES, *COLOURS, *SHAPES, *SIZES), 6 + dice.below(7))
     starts = [dice.below(len(words) - 3) for _ in range(6)]
@@ -55,11 +56,11 @@ def echo(dice: Dice) -> tuple[list[str], list[list[str]]]:
 def _thing(dice: Dice, attribute: str, value: str, any_pair: bool) -> str:
     """A solid, or a number of them, with the given value and everything else by chance."""
     while True:
-        seen = {"size": dice.choice(SIZES), "colour": dice.choice(COLOURS), "shape": dice.choice(SHAPES)}
+        thing = {"size": dice.choice(SIZES), "colour": dice.choice(COLOURS), "shape": dice.choice(SHAPES)}
         if attribute != "count":
-            seen[attribute] = value
-        if any_pair or (seen["shape"], seen["colour"]) not in HELD_OUT:
+            thing[attribute] = value
+        if any_pair or (thing["shape"], thing["colour"]) not in HELD_OUT:
             break
     if attribute == "count":
-        return number(int(value), f"{seen['colour']} {seen['shape']}")
-    return f"{seen['size']} {seen['colour']} {seen['shape']}"
+        return number(int(value), f"{thing['colour']} {thing['shape']}")
+    return f"{thing['size']} {thing['colour']} {thing['shape']}"

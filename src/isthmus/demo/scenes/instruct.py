@@ -7,7 +7,7 @@ from isthmus.data.instruct import Box, Kind, Symbols, Written
 from isthmus.demo.scenes.dice import Dice
 from isthmus.demo.scenes.draw import draw
 from isthmus.demo.scenes.questions import KINDS as QUESTIONS
-from isthmus.demo.scenes.questions import Question, ask
+from isthmus.demo.scenes.questions import Question, make_question
 from isthmus.demo.scenes.scene import RADIUS, SHAPES, Scene, Split, make_scene
 from isthmus.demo.scenes.source import EXPLAIN, REQUESTS, turns_about
 from isthmus.demo.scenes.words import captions, describe
@@ -59,6 +59,6 @@ def written(scene: Scene, symbols: Symbols, kind: Kind, *, turns: int = 6) -> Wr
 
 def _some_question(scene: Scene, dice: Dice) -> Question:
     for _ in range(_TRIES):
-        if question := ask(scene, dice.choice(QUESTIONS), dice):
+        if question := make_question(scene, dice.choice(QUESTIONS), dice):
             return question
     raise AssertionError("no question fits a scene")  # what and colour fit every scene

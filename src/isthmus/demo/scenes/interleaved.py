@@ -1,8 +1,8 @@
 """Scenes for Flamingo: pages of several pictures, lessons whose rule is only in the examples, and short clips.
 
-A lesson makes up a word for each of a few values of one attribute and shows examples; nothing but these can tell what
+A lesson makes up a word for each of a few values of one attribute and shows examples; nothing but these can say what
 the words mean. A clip shows one solid that moves, a second one that comes or goes, or one after the other: one frame
-alone does not tell.
+alone does not show.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ class SceneClip:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """``things`` are one solid each, ``words`` what they are called; the last is asked for.
+    """``things`` are one solid each, ``words`` what they are called; the last is the query.
 
     In text alone ``end`` stands after each example.
     """
@@ -88,19 +88,19 @@ def make_lesson(
     """
     attribute = dice.choice(attributes)
     values = dice.shuffled(ATTRIBUTES[attribute])[:VALUES_PER_LESSON]
-    words = _told_apart(dice, TRAINING_WORDS if split == "train" else _EVALUATION_WORDS, len(values))
+    words = _different_words(dice, TRAINING_WORDS if split == "train" else _EVALUATION_WORDS, len(values))
     meaning = dict(zip(values, words, strict=True))
     pool = [v for _ in range(shots // len(values) + 1) for v in values][: max(shots, 1)]
     order = dice.shuffled(pool)[:shots]
     order.append(dice.choice(order or values))
     things = tuple(lone_solid(dice, split, **{attribute: value}) for value in order)
-    told = [meaning[value] for value in order]
+    shown = [meaning[value] for value in order]
     if permuted:
-        told = [*dice.shuffled(told[:-1]), told[-1]]
-    return Lesson(attribute, things, tuple(told), dice.choice(_ENDS))
+        shown = [*dice.shuffled(shown[:-1]), shown[-1]]
+    return Lesson(attribute, things, tuple(shown), dice.choice(_ENDS))
 
 
-def _told_apart(dice: Dice, words: Sequence[str], count: int) -> list[str]:
+def _different_words(dice: Dice, words: Sequence[str], count: int) -> list[str]:
     """Words of a lesson, each with a first syllable of its own: who has said it has chosen."""
     while True:
         chosen = dice.shuffled(dice.different(words, count))
@@ -111,7 +111,7 @@ def _told_apart(dice: Dice, words: Sequence[str], count: int) -> list[str]:
 def lesson_parts(
     lesson: Lesson, *, name: str, side: int, seed: int, split: Split, number: int, told: int = 0
 ) -> list[Part]:
-    """Shots and query as turns: a picture with nothing asked, and its word. The first ``told`` shots are in words.
+    """Shots and query as turns: a picture without a question, and its word. The first ``told`` shots are in words.
 
     Learnt is every word beside a picture that an earlier shot has explained, and the query's.
     """
@@ -127,7 +127,7 @@ def lesson_parts(
 
 
 def lesson_text(lesson: Lesson) -> list[Part]:
-    """The same in words alone, for a language model without eyes: the value stands for the picture.
+    """The same in words alone, for a language model without pictures: the value stands for the picture.
 
     It stands right before its word, where cross-attention will put what the picture shows: `` red ba-da; blue gi-ko``.
     """
@@ -141,10 +141,10 @@ def lesson_text(lesson: Lesson) -> list[Part]:
 def _known(lesson: Lesson) -> list[tuple[Solid, str, bool]]:
     """Each thing with its word and whether that word has been explained before it."""
     found: list[tuple[Solid, str, bool]] = []
-    told: set[str] = set()
+    explained: set[str] = set()
     for place, (solid, word) in enumerate(zip(lesson.things, lesson.words, strict=True)):
-        found.append((solid, word, word in told or place + 1 == len(lesson.things)))
-        told.add(word)
+        found.append((solid, word, word in explained or place + 1 == len(lesson.things)))
+        explained.add(word)
     return found
 
 
@@ -153,7 +153,7 @@ class Clip:
     """What happens in a clip: its frames, a sentence, a question and the answer."""
 
     frames: tuple[Scene, ...]
-    told: str
+    sentence: str
     question: str
     answer: str
     kind: str
@@ -183,9 +183,9 @@ def make_clip(
         event = _in_turn(dice, split, frames)
     else:
         event = _come_or_go(dice, split, frames, kind)
-    solids, told, question, answer = event
+    solids, sentence, question, answer = event
     scenes = [Scene(seed, split, number, s) for s in solids]
-    return Clip(_controlled(scenes, control, dice), told, question, answer, kind)
+    return Clip(_controlled(scenes, control, dice), sentence, question, answer, kind)
 
 
 def clip_text(clip: Clip, dice: Dice) -> str:
@@ -218,8 +218,8 @@ def _move(dice: Dice, split: Split, frames: int) -> _Event:
     for frame in range(1, frames):
         t = frame / (frames - 1)
         path.append(replace(here, x=there.x + (here.x - there.x) * t, y=there.y + (here.y - there.y) * t))
-    told = f"a {solid.full_name} moves {way} from the {there.place} to the {here.place}"
-    return [(s,) for s in path], told, "which way did it move?", way
+    sentence = f"a {solid.full_name} moves {way} from the {there.place} to the {here.place}"
+    return [(s,) for s in path], sentence, "which way did it move?", way
 
 
 def _come_or_go(dice: Dice, split: Split, frames: int, kind: str) -> _Event:
@@ -241,8 +241,8 @@ def _in_turn(dice: Dice, split: Split, frames: int) -> _Event:
         if solid.name not in {s.name for s in shown}:
             shown.append(solid)
     which = dice.choice(("first", "last"))
-    told = listed([f"a {s.full_name} at the {s.place}" for s in shown])
-    return [(s,) for s in shown], told, f"what came {which}?", shown[0 if which == "first" else -1].name
+    sentence = listed([f"a {s.full_name} at the {s.place}" for s in shown])
+    return [(s,) for s in shown], sentence, f"what came {which}?", shown[0 if which == "first" else -1].name
 
 
 def _controlled(scenes: Sequence[Scene], control: str, dice: Dice) -> tuple[Scene, ...]:

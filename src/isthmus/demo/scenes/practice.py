@@ -1,10 +1,10 @@
 """Simpler questions that the harder ones are made of, for training alone: they are never scored.
 
-To say on which side of B the thing A is, a model must find A, read where it stands, and know that A is asked about and
-not B. An answer of one word teaches all of this at once or nothing; these questions teach each by itself: attributes
-that no scored question asks for (``size``, ``place``), one thing where a harder question has two (``half``), which of
-two things is meant (``role``), finding all of a sort (``any``, ``all``), whether two values are one (``is``), reading
-one attribute of two things (``both``), and finding a thing by what another one is like (``alike``).
+To say on which side of B the thing A is, a model must find A, read where it stands, and know that the question is about
+A and not B. An answer of one word teaches all of this at once or nothing; these questions teach each by itself:
+attributes that no scored question asks for (``size``, ``place``), one thing where a harder question has two (``half``),
+which of two things is meant (``role``), finding all of a sort (``any``, ``all``), whether two values are one (``is``),
+reading one attribute of two things (``both``), and finding a thing by what another one is like (``alike``).
 """
 
 from collections.abc import Callable, Sequence
@@ -51,12 +51,12 @@ def _role(scene: Scene, dice: Dice) -> Question | None:
     which = dice.below(2)
     solid, place = pair[which], ("first", "second")[which]
     hidden, a, b = _hiding(scene, dice, pair)
-    asked = f"where is the {place}?" if hidden == "place" else f"what {hidden} is the {place}?"
-    return Question("role", f"{a} or {b}: {asked}", getattr(solid, hidden), solid)
+    question = f"where is the {place}?" if hidden == "place" else f"what {hidden} is the {place}?"
+    return Question("role", f"{a} or {b}: {question}", getattr(solid, hidden), solid)
 
 
 def _hiding(scene: Scene, dice: Dice, pair: Sequence[Solid]) -> tuple[str, str, str]:
-    """An attribute to ask for, and words for two things that do not tell it."""
+    """An attribute to ask for, and words for two things that do not name it."""
     hidden = dice.choice(("size", "place", "colour", "shape"))
     if hidden in ("colour", "shape"):
         a, b = (without(scene, dice, s, hidden) for s in pair)
@@ -72,12 +72,12 @@ def _any(scene: Scene, dice: Dice) -> Question:
 
 def _all(scene: Scene, dice: Dice) -> Question:
     noun, found = _sort(scene, dice)
-    told = [f"{an(s.full_name)} at the {s.place}" for s in sorted(found, key=lambda s: (s.row, s.column))]
-    return Question("all", f"which {noun}s are there?", listed(told) if told else "none")
+    given = [f"{an(s.full_name)} at the {s.place}" for s in sorted(found, key=lambda s: (s.row, s.column))]
+    return Question("all", f"which {noun}s are there?", listed(given) if given else "none")
 
 
 def _is(scene: Scene, dice: Dice) -> Question:
-    """Whether a named thing has an attribute that its name does not tell; a wrong one is mostly another thing's."""
+    """Whether a named thing has an attribute that its name does not give; a wrong one is mostly another thing's."""
     solid = dice.choice(scene.solids)
     hidden = dice.choice(("colour", "shape"))
     true = getattr(solid, hidden)
@@ -89,7 +89,7 @@ def _is(scene: Scene, dice: Dice) -> Question:
 
 
 def _both(scene: Scene, dice: Dice) -> Question | None:
-    """One attribute of two things, in the order asked."""
+    """One attribute of two things, in the order of the question."""
     if len(scene.solids) < 2:
         return None
     pair = dice.shuffled(scene.solids)[:2]
@@ -100,17 +100,17 @@ def _both(scene: Scene, dice: Dice) -> Question | None:
 
 def _alike(scene: Scene, dice: Dice) -> Question | None:
     """The other thing of one's colour or shape; one time in three there is none, in a scene where others have one."""
-    shared, told = dice.choice((("colour", "shape"), ("shape", "colour")))
+    shared, given = dice.choice((("colour", "shape"), ("shape", "colour")))
     answers: dict[bool, list[tuple[Solid, str]]] = {True: [], False: []}
     for solid in scene.solids:
         others = [s for s in scene.solids if s is not solid and getattr(s, shared) == getattr(solid, shared)]
         if len(others) < 2:
-            answers[bool(others)].append((solid, getattr(others[0], told) if others else "nothing"))
+            answers[bool(others)].append((solid, getattr(others[0], given) if others else "nothing"))
     if not answers[True]:
         return None
     solid, answer = dice.choice(answers[not answers[False] or dice.chance(2 / 3)])
     name = without(scene, dice, solid, shared)
-    return Question("alike", f"what {told} is the other thing that has the {shared} of {name}?", answer)
+    return Question("alike", f"what {given} is the other thing that has the {shared} of {name}?", answer)
 
 
 def _sort(scene: Scene, dice: Dice) -> tuple[str, list[Solid]]:

@@ -1,9 +1,9 @@
 """Questions about a scene, one function per kind, each with its answers balanced.
 
-Whoever does not look should gain as little as possible, so
-- an answer is drawn first, and the question is then looked for in the scene; a scene that cannot give the drawn
-  answer is not asked (the caller draws another scene or another kind);
-- a yes/no question is asked only of a scene in which both answers could be had;
+Without the picture there should be as little to gain as possible, so
+- an answer is drawn first, and the scene is then searched for the question; a scene that cannot give the drawn
+  answer gives none (the caller draws another scene or another kind);
+- a yes/no question needs a scene in which both answers are possible;
 - a thing that a question refers to is always there, and the only one that fits the words.
 """
 
@@ -29,7 +29,7 @@ class Question:
     steps: tuple["Question", ...] = ()
 
 
-def ask(scene: Scene, kind: str, dice: Dice) -> Question | None:
+def make_question(scene: Scene, kind: str, dice: Dice) -> Question | None:
     """A question of this kind about this scene, or nothing where the answer drawn cannot be had."""
     return _KINDS[kind](scene, dice)
 
@@ -41,15 +41,15 @@ def only(scene: Scene, **attributes: str) -> Solid | None:
 
 
 def reference(scene: Scene, dice: Dice, hidden: str) -> tuple[Solid, str]:
-    """A solid and words that fit it alone and do not tell its ``hidden`` attribute (shape or colour)."""
-    told = "colour" if hidden == "shape" else "shape"
+    """A solid and words that fit it alone and do not name its ``hidden`` attribute (shape or colour)."""
+    given = "colour" if hidden == "shape" else "shape"
     options: list[tuple[Solid, str]] = []
     for s in scene.solids:
-        known = getattr(s, told)
-        noun = f"{known} thing" if told == "colour" else known
-        if only(scene, **{told: known}):
+        known = getattr(s, given)
+        noun = f"{known} thing" if given == "colour" else known
+        if only(scene, **{given: known}):
             options.append((s, f"the {noun}"))
-        if only(scene, **{told: known, "size": s.size}):
+        if only(scene, **{given: known, "size": s.size}):
             options.append((s, f"the {s.size} {noun}"))
         options.append((s, f"the thing at the {s.place}"))
     return dice.choice(options)
@@ -210,7 +210,7 @@ def _larger(scene: Scene, dice: Dice) -> Question | None:
 
 
 def _more(scene: Scene, dice: Dice) -> Question | None:
-    """More of this than of that, both there, in different numbers: the order asked in decides."""
+    """More of this than of that, both there, in different numbers: the order of the two decides the answer."""
     yes = dice.chance(0.5)
     values = [s.shape for s in scene.solids] if dice.chance(0.5) else [f"{s.colour} thing" for s in scene.solids]
     counts = {v: values.count(v) for v in values}
@@ -235,19 +235,19 @@ def _same(scene: Scene, dice: Dice, attribute: str) -> Question | None:
     one, other = dice.choice(both[yes])
     # Full names would give the answer away; places and the other attribute do not.
     a, b = without(scene, dice, one, attribute), without(scene, dice, other, attribute)
-    both_told = ((a, getattr(one, attribute)), (b, getattr(other, attribute)))
-    reason = " and ".join(f"{name} is {value}" for name, value in both_told)
-    steps = tuple(Question("step", f"what {attribute} is {name}?", value) for name, value in both_told)
+    both_given = ((a, getattr(one, attribute)), (b, getattr(other, attribute)))
+    reason = " and ".join(f"{name} is {value}" for name, value in both_given)
+    steps = tuple(Question("step", f"what {attribute} is {name}?", value) for name, value in both_given)
     text = f"do {a} and {b} have the same {attribute}?"
     return Question("comparison", text, "yes" if yes else "no", one, reason, steps)
 
 
 def without(scene: Scene, dice: Dice, solid: Solid, hidden: str) -> str:
-    """Words for a known solid that do not tell its ``hidden`` attribute."""
-    told = "colour" if hidden == "shape" else "shape"
-    value = getattr(solid, told)
-    if only(scene, **{told: value}) and dice.chance(0.7):
-        return f"the {value} thing" if told == "colour" else f"the {value}"
+    """Words for a known solid that do not name its ``hidden`` attribute."""
+    given = "colour" if hidden == "shape" else "shape"
+    value = getattr(solid, given)
+    if only(scene, **{given: value}) and dice.chance(0.7):
+        return f"the {value} thing" if given == "colour" else f"the {value}"
     return f"the thing at the {solid.place}"
 
 

@@ -69,7 +69,7 @@ class Scene:
 
     @property
     def layout(self) -> frozenset[tuple[str, str, str, int, int]]:
-        """What words can tell about the scene: equal layouts are equal scenes to any caption."""
+        """What captions can say about the scene: equal layouts are equal scenes to any caption."""
         return frozenset((s.shape, s.colour, s.size, s.row, s.column) for s in self.solids)
 
 

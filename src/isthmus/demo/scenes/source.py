@@ -2,7 +2,7 @@
 
 =============  ====================================================================================================
 captions       picture, then a caption with alternatives (running text, learnt)
-outlines       picture, its solids in paints without a name, then a caption that tells shapes and no colours
+outlines       picture, its solids in paints without a name, then a caption with shapes and no colours
 questions      picture, one question, a short answer; the kinds take turns, so a count of 6 n gives n of each kind
 conversations  picture, then several turns of mixed kinds, with follow-ups that need the turn before
 facts          picture, then true statements about it (running text, learnt)
@@ -45,7 +45,7 @@ from isthmus.demo.scenes.interleaved import (
     make_lesson,
 )
 from isthmus.demo.scenes.practice import PRACTICE, practise
-from isthmus.demo.scenes.questions import KINDS, Question, ask, follow_up
+from isthmus.demo.scenes.questions import KINDS, Question, follow_up, make_question
 from isthmus.demo.scenes.scene import SPLITS, Scene, Split, make_scene
 from isthmus.demo.scenes.words import captions, describe, outlines, symbols
 from isthmus.errors import ConfigError, nearest
@@ -89,7 +89,7 @@ class SceneSource(Source):
     comparisons before which what is compared is asked (turns beyond that number), ``kinds`` the kinds of question asked
     in any form, the attributes (colour, shape) that lessons are about, or what happens in clips (none given: all). In
     conversations and symbols there may also be kinds of practice.py among them, which nothing is scored by.
-    ``distinct`` skips scenes that no caption could tell from an earlier one (for retrieval tests). Raises ConfigError
+    ``distinct`` skips scenes whose captions an earlier one could have (for retrieval tests). Raises ConfigError
     for an unknown form, split or kind.
     """
 
@@ -177,11 +177,11 @@ class SceneSource(Source):
         return self._record(number, parts, kind="reasoning", answers=(question.answer,), attempt=attempt)
 
     def _redraw(self, number: int) -> tuple[int, Question]:
-        """The number's question. Scene after scene gets the same throws, so what they ask for stays balanced."""
+        """The number's question. Scene after scene gets the same throws, so their questions stay balanced."""
         kind = self.kinds[number % len(self.kinds)]
         for attempt in range(_MOST_REDRAWS):
             scene = make_scene(self.seed, self.split, number, attempt)
-            question = ask(scene, kind, Dice("ask", self.seed, self.split, number))
+            question = make_question(scene, kind, Dice("ask", self.seed, self.split, number))
             if question:
                 return attempt, question
         raise AssertionError(f"no scene answers a question of kind {kind}")  # every kind fits many scenes
@@ -224,8 +224,8 @@ class SceneSource(Source):
 
     def _symbol_facts(self, number: int, dice: Dice) -> Record:
         scene = make_scene(self.seed, self.split, number)
-        told = Text(facts(scene, dice, self.turns), learn=True)
-        return self._record(number, [Text(f"{symbols(scene, dice)}\n"), told])
+        answer = Text(facts(scene, dice, self.turns), learn=True)
+        return self._record(number, [Text(f"{symbols(scene, dice)}\n"), answer])
 
     def _readings(self, number: int, dice: Dice) -> Record:
         attempt, question = self._redraw(number)
@@ -248,8 +248,8 @@ class SceneSource(Source):
         parts: list[Part] = []
         for place in range(2 + dice.below(3)):
             index = 4 * number + place
-            told = dice.choice(captions(make_scene(self.seed, self.split, index)))
-            parts += [self._picture(index, role="text"), Text(told, learn=True)]
+            caption = dice.choice(captions(make_scene(self.seed, self.split, index)))
+            parts += [self._picture(index, role="text"), Text(caption, learn=True)]
         return self._record(number, parts)
 
     def _lessons(self, number: int, dice: Dice) -> Record:
@@ -279,7 +279,7 @@ class SceneSource(Source):
 
     def _clips(self, number: int, dice: Dice) -> Record:
         clip, part = self._clip(number, dice, "text")
-        return self._record(number, [part, Text(clip.told, learn=True)], kind=clip.kind)
+        return self._record(number, [part, Text(clip.sentence, learn=True)], kind=clip.kind)
 
     def _clip_questions(self, number: int, dice: Dice) -> Record:
         clip, part = self._clip(number, dice, "user")
@@ -289,7 +289,7 @@ class SceneSource(Source):
         clip, _ = self._clip(number, dice, "user")
         description = f"{clip_text(clip, dice)}\n"
         if dice.chance(1 / 3):
-            return self._record(number, [Text(description), Text(clip.told, learn=True)], kind=clip.kind)
+            return self._record(number, [Text(description), Text(clip.sentence, learn=True)], kind=clip.kind)
         parts = _turn(f"{description}{clip.question}", clip.answer)
         return self._record(number, [*parts], kind=clip.kind, answers=(clip.answer,))
 
@@ -316,7 +316,7 @@ def _known_kinds(form: Form) -> tuple[str, ...]:
 
 
 def _distinct(seed: int, split: Split, count: int) -> list[int]:
-    """The first ``count`` numbers whose scenes differ in what words can tell."""
+    """The first ``count`` numbers whose scenes differ in what captions can say."""
     numbers: list[int] = []
     seen: set[object] = set()
     number = 0
@@ -335,7 +335,7 @@ def _turn(question: str, answer: str) -> tuple[Text, Text]:
 
 def turns_about(scene: Scene, dice: Dice, count: int, kinds: Sequence[str], *, led: float = 0.0) -> list[Question]:
     """Different questions of the kinds given, and before the share ``led`` of those that have them their steps. A
-    follow-up asks about the turn before, and nothing told there."""
+    follow-up asks about the turn before, and nothing said there."""
     turns: list[Question] = []
     asked: set[str] = set()
     for _ in range(20 * count):
@@ -348,7 +348,7 @@ def turns_about(scene: Scene, dice: Dice, count: int, kinds: Sequence[str], *, l
                 turns.append(question)
             continue
         kind = dice.choice(kinds)
-        question = practise(scene, kind, dice) if kind in PRACTICE else ask(scene, kind, dice)
+        question = practise(scene, kind, dice) if kind in PRACTICE else make_question(scene, kind, dice)
         if question and question.text not in asked:
             if led and question.steps and dice.chance(led):
                 turns += [step for step in question.steps if step.text not in asked]

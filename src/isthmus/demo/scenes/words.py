@@ -27,7 +27,7 @@ def listed(items: Sequence[str]) -> str:
 
 
 def relation(one: Solid, other: Solid) -> str:
-    """Where ``one`` is, seen from ``other``; they stand in different cells, so there is always an answer."""
+    """Where ``one`` is from ``other``; they stand in different cells, so there is always an answer."""
     if one.column != other.column:
         return "left of" if one.column < other.column else "right of"
     return "above" if one.row < other.row else "below"
@@ -39,9 +39,9 @@ def captions(scene: Scene) -> tuple[str, ...]:
 
 
 def outlines(scene: Scene) -> tuple[str, ...]:
-    """Captions that tell shapes and where they are, and nothing of colours.
+    """Captions with shapes and where they are, and no colours.
 
-    Among a batch of pictures colours and places alone tell nearly all apart, so a contrastive model may leave the
+    Among a batch of pictures colours and places alone distinguish nearly all, so a contrastive model may leave the
     shapes unseen; these captions need them. Without the places shapes are learnt far
     worse (docs/notes/2026-12-trainings.md).
     """

@@ -1,5 +1,5 @@
 """BLEU-1..4 (Papineni et al. 2002) as the COCO caption scorer counts it: clipped n-gram precisions, brevity by the
-closest reference length, over the whole corpus.
+closest reference length, over the corpus.
 
 Two small constants keep a sum of nothing from dividing by zero, as in the reference; they are why a caption without
 any common 4-gram scores about 1e-4 and not 0.

@@ -2,7 +2,7 @@
 
 The reference scorers run Stanford's tokenizer (a Java program) and drop a fixed list of marks. This is our own
 reading of its rules for English captions, without Java: ``don't`` -> ``do n't``, ``dog's`` -> ``dog 's``,
-``cannot`` -> ``can not``; hyphens, inner slashes, times and abbreviations stay whole. Two oddities of the reference
+``cannot`` -> ``can not``; hyphens, inner slashes, times and abbreviations stay one token. Two oddities of the reference
 are kept because scores depend on them: brackets survive as ``-lrb-`` … ``-rcb-`` (its list spells them in capitals,
 after lower-casing), and so do runs of marks such as ``?!``.
 

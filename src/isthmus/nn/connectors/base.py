@@ -26,11 +26,11 @@ class Connector(nn.Module, ABC):
     def patch_weights(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R F P"]:
         """(N, R, F, P): which patches each visual token was made of, every row a distribution.
 
-        Raises CapabilityError where that cannot be told.
+        Raises CapabilityError where that is unknown.
         """
         raise CapabilityError(
-            f"The connector {type(self).__name__} does not tell which patches its tokens are made of (patch_weights), "
-            "so where the model looked cannot be told."
+            f"The connector {type(self).__name__} does not say which patches its tokens are made of (patch_weights), "
+            "so there is no attention map."
         )
 
 

@@ -75,7 +75,7 @@ class _Attention(Attention):
         super().__init__(width, heads, context_width=context_width)
         self.dropout = dropout
 
-    def look(
+    def attend(
         self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None, past: Past | None = None
     ) -> tuple[Tensor, Past]:
         """(B, T, D) from ``x``, and the keys and values; those of ``past`` stand before the new ones."""
@@ -89,7 +89,7 @@ class _Attention(Attention):
         return self.out_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, T, S): how much each row of ``x`` looks at each of ``context``, the mean over heads."""
+        """(B, T, S): how much each row of ``x`` attends to each of ``context``, the mean over heads."""
         q, k = self._split(self.q_proj(x)), self._split(self.k_proj(context))
         return (q * self.head_width**-0.5 @ k.transpose(-1, -2)).softmax(-1).mean(1)
 
@@ -133,13 +133,13 @@ class QFormerLayer(nn.Module):
         """(B, Q + T, D) -> the same, and this layer's keys and values. ``queries`` rows stand in front; with ``read``
         only so many rows from the front come out."""
         x, kept = self._attended(x, mask, past, read)
-        # Not two slices: backwards each would fill a whole x with zeros and add it.
+        # Not two slices: in the backward pass each would fill a tensor of x's size with zeros and add it.
         front = min(queries, x.shape[1])
         rows, text = x.split([front, x.shape[1] - front], dim=1)
         parts = []
         if queries:
             if self.cross is not None and self.ln_cross is not None:
-                rows = self.ln_cross(rows + self.dropout(self.cross.look(rows, vision)[0]))
+                rows = self.ln_cross(rows + self.dropout(self.cross.attend(rows, vision)[0]))
             parts.append(self.ffn_query(rows))
         if text.shape[1]:
             assert self.ffn_text is not None  # the tables that made these rows come with it
@@ -147,15 +147,15 @@ class QFormerLayer(nn.Module):
         return torch.cat(parts, dim=1), kept
 
     def patch_weights(self, x: Tensor, queries: int, *, vision: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, Q, P): how much the query rows look at each vision token here."""
+        """(B, Q, P): how much the query rows attend to each vision token here."""
         assert self.cross is not None
         return self.cross.weights(self._attended(x, mask, None, queries)[0], vision)
 
     def _attended(self, x: Tensor, mask: Tensor | None, past: Past | None, read: int | None) -> tuple[Tensor, Past]:
         front = x[:, :read]
         mask = mask[:, :, :read] if mask is not None else None
-        seen, kept = self.attn.look(front, x, mask=mask, past=past)
-        return self.ln_attn(front + self.dropout(seen)), kept
+        attended, kept = self.attn.attend(front, x, mask=mask, past=past)
+        return self.ln_attn(front + self.dropout(attended)), kept
 
 
 class QFormer(nn.Module):
@@ -190,7 +190,7 @@ class QFormer(nn.Module):
         """Run the rows given: ``queries`` (B, Q, D), text ``ids`` (B, T), or both, queries first.
 
         Args:
-            vision: (B, P, Dv), what the queries look at; needed with queries.
+            vision: (B, P, Dv), what the queries attend to; needed with queries.
             text_mask: (B, T) bool, true on real text tokens; queries are never masked.
             causal: the mask for writing (ITG): text sees all queries and the text left of it, queries see no text.
                 Else all rows see each other (ITM); text alone and queries alone are ITC's two sides.
@@ -202,7 +202,7 @@ class QFormer(nn.Module):
         """
         x, count = self._embed(queries, ids, 0 if past is None else self._written(past))
         if count and vision is None:
-            raise ConfigError("a Q-Former's queries look at vision tokens; give `vision`.")
+            raise ConfigError("a Q-Former's queries attend to vision tokens; give `vision`.")
         mask = self._mask(x.shape[1], count, text_mask, causal or past is not None, past)
         kept: list[Past] = []
         for number, layer in enumerate(self.layers):
@@ -220,7 +220,7 @@ class QFormer(nn.Module):
         vision: Float[Tensor, "B P Dv"],
         text_mask: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B Q P"]:
-        """(B, Q, P): how much each query looks at each vision token in the last layer with cross-attention."""
+        """(B, Q, P): how much each query attends to each vision token in the last layer with cross-attention."""
         x, count = self._embed(queries, ids, 0)
         mask = self._mask(x.shape[1], count, text_mask, False, None)
         last = (len(self.layers) - 1) // self.config.cross_every * self.config.cross_every
@@ -253,20 +253,20 @@ class QFormer(nn.Module):
     def _mask(
         self, rows: int, queries: int, text_mask: Tensor | None, causal: bool, past: Sequence[Past] | None
     ) -> Tensor | None:
-        """(B or 1, 1, rows, columns) bool, true where a row may look; none where it may look everywhere."""
+        """(B or 1, 1, rows, columns) bool, true where a row may attend; none where it may attend everywhere."""
         if text_mask is None and not causal:
             return None
         earlier = 0 if past is None else past[0][0].shape[2]
         device = text_mask.device if text_mask is not None else self.ln.weight.device
-        seen = torch.ones(1, rows, earlier + rows, dtype=torch.bool, device=device)
+        visible = torch.ones(1, rows, earlier + rows, dtype=torch.bool, device=device)
         if causal:
             # Rows are in order of time but for the queries, which see each other and nothing later.
-            seen = seen.tril(earlier)
-            seen[:, :queries, : earlier + queries] = True
+            visible = visible.tril(earlier)
+            visible[:, :queries, : earlier + queries] = True
         if text_mask is not None:
             front = text_mask.new_ones(len(text_mask), earlier + queries)
-            seen = seen & torch.cat([front, text_mask], dim=1)[:, None]
-        return seen[:, None]
+            visible = visible & torch.cat([front, text_mask], dim=1)[:, None]
+        return visible[:, None]
 
 
 def copy_text_to_query(qformer: QFormer) -> None:
@@ -307,11 +307,11 @@ class QFormerConnector(KeptFloat32, Connector):
         with torch.autocast(features.device.type, enabled=False):
             return self.norm(features.to(self.norm.weight.dtype))
 
-    def look(self, vision: Float[Tensor, "B P Dv"]) -> QFormerOutput:
+    def encode_image(self, vision: Float[Tensor, "B P Dv"]) -> QFormerOutput:
         """The queries alone before normed ``vision`` (B, P, Dv): the image use."""
         return self.qformer(self.queries.expand(len(vision), -1, -1), vision=vision)
 
-    def read(self, vision: Float[Tensor, "B P Dv"], text: Tokens) -> Float[Tensor, "B Q D"]:
+    def encode_pair(self, vision: Float[Tensor, "B P Dv"], text: Tokens) -> Float[Tensor, "B Q D"]:
         """The query rows (B, Q, D) when queries and ``text`` (B rows) see each other: the joint use."""
 
         def joint(rows: Rows) -> Tensor:
@@ -321,7 +321,7 @@ class QFormerConnector(KeptFloat32, Connector):
 
         return in_blocks(text.lengths, joint)
 
-    def read_text(self, text: Tokens) -> Float[Tensor, "B D"]:
+    def encode_text(self, text: Tokens) -> Float[Tensor, "B D"]:
         """(B, D): ``text`` alone, read at its first token [CLS]."""
 
         def alone(rows: Rows) -> Tensor:
@@ -338,9 +338,11 @@ class QFormerConnector(KeptFloat32, Connector):
         visuals, frames = features.shape[:2]
         vision = self.vision_tokens(features).flatten(0, 1)
         if text is None:
-            rows = self.look(vision).hidden
+            rows = self.encode_image(vision).hidden
         else:
-            rows = self.read(vision, text.rows(torch.arange(visuals, device=vision.device).repeat_interleave(frames)))
+            rows = self.encode_pair(
+                vision, text.rows(torch.arange(visuals, device=vision.device).repeat_interleave(frames))
+            )
         out = rows if self.projection is None else self.projection(rows)
         return out.unflatten(0, (visuals, frames)).flatten(1, 2)
 
@@ -353,11 +355,11 @@ class QFormerConnector(KeptFloat32, Connector):
         vision = self.vision_tokens(features).flatten(0, 1)
         queries = self.queries.expand(len(vision), -1, -1)
         if text is None:
-            seen = self.qformer.patch_weights(queries, vision=vision)
+            weights = self.qformer.patch_weights(queries, vision=vision)
         else:
             rows = text.rows(torch.arange(visuals, device=vision.device).repeat_interleave(frames))
-            seen = self.qformer.patch_weights(queries, rows.ids, vision=vision, text_mask=rows.mask)
-        return by_frame(seen.unflatten(0, (visuals, frames)))
+            weights = self.qformer.patch_weights(queries, rows.ids, vision=vision, text_mask=rows.mask)
+        return by_frame(weights.unflatten(0, (visuals, frames)))
 
     def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
         """Q for every frame, whatever its size."""

@@ -4,7 +4,7 @@
     latents (R, D) ─→ [ x + Attn(LN(x) ; LN(f) ‖ LN(x)) ─→ x + MLP(LN(x)) ] × layers ─→ [LN] ─→ (N, R, D)
 
 Legend: N visuals, F frames, P patches, D width of the features, R latents, and so visual tokens per visual. The
-features are never updated; every layer norms them anew. Nothing tells where a patch stands but the vision encoder.
+features are never updated; every layer norms them anew. Only the vision encoder's features hold a patch's position.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class ResamplerConfig:
 
 
 class ResamplerLayer(nn.Module):
-    """Latents look at features and at themselves, then think: both pre-norm with a residual."""
+    """Latents attend to features and to themselves, then an MLP: both pre-norm with a residual."""
 
     def __init__(self, width: int, config: ResamplerConfig) -> None:
         super().__init__()
@@ -83,11 +83,11 @@ class ResamplerLayer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def weights(self, x: Float[Tensor, "N R D"], features: Float[Tensor, "N S D"]) -> Float[Tensor, "N R S"]:
-        """(N, R, S): how much each latent looks at each feature, mean over heads, each row a distribution."""
+        """(N, R, S): how much each latent attends to each feature, mean over heads, each row a distribution."""
         queries, context = self._inputs(x, features)
         keys, _ = self.attn.keys_values(context)
-        seen = self.attn.weights(queries, keys).mean(1)[:, :, : features.shape[1]]
-        return seen / seen.sum(-1, keepdim=True).clamp(min=1e-12)
+        weights = self.attn.weights(queries, keys).mean(1)[:, :, : features.shape[1]]
+        return weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
 
     def _inputs(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         queries = self.latent_norm(x)
@@ -135,7 +135,7 @@ class Resampler(Connector):
         """Latents (N, R, D), features with their time (N, F·P, D)."""
         count, frames = features.shape[:2]
         if frames < 1:
-            raise ConfigError("a clip of 0 frames has nothing to look at; give at least one frame.")
+            raise ConfigError("a clip of 0 frames has nothing to attend to; give at least one frame.")
         if self.times is not None:
             features = features + stretch(self.times, frames, self.config.align)[:, None].to(features.dtype)
         elif frames > 1:

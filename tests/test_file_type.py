@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from isthmus.file_kind import but_is, file_kind, near
+from isthmus.file_type import but_is, file_type, near
 
 
 @pytest.mark.parametrize(
@@ -21,15 +21,15 @@ from isthmus.file_kind import but_is, file_kind, near
     ],
 )
 def test_what_a_file_is_that_begins_so(start, what):
-    kind = file_kind(start)
-    assert kind is not None
-    assert what in kind.what
-    assert but_is(start, "copy it") == f", but {kind.what}; {kind.advice or 'name another file'}"
+    found = file_type(start)
+    assert found is not None
+    assert what in found.what
+    assert but_is(start, "copy it") == f", but {found.what}; {found.advice or 'name another file'}"
 
 
 @pytest.mark.parametrize("start", [b"", b"image,caption\n", b"[1]", b"key: value", b"\x93\xfe"])
 def test_a_beginning_that_tells_nothing(start):
-    assert file_kind(start) is None
+    assert file_type(start) is None
     assert but_is(start, "copy it") == "; copy it"
 
 

@@ -14,7 +14,7 @@ from isthmus.data.text import TEMPLATES, Grammar
 from isthmus.errors import IsthmusWarning
 from isthmus.interop.convert import write_model
 from isthmus.interop.hf_files import chat_template
-from isthmus.interop.told_template import chat_template_of, told_template
+from isthmus.interop.recognised_template import chat_template_of, recognise_template
 from isthmus.testing import probe
 from tests.interop import tiny_models
 
@@ -47,17 +47,17 @@ def spelt(name: str) -> str:
 def test_a_template_is_told_by_what_it_renders(name: str) -> None:
     words = tiny_models.tokenizer()
     for pictures in (True, False):
-        told = told_template(spelt(name), words, pictures=pictures)
+        told = recognise_template(spelt(name), words, pictures=pictures)
         assert (told.name, told.further, told.begins) == (name, True, False)
-        assert told_template("{{ bos_token }}" + spelt(name), words, pictures=pictures).begins
-    assert told_template(str(chat_template(name)), words, pictures=True).name == name
+        assert recognise_template("{{ bos_token }}" + spelt(name), words, pictures=pictures).begins
+    assert recognise_template(str(chat_template(name)), words, pictures=True).name == name
 
 
 def test_what_only_looks_like_a_template_is_none(tmp_path: Path) -> None:
     words = tiny_models.tokenizer()
     for text in ("USER: {{ messages }}", "[INST] curious human USER:", "{{ raise_exception('no') }}", "{% broken"):
-        assert told_template(text, words, pictures=True).name is None
-    once = told_template("{{ 'USER: <image>\\nIs it red? ASSISTANT:' }}", words, pictures=True)
+        assert recognise_template(text, words, pictures=True).name is None
+    once = recognise_template("{{ 'USER: <image>\\nIs it red? ASSISTANT:' }}", words, pictures=True)
     assert (once.name, once.further) == ("vicuna_bare", False)
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": [{"name": "tools", "template": "a"}, {"name": "default", "template": "b"}]})

@@ -1,4 +1,4 @@
-"""Asking a model with and without its eyes: the same questions seen, blind (no picture) and shuffled (another's)."""
+"""Controls of a score: the same questions with their picture, blind (no picture) and shuffled (another's picture)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ def check_controls(controls: Sequence[str]) -> None:
             raise ConfigError(f"Unknown control {name!r}; {nearest(name, get_args(Control))}")
 
 
-def ask(model: Answers, records: Sequence[Any], decoding: Mapping[str, Any]) -> list[str]:
+def answers_of(model: Answers, records: Sequence[Any], decoding: Mapping[str, Any]) -> list[str]:
     """One answer per record. Raises CapabilityError when the model gives another number of them."""
     answers = model.answer_records(records, **decoding)
     if len(answers) != len(records):
@@ -32,7 +32,7 @@ def ask(model: Answers, records: Sequence[Any], decoding: Mapping[str, Any]) -> 
     return answers
 
 
-def ask_all(
+def answers_with_controls(
     model: Answers,
     prompts: Sequence[Any],
     others: Sequence[Any],
@@ -41,8 +41,8 @@ def ask_all(
 ) -> dict[str, list[str]]:
     """``answer``, and ``blind`` and ``shuffled`` as far as ``controls`` name them, each in the order of ``prompts``.
 
-    ``others`` are the records whose pictures are shown in ``shuffled``. A record without pictures is not asked again:
-    its answer stands in the controls too.
+    ``others`` are the records whose pictures are shown in ``shuffled``. A record without pictures runs once: its
+    answer stands in the controls too.
     """
     seeing = [i for i, record in enumerate(prompts) if record.images]
     changed = {
@@ -50,7 +50,9 @@ def ask_all(
         "shuffled": lambda: [with_pictures_of(prompts[i], others[i]) for i in seeing],
     }
     # In one call, so that a model can read what they share once: pictures, shots, the system's words.
-    said = iter(ask(model, [*prompts, *(record for control in controls for record in changed[control]())], decoding))
+    said = iter(
+        answers_of(model, [*prompts, *(record for control in controls for record in changed[control]())], decoding)
+    )
     answers = {"answer": list(islice(said, len(prompts)))}
     for control in controls:
         found = list(answers["answer"])
@@ -70,8 +72,8 @@ def picture_keys(records: Records, task: str, *, mixed: bool = False) -> list[st
         record = records[i]
         if not record.images and not mixed:
             raise DataError(
-                f"Task {task!r}: sample {record.id!r} has no picture, so it cannot be asked without it or with "
-                "another; leave out the controls (controls=[]), the sample, or say mixed=true."
+                f"Task {task!r}: sample {record.id!r} has no picture to leave out or to exchange "
+                "for the controls; leave out the controls (controls=[]), the sample, or say mixed=true."
             )
         keys.append(" ".join(p.content_key() for p in record.images))
     if not any(keys) and keys:
@@ -79,7 +81,7 @@ def picture_keys(records: Records, task: str, *, mixed: bool = False) -> list[st
     return keys
 
 
-def strangers(keys: Sequence[str], seed: int) -> list[int]:
+def shuffled_partners(keys: Sequence[str], seed: int) -> list[int]:
     """For each record the index of one with another picture; a record without a picture (key "") stands for itself.
 
     The other record is one of the same window (:func:`windows`), so that both pictures are decoded once, and how many
@@ -109,15 +111,15 @@ def windows(keys: Sequence[str], size: int = WINDOW) -> list[range]:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """How records are asked under the controls: ``shuffled`` with the pictures of record ``other[i]``, and those
-    of one window (:func:`windows`) together."""
+class ControlPlan:
+    """How records run under the controls: ``shuffled`` shows the pictures of record ``other[i]``, and the records of
+    one window (:func:`windows`) run together."""
 
     other: Sequence[int]
     window: Sequence[int]
 
     @classmethod
-    def of(cls, keys: Sequence[str], controls: Sequence[str], seed: int) -> "Asked":
+    def of(cls, keys: Sequence[str], controls: Sequence[str], seed: int) -> "ControlPlan":
         """``keys`` of all records, see :func:`picture_keys`. Without ``shuffled`` there is one window."""
         if "shuffled" not in controls:
             return cls(range(len(keys)), (0,) * len(keys))
@@ -126,7 +128,7 @@ class Asked:
         for number, places in enumerate(windows([keys[i] for i in seeing])):
             for place in places:
                 window[seeing[place]] = number
-        return cls(strangers(keys, seed), window)
+        return cls(shuffled_partners(keys, seed), window)
 
     def chunks(self, todo: Sequence[int], size: int) -> Iterator[list[int]]:
         """The numbers ``todo`` in order, at most ``size`` at a time and each time of one window."""
@@ -135,14 +137,16 @@ class Asked:
             yield from (some[start : start + size] for start in range(0, len(some), size))
 
 
-def how_asked(records: Records, task: str, controls: Sequence[Control], seed: int, *, mixed: bool = False) -> Asked:
-    """See :class:`Asked`. Raises DataError when there are controls and no pictures to leave out: see
+def plan_controls(
+    records: Records, task: str, controls: Sequence[Control], seed: int, *, mixed: bool = False
+) -> ControlPlan:
+    """See :class:`ControlPlan`. Raises DataError when there are controls and no pictures to leave out: see
     :func:`picture_keys`."""
     keys = picture_keys(records, task, mixed=mixed) if controls else [""] * len(records)
-    return Asked.of(keys, controls, seed)
+    return ControlPlan.of(keys, controls, seed)
 
 
 def shuffled_among(controls: Sequence[str], count: int) -> dict[str, int]:
-    """What a manifest tells of the windows, so that outputs with other strangers are not mixed with new ones. Nothing
+    """What a manifest holds of the windows, so that outputs with other partners are not mixed with new ones. Nothing
     where ``count`` records are too few for two windows."""
     return {"shuffled_among": WINDOW} if "shuffled" in controls and count > WINDOW else {}

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image as PilImage
 
+from isthmus.comparison.attention_pictures import attention_pictures
 from isthmus.comparison.curves import overlay
-from isthmus.comparison.looks import looks
 from isthmus.demo.scenes import SceneSource
 from isthmus.model import load
 
@@ -26,9 +26,9 @@ def test_every_design_shows_where_it_looked(rivals):
     records = [source[i] for i in range(3)]
     for name in ("llava", "flamingo", "blip2"):
         model = load(rivals[name])
-        found = looks(model, records, {"max_new_tokens": 3, "min_new_tokens": 2})
+        found = attention_pictures(model, records, {"max_new_tokens": 3, "min_new_tokens": 2})
         assert list(found) == [r.id for r in records]
         assert PilImage.open(io.BytesIO(found[records[0].id])).size == (64, 64)
         texts = model.answer_records(records, max_new_tokens=3, min_new_tokens=2)
         assert [a.text for a in model.attend(records, max_new_tokens=3, min_new_tokens=2)] == texts
-    assert looks(load(rivals["lm"]), records, {}) == {}
+    assert attention_pictures(load(rivals["lm"]), records, {}) == {}

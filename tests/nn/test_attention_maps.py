@@ -6,7 +6,7 @@ import torch
 from isthmus.batch import Places
 from isthmus.errors import CapabilityError
 from isthmus.language import LanguageModel
-from isthmus.nn.looking import patch_maps, self_attention
+from isthmus.nn.attention_maps import patch_maps, self_attention
 from tests.models.tiny_llava import LANGUAGE, redraw
 
 

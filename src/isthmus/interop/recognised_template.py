@@ -1,4 +1,4 @@
-"""Which template of ours a folder's chat template is: told by what it renders of known conversations, not by its words.
+"""Which template of ours a folder's chat template is, by what it renders of known conversations, not by its source.
 
 A template is rendered in Jinja's sandbox, as transformers does; nothing else of the folder is run.
 """
@@ -22,8 +22,8 @@ _QUESTION, _ANSWER, _FURTHER = "Is it red?", "A cube.", "And this?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ToldTemplate:
-    """``name``: ours that asks a question in the same words, none if no one does; ``further``: it writes further turns
+class RecognisedTemplate:
+    """``name``: ours that writes a question in the same way, none if no one does; ``further``: it writes further turns
     alike; ``begins``: it writes the beginning of sequence itself."""
 
     name: str | None
@@ -31,21 +31,21 @@ class ToldTemplate:
     begins: bool = False
 
 
-def told_template(text: str, tokenizer: Tokenizer, *, pictures: bool) -> ToldTemplate:
+def recognise_template(text: str, tokenizer: Tokenizer, *, pictures: bool) -> RecognisedTemplate:
     """What of :data:`isthmus.data.text.TEMPLATES` a chat template in Jinja is."""
     if (own := template_named(text)) is not None:
-        return ToldTemplate(name=own)
-    asked = _asked(text, tokenizer, pictures)
-    if (first := asked(1)) is None:
-        return ToldTemplate(name=None)
+        return RecognisedTemplate(name=own)
+    render = _renderer(text, tokenizer, pictures)
+    if (first := render(1)) is None:
+        return RecognisedTemplate(name=None)
     bos = tokenizer.specials["bos_token"]
     begins = bool(bos) and first.startswith(str(bos))
     alike = [name for name in _conversations() if _ours(name, 1, pictures) == _bare(first, tokenizer)]
-    whole = asked(3)
-    found = [n for n in alike if whole is not None and _ours(n, 3, pictures) == _bare(whole, tokenizer)]
+    three_turns = render(3)
+    found = [n for n in alike if three_turns is not None and _ours(n, 3, pictures) == _bare(three_turns, tokenizer)]
     if found or alike:
-        return ToldTemplate(name=(found or alike)[0], further=bool(found), begins=begins)
-    return ToldTemplate(name=None, begins=begins)
+        return RecognisedTemplate(name=(found or alike)[0], further=bool(found), begins=begins)
+    return RecognisedTemplate(name=None, begins=begins)
 
 
 def places_pictures(text: str, tokenizer: Tokenizer) -> bool:
@@ -56,8 +56,8 @@ def places_pictures(text: str, tokenizer: Tokenizer) -> bool:
         return False
     names = {name: token for name, token in tokenizer.specials.items() if token}
     picture, said = {"type": "image"}, {"type": "text", "text": _QUESTION}
-    shown, asked = as_image("probe.png"), Text(_QUESTION, role="user")  # never opened
-    for parts, own in (([picture, said], (shown, asked)), ([picture, picture, said], (shown, shown, asked))):
+    shown, question = as_image("probe.png"), Text(_QUESTION, role="user")  # never opened
+    for parts, own in (([picture, said], (shown, question)), ([picture, picture, said], (shown, shown, question))):
         theirs = rendered(text, [{"role": "user", "content": parts}], names)
         if theirs != str(render(Record("probe", own), form, prompt=True)):
             return False
@@ -94,11 +94,11 @@ def _ours(name: str, turns: int, pictures: bool) -> str:
     return str(render(Record("probe", first + more * (turns > 1)), name, prompt=True))
 
 
-def _asked(text: str, tokenizer: Tokenizer, pictures: bool) -> Callable[[int], str | None]:
+def _renderer(text: str, tokenizer: Tokenizer, pictures: bool) -> Callable[[int], str | None]:
     """What the template makes of the first ``turns`` of the probe; none where it makes nothing of it."""
     names = {name: token or "" for name, token in tokenizer.specials.items()}
 
-    def asked(turns: int) -> str | None:
+    def render(turns: int) -> str | None:
         said = (("user", _QUESTION), ("assistant", _ANSWER), ("user", _FURTHER))[:turns]
         parts: list[dict[str, Any]] = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in said]
         if pictures:
@@ -107,7 +107,7 @@ def _asked(text: str, tokenizer: Tokenizer, pictures: bool) -> Callable[[int], s
         plain = [{"role": role, "content": t} for role, t in said]
         return rendered(text, plain, names) or rendered(text, parts, names)
 
-    return asked
+    return render
 
 
 def _bare(text: str, tokenizer: Tokenizer) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from isthmus.cli.serve import folder
 from isthmus.pretrained import FOLDER
-from isthmus.serving.told import MOST_POINTS, scores, training
+from isthmus.serving.run_facts import MOST_POINTS, scores, training
 
 
 def run(place, lines, *names):

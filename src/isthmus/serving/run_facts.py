@@ -1,5 +1,5 @@
-"""What the page tells of a model's training: stages with their counts and losses, and tables of scores, as the folder
-of its run has them. A folder without a run tells nothing; a file that cannot be read is a problem in words."""
+"""What the page shows of a model's training: stages with their counts and losses, and tables of scores, as the folder
+of its run has them. A folder without a run shows nothing; a file that cannot be read is a problem in words."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from isthmus.recipes.tables import score_table
 from isthmus.training.log import read_metrics
 
 MOST_POINTS = 200
-"""Of a curve: more could not be told apart at the width at which it is drawn."""
+"""Of a curve: more could not be distinguished at the width at which it is drawn."""
 MOST_BYTES = 64 * 2**20
 """Of a file of losses that is read for a curve."""
 _MALFORMED = (CheckpointError, OSError, AttributeError, IndexError, KeyError, TypeError, ValueError)
@@ -107,13 +107,13 @@ def _problem(task: str, problem: str) -> dict[str, Any]:
 
 def _tables(task: str, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The console's tables as texts. In a results.json a model's retrieval and its answers stand together: one each."""
-    whole = dict(facts)
-    parts = [whole]
-    if "image_to_text" in whole and "kinds" in whole:
+    overall = dict(facts)
+    parts = [overall]
+    if "image_to_text" in overall and "kinds" in overall:
         retrieval = {
-            k: v for k, v in whole.items() if k in ("image_to_text", "text_to_image", "first_step", "gain_at_1")
+            k: v for k, v in overall.items() if k in ("image_to_text", "text_to_image", "first_step", "gain_at_1")
         }
-        parts = [retrieval, {k: v for k, v in whole.items() if k not in retrieval}]
+        parts = [retrieval, {k: v for k, v in overall.items() if k not in retrieval}]
     return [_texts(task, score_table(task, part)) for part in parts]
 
 

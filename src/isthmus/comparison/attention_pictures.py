@@ -1,4 +1,4 @@
-"""Where a model looked while it answered, as pictures: bright where its attention was, dark elsewhere."""
+"""Attention maps of answers as pictures: bright where the attention was, dark elsewhere."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ _COLOURS = 64
 """A page may hold hundreds of these pictures."""
 
 
-def looks(model: Model, records: Sequence[Record], decoding: Mapping[str, Any]) -> dict[str, bytes]:
+def attention_pictures(model: Model, records: Sequence[Record], decoding: Mapping[str, Any]) -> dict[str, bytes]:
     """Record id -> PNG of its first picture as the model saw it, under the mean attention over layers and new tokens.
 
     Empty for a model without maps; an answer without a token has none.

@@ -1,4 +1,4 @@
-"""Where a language model looked among visual tokens that stand in its own sequence, traced back to the patches.
+"""Attention maps: a language model's attention to the visual tokens in its own sequence, traced back to the patches.
 
 Legend: B rows, T tokens, R visual tokens of a visual, F frames, P patches.
 """
@@ -17,8 +17,8 @@ from isthmus.errors import CapabilityError
 def self_attention(lm: Any, embeds: Float[Tensor, "B T D"]) -> Float[Tensor, "B layers T T"]:
     """(B, layers, T, T) attention of a causal LM of transformers over right-padded rows, the mean over heads.
 
-    The library tells it only under its eager kernel, which is set for this call. Raises CapabilityError for an LM
-    that has no attention to tell.
+    The library returns attention weights only from its eager kernel, which is set for this call. Raises
+    CapabilityError for an LM that returns none.
     """
     before = lm.config._attn_implementation
     lm.set_attn_implementation("eager")
@@ -28,7 +28,9 @@ def self_attention(lm: Any, embeds: Float[Tensor, "B T D"]) -> Float[Tensor, "B 
         lm.set_attn_implementation(before)
     layers = getattr(found, "attentions", None)
     if not layers or any(layer is None for layer in layers):
-        raise CapabilityError(f"A {lm.config.model_type} language model tells no attention, so there is no map.")
+        raise CapabilityError(
+            f"A {lm.config.model_type} language model returns no attention weights, so there is no map."
+        )
     return torch.stack([layer.float().mean(1) for layer in layers], dim=1)
 
 
@@ -41,15 +43,15 @@ def patch_maps(
     """Per row and per its visual, in order of the places, a map (layers, T, F, P).
 
     ``weights`` are those of :func:`self_attention`; ``made_of`` says of each visual which patches its tokens were made
-    of, (R, F, P). A map of a token sums to 1: it is what the token gave to this visual, shared out; a token that
-    stands before the visual has zeros.
+    of, (R, F, P). The map of one token sums to 1: its attention to this visual, distributed over the patches. A token
+    before the visual has zeros.
     """
     rows: list[list[Tensor]] = [[] for _ in lengths]
     spots = zip(*(t.tolist() for t in (places.row, places.start, places.visual, places.length)), strict=True)
     for row, start, visual, length in sorted(spots):
         given = weights[row, :, : lengths[row], start : start + length]
         heat = torch.einsum("ltr,rfp->ltfp", given, made_of[visual].to(given))
-        behind = torch.arange(lengths[row], device=heat.device) >= start + length
-        heat = heat * behind[None, :, None, None]
+        after = torch.arange(lengths[row], device=heat.device) >= start + length
+        heat = heat * after[None, :, None, None]
         rows[row].append(heat / heat.sum((-2, -1), keepdim=True).clamp(min=1e-12))
     return rows
