@@ -116,12 +116,12 @@ class Sharded(Engine):
     @contextmanager
     def gathered(self) -> Iterator[None]:
         self.close()
-        waits = next(self.whole.parameters()).device
-        self.whole.to(device())
+        waits = next(self.unsharded.parameters()).device
+        self.unsharded.to(device())
         try:
             yield
         finally:
-            self.whole.to(waits)
+            self.unsharded.to(waits)
 
     @torch.no_grad()
     def close(self) -> None:
