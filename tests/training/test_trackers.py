@@ -30,8 +30,22 @@ def test_the_numbers_go_to_the_tracker(tmp_path, monkeypatch, name):
     log.write(LINE)
     log.close()
     assert told == [(3, {"loss/lm": 1.5, "validation/vqa.accuracy": 0.5}), "end"]
-    assert asked["name"] == "run/tune"
+    assert asked["name"].startswith("run/tune")
     assert asked.get("mode", "offline") == "offline"
+
+
+def test_a_run_that_goes_on_is_one_run_and_a_new_one_is_another(tmp_path, monkeypatch):
+    _, first = stand_in(monkeypatch, "wandb")
+    _, second = stand_in(monkeypatch, "trackio")
+
+    def names(step):
+        open_trackers(["wandb", "trackio"], tmp_path, step)
+        return first["id"], second["name"]
+
+    begun, resumed, anew = names(0), names(7), names(0)
+    assert begun == resumed
+    assert begun[0] != anew[0]
+    assert begun[1] != anew[1]
 
 
 def test_what_is_not_known_or_not_installed(tmp_path, monkeypatch):

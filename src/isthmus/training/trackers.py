@@ -3,7 +3,9 @@ by itself: Weights & Biases writes offline unless ``WANDB_MODE`` says otherwise,
 
 import hashlib
 import importlib
+import json
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +23,8 @@ class Tracker(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, own: str) -> None:
+        del own  # a folder of its own is one run
         writer = _imported("torch.utils.tensorboard", "TensorBoard", "'isthmus[track]'").SummaryWriter
         self._writer = writer(str(folder / "tensorboard"), purge_step=step + 1)
 
@@ -46,23 +49,32 @@ class _Run:
         self._run.finish()
 
 
-def _wandb(folder: Path, step: int) -> Tracker:
+def _wandb(folder: Path, step: int, own: str) -> Tracker:
     del step
-    wandb = _imported("wandb", "Weights & Biases", "wandb")
-    identity = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
-    mode = os.environ.get("WANDB_MODE", "offline")
-    return _Run(
-        wandb.init(project=PROJECT, name=_name(folder), id=identity, dir=str(folder), mode=mode, resume="allow")
-    )
+    wandb, mode = _imported("wandb", "Weights & Biases", "wandb"), os.environ.get("WANDB_MODE", "offline")
+    return _Run(wandb.init(project=PROJECT, name=_name(folder), id=own, dir=str(folder), mode=mode, resume="allow"))
 
 
-def _trackio(folder: Path, step: int) -> Tracker:
+def _trackio(folder: Path, step: int, own: str) -> Tracker:
     del step
     trackio = _imported("trackio", "Trackio", "trackio")
-    return _Run(trackio.init(project=PROJECT, name=_name(folder), resume="allow"))
+    # It knows a run by its name, and folders of one name may be many.
+    return _Run(trackio.init(project=PROJECT, name=f"{_name(folder)}-{own[:6]}", resume="allow"))
 
 
-_TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
+def _identity(folder: Path, step: int) -> str:
+    """Of the run that a tracker shows: a new one where the stage begins, so that a second run in a folder of the same
+    name is not added to the first; the one kept in ``tracked.json`` where it goes on."""
+    file = folder / "tracked.json"
+    if step and file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))["run"]
+    # Runs of before kept none.
+    own = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16] if step else secrets.token_hex(8)
+    file.write_text(json.dumps({"run": own}) + "\n", encoding="utf-8")
+    return own
+
+
+_TRACKERS: dict[str, Callable[[Path, int, str], Tracker]] = {
     "tensorboard": _TensorBoard,
     "wandb": _wandb,
     "trackio": _trackio,
@@ -77,7 +89,8 @@ def open_trackers(names: Sequence[str], folder: Path, step: int) -> list[Tracker
     for name in names:
         if name not in _TRACKERS:
             raise ConfigError(f"report_to: {name!r} is no tracker; {nearest(name, NAMES)}")
-    return [_TRACKERS[name](folder, step) for name in names]
+    own = _identity(folder, step) if names else ""
+    return [_TRACKERS[name](folder, step, own) for name in names]
 
 
 def _name(folder: Path) -> str:
