@@ -3,13 +3,16 @@
 import shlex
 from pathlib import Path
 
+import pytest
 from PIL import Image as PilImage
 
 from isthmus.data.processor import TextProcessor
 from isthmus.data.tokenizer import Tokenizer
+from isthmus.errors import ConfigError
 from isthmus.interop.convert import write_model
 from isthmus.model import Model
 from isthmus.models.lm import BareLM, LmConfig
+from isthmus.recipes.run import train
 from tests.interop import test_hf_gguf, tiny_models
 from tests.test_tutorials import BLOCK, run
 
@@ -27,6 +30,15 @@ def tiny_instruct_lm(folder: Path) -> None:
     rows = {"vocab_size": words.vocab_size, "max_position_embeddings": 2048}
     net = BareLM(LmConfig(language={**tiny_models.LLAMA, **rows}))
     write_model(Model(net, TextProcessor(words.with_chat_template(test_hf_gguf.CHATML), template="chat")), folder, "hf")
+
+
+def test_a_template_that_cannot_be_trained_with_is_told_before_the_first_stage(tmp_path: Path) -> None:
+    tiny_instruct_lm(tmp_path / "lm")
+    (tmp_path / "lm" / "chat_template.jinja").write_text("{{ raise_exception('on Sundays only') }}")
+    overrides = [f"parts.language={tmp_path / 'lm'}", *SHORT]
+    with pytest.raises(ConfigError, match=r"cannot be trained with: .*on Sundays only"):
+        train("llava-smollm2", tmp_path / "run", overrides=overrides, progress=False)
+    assert not (tmp_path / "run" / "stages").exists()
 
 
 def test_every_command_of_the_page_runs(tmp_path: Path, monkeypatch) -> None:

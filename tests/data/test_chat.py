@@ -224,6 +224,7 @@ ODD = {
     "leaves out": ("{{ '<|im_start|>' }}" + _ASK, "leaves out what the user says"),
     "no special token": ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if "
     "add_generation_prompt %}assistant: {% endif %}", "no special token"),
+    "no token of this tokenizer": (KINDS["chatml"].replace("im_end", "im_over"), "'<.im_over.>', which is no special"),
     "asked otherwise": (KINDS["chatml"][: -len(_ASK)] + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
     "<think>' }}{% endif %}", "asks for an answer by"),
 }  # fmt: skip

@@ -55,6 +55,9 @@ _TODAY = "Qxtoday7"
 _DATED = f"{{% macro strftime_now(form) %}}{_TODAY}{{% endmacro %}}"
 """A date that is known again, in Jinja."""
 
+_LIKE_A_TOKEN = re.compile(r"</?[^<>\s]+>|\[/?[A-Z_]+\]")
+"""What people write special tokens like."""
+
 Spoken = Sequence[tuple[str, str]]
 
 
@@ -213,6 +216,11 @@ class ChatForm:
     def _stop_of(self, pieces: Pieces) -> str:
         """The token that ends a turn."""
         found = self._special.search(pieces.end)
+        if found is None and (meant := _LIKE_A_TOKEN.search(pieces.end)):
+            raise _NoCutError(
+                f"it ends an answer with {meant[0]!r}, which is no special token of this tokenizer, so a model could "
+                "not learn where to stop; is it another model's template, or does the tokenizer lack the token?"
+            )
         if found is None:
             raise _NoCutError("it writes no special token after an answer, so a model could not learn where to stop")
         return found[0]

@@ -94,11 +94,11 @@ def _read_once() -> Iterator[None]:
 
     with _ONE_AT_A_TIME:
         own = {"GGUFReader": gguf.GGUFReader, "get_tensor_name_map": gguf.get_tensor_name_map}
-        vars(gguf).update({name: cache(function) for name, function in own.items()})
+        gguf.__dict__.update({name: cache(function) for name, function in own.items()})
         try:
             yield
         finally:
-            vars(gguf).update(own)
+            gguf.__dict__.update(own)
 
 
 @contextmanager

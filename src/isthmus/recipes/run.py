@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,16 @@ import torch
 from rich.console import Console
 
 from isthmus import adapters, checkpoint
+from isthmus.config import merged, plain
 from isthmus.data.cache import FeatureCache
 from isthmus.data.fingerprint import fingerprint
 from isthmus.data.joint import JointLoader
 from isthmus.data.loader import Loader
 from isthmus.data.mix import Mix, Source
+from isthmus.data.processor import Processor
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import named_apart, open_mix, open_source
-from isthmus.errors import CheckpointError, ConfigError
+from isthmus.errors import CheckpointError, ConfigError, DataError
 from isthmus.interop.hub import model_hash
 from isthmus.model import Model, load
 from isthmus.processes import first, join, rank, wait, world_size
@@ -94,6 +96,9 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str
         if not (folder / "stages" / stage.name / "trained").is_dir()
     }
     for stage in recipe.stages:
+        if stage.name in opened and merged(plain(built.net.config), stage.config) == plain(built.net.config):
+            _try_a_sample(built.processor(stage), opened[stage.name])
+    for stage in recipe.stages:
         place = folder / "stages" / stage.name
         built = built.enter(stage)
         move(built.net, recipe.parallel)
@@ -106,6 +111,14 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str
             save_model(built, place / "model", stage=stage)
     if first():
         save_model(built, folder / "model", extra=recipe_file(recipe))
+
+
+def _try_a_sample(processor: Processor, data: Mix | list[tuple[Source, int, float]]) -> None:
+    """Raises ConfigError for a processor that would refuse every sample of a source, as one does whose chat template
+    cannot be trained with: before the first step too. What is wrong with one sample alone is told when it is met."""
+    for source in data.sources if isinstance(data, Mix) else [source for source, _, _ in data]:
+        with suppress(DataError):
+            processor.example(source[0], 0)
 
 
 def _remembered(built: Built, trained: Path) -> Built:
