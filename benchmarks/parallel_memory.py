@@ -3,26 +3,31 @@
     python benchmarks/parallel_memory.py --processes 2
 
 Prints for each engine the resident memory of the first process before the engine, after three steps, and at its peak.
+Nets are made as recipes make them: in every process for DDP, in a file of the working folder for FSDP2.
 """
 
 import argparse
 import os
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint
 import torch.distributed.fsdp  # what an engine imports is no memory of its
+from torch.multiprocessing.spawn import spawn
 
 from isthmus.batch import Batch, Places, Tokens, Visuals
+from isthmus.mapped import made
 from isthmus.models.llava import Llava, LlavaConfig
 from isthmus.nn.vit import VisionConfig
 from isthmus.processes import join, rank, wait
 from isthmus.stage import Group, Stage, apply_stage
 from isthmus.training import optim
+from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
-from isthmus.training.parallel import Parallel, engine
+from isthmus.training.parallel import Parallel
 from isthmus.training.precision import context
 
 VOCAB, PATCHES, WORDS = 8000, 16, 16
@@ -65,12 +70,12 @@ def resident(what: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{what}:"))
 
 
-def run(number: int, processes: int, port: int, name: str) -> None:
+def run(number: int, processes: int, port: int, name: str, folder: Path) -> None:
     told: dict[str, Any] = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in told.items()}
     torch.set_num_threads(1)
     join()
-    own = net()
+    own = net() if name == "ddp" else made(net, folder)
     table = apply_stage(own, [Group("*", 1e-4)])
     stage = Stage(name="s", train=table.groups, steps=3)
     before = resident("VmRSS")
@@ -98,7 +103,8 @@ def main() -> None:
         with socket.socket() as meeting:
             meeting.bind(("127.0.0.1", 0))
             port = meeting.getsockname()[1]
-        torch.multiprocessing.spawn(run, args=(processes, port, name), nprocs=processes)  # type: ignore[no-untyped-call]
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            spawn(run, args=(processes, port, name, Path(folder)), nprocs=processes)
 
 
 if __name__ == "__main__":

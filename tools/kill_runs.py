@@ -114,7 +114,9 @@ def main() -> None:
             continue
         recipe = lengthened(recipe, options.engine)
         began = time.monotonic()
-        waited(started(recipe, place / name, options.processes), began + 600)
+        codes = waited(started(recipe, place / name, options.processes), began + 600)
+        if len(codes) < options.processes or any(codes.values()):
+            sys.exit(f"{name}: the run that nobody disturbed ended within 600 s with {codes}")
         takes, expected = time.monotonic() - began, facts(place / name)
         kills, slowest, number, folder = 0, 0.0, 0, place / f"{name}-0"
         while True:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isthmus import mapped
 from isthmus.errors import CheckpointError, ConfigError, MissingExtraError, StageError, nearest
 from isthmus.quantised import BITS, is_quantised
 
@@ -264,7 +265,7 @@ def _inject(net: nn.Module, lora: Lora, names: Sequence[str], *, turned: bool) -
     )
     model: Any = net
     model.is_loaded_in_4bit = any(is_quantised(model.get_submodule(name).weight) for name in names)  # so peft is told
-    with warnings.catch_warnings():
+    with mapped.solid(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of peft to its developers
         inject_adapter_in_model(config, model, adapter_name=_NAME)
     del model.is_loaded_in_4bit

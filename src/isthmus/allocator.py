@@ -15,11 +15,12 @@ from typing import Any
 VARIABLE = "ISTHMUS_KEEP_MIB"
 """Environment variable: how many MiB of freed memory may be kept; 0 leaves the C library as it is."""
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _MIB = 2**20
 _MOST = 2048 * _MIB
 _AT_ONCE = 64 * _MIB
 _SHARE = 8
+_LARGE, _MAPPINGS = 2**20, 65536
 _SHORT = 2
 
 
@@ -41,6 +42,16 @@ def keep_freed_memory() -> bool:
             mallopt(_M_TOP_PAD, pad),
         ]
     )
+
+
+def return_freed_memory() -> bool:
+    """The other way, for what is to hold little rather than to be quick: each freed buffer of a MiB or more goes back
+    to the system at once. True where that is possible."""
+    mallopt = _libc("mallopt")
+    if mallopt is None:
+        return False
+    wishes = {_M_MMAP_MAX: _MAPPINGS, _M_MMAP_THRESHOLD: _LARGE, _M_TRIM_THRESHOLD: _LARGE, _M_TOP_PAD: 0}
+    return [mallopt(name, value) for name, value in wishes.items()] == [1] * len(wishes)
 
 
 def relieve() -> bool:

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from isthmus import load_report
+from isthmus import load_report, mapped
 from isthmus.errors import CheckpointError, nearest
 from isthmus.file_type import but_is, start_of
 from isthmus.load_report import Account
@@ -418,6 +418,7 @@ def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path, 
     """Give the net these tensors, strictly: every name and shape must fit. ``where`` is for the message.
 
     Of the net's dtype they become its weights themselves, without a copy: pages of a mapped file are read when used.
+    A hollow net (:func:`isthmus.mapped.hollow`) takes all of them so, in their own dtype.
     A tied tensor may be given under one or all of its names (then with equal values). Nothing is changed unless
     everything fits. Raises CheckpointError listing what is missing, unexpected or of another shape.
     """
@@ -434,7 +435,7 @@ def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path, 
             faults_missing.append(f"{names[0]!r} is missing ({near})")
             continue
         source = tensors[given[0]]
-        if target.is_meta:
+        if target.is_meta and not mapped.is_hollow():
             raise CheckpointError(
                 f"The net that should take {where} is on the meta device and holds no values: "
                 "build it on a real device first."
@@ -453,10 +454,11 @@ def load_into(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path, 
         )
     taken: set[int] = set()
     for target, source in plan:
-        unchanged = source.dtype == target.dtype and source.device == target.device and source.is_contiguous()
-        if unchanged and source.data_ptr() not in taken:  # one tensor given twice must not tie two weights
+        whole = source.dtype == target.dtype and source.device == target.device and source.is_contiguous()
+        fresh = source.data_ptr() not in taken  # one tensor given twice must not tie two weights
+        if target.is_meta or (whole and fresh):
             taken.add(source.data_ptr())
-            target.data = source.detach()
+            mapped.given(target, source if fresh else source.clone())
         else:
             target.data.copy_(source)
     load_report.took(account, plan)

@@ -1,17 +1,25 @@
-"""The processes of one training, as ``torchrun`` starts them: each reads its share of the rows.
+"""The processes of one training, as ``torchrun`` or ``srun`` starts them: each reads its share of the rows.
 
     join()              # does nothing in a process that is alone
     all_gather(value)   # everybody's value, in order of rank
+    doing("...")        # what the others read when this one does not come
 
 Alone, every function here answers as the only process would, without any communication.
+
+Whoever waits in vain for another process leaves: its end is noticed at once, its hanging after ``parallel.timeout``.
+All who wait leave a note of it where the processes met, so who left none is the one to look for.
 """
 
 import atexit
+import json
 import os
+import re
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,13 +28,26 @@ from torch import Tensor
 
 from isthmus.errors import ConfigError, IsthmusError
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 T = TypeVar("T")
 STOPS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 """Signals that end a training after a step; not every system has the last one."""
 
 
+TIMEOUT = 1800.0
+"""Seconds that a process waits for the others before it gives up."""
+_GRACE = 1.0
+"""Seconds that those who wait in vain have for saying so."""
+_WAITS = "waits in vain"
+
+_notes: "Store | None" = None
+_timeout = TIMEOUT
+
+
 class LostError(IsthmusError):
-    """Another process of the run has ended, so this one cannot go on; the other one said why."""
+    """Another process of the run has ended or hangs, so this one cannot go on; who ended said why."""
 
     exit_code = 75
 
@@ -61,8 +82,9 @@ def first() -> bool:
     return rank() == 0
 
 
-def torchrun_world_size() -> int:
-    """How many processes ``torchrun`` says there are. Raises ConfigError when that is no number."""
+def launched_world_size() -> int:
+    """How many processes ``torchrun`` or SLURM's ``srun`` says there are. Raises ConfigError when that is no number."""
+    _read_slurm()
     given = os.environ.get("WORLD_SIZE") or "1"
     if not given.isdecimal() or given == "0":
         raise ConfigError(
@@ -71,30 +93,76 @@ def torchrun_world_size() -> int:
     return int(given)
 
 
+def _read_slurm() -> None:
+    """What ``srun`` says of this process, in the words of ``torchrun``, whose own go first. All meet at the first node
+    of the step, at a port that follows from the job's number."""
+    step = {name: os.environ.get(f"SLURM_{name}", "") for name in ("STEP_NUM_TASKS", "PROCID", "LOCALID", "JOB_ID")}
+    node = re.match(r"([^\[,]+)(?:\[(\d+))?", os.environ.get("SLURM_STEP_NODELIST", ""))
+    if "WORLD_SIZE" in os.environ or node is None or not all(value.isdecimal() for value in step.values()):
+        return
+    os.environ |= {
+        "WORLD_SIZE": step["STEP_NUM_TASKS"],
+        "RANK": step["PROCID"],
+        "LOCAL_RANK": step["LOCALID"],
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR") or f"{node[1]}{node[2] or ''}",
+        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(15_000 + int(step["JOB_ID"]) % 20_000),
+    }
+
+
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def join() -> None:
-    """Meet the other processes that ``torchrun`` started, until this one ends; alone or met before, nothing.
+def join(timeout: float = TIMEOUT) -> None:
+    """Meet the other processes that were started with this one, until this one ends; alone or met before, nothing. None
+    waits longer than ``timeout`` seconds for another.
 
     Tensors on GPUs travel over NCCL, everything else over gloo. Raises ConfigError when ``WORLD_SIZE`` is set and
     something else that torchrun sets is not.
     """
-    if torchrun_world_size() == 1 or world_size() > 1:
+    global _notes, _timeout
+    if launched_world_size() == 1 or world_size() > 1:
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ConfigError(
-            f"WORLD_SIZE is {torchrun_world_size()}, and {', '.join(missing)} not set: start several processes "
+            f"WORLD_SIZE is {launched_world_size()}, and {', '.join(missing)} not set: start several processes "
             "with `torchrun --nproc-per-node N -m isthmus train …`, or one without WORLD_SIZE."
         )
     on_gpu = device().type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    from torch._C._distributed_c10d import PrefixStore  # not in every build of torch
+    from torch.distributed.rendezvous import rendezvous
+
+    _timeout = timeout
+    store, number, count = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    store.set_timeout(timedelta(seconds=timeout))
+    _notes = PrefixStore("notes", store)
+    doing("its beginning")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=PrefixStore("group", store),
+        rank=number,
+        world_size=count,
+        timeout=timedelta(seconds=timeout),
+    )
     atexit.register(dist.destroy_process_group)
+
+
+def group() -> "dist.ProcessGroup":
+    """One more group of all processes over gloo, for messages that may cross those of the others."""
+    made = dist.new_group(backend="gloo", timeout=timedelta(seconds=_timeout))
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
+def doing(what: str) -> None:
+    """Leave a note of what this process does from now on: another one that waits in vain for it reads it."""
+    if _notes is not None:
+        with suppress(RuntimeError):  # where the notes are gone, the next exchange tells what happened
+            _notes.set(os.environ["RANK"], json.dumps([time.time(), what]))
 
 
 def device() -> torch.device:
@@ -108,16 +176,49 @@ def device() -> torch.device:
 
 @contextmanager
 def talking() -> Iterator[None]:
-    """Around every exchange: torch's error when the other end is gone, in words (LostError)."""
+    """Around every exchange: torch's error when the other end is gone, or does not come, in words (LostError)."""
     try:
         yield
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("Connection", "peer", "remote process")):
+        late = "Timed out" in str(error)
+        if not late and not any(word in str(error) for word in ("Connection", "peer", "remote process")):
             raise
-        raise LostError(
-            f"Another process of this run has ended, so process {dist.get_rank()} cannot go on: look for what that one "
-            "said. The same command goes on at the last checkpoint."
-        ) from error
+        raise LostError(_in_vain(late)) from error
+
+
+def _in_vain(late: bool) -> str:
+    """Who was waited for in vain, and what it did last."""
+    number, missing = dist.get_rank(), _missing()
+    many = len(missing) > 1
+    who = f"Process{'es' * many} {', '.join(map(str, missing))}" if missing else "Another process"
+    said = f"{who} of this run {'have' if many else 'has'}"
+    if late:
+        said += f" not come within {_timeout:g} s (parallel.timeout), so process {number} gives up."
+    else:
+        said += f" ended, so process {number} cannot go on: look for what that one said."
+    last = [f" Process {n} was last seen at {what}." for n, what in missing.items() if what]
+    return f"{said}{''.join(last)} The same command goes on at the last checkpoint."
+
+
+def _missing() -> dict[int, str]:
+    """The processes that do not wait themselves, with the last note of each. Where the notes are gone, the first one
+    is, who keeps them."""
+    if _notes is None:
+        return {}
+    number = dist.get_rank()
+    others = [n for n in range(dist.get_world_size()) if n != number]
+    doing(_WAITS)
+    until = time.monotonic() + _GRACE * (1 if number else 2)  # who keeps the notes leaves last
+    try:
+        _notes.set_timeout(timedelta(seconds=_GRACE))
+        while True:
+            notes = {n: json.loads(_notes.get(str(n))) for n in others}
+            away = {n: note for n, note in notes.items() if note[1] != _WAITS}
+            if not away or time.monotonic() > until:
+                return {n: f"{what}, {max(0, round(time.time() - at))} s ago" for n, (at, what) in away.items()}
+            time.sleep(0.05)
+    except RuntimeError:
+        return {0: ""} if number else {}
 
 
 def wait() -> None:

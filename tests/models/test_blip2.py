@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -41,6 +40,7 @@ from tests.models.tiny_blip2 import (
     tiny,
     tokens,
 )
+from tests.spawning import spawn
 
 NORM = {"l": 2_048, "g": 2_816}
 ROWS = [[2, 5, 6, 7, 8], [2, 9, 10]]
@@ -233,7 +233,7 @@ def test_the_three_losses_equal_a_direct_computation(texts: list[list[int]], mon
 
 def test_two_processes_have_the_loss_of_one_with_the_whole_batch(tmp_path, monkeypatch) -> None:
     """Values and gradients of all three terms."""
-    torch.multiprocessing.spawn(blip2_ranks.run, args=(2, str(tmp_path)), nprocs=2)
+    spawn(blip2_ranks.run, 2, str(tmp_path))
     halves = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     monkeypatch.setattr(torch, "multinomial", blip2_ranks.likeliest)
     whole = blip2_ranks.terms_and_gradients(blip2_ranks.frozen_encoder(), blip2_ranks.exact(pairs()))

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing
 import torch.nn.functional as F
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from isthmus.nn.losses import info_nce, sigmoid_loss, similarity
 from tests.nn import contrastive_ranks as ranks
+from tests.spawning import spawn
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_float32_under_autocast(embeddings):
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_processes_equal_one(world, tmp_path):
-    torch.multiprocessing.spawn(ranks.run, args=(world, str(tmp_path)), nprocs=world)
+    spawn(ranks.run, world, str(tmp_path))
     results = torch.load(tmp_path / "results.pt")
     for (loss, _), result in zip(ranks.CASES, results, strict=True):
         net = ranks.tiny(loss)

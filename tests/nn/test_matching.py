@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-import torch.multiprocessing
 import torch.nn.functional as F
 
 from isthmus.errors import DataError
 from isthmus.nn.losses import similarity
 from isthmus.nn.matching import Contrast, barred_pairs, hard_negatives, query_contrast
 from tests.nn import matching_ranks as ranks
+from tests.spawning import spawn
 
 SMOOTH = 0.1
 
@@ -52,7 +52,7 @@ def test_the_maximum_comes_before_the_temperature_and_is_over_queries() -> None:
 
 
 def test_two_processes_have_values_and_gradients_of_one(tmp_path) -> None:
-    torch.multiprocessing.spawn(ranks.run, args=(2, str(tmp_path)), nprocs=2)
+    spawn(ranks.run, 2, str(tmp_path))
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     images, texts, temperature = ranks.leaves()
     whole = query_contrast(images, texts, temperature)

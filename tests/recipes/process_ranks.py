@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from PIL import Image as PilImage
 
+from isthmus.checkpoint import tensor_sha256
 from isthmus.cli.evaluate import run as command
 from isthmus.model import load
 from isthmus.processes import of_first
+from isthmus.recipes.build import build
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe
 from isthmus.recipes.scoring import own_tasks, score_model
+from isthmus.stage import named_state
 from isthmus.training.parallel import Parallel
 from tests.miniature import tree
 from tests.recipes.test_blip2 import tree as blip2_tree
@@ -82,6 +85,18 @@ def damaged(folder: Path) -> dict[str, Any]:
     return data
 
 
+def nets(story: Path, aside: Path | None) -> dict[str, list[dict[str, str]]]:
+    """The sha256 of each tensor of each recipe's net as its stages begin."""
+    found = {}
+    for name, recipe in recipes(story).items():
+        built = build(recipe, aside)
+        found[name] = []
+        for stage in recipe.stages:
+            built = built.enter(stage)
+            found[name].append({n: tensor_sha256(t) for n, t in named_state(built.net).items()})
+    return found
+
+
 def run(number: int, world: int, port: int, story: str, folder: str) -> None:
     os.environ |= {
         "RANK": str(number),
@@ -97,3 +112,4 @@ def run(number: int, world: int, port: int, story: str, folder: str) -> None:
         recipe = recipes(Path(story))[name].model_copy(update={"parallel": Parallel(engine="fsdp")})
         train(recipe, Path(folder) / f"{name}-sharded", progress=False)
     evaluations(Path(story), Path(folder) / "scores", Path(folder))
+    torch.save(nets(Path(story), Path(folder)), Path(folder) / f"nets-{number}.pt")

@@ -13,10 +13,12 @@ from isthmus.cli.app import app
 from isthmus.errors import CheckpointError
 from isthmus.interop.hub import model_hash
 from isthmus.model import load
+from isthmus.recipes.build import build
 from isthmus.recipes.check import check
 from isthmus.recipes.facts import net_of, stage_facts
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import parse_recipe
+from isthmus.stage import named_state
 from tests.miniature import tree
 
 LORA = {"pattern": "language.*", "lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}}
@@ -118,6 +120,8 @@ def test_without_init_the_base_is_written_beside(story, tmp_path):
 def test_adapters_are_trained_on_by_further_ones(tuned, story, tmp_path):
     found = tree("llava", story)
     found |= {"parts": {"init": str(tuned)}, "stages": [found["stages"][1] | {"train": [LORA]}]}
+    whole, mapped = (named_state(build(parse_recipe(found), aside).net) for aside in (None, tmp_path))
+    assert all(torch.equal(tensor, mapped[name]) for name, tensor in whole.items())
     model = train(parse_recipe(found), tmp_path / "run", progress=False)
     assert model.base is not None
     assert model.base.path == str(tuned)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from isthmus import adapters
-from isthmus.checkpoint import read_json
+from isthmus.checkpoint import load_tensors, read_json
 from isthmus.cli.app import app
 from isthmus.errors import CheckpointError
 from isthmus.interop.convert import write_model
@@ -40,6 +40,8 @@ def peft_lora(base, folder, targets):
 def test_a_lora_of_transformers_llava_is_trained_on(tmp_path):
     write_model(tiny_models.llava(), tmp_path / "llava-hf", "hf")
     peft_lora(tmp_path / "llava-hf", tmp_path / "lora", ["q_proj"])
+    weights = tmp_path / "llava-hf/model.safetensors"  # half as wide, as published ones are
+    save_file({n: t.bfloat16() for n, t in load_tensors(weights).items()}, weights, metadata={"format": "pt"})
     recipe = read_recipe("finetune-llava", [f"INIT={tmp_path / 'lora'}", "DATA=data"])
     built = build(recipe)
     built = built.enter(recipe.stages[0])
@@ -47,6 +49,8 @@ def test_a_lora_of_transformers_llava_is_trained_on(tmp_path):
     assert all(torch.equal(t, merged[n]) for n, t in before.items())
     assert adapters.adapted(built.net)
     assert built.begun == str(tmp_path / "lora")
+    mapped = named_state(build(recipe, tmp_path).enter(recipe.stages[0]).net)
+    assert all(torch.equal(t, mapped[n]) for n, t in merged.items())
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

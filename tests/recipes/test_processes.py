@@ -1,6 +1,7 @@
 """Every system from a recipe in two processes: the steps of one process, one folder, and a command that starts them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,13 +22,13 @@ from isthmus.recipes.schema import parse_recipe
 from isthmus.training.log import read_metrics
 from tests.miniature import tree
 from tests.recipes import process_ranks as ranks
-from tests.training.test_processes import free_port
+from tests.spawning import free_port, spawn
 
 
 @pytest.fixture(scope="module")
 def both(story, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(ranks.run, args=(2, free_port(), str(story), str(folder)), nprocs=2)
+    spawn(ranks.run, 2, free_port(), str(story), str(folder))
     return folder
 
 
@@ -120,6 +121,13 @@ def test_two_processes_score_as_one(both, story, tmp_path):
     assert len((both / "scores/broken/vqa/quarantine.jsonl").read_text().splitlines()) == 1
 
 
+def test_nets_mapped_from_a_file_have_the_bits_of_whole_ones(both, story):
+    """In the process that wrote it and in the one that made a net without values, in every stage of every system."""
+    expected = ranks.nets(story, None)
+    assert any(len(stages) > 1 for stages in expected.values())
+    assert all(torch.load(both / f"nets-{number}.pt") == expected for number in range(2))
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_parts_of_a_step_are_its_rows(story, monkeypatch, world):
     recipe = parse_recipe(tree("llava", story))
@@ -181,7 +189,8 @@ def test_the_command_speaks_once_and_survives_a_lost_process(tmp_path):
     os.kill(children(running.pid)[1], signal.SIGKILL)
     _, said = running.communicate(timeout=120)
     assert running.returncode == 128 + signal.SIGKILL
-    assert said.count("Another process of this run has ended") == 1
+    assert said.count("Process 1 of this run has ended") == 1
+    assert re.search(r"Process 1 was last seen at (making the net|step \d+|saving step)", " ".join(said.split()))
     assert "Traceback" not in said
 
     again = command(tmp_path)

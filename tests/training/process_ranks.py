@@ -1,16 +1,21 @@
 """What each process of the tests of several processes runs, as torchrun would start it."""
 
+import errno
+import json
 import os
+import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from isthmus.batch import Batch
-from isthmus.processes import all_gather, join, rank, wait, world_size
+from isthmus.batch import Batch, Term
+from isthmus.errors import CheckpointError
+from isthmus.processes import TIMEOUT, LostError, all_gather, join, rank, wait, world_size
 from isthmus.stage import Group, Stage
-from isthmus.training import Interrupted, Preempted, train
+from isthmus.training import Interrupted, Preempted, shard_files, train
 from isthmus.training.engines import engine
 from isthmus.training.gradient import NonFiniteLoss, backward
 from isthmus.training.parallel import DDP, Parallel
@@ -18,7 +23,10 @@ from isthmus.training.precision import context
 
 from .toys import ToyLoader, ToyNet, make_batch
 
+LIMIT = 2.0
+"""Seconds."""
 FP32 = context("fp32", torch.device("cpu"))
+FSDP = Parallel(engine="fsdp")
 SPLITS: list[list[list[list[int]]]] = [
     [[[1, 2, 3]], [[4]]],  # one micro-batch each, unlike numbers of rows
     [[[1, 2, 3, 4]], []],  # a process without rows
@@ -63,16 +71,47 @@ def gradient(model: ToyNet, batches: list[Batch]) -> dict[str, Any]:
     return {"means": means, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
 
-def _non_finite() -> list[str]:
+class NanHere(ToyNet):
+    """Its loss is none in process 1."""
+
+    def loss(self, batch: Batch) -> dict[str, Term]:
+        (term,) = super().loss(batch).values()
+        return {"lm": replace(term, total=term.total * float("nan"))} if rank() == 1 else {"lm": term}
+
+
+def _non_finite(how: Parallel, micro: int) -> list[str]:
     """What each process says when process 1 alone meets a NaN."""
-    model = net()
-    replicated = engine(model)  # begins with the first process's weights
-    if rank() == 1:
-        model.language["head"].bias.data.fill_(float("nan"))
+    runs = engine(NanHere(dtype=torch.float64, dropout=0.0), how)
     try:
-        backward(replicated, [make_batch([1, 2])], FP32)
+        backward(runs, [make_batch([1, 2])] * micro, FP32)
     except NonFiniteLoss as problem:
         return all_gather(str(problem))
+    return all_gather("nothing")
+
+
+def _full(path: Path) -> list[str]:
+    """What each process says when process 1 has no room for its shards; the run is at step 2 by then."""
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer: Any = shard_files.HuggingFaceStorageWriter
+    usual = writer.write_data
+    with suppress(Preempted):
+        train(net(), PartLoader(), stage(), path, progress=False, parallel=FSDP, stop_at=2)
+    writer.write_data = full if rank() == 1 else usual
+    try:
+        return _refused(path)
+    finally:
+        writer.write_data = usual
+
+
+def _refused(path: Path) -> list[str]:
+    """What each process says when no checkpoint can be written."""
+    try:
+        train(net(), PartLoader(), stage(), path, progress=False, parallel=FSDP)
+    except CheckpointError as refused:
+        return all_gather(str(refused))
     return all_gather("nothing")
 
 
@@ -94,10 +133,45 @@ def run_a_while(number: int, world_size: int, port: int, folder: str, stop_at: i
     """Go on with a sharded run, up to a step."""
     enter(number, world_size, port)
     with suppress(Preempted):
-        train(net(), PartLoader(), stage(8), folder, progress=False, parallel=Parallel(engine="fsdp"), stop_at=stop_at)
+        train(net(), PartLoader(), stage(8), folder, progress=False, parallel=FSDP, stop_at=stop_at)
 
 
-def enter(number: int, world_size: int, port: int) -> None:
+class SleepingLoader(PartLoader):
+    """Process 1 sleeps before its third step for longer than the other one waits."""
+
+    def steps(self, start: Any) -> Any:
+        for number, (position, batches) in enumerate(super().steps(start)):
+            if rank() == 1 and number == 2:
+                time.sleep(4 * LIMIT)
+            yield position, batches
+
+
+def run_late(number: int, world_size: int, port: int, folder: str) -> None:
+    """What each process says when process 1 does not come."""
+    enter(number, world_size, port, LIMIT)
+    try:
+        train(net(), SleepingLoader(), stage(), Path(folder) / "late", progress=False)
+    except LostError as lost:
+        (Path(folder) / f"said-{number}").write_text(str(lost))
+
+
+def run_under_slurm(number: int, world_size: int, port: int, folder: str) -> None:
+    """As ``srun`` starts a process: without a word of torchrun's."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        os.environ.pop(name, None)
+    os.environ |= {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NUM_TASKS": str(world_size),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_PROCID": str(number),
+        "SLURM_LOCALID": str(number),
+        "MASTER_PORT": str(port),
+    }
+    join()
+    (Path(folder) / str(number)).write_text(json.dumps(all_gather(number)))
+
+
+def enter(number: int, world_size: int, port: int, timeout: float = TIMEOUT) -> None:
     os.environ |= {
         "RANK": str(number),
         "LOCAL_RANK": str(number),
@@ -106,7 +180,7 @@ def enter(number: int, world_size: int, port: int) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    join()
+    join(timeout)
 
 
 def run(number: int, world_size: int, port: int, folder: str) -> None:
@@ -120,8 +194,13 @@ def run(number: int, world_size: int, port: int, folder: str) -> None:
     whole = net()
     train(whole, PartLoader(), stage(), place / "whole", progress=False)
     found["weights"] = whole.state_dict()
-    found["non-finite"] = _non_finite()
+    found["non-finite"] = [_non_finite(how, micro) for how in (DDP, FSDP) for micro in (1, 2)]
+    found["full"] = _full(place / "full")
+    if rank() == 0:
+        (place / "closed").mkdir()
+        (place / "closed" / "checkpoints").touch()  # whoever is root may write into any folder, but not into a file
+    found["closed"] = _refused(place / "closed")
     found["stopped"], _ = _stopped(place / "stopped")
-    found["sharded"] = _stopped(place / "sharded", Parallel(engine="fsdp"))
+    found["sharded"] = _stopped(place / "sharded", FSDP)
     torch.save(found, place / f"rank{number}.pt")
     wait()

@@ -10,14 +10,14 @@ from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
 from isthmus.training.parallel import Engine, Parallel
 from tests.models.blip2_ranks import likeliest
+from tests.spawning import free_port, spawn
 
 from . import parallel_ranks as ranks
-from .test_processes import free_port
 
 
 def spawned(folder: Path, world: int) -> list[dict[Any, Any]]:
     """What the first and the last of so many processes found."""
-    torch.multiprocessing.spawn(ranks.run, args=(world, free_port(), str(folder)), nprocs=world)
+    spawn(ranks.run, world, free_port(), str(folder))
     return [torch.load(folder / f"{world}-{number}.pt") for number in (0, world - 1)]
 
 
@@ -78,7 +78,7 @@ def test_gathering_in_bf16_rounds_and_sums_in_full(found, alone):
             assert torch.cosine_similarity(ours.flatten().double(), value.flatten(), dim=0) > 0.9, name
 
 
-def test_recomputed_blocks_keep_less_and_give_the_same_bits():
+def test_recomputed_blocks_keep_less_and_give_the_same_bits(tmp_path):
     """In one process; the net is itself again afterwards."""
     kept, gradients = {}, {}
     for recompute in (False, True):
@@ -93,7 +93,7 @@ def test_recomputed_blocks_keep_less_and_give_the_same_bits():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             term = runs.loss(batch, last=True)["lm"]
         runs.backward(term.mean)
-        runs.close()
+        runs.close(tmp_path)
         assert not any("forward" in vars(block) for block in net.blocks())
         kept[recompute] = sum(numbers)
         gradients[recompute] = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}

@@ -1,7 +1,9 @@
 """Several processes train as one does: gradients, weights, resume, signals, and what is not finite."""
 
+import os
+import re
 import shutil
-import socket
+import time
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from isthmus.errors import CheckpointError, ConfigError
 from isthmus.training import train
 from isthmus.training.log import read_metrics
 from isthmus.training.state import checkpoints
+from tests.spawning import free_port, spawn
 
 from . import process_ranks as ranks
 from .toys import ToyLoader, make_batch
@@ -18,17 +21,11 @@ from .toys import ToyLoader, make_batch
 TIMES = ("seconds", "tokens_per_second", "data_wait")
 
 
-def free_port() -> int:
-    with socket.socket() as meeting:
-        meeting.bind(("127.0.0.1", 0))
-        return meeting.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """The folder that two processes wrote into, and what each of them found."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(ranks.run, args=(2, free_port(), str(folder)), nprocs=2)
+    spawn(ranks.run, 2, free_port(), str(folder))
     return folder, [torch.load(folder / f"rank{n}.pt") for n in range(2)]
 
 
@@ -110,8 +107,7 @@ def test_a_sharded_run_goes_on_in_another_number_of_processes(tmp_path):
     train(alone, ToyLoader(), ranks.stage(8), tmp_path / "alone", progress=False)
     place = tmp_path / "elastic"
     for world, stop_at in ((4, 2), (2, 4), (3, 6)):
-        spawn = torch.multiprocessing.spawn
-        spawn(ranks.run_a_while, args=(world, free_port(), str(place), stop_at), nprocs=world)
+        spawn(ranks.run_a_while, world, free_port(), str(place), stop_at)
         newest = checkpoints(place)[-1]
         assert newest.name == f"step-00000{stop_at}"
         assert len(list(newest.glob("shard-*.safetensors"))) == world
@@ -140,7 +136,23 @@ def test_a_damaged_shard_is_named(both, tmp_path, damage):
 
 def test_a_nan_in_one_process_stops_all(both):
     for each in both[1]:
-        assert all(said == "the loss 'lm' is nan" for said in each["non-finite"])
+        for case in each["non-finite"]:
+            assert all(said == "the loss 'lm' is nan" for said in case)
+
+
+def test_a_disk_without_room_for_one_process_is_told_by_all_and_loses_nothing(both):
+    folder, found = both
+    for each in found:
+        for said in each["full"]:
+            assert "step-000004: process 1: " in said
+            assert "No space left on device" in said
+            assert "What was saved before is intact" in said
+    assert [p.name for p in (folder / "full" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_folder_that_cannot_be_written_is_told_by_all(both):
+    for each in both[1]:
+        assert all("Cannot write in" in said and "closed/checkpoints" in said for said in each["closed"])
 
 
 def test_a_run_goes_on_in_another_number_of_processes_and_says_so(both, tmp_path):
@@ -153,6 +165,17 @@ def test_a_run_goes_on_in_another_number_of_processes_and_says_so(both, tmp_path
     assert any("process count 1 instead of 2" in warning for warning in result.warnings)
     for name, value in net.state_dict().items():
         torch.testing.assert_close(both[1][0]["weights"][name], value, atol=1e-9, rtol=0)
+
+
+@pytest.mark.slow  # most of it is waiting
+def test_a_process_that_hangs_is_named_with_what_it_did(tmp_path):
+    began = time.monotonic()
+    spawn(ranks.run_late, 2, free_port(), str(tmp_path))
+    assert time.monotonic() - began < 60
+    said = (tmp_path / "said-0").read_text()
+    assert "Process 1 of this run has not come within 2 s (parallel.timeout), so process 0 gives up" in said
+    assert re.search(r"Process 1 was last seen at step 3 of stage 's', reading its rows, \d s ago", said)
+    assert "process" in (tmp_path / "said-1").read_text()  # it woke up alone
 
 
 def test_alone_nothing_is_asked_of_others():
@@ -168,6 +191,47 @@ def test_a_world_that_is_no_number_is_refused(monkeypatch, size):
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(ConfigError, match="WORLD_SIZE is"):
         processes.join()
+
+
+SLURM = {"JOB_ID": "71234567", "STEP_NUM_TASKS": "8", "PROCID": "5", "LOCALID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("node7", "node7"), ("gpu-[003-005,9],x1", "gpu-003"), ("a12,b1", "a12"), ("n[4,7]", "n4")]
+)
+def test_what_srun_says_is_read(monkeypatch, nodes, first):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # put back at the end, whatever is set
+        monkeypatch.delenv(name)
+    for name, value in {**SLURM, "STEP_NODELIST": nodes}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert processes.launched_world_size() == 8
+    assert {n: os.environ[n] for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR")} == {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": first,
+    }
+    assert 1024 < int(os.environ["MASTER_PORT"]) < 2**16
+
+
+def test_processes_of_srun_meet(tmp_path):
+    spawn(ranks.run_under_slurm, 2, free_port(), str(tmp_path))
+    assert [(tmp_path / name).read_text() for name in "01"] == ["[0, 1]", "[0, 1]"]
+
+
+def test_torchruns_word_goes_before_sruns(monkeypatch):
+    for name, value in {**SLURM, "STEP_NODELIST": "node7"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert processes.launched_world_size() == 1
+
+
+def test_a_batch_script_of_several_tasks_is_one_process(monkeypatch):
+    """SLURM tells it of them too; only srun starts them."""
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert processes.launched_world_size() == 1
 
 
 def test_a_world_without_a_meeting_place_is_refused(monkeypatch):

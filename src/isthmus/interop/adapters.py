@@ -4,6 +4,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from isthmus import mapped
 from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError, IsthmusWarning
 from isthmus.interop.folders import TOKENIZER_FILES, blip2_of, llava_of, load_foreign
@@ -53,7 +54,8 @@ def open_adapter(folder: Path, given: Given) -> Opened:
     file = base / "config.json"
     described = read_json(file) if file.is_file() else {}
     if (read := _WHOLE.get(described.get("model_type", ""))) is not None:
-        peer = open_class(base)
+        with mapped.solid():  # the library fills its class itself
+            peer = open_class(base)
         merge_adapter(peer, folder, given.account)
         return read(base, Path(words or base), dict(peer.state_dict()), given.account)
     if "model_type" in described and "format" not in described and "mm_vision_tower" not in described:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from isthmus import load_report
+from isthmus import load_report, mapped
 from isthmus.checkpoint import read_json
 from isthmus.errors import CheckpointError, MissingExtraError
 from isthmus.interop.archives import read_archive, tensors_of
@@ -82,10 +83,10 @@ def merge_adapter(lm: nn.Module, folder: Path, account: Account | None = None) -
     named = dict(lm.named_modules())
     changed = [p for name in {_module(key) for key in state} & set(named) for p in named[name].parameters()]
     load_report.converted(account, changed)
-    for parameter in changed:  # weights may be pages of a file, and peft adds in place
-        parameter.data = parameter.data.clone()
+    for parameter in changed:  # weights may be pages of a file, of its dtype too, and peft adds in place
+        parameter.data = parameter.data.to(torch.float32, copy=True)
     try:
-        with warnings.catch_warnings():
+        with mapped.solid(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peft to its developers; what does not fit is an error below
             config = LoraConfig(
                 **{k: v for k, v in values.items() if k in _MERGED and v is not None}, inference_mode=True

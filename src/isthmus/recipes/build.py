@@ -6,13 +6,15 @@ in :mod:`isthmus.systems`.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from isthmus import adapters, quantised
+from isthmus import adapters, mapped, quantised
 from isthmus.config import merged, plain
 from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.images import ImageTransform
@@ -48,6 +50,7 @@ class Built:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     begun: str = ""
     opened: frozenset[str] = frozenset()
+    aside: Path | None = None
 
     @property
     def system(self) -> System:
@@ -65,10 +68,16 @@ class Built:
         config = merged(before, stage.config)
         entered = self
         if config != before:
-            memory = {**self.memory, **named_state(self.net)}
-            net = fresh(self.recipe, config)
+            memory, where = {**self.memory, **named_state(self.net)}, f"stage {stage.name!r}"
+
+            def make() -> Any:
+                net = fresh(self.recipe, config)
+                recall(net, memory, where)
+                return net
+
+            net = make() if self.aside is None else mapped.made(make, self.aside)
             adapters.carry_over(self.net, net)
-            recall(net, memory, f"stage {stage.name!r}")
+            recall(net, {name: tensor for name, tensor in memory.items() if adapters.MARK in name}, where)
             entered = replace(self, net=net, memory=memory, begun="")
         attach_adapters(entered.net, stage.stage.train, seed=self.recipe.seed)
         entered._demand_base(stage)
@@ -111,24 +120,34 @@ class Built:
         return Model(self.net, self.processor(stage), prompts=self.recipe.prompts, kind=self.system)
 
 
-def build(recipe: Recipe) -> Built:
+def build(recipe: Recipe, aside: Path | None = None) -> Built:
     """Everything a recipe names as its first stage begins, freshly initialised from its seed or taken from its parts.
+
+    With ``aside``, a folder that all processes of the run share and call this with together, none of them holds the
+    net: its weights, the bits of any other run's, are mapped from a file, and its parts' from theirs.
 
     Raises ConfigError for parts that do not belong to this kind of model, and whatever loading a part raises.
     """
     check_parts(recipe)
     kind, described = system(recipe.model), recipe.tokenizer
-    parts = {name: _part(kind, name, path) for name, path in recipe.parts.items()}
+    with nullcontext() if aside is None else mapped.hollow():
+        parts = {name: _part(kind, name, path) for name, path in recipe.parts.items()}
     if "init" in parts and parts["init"].kind != kind.kind:
         raise ConfigError(f"The part 'init' is a {parts['init'].kind} model, the recipe trains a {kind.kind}.")
     tokenizers = kind.tokenizers(parts, None if described is None else lambda: make_tokenizer(described))
     config = merged(_config(recipe, parts, tokenizers), recipe.stages[0].config)
-    net = fresh(recipe, config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)  # rows of new tokens are drawn around the part's own
-        memory = kind.take(net, parts)
+    memory: dict[str, Tensor] = {}
+
+    def make() -> Any:
+        net = fresh(recipe, config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)  # rows of new tokens are drawn around the part's own
+            memory.update(kind.take(net, parts))
+        return net
+
+    net = make() if aside is None else mapped.made(make, aside)
     begun = recipe.parts["init"] if "init" in parts and config == plain(parts["init"].net.config) else ""
-    return Built(net, tokenizers, _image_of(recipe, parts, net), recipe, memory=memory, begun=begun)
+    return Built(net, tokenizers, _image_of(recipe, parts, net), recipe, memory=memory, begun=begun, aside=aside)
 
 
 def _part(kind: System, name: str, path: str) -> Any:
@@ -146,6 +165,9 @@ def _part(kind: System, name: str, path: str) -> Any:
 def _open(path: str) -> Model:
     """A part on the CPU, the adapters that it may carry merged."""
     model = load(path, device="cpu")
+    for layer in adapters.adapted(model.net).values():
+        if not quantised.is_quantised(layer.get_base_layer().weight):
+            layer.get_base_layer().float()  # a hollow net takes weights in their file's dtype
     adapters.merge(model.net)
     return model
 

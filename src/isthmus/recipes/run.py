@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from isthmus import adapters, checkpoint
+from isthmus import adapters, checkpoint, mapped
 from isthmus.config import merged, plain
 from isthmus.data.cache import FeatureCache
 from isthmus.data.fingerprint import fingerprint
@@ -35,15 +35,15 @@ from isthmus.data.sources import named_apart, open_mix, open_source
 from isthmus.errors import CheckpointError, ConfigError, DataError
 from isthmus.interop.hub import model_hash
 from isthmus.model import Model, load
-from isthmus.processes import first, join, rank, wait, world_size
+from isthmus.processes import doing, first, join, rank, wait, world_size
 from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.features import FeatureLoader, open_cache
 from isthmus.recipes.saving import recipe_file, save_model
 from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
 from isthmus.recipes.validating import BEST, kept, validation_of
-from isthmus.stage import apply_stage, defining_keys, named_state
+from isthmus.stage import apply_stage, canonical, defining_keys, named_state
 from isthmus.training import train as train_stage
-from isthmus.training.engines import move
+from isthmus.training.engines import move, shards
 from isthmus.training.lock import RunLock
 from isthmus.user_code import pinned_in, placeless
 from isthmus.version import __version__
@@ -72,7 +72,7 @@ def train(
     elif not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / Path(name).stem
-    join()
+    join(recipe.parallel.timeout)
     with RunLock(folder) if first() else nullcontext():
         if first():
             _claim(folder, recipe)
@@ -88,7 +88,8 @@ def train(
 def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str, ...], stop_at: int | None) -> None:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    built = build(recipe)
+    doing("making the net")
+    built = build(recipe, folder if shards(recipe.parallel) else None)
     # All data is opened before the first step: a wrong path of the last stage shows now and not after hours.
     opened = {
         stage.name: open_data(stage)
@@ -109,6 +110,7 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str
         kept = stage is not recipe.stages[-1] and any(spec.stage == stage.name for spec in recipe.evaluate)
         if first() and kept and not (place / "model").is_dir():
             save_model(built, place / "model", stage=stage)
+    doing("writing the model")
     if first():
         save_model(built, folder / "model", extra=recipe_file(recipe))
 
@@ -143,7 +145,7 @@ def _run_stage(
     trained = folder / "trained"
     if data is None:
         files = checkpoint.read_folder(trained)
-        _lay_over(built.net, checkpoint.load_tensors(files["trained.safetensors"]), trained)
+        _lay_over(built, checkpoint.load_tensors(files["trained.safetensors"]), trained)
         return
     with _features(built, stage, folder.parent.parent / "features") as cache:
         loader = make_loader(built, stage, folder, data, cache)
@@ -276,13 +278,16 @@ def _joint_entry(entry: Mapping[str, Any]) -> tuple[dict[str, Any], int, float]:
     return own, int(entry["batch_size"]), float(entry.get("loss_weight", 1.0))
 
 
-def _lay_over(net: Any, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+def _lay_over(built: Built, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
     """Put a finished stage's trained tensors into the net; each must exist there with its shape."""
-    state = named_state(net)
+    state = {canonical(name): tensor for name, tensor in built.net.state_dict(keep_vars=True).items()}
     for name, tensor in tensors.items():
         if name not in state or state[name].shape != tensor.shape:
             raise CheckpointError(f"{where} holds {name} of shape {tuple(tensor.shape)}, which this net does not have.")
-        state[name].copy_(tensor)
+        if built.aside is not None and tensor.dtype == state[name].dtype:
+            mapped.given(state[name], tensor)
+        else:
+            state[name].data.copy_(tensor)
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:

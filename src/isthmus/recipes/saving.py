@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from isthmus import adapters, checkpoint
+from isthmus import adapters, checkpoint, mapped
 from isthmus.adapter_folder import Base
 from isthmus.config import plain
 from isthmus.interop.hub import model_hash
@@ -43,8 +43,9 @@ def save_model(
 def _base(built: Built, model: Model, beside: Path) -> Base:
     if built.begun:
         return Base(built.begun, model_hash(built.begun), tuple(sorted(built.opened)))
-    net = fresh(built.recipe, plain(built.net.config))
-    state = {name: t for name, t in named_state(built.net).items() if adapters.MARK not in name}
-    checkpoint.load_into(net, state, "the model without its adapters")
+    with mapped.hollow():
+        net = fresh(built.recipe, plain(built.net.config))
+        state = {name: t for name, t in named_state(built.net).items() if adapters.MARK not in name}
+        checkpoint.load_into(net, state, "the model without its adapters")
     Model(net, model.processor, prompts=model.prompts, kind=model.system).save(beside, replace=True)
     return Base(str(beside), model_hash(beside))

@@ -196,7 +196,7 @@ def _stretched(start: Any, net: Any) -> dict[str, Tensor]:
     old, new = start.config.vision.grid, net.config.vision.grid
     if old != new:
         tensors[_POSITIONS] = resize_positions(
-            tensors[_POSITIONS], (old, old), (new, new), how="hf", class_token=start.config.vision.class_token
+            tensors[_POSITIONS].float(), (old, old), (new, new), how="hf", class_token=start.config.vision.class_token
         )
     return tensors
 

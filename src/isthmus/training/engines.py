@@ -9,22 +9,23 @@ from isthmus.training.parallel import DDP, Engine, Parallel, Replicated, recompu
 
 def where(net: Net, parallel: Parallel) -> torch.device:
     """The device that the net trains on. A net that is sharded waits on the CPU, and its shards are elsewhere."""
-    return device() if _shards(parallel) else next(net.parameters()).device
+    return device() if shards(parallel) else next(net.parameters()).device
 
 
 def move(net: Net, parallel: Parallel) -> None:
     """Move a net to where it trains, unless only its shards go there."""
-    if not _shards(parallel):
+    if not shards(parallel):
         net.to(device())
 
 
-def _shards(parallel: Parallel) -> bool:
+def shards(parallel: Parallel) -> bool:
+    """Whether each process trains its shards of a net."""
     return parallel.engine == "fsdp" and world_size() > 1
 
 
 def engine(net: Net, parallel: Parallel = DDP) -> Engine:
     """The engine for the processes that there are. The net's parameters are opened and frozen by now."""
-    if _shards(parallel):
+    if shards(parallel):
         from isthmus.training.sharding import Sharded
 
         return Sharded(net, parallel)

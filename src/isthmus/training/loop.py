@@ -14,8 +14,6 @@ import dataclasses
 import hashlib
 import json
 import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -33,11 +31,11 @@ from isthmus.allocator import keep_freed_memory, relieve
 from isthmus.batch import Batch
 from isthmus.errors import DataError, IsthmusError, StageError
 from isthmus.net import Net
-from isthmus.processes import STOPS, all_gather, first, of_first, rank, wait, world_size
+from isthmus.processes import all_gather, doing, first, of_first, rank, wait, world_size
 from isthmus.products import multiply_quickly
 from isthmus.stage import Stage, StageTable, apply_stage, set_modes
 from isthmus.training import averaging, optim, precision, proof
-from isthmus.training.engines import engine, where
+from isthmus.training.engines import engine, shards, where
 from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_bad_value
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
 from isthmus.training.lock import RunLock
@@ -46,6 +44,7 @@ from isthmus.training.parallel import DDP, Parallel
 from isthmus.training.protocols import Loader
 from isthmus.training.restoring import restore
 from isthmus.training.state import RunState, check_same, checkpoints, newest_state, rng_state
+from isthmus.training.stops import signalled, stop_flag
 from isthmus.training.validation import KEY, Validation
 
 Skipped = Callable[[tuple[str, ...], str], None]
@@ -130,14 +129,13 @@ def train(
         if first():
             _describe(folder, stage, table, run.precision)
         with (
-            _stop_flag() as stopped,
+            stop_flag() as stopped,
             closing(MetricLog(folder, run.state.step, report_to=report_to, writes=first())) as log,
             progress_bar(progress, stage.name, stage.budget, run.done) as bar,
         ):
             try:
                 run.go(log, bar, stopped, validation)
-                averaging.take(run.optimizer)
-                run.engine.close()
+                run.end()
             finally:
                 run.writer.close()
                 run.widen()
@@ -170,7 +168,7 @@ class _Run:
         self.autocast = precision.context(self.precision.precision, self.device)
         note = (f"step 0: {len(widened)} half-precision tensors train as fp32 master weights",) if widened else ()
         self.narrowed, note = self._narrow(note)
-        frozen = proof.frozen_tensors(net)
+        frozen = proof.frozen_tensors(net, alike=shards(how))
         self.engine = engine(net, how)
         self.net = self.engine.net
         self.writer = self.engine.state_writer()
@@ -263,6 +261,7 @@ class _Run:
             before = self.state.seconds - time.perf_counter()
             while self.done < self.stage.budget and not (validation is not None and validation.over):
                 started, note = time.perf_counter(), dict(stopped)
+                doing(f"{self._next()}, reading its rows")
                 try:
                     position, batches = next(stream)
                 except StopIteration:
@@ -302,7 +301,7 @@ class _Run:
         self._save()
         self.writer.wait()
         # A signal during the last step must not be lost: the caller may have further stages.
-        self._stop_if(_signalled(all_gather(dict(stopped))))
+        self._stop_if(signalled(all_gather(dict(stopped))))
 
     def _begin_validation(self, log: MetricLog, validation: Validation) -> None:
         """What an earlier call found, or the numbers of the net that the stage begins with."""
@@ -318,7 +317,7 @@ class _Run:
         are stored, for a model that answers without autocast, and weights averaged where the stage averages them."""
         self.widen()
         try:
-            with averaging.averaged(self.optimizer), self.engine.gathered():
+            with averaging.averaged(self.optimizer), self.engine.gathered(self.folder):
                 yield
         finally:
             set_modes(self.net)
@@ -337,9 +336,13 @@ class _Run:
             with self._as_stored():
                 of_first(lambda: validation.keep(self.state.step, validation.found[self.state.step]))
 
+    def _next(self) -> str:
+        return f"step {self.state.step + 1} of stage {self.stage.name!r}"
+
     def _meet(self, note: Mapping[str, str], batches: list[Batch]) -> tuple[Mapping[str, str], Traffic, str]:
         """What all processes know before a step: a signal that came, what the step carries, its samples in order."""
         ids = [i for batch in batches for i in batch.ids]
+        doing(f"{self._next()} of {len(ids)} rows in {len(batches)} micro-batches ({', '.join(ids[:3])} ...)")
         met = all_gather((note, Traffic.of(batches), ids))
         if self.net.contrasts and (empty := [n for n, (_, t, _) in enumerate(met) if not t.samples]):
             raise DataError(
@@ -348,7 +351,7 @@ class _Run:
             )
         rows = chain.from_iterable(zip_longest(*(names for _, _, names in met)))
         order = hashlib.sha256("\n".join(i for i in rows if i is not None).encode()).hexdigest()[:16]
-        return _signalled([s for s, _, _ in met]), Traffic.sum(t for _, t, _ in met), order
+        return signalled([s for s, _, _ in met]), Traffic.sum(t for _, t, _ in met), order
 
     def _step(self, batches: list[Batch], traffic: Traffic) -> dict[str, Any]:
         """One update, or none when it is not finite and the stage lets that pass. Its part of the log line."""
@@ -445,12 +448,18 @@ class _Run:
     def _save(self) -> None:
         if self.state.step == self.saved:
             return
+        doing(f"saving step {self.state.step}")
         generators = all_gather(rng_state())
         self.writer.save(self.folder, self.state, self.net, self.optimizer, self.parameters, generators, self.stage)
         self.saved = self.state.step
 
-    def result(self) -> TrainResult:
+    def end(self) -> None:
+        """What the stage hands over goes into the net that was given."""
         self.optimizer.zero_grad(set_to_none=True)
+        averaging.take(self.optimizer)
+        self.engine.close(self.folder)
+
+    def result(self) -> TrainResult:
         return TrainResult(
             folder=self.folder,
             step=self.state.step,
@@ -461,34 +470,6 @@ class _Run:
             table=self.table,
             warnings=self.state.warnings,
         )
-
-
-def _signalled(found: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
-    """The first process's note of a signal that has one."""
-    return next((note for note in found if note), {})
-
-
-@contextmanager
-def _stop_flag() -> Iterator[Mapping[str, str]]:
-    """While inside, SIGTERM, SIGUSR1 and Ctrl-C only leave a note; a second one ends the process as usual."""
-    stopped: dict[str, str] = {}
-    if threading.current_thread() is not threading.main_thread():
-        # Only the main thread may set handlers; elsewhere the caller stops the run.
-        yield stopped
-        return
-    before = {number: signal.getsignal(number) for number in STOPS}
-
-    def note(number: int, _frame: object) -> None:
-        stopped["signal"] = signal.Signals(number).name
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _describe(folder: Path, stage: Stage, table: StageTable, chosen: precision.Choice) -> None:

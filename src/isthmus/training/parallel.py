@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -23,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from isthmus.batch import Batch, Term
+from isthmus.errors import ConfigError
 from isthmus.net import Net
-from isthmus.processes import talking
+from isthmus.processes import TIMEOUT, talking
 from isthmus.training.state import StateWriter
 
 
@@ -36,13 +38,19 @@ class Parallel:
     gathers a block when it runs). With fsdp, ``frozen`` tensors are ``sharded`` too, or ``replicated`` in every
     process; ``gather: bf16`` casts what is gathered to bf16, which halves what travels and rounds gains and biases as
     well, while gradients are summed in fp32. ``recompute`` keeps of each block of the language model its input alone,
-    and runs it again in the backward pass: with any engine, and in one process too.
+    and runs it again in the backward pass: with any engine, and in one process too. A process that waits longer than
+    ``timeout`` seconds for another one gives up. Raises ConfigError where that is no time.
     """
 
     engine: Literal["ddp", "fsdp"] = "ddp"
     frozen: Literal["sharded", "replicated"] = "sharded"
     gather: Literal["as_is", "bf16"] = "as_is"
     recompute: bool = False
+    timeout: float = TIMEOUT
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ConfigError(f"parallel.timeout is {self.timeout!r}; it is a number of seconds above 0.")
 
 
 DDP = Parallel()
@@ -86,12 +94,15 @@ class Engine:
         return StateWriter()
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """While inside, the net that was given is what it has learnt so far, in every process."""
+    def gathered(self, folder: Path) -> Iterator[None]:
+        """While inside, the net that was given is what it has learnt so far, in every process; ``folder`` is one that
+        all processes share."""
+        del folder
         yield
 
-    def close(self) -> None:
+    def close(self, folder: Path) -> None:
         """At the end of training: the net that was given holds what was learnt, and is as it was otherwise."""
+        del folder
         for block in self._recomputed:
             del block.forward
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from isthmus.checkpoint import tensor_sha256
 from isthmus.errors import StageError
-from isthmus.processes import all_gather
+from isthmus.processes import all_gather, rank, world_size
 from isthmus.quantised import is_quantised
 from isthmus.stage import canonical, named_parameters
 from isthmus.training.shards import full_tensor, is_shard, local
@@ -47,17 +47,27 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
     return parameter.grad is not None and bool(local(parameter.grad).any())
 
 
-def frozen_tensors(net: nn.Module) -> dict[str, str]:
+def frozen_tensors(net: nn.Module, *, alike: bool = False) -> dict[str, str]:
     """sha256 of every tensor that must not move: frozen parameters, with the scales of those in 4 bits, and persistent
-    buffers of frozen modules. Shards are put together first, one tensor at a time: all processes call it together."""
-    digests = {name: tensor_sha256(full_tensor(p)) for name, p in named_parameters(net) if not p.requires_grad}
+    buffers of frozen modules.
+
+    Of shards, which are put together first, one tensor at a time, and where all processes have the net ``alike`` from
+    one file, each process looks at its part of the tensors: all call it together.
+    """
+    parameters = {name: p for name, p in named_parameters(net) if not p.requires_grad}
     moving = moving_buffers(net)
     state = net.state_dict()
-    for name, buffer in net.named_buffers():
-        if name in state and canonical(name) not in moving:
-            digests[canonical(name)] = tensor_sha256(buffer)
+    buffers = {canonical(n): b for n, b in net.named_buffers() if n in state and canonical(n) not in moving}
     rounded = tuple(f"{name}." for name, p in net.named_parameters() if is_quantised(p))
-    return digests | {canonical(name): tensor_sha256(t) for name, t in state.items() if name.startswith(rounded)}
+    scales = {canonical(name): t for name, t in state.items() if name.startswith(rounded)}
+    digests: dict[str, str] = {}
+    spread = False
+    for number, (name, tensor) in enumerate({**parameters, **buffers, **scales}.items()):
+        others = alike or is_shard(tensor)
+        spread, value = spread or others, full_tensor(tensor)
+        if not others or number % world_size() == rank():
+            digests[name] = tensor_sha256(value)
+    return {n: digest for part in all_gather(digests) for n, digest in part.items()} if spread else digests
 
 
 def moving_buffers(net: nn.Module) -> set[str]:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from isthmus.checkpoint import begin_folder, entry_of, finish_folder
 from isthmus.errors import CheckpointError
-from isthmus.processes import all_gather, first, world_size
+from isthmus.processes import all_gather, first, group, talking, world_size
 from isthmus.stage import Stage
 from isthmus.training.state import (
     TRAINED,
@@ -44,9 +44,7 @@ class ShardWriter(StateWriter):
     own. All processes call it together."""
 
     def __init__(self) -> None:
-        group = dist.new_group(backend="gloo")
-        assert isinstance(group, dist.ProcessGroup)
-        self._group = group
+        self._group = group()
         self._pool = ThreadPoolExecutor(1, "isthmus-checkpoint")
         self._job: Future[None] | None = None
 
@@ -77,10 +75,11 @@ class ShardWriter(StateWriter):
     ) -> None:
         try:
             writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-            save(tensors, storage_writer=writer, process_group=self._group)
-            own = sorted(aside.glob(f"shard-{dist.get_rank() + 1:05d}-*"))
             entries: list[Any] = [None] * world_size()
-            dist.all_gather_object(entries, {file.name: entry_of(file) for file in own}, group=self._group)
+            with talking():
+                save(tensors, storage_writer=writer, process_group=self._group)
+                own = sorted(aside.glob(f"shard-{dist.get_rank() + 1:05d}-*"))
+                dist.all_gather_object(entries, {file.name: entry_of(file) for file in own}, group=self._group)
             if first():
                 finish_folder(aside, path, {name: entry for found in entries for name, entry in found.items()}, rest)
                 drop_old(folder, stage)

@@ -14,12 +14,15 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from isthmus import mapped
+from isthmus.allocator import return_freed_memory
 from isthmus.batch import IGNORE, Batch, Term
 from isthmus.net import Net
 from isthmus.processes import all_gather, device, talking, world_size
@@ -32,9 +35,11 @@ _PASS = "sharded_pass"
 
 
 class Sharded(Engine):
-    """A twin of the net in shards trains; :meth:`close` brings what it learnt back into the net."""
+    """A twin of the net in shards trains; :meth:`close` brings what it learnt back into the net. The net's own memory
+    is not touched in between: one that is mapped from a file (mapped.py) takes no room beside the shards."""
 
     def __init__(self, net: Net, parallel: Parallel) -> None:
+        return_freed_memory()  # or what is gathered for a moment stays after it
         self.unsharded = net
         super().__init__(_twin(net))
         self._touch: Tensor | None = None
@@ -114,8 +119,8 @@ class Sharded(Engine):
         return ShardWriter()
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        self.close()
+    def gathered(self, folder: Path) -> Iterator[None]:
+        self.close(folder)
         waits = next(self.unsharded.parameters()).device
         self.unsharded.to(device())
         try:
@@ -124,12 +129,13 @@ class Sharded(Engine):
             self.unsharded.to(waits)
 
     @torch.no_grad()
-    def close(self) -> None:
+    def close(self, folder: Path) -> None:
+        """Each trained tensor is put together once, for the file from which all processes have it from then on."""
         trained = dict(self.net.named_parameters())
-        for name, parameter in self.unsharded.named_parameters():
-            value = full_tensor(trained[name])
-            if parameter.requires_grad:
-                parameter.copy_(value.view_as(parameter))
+        opened = {name: p for name, p in self.unsharded.named_parameters() if p.requires_grad}
+        found = mapped.shared(((n, full_tensor(trained[n]).view_as(p).to(p.device)) for n, p in opened.items()), folder)
+        for name, parameter in opened.items():
+            mapped.given(parameter, found[name])
         buffers = dict(self.net.named_buffers())
         for name, buffer in self.unsharded.named_buffers():
             buffer.copy_(buffers[name])
