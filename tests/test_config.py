@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -74,6 +75,11 @@ def test_nested_values_are_built_and_come_back_plain():
         ({"inner": {"width": 3}, "flag": 1}, r"outer\.flag: expected bool, found int 1"),
         ({"inner": {"width": 3}, "rate": None}, r"outer\.rate: expected float, found nothing"),
         ({"inner": {"width": 3}, "extra": [1]}, r"outer\.extra: expected keys and values"),
+        ({"inner": {"width": 3}, "pair": [1, "y", 2]}, r"outer\.pair: expected 2 values, found 3"),
+        ({"inner": {"width": 3}, "layers": ["x"]}, r"outer\.layers: list \['x'\] fits none of .*: expected int"),
+        ({"inner": {"width": 3}, "many": [{"width": 1}, {"widht": 2}]}, r"outer\.many\[1\]: unknown key 'widht'; did"),
+        ({"inner": {"width": 3}, "note": Path()}, r"outer: PosixPath .* is nothing that JSON or YAML can say"),
+        ({"inner": {"wide": "3"}, "flag": 1}, r"unknown key 'wide'.* missing 'width'\. .*flag: expected bool"),
         (["inner"], "outer: expected keys and values, found list"),
     ],
 )

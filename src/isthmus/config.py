@@ -1,14 +1,19 @@
 """Frozen configurations from plain mappings, strictly: an unknown key, a missing one or a wrong type is an error.
 
 Every configuration of the project is a frozen, keyword-only dataclass. :func:`strict` builds one from what JSON or
-YAML gives (dicts, lists, numbers, strings), :func:`plain` turns one back.
+YAML gives (dicts, lists, numbers, strings), :func:`plain` turns one back. Types are checked by pydantic in its strict
+mode for JSON; what does not fit is said in this module's words, with the path of the key.
 """
 
+import functools
 import inspect
-import types
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from isthmus.errors import ConfigError, nearest
 
@@ -21,20 +26,7 @@ def strict(cls: type[T], mapping: Any, where: str) -> T:
     ``where`` names the place for the reader of an error, e.g. ``"model.vision"``. An integer is accepted where a
     float is expected, a list where a tuple is. Raises ConfigError.
     """
-    if isinstance(mapping, cls):
-        return mapping
-    if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{where}: expected keys and values, found {_show(mapping)}.")
-    hints = get_type_hints(cls)
-    known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
-    for key in mapping:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}; {nearest(str(key), known)}")
-    required = {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
-    missing = sorted(required - set(mapping))
-    if missing:
-        raise ConfigError(f"{where}: missing {', '.join(map(repr, missing))}.")
-    return cls(**{key: fit(hints[key], value, f"{where}.{key}") for key, value in mapping.items()})
+    return mapping if isinstance(mapping, cls) else fit(cls, mapping, where)
 
 
 def plain(value: Any) -> Any:
@@ -49,29 +41,39 @@ def plain(value: Any) -> Any:
 
 
 def fit(hint: Any, value: Any, where: str) -> Any:
-    """``value`` as the annotation ``hint`` wants it, or a ConfigError."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return _fit_union(arguments, value, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{where}: unknown value {value!r}; {nearest(str(value), map(str, arguments))}")
-        return value
-    if isinstance(hint, type) and is_dataclass(hint):
-        return strict(hint, value, where)
-    if origin is tuple:
-        return _fit_tuple(arguments, value, where)
-    if origin is not None and issubclass(origin, Mapping):
-        return _fit_mapping(hint, arguments, value, where)
-    if origin is not None and issubclass(origin, Sequence):
-        return (
-            origin(_fit_tuple((arguments[0], ...), value, where))
-            if origin is list
-            else _fit_tuple((arguments[0], ...), value, where)
-        )
-    return _fit_scalar(hint, value, where)
+    """``value`` as the annotation ``hint`` wants it, or a ConfigError that names every place that does not fit."""
+    value = plain(value)
+    try:
+        return _adapter(hint).validate_json(json.dumps([value], default=_unwritable))[0]
+    except ValidationError as error:
+        raise ConfigError(_explained(error, hint, value, where)) from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    """For a list of one such value: pydantic lets a dataclass have this configuration only within something else."""
+    return TypeAdapter(
+        tuple[hint],  # type: ignore[valid-type]
+        config=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True),
+    )
+
+
+def _unwritable(value: Any) -> Any:
+    raise TypeError(f"{_show(value)} is nothing that JSON or YAML can say.")
+
+
+_WANTED = {
+    "int_type": "int",
+    "int_from_float": "int",
+    "float_type": "float",
+    "string_type": "str",
+    "bool_type": "bool",
+    **dict.fromkeys(("tuple_type", "list_type", "set_type", "frozen_set_type"), "a list"),
+    **dict.fromkeys(("dict_type", "mapping_type", "dataclass_type"), "keys and values"),
+}
+"""pydantic's kind of error -> what was expected, in words of YAML."""
 
 
 def check_options(
@@ -106,43 +108,74 @@ def check_options(
             fit(hints[name], value, f"{where}: {name}")
 
 
-def _fit_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in choices:
-        return None
-    real = [c for c in choices if c is not type(None)]
-    if len(real) == 1:
-        return fit(real[0], value, where)
-    reasons = []
-    for choice in real:
-        try:
-            return fit(choice, value, where)
-        except ConfigError as error:
-            reasons.append(str(error))
-    raise ConfigError(f"{where}: {_show(value)} fits none of the allowed forms: " + " | ".join(reasons))
+def _explained(error: ValidationError, hint: Any, value: Any, where: str) -> str:
+    """What does not fit, place by place; unknown keys come first, for they explain why others are missing."""
+    said: list[str] = []
+    forms: dict[str, list[str]] = {}
+    for fault in sorted(error.errors(include_url=False), key=lambda f: f["type"] != "unexpected_keyword_argument"):
+        place, wanted, found = _at(hint, value, fault["loc"][1:])
+        if len(_forms(wanted)) > 1:
+            forms.setdefault(f"{where}{place}: {_show(found)} fits none of the allowed forms", []).append(_said(fault))
+        elif fault["type"] in ("unexpected_keyword_argument", "missing"):
+            place, wanted, found = _at(hint, value, fault["loc"][1:-1])
+            said.append(f"{where}{place}: {_about_key(fault, wanted, found)}")
+        else:
+            said.append(f"{where}{place}: {_said(fault, _forms(wanted)[0])}")
+    return " ".join([*said, *(f"{head}: {' | '.join(reasons)}" for head, reasons in forms.items())])
 
 
-def _fit_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{where}: expected a list, found {_show(value)}.")
-    if len(arguments) == 2 and arguments[1] is Ellipsis:
-        arguments = (arguments[0],) * len(value)
-    if len(arguments) != len(value):
-        raise ConfigError(f"{where}: expected {len(arguments)} values, found {len(value)}.")
-    return tuple(fit(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
+def _about_key(fault: Any, holder: Any, found: Any) -> str:
+    key = fault["loc"][-1]
+    if isinstance(key, int):
+        return _said_of_length(holder, found)
+    if fault["type"] == "missing":
+        return f"missing {key!r}."
+    known = [f.name for form in _forms(holder) if is_dataclass(form) for f in fields(form) if f.init]
+    return f"unknown key {key!r}; {nearest(str(key), known)}"
 
 
-def _fit_mapping(hint: Any, arguments: tuple[Any, ...], value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected keys and values, found {_show(value)}.")
-    return {key: fit(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+def _said(fault: Any, wanted: Any = None) -> str:
+    """One fault in words of YAML."""
+    found = fault["input"]
+    if fault["type"] in _WANTED:
+        return f"expected {_WANTED[fault['type']]}, found {_show(found)}."
+    if fault["type"] == "too_long":
+        return _said_of_length(wanted, found)
+    if fault["type"] == "literal_error":
+        known = nearest(str(found), map(str, get_args(wanted))) if wanted else f"known: {fault['ctx']['expected']}."
+        return f"unknown value {found!r}; {known}"
+    return f"{fault['msg'].removeprefix('Value error, ')}, found {_show(found)}."
 
 
-def _fit_scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where}: expected {hint.__name__}, found {_show(value)}.")
-    return value
+def _said_of_length(wanted: Any, found: Any) -> str:
+    return f"expected {len(get_args(wanted))} values, found {len(found)}."
+
+
+def _at(hint: Any, value: Any, loc: Sequence[int | str]) -> tuple[str, Any, Any]:
+    """The path in words, the annotation and the value at a place of pydantic's; where several forms are allowed the
+    path ends, for the next step is pydantic's name of a form."""
+    place = ""
+    for step in loc:
+        forms = _forms(hint)
+        if len(forms) > 1:
+            break
+        hint = _member(forms[0], step)
+        value = value[step] if step in (value if isinstance(value, Mapping) else range(len(value))) else None
+        place += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return place, hint, value
+
+
+def _forms(hint: Any) -> list[Any]:
+    """What a union allows beside nothing at all; any other annotation is its own only form."""
+    return [a for a in get_args(hint) if a is not NoneType] if get_origin(hint) in (Union, UnionType) else [hint]
+
+
+def _member(hint: Any, step: int | str) -> Any:
+    """The annotation of a field, a key or a place in an annotation."""
+    if is_dataclass(hint):
+        return get_type_hints(hint).get(str(step), Any)
+    members = [a for a in get_args(hint) if a is not Ellipsis]
+    return members[step] if isinstance(step, int) and step < len(members) else members[-1] if members else Any
 
 
 def _show(value: Any) -> str:
