@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from isthmus.cli import main
+from isthmus.data.record import Record, Text
 from isthmus.errors import CheckpointError, ConfigError
+from isthmus.evaluation import evaluate
 from isthmus.model import load
 from isthmus.pretrained import names
+from isthmus.user_code import pin, resolve
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Two steps teach no answer, and an evaluation says when all of them are empty.
@@ -89,6 +92,37 @@ def test_a_source_and_a_task_are_named_on_the_command_line(place, monkeypatch):
     run("eval", "runs/mine", *words, "--out", "scores")  # nothing to do
 
 
+def test_a_users_task_scores_its_folder_again(tmp_path, capsys):
+    """Without model and data, by the options that the manifest names; which code did it is said where it is another."""
+    file, folder = tmp_path / "my_task.py", tmp_path / "scores"
+    shutil.copy(EXAMPLES / "my_task.py", file)
+    own = resolve(pin(f"{file}:Counting"))
+    task = own(name="counting", records=[counted(n) for n in range(4)], near=2)
+    first = evaluate(SaysTwo(), task, folder).scores.to_dict()
+    assert first == {"n": 4, "exact": 0.25, "near": 1.0, "unread": 0}
+    (folder / "scores.json").rename(tmp_path / "first.json")
+    run("eval", "--rescore", folder, code=2)
+    assert "the task Counting of your my_task.py: name that file, --code" in " ".join(capsys.readouterr().err.split())
+    run("eval", "--rescore", folder, "--code", file)
+    assert (folder / "scores.json").read_bytes() == (tmp_path / "first.json").read_bytes()
+    run("eval", "--rescore", folder, "--against", folder, "--code", file, code=2)
+    assert "cannot be paired" in capsys.readouterr().err
+    file.write_text(file.read_text().replace("distance <= self.near", "distance < self.near"))
+    run("eval", "--rescore", folder, "--code", file)
+    again = json.loads((folder / "scores.json").read_text())
+    assert again["near"] == 0.75
+    assert again["code"] == pin(f"{file}:Counting").rpartition("/")[2]
+
+
+def counted(n: int) -> Record:
+    return Record(id=str(n), parts=(Text("How many?", role="user"), Text(str(n), role="assistant", learn=True)))
+
+
+class SaysTwo:
+    def answer_records(self, records, **decoding):
+        return ["2 of them" for _ in records]
+
+
 def test_a_source_and_a_task_in_a_recipe(place, capsys):
     """Trained on and scored by what the recipe names, relative to it; the finished run's own tasks are found again."""
     recipe = (
@@ -135,6 +169,8 @@ def test_a_file_that_moved_or_changed_is_named_with_code(place, tmp_path, capsys
         monkeypatch.delitem(sys.modules, name)  # as in a program that has not imported it yet
     model = tmp_path / "model"
     shutil.copytree(place / "runs" / "mine" / "model", model)
+    asked = tmp_path / "asked.yaml"
+    asked.write_text("{kind: scenes, form: questions, count: 2}")
     own = place / "my_connector.py"
     text = own.read_text()
     try:
@@ -144,10 +180,16 @@ def test_a_file_that_moved_or_changed_is_named_with_code(place, tmp_path, capsys
         own.unlink()
         with pytest.raises(ConfigError, match=r"is not at .* any more.*--code FILE"):
             load(model)
+        other = shutil.copytree(model, tmp_path / "other")
+        pair = ["compare", model, other, "--task", "vqa", "--data", asked, "--limit", 2, "--out", tmp_path / "both"]
+        run(*pair, code=2)
+        assert "--code FILE" in " ".join(capsys.readouterr().err.split())
         shutil.copy(EXAMPLES / "my_connector.py", tmp_path / "my_connector.py")
         assert load(model, code=tmp_path / "my_connector.py").net.num_tokens(64, 64) == 4
         run("show", model, "--code", tmp_path / "my_connector.py")
         assert "4 visual tokens" in capsys.readouterr().out
+        run(*pair, "--code", tmp_path / "my_connector.py")
+        assert json.loads((tmp_path / "both" / "results.json").read_text())["models"]["other"]["n"] == 2
     finally:
         own.write_text(text)
 

@@ -28,8 +28,8 @@ def test_numbers_behind_shots(monkeypatch, words, expected):
     result = CliRunner().invoke(app, ["eval", "runs/x", "--task", "vqa", *words])
     assert result.exit_code == 0, result.output
     assert seen["model"] == "runs/x"
-    assert evaluate.counted(seen["shots"], seen["more_shots"]) == expected
-    assert seen["select"] == ("rices" if "rices" in words else "random")
+    assert evaluate.counted(seen.get("shots"), seen["more_shots"]) == expected
+    assert seen.get("select") == ("rices" if "rices" in words else None), "random is the default"
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,7 @@ def compared(rivals, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("compared")
     picked = [str(rivals[name]) for name in ("clip", "flamingo", "llava")]
-    settings = {"task": None, "data": None, "options": [], "train": None, "shots": None, "select": "random"}
-    compare(picked, **settings, limit=None, out=out, seed=0, json_file=out / "all.json")
+    compare(picked, out=out, json_file=out / "all.json", given={})
     return out
 
 

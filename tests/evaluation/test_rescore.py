@@ -13,7 +13,7 @@ from isthmus.evaluation.grouped import CircularTask, MmeTask
 from isthmus.evaluation.matching import MatchingTask
 from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.rescore import compare, read_folder, rescore
-from isthmus.evaluation.scorers import SCORERS
+from isthmus.evaluation.scorers import KINDS
 from tests.evaluation.fakes import Reader, Space, Word, animals, question
 from tests.evaluation.test_answer_tasks import Remembers, Says, Weigher, talk
 from tests.evaluation.test_rerank import Judge
@@ -50,8 +50,8 @@ def test_every_kind_of_task_is_scored_again_without_its_model(tmp_path, model, t
     rescore(tmp_path)
     assert (tmp_path / "scores.json").read_bytes() == before
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["scorer"]["version"] == SCORERS[task.kind].version
-    if SCORERS[task.kind].outcomes is None:
+    assert manifest["scorer"]["version"] == KINDS[task.kind].version == task.version
+    if task.outcomes(read_folder(tmp_path).rows, manifest) is None:
         with pytest.raises(ConfigError, match="cannot be paired"):
             compare(tmp_path, tmp_path)
     else:
@@ -60,7 +60,7 @@ def test_every_kind_of_task_is_scored_again_without_its_model(tmp_path, model, t
 
 def test_all_kinds_are_tried():
     """Answers that are judged need an endpoint: see test_judge.py."""
-    assert {t.kind for _, t in TASKS} == set(SCORERS) - {"judged"}
+    assert {t.kind for _, t in TASKS} == set(KINDS) - {"judged"}
 
 
 def test_another_rule_stands_beside_the_first(tmp_path):

@@ -1,6 +1,7 @@
 """CLIP and SigLIP against transformers: embeddings, logits, loss, and folders written and read both ways."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -277,6 +278,6 @@ def test_configurations_that_cannot_be_read(change, message):
 
 def test_a_mixture_of_both_has_no_place_there():
     config = clip_config_from_hf(_theirs("clip").config.to_dict())
-    mixed = type(config).from_dict({**config.to_dict(), "loss": "sigmoid", "init_bias": -10.0})
+    mixed = replace(config, loss="sigmoid", init_bias=-10.0)
     with pytest.raises(CheckpointError, match="mixes them"):
         clip_config_to_hf(mixed)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from isthmus.batch import Batch, Visuals
+from isthmus.config import plain, strict
 from isthmus.data.augment import Augment
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.interop.hf_clip import vision_from_hf
@@ -93,7 +94,7 @@ def test_every_row_of_the_paper_has_a_preset_and_t5_ties_when_asked() -> None:
     assert len(names) == 10
     for name in names:
         config = getattr(Blip2Config, name)()
-        assert Blip2Config.from_dict(config.to_dict()) == config
+        assert strict(Blip2Config, plain(config), "blip2") == config
     for name, tied in (("xl", 2_783_959_040), ("xxl", 11_003_736_064)):
         config = getattr(Blip2Config, f"vit_g_flan_t5_{name}")()
         language = {k: v for k, v in config.language.items() if k != "tie_word_embeddings"}
@@ -448,7 +449,7 @@ def test_mistakes_in_a_configuration_are_named() -> None:
     with pytest.raises(ConfigError, match="feature_layer 9"):
         replace(config, feature_layer=9)
     with pytest.raises(ConfigError, match="did you mean 'queries'"):
-        Blip2Config.from_dict({**config.to_dict(), "qformer": {"vision_width": 24, "querys": 3}})
+        strict(Blip2Config, {**plain(config), "qformer": {"vision_width": 24, "querys": 3}}, "blip2")
 
 
 @pytest.mark.parametrize("instruct", [False, True])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from isthmus.batch import Batch, Visuals
+from isthmus.config import plain, strict
 from isthmus.errors import ConfigError, DataError
 from isthmus.models.clip import Clip, ClipConfig
 from tests.nn.contrastive_ranks import EOT, batch, gradients, tiny, whole
@@ -49,7 +50,7 @@ def test_the_counts_follow_the_closed_forms():
     assert _count(_meta("vit_b_32")) == image + text + (v.width + t.width) * config.embed_dim + 1
     head = _meta("siglip_b_16").vision.pool
     assert _count(head) == 768 + (4 * 768**2 + 4 * 768) + 2 * 768 + (8 * 768**2 + 5 * 768)
-    assert _count(Clip.from_config(tiny().config.to_dict())) == _count(tiny())
+    assert _count(Clip.from_config(plain(tiny().config))) == _count(tiny())
 
 
 def test_siglip_base_at_256_pixels():
@@ -157,8 +158,8 @@ def test_refusals():
 def test_configuration_round_trip_and_strictness():
     for preset in COUNTS:
         config = getattr(ClipConfig, preset)()
-        assert ClipConfig.from_dict(config.to_dict()) == config
-    values = tiny().config.to_dict()
+        assert strict(ClipConfig, plain(config), "clip") == config
+    values = plain(tiny().config)
     values["vision"]["patch_sise"] = 4
     with pytest.raises(ConfigError, match=r"clip\.vision: unknown key 'patch_sise'; did you mean 'patch_size'"):
         ClipConfig.from_dict(values)

@@ -8,6 +8,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from isthmus.batch import IGNORE, Visuals
+from isthmus.config import plain, strict
 from isthmus.data.augment import Augment
 from isthmus.errors import ConfigError, DataError
 from isthmus.interop.hf_clip import vision_from_hf
@@ -281,8 +282,8 @@ def test_bad_configurations_are_explained():
     with pytest.raises(ConfigError, match=r"no gated block fits: every 9, offset 8, .* 4 layers"):
         tiny(every=9, offset=8)
     with pytest.raises(ConfigError, match="did you mean 'resampler'"):
-        FlamingoConfig.from_dict({**FlamingoConfig.tiny().to_dict(), "resample": {}})
-    assert FlamingoConfig.from_dict(FlamingoConfig.tiny().to_dict()) == FlamingoConfig.tiny()
+        strict(FlamingoConfig, {**plain(FlamingoConfig.tiny()), "resample": {}}, "flamingo")
+    assert strict(FlamingoConfig, plain(FlamingoConfig.tiny()), "flamingo") == FlamingoConfig.tiny()
     assert (IMAGE, END) == (V + 1, V)
 
 

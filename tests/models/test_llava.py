@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from isthmus.batch import IGNORE, Batch, Visuals
+from isthmus.config import plain, strict
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding
 from isthmus.models.llava import Llava, LlavaConfig
@@ -251,10 +252,10 @@ def test_errors_name_sample_and_numbers() -> None:
 
 def test_configurations_survive_json_and_refuse_the_unknown() -> None:
     for config in (LlavaConfig.tiny(), LlavaConfig.v1_7b(), replace(LlavaConfig.tiny(), feature_layer=(-2, -1))):
-        assert LlavaConfig.from_dict(config.to_dict()) == config
+        assert strict(LlavaConfig, plain(config), "llava") == config
     with pytest.raises(ConfigError, match="unknown key 'projektor'; did you mean 'projector'"):
-        Llava.from_config({**LlavaConfig.tiny().to_dict(), "projektor": "linear"})
-    assert Llava.from_config(LlavaConfig.tiny().to_dict()).num_tokens(64, 64) == 16
+        Llava.from_config({**plain(LlavaConfig.tiny()), "projektor": "linear"})
+    assert Llava.from_config(plain(LlavaConfig.tiny())).num_tokens(64, 64) == 16
 
 
 def test_other_language_models_and_towers_join_alike() -> None:
@@ -343,7 +344,7 @@ def test_any_connector_stands_before_the_language_model(projector, tokens):
     assert any(p.grad.abs().max() > 0 for p in net.connector.parameters())
     ((found,),) = net.attention(batch([ROWS["one"]], per_picture=tokens))
     torch.testing.assert_close(found[:, -1].sum((-1, -2)), torch.ones(2))
-    again = Llava.from_config(json.loads(json.dumps(net.config.to_dict())))
+    again = Llava.from_config(json.loads(json.dumps(plain(net.config))))
     again.load_state_dict(net.state_dict())
     torch.testing.assert_close(again.eval().score(rows), net.score(rows))
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from isthmus.batch import Batch, Tokens
+from isthmus.config import plain
 from isthmus.errors import ConfigError
 from isthmus.language import Decoding
 from isthmus.models.lm import BareLM, LmConfig
@@ -45,7 +46,7 @@ def test_loss_is_a_token_term_that_adds_up_over_any_split() -> None:
 def test_generate_and_config_round_trip() -> None:
     net = BareLM.from_config(CONFIG)
     assert [len(row) for row in net.generate(batch(), Decoding(max_new_tokens=3))] == [3, 3, 3]
-    assert BareLM.from_config(net.config.to_dict()).config == net.config
+    assert BareLM.from_config(plain(net.config)).config == net.config
     assert net.unreachable() == ()
     with pytest.raises(ConfigError, match="unknown key 'langage'; did you mean 'language'"):
         BareLM.from_config({"langage": {}})

@@ -8,6 +8,7 @@ import torch
 from transformers import BertConfig, BertForPreTraining, T5Config, T5ForConditionalGeneration
 
 from isthmus.checkpoint import load_tensors
+from isthmus.config import plain
 from isthmus.data.sources import open_source
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError
@@ -303,7 +304,7 @@ def test_what_does_not_fit_is_named(story, tmp_path):
 
 
 def test_a_published_encoder_is_the_part_without_its_last_block(story):
-    whole = load(story / "clip").net.config.to_dict()["vision"]
+    whole = plain(load(story / "clip").net.config)["vision"]
     config = copy.deepcopy(TREE["config"]) | {"feature_layer": -1}
     config["vision"] = whole | {"layers": 1, "post_norm": "none", "pool": "none"}
     built = build(parse_recipe(tree(story, config=config)))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from isthmus.cli.app_data import app as data_app
-from isthmus.cli.options import Device, Dtype, Json, Overrides, opens_a_model
+from isthmus.cli.options import OF_ANY_MODEL, SCORING, Json, Overrides, opens_a_model, takes, written
 
 app = typer.Typer(
     name="isthmus",
@@ -105,124 +105,65 @@ def check(
 
 @app.command(name="eval")
 @opens_a_model
+@takes(SCORING, "asked")
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="A model, or hf:FOLDER to run transformers' own.")] = None,
-    task: Annotated[
-        str | None, typer.Option(help="vqa, vqav2, caption, pope, retrieval, … (docs/evaluation.md).")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="A data file or folder, or a YAML file that tells a source.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of the sources; also train.key, task.key.")
-    ] = None,
-    train: Annotated[str | None, typer.Option(help="Training data: the prior's answers, the probe's pictures.")] = None,
-    shots: Annotated[str | None, typer.Option(help="Examples before each question, from --train: 0 4 8.")] = None,
     more_shots: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
-    select: Annotated[str, typer.Option(help="How shots are chosen: random, rices, or the same.")] = "random",
     judge: Annotated[str | None, typer.Option(help="URL of a judge, for --task llava-bench.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
     judge_prompt: Annotated[Path | None, typer.Option(help="What it is told: a file like judge.yaml.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of raw outputs and scores.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of shuffles and intervals.")] = 0,
     rescore: Annotated[Path | None, typer.Option(help="Score this folder's outputs again, without a model.")] = None,
     against: Annotated[Path | None, typer.Option(help="With --rescore: the folder to compare it with, paired.")] = None,
     json_file: Json = None,
     *,
+    asked: dict[str, Any],
     given: dict[str, Any],
 ) -> None:
     """Score a model: with intervals, raw outputs, and the best score without looking. No task: the recipe's own."""
     from isthmus.cli.evaluate import run, run_rescore
 
-    asked = {"url": judge, "model": judge_model, "prompt": str(judge_prompt) if judge_prompt else None}
+    judged = {"judge": judge, "judge_model": judge_model, "judge_prompt": judge_prompt}
     if rescore is not None or against is not None or model is None:
-        asking = {
-            "--task": task,
-            "--data": data,
-            "--train": train,
-            "--shots": shots,
-            "--select": select != "random",
-            "--judge": judge,
-            "--limit": limit,
-            "--out": out,
-        }
-        named = [*(name for name, value in asking.items() if value), *(f"--{n}".replace("_", "-") for n in given)]
-        run_rescore(rescore, against, model=model, options=option or [], given=named, seed=seed, json_file=json_file)
+        run_rescore(
+            rescore,
+            against,
+            model=model,
+            options=asked.pop("options", []),
+            seed=asked.pop("seed", 0),
+            code=given.pop("code", []),
+            given=written([*asked, *(n for n, value in judged.items() if value is not None), *given]),
+            json_file=json_file,
+        )
         return
-    run(
-        model,
-        task=task,
-        data=data,
-        options=option or [],
-        train=train,
-        shots=shots,
-        more_shots=more_shots or [],
-        select=select,
-        limit=limit,
-        out=out,
-        seed=seed,
-        json_file=json_file,
-        given=given,
-        judge={k: v for k, v in asked.items() if v is not None},
-    )
+    who = {"url": judge, "model": judge_model, "prompt": str(judge_prompt) if judge_prompt else None}
+    who = {field: value for field, value in who.items() if value is not None}
+    run(model, **asked, more_shots=more_shots or [], json_file=json_file, given=given, judge=who)
 
 
 @app.command()
+@takes(OF_ANY_MODEL, "given")
+@takes(SCORING, "asked")
 def compare(
     models: Annotated[
         list[str], typer.Argument(help="Model folders, two or more; or a comparison RECIPE key=value ...")
     ],
-    task: Annotated[
-        str | None, typer.Option(help="Only this task (with --data: vqa, retrieval, caption, ...).")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="A data file or folder, or a YAML file that tells a source.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of the sources; also train.key, task.key.")
-    ] = None,
-    train: Annotated[str | None, typer.Option(help="Training data: the prior's answers, the shots.")] = None,
-    shots: Annotated[str | None, typer.Option(help="Examples before each question, from --train: '0 4 8'.")] = None,
-    select: Annotated[str | None, typer.Option(help="How shots are chosen: random (default), rices, same.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Of a recipe, run only this arm (repeat for several).")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the report, scores and raw outputs.")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of shuffles and intervals (default: 0).")] = None,
     json_file: Json = None,
+    *,
+    asked: dict[str, Any],
+    given: dict[str, Any],
 ) -> None:
     """Models side by side on the same questions: scores, differences with intervals, costs, one report."""
     from isthmus.cli import compare as work
 
     if work.is_recipe(models[0]):
-        options = {
-            "--task": task,
-            "--data": data,
-            "--set": option,
-            "--train": train,
-            "--shots": shots,
-            "--select": select,
-            "--limit": limit,
-            "--device": device,
-            "--dtype": dtype,
-            "--seed": seed,
-        }
-        given = [name for name, value in options.items() if value not in (None, [])]
-        work.run_recipe(models[0], models[1:], arms=arm or [], out=out, given=given, json_file=json_file)
+        out = asked.pop("out", None)
+        work.run_recipe(
+            models[0], models[1:], arms=arm or [], out=out, given=written([*asked, *given]), json_file=json_file
+        )
         return
     work.no_arms(arm)
-    work.run(
-        models,
-        task=task,
-        data=data,
-        options=option or [],
-        train=train,
-        shots=shots,
-        select=select,
-        limit=limit,
-        out=out,
-        seed=seed,
-        json_file=json_file,
-        given={name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None},
-    )
+    work.run(models, **asked, json_file=json_file, given=given)
 
 
 @app.command()
@@ -334,6 +275,7 @@ def serve(
 
 
 @app.command()
+@opens_a_model
 def batch(
     requests: Annotated[Path, typer.Argument(help="Requests in OpenAI's batch form, one JSON object a line.")],
     out: Annotated[Path | None, typer.Option(help="Answers (default: REQUESTS with .answers.jsonl).")] = None,
@@ -345,6 +287,8 @@ def batch(
         list[str] | None, typer.Option(help="Fetch pictures from this host (repeat for several); none otherwise.")
     ] = None,
     json_file: Json = None,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Answer a file of API requests offline, through the server's checks; the same command resumes."""
     from isthmus.cli.batch import run
@@ -356,6 +300,7 @@ def batch(
         together=together,
         domains=allow_image_domain or [],
         json_file=json_file,
+        given=given,
     )
 
 

@@ -1,9 +1,10 @@
 """``isthmus batch``: a file of API requests, answered offline."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -22,8 +23,10 @@ def run(
     together: int,
     domains: Sequence[str],
     json_file: Path | None,
+    given: Mapping[str, Any],
 ) -> None:
-    """Answer what is not answered yet. Exit code 1 when a request has an error for an answer."""
+    """Answer what is not answered yet. ``given``: further arguments of :func:`isthmus.load`. Exit code 1 when a request
+    has an error for an answer."""
     needs_extra()
     from isthmus.model import load
     from isthmus.serving.api import create_app
@@ -32,8 +35,8 @@ def run(
 
     console = Console(emoji=False)
     out = out or requests.with_suffix(".answers.jsonl")
-    models = opened(named, {}) if named else {}
-    models |= {name: load(name) for name in models_of(requests) if name not in models}
+    models = opened(named, given) if named else {}
+    models |= {name: load(name, **given) for name in models_of(requests) if name not in models}
     limits = Limits(deadline=DEADLINE, queue=max(1024, 8 * together), rows=min(together, 64))
     app = create_app(models, limits=limits, remote=remote(domains, limits.picture))
     with console.status("") as line:

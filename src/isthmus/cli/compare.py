@@ -21,17 +21,17 @@ _SUMMARY = (
 def run(
     models: Sequence[str],
     *,
-    task: str | None,
-    data: str | None,
-    options: Sequence[str],
-    train: str | None,
-    shots: str | None,
-    select: str | None,
-    limit: int | None,
-    out: Path | None,
-    seed: int | None,
     json_file: Path | None,
-    given: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any],
+    task: str | None = None,
+    data: str | None = None,
+    options: Sequence[str] = (),
+    train: str | None = None,
+    shots: str | None = None,
+    select: str = "random",
+    limit: int | None = None,
+    out: Path = Path("runs/compare"),
+    seed: int = 0,
 ) -> None:
     """Score and measure one model after the other; print the tables and write everything below ``out``. ``given``:
     further arguments of :func:`isthmus.load`."""
@@ -47,16 +47,14 @@ def run(
     if len(models) < 2:
         recipe = f" A comparison recipe is a .yaml file or shipped: {', '.join(shipped('comparisons'))}."
         raise ConfigError("A comparison needs at least two models; `isthmus eval MODEL` scores one." + recipe)
-    rivals = [replace(rival, dtype=(given or {}).get("dtype", "")) for rival in contestants(models)]
-    out = out if out is not None else Path("runs/compare")
+    rivals = [replace(r, dtype=given.get("dtype", "")) for r in contestants(models, given.get("code", ()))]
     if data is not None:
         specs = [spec_of(task or "vqa", data, train, options)]
     else:
         specs = [s for s in shared_tasks(rivals) if task in (None, s.task, s.name)]
         if not specs:
             raise ConfigError(f"None of these models names a task {task!r} of its own: give --data.")
-    specs = with_shots(specs, counted(shots, [int(n) for n in numbers]), select or "random")
-    seed = seed or 0
+    specs = with_shots(specs, counted(shots, [int(n) for n in numbers]), select)
     console = Console()
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
         shown: dict[tuple[str, str], Any] = {}
@@ -68,9 +66,16 @@ def run(
             bar.update(shown[place], completed=done)
 
         for rival in rivals:
-            model = load(rival.folder, **(given or {}))
+            model = load(rival.folder, **given)
             score_contestant(
-                rival, model, specs, out / "scores" / rival.name, seed=seed, limit=limit, progress=progress
+                rival,
+                model,
+                specs,
+                out / "scores" / rival.name,
+                seed=seed,
+                limit=limit,
+                progress=progress,
+                code=given.get("code", ()),
             )
             measure(rival, model, out / "scores" / rival.name)
     if not any(rival.results for rival in rivals):

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,19 +21,19 @@ if TYPE_CHECKING:
 def run(
     model: str,
     *,
-    task: str | None,
-    data: str | None,
-    options: Sequence[str],
-    train: str | None,
+    json_file: Path | None,
+    given: Mapping[str, Any],
+    task: str | None = None,
+    data: str | None = None,
+    options: Sequence[str] = (),
+    train: str | None = None,
     shots: str | None = None,
     more_shots: Sequence[int] = (),
     select: str = "random",
-    limit: int | None,
-    out: Path | None,
-    seed: int,
-    json_file: Path | None,
-    given: Mapping[str, Any] | None = None,
-    judge: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    judge: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Print a table per task; outputs, manifest and scores go into ``out``. Processes that torchrun started share the
     items, and the first one writes and prints. ``given``: further arguments of
@@ -52,12 +53,10 @@ def run(
         if data is None or task != "llava-bench":
             raise ConfigError("A judge scores questions with references: give --task llava-bench and --data.")
     folder = located(model.removeprefix(_PEER), None)
-    loaded = _load(model, given or {})
-    own = {name: value for name, value in (given or {}).items() if name != "device"}
+    loaded = _load(model, given)
+    own = {name: value for name, value in given.items() if name != "device"}
     identity = " ".join([model_hash(folder) or model, *(f"{name}={value}" for name, value in own.items())])
-    specs = _specs(
-        model, loaded, task=task, data=data, train=train, options=options, code=(given or {}).get("code", ())
-    )
+    specs = _specs(model, loaded, task=task, data=data, train=train, options=options, code=given.get("code", ()))
     if judge:
         specs[0].options["judge"] = dict(judge)
     if counts and not any(spec.task in SHOWABLE for spec in specs):
@@ -92,6 +91,7 @@ def run(
             progress=progress,
             done=tell,
             run=folder,
+            code=given.get("code", ()),
         )
     if not first():
         return
@@ -207,10 +207,12 @@ def run_rescore(
     model: str | None,
     options: Sequence[str],
     given: Sequence[str],
+    code: Sequence[str],
     seed: int,
     json_file: Path | None,
 ) -> None:
-    """Score a folder again, or two of them in pairs; no model is loaded. ``given``: other options that the user set."""
+    """Score a folder again, or two of them in pairs; no model is loaded. ``given``: other options that the user set;
+    ``code``: the files of the user's own tasks."""
     from isthmus.evaluation.rescore import compare, rescore
     from isthmus.recipes.tables import difference_table, score_table
 
@@ -228,12 +230,12 @@ def run_rescore(
         raise ConfigError(f"Only task.rule can be set when outputs are scored again, not {unknown[0]}.")
     console = Console(emoji=False)
     if against is None:
-        result = rescore(folder, rule=own.get("rule"))
+        result = rescore(folder, rule=own.get("rule"), code=code)
         facts = result.scores.to_dict()
         console.print(score_table(result.task, facts))
         facts = {result.task: facts}
     else:
-        differences = compare(folder, against, rule=own.get("rule"), seed=seed)
+        differences = compare(folder, against, rule=own.get("rule"), seed=seed, code=code)
         console.print(difference_table(str(folder), str(against), differences))
         facts = {d.name: d.to_dict() for d in differences}
     if json_file is not None:

@@ -1,7 +1,7 @@
 """Options that several commands share."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,24 +39,56 @@ LOADING: dict[str, Any] = {
     ],
 }
 """The options of every command that opens a model: the further arguments of ``isthmus.load``, by their names there."""
+OF_ANY_MODEL = {name: LOADING[name] for name in ("device", "dtype", "code")}
+"""Those of them that make sense for several models at once."""
+SCORING: dict[str, Any] = {
+    "task": Annotated[
+        str | None, typer.Option(help="vqa, vqav2, caption, pope, retrieval, … (docs/evaluation.md), or FILE.py:Class.")
+    ],
+    "data": Annotated[str | None, typer.Option(help="A data file or folder, or a YAML file that tells a source.")],
+    "options": Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of the sources; also train.key, task.key.")
+    ],
+    "train": Annotated[
+        str | None, typer.Option(help="Training data: the prior's answers, the probe's pictures, the shots.")
+    ],
+    "shots": Annotated[str | None, typer.Option(help="Examples before each question, from --train: 0 4 8.")],
+    "select": Annotated[str | None, typer.Option(help="How shots are chosen: random (default), rices, or the same.")],
+    "limit": Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")],
+    "out": Annotated[Path | None, typer.Option(help="Folder of raw outputs and scores (and of compare's report).")],
+    "seed": Annotated[int | None, typer.Option(min=0, help="Seed of shuffles and intervals (default: 0).")],
+}
+"""The options of every command that scores models, by the names that its module takes."""
 
 
-def opens_a_model(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of LOADING besides its own; it gets those that the user gave as ``given``."""
+def takes(options: Mapping[str, Any], argument: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command with these options besides its own; those that the user gave come to it as a dict, ``argument``."""
 
-    before = inspect.signature(command)
-    own = [p for p in before.parameters.values() if p.name != "given"]
-    loading = {name: option for name, option in LOADING.items() if name not in before.parameters}
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        before = inspect.signature(command)
+        own = [p for p in before.parameters.values() if p.name != argument]
+        more = {name: option for name, option in options.items() if name not in before.parameters}
 
-    def call(**options: Any) -> None:
-        given = {name: value for name in loading if (value := options.pop(name)) not in (None, [])}
-        command(**options, given=given)
+        def call(**values: Any) -> None:
+            given = {name: value for name in more if (value := values.pop(name)) not in (None, [])}
+            command(**values, **{argument: given})
 
-    more = [
-        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for n, a in loading.items()
-    ]
-    # Typer reads a command's options from its signature and its annotations.
-    call.__signature__ = before.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
-    call.__annotations__ = {p.name: p.annotation for p in (*own, *more)} | {"return": None}
-    call.__name__, call.__doc__ = command.__name__, command.__doc__
-    return call
+        added = [
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for n, a in more.items()
+        ]
+        # Typer reads a command's options from its signature and its annotations.
+        call.__signature__ = before.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in (*own, *added)} | {"return": None}
+        call.__name__, call.__doc__ = command.__name__, command.__doc__
+        return call
+
+    return decorated
+
+
+opens_a_model = takes(LOADING, "given")
+"""The options of LOADING; the command gets those that the user gave as ``given``."""
+
+
+def written(options: Iterable[str]) -> list[str]:
+    """Names of options as a user writes them."""
+    return ["--set" if name == "options" else f"--{name}".replace("_", "-") for name in options]

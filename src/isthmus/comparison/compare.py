@@ -73,9 +73,11 @@ class Contestant:
         return [result.folder for results in runs for result in results if result.task == task]
 
 
-def contestants(folders: Sequence[str | Path]) -> list[Contestant]:
-    """One for each folder, called by the folder's name. Raises ConfigError for one that is not there, and when two have
-    the same name."""
+def contestants(folders: Sequence[str | Path], code: Sequence[str | Path] = ()) -> list[Contestant]:
+    """One for each folder, called by the folder's name; ``code`` as :func:`isthmus.load` takes it.
+
+    Raises ConfigError for a folder that is not there, and when two have the same name.
+    """
     found: dict[str, Contestant] = {}
     for folder in (located(folder, None) for folder in folders):
         if not folder.exists():
@@ -85,7 +87,7 @@ def contestants(folders: Sequence[str | Path]) -> list[Contestant]:
             raise ConfigError(
                 f"{folder} and {found[name].folder} are both called {name!r} in the comparison; rename one folder."
             )
-        found[name] = Contestant(name=name, folder=folder, recipe=recipe_of(folder))
+        found[name] = Contestant(name=name, folder=folder, recipe=recipe_of(folder, code))
     return list(found.values())
 
 
@@ -117,6 +119,7 @@ def score_contestant(
     seed: int = 0,
     limit: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    code: Sequence[str | Path] = (),
 ) -> None:
     """Score the contestant on every task it can do, into ``out/<task>``; a task of a stage only by its own recipe,
     where it takes the place of another of its name."""
@@ -136,6 +139,7 @@ def score_contestant(
         limit=limit,
         progress=progress,
         run=rival.folder,
+        code=code,
     )
 
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from isthmus.allocator import give_back
 from isthmus.checkpoint import read_json
 from isthmus.comparison.curves import seconds
+from isthmus.config import strict
 from isthmus.data.record import Record
 from isthmus.errors import IsthmusError
 from isthmus.model import Model
@@ -58,8 +59,7 @@ class Cost:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> "Cost":
-        speeds = facts["throughput"]
-        return cls(**{**facts, "throughput": speeds and {int(size): speed for size, speed in speeds.items()}})
+        return strict(cls, facts, "cost")
 
 
 def cost_of(model: Model, folder: Path, recipe: Recipe | None, questions: Sequence[Record]) -> Cost:

@@ -21,6 +21,7 @@ from PIL import Image as PilImage
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from isthmus.config import strict
 from isthmus.data.orientation import upright, upright_size
 from isthmus.data.record import Image, ImageSource, Video
 from isthmus.errors import ConfigError, DataError, nearest
@@ -437,14 +438,8 @@ class ImageTransform:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ImageTransform":
-        """Inverse of :meth:`to_dict`. Raises ConfigError naming an unknown key."""
-        known = cls.__dataclass_fields__
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"image transform: unknown key {key!r}; {nearest(key, known)}")
-        tuples: dict[str, Any] = {k: tuple(values[k]) for k in ("mean", "std") if k in values}
-        tuples["pinpoints"] = tuple((int(h), int(w)) for h, w in values.get("pinpoints", ()))
-        return cls(**{**values, **tuples})
+        """Inverse of :meth:`to_dict`. Raises ConfigError naming an unknown key, or a value of a wrong type."""
+        return strict(cls, values, "image transform")
 
 
 def _on_square(image: PilImage.Image, background: tuple[int, int, int]) -> PilImage.Image:

@@ -11,10 +11,21 @@ import numpy as np
 from isthmus.data.messages import NO_ANSWER
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import binary, choice, rules, vqa
-from isthmus.evaluation.bootstrap import Interval, intervals
+from isthmus.evaluation.bootstrap import Interval, Outcomes, intervals
 from isthmus.evaluation.controls import answers_with_controls, plan_controls
 from isthmus.evaluation.protocols import Answers, Sample, Weighs
-from isthmus.evaluation.tasks import Questions, Row, VqaTask, listed, unique
+from isthmus.evaluation.tasks import (
+    Manifest,
+    Questions,
+    Row,
+    Scores,
+    VqaTask,
+    listed,
+    points,
+    rule_of,
+    seed_of,
+    unique,
+)
 from isthmus.evaluation.turns import (
     kind_of,
     last_turn,
@@ -33,8 +44,13 @@ class BinaryTask(VqaTask):
 
     rule: str = "yes-no"
 
-    def score(self, rows: Sequence[Row]) -> binary.BinaryScores:
-        return binary.score(rows, seed=self.seed)
+    @classmethod
+    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> Scores:
+        return binary.score(rows, seed=seed_of(manifest))
+
+    @classmethod
+    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+        return Outcomes(binary.table(rows), lambda sums: binary.rates(sums)[..., [0, 3]], ("accuracy", "f1"))
 
 
 def choices_of(record: Sample, task: str) -> list[str]:
@@ -55,6 +71,7 @@ class LikelihoodTask(Questions):
     """
 
     kind: ClassVar[str] = "likelihood"
+    version: ClassVar[int] = 1
     needs: ClassVar[type] = Weighs
 
     answer_with: Literal["text", "letter"] = "text"
@@ -100,8 +117,13 @@ class LikelihoodTask(Questions):
             return [s / max(len(c), 1) for s, c in zip(scores, candidates, strict=True)]
         return list(scores)
 
-    def score(self, rows: Sequence[Row]) -> vqa.VqaScores:
-        return vqa.score(rows, rule=choice.CHOICE, seed=self.seed)
+    @classmethod
+    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> vqa.VqaScores:
+        return vqa.score(rows, rule=choice.CHOICE, seed=seed_of(manifest))
+
+    @classmethod
+    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+        return points(choice.CHOICE, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +136,7 @@ class ConversationTask(Questions):
     """
 
     kind: ClassVar[str] = "conversation"
+    version: ClassVar[int] = 1
     needs: ClassVar[type] = Answers
 
     decoding: Mapping[str, Any] = field(default_factory=dict)
@@ -196,8 +219,13 @@ class ConversationTask(Questions):
         row = self.row(f"{record.id}/{n + 1}", turn, kind, answers) | {"turn": n + 1, "alone": answers["alone"]}
         return row | {"correct": rules.rule(self.rule).points(row["answer"], row)}
 
-    def score(self, rows: Sequence[Row]) -> "ConversationScores":
-        return score_conversation(rows, rule=rules.rule(self.rule), seed=self.seed)
+    @classmethod
+    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> "ConversationScores":
+        return score_conversation(rows, rule=rule_of(manifest), seed=seed_of(manifest))
+
+    @classmethod
+    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+        return points(rule_of(manifest), rows)
 
 
 def _up_to(record: Any, n: int, said: Sequence[str] | None) -> Any:

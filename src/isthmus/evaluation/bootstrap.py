@@ -1,12 +1,27 @@
 """Bootstrap intervals: how far a score would move on another sample of as many items."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Interval = tuple[float, float]
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """(n, C) ``columns`` per item; ``statistic`` maps their sums over n items to the scores named ``names``."""
+
+    columns: Array
+    statistic: Callable[[Array], Array]
+    names: tuple[str, ...]
+
+
+def means(columns: Array, *names: str) -> Outcomes:
+    """Outcomes whose scores are the columns' means."""
+    return Outcomes(columns, lambda sums: sums / len(columns), names)
 
 
 def resampled_sums(outcomes: Array, *, draws: int, seed: int) -> Array:

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from isthmus.errors import ConfigError, DataError
-from isthmus.evaluation.bootstrap import Array, Interval, intervals
-from isthmus.evaluation.captions import CaptionScores, score_captions
+from isthmus.evaluation.bootstrap import Array, Interval, Outcomes, intervals
+from isthmus.evaluation.captions import NAMES, CaptionScorer, CaptionScores, score_captions
 from isthmus.evaluation.captions.bleu import ngrams
+from isthmus.evaluation.captions.score import VERSION, from_sums
 from isthmus.evaluation.captions.tokens import tokens
 from isthmus.evaluation.controls import Control, ControlPlan, answers_with_controls, check_controls, shuffled_among
 from isthmus.evaluation.protocols import Answers, Records, TextPart
-from isthmus.evaluation.tasks import Row, Task, fingerprint, listed, unique
+from isthmus.evaluation.tasks import Manifest, Row, StandardTask, fingerprint, listed, seed_of, unique
 from isthmus.evaluation.turns import captions_of
 from isthmus.evaluation.vqa import controls_of
 
@@ -92,7 +93,7 @@ def score(rows: Sequence[Row], *, seed: int = 0) -> CaptionTaskScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionTask(Task):
+class CaptionTask(StandardTask):
     """Captions scored by BLEU, ROUGE-L and CIDEr-D; the records of one picture count as one with all their captions.
 
     ``prompt`` is the user's text; empty for models that caption a bare picture, which have no blind control.
@@ -100,6 +101,7 @@ class CaptionTask(Task):
     """
 
     kind: ClassVar[str] = "caption"
+    version: ClassVar[int] = VERSION
     needs: ClassVar[type] = Answers
 
     name: str
@@ -177,5 +179,11 @@ class CaptionTask(Task):
                 for j, i in enumerate(places)
             ]
 
-    def score(self, rows: Sequence[Row]) -> CaptionTaskScores:
-        return score(rows, seed=self.seed)
+    @classmethod
+    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> CaptionTaskScores:
+        return score(rows, seed=seed_of(manifest))
+
+    @classmethod
+    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+        columns = CaptionScorer({r["id"]: r["truth"] for r in rows}).outcomes({r["id"]: r["answer"] for r in rows})
+        return Outcomes(columns, lambda sums: from_sums(sums, len(rows)), NAMES)

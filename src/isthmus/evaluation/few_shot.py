@@ -168,6 +168,10 @@ class FewShotTask(Task):
         return self.task.kind
 
     @property
+    def version(self) -> int:
+        return self.task.version
+
+    @property
     def needs(self) -> type:
         return self.task.needs
 

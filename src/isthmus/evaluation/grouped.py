@@ -11,9 +11,9 @@ from isthmus.errors import DataError
 from isthmus.evaluation import vqa
 from isthmus.evaluation.answer_tasks import BinaryTask
 from isthmus.evaluation.binary import YES_NO
-from isthmus.evaluation.bootstrap import Interval, intervals
+from isthmus.evaluation.bootstrap import Interval, Outcomes, intervals
 from isthmus.evaluation.choice import CHOICE
-from isthmus.evaluation.tasks import VqaTask
+from isthmus.evaluation.tasks import Manifest, Row, VqaTask, points, rule_of, seed_of
 from isthmus.evaluation.vqa import Facts
 
 PERCEPTION = (
@@ -82,8 +82,13 @@ class MmeTask(BinaryTask):
 
     kind: ClassVar[str] = "mme"
 
-    def score(self, rows: Sequence[Facts]) -> MmeScores:  # type: ignore[override]
-        return score_mme(rows, seed=self.seed)
+    @classmethod
+    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> MmeScores:
+        return score_mme(rows, seed=seed_of(manifest))
+
+    @classmethod
+    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+        return points(rule_of(manifest), rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,5 +129,6 @@ class CircularTask(VqaTask):
 
     rule: str = "choice"
 
-    def score(self, rows: Sequence[Facts]) -> CircularScores:  # type: ignore[override]
-        return score_circular(rows, seed=self.seed)
+    @classmethod
+    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> CircularScores:
+        return score_circular(rows, seed=seed_of(manifest))

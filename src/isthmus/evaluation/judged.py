@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from isthmus.errors import ConfigError, DataError
-from isthmus.evaluation.bootstrap import Array, Interval, intervals
+from isthmus.evaluation.bootstrap import Array, Interval, Outcomes, intervals
 from isthmus.evaluation.controls import answers_of
 from isthmus.evaluation.judge import Judge, Pair, Review
 from isthmus.evaluation.protocols import Answers, Records, Sample
-from isthmus.evaluation.tasks import Row, Task, fingerprint, listed
+from isthmus.evaluation.tasks import Manifest, Row, StandardTask, fingerprint, listed, seed_of
 from isthmus.evaluation.turns import kind_of, last_turn, prompt
 
 _CHUNK = 4
@@ -26,7 +26,7 @@ _PROBES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedTask(Task):
+class JudgedTask(StandardTask):
     """The last question of each record, answered and judged beside the record's own answer, the reference.
     ``meta["context"]`` is what the judge reads about the picture. ``judge``: the fields of :class:`.judge.Judge`,
     ``url`` and ``model`` among them. With ``sanity`` the judge is tried first, on references beside those of other
@@ -34,6 +34,7 @@ class JudgedTask(Task):
     """
 
     kind: ClassVar[str] = "judged"
+    version: ClassVar[int] = 1
     needs: ClassVar[type] = Answers
 
     name: str
@@ -112,8 +113,13 @@ class JudgedTask(Task):
         if pairs:
             self._judge.probe(pairs[:_PROBES])
 
-    def score(self, rows: Sequence[Row]) -> "JudgedScores":
-        return score(rows, seed=self.seed)
+    @classmethod
+    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> "JudgedScores":
+        return score(rows, seed=seed_of(manifest))
+
+    @classmethod
+    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+        return Outcomes(columns(rows), ratio, ("relative",))
 
 
 def _context(record: Sample, task: str) -> str:

@@ -19,7 +19,7 @@ from isthmus.evaluation.bootstrap import Array, Interval
 from isthmus.evaluation.controls import shuffled_partners
 from isthmus.evaluation.embedding import embed
 from isthmus.evaluation.protocols import Embeds, Matches, Records
-from isthmus.evaluation.tasks import Row, Task, fingerprint, known, listed, unique
+from isthmus.evaluation.tasks import Manifest, Row, StandardTask, fingerprint, known, listed, seed_of, unique
 from isthmus.evaluation.turns import captions_of
 from isthmus.nn.losses import Similarity, similarity
 
@@ -81,13 +81,14 @@ def score(rows: Sequence[Row], *, seed: int = 0) -> MatchingScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchingTask(Task):
+class MatchingTask(StandardTask):
     """A pair's score is the similarity of the model's embeddings: cosine, dot or euclidean, as it was trained.
 
     ``pairs``: made here, or ``given`` by the records.
     """
 
     kind: ClassVar[str] = "matching"
+    version: ClassVar[int] = 1
     needs: ClassVar[type] = Embeds
     by: ClassVar[str] = "similarity"
 
@@ -156,8 +157,9 @@ class MatchingTask(Task):
         captions = embed(model.embed_texts, texts, what="captions")
         return similarity(images, captions, self.similarity).diagonal().tolist()
 
-    def score(self, rows: Sequence[Row]) -> MatchingScores:
-        return score(rows, seed=self.seed)
+    @classmethod
+    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> MatchingScores:
+        return score(rows, seed=seed_of(manifest))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from isthmus.evaluation.bootstrap import Array, Interval, intervals
 from isthmus.evaluation.embedding import embed
 from isthmus.evaluation.protocols import MatchesPairs
 from isthmus.evaluation.retrieval import RetrievalScores
-from isthmus.evaluation.tasks import RetrievalTask, Row
+from isthmus.evaluation.tasks import Manifest, RetrievalTask, Row, seed_of
 from isthmus.nn.losses import similarity
 
 OTHERS = -100.0
@@ -57,6 +57,7 @@ class RerankTask(RetrievalTask):
     """Retrieval in two steps; ``rerank`` is k. See the head of this file."""
 
     kind: ClassVar[str] = "rerank"
+    version: ClassVar[int] = 2
     needs: ClassVar[type] = MatchesPairs
 
     rerank: int = 128
@@ -97,8 +98,9 @@ class RerankTask(RetrievalTask):
         ]
         yield [row for row in rows if row["id"] not in done]
 
-    def score(self, rows: Sequence[Row]) -> RerankScores:
-        return score(rows, seed=self.seed)
+    @classmethod
+    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> RerankScores:
+        return score(rows, seed=seed_of(manifest))
 
 
 def score(rows: Sequence[Row], *, seed: int = 0) -> RerankScores:

@@ -1,7 +1,7 @@
 """Score folders without a model: scoring again, and two folders held against each other pair by pair."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ import numpy as np
 
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import rules
-from isthmus.evaluation.bootstrap import resampled_sums
+from isthmus.evaluation.bootstrap import Outcomes, resampled_sums
 from isthmus.evaluation.doubts import warn_of
 from isthmus.evaluation.results import write_json
 from isthmus.evaluation.run import Result, counts
-from isthmus.evaluation.scorers import scorer, scorer_of
-from isthmus.evaluation.tasks import Row
+from isthmus.evaluation.scorers import score_again, scorer_of, task_class
+from isthmus.evaluation.tasks import Row, Task
+from isthmus.user_code import code_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +67,29 @@ def read_folder(path: str | Path) -> Folder:
     return Folder(path, manifest, rows)
 
 
-def rescore(path: str | Path, *, rule: str | None = None) -> Result:
+def rescore(path: str | Path, *, rule: str | None = None, code: Iterable[str | Path] = ()) -> Result:
     """Score a folder's outputs again and write what comes out.
 
     With another ``rule`` than the folder's own the scores go into ``scores.<rule>.json``, beside the first ones.
-    Raises DataError (the folder), ConfigError (an unknown rule, or a kind of task that has none).
+    ``code``: the files of the user's own tasks, of which the folder names one; where it has changed since, its new
+    hash stands in ``scores.json``.
+    Raises DataError (the folder), ConfigError (an unknown rule, a kind of task that has none, or code that is not
+    named).
     """
     own = read_folder(path)
     folder = _by_rule(own, rule)
     manifest = folder.manifest
     target = "scores.json" if folder is own else f"scores.{rule}.json"
-    scores = scorer(folder.kind).score(folder.rows, manifest)
+    task = task_class(manifest, code)
+    scores = score_again(task, folder.rows, manifest)
     warn_of(folder.rows, captions=folder.kind == "caption")
     name = str(manifest.get("task", folder.path.name))
     left_out = int(manifest.get("left_out", 0))
     facts = {"task": name, "kind": folder.kind, **counts(left_out, folder.rows), **scores.to_dict()}
     if target != "scores.json":
-        facts["scorer"] = scorer_of(folder.kind, manifest)
+        facts["scorer"] = scorer_of(folder.kind, task.version, manifest)
+    if (now := code_of(task)) != manifest.get("code"):
+        facts["code"] = now
     write_json(folder.path / target, facts)
     return Result(name, folder.kind, scores, folder.rows, folder.path, left_out)
 
@@ -124,10 +131,12 @@ def compare(
     rule: str | None = None,
     seed: int = 0,
     draws: int = 10_000,
+    code: Iterable[str | Path] = (),
 ) -> list[Difference]:
     """Paired bootstrap of two score folders over the same items: an item is drawn with both outcomes. A side may
     be several folders, one per training seed: then an item's outcome is the mean over them. ``rule``: score all of
-    them by this one, whatever they were scored by.
+    them by this one, whatever they were scored by. ``code``: the file of a task of the user's own, which must say its
+    ``outcomes``.
 
     The p-value is twice the smaller share of resamples in which the difference is not above (not below) zero, with
     one added to each count, so that it is never 0. Raises DataError when the folders do not hold the same items with
@@ -141,10 +150,8 @@ def compare(
                 f"{a.path} is scored as {a.kind} ({a.manifest.get('rule')}), {b.path} as {b.kind} "
                 f"({b.manifest.get('rule')}); only scores of one kind and rule can be paired."
             )
-    outcomes = scorer(a.kind).outcomes
-    if outcomes is None:
-        raise ConfigError(f"Scores of kind {a.kind!r} are not means over items and cannot be paired here.")
-    ours, theirs = ([outcomes(_aligned(a, f), f.manifest) for f in side] for side in (one, other))
+    task = task_class(a.manifest, code)
+    ours, theirs = ([_outcomes(task, a, f) for f in side] for side in (one, other))
     columns = [np.mean([o.columns for o in side], axis=0) for side in (ours, theirs)]
     names, statistic, width = ours[0].names, ours[0].statistic, columns[0].shape[1]
     sums = resampled_sums(np.concatenate(columns, axis=1), draws=draws, seed=seed)
@@ -163,6 +170,14 @@ def compare(
         )
         for i, name in enumerate(names)
     ]
+
+
+def _outcomes(task: type[Task], first: Folder, folder: Folder) -> Outcomes:
+    """What each of the first folder's items contributes to this folder's scores."""
+    found = task.outcomes(_aligned(first, folder), folder.manifest)
+    if found is None:
+        raise ConfigError(f"Scores of kind {first.kind!r} are not means over items and cannot be paired here.")
+    return found
 
 
 def _folders(side: str | Path | Sequence[str | Path]) -> list[Folder]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import DataError
-from isthmus.evaluation.bootstrap import Array, Interval, intervals
+from isthmus.evaluation.bootstrap import Array, Interval, Outcomes, intervals
 from isthmus.evaluation.embedding import around
 from isthmus.nn.losses import Similarity, similarity
 
@@ -105,16 +105,6 @@ class Recall:
             facts[f"chance_at_{k}"] = self.chance[k]
         return facts
 
-    @classmethod
-    def from_dict(cls, facts: Mapping[str, Any]) -> "Recall":
-        cuts = [int(key.removeprefix("chance_at_")) for key in facts if key.startswith("chance_at_")]
-        return cls(
-            n=facts["n"],
-            recall={k: facts[f"recall_at_{k}"] for k in cuts},
-            intervals={k: (facts[f"recall_at_{k}_interval"][0], facts[f"recall_at_{k}_interval"][1]) for k in cuts},
-            chance={k: facts[f"chance_at_{k}"] for k in cuts},
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class RetrievalScores:
@@ -128,9 +118,16 @@ class RetrievalScores:
         both = {"image_to_text": self.image_to_text.to_dict(), "text_to_image": self.text_to_image.to_dict()}
         return {**top, **both}
 
-    @classmethod
-    def from_dict(cls, facts: Mapping[str, Any]) -> "RetrievalScores":
-        return cls(Recall.from_dict(facts["image_to_text"]), Recall.from_dict(facts["text_to_image"]))
+
+def outcomes(rows: Sequence[Mapping[str, Any]]) -> Outcomes:
+    """Recall@1 both ways, for pairs of folders; from output rows."""
+    columns = [[r["rank"] < 1, sum(k < 1 for k in r["caption_ranks"]), len(r["caption_ranks"])] for r in rows]
+
+    def statistic(sums: Array) -> Array:
+        return np.stack([sums[..., 0] / len(rows), sums[..., 1] / sums[..., 2]], axis=-1)
+
+    names = ("image to text R@1", "text to image R@1")
+    return Outcomes(np.array(columns, dtype=np.float64), statistic, names)
 
 
 def score(

@@ -109,7 +109,7 @@ def _manifest(task: Task, model: Any, model_hash: str) -> dict[str, Any]:
         "seed": task.seed,
         "items": len(task.ids),
         **described,
-        "scorer": scorer_of(task.kind, described),
+        "scorer": scorer_of(task.kind, task.version, described),
         "model": model_hash,
         **_provenance(task, model),
         "versions": versions(),

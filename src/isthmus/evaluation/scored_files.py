@@ -17,7 +17,7 @@ from isthmus.evaluation.captions import java, score_captions
 from isthmus.evaluation.captions.score import VERSION as CAPTION_VERSION
 from isthmus.evaluation.doubts import warn_of
 from isthmus.evaluation.results import versions, write_json, write_text
-from isthmus.evaluation.scorers import scorer, scorer_of
+from isthmus.evaluation.scorers import KINDS, scorer_of
 from isthmus.evaluation.vqa import Rule
 
 FileTask = Literal["caption", "vqa", "ok-vqa"]
@@ -119,14 +119,14 @@ def write_folder(folder: Path, scores: FileScores, references: Path, predictions
         "seed": seed,
         "items": len(scores.rows),
         **rule,
-        "scorer": scorer_of(kind, rule),
+        "scorer": scorer_of(kind, KINDS[kind].version, rule),
         "data": file_sha256(references),
         "model": f"predictions {file_sha256(predictions)}",
         "versions": scores.facts["versions"],
     }
     write_json(folder / "manifest.json", manifest)
     write_text(folder / "outputs.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in scores.rows))
-    found = scorer(kind).score([dict(r) for r in scores.rows], manifest)
+    found = KINDS[kind].scored([dict(r) for r in scores.rows], manifest)
     write_json(folder / "scores.json", {"task": manifest["task"], "kind": kind, **found.to_dict()})
 
 

@@ -2,7 +2,8 @@
 
 A task says what it needs of a model (``needs``), what identifies it (``describe``), which output rows there are
 (``ids``), makes the missing ones (``rows``) and scores them (``score``). Scores come from the rows alone, so an
-interrupted evaluation continues, and a finished one can be scored again without the model.
+interrupted evaluation continues, and a finished one can be scored again without model and data. A task whose scores are
+made of sums over items also says how two of its folders are compared in pairs (``outcomes``).
 """
 
 import hashlib
@@ -13,11 +14,13 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, get_args
 
+import numpy as np
 import torch
 
 from isthmus.data.sources.files import merged_names, same_name
 from isthmus.errors import CapabilityError, ConfigError, DataError, nearest
 from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
+from isthmus.evaluation.bootstrap import Outcomes, means
 from isthmus.evaluation.controls import Control, answers_with_controls, check_controls, plan_controls, shuffled_among
 from isthmus.evaluation.embedding import embed
 from isthmus.evaluation.protocols import (
@@ -34,6 +37,7 @@ from isthmus.evaluation.turns import Turn, captions_of, kind_of, last_turn, prom
 from isthmus.nn.losses import Similarity
 
 Row = dict[str, Any]
+Manifest = Mapping[str, Any]
 CLOSE = 1e-4
 """Two best tokens nearer than this (in logits) may change places when sums are taken in another order."""
 _SCORED = ("answers", "class", "kind", "choices", "group")
@@ -51,11 +55,12 @@ class Task(ABC):
     ``name``, ``records`` and ``seed`` (and ``train``, where it takes training data), and gives ``rows`` and ``score``;
     the rest has defaults.
 
-    ``kind`` names the scoring rule, ``needs`` the protocol of models that can do it, ``decoding`` how the model
-    generates.
+    ``kind`` names the scoring rule, ``version`` is raised with every change that can move a score, ``needs`` is the
+    protocol of models that can do it, ``decoding`` how the model generates.
     """
 
     kind: ClassVar[str] = "own"
+    version: ClassVar[int | None] = None
     needs: ClassVar[type] = Answers
     name: str
     records: Records
@@ -68,7 +73,8 @@ class Task(ABC):
         return unique([r.id for r in listed(self.records)], self.name)
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the evaluation beside name, kind and seed; an output folder goes on only with the same."""
+        """What identifies the evaluation beside name, kind and seed; an output folder goes on only with the same. What
+        stands here under a field's name is what the rows are scored with again."""
         return {"data": fingerprint(self.records)}
 
     def prompts(self) -> Iterable[Any]:
@@ -82,6 +88,40 @@ class Task(ABC):
     @abstractmethod
     def score(self, rows: Sequence[Row]) -> Scores:
         """Scores from the rows alone, in the order of the ids."""
+
+    @classmethod
+    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes | None:
+        """What each item contributes to the scores, for pairs; none where a score is no function of sums over items
+        (an AUC)."""
+        del rows, manifest
+        return None
+
+
+class StandardTask(Task):
+    """A task of the package. Its scores are a function of the rows and of what the manifest says (``seed`` and what
+    ``describe`` gives), for a first and for every later scoring."""
+
+    def score(self, rows: Sequence[Row]) -> Scores:
+        return self.scored(rows, {"seed": self.seed, **self.describe()})
+
+    @classmethod
+    @abstractmethod
+    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> Scores:
+        """Scores from rows and manifest alone."""
+
+
+def seed_of(manifest: Manifest) -> int:
+    return int(manifest.get("seed", 0))
+
+
+def rule_of(manifest: Manifest) -> vqa.Rule:
+    """The rule that a folder's answers get points by."""
+    return rules.rule(str(manifest.get("rule", "exact")))
+
+
+def points(rule: vqa.Rule, rows: Sequence[Row]) -> Outcomes:
+    """Each answer's points, whose mean is the accuracy."""
+    return means(np.array([[rule.points(r["answer"], r)] for r in rows], dtype=np.float64), "accuracy")
 
 
 def fingerprint(records: Records) -> str:
@@ -128,7 +168,7 @@ def _picture(record: Sample, task: str) -> Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Questions(Task):
+class Questions(StandardTask):
     """What all tasks of questions share: the controls of :mod:`.vqa` and the prior, from the training records.
 
     ``controls`` chooses among ``blind`` and ``shuffled``; for questions without pictures (a bare language model) leave
@@ -181,6 +221,7 @@ class VqaTask(Questions):
     """
 
     kind: ClassVar[str] = "vqa"
+    version: ClassVar[int] = 1
     needs: ClassVar[type] = Answers
 
     decoding: Mapping[str, Any] = field(default_factory=dict)
@@ -221,8 +262,13 @@ class VqaTask(Questions):
         row |= {k: _plain(record.meta[k]) for k in ("choices", "group") if k in record.meta}
         return row | {"correct": rules.rule(self.rule).points(row["answer"], row)}
 
-    def score(self, rows: Sequence[Row]) -> Scores:
-        return vqa.score(rows, rule=rules.rule(self.rule), seed=self.seed)
+    @classmethod
+    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> Scores:
+        return vqa.score(rows, rule=rule_of(manifest), seed=seed_of(manifest))
+
+    @classmethod
+    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+        return points(rule_of(manifest), rows)
 
 
 def _plain(value: Any) -> Any:
@@ -230,12 +276,13 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalTask(Task):
+class RetrievalTask(StandardTask):
     """Recall@1/5/10 both ways. A caption is any text to be learnt (an answer, not its question) or alternative of one;
     records of the same picture count as one picture with all their captions, and captions of equal text as one caption.
     ``similarity``: cosine, dot or euclidean, as the model was trained."""
 
     kind: ClassVar[str] = "retrieval"
+    version: ClassVar[int] = 3
     needs: ClassVar[type] = Embeds
 
     name: str
@@ -285,18 +332,25 @@ class RetrievalTask(Task):
         ]
         yield [row for row in rows if row["id"] not in done]
 
-    def score(self, rows: Sequence[Row]) -> retrieval.RetrievalScores:
+    @classmethod
+    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> retrieval.RetrievalScores:
         return retrieval.score(
             [r["rank"] for r in rows],
             [r["caption_ranks"] for r in rows],
             [r["captions"] for r in rows],
-            seed=self.seed,
+            seed=seed_of(manifest),
         )
+
+    @classmethod
+    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+        return retrieval.outcomes(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Classified(Task):
+class _Classified(StandardTask):
     """Records of one picture each, with their class in ``meta["class"]``."""
+
+    version: ClassVar[int] = 1
 
     name: str
     records: Records
@@ -324,6 +378,14 @@ class _Classified(Task):
 
     def _pictures(self, records: Records) -> list[Picture]:
         return [_picture(r, self.name) for r in listed(records)]
+
+    @classmethod
+    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> zero_shot.ClassScores:
+        return zero_shot.score(rows, classes=len(manifest["classes"]), seed=seed_of(manifest))
+
+    @classmethod
+    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+        return means(np.array([[r["rank"] < 1, r["rank"] < 5] for r in rows], dtype=np.float64), "top_1", "top_5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,9 +434,6 @@ class ZeroShotTask(_Classified):
                 for i, best, r in zip(places, order.tolist(), rank.tolist(), strict=True)
             ]
 
-    def score(self, rows: Sequence[Row]) -> zero_shot.ClassScores:
-        return zero_shot.score(rows, classes=len(self._names), seed=self.seed)
-
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbeTask(_Classified):
@@ -414,6 +473,3 @@ class LinearProbeTask(_Classified):
             for name, truth, best, r in zip(self.ids, truths.tolist(), order.tolist(), rank.tolist(), strict=True)
         ]
         yield [row for row in rows if row["id"] not in done]
-
-    def score(self, rows: Sequence[Row]) -> zero_shot.ClassScores:
-        return zero_shot.score(rows, classes=len(self._names), seed=self.seed)

@@ -149,22 +149,6 @@ class Score:
             "unparsable": self.unparsable,
         }
 
-    @classmethod
-    def from_dict(cls, facts: Mapping[str, Any]) -> "Score":
-        gain_interval = facts.get("gain_interval")
-        return cls(
-            n=facts["n"],
-            accuracy=facts["accuracy"],
-            interval=_pair(facts["accuracy_interval"]),
-            blind=facts.get("blind"),
-            shuffled=facts.get("shuffled"),
-            prior=facts.get("prior"),
-            gain=facts.get("gain"),
-            gain_interval=_pair(gain_interval) if gain_interval else None,
-            empty=facts.get("empty", 0),
-            unparsable=facts.get("unparsable", 0),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class VqaScores:
@@ -176,10 +160,6 @@ class VqaScores:
     def to_dict(self) -> dict[str, Any]:
         """The overall facts, with ``kinds`` beside them: what stands under ``models.<name>`` in results.json."""
         return {**self.overall.to_dict(), "kinds": {k: s.to_dict() for k, s in self.kinds.items()}}
-
-    @classmethod
-    def from_dict(cls, facts: Mapping[str, Any]) -> "VqaScores":
-        return cls(Score.from_dict(facts), {k: Score.from_dict(s) for k, s in facts.get("kinds", {}).items()})
 
 
 def score(rows: Sequence[Facts], *, rule: Rule = EXACT, seed: int = 0) -> VqaScores:
@@ -244,8 +224,3 @@ def _question_key(question: str) -> str:
 
 def _most_frequent(counts: Counter[str]) -> str:
     return min(counts, key=lambda answer: (-counts[answer], answer))
-
-
-def _pair(values: Sequence[float]) -> Interval:
-    low, high = values
-    return float(low), float(high)

@@ -302,5 +302,5 @@ def read_blip2_folder(
         if scaled and head is not None and not torch.equal(head, table):
             raise CheckpointError(f"{folder}: its T5 has a head of its own, but its configuration ties and scales it.")
         language = seq2seq_ties(config.language, text, head, table)
-        config = Blip2Config.from_dict({**config.to_dict(), "language": language})
+        config = replace(config, language=language)
     return config, state

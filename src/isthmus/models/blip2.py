@@ -32,7 +32,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.batch import IGNORE, Batch, Places, Term, Tokens, Visuals
-from isthmus.config import plain, strict
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding, Prompt, Read, Seq2SeqLM, build_language, safe_dtype, write
 from isthmus.models.published import flan_t5, opt, vicuna
@@ -102,14 +101,6 @@ class Blip2Config:
     def similarity(self) -> Similarity:
         """How embeddings are compared: by the cosine, best query first."""
         return "cosine"
-
-    def to_dict(self) -> dict[str, Any]:
-        return plain(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Blip2Config":
-        """Strict: an unknown key or a wrong type raises ConfigError."""
-        return strict(cls, values, "blip2")
 
     @classmethod
     def vit_l_opt_2_7b(cls) -> "Blip2Config":
@@ -209,10 +200,6 @@ class Blip2(Net):
             norm_eps=config.norm_eps,
         )
         self.heads = None if generates else Heads(config)
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> "Blip2":
-        return cls(Blip2Config.from_dict(values))
 
     def cast(self, dtype: torch.dtype) -> "Blip2":
         """Encoder and LM to ``dtype`` (a T5 in bf16 where fp16 was requested); connector and heads stay float32."""

@@ -13,16 +13,15 @@ Differs from the SigLIP code: negatives of other processes are gathered instead 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.batch import Batch, Term, Tokens
-from isthmus.config import plain, strict
 from isthmus.errors import ConfigError, DataError
 from isthmus.net import Net
 from isthmus.nn.losses import Similarity, info_nce, sigmoid_loss, similarity
@@ -69,14 +68,6 @@ class ClipConfig:
             object.__setattr__(self, "init_scale", start)
         if self.loss == "sigmoid" and self.init_bias is None:
             object.__setattr__(self, "init_bias", -10.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        return plain(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ClipConfig":
-        """Strict: an unknown key or a wrong type raises ConfigError."""
-        return strict(cls, values, "clip")
 
     @classmethod
     def vit_b_32(cls) -> "ClipConfig":
@@ -153,10 +144,6 @@ class Clip(Net):
         self.vision = VisionTransformer(config.vision)
         self.text = TextTower(config.text)
         self.heads = Heads(config)
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> "Clip":
-        return cls(ClipConfig.from_dict(values))
 
     def embed_images(
         self, pixels: Float[Tensor, "n 3 height width"], *, interpolate: Interpolation | None = None

@@ -26,7 +26,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.batch import Batch, Term, Visuals
-from isthmus.config import plain, strict
 from isthmus.errors import ConfigError
 from isthmus.interleave import InterleavedLanguageModel, MediaContext
 from isthmus.language import Decoding, Prompt, Read
@@ -90,14 +89,6 @@ class FlamingoConfig:
     def new_ids(self) -> tuple[int, ...]:
         """The ids with rows of their own beside the language model's table."""
         return (self.end_id, self.image_id, *(() if self.turn_id is None else (self.turn_id,)))
-
-    def to_dict(self) -> dict[str, Any]:
-        return plain(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "FlamingoConfig":
-        """Strict: an unknown key or a wrong type raises ConfigError."""
-        return strict(cls, values, "flamingo")
 
     @classmethod
     def flamingo_3b(cls) -> "FlamingoConfig":
@@ -206,10 +197,6 @@ class Flamingo(Net):
         self.xattn = nn.ModuleList(GatedBlock(width, config.vision.width, config.xattn) for _ in places)
         self.language = language
         language.insert(dict(zip(places, self.xattn, strict=True)))  # type: ignore[arg-type]
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> "Flamingo":
-        return cls(FlamingoConfig.from_dict(values))
 
     def num_tokens(self, height: int, width: int, frames: int = 1) -> int:
         """R: what a visual of that many pixels costs in cross-attention; of the LM's context it takes one token."""

@@ -30,7 +30,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.batch import Batch, Places, Term, Visuals
-from isthmus.config import plain, strict
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding, LanguageModel, Prompt, Read
 from isthmus.models.published import tiny_llama, vicuna
@@ -84,14 +83,6 @@ class LlavaConfig:
         """Dv: what the connector receives per patch."""
         return self.tap.width
 
-    def to_dict(self) -> dict[str, Any]:
-        return plain(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LlavaConfig":
-        """Strict: an unknown key or a wrong type raises ConfigError."""
-        return strict(cls, values, "llava")
-
     @classmethod
     def v1_7b(cls, vocab_size: int = 32000) -> "LlavaConfig":
         return cls(vision=VisionConfig.vit_l_14(), projector="linear", language=vicuna("7b", vocab_size, version=1))
@@ -143,10 +134,6 @@ class Llava(Net):
         self.language = language
         if config.pinpoints:
             self.image_newline = nn.Parameter(torch.randn(language.width) / math.sqrt(language.width))
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> "Llava":
-        return cls(LlavaConfig.from_dict(values))
 
     def num_tokens(self, height: int, width: int, frames: int = 1) -> int:
         """R: the places that a visual of that many pixels needs in a row; with ``pinpoints`` that of one view."""

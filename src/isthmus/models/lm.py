@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.batch import Batch, Term
-from isthmus.config import plain, strict
 from isthmus.language import Decoding, LanguageModel, Prompt, Read
 from isthmus.models.published import tiny_llama
 from isthmus.net import Net
@@ -27,9 +26,6 @@ class LmConfig:
     """``language`` is the configuration of a causal LM of transformers, ``{"model_type": "llama", ...}``."""
 
     language: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return plain(self)
 
     @classmethod
     def tiny(cls, vocab_size: int = 2048) -> "LmConfig":
@@ -47,11 +43,6 @@ class BareLM(Net):
         super().__init__()
         self.config = config
         self.language = LanguageModel.build(config.language)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "BareLM":
-        """From plain keys and values. Raises ConfigError for an unknown one."""
-        return cls(strict(LmConfig, config, "model"))
 
     def embed_prompt(self, batch: Batch) -> Float[Tensor, "B T D"]:
         """The ``lm`` stream embedded, (B, T, D)."""

@@ -9,15 +9,12 @@ A file without a projection gives the vectors before it. SigLIP's image tower ha
 pools lies in the common space.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.batch import Tokens
-from isthmus.config import plain, strict
 from isthmus.net import Net
 from isthmus.nn.losses import Similarity
 from isthmus.nn.text_tower import TextConfig, TextTower
@@ -34,14 +31,6 @@ class _TowerConfig:
     def similarity(self) -> Similarity:
         """How embeddings are compared: by the cosine."""
         return "cosine"
-
-    def to_dict(self) -> dict[str, Any]:
-        return plain(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Strict: an unknown key or a wrong type raises ConfigError."""
-        return strict(cls, values, cls.__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +60,6 @@ class ImageEncoder(Net):
         self.vision = VisionTransformer(config.vision)
         self.projection = _projection(config.vision.width, config.embed_dim, bias=False)
 
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> "ImageEncoder":
-        return cls(ImageEncoderConfig.from_dict(values))
-
     def embed_images(
         self, pixels: Float[Tensor, "n 3 height width"], *, interpolate: Interpolation | None = None
     ) -> Float[Tensor, "n E"]:
@@ -93,10 +78,6 @@ class TextEncoder(Net):
         self.config = config
         self.text = TextTower(config.text)
         self.projection = _projection(config.text.width, config.embed_dim, bias=config.projection_bias)
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> "TextEncoder":
-        return cls(TextEncoderConfig.from_dict(values))
 
     def embed_texts(self, tokens: Tokens) -> Float[Tensor, "B E"]:
         """(B, E), not normalised. Raises DataError for a row without end-of-text or longer than the context."""

@@ -23,6 +23,7 @@ from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
 from isthmus.evaluation.protocols import Answers
 from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.run import Result, evaluate
+from isthmus.evaluation.scorers import users_task
 from isthmus.evaluation.sound import Check, Demand, Sound, all_answered, answered
 from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
 from isthmus.evaluation.vqa import AnswerPrior
@@ -31,7 +32,7 @@ from isthmus.interop.hub import model_hash
 from isthmus.model import Model, load
 from isthmus.processes import first, of_first, world_size
 from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe, read_recipe
-from isthmus.user_code import is_user_code, label, resolve, vetted
+from isthmus.user_code import is_user_code, label, vetted
 
 Progress = Callable[[str, int, int], None]
 """Called with (task, items done, items in all)."""
@@ -98,9 +99,7 @@ def make_task(
 
 def _users(spec: EvalSpec, records: Any, train: Any, seed: int) -> Task:
     """The task of a user's class, made with name, records, seed, the options, and ``train`` where it takes that."""
-    cls, shown = resolve(spec.task), label(spec.task)
-    if not (isinstance(cls, type) and issubclass(cls, Task)):
-        raise ConfigError(f"Task {shown!r} must be a class that derives from isthmus.evaluation.tasks.Task.")
+    cls, shown = users_task(spec.task), label(spec.task)
     given = {"name": spec.name, "records": records, "seed": seed}
     if train is not None:
         if "train" not in signature(cls).parameters:
@@ -109,7 +108,7 @@ def _users(spec: EvalSpec, records: Any, train: Any, seed: int) -> Task:
     elif "train" in signature(cls).parameters and signature(cls).parameters["train"].default is Parameter.empty:
         raise ConfigError(f"Task {shown!r} needs training data: give `train` (--train).")
     check_options(cls, spec.options, f"task {shown!r}", given=(*given, "train"))
-    return cls(**given, **spec.options)
+    return cls(**given, **spec.options)  # type: ignore[call-arg]
 
 
 _BY_SIMILARITY = ("retrieval", "zero-shot", "matching")
@@ -243,7 +242,7 @@ def needs(spec: EvalSpec) -> type:
         "linear-probe": LinearProbeTask,
     }
     if is_user_code(spec.task):
-        return resolve(spec.task).needs
+        return users_task(spec.task).needs
     return own[spec.task].needs if spec.task in own else Answers
 
 
@@ -258,11 +257,13 @@ def score_model(
     progress: Progress | None = None,
     done: Callable[[Result], None] | None = None,
     run: Path | None = None,
+    code: Sequence[str | Path] = (),
 ) -> list[Result]:
     """Every task in a folder of its own below ``folder``, going on where an earlier call stopped. ``done`` is told each
     result as it comes, so that none is lost on a user when a later task fails.
 
-    A task of an earlier stage is done by that stage's model, from the run folder ``run`` (the one ``folder`` is in).
+    A task of an earlier stage is done by that stage's model, from the run folder ``run`` (the one ``folder`` is in),
+    opened with the user's files ``code``.
     """
     found = []
     final, final_hash = model, model_hash
@@ -270,7 +271,7 @@ def score_model(
         name = spec.name
         model, model_hash = final, final_hash
         if spec.stage is not None:
-            model, model_hash = _of_stage(run or folder.parent, spec.stage, final, final_hash)
+            model, model_hash = _of_stage(run or folder.parent, spec.stage, final, final_hash, code)
         report = (lambda done, total, name=name: progress(name, done, total)) if progress else None
         if spec.task in _BY_SIMILARITY and "similarity" in model.capabilities:
             spec = spec.model_copy(update={"options": {"similarity": model.net.config.similarity, **spec.options}})
@@ -309,11 +310,11 @@ def _scored(model: Any, spec: EvalSpec, folder: Path, *, seed: int, limit: int |
         return attempt("decode")
 
 
-def _of_stage(run: Path, stage: str, final: Model, final_hash: str) -> tuple[Model, str]:
+def _of_stage(run: Path, stage: str, final: Model, final_hash: str, code: Sequence[str | Path]) -> tuple[Model, str]:
     """The model that ``stage`` left behind and its hash; the final one where that is the last stage's."""
     place = run / "stages" / stage
     if (place / "model").is_dir():
-        return load(place, device=str(final.device)), model_hash(place)
+        return load(place, device=str(final.device), code=code), model_hash(place)
     facts = checkpoint.read_json(run / "run.json") if (run / "run.json").is_file() else {"recipe": {"stages": []}}
     last = [s["stage"]["name"] for s in facts["recipe"]["stages"]][-1:]
     if last != [stage]:

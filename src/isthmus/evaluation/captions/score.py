@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.config import plain
 from isthmus.errors import DataError
 from isthmus.evaluation.bootstrap import Array, Interval, intervals
 from isthmus.evaluation.captions import bleu
@@ -67,13 +68,7 @@ class CaptionScores:
     empty: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "n": self.n,
-            "empty": self.empty,
-            "corpus": dict(self.corpus),
-            "intervals": {k: list(v) for k, v in self.intervals.items()},
-            "per_item": {k: dict(v) for k, v in self.per_item.items()},
-        }
+        return plain(self)
 
 
 def score_captions(
