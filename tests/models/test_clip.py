@@ -162,7 +162,7 @@ def test_configuration_round_trip_and_strictness():
     values = plain(tiny().config)
     values["vision"]["patch_sise"] = 4
     with pytest.raises(ConfigError, match=r"clip\.vision: unknown key 'patch_sise'; did you mean 'patch_size'"):
-        ClipConfig.from_dict(values)
+        strict(ClipConfig, values, "clip")
     with pytest.raises(ConfigError, match="belongs to the sigmoid loss"):
         tiny(init_bias=-1.0)
     with pytest.raises(ConfigError, match="must be the tower's width 12"):
