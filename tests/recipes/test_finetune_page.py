@@ -19,7 +19,13 @@ from isthmus.stage import Group, apply_stage
 from tests.interop import tiny_models
 
 PAGE = Path(__file__).parents[2] / "docs" / "finetune.md"
-SMALL = ["stages.tune.steps=2", "stages.tune.batch_size=2", "stages.tune.validate.every=2"]
+SMALL = [
+    "stages.tune.steps=2",
+    "stages.tune.batch_size=2",
+    "stages.tune.validate.every=2",
+    "stages.tune.validate.rows=2",
+]
+ADAPTED = ["stages.tune.train.0.lora.rank=2", "evaluate.answers.options.decoding.max_new_tokens=1"]
 NAMES = ["red", "blue", "a green ball", "two rings"]
 
 
@@ -37,7 +43,7 @@ def commands(kind):
 def data(folder, words):
     """``train`` and ``held-out`` as JSON lines and as LLaVA JSON; ``words`` makes a row from a picture's name."""
     (folder / "images").mkdir(parents=True)
-    for split, count in (("train", 8), ("held-out", 4)):
+    for split, count in (("train", 4), ("held-out", 2)):
         rows = []
         for number in range(count):
             file = f"{split}-{number}.png"
@@ -72,8 +78,7 @@ def test_every_command_of_the_page_runs(kind, tmp_path, monkeypatch):
     data(tmp_path / "my-pairs", lambda name: {"caption": name})
     data(tmp_path / "my-questions", lambda name: {"question": "what?", "answer": name})
     for words in commands(kind):
-        short = [] if kind == "clip" else ["evaluate.answers.options.decoding.max_new_tokens=2"]
-        small = [*SMALL, *short] if words[0] in ("check", "train") else []
+        small = [*SMALL, *(ADAPTED if kind != "clip" else [])] if words[0] in ("check", "train") else []
         done = CliRunner().invoke(app, [*words, *small])
         assert done.exit_code == 0, f"{' '.join(words)}\n{done.output}\n{done.exception!r}"
     run = tmp_path / "runs" / f"my-{kind}"

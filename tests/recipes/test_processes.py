@@ -179,6 +179,7 @@ def children(parent):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes below /proc, on Linux alone")
 def test_the_command_speaks_once_and_survives_a_lost_process(tmp_path):
     running = command(tmp_path)

@@ -35,7 +35,7 @@ from isthmus.data.sources import named_apart, open_mix, open_source
 from isthmus.errors import CheckpointError, ConfigError, DataError
 from isthmus.interop.hub import model_hash
 from isthmus.model import Model, load
-from isthmus.processes import doing, first, join, rank, wait, world_size
+from isthmus.processes import doing, first, join, of_first, rank, wait, world_size
 from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.features import FeatureLoader, open_cache
 from isthmus.recipes.saving import recipe_file, save_model
@@ -74,9 +74,7 @@ def train(
     folder = Path(out) if out is not None else Path("runs") / Path(name).stem
     join(recipe.parallel.timeout)
     with RunLock(folder) if first() else nullcontext():
-        if first():
-            _claim(folder, recipe)
-        wait()
+        of_first(lambda: _claim(folder, recipe))
         if not (folder / "model" / checkpoint.MANIFEST).is_file():
             trackers: list[str] = [*recipe.report_to, *(["tensorboard"] if tensorboard else [])]
             reported = tuple(dict.fromkeys(trackers))
