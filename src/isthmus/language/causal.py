@@ -207,8 +207,8 @@ class LanguageModel(LibraryLM):
         return self._window()
 
     def _window(self) -> Window:
-        # Alibi is computed from the padding mask (Falcon's first models take positions beside it), and only SDPA takes a
-        # mask of visible positions.
+        # Alibi is computed from the padding mask (Falcon's first models take positions beside it), and only SDPA takes
+        # a mask of visible positions.
         alibi = getattr(self.lm.config.get_text_config(), "alibi", False)
         masked = self._positioned and not alibi and "sdpa" in self.lm.config._attn_implementation
         return Window(self._sliding, layer_types=self._layer_types, masked=masked)
