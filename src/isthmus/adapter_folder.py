@@ -64,7 +64,9 @@ def check_useful(folder: Path, config: Mapping[str, Any], given: Mapping[str, An
     useful = {"base": bool(base), "unquantised": "quantised" in base}
     for name, value in given.items():
         if value is not None and not useful.get(name):
-            what = "is a whole model of ours" if not base else "holds adapters that were trained over the base as it is"
+            what = (
+                "is a complete model of ours" if not base else "holds adapters that were trained over the base as it is"
+            )
             raise CheckpointError(f"{folder} {what}, so it needs no {name}: leave it out.")
 
 

@@ -29,16 +29,16 @@ def weights(file: Path, config: Mapping[str, Any], account: Account | None = Non
     Raises CheckpointError where another folder is not there, is none beside this one, or holds another file.
     """
     found, folder = checkpoint.load_tensors(file, account), file.parent
-    told: Mapping[str, Mapping[str, str]] = config.get("borrowed", {})
-    for part, place in told.items():
+    borrowed: Mapping[str, Mapping[str, str]] = config.get("borrowed", {})
+    for part, place in borrowed.items():
         other = Path(place["folder"])
         if len(other.parts) != 1 or other.is_absolute() or other.name in ("", ".."):
             raise CheckpointError(f"{folder} takes its {part} from {str(other)!r}, which is no folder beside it.")
         theirs = folder.absolute().parent / other / FILE
         if not theirs.is_file():
             raise CheckpointError(
-                f"{folder} takes its {part} from {theirs}, which is not there. Copy that folder too, or write the "
-                "model whole from where it lies complete: isthmus.load(FOLDER).save(ANOTHER)."
+                f"{folder} takes its {part} from {theirs}, which is not there. Copy that folder too, or write a "
+                "complete model from where they lie together: isthmus.load(FOLDER).save(ANOTHER)."
             )
         if checkpoint.file_sha256(theirs) != place["sha256"]:
             raise CheckpointError(
@@ -54,16 +54,16 @@ def shared(
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
     """What is left of a model's tensors when each of ``parts`` that one of the model folders ``others`` holds too,
     equal in every number, is taken from there; and what config.json says of it."""
-    left, told = dict(own), {}
+    left, borrowed = dict(own), {}
     for part in parts:
         mine = _part(own, part)
         for folder in others:
             theirs = _part(checkpoint.load_tensors(folder / FILE), part)
             if mine and mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine):
-                told[part] = {"folder": folder.name, "sha256": checkpoint.file_sha256(folder / FILE)}
+                borrowed[part] = {"folder": folder.name, "sha256": checkpoint.file_sha256(folder / FILE)}
                 left = {name: tensor for name, tensor in left.items() if name not in mine}
                 break
-    return left, told
+    return left, borrowed
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

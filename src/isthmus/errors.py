@@ -36,7 +36,7 @@ class StageError(IsthmusError):
 
 
 class CapabilityError(IsthmusError):
-    """The model cannot do what was asked of it."""
+    """The model lacks the requested capability."""
 
 
 class EndpointError(IsthmusError):

@@ -39,7 +39,7 @@ def _clear(best: Mapping[str, float]) -> bool:
 
 
 def processor() -> list[str]:
-    """Name and abilities: what tells one machine from another as far as products go."""
+    """Name and abilities: what distinguishes machines as far as products go."""
     name = platform.processor()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

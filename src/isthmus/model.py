@@ -1,4 +1,4 @@
-"""Model: a net that sees Batches and a processor that sees Records, behind the words a user knows.
+"""Model: a net that sees Batches and a processor that sees Records, with the methods that a user calls.
 
     model = isthmus.load("runs/demo/llava")
     model.answer("photo.png", "how many red cubes?")
@@ -66,7 +66,7 @@ class Model:
     Args:
         net: one of the classes of :mod:`isthmus.models`, or of a user's own.
         processor: turns Records into Examples for this net; carries the tokenizer and the image transform.
-        prompts: the texts behind task names, for example ``{"caption": "Describe the picture."}``.
+        prompts: the prompts of tasks by name, for example ``{"caption": "Describe the picture."}``.
         forbidden: token ids that must never be generated, such as another format's image placeholder.
         kind: what such a net can do and how it is opened again; left out, the one of the net's ``KIND``.
     """
@@ -116,7 +116,7 @@ class Model:
     # Text out: captions, answers, conversations
 
     def caption(self, image: AnyImage, **decoding: Any) -> str:
-        """A caption of one picture or clip, asked for in the words the model was trained with: ``prompts["caption"]``,
+        """A caption of one picture or clip, with the prompt that the model was trained with: ``prompts["caption"]``,
         which of a foreign LLaVA is "Provide a brief description of the given image."; else the picture alone."""
         self.need("caption")
         parts: list[Part] = [replace(as_visual(image), role="user" if "caption" in self.prompts else "text")]
@@ -140,7 +140,7 @@ class Model:
 
     def stream(self, asked: Record | Sequence[Message], **decoding: Any) -> Iterator[str]:
         """What :meth:`chat` answers to messages, or :meth:`generate` to a Record, piece by piece while it is written:
-        whole characters, which together are the answer."""
+        complete characters, which together are the answer."""
         self.need("generate" if isinstance(asked, Record) else "chat")
         record = asked if isinstance(asked, Record) else conversation(asked)
         batch = collate([self.processor.prompt(record)]).to(self.device)
@@ -167,7 +167,7 @@ class Model:
             return together(self.net, examples, settings, batch_size=batch_size, device=self.device)
 
     def attend(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[Attention]:
-        """One text per record, with a map per new token, layer and picture of where the model looked for it."""
+        """One text per record, with a map per new token, layer and picture of what the model attended to."""
         self.need("attend")
         must_be_records(records, "attend")
         prompts = [self.processor.prompt(record) for record in records]
@@ -188,7 +188,7 @@ class Model:
             return [gap_of(self, prompt, ids, settings) for prompt, ids in zip(prompts, answers, strict=True)]
 
     def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
-        """Answers to question records: what evaluation asks of a model. A trailing assistant turn is cut off."""
+        """Answers to question records: what evaluation needs of a model. A trailing assistant turn is cut off."""
         self.need("answer")
         must_be_records(records, "answer_records")
         return self.generate([without_answer(r) for r in records], **decoding)
@@ -299,12 +299,12 @@ class Model:
         return self._matched(images, texts, pairs, batch_size)[:, 1]
 
     def _matched(self, images: Sequence[AnyImage], texts: Sequence[str], pairs: Tensor, batch_size: int) -> Tensor:
-        seen = self._over_images(images, self.net.normed, 128)
+        vision = self._over_images(images, self.net.normed, 128)
         rows = []
         with self._inference():
             for chunk in pairs.split(batch_size):
                 tokens = self._text_tokens([texts[int(j)] for j in chunk[:, 1]])
-                rows.append(self.net.match_logits(seen[chunk[:, 0]].to(self.device), tokens).float().cpu())
+                rows.append(self.net.match_logits(vision[chunk[:, 0]].to(self.device), tokens).float().cpu())
         return torch.cat(rows) if rows else torch.zeros(0, 2)
 
     def similarity(self, images: Sequence[AnyImage], texts: Sequence[str]) -> Tensor:
@@ -373,7 +373,7 @@ class Model:
                 f"{type(self.system).__name__} does not say in which file it is, so the model could not be opened "
                 "again: take isthmus.systems.system(isthmus.user_code.pin('path/file.py:MySystem'))."
             )
-        weights, told = adapter_folder.weights(self.net, self.base, Path(folder))
+        weights, of_base = adapter_folder.weights(self.net, self.base, Path(folder))
         config = {
             "format": FORMAT,
             "isthmus": __version__,
@@ -381,7 +381,7 @@ class Model:
             "config": plain(self.net.config),
             "prompts": self.prompts,
             "forbidden": list(self.forbidden),
-            **told,
+            **of_base,
         }
         files: dict[str, Any] = {
             "config.json": config,
@@ -413,7 +413,7 @@ def load(
     """Open a model: a run folder, a model folder of ours, or a checkpoint of another code base.
 
     Those of transformers (CLIP, SigLIP and their towers, LLaVA, BLIP-2, InstructBLIP, causal LMs), open_clip, OpenAI,
-    OpenFlamingo and the original LLaVA are told by their content, never by name. Loading is strict, runs no code
+    OpenFlamingo and the original LLaVA are recognised by their content, never by name. Loading is strict, runs no code
     of a checkpoint's and verifies the manifest of our own folders.
 
     Args:
@@ -424,9 +424,10 @@ def load(
         base: the model that adapters of ours belong to, where it no longer lies where it was.
         unquantised: opens adapters that were trained over a base in 4 bits over the base as it is stored.
         tokenizer: a tokenizer's folder, or OpenAI's merge table, where a checkpoint comes without.
-        activation: of a CLIP whose weights do not tell it, ``quick_gelu`` or ``gelu``.
-        head_width: of a CLIP whose weights do not tell it and whose size is none that was published.
-        template: how a model that talks is asked, where that is to be otherwise than it says or it says nothing: a name
+        activation: of a CLIP whose weights do not say it, ``quick_gelu`` or ``gelu``.
+        head_width: of a CLIP whose weights do not say it and whose size is none that was published.
+        template: the template of a model that talks, where that is to be otherwise than it says or it says nothing: a
+        name
             among :data:`isthmus.data.text.TEMPLATES`, ``chat`` (the language model's own), or a file in Jinja.
         code: files with the user's own classes (a connector, a system), for a model whose own have moved or changed.
             Others are imported only as they were when the model was trained, and never from the model's folder.

@@ -35,9 +35,9 @@ def demand(instead: str = INSTEAD) -> Any:
         with torch.no_grad():
             _rounded(library, nn.Linear(64, 64, device=_place()))(torch.zeros(1, 64, device=_place()))
     except (RuntimeError, AttributeError, TypeError, ValueError, OSError) as error:
-        told = " ".join(str(error).split())[:200]
+        detail = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"There is no base in 4 bits here, for bitsandbytes fails on this {_place().type}: {told}. {instead}"
+            f"There is no base in 4 bits here, for bitsandbytes fails on this {_place().type}: {detail}. {instead}"
         ) from error
     return library
 

@@ -246,7 +246,7 @@ def named_state(net: nn.Module) -> dict[str, Tensor]:
 
 
 def attach_adapters(net: nn.Module, groups: Sequence[Group], *, seed: int = 0) -> dict[str, int]:
-    """Put on the adapters that the groups ask for, drawn from ``seed``, where they are not there yet, over 4 bits where
+    """Put on the adapters that the groups name, drawn from ``seed``, where they are not there yet, over 4 bits where
     they say so; adapted layer -> index of its group. Raises StageError as :func:`isthmus.adapters.plan` and
     :func:`isthmus.adapters.attach`, and what :func:`isthmus.quantised.quantise` raises."""
     patterns = [(g.pattern, g.lora) for g in groups]
@@ -264,7 +264,7 @@ def _unreachable(net: nn.Module) -> set[str]:
 def apply_stage(net: nn.Module, groups: Sequence[Group], *, seed: int = 0) -> StageTable:
     """Open what the groups name, freeze the rest, set the modes, and say what was done.
 
-    Adapters that the groups ask for are put on where they are not there yet, drawn from ``seed``.
+    Adapters that the groups name are put on where they are not there yet, drawn from ``seed``.
     Parameters that ``net.unreachable()`` names (a StagedNet has that method) stay frozen and are listed as unused.
 
     Raises StageError when a pattern matches nothing (near names are suggested), is wholly shadowed by earlier
@@ -287,7 +287,7 @@ def apply_stage(net: nn.Module, groups: Sequence[Group], *, seed: int = 0) -> St
             unused.append(name)
         elif index is not None:
             if quantised.is_quantised(parameter):
-                raise StageError(f"{name!r} is held in 4 bits since an earlier stage, and cannot be trained whole.")
+                raise StageError(f"{name!r} is held in 4 bits since an earlier stage, and cannot be trained in full.")
             assigned[name] = index
         parameter.requires_grad_(index is not None and not out_of_reach)
     for index, group in enumerate(groups):

@@ -207,7 +207,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
 @pytest.mark.parametrize("part", [(0, 1), (1, 2)])
 def test_a_source_of_nothing_but_bad_samples_ends(part):
     loader = Loader(Listed([DataError("missing image: gone")] * 6), TEXT, batch_size=2, prefetch=0, part=part)
-    with pytest.raises(DataError, match="not one sample of a whole epoch"):
+    with pytest.raises(DataError, match="not one sample of a full epoch"):
         list(itertools.islice(loader.steps(), 20))
     assert list(loader.epoch()) == []
 

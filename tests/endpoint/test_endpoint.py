@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from isthmus.endpoint import Budget, Endpoint, Replies, Request, ask_all
+from isthmus.endpoint import Budget, Endpoint, Replies, Request, send_all
 from isthmus.errors import ConfigError, DataError, EndpointError, ReplyError
 from tests.standin import StandIn
 
@@ -35,8 +35,8 @@ def path(tmp_path):
 def test_faults_lose_nothing_and_double_nothing(path):
     faults = ["429", "500", "cut", "no-json", "slow", "no-choices", "500", "429"]
     with StandIn(last, faults=faults) as server, Replies(path) as replies:
-        outcome = ask_all(endpoint(server), requests(12), replies, concurrency=3)
-        assert (outcome.asked, outcome.failed, outcome.stopped) == (12, {}, "")
+        outcome = send_all(endpoint(server), requests(12), replies, concurrency=3)
+        assert (outcome.sent, outcome.failed, outcome.stopped) == (12, {}, "")
         assert not server.faults
         assert 1 < server.most <= 3, "several at once, never more than asked for"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -50,10 +50,10 @@ def test_known_replies_are_not_asked_again(path):
         for expected in (4, 0):
             with Replies(path) as replies:
                 done = []
-                assert ask_all(endpoint(server), requests(4), replies, progress=done.append).asked == expected
+                assert send_all(endpoint(server), requests(4), replies, progress=done.append).sent == expected
                 assert done[-1] == 4
         with Replies(path) as replies:
-            asked = ask_all(endpoint(server, temperature=0.1), requests(1), replies).asked
+            asked = send_all(endpoint(server, temperature=0.1), requests(1), replies).sent
         assert asked == 1, "another temperature is another request"
         assert set(server.served.values()) == {1}
 
@@ -61,7 +61,7 @@ def test_known_replies_are_not_asked_again(path):
 def test_equal_requests_are_asked_once(path):
     twins = [Request("a", ({"role": "user", "content": "x"},)), Request("b", ({"role": "user", "content": "x"},))]
     with StandIn(last) as server, Replies(path) as replies:
-        assert ask_all(endpoint(server), twins, replies).asked == 1
+        assert send_all(endpoint(server), twins, replies).sent == 1
         assert len(server.requests) == 1
 
 
@@ -72,7 +72,7 @@ def test_equal_requests_are_asked_once(path):
 def test_what_would_fail_again_stops(path, fault, words):
     with StandIn(last, faults=[fault] * 9) as server, Replies(path) as replies:
         with pytest.raises(EndpointError, match=words):
-            ask_all(endpoint(server), requests(9), replies, concurrency=1)
+            send_all(endpoint(server), requests(9), replies, concurrency=1)
         assert len(server.requests) == 1
         assert len(replies) == 0
 
@@ -82,18 +82,18 @@ def test_replies_on_their_way_are_kept_when_it_stops(path):
     with StandIn(last, faults=["", "", "401"]) as server, Replies(path) as replies:
         server.delay = 0.05
         with pytest.raises(EndpointError):
-            ask_all(endpoint(server), requests(3), replies, concurrency=3)
+            send_all(endpoint(server), requests(3), replies, concurrency=3)
         assert len(replies) == 2
 
 
 def test_one_request_may_fail_many_in_a_row_stop(path):
     with StandIn(last, faults=["400"]) as server, Replies(path) as replies:
-        outcome = ask_all(endpoint(server), requests(3), replies, concurrency=1)
-        assert (outcome.asked, list(outcome.failed)) == (2, ["r0"])
+        outcome = send_all(endpoint(server), requests(3), replies, concurrency=1)
+        assert (outcome.sent, list(outcome.failed)) == (2, ["r0"])
         assert "fault 400" in outcome.failed["r0"]
         server.faults[:] = ["400"] * 9
         with pytest.raises(EndpointError, match="5 requests in a row"):
-            ask_all(endpoint(server, temperature=0.2), requests(9), replies, concurrency=1)
+            send_all(endpoint(server, temperature=0.2), requests(9), replies, concurrency=1)
 
 
 def test_nobody_there(path):
@@ -134,11 +134,11 @@ def test_a_budget_stops_before_it_is_passed(path, limits):
     """A reply takes 100 and 20 tokens: 0.002 of money. No further one fits beside three."""
     with StandIn(last) as server, Replies(path) as replies:
         budget = Budget(**limits)
-        outcome = ask_all(endpoint(server, max_tokens=20), requests(9), replies, concurrency=4, budget=budget)
+        outcome = send_all(endpoint(server, max_tokens=20), requests(9), replies, concurrency=4, budget=budget)
         assert outcome.stopped == "the budget is used up"
-        assert outcome.asked == len(replies) == 3
+        assert outcome.sent == len(replies) == 3
         again = Budget(**limits)
-        assert ask_all(endpoint(server, max_tokens=20), requests(9), replies, budget=again).asked == 0, "all runs count"
+        assert send_all(endpoint(server, max_tokens=20), requests(9), replies, budget=again).sent == 0, "all runs count"
         assert again.prompt_tokens == 300
 
 
@@ -147,7 +147,7 @@ def test_budgets_that_cannot_be_kept(path):
         Budget(money=1.0)
     with StandIn(last, faults=["no-usage"]) as server, Replies(path) as replies:
         with pytest.raises(EndpointError, match="did not report"):
-            ask_all(endpoint(server), requests(2), replies, concurrency=1, budget=Budget(tokens=10**6))
+            send_all(endpoint(server), requests(2), replies, concurrency=1, budget=Budget(tokens=10**6))
         assert len(replies) == 1, "what was paid for is kept"
 
 
@@ -159,11 +159,11 @@ def test_one_process_at_a_time(path):
 def test_a_torn_line_is_asked_again_damage_is_named(path):
     with StandIn(last) as server:
         with Replies(path) as replies:
-            ask_all(endpoint(server), requests(3), replies, concurrency=1)
+            send_all(endpoint(server), requests(3), replies, concurrency=1)
         whole = path.read_bytes()
         path.write_bytes(whole[:-30])
         with Replies(path) as replies:
-            assert ask_all(endpoint(server), requests(3), replies).asked == 1
+            assert send_all(endpoint(server), requests(3), replies).sent == 1
         assert path.read_bytes() == whole
     path.write_bytes(b"{}\n" + whole)
     with pytest.raises(DataError, match="line 1 is damaged"), Replies(path):
@@ -192,9 +192,9 @@ def test_kill_nine_and_go_on(path):
         before = len(path.read_bytes().splitlines())
         assert before >= 5
         with Replies(path) as replies:
-            outcome = ask_all(endpoint(server), requests(40), replies, concurrency=4)
+            outcome = send_all(endpoint(server), requests(40), replies, concurrency=4)
             assert len(replies) == 40
-            assert 40 - before <= outcome.asked + 1
+            assert 40 - before <= outcome.sent + 1
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert len({row["request"] for row in rows}) == len(rows) == 40, "nothing lost, nothing twice"
 
@@ -211,5 +211,5 @@ def test_an_interruption_keeps_what_is_on_its_way(path):
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            ask_all(endpoint(server, timeout=5), asked(), replies, concurrency=4)
+            send_all(endpoint(server, timeout=5), asked(), replies, concurrency=4)
         assert len(replies) == 2

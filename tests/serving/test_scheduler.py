@@ -22,7 +22,7 @@ EXAMPLE = None
 class Slow:
     """A speaker whose tokens come when the test lets them: letters, one of every row per step."""
 
-    tells_logprobs, context = True, None
+    has_logprobs, context = True, None
 
     def __init__(self, rows: int) -> None:
         self.rows, self.most = {}, rows

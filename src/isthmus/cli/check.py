@@ -51,7 +51,7 @@ def _print_stage(console: Console, stage: "StageCheck") -> None:
         learnt = "" if source.learnt is None else f", {source.learnt:.0%} of them learnt"
         bad = f", {sum(source.bad.values())} bad" if source.bad else ""
         console.print(
-            f"{source.name}: {source.samples:,} samples; of {source.looked} tried: {mean:.0f} tokens on average, "
+            f"{source.name}: {source.samples:,} samples; of {source.tried} tried: {mean:.0f} tokens on average, "
             f"{longest} at most{learnt}{bad}",
             highlight=False,
         )

@@ -108,7 +108,7 @@ class PromptProcessor(Processor):
     """Phase generate: the soft prompt of ``num_tokens`` places, then text.
 
     Args:
-        prompt: said before a caption, ``a photo of``; without one the whole caption is learnt, <s> included (a
+        prompt: said before a caption, ``a photo of``; without one all of the caption is learnt, <s> included (a
             decoder) or split at random into the encoder's prefix and the decoder's suffix (the prefix LM).
         question: how a question is put, with one ``{}`` for it. Several turns follow each other with a space.
         end: what ends a decoder's text, ``newline`` (OPT in the paper) or ``eos``.
@@ -153,7 +153,7 @@ class PromptProcessor(Processor):
             template, tokenizer = chosen(template, tokenizer)
             if template != OWN or start_id is not None:
                 raise ConfigError(
-                    f"template: BLIP-2 asks in the chat template of a decoder that carries one ({OWN}), or without a "
+                    f"template: BLIP-2 uses the chat template of a decoder that carries one ({OWN}), or without a "
                     f"template in the words of `question`; not in {template!r}"
                     + " with an encoder-decoder"
                     * (start_id is not None)
@@ -250,7 +250,7 @@ class PromptProcessor(Processor):
         return form(Record(record.id, tuple(parts)), prompt), asked[-1].strip() if asked else ""
 
     def _answer(self, out: Rendered, said: Sequence[tuple[str, bool]], *, ends: bool = True) -> None:
-        """The pieces of one answer, each with its being learnt, without white space at either end of the whole."""
+        """The pieces of one answer, each with its being learnt, without white space at either end of the answer."""
         filled = [n for n, (text, _) in enumerate(said) if text.strip()]
         if not filled:
             raise DataError("empty answer: the caption or answer is empty; write one or drop the sample")

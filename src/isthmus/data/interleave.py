@@ -1,4 +1,4 @@
-"""InterleaveProcessor: text with pictures among it, for a decoder that looks at them through cross-attention.
+"""InterleaveProcessor: text with pictures among it, for a decoder that attends to them by cross-attention.
 
     <image>a red cube<|endofchunk|></s>                                            a caption pair, a web document
     <image>Question: what? Answer: a cube<|endofchunk|><image>Question: … Answer:  shots, and the question to answer
@@ -114,8 +114,8 @@ class InterleaveProcessor(Processor):
 
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError when the record does not fit, or nothing of it would be learnt."""
-        whole, document = drawn(record, draw), _is_document(record)
-        line = self._document(whole, False, draw) if document else self._spoken(whole, False)
+        complete, document = drawn(record, draw), _is_document(record)
+        line = self._document(complete, False, draw) if document else self._spoken(complete, False)
         ids, labels, visuals, places = line.encode()
         if document:
             ids, labels, visuals, places = self._window(ids, labels, visuals, places, draw)
@@ -135,8 +135,8 @@ class InterleaveProcessor(Processor):
 
     def prompt(self, record: Record) -> Example:
         """Up to the place where the answer begins, without labels. Raises DataError when it is too long."""
-        asked = drawn(without_answer(record), 0)
-        line = self._document(asked, True, 0) if _is_document(record) else self._spoken(asked, True)
+        prompt_record = drawn(without_answer(record), 0)
+        line = self._document(prompt_record, True, 0) if _is_document(record) else self._spoken(prompt_record, True)
         ids, _, visuals, places = line.encode()
         if len(ids) > self.max_length:
             raise DataError(
@@ -386,8 +386,8 @@ class _Line:
 
 def hateful_memes(image: Image, written: str, answer: str = "") -> tuple[Part, ...]:
     """The paper's form of a HatefulMemes shot, or with no ``answer`` its query; parts of a document."""
-    asked = Text(f'is an image with written: "{written}" on it. Is it hateful? Answer:')
-    return (replace(image, role="text"), asked, *((Text(f" {answer}", learn=True),) if answer else ()))
+    question = Text(f'is an image with written: "{written}" on it. Is it hateful? Answer:')
+    return (replace(image, role="text"), question, *((Text(f" {answer}", learn=True),) if answer else ()))
 
 
 def _is_document(record: Record) -> bool:

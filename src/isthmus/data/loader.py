@@ -233,7 +233,7 @@ class Loader:
         yield from (position for position, _ in self._planned(start))
 
     def _planned(self, start: Position) -> Iterator[tuple[Position, list["_Row"]]]:
-        """Plans on without end. One batch is looked ahead, so that an epoch's last step ends in the next epoch."""
+        """Plans on without end. One batch is planned ahead, so that an epoch's last step ends in the next epoch."""
         epoch, done = start.epoch, start.index
         while True:
             batches = self._plan(epoch)
@@ -250,7 +250,7 @@ class Loader:
         """(position after the step, its micro-batches) from ``start`` on, without end.
 
         A step whose samples were all bad is passed over; one of several parts gives an empty one, since others may
-        have samples. Raises DataError when a whole epoch gives nothing, or when
+        have samples. Raises DataError when a full epoch gives nothing, or when
         the quarantine is over its threshold. Close the iterator (or drop it) to end the background thread.
         """
         return in_background(
@@ -267,8 +267,8 @@ class Loader:
                 barren = 0
             else:
                 barren += position.index == 0
-                if barren > 1:  # from the last good step on, one whole epoch at least
-                    raise DataError(f"not one sample of a whole epoch could be used: {self.quarantine.example()}")
+                if barren > 1:  # from the last good step on, one full epoch at least
+                    raise DataError(f"not one sample of a full epoch could be used: {self.quarantine.example()}")
             if found or parts > 1:
                 yield position, found
 

@@ -227,7 +227,7 @@ class SpliceProcessor(Processor):
         self.num_tokens, self.template, self.max_length = num_tokens, template, max_length
         self._form = form_of(template, tokenizer)
         self.around, self.stop_ids = tuple(around), with_stop(self._form, tokenizer, stop_ids)
-        self._before, self._behind = [tokenizer.id_of(t) for t in around[:1]], [tokenizer.id_of(t) for t in around[1:]]
+        self._before, self._after = [tokenizer.id_of(t) for t in around[:1]], [tokenizer.id_of(t) for t in around[1:]]
 
     def example(self, record: Record, draw: int = 0) -> Example:
         """Raises DataError when the record does not fit the template or nothing of it would be learnt."""
@@ -240,8 +240,8 @@ class SpliceProcessor(Processor):
         """Up to the place where the answer begins, without labels. Raises DataError when it is too long."""
         rendered = render(record, self._form, prompt=True)
         encoded = encode(rendered, self.tokenizer)
-        seen = sum(self._measured(rendered.images)[0]) + len(self.around) * len(rendered.images)
-        must_fit(len(encoded.ids) + seen, self.max_length)
+        visual = sum(self._measured(rendered.images)[0]) + len(self.around) * len(rendered.images)
+        must_fit(len(encoded.ids) + visual, self.max_length)
         example = self._widen(record, encoded, rendered.images)
         return replace(example, streams={"lm": Span(example.streams["lm"].ids)})
 
@@ -269,7 +269,7 @@ class SpliceProcessor(Processor):
                     end = min(end, len(ids))
                     break
                 places.append(Place(visual, "lm", len(ids) + len(self._before), count))
-                ids += [*self._before, *[self.tokenizer.pad_id] * count, *self._behind]
+                ids += [*self._before, *[self.tokenizer.pad_id] * count, *self._after]
                 labels += [IGNORE] * (count + len(self.around))
             ids += encoded.ids[start:stop]
             labels += encoded.labels[start:stop]

@@ -22,7 +22,7 @@ def must_be_records(records: Any, method: str) -> None:
 
 
 def published_request(processor: Any) -> dict[str, str]:
-    """The words behind task ``caption`` of a LLaVA whose folder names none: it was trained to converse, and without
+    """The prompt of task ``caption`` of a LLaVA whose folder names none: it was trained to converse, and without
     a user's turn its template would write neither the system's sentence nor the speakers."""
     if not isinstance(processor, SpliceProcessor):
         return {}

@@ -7,7 +7,7 @@ its URL was named.
 """
 
 from isthmus.endpoint.client import Endpoint, Reply, Request
-from isthmus.endpoint.crowd import Budget, Outcome, ask_all
+from isthmus.endpoint.crowd import Budget, Outcome, send_all
 from isthmus.endpoint.replies import Replies
 
 __all__ = ["Budget", "Endpoint", "Outcome", "Replies", "Reply", "Request", "ask_all"]

@@ -75,7 +75,7 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{self.url!r} is no URL of an endpoint; write it as http://127.0.0.1:8000/v1.")
         if not self.model:
-            raise ConfigError(f"Name the model to ask at {self.place} (--model).")
+            raise ConfigError(f"Name the model at {self.place} (--model).")
         if self.max_tokens < 1 or self.timeout <= 0 or self.retries < 0:
             raise ConfigError("An endpoint needs max_tokens >= 1, timeout > 0 and retries >= 0.")
 

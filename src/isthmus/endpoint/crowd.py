@@ -56,7 +56,7 @@ class Budget:
             if self.money is not None or self.tokens is not None:
                 raise EndpointError(
                     f"The endpoint did not report the tokens of {reply.name}, so no budget can be kept. Leave it "
-                    "out, or ask an endpoint that reports `usage`."
+                    "out, or take an endpoint that reports `usage`."
                 )
             return
         self.prompt_tokens += reply.prompt_tokens
@@ -71,11 +71,11 @@ class Budget:
         if self.money is None and self.tokens is None:
             return True
         rate = self._rate or _TOKENS_PER_BYTE
-        asked = [request, *out]
-        if not self._rate and len(asked) > 1:
+        sent = [request, *out]
+        if not self._rate and len(sent) > 1:
             return False
-        prompt = self.prompt_tokens + rate * sum(map(_bytes, asked))
-        completion = self.completion_tokens + max_tokens * len(asked)
+        prompt = self.prompt_tokens + rate * sum(map(_bytes, sent))
+        completion = self.completion_tokens + max_tokens * len(sent)
         if self.tokens is not None and prompt + completion > self.tokens:
             return False
         return self.money is None or (self._price(prompt, completion) or 0.0) <= self.money
@@ -83,15 +83,15 @@ class Budget:
 
 @dataclass(slots=True)
 class Outcome:
-    """``failed``: name of a request -> why it has no reply. ``asked`` counts the replies that came now, not those known
-    before. ``stopped`` says why requests were not sent, empty where all were."""
+    """``failed``: name of a request -> why it has no reply. ``sent`` counts the requests that were answered now, not
+    those known before. ``stopped`` says why requests were not sent, empty where all were."""
 
-    asked: int = 0
+    sent: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     stopped: str = ""
 
 
-def ask_all(
+def send_all(
     endpoint: Endpoint,
     requests: Iterable[Request],
     replies: Replies,
@@ -177,7 +177,7 @@ class _Crowd:
 
     def _keep(self, reply: Reply, request: Request) -> None:
         self.replies.add(reply)
-        self.found.asked += 1
+        self.found.sent += 1
         self.budget.learn(request, reply)
         self.budget.add(reply)
 

@@ -1,8 +1,8 @@
 """Writing a model in another project's form: ``isthmus convert``.
 
 Which formats a kind of model can be written in, and by what, is said by its system; each writer turns a model into
-the files of a folder, which is then written whole or not at all. What a format has no place for is refused, or lost
-only when that is asked for.
+the files of a folder, which is then written completely or not at all. What a format has no place for is refused, or
+lost only where that is allowed.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def write_model(
         replace: an existing folder may be replaced; else it is an error.
         lossy: what the format has no place for may be left out; else it is an error that names it.
         shard_bytes: safetensors larger than this are written in several files.
-        origin: where the model was opened; the card tells of the recipe and scores found there.
+        origin: where the model was opened; the card has the recipe and scores found there.
 
     Raises ConfigError for an unknown format, CheckpointError where it cannot hold the model (naming the field) and
     where the folder cannot be written.
@@ -78,8 +78,8 @@ def write_model(
         raise CheckpointError(f"{folder} exists already and is never written over unless you say so (--replace).")
     place = Path(origin) if origin is not None else None
     if to == "isthmus":
-        whole = Export(files={}, opens="isthmus.load(FOLDER)")
-        model.save(folder, extra={**_recipe(place), "README.md": card(model, whole, to, place)}, replace=replace)
+        export = Export(files={}, opens="isthmus.load(FOLDER)")
+        model.save(folder, extra={**_recipe(place), "README.md": card(model, export, to, place)}, replace=replace)
         return Converted(folder, _sizes(folder), ())
     module, _, name = writers[to].partition(":")
     writer: Callable[..., Export] = getattr(import_module(module), name)
@@ -114,7 +114,7 @@ def _words(model: Source, to: str) -> tuple[str, ...]:
     words = model.processor.tokenizer
     if words.whole or words.around_pictures() is words:
         return ()
-    return ("the text behind a picture begins with a dummy space here, and without one there",)
+    return ("the text after a picture begins with a dummy space here, and without one there",)
 
 
 def _recipe(origin: Path | None) -> dict[str, str]:

@@ -96,7 +96,7 @@ def common_dtype(tensors: Sequence[Tensor]) -> str:
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Bare tensors; a view is copied, as torch.save would write the whole storage behind it."""
+    """Bare tensors; a view is copied, as torch.save would write the entire storage of the base."""
 
     def own(tensor: Tensor) -> Tensor:
         bare = tensor.detach().cpu().contiguous()

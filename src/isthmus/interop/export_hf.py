@@ -203,7 +203,7 @@ def idefics_export(model: Source, *, shard_bytes: int) -> Export:
     for name, value, fixed in (("tokens", processor.tokens, tokens), ("around", processor.around, True)):
         must(value == fixed, f"processor.{name}", value, WHO, repr(fixed))
     read = "paper" if config.turn_id is None else "idefics"
-    asked = f"processor.template {processor.template!r}: such a model is asked in {read!r}"
+    template_loss = f"processor.template {processor.template!r}: such a model gets {read!r}"
     weights = idefics_to_hf(state_tensors(model.net), config)
     described |= {"bos_token_id": processor.tokenizer.bos_id, "eos_token_id": processor.tokenizer.eos_id}
     files = {
@@ -227,7 +227,7 @@ def idefics_export(model: Source, *, shard_bytes: int) -> Export:
             "image_num_channels": 3,
         },
     }
-    losses = (asked,) if processor.template == OWN else ()
+    losses = (template_loss,) if processor.template == OWN else ()
     return Export(
         files=files, losses=losses, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)"
     )
@@ -238,7 +238,7 @@ def blip2_export(model: Source, *, shard_bytes: int) -> Export:
     losses = []
     if config.norm_eps != config.vision.eps:
         losses.append(
-            f"norm_eps {config.norm_eps:g}: transformers has one eps for the encoder and the norm behind it, "
+            f"norm_eps {config.norm_eps:g}: transformers has one eps for the encoder and the norm after it, "
             f"{config.vision.eps:g}; answers differ in the last digits"
         )
     if config.phase == "represent":

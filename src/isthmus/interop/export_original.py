@@ -56,7 +56,7 @@ def openai_export(model: Source, *, shard_bytes: int) -> Export:
         must(tower.mlp_width == 4 * tower.width, f"{name}.mlp_width", tower.mlp_width, who, "4 · width")
         must(tower.eps == 1e-5, f"{name}.eps", tower.eps, who, "1e-5")
     must(config.init_bias is None, "init_bias", config.init_bias, who, "none")
-    # clip.tokenize reads by the table that comes with it, pads to 77, and the model looks for the largest id.
+    # clip.tokenize reads by the table that comes with it, pads to 77, and the model searches the largest id.
     text, tokenizer = config.text, model.processor.tokenizer
     for name, value, fixed in (("context", text.context, 77), ("vocab_size", text.vocab_size, IDS)):
         must(value == fixed, f"text.{name}", value, who, str(fixed))
@@ -74,7 +74,7 @@ def openai_export(model: Source, *, shard_bytes: int) -> Export:
 def open_clip_export(model: Source, *, shard_bytes: int) -> Export:
     """The folder that open_clip pushes to the hub and opens by ``local-dir:FOLDER``; SigLIP's towers go by timm's name.
 
-    A SigLIP's cleaning of texts is written into its tokenizer's file, so none is asked for beside it.
+    A SigLIP's cleaning of texts is written into its tokenizer's file, so none is named beside it.
     """
     config, image, who = model.net.config, model.processor.image, "open_clip"
     must(config.similarity == "cosine", "similarity", config.similarity, who, "cosine")
@@ -181,7 +181,7 @@ def _published_transform(image: ImageTransform, own: ImageTransform) -> tuple[st
 
 
 def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
-    """A folder of haotian-liu/LLaVA: the whole model with its tower, and the tower alone in a folder of its own."""
+    """A folder of haotian-liu/LLaVA: the full model with its tower, and the tower alone in a folder of its own."""
     config, image, who = model.net.config, model.processor.image, "the original LLaVA"
     bases = {"llama": "llava_llama", "mistral": "llava_mistral"}
     model_type = config.language["model_type"]
@@ -202,7 +202,7 @@ def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
     described = _original_config(model, config, bases[model_type])
     template, stops = template_of(described), [tokenizer.eos_id, *model.processor.stop_ids]
     if model.processor.template != template:
-        losses += (f"processor.template {model.processor.template!r}: such a model is asked in {template!r}",)
+        losses += (f"processor.template {model.processor.template!r}: such a model gets {template!r}",)
     files = {
         "config.json": {**described, "torch_dtype": common_dtype(list(weights.values()))},
         "generation_config.json": {"eos_token_id": stops if stops[1:] else stops[0], "do_sample": False},
@@ -229,11 +229,11 @@ def _without_image_token(model: Source) -> tuple[dict[str, Tensor], LlavaConfig,
         return state, config, tokenizer, ()
     first = min(model.forbidden)
     tree = json.loads(tokenizer.backend.to_str())
-    behind = {name for name, number in tokenizer.backend.get_vocab().items() if number >= first}
-    if not behind <= _OF_TRANSFORMERS & {token["content"] for token in tree["added_tokens"]}:
+    above = {name for name, number in tokenizer.backend.get_vocab().items() if number >= first}
+    if not above <= _OF_TRANSFORMERS & {token["content"] for token in tree["added_tokens"]}:
         return state, config, tokenizer, (f"forbidden {list(model.forbidden)}: their code may write these tokens",)
-    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] not in behind]
-    kept = {name.removesuffix("_token"): None if t in behind else t for name, t in tokenizer.specials.items()}
+    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] not in above]
+    kept = {name.removesuffix("_token"): None if t in above else t for name, t in tokenizer.specials.items()}
     for name in vocabulary_tables(net.language):
         state[f"language.{name}"] = state[f"language.{name}"][:first]
     config = replace(config, language={**config.language, "vocab_size": min(first, net.language.vocab_size)})
@@ -351,7 +351,7 @@ def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
     kept = template == "open_flamingo"
     return Export(
         files=files,
-        losses=() if kept else (f"processor.template {template!r}: such a model is asked in 'open_flamingo'",),
+        losses=() if kept else (f"processor.template {template!r}: such a model gets 'open_flamingo'",),
         opens="open_flamingo.create_model_and_transforms(...), then load_state_dict('checkpoint.pt', strict=False)",
     )
 

@@ -1,6 +1,6 @@
 """Folders that transformers wrote: a net and a processor from what is in them, by content.
 
-CLIP and SigLIP, whole or one tower, LLaVA and LLaVA-NeXT in all key layouts, BLIP-2 and InstructBLIP, IDEFICS, any
+CLIP and SigLIP, both towers or one, LLaVA and LLaVA-NeXT in all key layouts, BLIP-2 and InstructBLIP, IDEFICS, any
 causal LM. Nothing in a folder is executed.
 """
 
@@ -197,7 +197,7 @@ def blip2_of(folder: Path, words: Path, stored: Mapping[str, Tensor], account: A
     transform = replace(image_transform(folder, config.vision.image_size), mode="squash")
     qformer = load_wordpiece(folder / "qformer_tokenizer") if config.instruct else None
     tokenizer = open_tokenizer(words)
-    must_agree_on_image(folder, words, tokenizer)  # its other ids are told otherwise: OPT's end here is a newline
+    must_agree_on_image(folder, words, tokenizer)  # its other ids stand elsewhere: OPT's end here is a newline
     processor = published_prompts(net, tokenizer, transform, qformer)
     return (
         net,
@@ -209,7 +209,7 @@ def blip2_of(folder: Path, words: Path, stored: Mapping[str, Tensor], account: A
 def published_prompts(
     net: Blip2, tokenizer: Tokenizer, image: ImageTransform, qformer: Tokenizer | None
 ) -> PromptProcessor:
-    """Captions and questions as the published models of phase ``generate`` were asked."""
+    """Captions and questions in the form of the published models of phase ``generate``."""
     instruct, seq2seq = net.config.instruct, isinstance(net.language, Seq2SeqLM)
     return PromptProcessor(
         tokenizer,
@@ -226,11 +226,11 @@ def published_prompts(
 
 
 def asked_otherwise(net: Blip2, processor: PromptProcessor) -> tuple[str, ...]:
-    """The words of a processor that such a folder does not keep, for whoever reads it asks as above."""
+    """The words of a processor that such a folder does not keep, for whoever reads it uses the above."""
     read = published_prompts(net, processor.tokenizer, processor.image, processor.others.get("qformer")).to_dict()
     own = processor.to_dict()
     return tuple(
-        f"processor.{name} {own[name]!r}: such a model is asked with {read[name]!r}"
+        f"processor.{name} {own[name]!r}: such a model gets {read[name]!r}"
         for name in ("prompt", "question", "end", "clean", "template")
         if own[name] != read[name]
     )
@@ -270,30 +270,30 @@ def template_and_tokenizer(
         return otherwise, tokenizer
     if not pictures:  # a LLaVA's is its processor's, which reads pictures as parts of a turn
         tokenizer = tokenizer.with_chat_template(text)
-    told = recognise_template(text, tokenizer, pictures=pictures)
-    if (told.name is None or not told.further) and (not pictures or places_pictures(text, tokenizer)):
+    recognised = recognise_template(text, tokenizer, pictures=pictures)
+    if (recognised.name is None or not recognised.further) and (not pictures or places_pictures(text, tokenizer)):
         return OWN, tokenizer.with_chat_template(text)
-    if not pictures and tokenizer.begins and not told.begins and template_named(text) is None:
+    if not pictures and tokenizer.begins and not recognised.begins and template_named(text) is None:
         return OWN, tokenizer  # in our words texts begin with what this template leaves out
-    if told.name is None and pictures:
+    if recognised.name is None and pictures:
         warnings.warn(
             f"{where}: its chat template is none that is known here (what it makes of a question is none of "
-            f"{', '.join(n for n, t in TEMPLATES.items() if isinstance(t, Grammar))}); questions are asked in "
+            f"{', '.join(n for n, t in TEMPLATES.items() if isinstance(t, Grammar))}); questions are put in "
             f"{otherwise}, which this model may not have been trained with.",
             IsthmusWarning,
             stacklevel=2,
         )
-    elif told.name is not None and not told.further:
+    elif recognised.name is not None and not recognised.further:
         warnings.warn(
-            f"{where}: its chat template asks a first question as {told.name} does and writes further turns "
-            f"otherwise; here they are written as {told.name} writes them.",
+            f"{where}: its chat template writes a first question as {recognised.name} does and further turns "
+            f"otherwise; here they are written as {recognised.name} writes them.",
             IsthmusWarning,
             stacklevel=2,
         )
     bos = tokenizer.specials["bos_token"]
-    if told.name is not None and told.begins and bos is not None and not tokenizer.begins:
+    if recognised.name is not None and recognised.begins and bos is not None and not tokenizer.begins:
         tokenizer = tokenizer.beginning(bos)
-    return told.name or otherwise, tokenizer
+    return recognised.name or otherwise, tokenizer
 
 
 def _resample(number: Any, folder: Path) -> str:
@@ -304,8 +304,8 @@ def _resample(number: Any, folder: Path) -> str:
     raise CheckpointError(f"{folder}: its image processor resizes by Pillow's filter {number}; known: {RESAMPLE}.")
 
 
-def _side(told: Any) -> Any:
-    return told.get("height") or told.get("shortest_edge") if isinstance(told, Mapping) else told
+def _side(size: Any) -> Any:
+    return size.get("height") or size.get("shortest_edge") if isinstance(size, Mapping) else size
 
 
 def _as_here(folder: Path, found: Mapping[str, Any], size: int, *, crops: bool) -> None:

@@ -25,7 +25,7 @@ class Given:
 
     ``vision``, ``language`` and ``base`` (of adapters of ours, as ``unquantised``: no reader of others takes them) are
     models;
-    ``tokenizer`` a folder or OpenAI's merge table; ``activation`` that of a CLIP whose weights do not tell it
+    ``tokenizer`` a folder or OpenAI's merge table; ``activation`` that of a CLIP whose weights do not say it
     (``quick_gelu`` for weights trained by OpenAI's code, mostly ``gelu`` else); ``head_width`` that of its attention
     heads, where its size is none that was published. ``dtype`` is what the model is cast to when it is open, for
     readers that can save the way there.
@@ -56,8 +56,8 @@ class Given:
 
     def encoder(self, path: str | Path) -> "Encoder":
         """The vision encoder of a model that has one, or that is one."""
-        whole = self.open(path)
-        return Encoder(whole.net.config.vision, whole.net.vision.state_dict(), whole.processor.image)
+        model = self.open(path)
+        return Encoder(model.net.config.vision, model.net.vision.state_dict(), model.processor.image)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ def image_processor(transform: ImageTransform | None) -> dict[str, Any]:
 def tokenizer_files(
     tokenizer: Tokenizer, *, begin: bool, end: bool, context: int | None, side: str = "right", **more: Any
 ) -> dict[str, Content]:
-    """tokenizer.json and its configuration; beginning- and end-of-sequence come by themselves as asked for.
+    """tokenizer.json and its configuration; beginning- and end-of-sequence come by themselves where that is wanted.
 
     ``side`` is where batches are padded. CLIP's own tokenizer has its two files, and both ends anyway.
     """
@@ -71,7 +71,7 @@ def tokenizer_files(
         files["tokenizer.json"] = _framed(tokenizer, begin=begin, end=end).to_str()
     for own in (BEGINS, WHOLE):  # the frame says the one there, and the other is so there anyway
         config.pop(own, None)
-    files.pop(CHAT_TEMPLATE, None)  # who writes the model says how it is asked there
+    files.pop(CHAT_TEMPLATE, None)  # the model's own writer adds its template
     config |= {"padding_side": side, "model_max_length": context or int(1e30), **more}
     return {**files, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
 
@@ -120,8 +120,8 @@ def further_stops(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """What ends an answer besides end-of-sequence, by generation_config.json: a chat model's end of turn, say. Raises
     CheckpointError for what is no id."""
     file = folder / "generation_config.json"
-    told = read_json(file).get("eos_token_id") if file.is_file() else None
-    ids = told if isinstance(told, list) else [] if told is None else [told]
+    eos = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for number in ids:
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise CheckpointError(f"{file}: eos_token_id holds {number!r}, which is not a token id.")
@@ -198,7 +198,7 @@ def chat_template(name: str, *, first: bool = False) -> str | None:
 
 def begun(template: str | None, tokenizer: Tokenizer) -> str | None:
     """A chat template that writes what every text begins with itself, as those of language models do: who reads one
-    asks the tokenizer to add nothing. A processor of pictures does let it add something, so theirs do not."""
+    lets the tokenizer add nothing. A processor of pictures does let it add something, so theirs do not."""
     return f"{{{{- {_quoted(''.join(tokenizer.begins))} -}}}}{template}" if template and tokenizer.begins else template
 
 

@@ -1,4 +1,5 @@
-"""Checkpoints of the original code bases: what is in a file or folder, told by its content, as a net and a processor.
+"""Checkpoints of the original code bases: what is in a file or folder, recognised by its content, as a net and a
+processor.
 
 What such a checkpoint leaves out (a tokenizer, the frozen LM of OpenFlamingo, the base of a LoRA) is named by the user
 through :class:`Given`; an error says which argument is due, and one that nothing needs is an error too.
@@ -66,7 +67,7 @@ def open_file(path: Path, given: Given) -> Opened:
         return open_lavis(path, tensors_of(state, path), given)
     if any(name.startswith("visual.trunk.") for name in state):
         raise CheckpointError(
-            f"{path} is a model of open_clip whose image tower is timm's, and its weights do not tell which: put "
+            f"{path} is a model of open_clip whose image tower is timm's, and its weights do not say which: put "
             "open_clip_config.json beside them (as on the hub) and open the folder."
         )
     near = ", ".join(list(state)[:3])
@@ -142,9 +143,9 @@ def _openai(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     own = any(name in state for name in SCALARS)
     activation = given.activation or ("quick_gelu" if own else None)
     if activation is None:
-        activation = given.need("activation", path, "does not tell its activation, quick_gelu or gelu")
+        activation = given.need("activation", path, "does not say its activation, quick_gelu or gelu")
     weights = {name: value for name, value in state.items() if name not in SCALARS}
-    load_report.ignored(given.account, set(state) - set(weights), "sizes, which the weights tell too")
+    load_report.ignored(given.account, set(state) - set(weights), "sizes, which the weights have too")
     width = given.head_width or (HEAD_WIDTH if own else None)
     try:
         config = clip_config_from_openai(weights, activation=activation, head_width=width)
@@ -215,7 +216,7 @@ def _inside(folder: Path, name: Any) -> bool:
 
 
 def open_original_llava(folder: Path, values: Mapping[str, Any], given: Given) -> Opened:
-    """A folder of haotian-liu/LLaVA: the whole model, a projector alone, or a LoRA with its side file."""
+    """A folder of haotian-liu/LLaVA: the full model, a projector alone, or a LoRA with its side file."""
     given.only("vision", "language", "tokenizer", where=folder)
     partial = (folder / _PROJECTOR).is_file() or (folder / _TRAINED).is_file()
     language = (given.language or base_named(folder)) if partial else None

@@ -1,4 +1,4 @@
-"""Language models of transformers behind one thin adapter: causal ones, T5's family, and how they write."""
+"""Language models of transformers with one thin adapter: causal ones, T5's family, and how they write."""
 
 from isthmus.uncollected import uncollected
 

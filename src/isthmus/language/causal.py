@@ -138,7 +138,7 @@ class LanguageModel(LibraryLM):
             attention_mask=(source >= 0).long(),
         )
 
-    # Step by step, as a Decoder asks for it
+    # Step by step, as a Decoder needs it
 
     @property
     def writable(self) -> Literal[True] | str:

@@ -12,7 +12,7 @@ The contract:
   own Decoding; beams, temperature, stop ids, limits and seeds of the rows may differ.
 - ``step`` writes one token for every row and answers with what is new: a row that writes on gives one id; a row that
   ended gives ``finish`` (``stop`` or ``length``) once, is gone after it, and its stop token is not among the ids. A row
-  of beam search gives its whole text with its ``finish`` and nothing before.
+  of beam search gives its full text with its ``finish`` and nothing before.
 - ``remove`` cancels a row at any time between two calls.
 - What a row writes does not depend on its neighbours, on when it joined or on who left: in float32 it is token by
   token what it writes alone. Every row draws from a generator of its own.

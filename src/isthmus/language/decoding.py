@@ -75,7 +75,7 @@ class Decoding:
                 raise ConfigError(f"decoding.{name} is {getattr(self, name)}; it must be {allowed}.")
         if self.num_beams > 1 and self.temperature > 0:
             raise ConfigError(
-                f"decoding asks for {self.num_beams} beams and temperature {self.temperature}; beam "
+                f"decoding has {self.num_beams} beams and temperature {self.temperature}; beam "
                 "search does not draw. Set temperature: 0 or num_beams: 1."
             )
         if both := set(self.stop_ids) & set(self.forbidden_ids):
@@ -156,7 +156,7 @@ def generation_config(decoding: Decoding, vocab_size: int) -> GenerationConfig:
 def logits_processors(decoding: Decoding, *, started: int = 0) -> LogitsProcessorList:
     """What is done to the scores of every step but bars and draws: repetition first, then the cuts of a random draw.
 
-    The repetition rules are handed over ready-made: asked for by its configuration, the library would spare as many
+    The repetition rules are handed over ready-made: set by its configuration, the library would spare as many
     *new* tokens as the row has padding, so that an answer would depend on the neighbours. ``started`` tokens of what
     is written were given (an encoder-decoder's start token).
     """

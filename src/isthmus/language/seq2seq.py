@@ -102,7 +102,7 @@ class Seq2SeqLM(LibraryLM):
         """As :meth:`generate`."""
         return write_all(self, prompt, decoding)
 
-    # Step by step, as a Decoder asks for it
+    # Step by step, as a Decoder needs it
 
     def window(self) -> Window:
         """An empty one for the decoder's own texts; positions are relative, so that it holds those of any age."""

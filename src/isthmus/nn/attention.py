@@ -152,7 +152,7 @@ def attend(
     ``dropout`` is the share of attention weights set to zero (the rest is scaled up).
 
     The kernel is PyTorch's SDPA. On a CPU it computes half precision in float32: the half-precision kernel takes 1.2 to
-    3.3 times as long. Plain products are up to twice as quick by themselves, but never in whole training steps (torch
+    3.3 times as long. Plain products are up to twice as quick by themselves, but never in full training steps (torch
     2.13, AMX bf16; benchmarks/attention.py, docs/notes/2026-12-trainings.md).
     """
     with full_precision(q) as cast, small_products() as backward_too:

@@ -87,7 +87,7 @@ def barred_pairs(keys: Sequence[str], scores: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_tokens(tokens: Tokens) -> Tokens:
-    """The token rows of all processes, (G, T) with the longest T of any. Labels stay behind."""
+    """The token rows of all processes, (G, T) with the longest T of any. Without the labels."""
     if world_size() == 1:
         return Tokens(ids=tokens.ids, lengths=tokens.lengths)
     width = torch.tensor(tokens.ids.shape[1], device=tokens.ids.device)

@@ -68,7 +68,7 @@ def _check(rows: list[list[int]], counts: list[int], shape: tuple[int, ...], nam
     for row, visual, start, length in sorted(rows, key=lambda place: (place[0], place[2])):
         where = f"sample {names[row]!r}" if row < len(names) else f"row {row}"
         if not 0 <= visual < len(counts):
-            raise DataError(f"{where}: a place asks for visual {visual}, but the batch has {len(counts)}.")
+            raise DataError(f"{where}: a place is for visual {visual}, but the batch has {len(counts)}.")
         if length != counts[visual]:
             raise DataError(
                 f"{where}: the text keeps {length} places for visual {visual}, but the connector made "

@@ -265,7 +265,7 @@ class VisionTransformer(nn.Module):
         if interpolate is None:
             raise ConfigError(
                 f"the vision encoder was made for {side}x{side} pixels and was given {height}x{width}; "
-                "resize the pictures, or ask for interpolate='hf' or 'open_clip'."
+                "resize the pictures, or set interpolate='hf' or 'open_clip'."
             )
         if min(height, width) < patch:
             raise ConfigError(f"a picture of {height}x{width} pixels is smaller than one {patch}x{patch} patch.")

@@ -4,7 +4,7 @@
                      two steps in a folder of their own, the same two interrupted and resumed, compared bit by bit;
                      then: the model saved, loaded and compared, and the data of every evaluation opened
 
-Nothing is left behind: runs live in a temporary folder and the net has its first weights back after each stage.
+Nothing remains: runs live in a temporary folder and the net has its first weights back after each stage.
 """
 
 import json
@@ -69,7 +69,7 @@ class SourceSummary:
 
     name: str
     samples: int
-    looked: int
+    tried: int
     lengths: tuple[int, ...]
     learnt: float | None
     bad: Mapping[str, int]
@@ -96,7 +96,7 @@ class StageCheck:
                 {
                     "name": s.name,
                     "samples": s.samples,
-                    "looked": s.looked,
+                    "looked": s.tried,
                     "longest": max(s.lengths, default=0),
                     "learnt": s.learnt,
                     "bad": dict(s.bad),
@@ -174,10 +174,10 @@ def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, step
         ]
         kinds |= {kind for example in examples for kind in _modalities(example)}
     problems = [
-        f"Stage {spec.name}, source {s.name}: {sum(s.bad.values())} of {s.looked} samples tried are bad "
+        f"Stage {spec.name}, source {s.name}: {sum(s.bad.values())} of {s.tried} samples tried are bad "
         f"(allowed: {spec.bad_samples:.1%}), for example: {s.example}."
         for s in sources
-        if sum(s.bad.values()) > spec.bad_samples * s.looked
+        if sum(s.bad.values()) > spec.bad_samples * s.tried
     ]
     if spec.feature_cache is not None:
         demand_frozen(built.net, built.processor(spec).image, spec)
@@ -207,7 +207,7 @@ def _validates(built: Built, spec: StageSpec, folder: Path) -> None:
         few = spec.validate_.model_copy(update={"rows": min(spec.validate_.rows, 4)})
         validation = validation_of(built, spec.model_copy(update={"validate_": few}), folder)
         if validation is not None:
-            validation.look(0)
+            validation.validate(0)
 
 
 def _summarise(built: Built, spec: StageSpec, loader: Any, number: int) -> tuple[SourceSummary, list[Example]]:

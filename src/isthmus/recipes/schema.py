@@ -284,7 +284,7 @@ def _on(shelf: str) -> dict[str, Traversable]:
 def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool = False) -> Recipe:
     """The recipe ``name`` (a shipped name or a YAML file) with ``key=value`` overrides, checked.
 
-    ``to_show`` leaves variables that were not given as they stand: what a recipe would do can be told without them.
+    ``to_show`` leaves variables that were not given as they stand: what a recipe would do is known without them.
     Raises ConfigError: no such recipe, bad YAML, an unknown key (the nearest is named), an unset ``{VARIABLE}``.
     """
     tree = read_tree(name, overrides, to_show=to_show)
@@ -357,7 +357,7 @@ def yaml_value(text: str, what: str) -> Any:
 
 
 def option_value(text: str, what: str) -> Any:
-    """The value behind ``key=`` on the command line, which is YAML too: so a text with its marks wants quotes."""
+    """The value after ``key=`` on the command line, which is YAML too: so a text with its marks wants quotes."""
     try:
         return yaml_value(text, what)
     except ConfigError as error:

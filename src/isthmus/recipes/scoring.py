@@ -60,10 +60,10 @@ def make_task(
     pictures: Check = "decode",
 ) -> Task:
     """The task that ``spec`` names, on its data; with a ``quarantine`` on what can be read of it, its ``pictures``
-    looked at beforehand as :class:`.Sound` says.
+    checked beforehand as :class:`.Sound` says.
 
     Training data has a quarantine of its own with the same threshold (``quarantine-train.jsonl`` beside the other's
-    file); its pictures are opened only where the task looks at them.
+    file); its pictures are opened only where the task reads them.
 
     Raises ConfigError for an unknown task or option, DataError when too much is bad.
     """
@@ -83,8 +83,8 @@ def make_task(
         shown = "shots" in spec.options
         own = Quarantine(path, threshold=quarantine.threshold, after=quarantine.after)
         demand = answered if shown else _demand(spec)
-        seen = shown or spec.task == "linear-probe"
-        train = Sound(train, own, demand=demand, pictures=pictures if seen else "none")
+        needed = shown or spec.task == "linear-probe"
+        train = Sound(train, own, demand=demand, pictures=pictures if needed else "none")
     options = dict(spec.options)
     if is_user_code(spec.task):
         return _users(spec, records, train, seed)
@@ -259,7 +259,7 @@ def score_model(
     run: Path | None = None,
     code: Sequence[str | Path] = (),
 ) -> list[Result]:
-    """Every task in a folder of its own below ``folder``, going on where an earlier call stopped. ``done`` is told each
+    """Every task in a folder of its own below ``folder``, going on where an earlier call stopped. ``done`` gets each
     result as it comes, so that none is lost on a user when a later task fails.
 
     A task of an earlier stage is done by that stage's model, from the run folder ``run`` (the one ``folder`` is in),
@@ -286,10 +286,10 @@ def score_model(
 
 
 def _scored(model: Any, spec: EvalSpec, folder: Path, *, seed: int, limit: int | None, **more: Any) -> Result:
-    """One task. Pictures are decoded when they are asked about. Where one cannot be, now or at an earlier call, the
+    """One task. Pictures are decoded when their question comes. Where one cannot be, now or at an earlier call, the
     task begins anew with all of them decoded beforehand."""
     if spec.task == "llava-bench" and world_size() > 1:
-        raise ConfigError(f"Task {spec.name!r} asks a judge, within one budget: run it in one process.")
+        raise ConfigError(f"Task {spec.name!r} uses a judge, within one budget: run it in one process.")
 
     def attempt(pictures: Check) -> Result:
         quarantine = Quarantine(folder / "quarantine.jsonl" if first() else None, threshold=spec.bad_samples)
@@ -304,8 +304,8 @@ def _scored(model: Any, spec: EvalSpec, folder: Path, *, seed: int, limit: int |
         return attempt("read")
     except Undecodable as error:
         if first():
-            told = f"{error}. The task {spec.name!r} begins anew, each picture decoded before the first is asked about."
-            warnings.warn(told, IsthmusWarning, stacklevel=3)
+            message = f"{error}. The task {spec.name!r} begins anew, each picture decoded before the first question."
+            warnings.warn(message, IsthmusWarning, stacklevel=3)
             (folder / "outputs.jsonl").unlink(missing_ok=True)
         return attempt("decode")
 

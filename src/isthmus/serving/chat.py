@@ -92,7 +92,7 @@ def _texts(
 ) -> list[Work]:
     """The choices to be written, those of each prompt together."""
     speaker = server.scheduler.speakers[body.model]
-    if top is not None and not speaker.tells_logprobs:
+    if top is not None and not speaker.has_logprobs:
         raise bad_request("no_logprobs", "This model does not give log-probabilities.", "logprobs")
     texts: list[Work] = []
     choices = body.n or 1

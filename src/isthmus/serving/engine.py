@@ -24,7 +24,7 @@ from isthmus.serving.prefix import Remembering
 @dataclass(frozen=True, slots=True)
 class Token:
     """A token of a row. ``logprob`` is its natural log-probability by the model alone, before any temperature or cut;
-    ``top`` the likeliest ids with theirs; none where the speaker cannot tell. ``ended``: why nothing follows it, of a
+    ``top`` the likeliest ids with theirs; none where the speaker has none. ``ended``: why nothing follows it, of a
     row that has ended; its last token may be none."""
 
     row: Hashable
@@ -35,9 +35,9 @@ class Token:
 
 
 class Speaker(Protocol):
-    """What the scheduler asks of a model that writes."""
+    """What the scheduler needs of a model that writes."""
 
-    tells_logprobs: bool
+    has_logprobs: bool
 
     @property
     def context(self) -> int | None:
@@ -68,7 +68,7 @@ class Together:
     values of prompts, for those that begin alike. Raises CapabilityError for a model whose texts no decoder can write.
     """
 
-    tells_logprobs = True
+    has_logprobs = True
 
     def __init__(self, model: Model, limits: Limits) -> None:
         language = model.net.language
@@ -101,10 +101,10 @@ class Together:
         for new in self.decoder.step():
             row, last = self._rows[new.row], len(new.ids) - 1
             for n, token in enumerate(new.ids):
-                told = new.logprobs[n] if new.logprobs else None
+                logprob = new.logprobs[n] if new.logprobs else None
                 end = new.finish or "" if n == last else ""
-                known = () if told is None else told.top
-                found.append(Token(row, token, None if told is None else told.logprob, known, end))
+                known = () if logprob is None else logprob.top
+                found.append(Token(row, token, None if logprob is None else logprob.logprob, known, end))
             if new.finish and not new.ids:
                 found.append(Token(row, None, ended=new.finish))
             if new.finish:
@@ -152,7 +152,7 @@ class WholeAnswers:
     """One text at a time by the model's own ``generate``, handed out when it is finished: for what has no decoder that
     rows can join, such as a Q-Former that writes by itself."""
 
-    tells_logprobs = False
+    has_logprobs = False
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -186,7 +186,7 @@ def _context(model: Model) -> int | None:
 
 
 def speaker_of(model: Model, limits: Limits) -> Speaker:
-    """The best speaker that this model can have; its parameters no longer ask for gradients."""
+    """The best speaker that this model can have; its parameters no longer need gradients."""
     model.net.requires_grad_(False)
     try:
         return Together(model, limits)

@@ -30,7 +30,7 @@ class Remembering:
 
     A beginning is the same when its embeddings are, number by number, pictures and all, and of a Flamingo the pictures
     that its tokens see; so nothing that was read otherwise is ever taken over. An encoder reads every token in the
-    light of all others, so that of an encoder-decoder only whole prompts are taken over.
+    light of all others, so that of an encoder-decoder only complete prompts are taken over.
     """
 
     def __init__(self, language: LanguageModel | Seq2SeqLM, size: int) -> None:
@@ -94,7 +94,7 @@ class Remembering:
 
     def _keep(self, row: Tensor, context: MediaContext | None, read: Read) -> None:
         size = row.nbytes + sum(keys.nbytes + values.nbytes for keys, values in read.layers)
-        size += 0 if read.context is None else read.context.nbytes  # the pictures that were seen are in it
+        size += 0 if read.context is None else read.context.nbytes  # the pictures that were read are in it
         self._kept[self._count] = Kept(row.clone(), None if context is None else context.apart(), read, size)
         self.held += size
         self._count += 1

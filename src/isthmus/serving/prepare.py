@@ -57,7 +57,7 @@ class Reader:
             raise bad_request("too_many_pictures", f"A request may have at most {self.limits.pictures} pictures.")
 
     def picture(self, url: str, role: Role = "user") -> Image:
-        """The picture behind a URL, checked by its header. Raises ApiError."""
+        """The picture at a URL, checked by its header. Raises ApiError."""
         scheme = url[:8].lower()
         if scheme.startswith("data:"):
             data = self._inline(url)
@@ -203,7 +203,7 @@ def _decoded(text: str) -> bytes:
 def too_long() -> ApiError:
     return bad_request(
         "context_length_exceeded",
-        "The prompt, with its pictures and the tokens asked for, is longer than the model reads.",
+        "The prompt, with its pictures and the requested tokens, is longer than the model reads.",
         "messages",
     )
 
@@ -217,7 +217,7 @@ def checked(text: str) -> str:
 
 def decoding(request: schema.Writing, tokens: int | None, choice: int, room: int | None) -> Decoding:
     """How one choice is written; without a seed each time otherwise, where it is drawn. ``room``: new tokens that fit
-    behind the prompt. Raises ApiError when none does, or fewer than were asked for."""
+    after the prompt. Raises ApiError when none does, or fewer than were requested."""
     if room is not None and room < (tokens or 1):
         raise too_long()
     most = tokens or (DEFAULT_TOKENS if room is None else min(DEFAULT_TOKENS, room))

@@ -87,7 +87,7 @@ def backward(
 
 
 class _Sums:
-    """Sum and count of each term over what was seen so far; ``bad`` tells of the first that was not finite."""
+    """Sum and count of each term over the batches so far; ``bad`` is the first that was not finite."""
 
     def __init__(self) -> None:
         self.totals: dict[str, float] = {}
@@ -170,7 +170,7 @@ def _accumulate(
         for name, term in terms.items():
             if term.scope != "token":
                 raise StageError(
-                    f"The term {name!r} belongs to the whole batch and cannot be split into "
+                    f"The term {name!r} belongs to the full batch and cannot be split into "
                     f"{len(batches)} micro-batches: {type(engine.net).__name__} has no exact gradient cache. "
                     "Use one micro-batch per step."
                 )

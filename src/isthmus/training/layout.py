@@ -1,4 +1,4 @@
-"""What each process holds and exchanges under an engine, told from a net without values."""
+"""What each process holds and exchanges under an engine, computed from a net without values."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""What a run says while it trains: JSON lines always, trackers when asked for, a progress bar with time left."""
+"""What a run says while it trains: JSON lines always, trackers on request, a progress bar with time left."""
 
 import json
 import os

@@ -326,7 +326,7 @@ class _Run:
 
     def _look(self, validation: Validation) -> Mapping[str, float]:
         with self._as_stored():
-            return validation.look(self.state.step)
+            return validation.validate(self.state.step)
 
     def _keep(self, validation: Validation) -> None:
         """The net that was the best so far; a checkpoint first, so that no resumed run is behind what is kept."""

@@ -1,8 +1,8 @@
 """Which precision a stage trains in: what it says, or what is quicker for this net on this machine.
 
-On a GPU that multiplies in bf16 that is bf16, on a CPU without such instructions fp32. A CPU with them is asked: with
-AVX-512 alone bf16 is slower than fp32, with AMX several times as quick. The net's largest products are timed, forwards
-and backwards, for a second at most, once per machine and net; the answer is kept in the user's cache folder.
+On a GPU that multiplies in bf16 that is bf16, on a CPU without such instructions fp32. A CPU with them is measured:
+with AVX-512 alone bf16 is slower than fp32, with AMX several times as quick. The net's largest products are timed,
+forwards and backwards, for a second at most, once per machine and net; the answer is kept in the user's cache folder.
 """
 
 import hashlib

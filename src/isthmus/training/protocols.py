@@ -1,4 +1,4 @@
-"""What the loop asks of a loader. What it asks of a net stands in :mod:`isthmus.net`."""
+"""What the loop needs of a loader. What it needs of a net stands in :mod:`isthmus.net`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol

@@ -27,7 +27,7 @@ class Validation:
 
     With a ``metric``, one of their names, the best step so far is kept by ``keep(step, numbers)``: the lowest where
     the name ends in ``loss``, else the highest. After ``patience`` validations in a row without a better one the stage
-    ends. ``kept`` tells the step that ``keep`` kept last.
+    ends. ``kept`` gives the step that ``keep`` kept last.
     """
 
     every: int
@@ -45,7 +45,7 @@ class Validation:
     def due(self, step: int, *, last: bool) -> bool:
         return step not in self.found and (last or step % self.every == 0)
 
-    def look(self, step: int) -> Mapping[str, float]:
+    def validate(self, step: int) -> Mapping[str, float]:
         """Measure after ``step``. The random generators are left as they were.
 
         Raises ConfigError for a ``metric`` that is none of the numbers, or is no number here.

@@ -87,7 +87,7 @@ def test_a_refused_reply_is_asked_for_anew(tmp_path):
         report = make(server, tmp_path, kinds=["detail"], attempts=2)
         assert report.rows == {"detail": 6}
         assert len(server.requests) == 12
-        assert make(server, tmp_path, kinds=["detail"], attempts=3).asked == 0
+        assert make(server, tmp_path, kinds=["detail"], attempts=3).sent == 0
 
 
 def test_going_on_asks_only_what_is_missing(tmp_path):
@@ -96,7 +96,7 @@ def test_going_on_asks_only_what_is_missing(tmp_path):
             make(server, tmp_path, concurrency=1)
         assert len(rows(tmp_path)) == 3, "what was answered is written all the same"
         report = make(server, tmp_path)
-        assert (report.asked, len(rows(tmp_path))) == (15, 18)
+        assert (report.sent, len(rows(tmp_path))) == (15, 18)
         assert set(server.served.values()) == {1}
 
 

@@ -19,7 +19,7 @@ from isthmus.data.instruct.prompts import Kind, Prompt
 from isthmus.data.instruct.symbols import Symbols
 from isthmus.data.mix import key
 from isthmus.data.quarantine import Quarantine
-from isthmus.endpoint import Budget, Endpoint, Outcome, Replies, Request, ask_all
+from isthmus.endpoint import Budget, Endpoint, Outcome, Replies, Request, send_all
 from isthmus.errors import ConfigError, DataError, EndpointError
 
 DATA, MANIFEST, MAKING = "instruct.json", "manifest.json", "making"
@@ -62,7 +62,7 @@ class Report:
     refused: Counter[str] = field(default_factory=Counter)
     missing: dict[str, str] = field(default_factory=dict)
     stopped: str = ""
-    asked: int = 0
+    sent: int = 0
     replies: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -117,7 +117,7 @@ def instruct(
         report, fatal = Report(), None
         try:
             for attempt in range(attempts):
-                outcome = ask_all(
+                outcome = send_all(
                     endpoint,
                     work.open(attempt),
                     replies,
@@ -157,7 +157,7 @@ def _check_boxes(pictures: Sequence[Symbols], prompts: Mapping[Kind, Prompt]) ->
 
 
 def _add(report: Report, outcome: Outcome) -> None:
-    report.asked += outcome.asked
+    report.sent += outcome.sent
     report.missing |= outcome.failed
     report.stopped = outcome.stopped
 

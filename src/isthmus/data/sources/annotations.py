@@ -146,9 +146,9 @@ def gqa(
     def make(item: tuple[str, Any]) -> Row:
         name, q = item
         sample = f"question {name}"
-        asked = field_of(sample, q, "question")
+        question = field_of(sample, q, "question")
         types = field_of(sample, q, "types", dict) if q.get("types") else {}
-        values = {"question": asked, "answer": q.get("answer"), "kind": types.get(by)}
+        values = {"question": question, "answer": q.get("answer"), "kind": types.get(by)}
         image = filled_name(image_name, id=field_of(sample, q, "imageId", str | int))
         return Row(f"gqa/{name}", values, (pictures.find(image),), key=name)
 

@@ -257,7 +257,7 @@ _SHORTEST_PICTURE = 64
 
 def mmbench(root: Root, form: Form, *, file: str, circular: bool = True, by: str = "category") -> Rows:
     """MMBench (Liu et al. 2024, github.com/open-compass/MMBench): a table with tabs of index, question, hint, A to D
-    (fewer may be filled), answer, category, l2-category and image (base64). With ``circular`` each question is asked
+    (fewer may be filled), answer, category, l2-category and image (base64). With ``circular`` each question comes
     once for each turn of its choices, all in one ``group``: it is answered when all of them are."""
     one_of("by", by, ("category", "l2-category", "none"))
     path = root.path(file)

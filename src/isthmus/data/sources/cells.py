@@ -1,6 +1,6 @@
 """Cells of tables and fields of JSON that hold a serialised list: ``["a", "b"]`` in JSON, Python's or numpy's form.
 
-Spreadsheets and data frames write a list into one cell as the text of it. As one text it would be learnt, asked and
+Spreadsheets and data frames write a list into one cell as the text of it. As one text it would be learnt, put and
 scored with its brackets and quotation marks.
 """
 

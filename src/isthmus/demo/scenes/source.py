@@ -86,11 +86,11 @@ class SceneSource(Source):
     ``control`` spoils them on purpose, see :data:`isthmus.demo.scenes.interleaved.CONTROLS`.
 
     ``turns`` is the number of question-answer turns in conversations and symbols, ``led`` the share of their
-    comparisons before which what is compared is asked (turns beyond that number), ``kinds`` the kinds of question asked
-    in any form, the attributes (colour, shape) that lessons are about, or what happens in clips (none given: all). In
-    conversations and symbols there may also be kinds of practice.py among them, which nothing is scored by.
-    ``distinct`` skips scenes whose captions an earlier one could have (for retrieval tests). Raises ConfigError
-    for an unknown form, split or kind.
+    comparisons before which a question about each of the two comes (turns beyond that number), ``kinds`` the kinds of
+    question in any form, the attributes (colour, shape) that lessons are about, or what happens in clips (none given:
+    all). In conversations and symbols there may also be kinds of practice.py among them, which nothing is scored by.
+    ``distinct`` skips scenes whose captions an earlier one could have (for retrieval tests). Raises ConfigError for an
+    unknown form, split or kind.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class SceneSource(Source):
         return self._record(number, parts, kinds=tuple(q.kind for q in turns))
 
     def _asked(self, number: int, dice: Dice) -> tuple[int, list[Question]]:
-        """The number's turns, about the first of its scenes that some question of the kinds asked for fits."""
+        """The number's turns, about the first of its scenes that some question of the wanted kinds fits."""
         for attempt in range(_MOST_REDRAWS):
             scene = make_scene(self.seed, self.split, number, attempt)
             turns = turns_about(scene, dice, self.turns, self.kinds, led=self.led)

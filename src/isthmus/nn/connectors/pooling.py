@@ -30,7 +30,7 @@ class _Blocks(Connector):
         self.factor = factor
 
     def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
-        """A token per block of every frame. Raises ConfigError for a map that is not cut into whole blocks."""
+        """A token per block of every frame. Raises ConfigError for a map that is not cut into full blocks."""
         rows, columns = grid
         if rows != columns:
             raise ConfigError(

@@ -172,7 +172,7 @@ def stretch(
     """A table of time embeddings (rows, D) for ``frames`` frames, (frames, D).
 
     Up to ``rows`` frames each takes the row of its number (a picture is frame 0); a longer clip gets the table
-    interpolated linearly over its whole length (2204.14198, appendix A.1.1).
+    interpolated linearly over its length (2204.14198, appendix A.1.1).
     """
     rows = len(table)
     if frames <= rows:
