@@ -10,4 +10,4 @@ from isthmus.endpoint.client import Endpoint, Reply, Request
 from isthmus.endpoint.crowd import Budget, Outcome, send_all
 from isthmus.endpoint.replies import Replies
 
-__all__ = ["Budget", "Endpoint", "Outcome", "Replies", "Reply", "Request", "ask_all"]
+__all__ = ["Budget", "Endpoint", "Outcome", "Replies", "Reply", "Request", "send_all"]
