@@ -2,11 +2,11 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from isthmus.batch import Tokens
 from isthmus.errors import CapabilityError, ConfigError
 
 
@@ -15,7 +15,7 @@ class Connector(nn.Module, ABC):
     grid)``; who derives from this one gets what is common, and can say which patches a token was made of."""
 
     @abstractmethod
-    def forward(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R D_out"]:
+    def forward(self, features: Float[Tensor, "N F P D"], text: Tokens | None = None) -> Float[Tensor, "N R D_out"]:
         """(N, F, P, D) features -> (N, R, D_out). ``text``, one row per visual, is for connectors that read a
         question; those of LLaVA are called with features alone."""
 
@@ -23,7 +23,7 @@ class Connector(nn.Module, ABC):
     def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
         """R for a visual of that many frames, each with ``grid`` rows and columns of patches."""
 
-    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R F P"]:
+    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Tokens | None = None) -> Float[Tensor, "N R F P"]:
         """(N, R, F, P): which patches each visual token was made of, every row a distribution.
 
         Raises CapabilityError where that is unknown.

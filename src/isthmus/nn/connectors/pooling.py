@@ -8,12 +8,11 @@ Legend: N visuals, F frames, P patches, D width of the features, D_out width of 
 Tokens stand frame after frame; those of the first two row by row, as the patches do.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from isthmus.batch import Tokens
 from isthmus.errors import ConfigError
 from isthmus.nn.attention import CrossAttention
 from isthmus.nn.connectors.base import Connector, by_frame, side_of
@@ -46,7 +45,7 @@ class _Blocks(Connector):
         blocks = features.unflatten(2, (side // f, f, side // f, f)).transpose(3, 4)
         return blocks.flatten(4, 5).flatten(2, 3)
 
-    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R F P"]:
+    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Tokens | None = None) -> Float[Tensor, "N R F P"]:
         """(N, F·P/f², F, P): the patches of a token's block in equal shares."""
         count, frames, patches = features.shape[:3]
         marks = torch.eye(patches, device=features.device)[None, None]  # each patch marked by a channel of its own
@@ -65,7 +64,7 @@ class PixelShuffle(_Blocks):
         self.norm = nn.LayerNorm(width) if norm else nn.Identity()
         self.mlp = Projector(width, out_width, depth=depth)
 
-    def forward(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R D_out"]:
+    def forward(self, features: Float[Tensor, "N F P D"], text: Tokens | None = None) -> Float[Tensor, "N R D_out"]:
         """(N, F, P, D) -> (N, F·P/f², D_out)."""
         return self.mlp(self.norm(self._blocks(features).flatten(3)))
 
@@ -77,7 +76,7 @@ class AveragePool(_Blocks):
         super().__init__(factor)
         self.mlp = Projector(vision_width, out_width, depth=depth)
 
-    def forward(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R D_out"]:
+    def forward(self, features: Float[Tensor, "N F P D"], text: Tokens | None = None) -> Float[Tensor, "N R D_out"]:
         """(N, F, P, D) -> (N, F·P/f², D_out)."""
         return self.mlp(self._blocks(features).mean(3))
 
@@ -100,7 +99,7 @@ class AttentionPool(Connector):
         self.out_norm = nn.LayerNorm(vision_width)
         self.projection = nn.Linear(vision_width, out_width)
 
-    def forward(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R D_out"]:
+    def forward(self, features: Float[Tensor, "N F P D"], text: Tokens | None = None) -> Float[Tensor, "N R D_out"]:
         """(N, F, P, D) -> (N, F·Q, D_out), each frame by itself."""
         frames = self.norm(features).flatten(0, 1)
         pooled = self.attn(self.queries.expand(len(frames), -1, -1), *self.attn.keys_values(frames))
@@ -110,7 +109,7 @@ class AttentionPool(Connector):
         """Q for every frame, whatever its size."""
         return frames * len(self.queries)
 
-    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R F P"]:
+    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Tokens | None = None) -> Float[Tensor, "N R F P"]:
         """(N, F·Q, F, P): the attention, mean over heads."""
         frames = self.norm(features).flatten(0, 1)
         keys, _ = self.attn.keys_values(frames)

@@ -4,13 +4,13 @@ Legend: N visuals, F frames, P patches, D width of the features, D_out width of 
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from isthmus.batch import Tokens
 from isthmus.errors import ConfigError
 from isthmus.nn.connectors.base import Connector, by_frame
 
@@ -28,7 +28,7 @@ class Projector(Connector):
         for number in range(1, depth + 1):
             self.add_module(f"linear_{number}", nn.Linear(vision_width if number == 1 else out_width, out_width))
 
-    def forward(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R D_out"]:
+    def forward(self, features: Float[Tensor, "N F P D"], text: Tokens | None = None) -> Float[Tensor, "N R D_out"]:
         """(N, F, P, D) -> (N, F·P, D_out), frame after frame."""
         x = features.flatten(1, 2)
         for number, layer in enumerate(self.children()):
@@ -39,7 +39,7 @@ class Projector(Connector):
         """Every patch of every frame becomes one token."""
         return frames * math.prod(grid)
 
-    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R F P"]:
+    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Tokens | None = None) -> Float[Tensor, "N R F P"]:
         """(N, F·P, F, P): each token is one patch."""
         count, frames, patches = features.shape[:3]
         return by_frame(torch.eye(patches, device=features.device).expand(count, frames, -1, -1))

@@ -8,13 +8,14 @@ features are never updated; every layer norms them anew. Only the vision encoder
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from isthmus.batch import Tokens
 from isthmus.errors import ConfigError
 from isthmus.nn.attention import CrossAttention
 from isthmus.nn.block import Mlp
@@ -107,7 +108,7 @@ class Resampler(Connector):
         self.layers = nn.ModuleList(ResamplerLayer(width, config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width) if config.final_norm else nn.Identity()
 
-    def forward(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R D"]:
+    def forward(self, features: Float[Tensor, "N F P D"], text: Tokens | None = None) -> Float[Tensor, "N R D"]:
         """(N, F, P, D) -> (N, R, D). Frames are taken as equally spaced.
 
         Raises ConfigError for a clip of several frames without time embeddings, and for no frame at all.
@@ -117,7 +118,7 @@ class Resampler(Connector):
             x = layer(x, features)
         return self.norm(x)
 
-    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R F P"]:
+    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Tokens | None = None) -> Float[Tensor, "N R F P"]:
         """(N, R, F, P): which patches each visual token was made of, by the last layer's attention."""
         frames, patches = features.shape[1:3]
         x, features = self._start(features)
@@ -155,14 +156,14 @@ class ResamplerConnector(Connector):
         self.resampler = Resampler(vision_width, config)
         self.projection = nn.Linear(vision_width, out_width)
 
-    def forward(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R D_out"]:
+    def forward(self, features: Float[Tensor, "N F P D"], text: Tokens | None = None) -> Float[Tensor, "N R D_out"]:
         """(N, F, P, D) -> (N, R, D_out)."""
         return self.projection(self.resampler(features))
 
     def num_tokens(self, frames: int, grid: tuple[int, int]) -> int:
         return self.resampler.num_tokens(frames, grid)
 
-    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Any = None) -> Float[Tensor, "N R F P"]:
+    def patch_weights(self, features: Float[Tensor, "N F P D"], text: Tokens | None = None) -> Float[Tensor, "N R F P"]:
         return self.resampler.patch_weights(features)
 
 
