@@ -159,7 +159,7 @@ def _said(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One part of the net (first component of the names): counts of numbers, the rates it trains at. ``adapters`` are
     those of ``parameters`` that adapters have."""
 
@@ -179,7 +179,7 @@ class StageTable:
     """
 
     groups: tuple[Group, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     assigned: Mapping[str, int]
     unused: tuple[str, ...]
 
@@ -386,12 +386,14 @@ def _patterns(names: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def _rows(net: nn.Module, groups: Sequence[Group], assigned: Mapping[str, int], unused: set[str]) -> tuple[Row, ...]:
+def _rows(
+    net: nn.Module, groups: Sequence[Group], assigned: Mapping[str, int], unused: set[str]
+) -> tuple[TableRow, ...]:
     sizes: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name, parameter in named_parameters(net):
         sizes[name.split(".")[0]].append((name, quantised.numel(parameter)))
     return tuple(
-        Row(
+        TableRow(
             part=part,
             parameters=sum(n for _, n in members),
             trained=sum(n for name, n in members if name in assigned),

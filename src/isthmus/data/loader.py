@@ -47,7 +47,7 @@ class Position:
 START = Position()
 
 
-class _Row(NamedTuple):
+class _PlannedRow(NamedTuple):
     """A visit as it was planned. ``example`` is what was made of it to measure it, so that it is made once."""
 
     visit: Visit
@@ -121,7 +121,7 @@ class Loader:
         """The batches of an epoch as visits: a pure function of (seed, epoch). Decodes no picture."""
         yield from ([row.visit for row in batch] for batch in self._plan(epoch))
 
-    def _plan(self, epoch: int) -> Iterator[list["_Row"]]:
+    def _plan(self, epoch: int) -> Iterator[list["_PlannedRow"]]:
         visits = [Visit(*row) for row in self.mix.epoch(self.seed, epoch, shuffle=self.shuffle).tolist()]
         if not self.group:
             assert self.batch_size is not None  # checked when built
@@ -129,14 +129,14 @@ class Loader:
                 visits = visits[: len(visits) // self.batch_size * self.batch_size]
             batches = _chunks(visits, self.batch_size)
             # A batch that is contrasted needs a row in every process.
-            yield from ([_Row(visit) for visit in batch] for batch in batches if len(batch) >= self.part[1])
+            yield from ([_PlannedRow(visit) for visit in batch] for batch in batches if len(batch) >= self.part[1])
             return
         window = _WINDOW_BATCHES * self.batch_size if self.batch_size else _WINDOW_ROWS
-        waiting: dict[bool, list[_Row]] = {False: [], True: []}
+        waiting: dict[bool, list[_PlannedRow]] = {False: [], True: []}
         for number, some in enumerate(_chunks(visits, window)):
             for row in map(self._measure, some):
                 waiting[row.seeing].append(row)
-            full: list[list[_Row]] = []
+            full: list[list[_PlannedRow]] = []
             for seeing, rest in waiting.items():
                 *batches, waiting[seeing] = self._cut(rest)
                 full += batches
@@ -144,14 +144,14 @@ class Loader:
         mixed = waiting[True] + waiting[False]
         yield from (batch for batch in self._cut(mixed) if batch)
 
-    def _cut(self, rows: list["_Row"]) -> list[list["_Row"]]:
+    def _cut(self, rows: list["_PlannedRow"]) -> list[list["_PlannedRow"]]:
         """Full batches, longest rows first, then the rest that does not fill one (maybe empty)."""
         rows = sorted(rows, key=lambda row: -row.length)  # stable: equal lengths stay in the epoch's order
         if self.batch_size is not None:
             end = len(rows) // self.batch_size * self.batch_size
             return [*_chunks(rows[:end], self.batch_size), rows[end:]]
         assert self.batch_tokens is not None  # checked when built
-        batches: list[list[_Row]] = [[]]
+        batches: list[list[_PlannedRow]] = [[]]
         longest = 0
         for row in rows:
             longest = max(longest, row.length)
@@ -161,20 +161,20 @@ class Loader:
             batches[-1].append(row)
         return batches
 
-    def _measure(self, visit: Visit) -> "_Row":
+    def _measure(self, visit: Visit) -> "_PlannedRow":
         """The visit with its length; 0 and no picture for a sample that cannot be read, which counts when met.
 
         Lengths are kept after the first time, unless the sample's text is drawn anew at every visit.
         """
         place = (visit.source, visit.index)
         if place in self._lengths:
-            return _Row(visit, *self._lengths[place])
+            return _PlannedRow(visit, *self._lengths[place])
         try:
             record = self.mix.record(visit)
             example = self._example(record, visit)
         except DataError:
-            return _Row(visit, *self._lengths.setdefault(place, (0, False)))
-        row = _Row(visit, example.length, bool(example.visuals), example)
+            return _PlannedRow(visit, *self._lengths.setdefault(place, (0, False)))
+        row = _PlannedRow(visit, example.length, bool(example.visuals), example)
         if all(isinstance(part.text, str) for part in record.texts):
             self._lengths[place] = (row.length, row.seeing)
         return row
@@ -191,7 +191,7 @@ class Loader:
     def _draw(self, name: str, visit: Visit) -> int:
         return key(self.seed, "draw", visit.source, visit.turn, name)
 
-    def _seen(self, example: Example, visit: Visit) -> Example:
+    def _with_pixels(self, example: Example, visit: Visit) -> Example:
         """The example with its pictures read: augmented, or from the cache where it has them."""
         if self.augment:
             example = self.augment(example, self.processor.image, self._draw(example.id, visit))
@@ -199,7 +199,7 @@ class Loader:
             example = self.cache.stand_in(example)
         return load_pixels(example)
 
-    def _fill(self, rows: Sequence["_Row"]) -> list[Example]:
+    def _fill(self, rows: Sequence["_PlannedRow"]) -> list[Example]:
         """This part's samples of one step; bad ones are left out and counted. Empty when all were bad."""
         which, parts = self.part
         rows = rows[which::parts]
@@ -213,7 +213,7 @@ class Loader:
                     name = record.id
                     example = self._example(record, visit)
                 name = example.id
-                examples.append(self._seen(example, visit))
+                examples.append(self._with_pixels(example, visit))
             except DataError as error:
                 self.quarantine.add(name, source, str(error))
         self.quarantine.count_read(len(rows))
@@ -232,7 +232,7 @@ class Loader:
         """The position after each step from ``start`` on, without end."""
         yield from (position for position, _ in self._planned(start))
 
-    def _planned(self, start: Position) -> Iterator[tuple[Position, list["_Row"]]]:
+    def _planned(self, start: Position) -> Iterator[tuple[Position, list["_PlannedRow"]]]:
         """Plans on without end. One batch is planned ahead, so that an epoch's last step ends in the next epoch."""
         epoch, done = start.epoch, start.index
         while True:
@@ -282,7 +282,7 @@ class Loader:
         return in_background(lambda: map(self._micro_batches, filled), self.prefetch)
 
     @staticmethod
-    def _first(planned: Iterator[list["_Row"]], rows: int | None) -> Iterator[list["_Row"]]:
+    def _first(planned: Iterator[list["_PlannedRow"]], rows: int | None) -> Iterator[list["_PlannedRow"]]:
         left = rows
         for batch in planned:
             if left is not None and left <= 0:

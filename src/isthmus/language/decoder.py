@@ -129,7 +129,7 @@ class Written:
 
 
 @dataclass(slots=True, eq=False)
-class _Row:
+class _RowState:
     number: int
     decoding: Decoding
     places: list[int]  # of the window, one per beam
@@ -144,7 +144,7 @@ class _Lane:
     """Rows whose scores are changed by the same rules, in one tensor: those that write alone, or those of one beam
     search (``beams``)."""
 
-    rows: list[_Row]
+    rows: list[_RowState]
     rules: Rules
     places: Tensor
     history: Tensor | None = None
@@ -166,7 +166,7 @@ class Decoder:
     def _forget(self) -> None:
         """No rows."""
         self._window.clear()
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, _RowState] = {}
         self._searches: list[_Lane] = []
         self._singles: list[_Lane] | None = None
         self._context: Any = None
@@ -211,7 +211,7 @@ class Decoder:
         for n, seed in enumerate(seeds):
             generator = torch.Generator().manual_seed(seed) if decoding.temperature > 0 else None
             places = list(range(first + n * beams, first + (n + 1) * beams))
-            rows.append(_Row(self._added + n, replace(decoding, seed=seed), places, generator, logprobs))
+            rows.append(_RowState(self._added + n, replace(decoding, seed=seed), places, generator, logprobs))
         self._added += len(rows)
         self._rows |= {row.number: row for row in rows}
         self._singles = None
@@ -219,7 +219,7 @@ class Decoder:
             self._searches.append(self._search(rows, decoding))
         return [row.number for row in rows]
 
-    def _search(self, rows: list[_Row], decoding: Decoding) -> _Lane:
+    def _search(self, rows: list[_RowState], decoding: Decoding) -> _Lane:
         assert self._logits is not None
         state = Beams(
             len(rows),
@@ -231,7 +231,7 @@ class Decoder:
         )
         return _Lane(rows, Rules(decoding, self._logits.device), self._places(rows), beams=state)
 
-    def _places(self, rows: Sequence[_Row]) -> Tensor:
+    def _places(self, rows: Sequence[_RowState]) -> Tensor:
         assert self._positions is not None
         return torch.tensor([p for row in rows for p in row.places], device=self._positions.device)
 
@@ -283,7 +283,7 @@ class Decoder:
         self._tokens, self._logits = tokens, None
         self._unread.append((tokens, top_logprobs))
 
-    def _with_logprobs(self) -> list[_Row]:
+    def _with_logprobs(self) -> list[_RowState]:
         return [row for row in self._rows.values() if row.logprobs is not None]
 
     def _read_on(self) -> None:
@@ -306,7 +306,7 @@ class Decoder:
     def _lanes_of_singles(self) -> list[_Lane]:
         """Rows without beams by the rules for their scores; by their lengths too where the rules depend on the text."""
         if self._singles is None:
-            groups: dict[Any, list[_Row]] = {}
+            groups: dict[Any, list[_RowState]] = {}
             for row in self._rows.values():
                 if row.decoding.num_beams == 1:
                     groups.setdefault(Rules.key(row.decoding, row.count), []).append(row)
@@ -385,7 +385,7 @@ class Decoder:
             self._drop(ended)
         return found
 
-    def _drop(self, rows: Sequence[_Row]) -> None:
+    def _drop(self, rows: Sequence[_RowState]) -> None:
         if len(rows) == len(self._rows):
             self._forget()
             return

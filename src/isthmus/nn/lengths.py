@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Rows = Tensor | slice
+RowIndex = Tensor | slice
 """Numbers of rows, or all of them as they stand, which indexes without a copy."""
 
 _ALL = slice(None)
@@ -21,7 +21,7 @@ _FEWEST_TOKENS_HALF = 4096
 _WORTH = 0.9
 
 
-def blocks_by_length(lengths: Tensor) -> list[Rows]:
+def blocks_by_length(lengths: Tensor) -> list[RowIndex]:
     """The numbers of the rows with these ``lengths`` (B,) in up to four blocks, the longest rows first.
 
     Fewer where blocks would be small, and one of all rows where they would save less than a tenth of the padded
@@ -39,7 +39,7 @@ def blocks_by_length(lengths: Tensor) -> list[Rows]:
     return [*parts] if padded <= _WORTH * len(lengths) * int(lengths.max()) else [_ALL]
 
 
-def in_blocks(lengths: Tensor, run: Callable[[Rows], Tensor]) -> Tensor:
+def in_blocks(lengths: Tensor, run: Callable[[RowIndex], Tensor]) -> Tensor:
     """``run`` on each of :func:`blocks_by_length`, its outputs (one per row) back in the rows' order."""
     blocks = blocks_by_length(lengths)
     if len(blocks) == 1:

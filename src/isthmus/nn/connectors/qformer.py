@@ -22,7 +22,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.nn.attention import Attention, attend, cast_once
 from isthmus.nn.block import Mlp
 from isthmus.nn.connectors.base import Connector, by_frame
-from isthmus.nn.lengths import Rows, in_blocks
+from isthmus.nn.lengths import RowIndex, in_blocks
 from isthmus.nn.precision import KeptFloat32
 
 Past = tuple[Tensor, Tensor]
@@ -314,7 +314,7 @@ class QFormerConnector(KeptFloat32, Connector):
     def encode_pair(self, vision: Float[Tensor, "B P Dv"], text: Tokens) -> Float[Tensor, "B Q D"]:
         """The query rows (B, Q, D) when queries and ``text`` (B rows) see each other: the joint use."""
 
-        def joint(rows: Rows) -> Tensor:
+        def joint(rows: RowIndex) -> Tensor:
             own, count = text.rows(rows), self.config.queries
             queries = self.queries.expand(len(own.ids), -1, -1)
             return self.qformer(queries, own.ids, vision=vision[rows], text_mask=own.mask, read=count).hidden
@@ -324,7 +324,7 @@ class QFormerConnector(KeptFloat32, Connector):
     def encode_text(self, text: Tokens) -> Float[Tensor, "B D"]:
         """(B, D): ``text`` alone, read at its first token [CLS]."""
 
-        def alone(rows: Rows) -> Tensor:
+        def alone(rows: RowIndex) -> Tensor:
             own = text.rows(rows)
             return self.qformer(None, own.ids, text_mask=own.mask, read=1).hidden[:, 0]
 
