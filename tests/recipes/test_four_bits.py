@@ -12,7 +12,7 @@ from isthmus.checkpoint import load_tensors, read_json, state_tensors
 from isthmus.cli.app import app
 from isthmus.errors import CheckpointError, ConfigError, MissingExtraError, StageError
 from isthmus.model import load
-from isthmus.processes import world
+from isthmus.processes import world_size
 from isthmus.recipes import build as build_module
 from isthmus.recipes.build import build, check_parts
 from isthmus.recipes.check import check
@@ -154,7 +154,7 @@ def test_shards_of_4_bits_are_refused(story, library, monkeypatch):
     sharded = recipe(story).model_copy(update={"parallel": Parallel(engine="fsdp")})
     with pytest.raises(ConfigError, match="bits: 4 goes with parallel=ddp"):
         build(sharded)
-    assert world() == 1
+    assert world_size() == 1
 
 
 def test_bits_are_4_or_left_out_and_older_runs_keep_their_fingerprint():
