@@ -150,7 +150,7 @@ def test_where_bitsandbytes_fails_it_is_said_with_its_reason(story, library, mon
 
 
 def test_shards_of_4_bits_are_refused(story, library, monkeypatch):
-    monkeypatch.setattr(build_module, "world", lambda: 2)
+    monkeypatch.setattr(build_module, "world_size", lambda: 2)
     sharded = recipe(story).model_copy(update={"parallel": Parallel(engine="fsdp")})
     with pytest.raises(ConfigError, match="bits: 4 goes with parallel=ddp"):
         build(sharded)
