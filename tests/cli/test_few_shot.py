@@ -68,7 +68,7 @@ def test_a_conversation_takes_later_pictures_and_survives_a_long_turn(tmp_path, 
         ["what?", f"/image {tmp_path / 'b.png'}", f"/image {tmp_path / 'none.png'}", "and this?", "long", "so?", ""]
     )
     (tmp_path / "b.png").write_bytes(png())
-    monkeypatch.setattr(chat, "_ask", lambda _: next(typed))
+    monkeypatch.setattr(chat, "_read_question", lambda _: next(typed))
     heard = []
 
     def say(messages):
@@ -117,7 +117,7 @@ def test_a_picture_that_cannot_be_opened_leaves_the_conversation(tmp_path, capsy
         return "red"
 
     answers = iter([*typed, "what?", "what?", ""])
-    monkeypatch.setattr(chat, "_ask", lambda _: next(answers))
+    monkeypatch.setattr(chat, "_read_question", lambda _: next(answers))
     chat._talk(Console(), say, [])
     assert heard == [[tmp_path / "good.png"], []]
     said = " ".join(capsys.readouterr().out.split())

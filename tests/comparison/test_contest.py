@@ -146,7 +146,7 @@ def test_an_interrupted_arm_goes_on_where_it_stopped(story, tmp_path, monkeypatc
         asked.append(args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(contest, "ask", stop)
+    monkeypatch.setattr(contest, "score_contestant", stop)
     with pytest.raises(KeyboardInterrupt):
         run_contest(plan, tmp_path, name="mini", arms=["llava"], show=False)
     assert finished(plan, tmp_path) == []
