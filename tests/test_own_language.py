@@ -32,7 +32,7 @@ def tiny_instruct_lm(folder: Path) -> None:
     write_model(Model(net, TextProcessor(words.with_chat_template(test_hf_gguf.CHATML), template="chat")), folder, "hf")
 
 
-def test_a_template_that_cannot_be_trained_with_is_told_before_the_first_stage(tmp_path: Path) -> None:
+def test_a_template_for_asking_alone_is_refused_before_the_first_stage(tmp_path: Path) -> None:
     tiny_instruct_lm(tmp_path / "lm")
     (tmp_path / "lm" / "chat_template.jinja").write_text("{{ raise_exception('on Sundays only') }}")
     overrides = [f"parts.language={tmp_path / 'lm'}", *SHORT]

@@ -409,4 +409,4 @@ def _number(what: str, value: Any, *, low: float, high: float | None = None, int
     right_type = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
     if not right_type or value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ConfigError(f"{what} is {value!r}; it must be {'a integer' if integer else 'a'} number, {bounds}.")
+        raise ConfigError(f"{what} is {value!r}; it must be {'a whole' if integer else 'a'} number, {bounds}.")

@@ -172,10 +172,10 @@ def test_a_torn_line_is_asked_again_damage_is_named(path):
 
 KILLED = """
 import sys
-from isthmus.endpoint import Endpoint, Replies, ask_all
+from isthmus.endpoint import Endpoint, Replies, send_all
 from tests.endpoint.test_endpoint import requests
 with Replies(sys.argv[2]) as replies:
-    ask_all(Endpoint(sys.argv[1], "writer"), requests(40), replies, concurrency=4)
+    send_all(Endpoint(sys.argv[1], "writer"), requests(40), replies, concurrency=4)
 """
 
 

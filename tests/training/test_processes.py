@@ -140,7 +140,7 @@ def test_a_nan_in_one_process_stops_all(both):
             assert all(said == "the loss 'lm' is nan" for said in case)
 
 
-def test_a_disk_without_room_for_one_process_is_told_by_all_and_loses_nothing(both):
+def test_a_full_disk_of_one_process_is_reported_by_all_and_loses_nothing(both):
     folder, found = both
     for each in found:
         for said in each["full"]:
