@@ -19,12 +19,7 @@ from isthmus.stage import Group, apply_stage
 from tests.interop import tiny_models
 
 PAGE = Path(__file__).parents[2] / "docs" / "finetune.md"
-SMALL = [
-    "stages.tune.steps=2",
-    "stages.tune.batch_size=2",
-    "stages.tune.validate.every=2",
-    "stages.tune.validate.rows=2",
-]
+SMALL = [f"stages.tune.{key}=2" for key in ("steps", "batch_size", "validate.every", "validate.rows")]
 ADAPTED = ["stages.tune.train.0.lora.rank=2", "evaluate.answers.options.decoding.max_new_tokens=1"]
 NAMES = ["red", "blue", "a green ball", "two rings"]
 
