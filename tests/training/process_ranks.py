@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from isthmus.batch import Batch, Term
 from isthmus.errors import CheckpointError
@@ -115,6 +116,18 @@ def _refused(path: Path) -> list[str]:
     return all_gather("nothing")
 
 
+def _frozen_half(path: Path, how: Parallel) -> tuple[dict[str, Tensor], set[torch.dtype], dict[str, Tensor]]:
+    """The net before, the widths of its frozen head in its passes, and the net afterwards."""
+    model, widths = ToyNet(dropout=0.0), set[torch.dtype]()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    model.language["head"].register_forward_hook(lambda module, *_: widths.add(module.weight.dtype))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    half = replace(stage(3), precision="bf16", frozen_dtype="bf16", train=(Group("connector.*", lr=1e-2),))
+    train(model, PartLoader(), half, path, progress=False, parallel=how)
+    return before, widths, model.state_dict()
+
+
 def _stopped(folder: Path, how: Parallel = DDP) -> tuple[list[str], dict[str, torch.Tensor]]:
     """A signal to process 1 alone stops both after the same step; the same call goes on."""
     loader = PartLoader()
@@ -195,6 +208,7 @@ def run(number: int, world_size: int, port: int, folder: str) -> None:
     train(whole, PartLoader(), stage(), place / "whole", progress=False)
     found["weights"] = whole.state_dict()
     found["non-finite"] = [_non_finite(how, micro) for how in (DDP, FSDP) for micro in (1, 2)]
+    found["half"] = [_frozen_half(place / f"half-{how.engine}", how) for how in (DDP, FSDP)]
     found["full"] = _full(place / "full")
     if rank() == 0:
         (place / "closed").mkdir()

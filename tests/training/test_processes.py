@@ -140,6 +140,17 @@ def test_a_nan_in_one_process_stops_all(both):
             assert all(said == "the loss 'lm' is nan" for said in case)
 
 
+def test_frozen_matrices_in_bf16_come_back_as_they_were(both):
+    for each in both[1]:
+        for before, widths, after in each["half"]:
+            assert widths == {torch.bfloat16}
+            for name, value in after.items():
+                assert value.dtype == torch.float32
+                assert torch.equal(value, before[name]) != name.startswith("connector")
+        for value, other in zip(*(after.values() for _, _, after in each["half"]), strict=True):
+            torch.testing.assert_close(value, other, atol=1e-3, rtol=0)
+
+
 def test_a_full_disk_of_one_process_is_reported_by_all_and_loses_nothing(both):
     folder, found = both
     for each in found:

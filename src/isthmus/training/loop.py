@@ -11,6 +11,7 @@ gradients, and all make the same update; the first writes the files and shows th
 """
 
 import dataclasses
+import gc
 import hashlib
 import json
 import random
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from isthmus import mapped
 from isthmus.allocator import keep_freed_memory, relieve
 from isthmus.batch import Batch
 from isthmus.errors import DataError, IsthmusError, StageError
@@ -139,7 +142,11 @@ def train(
             finally:
                 run.writer.close()
                 run.widen()
-        return run.result()
+        result = run.result()
+    del run
+    if shards(parallel):
+        gc.collect()  # modules, hooks and shards hold each other
+    return result
 
 
 class _Run:
@@ -167,9 +174,13 @@ class _Run:
         self.precision = kept or precision.choose(stage, net, self.device)
         self.autocast = precision.context(self.precision.precision, self.device)
         note = (f"step 0: {len(widened)} half-precision tensors train as fp32 master weights",) if widened else ()
-        self.narrowed, note = self._narrow(note)
+        # Shards are copies: the net behind them, which may lie in a file, goes back to what it was at once.
+        stored = [(p, p.data) for p in net.parameters()] if shards(how) else []
+        self.narrowed, note = self._narrow(note, apart=shards(how))
         frozen = proof.frozen_tensors(net, alike=shards(how))
         self.engine = engine(net, how)
+        for parameter, value in stored:
+            parameter.data = value
         self.net = self.engine.net
         self.writer = self.engine.state_writer()
         self.parameters = optim.open_parameters(self.net, table)
@@ -197,8 +208,9 @@ class _Run:
         )
         self.resumed = self.saved = self._resume(before)
 
-    def _narrow(self, note: tuple[str, ...]) -> tuple[list[torch.nn.Parameter], tuple[str, ...]]:
-        """Frozen matrices to bf16, where the stage asks for it. Raises StageError without bf16 autocast."""
+    def _narrow(self, note: tuple[str, ...], *, apart: bool) -> tuple[list[torch.nn.Parameter], tuple[str, ...]]:
+        """Frozen matrices to bf16, where the stage asks for it: those that are to be widened again, and the notes. With
+        ``apart`` their values lie in a file. Raises StageError without bf16 autocast."""
         if self.stage.frozen_dtype != "bf16":
             return [], note
         if self.precision.precision != "bf16":
@@ -206,10 +218,10 @@ class _Run:
                 f"Stage {self.stage.name!r}: frozen_dtype bf16 needs bf16 autocast, and this run computes in fp32 "
                 f"({self.precision.why}). Set precision: bf16, or take frozen_dtype out."
             )
-        narrowed, others = optim.narrow_frozen(self.net)
+        narrowed, others = optim.narrow_frozen(self.net, partial(mapped.shared, folder=self.folder) if apart else None)
         if others:
             note += (f"step 0: {others} frozen matrices stay fp32, for their values are not of bf16",)
-        return narrowed, note
+        return ([] if apart else narrowed), note
 
     def widen(self) -> None:
         """Frozen matrices as they were before this call, to the bit."""

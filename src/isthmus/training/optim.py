@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,21 +44,32 @@ def to_master_weights(parameters: Mapping[str, nn.Parameter]) -> tuple[str, ...]
     return tuple(changed)
 
 
-def narrow_frozen(net: nn.Module) -> tuple[list[nn.Parameter], int]:
+Halves = Iterator[tuple[str, Tensor]]
+
+
+def narrow_frozen(
+    net: nn.Module, keep: Callable[[Halves], Mapping[str, Tensor]] | None = None
+) -> tuple[list[nn.Parameter], int]:
     """Frozen matrices of linear layers and convolutions to bf16, where that changes no value: those that were narrowed,
     and how many others stay as they are. Tables stay too: what is looked up there would make the sums of a transformer
-    half-precision ones."""
+    half-precision ones. ``keep`` takes the new values one by one to where they are to stay, such as a file."""
     layers: list[Any] = [
         m.weight for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d) or type(m).__name__ == "Conv1D"
     ]
     tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
     frozen = {id(w): w for w in layers if not w.requires_grad and id(w) not in tables and w.dtype == torch.float32}
+    named = {str(number): weight for number, weight in enumerate(frozen.values())}
+
+    def halves() -> Halves:
+        for name, weight in named.items():
+            half = weight.data.bfloat16()
+            if torch.equal(half.float(), weight.data):
+                yield name, half
+
     narrowed = []
-    for weight in frozen.values():
-        half = weight.data.bfloat16()
-        if torch.equal(half.float(), weight.data):
-            weight.data = half
-            narrowed.append(weight)
+    for name, half in halves() if keep is None else keep(halves()).items():
+        named[name].data = half
+        narrowed.append(named[name])
     return narrowed, len(frozen) - len(narrowed)
 
 
