@@ -159,7 +159,7 @@ def test_a_feature_cache_is_for_one_process(story, monkeypatch, tmp_path):
 
 def command(folder):
     found = tree("clip")
-    found["stages"][0] |= {"steps": 80, "save_every": 10}
+    found["stages"][0] |= {"steps": 40, "save_every": 10}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(found), encoding="utf-8")
     words = [sys.executable, "-m", "isthmus", "train", "--processes", "2", "recipe.yaml", "--out", "run"]
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK")}
@@ -198,7 +198,7 @@ def test_the_command_speaks_once_and_survives_a_lost_process(tmp_path):
     told, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert told.count("The clip model is in run") == 1
-    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, 81))
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, 41))
 
 
 def test_processes_of_the_own_torchrun_are_not_started_again(monkeypatch):
