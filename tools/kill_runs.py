@@ -44,7 +44,8 @@ def lengthened(recipe: Recipe, engine: str) -> Recipe:
     tree = recipe.model_dump(mode="json")
     for stage in tree["stages"]:
         stage["stage"] |= {"steps": STEPS, "save_every": SAVE_EVERY}
-    return Recipe.model_validate(tree).model_copy(update={"parallel": Parallel(engine=engine)})  # type: ignore[arg-type]
+    how = Parallel(engine=engine, timeout=PATIENCE * 2 / 3)  # type: ignore[arg-type]
+    return Recipe.model_validate(tree).model_copy(update={"parallel": how})
 
 
 def started(recipe: Recipe, folder: Path, processes: int) -> list[int]:

@@ -119,7 +119,7 @@ def join(timeout: float = TIMEOUT) -> None:
     waits longer than ``timeout`` seconds for another.
 
     Tensors on GPUs travel over NCCL, everything else over gloo. Raises ConfigError when ``WORLD_SIZE`` is set and
-    something else that torchrun sets is not.
+    something else that torchrun sets is not, LostError when the others do not come.
     """
     global _notes, _timeout
     if launched_world_size() == 1 or world_size() > 1:
@@ -137,17 +137,25 @@ def join(timeout: float = TIMEOUT) -> None:
     from torch.distributed.rendezvous import rendezvous
 
     _timeout = timeout
-    store, number, count = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    store.set_timeout(timedelta(seconds=timeout))
-    _notes = PrefixStore("notes", store)
-    doing("its beginning")
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=PrefixStore("group", store),
-        rank=number,
-        world_size=count,
-        timeout=timedelta(seconds=timeout),
-    )
+    try:
+        store, number, count = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        store.set_timeout(timedelta(seconds=timeout))
+        _notes = PrefixStore("notes", store)
+        doing("its beginning")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=PrefixStore("group", store),
+            rank=number,
+            world_size=count,
+            timeout=timedelta(seconds=timeout),
+        )
+    except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise LostError(
+            f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at {place} "
+            f"(MASTER_ADDR and MASTER_PORT): {' '.join(str(error).split())[:200]}. Were all started, within "
+            f"{timeout:g} s (parallel.timeout), and is the port free on the first one's machine?"
+        ) from error
     atexit.register(dist.destroy_process_group)
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import time
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from isthmus import processes
 from isthmus.errors import CheckpointError, ConfigError
+from isthmus.processes import LostError
 from isthmus.training import train
 from isthmus.training.log import read_metrics
 from isthmus.training.state import checkpoints
@@ -243,6 +245,25 @@ def test_a_batch_script_of_several_tasks_is_one_process(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert processes.launched_world_size() == 1
+
+
+@pytest.mark.parametrize(("taken", "why"), [(True, "address already in use"), (False, "Timed out|timed out")])
+def test_processes_that_do_not_meet_say_where(monkeypatch, taken, why):
+    """The port is another's, or the second process was never started."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if taken:
+            other.listen()
+            port = other.getsockname()[1]
+        else:
+            port = free_port()
+        for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(
+            LostError, match=rf"(?s)Process 0 of 2 did not meet the others at 127.0.0.1:{port}.*({why})"
+        ):
+            processes.join(timeout=1)
+    assert processes.world_size() == 1
 
 
 def test_a_world_without_a_meeting_place_is_refused(monkeypatch):
