@@ -70,7 +70,7 @@ class Lora:
         return self.rank, self.scale, self.rslora, self.dora, self.bits
 
     @property
-    def told(self) -> str:
+    def settings(self) -> str:
         words = [f"rank {self.rank}, alpha {self.scale:g}", *(n for n in ("rslora", "dora") if getattr(self, n))]
         return ", ".join([*words, *([f"over {self.bits} bits"] if self.bits else [])])
 
@@ -224,8 +224,8 @@ def attach(net: nn.Module, wanted: Mapping[str, Lora], *, seed: int = 0) -> None
         now = here.get(name)
         if now is not None and now.kind != lora.kind:
             raise StageError(
-                f"{name} has an adapter from an earlier stage ({now.told}), and this one asks for another "
-                f"({lora.told}). One layer has one adapter: give both the same."
+                f"{name} has an adapter from an earlier stage ({now.settings}), and this one needs another "
+                f"({lora.settings}). One layer has one adapter: give both the same."
             )
     kinds = {(lora.rslora, lora.dora) for lora in (*here.values(), *wanted.values())}
     if len(kinds) > 1:
@@ -258,13 +258,13 @@ def _inject(net: nn.Module, lora: Lora, names: Sequence[str], *, turned: bool) -
         r=lora.rank,
         lora_alpha=lora.scale,  # type: ignore[arg-type]  # an int by its annotation, a factor in its use
         lora_dropout=lora.dropout,
-        target_modules="|".join(name.replace(".", r"\.") for name in names),  # as a pattern it must fit a whole name
+        target_modules="|".join(name.replace(".", r"\.") for name in names),  # as a pattern it must fit a full name
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         fan_in_fan_out=turned,
     )
     model: Any = net
-    model.is_loaded_in_4bit = any(is_quantised(model.get_submodule(name).weight) for name in names)  # so peft is told
+    model.is_loaded_in_4bit = any(is_quantised(model.get_submodule(name).weight) for name in names)  # which peft reads
     with mapped.solid(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of peft to its developers
         inject_adapter_in_model(config, model, adapter_name=_NAME)

@@ -1,4 +1,4 @@
-"""Nets whose weights lie in a file that all processes of a run map, so that none of them holds the whole net.
+"""Nets whose weights lie in a file that all processes of a run map, so that none of them holds all of the net.
 
 A page of a mapped file is read when it is used and may be dropped at any time: such a net costs its process next to
 nothing until something is copied out of it, as the shards of FSDP2 are. :func:`made` has the first process make a net,

@@ -44,7 +44,7 @@ def demo(
     ] = None,
     budget: Annotated[float, typer.Option(help="Share of the recipes' steps: 0.3 is soon done and learns less.")] = 1.0,
 ) -> None:
-    """The whole story on the embedded scenes: train all five models, score them, show them."""
+    """The full story on the embedded scenes: train all five models, score them, show them."""
     from isthmus.cli.demo import run
 
     run(out, seed=seed, serve=serve, jobs=jobs, budget=budget)
@@ -80,7 +80,7 @@ def show(
     parallel: Annotated[
         str | None, typer.Option(help="ddp or fsdp: what each process of a recipe's stages would hold and exchange.")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=2, help="How many processes --parallel is told for.")] = 8,
+    ranks: Annotated[int, typer.Option(min=2, help="Number of processes for --parallel.")] = 8,
     given: dict[str, Any],
 ) -> None:
     """Parts, exact parameter counts, what each stage trains, tokens per image, the compute rule, memory."""
@@ -105,18 +105,18 @@ def check(
 
 @app.command(name="eval")
 @opens_a_model
-@takes(SCORING, "asked")
+@takes(SCORING, "scoring")
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="A model, or hf:FOLDER to run transformers' own.")] = None,
     more_shots: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
     judge: Annotated[str | None, typer.Option(help="URL of a judge, for --task llava-bench.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
-    judge_prompt: Annotated[Path | None, typer.Option(help="What it is told: a file like judge.yaml.")] = None,
+    judge_prompt: Annotated[Path | None, typer.Option(help="Its prompt: a file like judge.yaml.")] = None,
     rescore: Annotated[Path | None, typer.Option(help="Score this folder's outputs again, without a model.")] = None,
     against: Annotated[Path | None, typer.Option(help="With --rescore: the folder to compare it with, paired.")] = None,
     json_file: Json = None,
     *,
-    asked: dict[str, Any],
+    scoring: dict[str, Any],
     given: dict[str, Any],
 ) -> None:
     """Score a model: with intervals, raw outputs, and the best score without looking. No task: the recipe's own."""
@@ -128,21 +128,21 @@ def evaluate(
             rescore,
             against,
             model=model,
-            options=asked.pop("options", []),
-            seed=asked.pop("seed", 0),
+            options=scoring.pop("options", []),
+            seed=scoring.pop("seed", 0),
             code=given.pop("code", []),
-            given=written([*asked, *(n for n, value in judged.items() if value is not None), *given]),
+            given=written([*scoring, *(n for n, value in judged.items() if value is not None), *given]),
             json_file=json_file,
         )
         return
     who = {"url": judge, "model": judge_model, "prompt": str(judge_prompt) if judge_prompt else None}
     who = {field: value for field, value in who.items() if value is not None}
-    run(model, **asked, more_shots=more_shots or [], json_file=json_file, given=given, judge=who)
+    run(model, **scoring, more_shots=more_shots or [], json_file=json_file, given=given, judge=who)
 
 
 @app.command()
 @takes(OF_ANY_MODEL, "given")
-@takes(SCORING, "asked")
+@takes(SCORING, "scoring")
 def compare(
     models: Annotated[
         list[str], typer.Argument(help="Model folders, two or more; or a comparison RECIPE key=value ...")
@@ -150,20 +150,20 @@ def compare(
     arm: Annotated[list[str] | None, typer.Option(help="Of a recipe, run only this arm (repeat for several).")] = None,
     json_file: Json = None,
     *,
-    asked: dict[str, Any],
+    scoring: dict[str, Any],
     given: dict[str, Any],
 ) -> None:
     """Models side by side on the same questions: scores, differences with intervals, costs, one report."""
     from isthmus.cli import compare as work
 
     if work.is_recipe(models[0]):
-        out = asked.pop("out", None)
+        out = scoring.pop("out", None)
         work.run_recipe(
-            models[0], models[1:], arms=arm or [], out=out, given=written([*asked, *given]), json_file=json_file
+            models[0], models[1:], arms=arm or [], out=out, given=written([*scoring, *given]), json_file=json_file
         )
         return
     work.no_arms(arm)
-    work.run(models, **asked, json_file=json_file, given=given)
+    work.run(models, **scoring, json_file=json_file, given=given)
 
 
 @app.command()
@@ -232,7 +232,7 @@ def look(
     *,
     given: dict[str, Any],
 ) -> None:
-    """Pictures of where a model looked for each word of its answer, and of what covering each region changes."""
+    """Pictures of what a model attended to for each word of its answer, and of what covering each region changes."""
     from isthmus.cli.look import run
 
     run(model, question, image, out, cells=cells, max_new_tokens=max_new_tokens, given=given)

@@ -47,7 +47,7 @@ def run(
     join()
     counts = counted(shots, more_shots)
     if data is None and (options or train):
-        raise ConfigError("--set and --train go with --data; without it the recipe's own tasks are asked as they are.")
+        raise ConfigError("--set and --train go with --data; without it the recipe's own tasks are taken as they are.")
     if judge:
         task = task or "llava-bench"
         if data is None or task != "llava-bench":
@@ -67,7 +67,7 @@ def run(
     place = out if out is not None else _home(folder) / name
     console = Console(emoji=False, quiet=not first())
 
-    def tell(result: Any) -> None:
+    def print_result(result: Any) -> None:
         console.print(score_table(result.task, result.scores.to_dict()))
         if result.left_out:
             console.print(f"{result.left_out} bad samples were left out: {result.folder / 'quarantine.jsonl'}")
@@ -89,7 +89,7 @@ def run(
             seed=seed,
             limit=limit,
             progress=progress,
-            done=tell,
+            done=print_result,
             run=folder,
             code=given.get("code", ()),
         )
@@ -130,7 +130,7 @@ def _specs(
 
 
 def _task_for(model: Any) -> str:
-    """What a model is asked when no task is named."""
+    """The tasks of a model when none is named."""
     return "vqa" if "answer" in model.capabilities else "retrieval"
 
 
@@ -148,7 +148,7 @@ def counted(shots: str | None, more: Sequence[int]) -> list[int]:
 
 def _over_shots(place: Path, results: Sequence[Any]) -> Path | None:
     """``shots.html`` in ``place``: each task's score over the number of shots, what is reached without looking, and the
-    same task spoilt on purpose (``lessons-8-shots-permuted``). None unless a task was asked with several numbers."""
+    same task spoilt on purpose (``lessons-8-shots-permuted``). None unless a task was scored with several numbers."""
     from isthmus.comparison.report import Chart, Report, write_report
     from isthmus.evaluation.caption_task import MAIN
 
@@ -262,7 +262,7 @@ def spec_of(kind: str, data: str, train: str | None, options: Sequence[str]) -> 
 
 
 def source_of(data: str) -> dict[str, Any]:
-    """A YAML file describes a source; anything else is data whose kind is seen from its content."""
+    """A YAML file describes a source; anything else is data whose kind follows from its content."""
     path = Path(data)
     if path.suffix in {".yaml", ".yml"}:
         from isthmus.recipes.schema import read_yaml

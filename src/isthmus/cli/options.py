@@ -21,14 +21,12 @@ LOADING: dict[str, Any] = {
         bool | None, typer.Option("--unquantised", help="Over the base as stored, where adapters learnt over 4 bits.")
     ],
     "tokenizer": Annotated[str | None, typer.Option(help="A tokenizer's folder, where a checkpoint comes without.")],
-    "activation": Annotated[str | None, typer.Option(help="quick_gelu or gelu, where a CLIP's weights do not tell.")],
-    "head_width": Annotated[
-        int | None, typer.Option(help="Width of a CLIP's attention heads, where nothing tells it.")
-    ],
+    "activation": Annotated[str | None, typer.Option(help="quick_gelu or gelu, where a CLIP's weights do not say.")],
+    "head_width": Annotated[int | None, typer.Option(help="Width of a CLIP's attention heads, where nothing says it.")],
     "template": Annotated[
         str | None,
         typer.Option(
-            help="How it is asked: a template's name, chat (its own, switches after a colon), or a file in Jinja."
+            help="Its prompts' form: a template's name, chat (its own, switches after a colon), or a file in Jinja."
         ),
     ],
     "revision": Annotated[
@@ -45,7 +43,7 @@ SCORING: dict[str, Any] = {
     "task": Annotated[
         str | None, typer.Option(help="vqa, vqav2, caption, pope, retrieval, … (docs/evaluation.md), or FILE.py:Class.")
     ],
-    "data": Annotated[str | None, typer.Option(help="A data file or folder, or a YAML file that tells a source.")],
+    "data": Annotated[str | None, typer.Option(help="A data file or folder, or a YAML file that describes a source.")],
     "options": Annotated[
         list[str] | None, typer.Option("--set", help="key=value of the sources; also train.key, task.key.")
     ],

@@ -4,9 +4,9 @@ A template in Jinja says nothing of what is to be learnt. So known contents are 
 around them are cut out, and a record is then put together from pieces and contents as by any other template: labels
 are spans, no rendered record is ever searched. What was cut is held against the template's own output, id by id, on
 one to four turns, with a system's text and without. A template that does more than stand around its contents (it
-counts, dates, or asks otherwise than it tells) is refused for training, with the reason, and still asks: a prompt has
-no labels and is rendered by the template itself. So is one sample where a template looks for a word in what is said,
-as those that leave the thoughts out of earlier answers look for ``</think>``.
+counts, dates, or writes a prompt otherwise than the turn) is refused for training, with the reason, and still gives
+prompts: one has no labels and is rendered by the template itself. So is one sample where a template searches a text for
+a word, as those that leave the thoughts out of earlier answers search for ``</think>``.
 """
 
 import itertools
@@ -35,7 +35,7 @@ _LOOKS_FOR = re.compile(
     r"""(?P<q>['"])(?P<word>(?:(?!(?P=q)).)+)(?P=q)\s+(?:not\s+)?in\b"""
     r"""|\.(?:split|rsplit|startswith|endswith|replace)\(\s*(?P<p>['"])(?P<other>(?:(?!(?P=p)).)+)(?P=p)"""
 )
-"""Where a template's source asks whether a word is in a text, or takes a text apart there."""
+"""Where a template's source tests whether a word is in a text, or takes a text apart there."""
 
 _TRIMS = {
     "as it is": str,
@@ -68,21 +68,21 @@ class _NoCutError(Exception):
 @dataclass(frozen=True, slots=True)
 class Pieces:
     """What a template writes around contents: ``head`` before the system's text and ``open`` before the first question;
-    ``ask`` before an answer that a question follows, ``ask_last`` before the last one, ``prompt`` where the answer is
-    to be written; ``next`` between an answer and a question, ``end`` at last. ``trims``: what becomes of each role's
-    text, of FIRST and of LAST. Special tokens are in them as people write them."""
+    ``before_answer`` before an answer that a question follows, ``before_last_answer`` before the last one, ``prompt``
+    where the answer is to be written; ``next`` between an answer and a question, ``end`` at last. ``trims``: what
+    becomes of each role's text, of FIRST and of LAST. Special tokens are in them as people write them."""
 
     head: str
     open: str
-    ask: str
-    ask_last: str
+    before_answer: str
+    before_last_answer: str
     prompt: str
     next: str
     end: str
     trims: Mapping[str, str] = field(default_factory=dict)
 
     def written(self, said: Spoken, *, prompt: bool) -> str:
-        """The whole of a conversation, for holding it against the template's."""
+        """A full conversation, to be compared with the template's."""
         out, system = self.head, said[0][0] == "system"
         if system:
             out += self.content(*said[0])
@@ -91,8 +91,10 @@ class Pieces:
         for number, (role, text) in enumerate(turns):
             left = len(turns) - number
             if role == "user":
-                around = self.prompt if left == 1 else self.ask if left > 2 else self.ask_last
-                out += self.content(role if number else FIRST, text) + (self.ask if prompt and left > 1 else around)
+                around = self.prompt if left == 1 else self.before_answer if left > 2 else self.before_last_answer
+                out += self.content(role if number else FIRST, text) + (
+                    self.before_answer if prompt and left > 1 else around
+                )
             else:
                 out += self.content(LAST if left == 1 else role, text) + (self.end if left == 1 else self.next)
         return out
@@ -159,11 +161,11 @@ class ChatForm:
         conversation = _conversation(_LEARNT, 2, system)
         if "strftime_now" in self.template and _TODAY in self._said(conversation, prompt=False, before=_DATED):
             raise _NoCutError("it writes today's date, so what was learnt would be asked otherwise tomorrow")
-        whole = self._between(self._said(conversation, prompt=False), conversation)
-        asked = self._between(self._said(conversation[:-1], prompt=True), conversation[:-1])
-        head = whole.pop(0) if system else ""
-        open_, ask, next_, ask_last, end = whole
-        return Pieces(head, open_, ask, ask_last, asked[-1], next_, end)
+        complete = self._between(self._said(conversation, prompt=False), conversation)
+        prompted = self._between(self._said(conversation[:-1], prompt=True), conversation[:-1])
+        head = complete.pop(0) if system else ""
+        open_, before_answer, next_, before_last_answer, end = complete
+        return Pieces(head, open_, before_answer, before_last_answer, prompted[-1], next_, end)
 
     def _between(self, text: str, said: Spoken) -> list[str]:
         pieces = []
@@ -202,14 +204,14 @@ class ChatForm:
             marked = encode(self._bare(self._marks(ours)), self.tokenizer).ids
             if marked != self.tokenizer.backend.encode(theirs, add_special_tokens=False).ids:
                 raise _NoCutError(f"the tokenizer reads {where} otherwise when special tokens are only the template's")
-        asked = _conversation(_CHECKED, 1, system)
+        prompted = _conversation(_CHECKED, 1, system)
         begin, full = (
             encode(self._bare(self._marks(pieces.written(s, prompt=p))), self.tokenizer).ids
-            for s, p in ((asked[:-1], True), (asked, False))
+            for s, p in ((prompted[:-1], True), (prompted, False))
         )
         if full[: len(begin)] != begin:
             raise _NoCutError(
-                f"it asks for an answer by {pieces.prompt!r} and writes answers after {pieces.ask_last!r}, "
+                f"it asks for an answer by {pieces.prompt!r} and writes answers after {pieces.before_last_answer!r}, "
                 "so the model would be asked otherwise than it learnt"
             )
 
@@ -278,10 +280,10 @@ class ChatForm:
                 if last:
                     out.write(marks(pieces.prompt))
                 continue
-            ask = pieces.ask_last if last and not prompt else pieces.ask
-            given, own = (pieces.prompt, ask.removeprefix(pieces.prompt))
-            if not ask.startswith(pieces.prompt):
-                given, own = ask, ""
+            before_answer = pieces.before_last_answer if last and not prompt else pieces.before_answer
+            given, own = (pieces.prompt, before_answer.removeprefix(pieces.prompt))
+            if not before_answer.startswith(pieces.prompt):
+                given, own = before_answer, ""
             out.write(marks(given))
             closing, rest = self._closed(pieces, pieces.end if last else pieces.next)
             say(out, ((marks(own), said[0][1]), *said, (marks(closing), said[-1][1])), prompt)

@@ -1,9 +1,9 @@
 """One evaluation: a model, a task and a folder with manifest, raw outputs and scores.
 
-The folder holds ``manifest.json`` (what was asked of what, without dates), ``outputs.jsonl`` (one line per item, in
+The folder holds ``manifest.json`` (model, task and data, without dates), ``outputs.jsonl`` (one line per item, in
 the order of the data), ``scores.json``, and ``quarantine.jsonl`` where samples could not be read (:mod:`.sound`). An
-interrupted evaluation goes on after its last whole line, and a finished one can be scored again from its folder alone
-(:mod:`.rescore`). Several processes share the items (:mod:`.sharing`); the first one writes.
+interrupted evaluation goes on after its last complete line, and a finished one can be scored again from its folder
+alone (:mod:`.rescore`). Several processes share the items (:mod:`.sharing`); the first one writes.
 """
 
 import hashlib
@@ -53,11 +53,11 @@ def evaluate(
 
     Args:
         model: anything with the methods ``task.needs`` names. Where it has ``provenance(records, decoding)``, what
-            that tells (image transform, template, prompts, decoding in full) is kept in the manifest.
+            that says (image transform, template, prompts, decoding in full) is kept in the manifest.
         model_hash: identity of the weights, kept in the manifest; with one, another model is refused in this folder.
-        left_out: samples that could not be read, told in manifest and scores.
+        left_out: samples that could not be read, counted in manifest and scores.
         facts: what else stands in the manifest.
-        chunk: items asked for at a time; outputs are on disk after each.
+        chunk: items at a time; outputs are on disk after each.
         progress: called with (items done, items in all) at the start and after each chunk.
 
     Raises CapabilityError (the model lacks a method), ConfigError (the folder belongs to another evaluation),
@@ -120,7 +120,7 @@ def _manifest(task: Task, model: Any, model_hash: str) -> dict[str, Any]:
 
 
 def _provenance(task: Task, model: Any) -> dict[str, Any]:
-    """What the model tells of itself, and of its prompts the first one and the hash of all."""
+    """What the model says of itself, and of its prompts the first one and the hash of all."""
     if not isinstance(model, HasProvenance):
         return {}
     facts = dict(model.provenance(task.prompts(), task.decoding))

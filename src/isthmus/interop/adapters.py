@@ -30,11 +30,11 @@ def _own_weights(folder: Path) -> list[str]:
 
 
 def warn_of_leftover(folder: Path) -> None:
-    """Says so where an adapter lies beside a whole model: it is not merged into it."""
+    """Says so where an adapter lies beside a complete model: it is not merged into it."""
     if folder.is_dir() and (file := adapter_file(folder)) is not None and _own_weights(folder):
         warnings.warn(
-            f"{folder} holds a whole model and an adapter, {file.name}: the model is opened as it is, the adapter is "
-            "not merged. Move the adapter to a folder of its own and open that with language=…, or delete it.",
+            f"{folder} holds a complete model and an adapter, {file.name}: the model is opened as it is, the adapter "
+            "is not merged. Move the adapter to a folder of its own and open that with language=…, or delete it.",
             IsthmusWarning,
             stacklevel=2,
         )

@@ -153,7 +153,7 @@ def build(recipe: Recipe, aside: Path | None = None) -> Built:
 def _part(kind: System, name: str, path: str) -> Any:
     """A part, opened. Raises ConfigError for one that the recipe leaves to its user."""
     if variable := VARIABLE.fullmatch(path):
-        raise ConfigError(f"The recipe leaves its part {name!r} to you: give {variable[1]}=FOLDER behind its name.")
+        raise ConfigError(f"The recipe leaves its part {name!r} to you: give {variable[1]}=FOLDER after its name.")
     try:
         return kind.open_part(name, path, _open)
     except CheckpointError as error:

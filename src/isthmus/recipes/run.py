@@ -115,7 +115,8 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str
 
 def _try_a_sample(processor: Processor, data: Mix | list[tuple[Source, int, float]]) -> None:
     """Raises ConfigError for a processor that would refuse every sample of a source, as one does whose chat template
-    cannot be trained with: before the first step too. What is wrong with one sample alone is told when it is met."""
+    cannot be trained with: before the first step too. What is wrong with one sample alone is reported when it is
+    met."""
     for source in data.sources if isinstance(data, Mix) else [source for source, _, _ in data]:
         with suppress(DataError):
             processor.example(source[0], 0)
@@ -204,11 +205,11 @@ def _train_stage(
     if progress and len(loader.quarantine):
         Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {loader.quarantine.summary()}.", highlight=False)
     if progress and (best := kept(folder)):
-        told = f"the best step was {best['step']}, kept in {folder / BEST}; the model goes on as the last left it"
-        Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {told}.", highlight=False)
+        message = f"the best step was {best['step']}, kept in {folder / BEST}; the model goes on as the last left it"
+        Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {message}.", highlight=False)
     if progress and cache is not None:
-        told = f"features of {len(cache):,} pictures, {cache.size / 2**20:,.1f} MiB, in {cache.folder}"
-        Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {told}.", highlight=False)
+        message = f"features of {len(cache):,} pictures, {cache.size / 2**20:,.1f} MiB, in {cache.folder}"
+        Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {message}.", highlight=False)
 
 
 def _identity(built: Built, loader: Loader | JointLoader) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How the processes of a run share a step's gradient: PyTorch's engines behind one small interface.
+"""How the processes of a run share a step's gradient: PyTorch's engines with one small interface.
 
     Engine       one process alone: the net as it is
     Replicated   DistributedDataParallel: every process holds the net, gradients are summed while the backward pass runs

@@ -52,7 +52,7 @@ def frozen_tensors(net: nn.Module, *, alike: bool = False) -> dict[str, str]:
     buffers of frozen modules.
 
     Of shards, which are put together first, one tensor at a time, and where all processes have the net ``alike`` from
-    one file, each process looks at its part of the tensors: all call it together.
+    one file, each process reads its part of the tensors: all call it together.
     """
     parameters = {name: p for name, p in named_parameters(net) if not p.requires_grad}
     moving = moving_buffers(net)

@@ -1,13 +1,13 @@
 """FSDP2 (``fully_shard``): every process holds its share of each tensor, of its gradient and of the optimizer's state.
 
-Units are the language model's blocks, gathered when they run and dropped behind, and the towers (vision encoder, text
-tower). Everything else (embeddings, connector, gated blocks, heads) is the root, which is gathered once per pass and
-stays until its backward pass is done, as the towers do.
+Units are the language model's blocks, gathered when they run and dropped afterwards, and the towers (vision encoder,
+text tower). Everything else (embeddings, connector, gated blocks, heads) is the root, which is gathered once per pass
+and stays until its backward pass is done, as the towers do.
 
 No process may wait for a call that another does not make. A language model's blocks run once per pass in every
 process, so a process with fewer passes than another repeats a row of which nothing is learnt. Towers and connector
-run as often as there are shapes of pictures, maybe never: being gathered by the pass itself, and reduced behind it,
-they ask nothing of the other processes in between.
+run as often as there are shapes of pictures, maybe never: being gathered by the pass itself, and reduced after it,
+they need nothing of the other processes in between.
 """
 
 import copy
