@@ -128,6 +128,7 @@ class MediaContext:
                 f"the language model runs {len(hidden)} rows, the media set for this call are of {len(self.media)}; "
                 "set them again with `attending_to` for every call."
             )
+        # The block may be kept in another precision than the LM; its output goes back in the LM's.
         y = hidden.to(block.attn_gate.dtype)
         keys, values = self._keys_values(block, number, times)
         mask = self._mask(hidden.shape[1]).repeat_interleave(times, dim=0)
@@ -142,6 +143,8 @@ class MediaContext:
 
     def _keys_values(self, block: GatedBlock, number: int, times: int) -> tuple[Tensor, Tensor]:
         if (number, times) not in self.kept:
+            # The first images belong to the row that was read before, and so do their keys and values: only the new
+            # images are projected, and the known ones are shared by all rows.
             before = 0 if self.before is None else self.before.media.shape[1]
             keys, values = block.keys_values(self.media[:, before:].to(block.attn_gate.dtype))
             if self.before is not None:
@@ -156,6 +159,7 @@ class MediaContext:
         if (past, length) not in self.masks:
             known = self.media_index[:, past : past + length]
             if known.shape[1] < length:
+                # New tokens attend to what the row's last one does.
                 known = torch.cat([known, self.media_index[:, -1:].expand(-1, length - known.shape[1])], dim=1)
             _, images, tokens, _ = self.media.shape
             self.masks[past, length] = media_mask(known, images, tokens, self.mode)

@@ -131,6 +131,9 @@ class Loader:
             # A batch that is contrasted needs a row in every process.
             yield from ([_PlannedRow(visit) for visit in batch] for batch in batches if len(batch) >= self.part[1])
             return
+        # Rows of like length go together, within a window of the epoch's order so that the order stays random. Rows
+        # with pictures and rows without are batched apart: a batch of text alone costs no vision encoder. What fills no
+        # batch waits for the next window; at the end of the epoch both rests are mixed.
         window = _WINDOW_BATCHES * self.batch_size if self.batch_size else _WINDOW_ROWS
         waiting: dict[bool, list[_PlannedRow]] = {False: [], True: []}
         for number, some in enumerate(_chunks(visits, window)):

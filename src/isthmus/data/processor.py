@@ -260,12 +260,14 @@ class SpliceProcessor(Processor):
         labels: list[int] = []
         places: list[Place] = []
         end = self.max_length
+        # The marks cut the text into pieces: text, picture 0, text, picture 1, ... The first piece has no picture
+        # before it, so its number is -1.
         for visual, (start, stop) in enumerate(
             zip([0, *encoded.marks], [*encoded.marks, len(encoded.ids)], strict=True), start=-1
         ):
             if visual >= 0:
                 count = counts[visual]
-                if len(ids) + count + len(self.around) > self.max_length:
+                if len(ids) + count + len(self.around) > self.max_length:  # a cut never goes through a picture
                     end = min(end, len(ids))
                     break
                 places.append(Place(visual, "lm", len(ids) + len(self._before), count))
