@@ -19,6 +19,7 @@ from isthmus.recipes.check import check
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import parse_recipe
 from isthmus.stage import Group, Stage, defining_keys
+from isthmus.testing.contracts import frozen, saved, tensors
 from isthmus.training.parallel import Parallel
 from isthmus.training.proof import frozen_tensors
 from tests import four_bits
@@ -76,6 +77,7 @@ def test_adapters_moved_and_the_folder_opens_as_it_was_trained(story, tuned):
     assert answers(rounded) == pytest.approx(answers(stored), rel=0.2)
     counts = [sum(map(quantised.numel, net.parameters())) for net in (rounded.net, stored.net)]
     assert counts[0] == counts[1]
+    assert [contract(rounded).verdict for contract in (tensors, saved, frozen)] == ["pass"] * 3
     weights = state_tensors(base.net)
     assert all(
         torch.equal(weights[n], t) for n, t in state_tensors(stored.net).items() if n in weights and "language" in n

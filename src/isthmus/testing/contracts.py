@@ -25,6 +25,7 @@ from isthmus.errors import CheckpointError, ConfigError, IsthmusError, nearest
 from isthmus.interop.convert import write_model
 from isthmus.language import Decoding
 from isthmus.model import load
+from isthmus.quantised import is_quantised, numel
 from isthmus.stage import Group, Stage, apply_stage, named_parameters, set_modes
 from isthmus.testing import probe
 from isthmus.testing.peer import compare
@@ -102,16 +103,20 @@ def _apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 def tensors(model: Any) -> _Outcome:
     """A net built from the configuration alone, with like adapters where the model carries some, has exactly these
-    tensors; all are finite numbers."""
+    tensors, in 4 bits as many numbers; all are finite."""
     with torch.device("meta"):
         net = type(model.net).from_config(plain(model.net.config))
     adapters.carry_over(model.net, net)
     fresh = net.state_dict()
-    held = model.net.state_dict()
+    counts = {n: numel(p) for n, p in model.net.named_parameters() if is_quantised(p)}
+    scales = tuple(f"{name}." for name in counts)
+    held = {n: t for n, t in model.net.state_dict().items() if not n.startswith(scales)}
     strange = sorted(n for n in held.keys() | fresh.keys() if n not in held or n not in fresh)
-    strange += sorted(n for n in held.keys() & fresh.keys() if held[n].shape != fresh[n].shape)
+    both = held.keys() & fresh.keys()
+    strange += sorted(n for n in both if n not in counts and held[n].shape != fresh[n].shape)
+    strange += sorted(n for n in both if counts.get(n, fresh[n].numel()) != fresh[n].numel())
     bad = [n for n, t in held.items() if t.is_meta or (t.is_floating_point() and not bool(t.isfinite().all()))]
-    numbers = sum(p.numel() for p in model.net.parameters())
+    numbers = sum(map(numel, model.net.parameters()))
     detail = f"{len(held)} tensors, {numbers:,} numbers"
     if model.report is not None:
         detail += f"; {str(model.report).splitlines()[0]}"
