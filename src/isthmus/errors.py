@@ -6,6 +6,7 @@ without a traceback. Anything else that escapes is a bug in isthmus.
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class IsthmusWarning(UserWarning):
@@ -55,8 +56,20 @@ def nearest(name: str, known: Iterable[str], *, many: int = 1) -> str:
     """``did you mean 'x'?`` for a misspelt name, or the list of what is known when nothing is near."""
     known = [str(k) for k in known]
     folded = {k.casefold(): k for k in known}  # capitals are the commonest fault of all
-    close = [folded[c] for c in difflib.get_close_matches(name.casefold(), folded, n=many, cutoff=0.5)]
+    low = name.casefold()
+    close = difflib.get_close_matches(low, folded, n=max(many, 3), cutoff=0.5)
+    close.sort(key=lambda c: sorted(c) != sorted(low))  # two swapped letters before anything else: cvs is csv, not vsr
+    close = [folded[c] for c in close[:many]]
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     shown = ", ".join(sorted(known)[:24])
     return f"known: {shown}" + (", …" if len(known) > 24 else ".")
+
+
+def misspelt(path: Path) -> str:
+    """``; did you mean …?`` for a file that is not there, of the files beside it with the same ending; else nothing."""
+    if path.exists() or not path.suffix or not path.parent.is_dir():
+        return ""
+    beside = [str(other) for other in path.parent.glob("*") if other.suffix == path.suffix and other.is_file()]
+    said = nearest(str(path), beside)
+    return f"; {said}" if said.startswith("did you mean") else ""

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from isthmus.endpoint import Budget, Endpoint, Replies, Request, send_all
-from isthmus.errors import ConfigError, DataError, EndpointError, ReplyError
+from isthmus.errors import ConfigError, DataError, EndpointError, MissingExtraError, ReplyError
 from tests.standin import StandIn
 
 
@@ -94,6 +94,12 @@ def test_one_request_may_fail_many_in_a_row_stop(path):
         server.faults[:] = ["400"] * 9
         with pytest.raises(EndpointError, match="5 requests in a row"):
             send_all(endpoint(server, temperature=0.2), requests(9), replies, concurrency=1)
+
+
+def test_without_the_client_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(MissingExtraError, match=r"isthmus\[endpoint\]"):
+        Endpoint("http://127.0.0.1:9", "writer").ask(requests(1)[0])
 
 
 def test_nobody_there(path):

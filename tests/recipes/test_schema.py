@@ -72,7 +72,10 @@ def test_equal_stage_names_are_refused():
         parse_recipe(TREE | {"stages": [STAGE, STAGE]})
 
 
-def test_missing_recipe_names_the_nearest():
+def test_missing_recipe_names_the_nearest(tmp_path):
+    (tmp_path / "cards.yaml").touch()
+    with pytest.raises(ConfigError, match=r"No recipe file .*card\.yaml; did you mean '.*cards\.yaml'\?$"):
+        read_recipe(tmp_path / "card.yaml")
     with pytest.raises(ConfigError, match=shipped()[0]):
         read_recipe(shipped()[0] + "x")
 
@@ -125,6 +128,14 @@ FAULTS = {
     "a tokenizer by its path": ({"tokenizer": "words"}, "tokenizer: should be a mapping of keys, and is 'words'"),
     "a model in capitals": ({"model": "LLaVA"}, "did you mean 'llava'"),
     "no model": ({"model": ...}, "model: it is missing"),
+    "a budget misspelt": (
+        {"stages": [{("stepps" if k == "steps" else k): v for k, v in STAGE.items()}]},
+        "unknown key 'stepps'; did you mean 'steps'",
+    ),
+    "a stage's name misspelt": (
+        {"stages": [{("nam" if k == "name" else k): v for k, v in STAGE.items()}]},
+        "unknown key 'nam'; did you mean 'name'",
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,10 @@ def _print_stage(console: Console, stage: "StageCheck") -> None:
         for name, pieces in sample.streams.items():
             console.print(Text.assemble(f"  {name}: ", *_tokens(pieces)))
     if stage.shown:
-        console.print("«learnt» tokens, [picture: its places], the rest is only read", style="dim", markup=False)
+        legend = "«learnt» tokens, [picture: its places], the rest is only read"
+        if any("Ġ" in token for s in stage.shown for p in chain(*s.streams.values()) for token in p.tokens):
+            legend += "; Ġ is a space, Ċ a new line"
+        console.print(legend, style="dim", markup=False)
     console.print(stage.table.render(f"stage {stage.name}"))
     if stage.losses:
         losses = ", ".join(f"{name} {value:.4f}" for name, value in stage.losses.items())

@@ -124,7 +124,8 @@ def _specs(
     specs = [s for s in own_tasks(located(model, None), code) if task in (None, s.task, s.name)]
     if not specs:
         raise ConfigError(
-            f"{model} has no {'tasks' if task is None else f'task {task!r}'} of its own: give --task and --data."
+            f"{model} has no {'tasks' if task is None else f'task {task!r}'} of its own: give --task and --data, such "
+            "as --task vqa --data questions.yaml."
         )
     return specs
 

@@ -190,7 +190,7 @@ def _layouts(recipe: Any, net: Any, ranks: int, console: Console) -> dict[str, A
 
 
 def _parts(title: str, parts: dict[str, int]) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, min_width=min(len(title), 80))
     table.add_column("part")
     table.add_column("parameters", justify="right")
     for part, count in parts.items():

@@ -25,6 +25,7 @@ def run(
         raise Ended(start(words, processes))
     from isthmus.processes import first
     from isthmus.recipes.run import train
+    from isthmus.recipes.scoring import own_tasks
 
     folder = out if out is not None else Path("runs") / Path(recipe).stem
     model = train(recipe, folder, overrides=overrides, tensorboard=tensorboard, stop_at=stop_at)
@@ -32,5 +33,6 @@ def run(
         return
     console = Console(emoji=False)
     console.print(f"The {model.kind} model is in [bold]{folder}[/]. It can: {', '.join(model.capabilities)}.")
+    score = f"isthmus eval {folder}{'' if own_tasks(folder) else ' --task TASK --data FILE'}"
     talk = f", [bold]isthmus chat {folder}{' --image PICTURE' if model.processor.image else ''}[/]"
-    console.print(f"Next: [bold]isthmus eval {folder}[/]" + (talk if "chat" in model.capabilities else ""))
+    console.print(f"Next: [bold]{score}[/]" + (talk if "chat" in model.capabilities else ""))

@@ -125,11 +125,13 @@ class Endpoint:
         raise ReplyError(f"bad reply: {self.place} answered {request.name} {_BAD_REPLIES} times with {fault}")
 
     def _once(self, request: Request) -> Reply:
+        client = self._client  # says which extra is missing, before the package is imported
+
         import openai
 
         name = self.hash(request)
         try:
-            found = self._client.chat.completions.create(
+            found = client.chat.completions.create(
                 messages=[dict(m) for m in request.messages],
                 extra_headers={"Idempotency-Key": name},
                 **{k: v for k, v in {**self.describe(), "seed": request.attempt}.items() if v is not None},
@@ -156,7 +158,9 @@ class Endpoint:
             ) from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            raise ReplyError(f"no answer: {self.place} did not answer {request.name}: {cause}") from None
+            raise ReplyError(
+                f"no answer: {self.place} did not answer {request.name} ({cause}): is a server running at that URL?"
+            ) from None
         except ValueError as error:  # a body that says it is JSON and is none
             raise _NoCompletionError(f"no JSON ({error})") from None
         return self._read(found, request, name)

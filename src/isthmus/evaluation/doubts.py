@@ -25,7 +25,8 @@ def _empty(said: Sequence[str]) -> str:
     if not said or any(text.strip() for text in said):
         return ""
     return (
-        f"All {len(said)} answers are empty, so the scores say nothing: was the answer kept, and not the prompt alone?"
+        f"All {len(said)} answers are empty, so the scores say nothing. A model that was trained for a few steps only "
+        "often ends at once; in a file of predictions look whether the text after the prompt was lost."
     )
 
 

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from isthmus.config import strict
 from isthmus.data.augment import Augment
 from isthmus.data.images import Mode
-from isthmus.errors import ConfigError, nearest
+from isthmus.errors import ConfigError, misspelt, nearest
 from isthmus.file_type import but_is, file_type
 from isthmus.stage import Group, Stage
 from isthmus.systems import SYSTEMS, system
@@ -144,7 +144,15 @@ class StageSpec(Strict):
             return tree
         own = {k: v for k, v in tree.items() if k in _STAGE_KEYS}
         rest = {k: v for k, v in tree.items() if k not in _STAGE_KEYS}
-        return rest | {"stage": strict(Stage, own, f"stage {tree.get('name', '?')!r}")}
+        where = f"stage {tree.get('name', '?')!r}"
+        try:
+            return rest | {"stage": strict(Stage, own, where)}
+        except ConfigError:
+            known = _fields_at((), StageSpec, {})
+            unknown = [str(key) for key in rest if key not in known]
+            if not unknown:  # a misspelt key explains what is missing, so it is named first
+                raise
+            raise ConfigError(f"{where}: unknown key {unknown[0]!r}; {nearest(unknown[0], known)}") from None
 
     @field_validator("augment", mode="before")
     @classmethod
@@ -299,6 +307,8 @@ def read_tree(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool 
     found = {**_on("comparisons"), **_on("library")}
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
+            if near := misspelt(path):
+                raise ConfigError(f"No recipe file {path}{near}")
             raise ConfigError(f"No recipe file {path}. Shipped recipes go by name: {', '.join(shipped())}.")
         tree = read_yaml(path)
     elif str(name) in found:
@@ -339,7 +349,7 @@ def read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"{path} cannot be read: {why}.") from None
+        raise ConfigError(f"{path} cannot be read: {why}{misspelt(path) or '.'}") from None
     return yaml_value(text, str(path))
 
 

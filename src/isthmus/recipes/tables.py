@@ -94,7 +94,7 @@ def _besides(facts: dict[str, Any]) -> str:
 def difference_table(first: str, second: str, differences: Sequence[Difference]) -> Table:
     """Two score folders over the same items: the second minus the first, in points."""
     out = Table(title=f"{second} minus {first}")
-    for column in ("score", "first", "second", "difference", "95 %", "p"):
+    for column in ("score", first, second, "difference", "95 %", "p"):
         out.add_column(column, justify="left" if column == "score" else "right")
     for d in differences:
         low, high = d.interval

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from isthmus.data.images import FileImage, TarImage
 from isthmus.data.record import ImageSource
 from isthmus.data.sources.tar import index_tar
-from isthmus.errors import ConfigError, DataError, IsthmusWarning
+from isthmus.errors import ConfigError, DataError, IsthmusWarning, misspelt
 from isthmus.file_type import but_is, file_type, start_of
 
 Names = str | Sequence[str]
@@ -92,7 +92,7 @@ def _text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
 def _not_there(path: Path) -> DataError:
     if path.is_dir():
         return DataError(f"{path} is a folder; name the files in it, for example {path.name}/*.json")
-    return DataError(f"no such file: {path}; check the path and the DATA= folder")
+    return DataError(f"no such file: {path}; check the path and the DATA= folder{misspelt(path)}")
 
 
 def read_json(path: Path) -> Any:
