@@ -14,7 +14,7 @@ rank = int(os.environ["RANK"])
 print("said by", rank, sys.argv[1:], flush=True)
 print("mourned by", rank, file=sys.stderr, flush=True)
 if sys.argv[3] == "lost":
-    if rank == 1:
+    if rank == int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.3)
     sys.exit(75)
@@ -46,11 +46,12 @@ def test_the_command_goes_to_each_process_and_the_first_speaks(capfd):
     assert mourned == "mourned by 0\n"
 
 
-def test_a_lost_process_is_named_with_what_it_said(capfd):
-    assert start(["lost"], 2) == 128 + 9
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_is_named_with_what_the_others_said(capfd, victim):
+    assert start(["lost", str(victim)], 2) == 128 + 9
     mourned = capfd.readouterr().err
     assert mourned.count("mourned by 1") == 1
-    assert mourned.endswith("isthmus: process 1 (counted from 0) ended with code -9.\n")
+    assert mourned.endswith(f"isthmus: process {victim} (counted from 0) ended with code -9.\n")
 
 
 def test_a_signal_reaches_all_and_their_code_is_the_commands():

@@ -49,7 +49,7 @@ def start(words: Sequence[str], processes: int) -> int:
                 running.append(_begin(words, os.environ | shared | own, aside if rank else None))
             failed = _wait(running)
         code = running[failed].returncode
-        if failed and running[0].returncode in (LostError.exit_code, -signal.SIGKILL):
+        if code and running[0].returncode in (LostError.exit_code, -signal.SIGKILL):
             aside.seek(0)
             sys.stderr.write(aside.read().decode(errors="replace"))
             sys.stderr.write(f"isthmus: process {failed} (counted from 0) ended with code {code}.\n")

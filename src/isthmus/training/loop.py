@@ -34,7 +34,7 @@ from isthmus.allocator import keep_freed_memory, relieve
 from isthmus.batch import Batch
 from isthmus.errors import DataError, IsthmusError, StageError
 from isthmus.net import Net
-from isthmus.processes import all_gather, doing, first, of_first, rank, wait, world_size
+from isthmus.processes import all_gather, doing, first, of_first, rank, talking, wait, world_size
 from isthmus.products import multiply_quickly
 from isthmus.stage import Stage, StageTable, apply_stage, set_modes
 from isthmus.training import averaging, optim, precision, proof
@@ -119,7 +119,7 @@ def train(
     multiply_quickly()
     folder = Path(folder)
     progress = progress if first() else False
-    with RunLock(folder) if first() else nullcontext():
+    with RunLock(folder) if first() else nullcontext(), talking():
         wait()  # no process reads the folder before the first one has it
         table = apply_stage(net, stage.train, seed=seed)
         if progress is True:
@@ -354,7 +354,8 @@ class _Run:
     def _meet(self, note: Mapping[str, str], batches: list[Batch]) -> tuple[Mapping[str, str], Traffic, str]:
         """What all processes know before a step: a signal that came, what the step carries, its samples in order."""
         ids = [i for batch in batches for i in batch.ids]
-        doing(f"{self._next()} of {len(ids)} rows in {len(batches)} micro-batches ({', '.join(ids[:3])} ...)")
+        shown = ", ".join(ids[:3]) + (" and others" if len(ids) > 3 else "")
+        doing(f"{self._next()}, with {len(ids)} rows in batches of {[len(b) for b in batches]} ({shown})")
         met = all_gather((note, Traffic.of(batches), ids))
         if self.net.contrasts and (empty := [n for n, (_, t, _) in enumerate(met) if not t.samples]):
             raise DataError(
