@@ -18,7 +18,8 @@ from isthmus.data.clip_tokenizer import IDS
 from isthmus.data.images import ImageTransform
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError, ConfigError
-from isthmus.interop.convert import FORMATS, write_model
+from isthmus.interop.convert import write_model
+from isthmus.interop.formats import FORMATS
 from isthmus.interop.hf_llava import llava_config_to_hf, llava_to_hf
 from isthmus.model import Model
 from isthmus.models.llava import Llava
@@ -360,7 +361,7 @@ def test_nothing_is_written_over_and_a_failure_leaves_nothing(tmp_path: Path, mo
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("isthmus.interop.export_original.pickled", lambda content: Foreign(full, 10))
+    monkeypatch.setattr("isthmus.interop.openai.pickled", lambda content: Foreign(full, 10))
     with pytest.raises(CheckpointError, match="No space"):
         write_model(model, tmp_path / "other", "openai")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

@@ -10,9 +10,8 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, LlamaConfig, LlamaForCausalLM
 
-from isthmus.interop.lavis import from_lavis, to_lavis
+from isthmus.interop.lavis import _eva, _qformer, from_lavis, to_lavis
 from isthmus.interop.open_flamingo import trained_from_open_flamingo, trained_to_open_flamingo
-from isthmus.interop.open_lavis import _eva, _qformer
 from isthmus.interop.original_llava import llava_from_original, llava_to_original
 from isthmus.models.blip2 import Blip2
 from isthmus.models.flamingo import Flamingo, FlamingoConfig

@@ -9,8 +9,7 @@ import isthmus
 from isthmus.data.collate import collate
 from isthmus.errors import CheckpointError
 from isthmus.interop.convert import write_model
-from isthmus.interop.lavis import to_lavis
-from isthmus.interop.open_lavis import _eva
+from isthmus.interop.lavis import _eva, to_lavis
 from isthmus.interop.openai import clip_to_openai
 from isthmus.model import Model
 from isthmus.models.blip2 import Blip2

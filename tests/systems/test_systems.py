@@ -2,14 +2,13 @@
 
 import ast
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import isthmus
 from isthmus.errors import ConfigError
-from isthmus.interop.convert import FORMATS
+from isthmus.interop.formats import FORMATS, named
 from isthmus.systems import SYSTEMS, system
 from isthmus.systems.base import System, Tokenizers
 
@@ -22,8 +21,7 @@ def test_a_systems_facts_are_of_its_net(kind: str) -> None:
     assert isinstance(found, System)
     assert (found.kind, found.net.KIND) == (kind, kind)
     for target in found.exporters.values():
-        module, _, name = target.partition(":")
-        assert callable(getattr(import_module(module), name))
+        assert callable(named(target))
     assert set(found.exporters) <= set(FORMATS)
 
 

@@ -1,14 +1,12 @@
 """Writing a model in another project's form: ``isthmus convert``.
 
-Which formats a kind of model can be written in, and by what, is said by its system; each writer turns a model into
+Which formats a kind of model can be written in, and by what, is said in :mod:`.formats`; each writer turns a model into
 the files of a folder, which is then written completely or not at all. What a format has no place for is refused, or
 lost only where that is allowed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace as replace_
-from importlib import import_module
 from pathlib import Path
 
 from isthmus import adapters
@@ -18,11 +16,7 @@ from isthmus.data.processor import SpliceProcessor
 from isthmus.errors import CheckpointError, ConfigError, nearest
 from isthmus.interop.card import card
 from isthmus.interop.export import Export, Source
-
-FORMATS = ("isthmus", "hf", "openai", "open_clip", "original", "lavis", "open_flamingo")
-
-_CROPS = {"hf": "floor", "original": "floor", "openai": "round", "open_clip": "round", "open_flamingo": "round"}
-"""Where the centre of a picture begins in each format's code; see :class:`isthmus.data.images.ImageTransform`."""
+from isthmus.interop.formats import FORMATS, named
 
 SHARD_BYTES = 5_000_000_000
 
@@ -81,9 +75,7 @@ def write_model(
         export = Export(files={}, opens="isthmus.load(FOLDER)")
         model.save(folder, extra={**_recipe(place), "README.md": card(model, export, to, place)}, replace=replace)
         return Converted(folder, _sizes(folder), ())
-    module, _, name = writers[to].partition(":")
-    writer: Callable[..., Export] = getattr(import_module(module), name)
-    export = writer(model, shard_bytes=shard_bytes)
+    export = named(writers[to])(model, shard_bytes=shard_bytes)
     export = replace_(export, notes=(*export.notes, *_pixels(model, to), *_words(model, to)))
     if export.losses and not lossy:
         raise CheckpointError(
@@ -98,7 +90,7 @@ def _pixels(model: Source, to: str) -> tuple[str, ...]:
     image, notes = getattr(model.processor, "image", None), []
     if image is None:
         return ()
-    if image.mode == "square" and _CROPS.get(to, image.crop) != image.crop:
+    if image.mode == "square" and FORMATS[to].crop not in (None, image.crop):
         notes.append(
             "pictures are cut out of the middle by another rounding there: up to one pixel beside, at some sizes"
         )

@@ -19,7 +19,9 @@ class Facts(Protocol):
 
     title: ClassVar[str]
     pipeline: ClassVar[str]
-    exporters: ClassVar[Mapping[str, str]]
+
+    @property
+    def exporters(self) -> Mapping[str, str]: ...
 
 
 class Source(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from isthmus.checkpoint import load_into, read_json
-from isthmus.data.blip2 import PairProcessor, PromptProcessor, newline_id
+from isthmus.data.blip2 import PairProcessor
 from isthmus.data.chat import OWN
 from isthmus.data.images import ImageTransform, Mode
 from isthmus.data.interleave import InterleaveProcessor
@@ -30,7 +30,7 @@ from isthmus.data.wordpiece import load_wordpiece
 from isthmus.errors import CheckpointError, IsthmusWarning
 from isthmus.interop.archives import read_state
 from isthmus.interop.given import Given, Opened
-from isthmus.interop.hf_blip2 import read_blip2_folder
+from isthmus.interop.hf_blip2 import published_prompts, read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
 from isthmus.interop.hf_files import RESAMPLE, further_stops, template_named
 from isthmus.interop.hf_idefics import TOKENS as IDEFICS_TOKENS
@@ -41,7 +41,6 @@ from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.interop.hf_towers import read_image_encoder_folder, read_text_encoder_folder
 from isthmus.interop.recognised_template import chat_template_of, places_pictures, recognise_template
 from isthmus.interop.special_ids import must_agree, must_agree_on_image, must_end_alike
-from isthmus.language import Seq2SeqLM
 from isthmus.load_report import Account
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip
@@ -203,36 +202,6 @@ def blip2_of(folder: Path, words: Path, stored: Mapping[str, Tensor], account: A
         net,
         processor,
         tuple(i for i in (read_json(folder / "config.json").get("image_token_index"),) if i is not None),
-    )
-
-
-def published_prompts(
-    net: Blip2, tokenizer: Tokenizer, image: ImageTransform, qformer: Tokenizer | None
-) -> PromptProcessor:
-    """Captions and questions in the form of the published models of phase ``generate``."""
-    instruct, seq2seq = net.config.instruct, isinstance(net.language, Seq2SeqLM)
-    return PromptProcessor(
-        tokenizer,
-        image=image,
-        num_tokens=net.num_tokens(image.size, image.size),
-        prompt="" if instruct else "a photo of",
-        question="{}" if instruct else "Question: {} Short answer:" if seq2seq else "Question: {} Answer:",
-        end="eos" if instruct or seq2seq or newline_id(tokenizer) is None else "newline",
-        max_text=256 if instruct else 64,
-        start_id=net.language.start_id if isinstance(net.language, Seq2SeqLM) else None,
-        qformer=qformer,
-        clean=not instruct,
-    )
-
-
-def asked_otherwise(net: Blip2, processor: PromptProcessor) -> tuple[str, ...]:
-    """The words of a processor that such a folder does not keep, for whoever reads it uses the above."""
-    read = published_prompts(net, processor.tokenizer, processor.image, processor.others.get("qformer")).to_dict()
-    own = processor.to_dict()
-    return tuple(
-        f"processor.{name} {own[name]!r}: such a model gets {read[name]!r}"
-        for name in ("prompt", "question", "end", "clean", "template")
-        if own[name] != read[name]
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import CheckpointError, IsthmusError, nearest
-from isthmus.interop import adapters, folders, hf_gguf, origins
+from isthmus.interop import adapters, folders, formats, hf_gguf
 from isthmus.interop.given import Given, Opened
 from isthmus.interop.hub import looks_like_id
 
@@ -33,20 +33,17 @@ def open_foreign(path: Path, config: Mapping[str, Any] | None, named: Given) -> 
 
 
 def _opened(path: Path, config: Mapping[str, Any] | None, named: Given) -> Opened:
-    """A file, the original LLaVA, open_clip, or what transformers wrote."""
+    """A file, a folder of a format that is told by its files, adapters, or what transformers wrote."""
     if path.is_file() and hf_gguf.is_gguf(path):
         return hf_gguf.open_gguf(path, named)
     if path.is_file():
-        return origins.open_file(path, named)
-    original = config is not None and "mm_vision_tower" in config
-    if not original and adapters.is_adapter(path):
+        return formats.open_file(path, named)
+    opened = formats.open_folder(path, config, named) if path.is_dir() else None
+    if opened is None and adapters.is_adapter(path):
         return adapters.open_adapter(path, named)
     adapters.warn_of_leftover(path)
-    if config is not None and original:
-        return origins.open_original_llava(path, config, named)
-    of_open_clip = origins.open_clip_config(path) if path.is_dir() else None
-    if of_open_clip is not None:
-        return origins.open_clip_folder(path, of_open_clip, named)
+    if opened is not None:
+        return opened
     if config is None:
         raise CheckpointError(_nothing_here(path))
     return folders.load_foreign(path, config, named)

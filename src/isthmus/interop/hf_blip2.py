@@ -14,12 +14,22 @@ import torch
 from torch import Tensor
 
 from isthmus import load_report
-from isthmus.checkpoint import read_json
+from isthmus.checkpoint import Content, read_json, state_tensors
+from isthmus.data.blip2 import PairProcessor, PromptProcessor, newline_id
+from isthmus.data.images import ImageTransform
+from isthmus.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
-from isthmus.interop.export import must
-from isthmus.interop.hf_language import RENAMED, seq2seq_ties
-from isthmus.language import known_fields
+from isthmus.interop.export import Export, Source, must, shards
+from isthmus.interop.hf_files import (
+    generation_config,
+    image_processor,
+    question_template,
+    tokenizer_files,
+    with_dtype,
+)
+from isthmus.interop.hf_language import RENAMED, seq2seq_ties, with_image_token
+from isthmus.language import Seq2SeqLM, known_fields, vocabulary_tables
 from isthmus.load_report import Account
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
@@ -304,3 +314,116 @@ def read_blip2_folder(
         language = seq2seq_ties(config.language, text, head, table)
         config = replace(config, language=language)
     return config, state
+
+
+def blip2_export(model: Source, *, shard_bytes: int) -> Export:
+    config = model.net.config
+    losses = []
+    if config.norm_eps != config.vision.eps:
+        losses.append(
+            f"norm_eps {config.norm_eps:g}: transformers has one eps for the encoder and the norm after it, "
+            f"{config.vision.eps:g}; answers differ in the last digits"
+        )
+    if config.phase == "represent":
+        losses += _unread(model.net)
+        return _retrieval_export(model, tuple(losses), shard_bytes)
+    return _prompted(model, (*losses, *asked_otherwise(model.net, model.processor)), shard_bytes)
+
+
+def _unread(net: Any) -> list[str]:
+    """What the retrieval class has no place for. A folder of that class has neither, and goes back as it came."""
+    losses = []
+    if net.heads.temperature.item() != TEMPERATURE:
+        losses.append("heads.temperature: only training reads it")
+    if "itg" in net.config.objectives:
+        losses.append("heads.lm_*: captions without a language model")
+    return losses
+
+
+def _retrieval_export(model: Source, losses: tuple[str, ...], shard_bytes: int) -> Export:
+    net, processor = model.net, model.processor
+    assert isinstance(processor, PairProcessor)
+    weights = to_hf(state_tensors(net), net.config)
+    files = {
+        "config.json": with_dtype(config_to_hf(net.config, image_token_id=None), weights),
+        **shards(weights, shard_bytes),
+        **_bert_files(processor.tokenizer, "Blip2Processor", net.config.qformer.positions),
+        "preprocessor_config.json": image_processor(processor.image),
+        "processor_config.json": {"processor_class": "Blip2Processor", "num_query_tokens": None},
+    }
+    return Export(files=files, losses=losses, opens="transformers.Blip2ForImageTextRetrieval.from_pretrained(FOLDER)")
+
+
+def _prompted(model: Source, losses: tuple[str, ...], shard_bytes: int) -> Export:
+    net, processor = model.net, model.processor
+    assert isinstance(processor, PromptProcessor)
+    seq2seq = isinstance(net.language, Seq2SeqLM)
+    state, language, tokenizer, token = with_image_token(net, processor.tokenizer)
+    tied = {f"language.{name}" for name in vocabulary_tables(net.language)} - set(state_tensors(net))
+    config = replace(net.config, language=language)
+    described = config_to_hf(config, image_token_id=token)
+    if seq2seq:  # their BLIP-2 lets the language model generate by its own configuration
+        described["text_config"]["decoder_start_token_id"] = processor.start_id
+    weights = to_hf({name: tensor for name, tensor in state.items() if name not in tied}, config)
+    owner = "InstructBlipProcessor" if config.instruct else "Blip2Processor"
+    more = {"decoder_start_token_id": processor.start_id} if seq2seq else {}
+    files = {
+        "config.json": with_dtype(described, weights),
+        "generation_config.json": generation_config(model, forbidden=[token], **more),
+        **shards(weights, shard_bytes),
+        **tokenizer_files(
+            tokenizer,
+            begin=not seq2seq and processor.template is None,  # a template writes its beginning itself
+            end=seq2seq,
+            context=net.language.context,
+            side="right" if seq2seq else "left",
+            processor_class=owner,
+        ),
+        "preprocessor_config.json": image_processor(processor.image),
+        "processor_config.json": {"processor_class": owner, "num_query_tokens": config.qformer.queries},
+        CHAT_TEMPLATE: (processor.template and processor.tokenizer.chat_template)
+        or question_template(processor.question, clean=processor.clean),
+    }
+    if config.instruct:
+        beside = _bert_files(processor.others["qformer"], owner, config.qformer.positions)
+        files |= {f"qformer_tokenizer/{name}": content for name, content in beside.items()}
+    return Export(
+        files=files, losses=losses, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)"
+    )
+
+
+def _bert_files(tokenizer: Tokenizer, owner: str, context: int) -> dict[str, Content]:
+    """The Q-Former's tokenizer: [CLS] text [SEP], although [DEC] is its beginning-of-sequence token here."""
+    cls = Tokenizer(tokenizer.backend, eos="[SEP]", bos="[CLS]", pad="[PAD]", unk="[UNK]")
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "bos_token": "[DEC]"}
+    return tokenizer_files(cls, begin=True, end=True, context=context, processor_class=owner, **names)
+
+
+def published_prompts(
+    net: Blip2, tokenizer: Tokenizer, image: ImageTransform, qformer: Tokenizer | None
+) -> PromptProcessor:
+    """Captions and questions in the form of the published models of phase ``generate``."""
+    instruct, seq2seq = net.config.instruct, isinstance(net.language, Seq2SeqLM)
+    return PromptProcessor(
+        tokenizer,
+        image=image,
+        num_tokens=net.num_tokens(image.size, image.size),
+        prompt="" if instruct else "a photo of",
+        question="{}" if instruct else "Question: {} Short answer:" if seq2seq else "Question: {} Answer:",
+        end="eos" if instruct or seq2seq or newline_id(tokenizer) is None else "newline",
+        max_text=256 if instruct else 64,
+        start_id=net.language.start_id if isinstance(net.language, Seq2SeqLM) else None,
+        qformer=qformer,
+        clean=not instruct,
+    )
+
+
+def asked_otherwise(net: Blip2, processor: PromptProcessor) -> tuple[str, ...]:
+    """The words of a processor that such a folder does not keep, for whoever reads it uses the above."""
+    read = published_prompts(net, processor.tokenizer, processor.image, processor.others.get("qformer")).to_dict()
+    own = processor.to_dict()
+    return tuple(
+        f"processor.{name} {own[name]!r}: such a model gets {read[name]!r}"
+        for name in ("prompt", "question", "end", "clean", "template")
+        if own[name] != read[name]
+    )

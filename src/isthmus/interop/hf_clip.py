@@ -4,20 +4,34 @@ Facts about that layout come from transformers 5.23. The library is not imported
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from isthmus.checkpoint import read_json
+from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError, nearest
 from isthmus.interop.archives import read_state
 from isthmus.interop.entries import Entry, Shapes, from_theirs, same, shapes_of, to_theirs
+from isthmus.interop.export import Export, Source, must, shards
+from isthmus.interop.hf_files import (
+    image_processor,
+    swapped,
+    tokenizer_files,
+    with_dtype,
+)
 from isthmus.load_report import Account
 from isthmus.models.clip import Clip, ClipConfig
+from isthmus.models.towers import TextEncoderConfig
 from isthmus.nn.text_tower import TextConfig, TextTower
 from isthmus.nn.vit import VisionConfig, VisionTransformer
+
+_Reads = TypeVar("_Reads", ClipConfig, TextEncoderConfig)
+LEGACY_EOT = 2
+"""transformers' CLIP takes this end-of-text id for a sign to read at the largest id instead."""
 
 TOLERATED = ("embeddings.position_ids",)
 """Buffers of older files, recomputed by everybody."""
@@ -398,3 +412,40 @@ def read_clip_folder(path: str | Path, account: Account | None = None) -> tuple[
     """
     config = clip_config_from_hf(read_json(Path(path) / "config.json"))
     return config, clip_from_hf(read_state(path, account), config, account)
+
+
+def clip_export(model: Source, *, shard_bytes: int) -> Export:
+    config, state, tokenizer = model.net.config, model.net.state_dict(), model.processor.tokenizer
+    must(config.similarity == "cosine", "similarity", config.similarity, "transformers", "cosine")
+    if config.text.causal and config.text.pool == "eot" and config.text.eot_id == LEGACY_EOT:
+        state, config, tokenizer = last_eot(state, config, tokenizer)
+    described = clip_config_to_hf(config)
+    described["text_config"]["bos_token_id"] = tokenizer.bos_id
+    siglip = described["model_type"] == "siglip"
+    weights = clip_to_hf(state, config)
+    files = {
+        "config.json": with_dtype(described, weights),
+        **shards(weights, shard_bytes),
+        **tokenizer_files(
+            tokenizer,
+            begin=True,
+            end=True,
+            context=config.text.context,
+            processor_class="SiglipProcessor" if siglip else "CLIPProcessor",
+            pad_token=str(tokenizer.backend.id_to_token(config.text.pad_id if siglip else tokenizer.pad_id)),
+        ),
+        "preprocessor_config.json": image_processor(model.processor.image),
+    }
+    kind = "SiglipModel" if siglip else "CLIPModel"
+    return Export(files=files, opens=f"transformers.{kind}.from_pretrained(FOLDER)")
+
+
+def last_eot(
+    state: Mapping[str, Tensor], config: _Reads, tokenizer: Tokenizer
+) -> tuple[dict[str, Tensor], _Reads, Tokenizer]:
+    """The same model with its end-of-text under the tokenizer's largest id, where every reader finds it."""
+    old, new = config.text.eot_id, tokenizer.vocab_size - 1
+    table = state["text.tokens.weight"].clone()
+    table[[old, new]] = table[[new, old]]
+    text = replace(config.text, eot_id=new)
+    return {**state, "text.tokens.weight": table}, replace(config, text=text), swapped(tokenizer, old, new)

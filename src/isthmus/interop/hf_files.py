@@ -6,13 +6,14 @@ model was trained on.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import processors
+from torch import Tensor
 
 from isthmus.checkpoint import Content, read_json
 from isthmus.data.chat import FIRST, LAST, ChatForm, Pieces
@@ -21,7 +22,7 @@ from isthmus.data.images import ImageTransform
 from isthmus.data.text import TEMPLATES, Grammar
 from isthmus.data.tokenizer import BEGINS, CHAT_TEMPLATE, END, WHOLE, Tokenizer
 from isthmus.errors import CheckpointError
-from isthmus.interop.export import Source, must
+from isthmus.interop.export import Source, common_dtype, must
 from isthmus.language import Decoding
 
 _PROCESSORS = {
@@ -297,3 +298,8 @@ def question_template(question: str, *, clean: bool) -> str:
         f"{{%- if message['role'] == 'user' -%}}{tidy}{{{{- gap + {before} + text + {after} -}}}}"
         "{%- else -%}{{- gap + text | trim -}}{%- endif -%}{%- endfor -%}"
     )
+
+
+def with_dtype(described: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """With the dtype under the name that every version reads."""
+    return {**described, "torch_dtype": common_dtype(list(weights.values()))}

@@ -12,17 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import read_json
+from isthmus.checkpoint import read_json, state_tensors
+from isthmus.data.chat import OWN
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
 from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of, to_theirs
-from isthmus.interop.export import must
+from isthmus.interop.export import Export, Source, must, shards
 from isthmus.interop.hf_clip import (
     activation_from_hf,
     vision_config_from_hf,
     vision_config_to_hf,
     vision_from_hf,
     vision_to_hf,
+)
+from isthmus.interop.hf_files import (
+    generation_config,
+    tokenizer_files,
+    with_dtype,
 )
 from isthmus.load_report import Account
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
@@ -242,3 +248,41 @@ def _projections(theirs: str, ours: str, last: str) -> list[Entry]:
     """Queries, keys and values have one name; that of what comes out is ``last`` there."""
     names = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", last: "out_proj"}
     return [row for name, own in names.items() for row in same(f"{theirs}{name}", f"{ours}.{own}", "weight")]
+
+
+def idefics_export(model: Source, *, shard_bytes: int) -> Export:
+    """A Flamingo in the proportions of IDEFICS; any other can be written as `open_flamingo`."""
+    config, processor = model.net.config, model.processor
+    described = idefics_config_to_hf(config)
+    tokens = TOKENS[: len(config.new_ids)]
+    for name, value, fixed in (("tokens", processor.tokens, tokens), ("around", processor.around, True)):
+        must(value == fixed, f"processor.{name}", value, "transformers", repr(fixed))
+    read = "paper" if config.turn_id is None else "idefics"
+    template_loss = f"processor.template {processor.template!r}: such a model gets {read!r}"
+    weights = idefics_to_hf(state_tensors(model.net), config)
+    described |= {"bos_token_id": processor.tokenizer.bos_id, "eos_token_id": processor.tokenizer.eos_id}
+    files = {
+        "config.json": with_dtype(described | {"pad_token_id": processor.tokenizer.pad_id}, weights),
+        "generation_config.json": generation_config(model),
+        **shards(weights, shard_bytes),
+        **tokenizer_files(
+            processor.tokenizer,
+            begin=True,
+            end=False,
+            context=processor.max_length,
+            side="left",
+            processor_class="IdeficsProcessor",
+        ),
+        "preprocessor_config.json": {
+            "image_processor_type": "IdeficsImageProcessor",
+            "processor_class": "IdeficsProcessor",
+            "image_size": processor.image.size,
+            "image_mean": list(processor.image.mean),
+            "image_std": list(processor.image.std),
+            "image_num_channels": 3,
+        },
+    }
+    losses = (template_loss,) if processor.template == OWN else ()
+    return Export(
+        files=files, losses=losses, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)"
+    )

@@ -9,11 +9,23 @@ import torch
 from torch import Tensor
 
 from isthmus import load_report
-from isthmus.checkpoint import read_json
+from isthmus.checkpoint import Content, read_json, state_tensors
+from isthmus.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.interop.archives import read_state
-from isthmus.language import T5_LIKE, LanguageModel, Seq2SeqLM, known_fields
+from isthmus.interop.export import Export, Source, must, shards
+from isthmus.interop.hf_files import (
+    begun,
+    chat_template,
+    generation_config,
+    tokenizer_files,
+    with_dtype,
+)
+from isthmus.language import T5_LIKE, LanguageModel, Seq2SeqLM, known_fields, vocabulary_tables
 from isthmus.load_report import Account
+
+IMAGE = "<image>"
+_WHO = "transformers"
 
 RENAMED = {"embed_out.weight": "lm_head.weight"}
 """Stored name -> name in the library's class, where they differ (GPT-NeoX files keep the old name of the head)."""
@@ -110,3 +122,50 @@ def match_keys(
                 f"{tuple(expected[key].shape)}."
             )
     return state
+
+
+def lm_export(model: Source, *, shard_bytes: int) -> Export:
+    weights = language_tensors(model.net.language.lm)
+    words = model.processor.tokenizer
+    template = begun(chat_template(getattr(model.processor, "template", "")), words) or words.chat_template
+    files = {
+        **language_files(model, weights),
+        **shards(weights, shard_bytes),
+        **({CHAT_TEMPLATE: template} if template else {}),
+    }
+    return Export(files=files, opens="transformers.AutoModelForCausalLM.from_pretrained(FOLDER)")
+
+
+def language_files(model: Source, weights: Mapping[str, Tensor]) -> dict[str, Content]:
+    """Configuration, decoding and tokenizer of the bare LM."""
+    language = model.net.language
+    described = {**language.config, "architectures": [type(language.lm).__name__]}
+    return {
+        "config.json": with_dtype(described, weights),
+        "generation_config.json": generation_config(model),
+        **tokenizer_files(model.processor.tokenizer, begin=True, end=False, context=language.context, side="left"),
+    }
+
+
+def language_tensors(lm: Any) -> dict[str, Tensor]:
+    """Under the names of published files, a tied tensor once."""
+    return {published(lm, name): tensor for name, tensor in state_tensors(lm).items()}
+
+
+def with_image_token(net: Any, tokenizer: Tokenizer) -> tuple[dict[str, Tensor], dict[str, Any], Tokenizer, int]:
+    """State, the LM's configuration, tokenizer and id for a layout whose place of a picture is a token.
+
+    The token is the tokenizer's own ``<image>``, or a new one after its vocabulary. Where the LM's tables have no row
+    to spare they get one more, the mean of the others; the model overwrites it wherever the token stands.
+    """
+    tokenizer = tokenizer if tokenizer.backend.token_to_id(IMAGE) is not None else tokenizer.with_tokens(IMAGE)
+    token, rows = tokenizer.id_of(IMAGE), net.language.vocab_size
+    state, language = net.state_dict(), dict(net.config.language)
+    must(token <= rows, "tokenizer", f"{token} tokens", _WHO, f"no larger than the LM's vocabulary of {rows}")
+    if token == rows:
+        for name in vocabulary_tables(net.language):
+            table = state[f"language.{name}"]
+            mean = table.float().mean(0, keepdim=True).to(table.dtype)
+            state[f"language.{name}"] = torch.cat([table, mean])
+        language["vocab_size"] = rows + 1
+    return state, language, tokenizer, token

@@ -14,16 +14,27 @@ from torch import Tensor
 
 from isthmus import load_report
 from isthmus.checkpoint import read_json
+from isthmus.data.chat import ChatForm, form_of
+from isthmus.data.tokenizer import CHAT_TEMPLATE
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
 from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of, to_theirs
+from isthmus.interop.export import Export, Source, must, shards
 from isthmus.interop.hf_clip import (
     vision_config_from_hf,
     vision_config_to_hf,
     vision_from_hf,
     vision_to_hf,
 )
-from isthmus.interop.hf_language import match_keys
+from isthmus.interop.hf_files import (
+    chat_template,
+    generation_config,
+    image_processor,
+    own_chat_template,
+    tokenizer_files,
+    with_dtype,
+)
+from isthmus.interop.hf_language import IMAGE, match_keys, with_image_token
 from isthmus.language import LanguageModel, known_fields, library_config
 from isthmus.load_report import Account
 from isthmus.models.llava import LlavaConfig
@@ -265,3 +276,51 @@ def _head_of_its_own(stored: Mapping[str, Tensor]) -> bool:
     ends = ("lm_head.weight", "language_model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
     found = [tensor for name, tensor in stored.items() if name.endswith(ends)]
     return len(found) == 2 and not torch.equal(*found)
+
+
+def llava_export(model: Source, *, shard_bytes: int) -> Export:
+    net, processor = model.net, model.processor
+    lm = net.language.lm
+    kind = net.config.language["model_type"]
+    bias = getattr(lm.get_output_embeddings(), "bias", None)
+    must(
+        bias is None or not bias.any(),
+        "language.lm.lm_head.bias",
+        "not zero",
+        "transformers' LLaVA",
+        "a head without bias",
+    )
+    must(
+        net.language.plain_head(), "language.model_type", kind, "transformers' LLaVA", "an LM with a plain output head"
+    )
+    must(not processor.around, "processor.around", processor.around, "transformers' LLaVA", "nothing")
+    state, language, tokenizer, token = with_image_token(net, processor.tokenizer)
+    config = replace(net.config, language=language)
+    described = llava_config_to_hf(config, image_token_id=token)
+    weights = llava_to_hf(state, config)
+    form = form_of(processor.template, processor.tokenizer)
+    template = own_chat_template(form) if isinstance(form, ChatForm) else chat_template(processor.template)
+    kind = "LlavaNext" if config.pinpoints else "Llava"
+    files = {
+        "config.json": with_dtype(described, weights),
+        "generation_config.json": generation_config(model, forbidden=[token]),
+        **shards(weights, shard_bytes),
+        **tokenizer_files(
+            tokenizer,
+            begin=not isinstance(form, ChatForm),  # which writes its beginning itself
+            end=False,
+            context=net.language.context,
+            side="left",
+            processor_class=f"{kind}Processor",
+        ),
+        "preprocessor_config.json": image_processor(processor.image),
+        "processor_config.json": {
+            "processor_class": f"{kind}Processor",
+            "image_token": IMAGE,
+            "patch_size": config.vision.patch_size,
+            "vision_feature_select_strategy": described["vision_feature_select_strategy"],
+            "num_additional_image_tokens": int(config.vision.class_token),
+        },
+        **({CHAT_TEMPLATE: template} if template else {}),
+    }
+    return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")

@@ -11,8 +11,10 @@ from torch import Tensor
 from isthmus.checkpoint import read_json
 from isthmus.interop.archives import read_state
 from isthmus.interop.entries import part_of
-from isthmus.interop.export import must
+from isthmus.interop.export import Export, Source, must, shards
 from isthmus.interop.hf_clip import (
+    LEGACY_EOT,
+    last_eot,
     text_config_from_hf,
     text_config_to_hf,
     text_from_hf,
@@ -21,6 +23,11 @@ from isthmus.interop.hf_clip import (
     vision_config_to_hf,
     vision_from_hf,
     vision_to_hf,
+)
+from isthmus.interop.hf_files import (
+    image_processor,
+    tokenizer_files,
+    with_dtype,
 )
 from isthmus.load_report import Account
 from isthmus.models.towers import ImageEncoderConfig, TextEncoderConfig
@@ -85,3 +92,28 @@ def text_encoder_to_hf(
     weights |= {f"{head}{leaf}": tensor for leaf, tensor in part_of(state, "projection.").items()}
     described["projection_dim" if clip else "projection_size"] = config.embed_dim or config.text.width
     return {"architectures": [name], **described}, weights
+
+
+def image_encoder_export(model: Source, *, shard_bytes: int) -> Export:
+    described, weights = image_encoder_to_hf(model.net.state_dict(), model.net.config)
+    files = {
+        "config.json": with_dtype(described, weights),
+        **shards(weights, shard_bytes),
+        "preprocessor_config.json": image_processor(model.processor.image),
+    }
+    return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")
+
+
+def text_encoder_export(model: Source, *, shard_bytes: int) -> Export:
+    config, state, tokenizer = model.net.config, model.net.state_dict(), model.processor.tokenizer
+    if config.text.causal and config.text.pool == "eot" and config.text.eot_id == LEGACY_EOT:
+        state, config, tokenizer = last_eot(state, config, tokenizer)
+    described, weights = text_encoder_to_hf(state, config)
+    described["bos_token_id"] = tokenizer.bos_id
+    pad = tokenizer.backend.id_to_token(tokenizer.pad_id if config.text.causal else config.text.pad_id)
+    files = {
+        "config.json": with_dtype(described, weights),
+        **shards(weights, shard_bytes),
+        **tokenizer_files(tokenizer, begin=True, end=True, context=config.text.context, pad_token=str(pad)),
+    }
+    return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")

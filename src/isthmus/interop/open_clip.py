@@ -2,19 +2,39 @@
 and its trainer's checkpoints. A SigLIP is a ``CustomTextCLIP`` whose image tower is timm's.
 """
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from isthmus.checkpoint import load_into, read_json
+from isthmus.data.clip_tokenizer import canonical, is_published
+from isthmus.data.images import ImageTransform, Mode
+from isthmus.data.processor import ContrastiveProcessor
+from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
+from isthmus.interop.archives import read_archive, read_state, tensors_of, unwrapped
 from isthmus.interop.entries import Entry, from_theirs, to_theirs
-from isthmus.interop.openai import clip_shapes, entries, text_entries
-from isthmus.interop.timm_siglip import trunk_config, trunk_entries
+from isthmus.interop.export import Export, Source, must
+from isthmus.interop.given import Given, Opened
+from isthmus.interop.openai import (
+    clip_shapes,
+    entries,
+    text_entries,
+    tokenizer_read,
+    tokenizer_written,
+)
+from isthmus.interop.timm_siglip import trunk_config, trunk_entries, trunk_name
 from isthmus.load_report import Account
-from isthmus.models.clip import ClipConfig
+from isthmus.models.clip import Clip, ClipConfig
 from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.vit import VisionConfig
+
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 _VISION_READ = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "no_ln_pre", "norm_kwargs"}
 _VISION_FIXED = {"pool_type": ("tok",), "final_ln_after_pool": (False, True), "pos_embed_type": ("learnable",)}
@@ -173,3 +193,167 @@ def _only_known(values: Mapping[str, Any], read: set[str], fixed: Mapping[str, t
         if name in read or value in fixed.get(name, (None, False)):
             continue
         raise CheckpointError(f"{where}: {name} = {value!r} is a variant of CLIP that isthmus does not have.")
+
+
+def open_clip_export(model: Source, *, shard_bytes: int) -> Export:
+    """The folder that open_clip pushes to the hub and opens by ``local-dir:FOLDER``; SigLIP's towers go by timm's name.
+
+    A SigLIP's cleaning of texts is written into its tokenizer's file, so none is named beside it.
+    """
+    config, image, who = model.net.config, model.processor.image, "open_clip"
+    must(config.similarity == "cosine", "similarity", config.similarity, who, "cosine")
+    vision, text = config.vision, config.text
+    siglip = not vision.class_token
+    if not siglip:
+        must(vision.activation == text.activation, "text.activation", text.activation, who, "the vision tower's")
+        fits = vision.activation in ("gelu", "quick_gelu")
+        must(fits, "vision.activation", vision.activation, who, "gelu or quick_gelu")
+    must(siglip != text.causal, "text.pool", text.pool, who, "'last' for SigLIP's image tower, another for CLIP's")
+    must(image.mode in ("square", "squash"), "processor.image.mode", image.mode, who, "square or squash")
+    described = {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": vision.activation == "quick_gelu",
+        "init_logit_scale": config.init_scale,
+        **({} if config.init_bias is None else {"init_logit_bias": config.init_bias}),
+        **({"custom_text": True} if siglip else {}),
+        "vision_cfg": _open_clip_timm(vision) if siglip else _open_clip_vision(vision),
+        "text_cfg": _open_clip_text(text, model.processor.tokenizer, proj_bias=config.text_projection_bias),
+    }
+    preprocess = {
+        "mean": list(image.mean),
+        "std": list(image.std),
+        "interpolation": image.resample,
+        "resize_mode": "shortest" if image.mode == "square" else "squash",
+    }
+    files = {
+        "open_clip_config.json": {"model_cfg": described, "preprocess_cfg": preprocess},
+        "open_clip_model.safetensors": clip_to_open_clip(model.net.state_dict(), config),
+        **tokenizer_written(model.processor.tokenizer, config),
+    }
+    return Export(files=files, opens="open_clip.create_model_and_transforms('local-dir:FOLDER')")
+
+
+def _open_clip_vision(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "width": vision.width,
+        "layers": vision.layers,
+        "head_width": vision.width // vision.heads,
+        "mlp_ratio": vision.mlp_width / vision.width,
+        **({} if vision.pre_norm else {"no_ln_pre": True}),
+        **_norm(vision.eps),
+    }
+
+
+def _open_clip_timm(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "image_size": vision.image_size,
+        "timm_model_name": trunk_name(vision),
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": "none",
+    }
+
+
+def _open_clip_text(text: TextConfig, tokenizer: Tokenizer, *, proj_bias: bool) -> dict[str, Any]:
+    """Without the name of a tokenizer their code reads by CLIP's own; with any, by the one in the folder."""
+    must(
+        text.activation != "relu" and (text.causal or text.activation in ("gelu", "gelu_tanh")),
+        "text.activation",
+        text.activation,
+        "open_clip",
+        "gelu or gelu_tanh",
+    )
+    pools = {"eot": {"pool_type": "eos", "eos_id": text.eot_id}, "last": {"pool_type": "last", "no_causal_mask": True}}
+    return {
+        "context_length": text.context,
+        "vocab_size": text.vocab_size,
+        "width": text.width,
+        "layers": text.layers,
+        "heads": text.heads,
+        "mlp_ratio": text.mlp_width / text.width,
+        "pad_id": text.pad_id,
+        **pools.get(text.pool, {}),
+        **({} if text.causal and is_published(tokenizer) else {"hf_tokenizer_name": "."}),
+        **({"act_kwargs": {"approximate": "tanh"}} if text.activation == "gelu_tanh" else {}),
+        **({"proj_bias": True} if proj_bias else {}),
+        **_norm(text.eps),
+    }
+
+
+def _norm(eps: float) -> dict[str, Any]:
+    return {} if eps == 1e-5 else {"norm_kwargs": {"eps": eps}}
+
+
+def open_clip_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of an open_clip folder, whichever of its JSON files holds one."""
+    for file in sorted(folder.glob("*.json")):
+        read = read_json if file.name == _OPEN_CLIP_CONFIG else _object
+        values = read(file) if file.stat().st_size < 2**20 else {}
+        inner = values.get("model_cfg", values)
+        if isinstance(inner, Mapping) and "vision_cfg" in inner and "embed_dim" in inner:
+            return {**values, "model_cfg": dict(inner)}
+    return None
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty for anything else: names of classes, lines of JSON, somebody's notes."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def open_bare_weights(path: Path, state: Mapping[str, Tensor], given: Given) -> Opened:
+    """Weights around an image tower of timm's, without what tells which. Raises CheckpointError."""
+    raise CheckpointError(
+        f"{path} is a model of open_clip whose image tower is timm's, and its weights do not say which: put "
+        "open_clip_config.json beside them (as on the hub) and open the folder."
+    )
+
+
+def open_clip_folder(folder: Path, _config: Mapping[str, Any] | None, given: Given) -> Opened | None:
+    """A folder that open_clip pushes to the hub: configuration, weights, tokenizer."""
+    if (values := open_clip_config(folder)) is None:
+        return None
+    given.only("tokenizer", where=folder)
+    described = values["model_cfg"]
+    config = clip_config_from_open_clip(described)
+    own = config.text.causal and not described.get("text_cfg", {}).get("hf_tokenizer_name")
+    tokenizer = tokenizer_read(folder, config, given, own=own)
+    if not config.text.causal:  # padding is read like any token, and which one it is stands with the tokenizer alone
+        config = replace(config, text=replace(config.text, pad_id=tokenizer.pad_id, eot_id=tokenizer.eos_id))
+        if described["text_cfg"].get("tokenizer_kwargs") == CANONICAL:
+            tokenizer = canonical(tokenizer, underscore=" ")
+    net = Clip(config)
+    ours = clip_from_open_clip(_open_clip_state(folder, given.account), config, given.account)
+    load_into(net, ours, where=folder, account=given.account)
+    picture = values.get("preprocess_cfg", {})
+    base = ImageTransform.clip(config.vision.image_size)
+    image = ImageTransform(
+        size=config.vision.image_size,
+        mode=_resizing(picture.get("resize_mode", "shortest"), folder),
+        mean=tuple(picture.get("mean", base.mean)),
+        std=tuple(picture.get("std", base.std)),
+        resample=picture.get("interpolation", "bicubic"),
+        crop="round",
+        deep="clip",
+    )
+    return net, ContrastiveProcessor(tokenizer, image=image, context=config.text.context), ()
+
+
+def _open_clip_state(folder: Path, account: Account) -> dict[str, Tensor]:
+    """The weights under open_clip's own file names where there are such: transformers' may lie beside them."""
+    for name in _OPEN_CLIP_FILES:
+        if (folder / name).is_file():
+            return tensors_of(unwrapped(read_archive(folder / name, account)), folder / name)
+    return read_state(folder, account)
+
+
+def _resizing(name: str, folder: Path) -> Mode:
+    modes: dict[str, Mode] = {"shortest": "square", "squash": "squash"}
+    if name not in modes:
+        raise CheckpointError(f"{folder}: open_clip's resize_mode {name!r} is not one of {', '.join(modes)}.")
+    return modes[name]

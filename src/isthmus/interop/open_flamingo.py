@@ -1,4 +1,4 @@
-"""OpenFlamingo's ``checkpoint.pt`` layout: what its training wrote, as pure maps of names (open_flamingo 2.0.1).
+"""OpenFlamingo's ``checkpoint.pt`` layout, read and written (open_flamingo 2.0.1).
 
 A checkpoint holds the resampler (``perceiver``), the gated blocks inside the wrapped decoder layers, and the resized
 embedding table. The vision encoder and the language model come from their own folders. Keys and values are fused there
@@ -6,17 +6,27 @@ embedding table. The vision encoder and the language model come from their own f
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from isthmus import load_report
+from isthmus.checkpoint import Content, load_into
+from isthmus.config import plain
+from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
 from isthmus.errors import CheckpointError
-from isthmus.interop.entries import Entry, from_theirs, same, shapes_of, to_theirs
-from isthmus.interop.hf_language import published
+from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of, to_theirs
+from isthmus.interop.export import Export, Source, common_dtype, must, pickled, shards
+from isthmus.interop.given import Given, Opened
+from isthmus.interop.hf_clip import vision_config_to_hf, vision_to_hf
+from isthmus.interop.hf_files import image_processor
+from isthmus.interop.hf_language import language_files, language_tensors, published
+from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.load_report import Account
-from isthmus.models.flamingo import FlamingoConfig
+from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
 from isthmus.nn.vit import VisionConfig
@@ -176,3 +186,87 @@ def _mlp(theirs: str, ours: str) -> list[Entry]:
         *same(f"{theirs}.1", f"{ours}.mlp.fc1", "weight"),
         *same(f"{theirs}.3", f"{ours}.mlp.fc2", "weight"),
     ]
+
+
+def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
+    """``checkpoint.pt`` of what is trained, the new tokens' rows merged into the embedding table, and the two frozen
+    parts in transformers' form: ``lang_encoder`` and ``vision_encoder``."""
+    net, who = model.net, "OpenFlamingo"
+    config = net.config
+    model_type = config.language["model_type"]
+    must(model_type in LAYERS, "language.model_type", model_type, who, ", ".join(LAYERS))
+    must(config.media == "previous", "media", config.media, who, "'previous'")
+    must(config.offset == config.every - 1, "offset", config.offset, who, f"every - 1 = {config.every - 1}")
+    must(not config.class_token, "class_token", config.class_token, who, "false")
+    last = config.feature_layer % (config.vision.layers + 1) == config.vision.layers
+    must(last, "feature_layer", config.feature_layer, who, "-1")
+    must(not config.patch_positions, "patch_positions", config.patch_positions, who, "false")
+    must(config.turn_id is None, "turn_id", config.turn_id, who, "none")
+    own, theirs = ResamplerConfig.open_flamingo(), GatedConfig.open_flamingo()
+    for name, part, fixed in (("resampler", config.resampler, own), ("xattn", config.xattn, theirs)):
+        for field in _fields(fixed):
+            value, allowed = getattr(part, field), getattr(fixed, field)
+            must(value == allowed, f"{name}.{field}", value, who, repr(allowed))
+    template, tokenizer = model.processor.template, model.processor.tokenizer
+    # Their code adds <PAD> to a tokenizer that has no token for padding, then makes the tables as long as it is.
+    rows = tokenizer.vocab_size + (tokenizer.specials["pad_token"] is None)
+    must(max(config.new_ids) < rows, "new_ids", config.new_ids, who, f"within the tokenizer's {rows} tokens")
+    lm = language_tensors(net.language.lm)
+    tower = vision_to_hf(part_of(net.state_dict(), "vision."), config.vision, prefix="vision_model.")
+    files: dict[str, Content] = {
+        "checkpoint.pt": pickled(trained_to_open_flamingo(net, rows)),
+        **{f"lang_encoder/{name}": content for name, content in language_files(model, lm).items()},
+        **{f"lang_encoder/{name}": content for name, content in shards(lm, shard_bytes).items()},
+        "vision_encoder/config.json": {
+            **vision_config_to_hf(config.vision),
+            "architectures": ["CLIPVisionModel"],
+            "torch_dtype": common_dtype(list(tower.values())),
+        },
+        "vision_encoder/model.safetensors": tower,
+        "vision_encoder/preprocessor_config.json": image_processor(model.processor.image),
+        "open_flamingo.json": {
+            "lang_encoder_path": "lang_encoder",
+            "tokenizer_path": "lang_encoder",
+            "cross_attn_every_n_layers": config.every,
+            "decoder_layers_attr_name": LAYERS[model_type],
+        },
+    }
+    kept = template == "open_flamingo"
+    return Export(
+        files=files,
+        losses=() if kept else (f"processor.template {template!r}: such a model gets 'open_flamingo'",),
+        opens="open_flamingo.create_model_and_transforms(...), then load_state_dict('checkpoint.pt', strict=False)",
+    )
+
+
+def _fields(config: Any) -> Mapping[str, Tensor]:
+    return config.__dataclass_fields__
+
+
+def open_trained(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
+    given.only("vision", "language", "tokenizer", where=path)
+    encoder = given.encoder(given.need("vision", path, "holds no vision encoder"))
+    language = given.open(given.need("language", path, "holds no language model"))
+    own = language.processor.tokenizer if given.tokenizer is None else open_tokenizer(given.tokenizer)
+    tokenizer = own.with_tokens(*NEW_TOKENS)
+    ids = {name: tokenizer.id_of(token) for name, token in zip(("end_id", "image_id"), NEW_TOKENS, strict=True)}
+    config = config_from_open_flamingo(
+        state, vision=encoder.config, language=plain(language.net.config)["language"], **ids
+    )
+    net = Flamingo(config)
+    tensors = {f"vision.{n}": t for n, t in encoder.state.items()}
+    tensors |= {f"language.lm.{n}": t for n, t in language.net.language.lm.state_dict().items()}
+    tensors |= trained_from_open_flamingo(state, net, given.account)
+    head = language.net.language.lm.get_output_embeddings().weight
+    if net.language.new_rows.output is not None:
+        # Their runs train the input table only, so files know no such rows; a new row is the mean, as there.
+        mean = head.detach().float().mean(0).to(head.dtype)
+        if "language.new_rows.output" not in tensors:
+            why = "their runs train the input rows only; this is the mean row"
+            load_report.absent(given.account, ["language.new_rows.output"], why)
+            tensors["language.new_rows.output"] = mean.repeat(len(NEW_TOKENS), 1)
+    load_into(net, tensors, where=path, account=given.account)
+    # Whatever form the encoder has here, their code reads pictures by open_clip's transform.
+    image = replace(encoder.image, crop="round", deep="clip")
+    processor = InterleaveProcessor(tokenizer, image, template="open_flamingo", max_length=net.language.context or 2048)
+    return net, processor, ()

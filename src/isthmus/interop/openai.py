@@ -7,12 +7,25 @@ of attention heads: OpenAI's are 64 wide; of others it is known for the widths o
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from isthmus import load_report
+from isthmus.checkpoint import Content, load_into
+from isthmus.data.clip_tokenizer import IDS, ClipTokenizer, clip_tokenizer, is_published
+from isthmus.data.images import ImageTransform
+from isthmus.data.processor import ContrastiveProcessor
+from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.entries import Entry, depth, from_theirs, same, shapes_of, to_theirs
+from isthmus.interop.export import Export, Source, must, pickled
+from isthmus.interop.given import Given, Opened
+from isthmus.interop.hf_files import tokenizer_files
+from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.load_report import Account
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.nn.text_tower import TextConfig
@@ -150,3 +163,86 @@ def blocks(theirs: str, ours: str, layers: int) -> list[Entry]:
         rows += same(f"{a}.ln_1", f"{b}.ln_1") + same(f"{a}.ln_2", f"{b}.ln_2")
         rows += same(f"{a}.mlp.c_fc", f"{b}.mlp.fc1") + same(f"{a}.mlp.c_proj", f"{b}.mlp.fc2")
     return rows
+
+
+def openai_export(model: Source, *, shard_bytes: int) -> Export:
+    """``model.pt``: a state dict that ``clip.load`` builds a model from; their code fixes all but the sizes."""
+    config, who = model.net.config, "OpenAI's CLIP"
+    _cosine_clip(config, who)
+    for name, tower in (("vision", config.vision), ("text", config.text)):
+        must(tower.activation == "quick_gelu", f"{name}.activation", tower.activation, who, "quick_gelu")
+        must(tower.heads * 64 == tower.width, f"{name}.heads", tower.heads, who, f"width / 64 = {tower.width / 64:g}")
+        must(tower.mlp_width == 4 * tower.width, f"{name}.mlp_width", tower.mlp_width, who, "4 · width")
+        must(tower.eps == 1e-5, f"{name}.eps", tower.eps, who, "1e-5")
+    must(config.init_bias is None, "init_bias", config.init_bias, who, "none")
+    # clip.tokenize reads by the table that comes with it, pads to 77, and the model searches the largest id.
+    text, tokenizer = config.text, model.processor.tokenizer
+    for name, value, fixed in (("context", text.context, 77), ("vocab_size", text.vocab_size, IDS)):
+        must(value == fixed, f"text.{name}", value, who, str(fixed))
+    must(text.eot_id == IDS - 1, "text.eot_id", text.eot_id, who, str(IDS - 1))
+    must(is_published(tokenizer), "processor.tokenizer", f"{tokenizer.vocab_size} tokens", who, f"CLIP's own of {IDS}")
+    state = model.net.state_dict()
+    files = {"model.pt": pickled(clip_to_openai(state, config)), **tokenizer_written(tokenizer, config)}
+    return Export(
+        files=files,
+        losses=published_transform(model.processor.image, ImageTransform.clip(config.vision.image_size)),
+        opens="clip.load('FOLDER/model.pt', jit=False)",
+    )
+
+
+def _cosine_clip(config: ClipConfig, who: str) -> None:
+    must(config.similarity == "cosine", "similarity", config.similarity, who, "cosine")
+    must(config.vision.class_token, "vision.class_token", config.vision.class_token, who, "true (CLIP's tower)")
+
+
+def tokenizer_written(tokenizer: Any, config: ClipConfig) -> dict[str, Content]:
+    return tokenizer_files(tokenizer, begin=True, end=True, context=config.text.context)
+
+
+def published_transform(image: ImageTransform, own: ImageTransform) -> tuple[str, ...]:
+    """The image transform is part of their code: say it where ours is another."""
+    same = replace(image, crop=own.crop, deep=own.deep) == own  # of these two every writer takes note
+    return () if same else (f"processor.image {image.to_dict()}: their code has its own, {own.to_dict()}",)
+
+
+def open_openai(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
+    """OpenAI's own archives carry three sizes among the weights, and their code knows one activation."""
+    if "text.token_embedding.weight" in state:  # open_clip's CustomTextCLIP: the same with its text tower under a name
+        state = {name.removeprefix("text."): value for name, value in state.items()}
+    given.only("tokenizer", "activation", "head_width", where=path)
+    own = any(name in state for name in SCALARS)
+    activation = given.activation or ("quick_gelu" if own else None)
+    if activation is None:
+        activation = given.need("activation", path, "does not say its activation, quick_gelu or gelu")
+    weights = {name: value for name, value in state.items() if name not in SCALARS}
+    load_report.ignored(given.account, set(state) - set(weights), "sizes, which the weights have too")
+    width = given.head_width or (HEAD_WIDTH if own else None)
+    try:
+        config = clip_config_from_openai(weights, activation=activation, head_width=width)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    net = Clip(config)
+    load_into(net, clip_from_openai(weights, config, given.account), where=path, account=given.account)
+    image = replace(ImageTransform.clip(config.vision.image_size), crop="round", deep="clip")
+    tokenizer = tokenizer_read(path, config, given, own=True)
+    return net, ContrastiveProcessor(tokenizer, image=image, context=config.text.context), ()
+
+
+def tokenizer_read(where: Path, config: ClipConfig, given: Given, *, own: bool) -> Tokenizer:
+    """The tokenizer named, or else beside the weights. ``own``: their code read text by the tokenizer it comes with,
+    CLIP's, whatever form of it transformers was given; a vocabulary that is not CLIP's is taken as it is."""
+    folder = where if where.is_dir() else where.parent
+    named = given.tokenizer
+    if named is None and not any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt")):
+        given.need("tokenizer", where, "comes without a tokenizer (a folder, or bpe_simple_vocab_16e6.txt.gz)")
+    found = Path(named) if named is not None else folder
+    if not found.is_dir():
+        tokenizer: Tokenizer = ClipTokenizer.load(found)
+    else:
+        tokenizer = (clip_tokenizer(found) if own else None) or open_tokenizer(found)
+    if tokenizer.vocab_size > config.text.vocab_size:
+        raise CheckpointError(
+            f"{found} has {tokenizer.vocab_size:,} tokens and {where} rows for {config.text.vocab_size:,}: another "
+            "model's tokenizer."
+        )
+    return tokenizer

@@ -1,24 +1,48 @@
-"""LLaVA in the layout of its original repository, as pure maps: full models, projector files, LoRA's side file.
+"""LLaVA in the layout of its original repository, read and written: full models, projector files, LoRA's side file.
 
-Facts: spec of the files of haotian-liu/LLaVA v1 to v1.6. Reading a pickled ``.bin`` is the caller's business.
+Facts: spec of the files of haotian-liu/LLaVA v1 to v1.6.
 """
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from torch import Tensor
 
+from isthmus.checkpoint import load_into
+from isthmus.data.images import ImageTransform
+from isthmus.data.processor import SpliceProcessor
+from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
+from isthmus.interop.archives import read_archive, read_state, tensors_of
 from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of
-from isthmus.interop.hf_clip import vision_from_hf, vision_to_hf
-from isthmus.interop.hf_language import match_keys
-from isthmus.language import LanguageModel, known_fields
+from isthmus.interop.export import Export, Source, common_dtype, must, shards
+from isthmus.interop.given import Given, Opened
+from isthmus.interop.hf_clip import vision_config_to_hf, vision_from_hf, vision_to_hf
+from isthmus.interop.hf_files import further_stops, image_processor, tokenizer_files
+from isthmus.interop.hf_language import IMAGE, match_keys
+from isthmus.interop.hf_tokenizer import open_tokenizer
+from isthmus.interop.lora import base_named, merge_adapter
+from isthmus.interop.openai import (
+    published_transform,
+)
+from isthmus.interop.special_ids import must_agree
+from isthmus.language import LanguageModel, known_fields, vocabulary_tables
 from isthmus.load_report import Account
-from isthmus.models.llava import LlavaConfig
-from isthmus.nn.connectors import build_connector
+from isthmus.models.llava import Llava, LlavaConfig
+from isthmus.nn.connectors import build_connector, named_mlp
 from isthmus.nn.tiles import turned
 from isthmus.nn.vit import VisionConfig
+
+_PROJECTOR_FILE, _TRAINED_FILE = "mm_projector.bin", "non_lora_trainables.bin"
+
+TOWER = "vision_tower"
+_OF_TRANSFORMERS = {IMAGE, "<pad>"}
+"""What transformers' LLaVA adds after the language model's vocabulary."""
 
 _TOWER = "model.vision_tower.vision_tower."
 _PROJECTOR = "model.mm_projector."
@@ -172,3 +196,167 @@ def _projector(ours: Mapping[str, Any]) -> list[Entry]:
 def _without_wrappers(name: str) -> str:
     """``base_model.model.model.x``, ``model.x`` and ``x`` are the same tensor."""
     return name.removeprefix("base_model.model.").removeprefix("model.")
+
+
+def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
+    """A folder of haotian-liu/LLaVA: the full model with its tower, and the tower alone in a folder of its own."""
+    config, image, who = model.net.config, model.processor.image, "the original LLaVA"
+    bases = {"llama": "llava_llama", "mistral": "llava_mistral"}
+    model_type = config.language["model_type"]
+    must(model_type in bases, "language.model_type", model_type, who, " or ".join(bases))
+    must(isinstance(config.feature_layer, int), "feature_layer", config.feature_layer, who, "one number")
+    must(named_mlp(config.projector) is not None, "projector", config.projector, who, "linear or mlpNx_gelu")
+    modes = ("square", "pad", "anyres")
+    must(image.mode in modes, "processor.image.mode", image.mode, who, "square, pad or anyres")
+    around = model.processor.around
+    must(around in ((), AROUND), "processor.around", around, who, f"nothing or {AROUND}")
+    tower = vision_config_to_hf(config.vision)
+    must(tower["model_type"] == "clip_vision_model", "vision", tower["model_type"], who, "a tower of CLIP")
+    state, config, tokenizer, losses = _without_image_token(model)
+    weights = llava_to_original(state, config)
+    if config.language.get("tie_word_embeddings"):
+        weights.pop("lm_head.weight")
+    tower_weights = vision_to_hf(part_of(state, "vision."), config.vision, prefix="vision_model.")
+    described = _original_config(model, config, bases[model_type])
+    template, stops = template_of(described), [tokenizer.eos_id, *model.processor.stop_ids]
+    if model.processor.template != template:
+        losses += (f"processor.template {model.processor.template!r}: such a model gets {template!r}",)
+    files = {
+        "config.json": {**described, "torch_dtype": common_dtype(list(weights.values()))},
+        "generation_config.json": {"eos_token_id": stops if stops[1:] else stops[0], "do_sample": False},
+        **shards(weights, shard_bytes),
+        **tokenizer_files(tokenizer, begin=True, end=False, context=model.net.language.context, side="right"),
+        f"{TOWER}/config.json": {**tower, "architectures": ["CLIPVisionModel"]},
+        f"{TOWER}/preprocessor_config.json": image_processor(ImageTransform.clip(config.vision.image_size)),
+        f"{TOWER}/model.safetensors": tower_weights,
+    }
+    own = replace(ImageTransform.clip(config.vision.image_size), mode=image.mode, pinpoints=image.pinpoints)
+    return Export(
+        files=files,
+        losses=(*losses, *published_transform(image, own)),
+        opens="llava.model.builder.load_pretrained_model('FOLDER', None, 'llava-own')",
+    )
+
+
+def _without_image_token(model: Source) -> tuple[dict[str, Tensor], LlavaConfig, Tokenizer, tuple[str, ...]]:
+    """State, configuration and tokenizer without transformers' token for the place of a picture and all rows after it,
+    which their code could write and never reads; and the loss where a token after it is in use."""
+    net, tokenizer = model.net, model.processor.tokenizer
+    state, config = net.state_dict(), net.config
+    if not model.forbidden:
+        return state, config, tokenizer, ()
+    first = min(model.forbidden)
+    tree = json.loads(tokenizer.backend.to_str())
+    above = {name for name, number in tokenizer.backend.get_vocab().items() if number >= first}
+    if not above <= _OF_TRANSFORMERS & {token["content"] for token in tree["added_tokens"]}:
+        return state, config, tokenizer, (f"forbidden {list(model.forbidden)}: their code may write these tokens",)
+    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] not in above]
+    kept = {name.removesuffix("_token"): None if t in above else t for name, t in tokenizer.specials.items()}
+    for name in vocabulary_tables(net.language):
+        state[f"language.{name}"] = state[f"language.{name}"][:first]
+    config = replace(config, language={**config.language, "vocab_size": min(first, net.language.vocab_size)})
+    return state, config, Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(tree)), **kept), ()  # type: ignore[arg-type]
+
+
+def _original_config(model: Source, config: LlavaConfig, model_type: str) -> dict[str, Any]:
+    known = {f"openai/{name}": tower() for name, tower in TOWERS.items()}
+    return {
+        **config.language,
+        "architectures": ["LlavaLlamaForCausalLM" if model_type == "llava_llama" else "LlavaMistralForCausalLM"],
+        "model_type": model_type,
+        "mm_vision_tower": next((name for name, tower in known.items() if tower == config.vision), TOWER),
+        # Their code then reads the tower out of these weights instead of keeping the named one's.
+        "unfreeze_mm_vision_tower": True,
+        "mm_hidden_size": config.feature_width,
+        "mm_projector_type": config.projector,
+        "mm_vision_select_layer": config.feature_layer,
+        "mm_vision_select_feature": config.feature_select,
+        "mm_patch_merge_type": "spatial_unpad" if config.pinpoints else "flat",
+        **({"image_grid_pinpoints": [list(c) for c in turned(config.pinpoints)]} if config.pinpoints else {}),
+        "mm_use_im_start_end": bool(model.processor.around),
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": model.processor.image.mode,
+        "tokenizer_model_max_length": model.processor.max_length,
+        "tokenizer_padding_side": "right",
+    }
+
+
+def open_original_llava(folder: Path, values: Mapping[str, Any] | None, given: Given) -> Opened | None:
+    """A folder of haotian-liu/LLaVA: the full model, a projector alone, or a LoRA with its side file; ``values`` are
+    its config.json's."""
+    if values is None or "mm_vision_tower" not in values:
+        return None
+    given.only("vision", "language", "tokenizer", where=folder)
+    partial = (folder / _PROJECTOR_FILE).is_file() or (folder / _TRAINED_FILE).is_file()
+    language = (given.language or base_named(folder)) if partial else None
+    state, tower = (_base(folder, language, given) if partial else read_state(folder, given.account)), None
+    place = given.vision or _tower_here(folder, values["mm_vision_tower"])
+    if place is not None:
+        encoder = given.encoder(place)
+        config, tower = llava_config_from_original(values, encoder.config), encoder.state
+    elif is_known_tower(values):
+        config = llava_config_from_original(values)
+    else:
+        config = given.need("vision", folder, f"was trained with the vision tower {values['mm_vision_tower']!r}")
+    if partial:
+        ours = _completed(folder, config, state, tower, given)
+    else:
+        ours = llava_from_original(state, config, vision=tower, account=given.account)
+    net = Llava(config)
+    load_into(net, ours, where=folder, account=given.account)
+    base = ImageTransform.clip(
+        config.vision.image_size, "pad" if values.get("image_aspect_ratio") == "pad" else "square"
+    )
+    tiled: dict[str, Any] = {"mode": "anyres", "pinpoints": config.pinpoints} if config.pinpoints else {}
+    image = replace(base, deep="clip", **tiled)
+    found = Path(given.tokenizer or language or folder)
+    tokenizer = open_tokenizer(found)
+    must_agree(folder, found, tokenizer, net.language.vocab_size)
+    processor = SpliceProcessor(
+        tokenizer,
+        image=image,
+        template=template_of(values),
+        max_length=net.language.context or 2048,
+        num_tokens=net.num_tokens(image.size, image.size),
+        around=AROUND if values.get("mm_use_im_start_end") else (),
+        stop_ids=further_stops(found, tokenizer),
+    )
+    image_token = tokenizer.backend.token_to_id("<image>")  # transformers' token, where their tokenizer came along
+    sayable = image_token is not None and image_token < net.language.vocab_size
+    return net, processor, (tokenizer.id_of("<image>"),) if sayable else ()
+
+
+def _tower_here(folder: Path, name: Any) -> Path | None:
+    """The vision tower that a configuration names, where it is a folder here: within the model's, as it says, or beside
+    it."""
+    if _inside(folder, name):
+        return folder / name
+    places = (Path(name), folder.parent / name) if isinstance(name, str) else ()
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def _inside(folder: Path, name: Any) -> bool:
+    """Whether a model's configuration names a folder that lies within its own."""
+    return isinstance(name, str) and Path(name).name == name and (folder / name / "config.json").is_file()
+
+
+def _base(folder: Path, base: str | Path | None, given: Given) -> dict[str, Tensor]:
+    """The language model that a projector or a LoRA belongs to, LoRA merged in, under transformers' names."""
+    if base is None:
+        base = given.need("language", folder, "holds no language model, only what was trained beside it")
+    lm = given.open(str(base)).net.language.lm
+    merge_adapter(lm, folder, given.account)
+    return lm.state_dict()
+
+
+def _completed(
+    folder: Path, config: Any, language: Mapping[str, Tensor], tower: Any, given: Given
+) -> dict[str, Tensor]:
+    if tower is None:
+        given.need("vision", folder, "holds no vision tower")
+    side = folder / (_TRAINED_FILE if (folder / _TRAINED_FILE).is_file() else _PROJECTOR_FILE)
+    trained, newline = without_newline(tensors_of(read_archive(side, given.account), side), config)
+    connector = projector_from_original(trained, config, account=given.account)
+    parts = {"vision": tower, "connector": connector, "language.lm": language}
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()} | newline

@@ -21,6 +21,7 @@ from isthmus.data.processors import processor_from_dict
 from isthmus.data.record import Example
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import ConfigError, nearest
+from isthmus.interop import formats
 from isthmus.net import Net
 from isthmus.stage import named_state
 from isthmus.systems import peers
@@ -65,12 +66,15 @@ class System:
     """What a recipe may build it from. ``init`` is a finished model of this kind to go on from."""
     new_tokens: ClassVar[tuple[str, ...]] = ()
     """Tokens that the language model's vocabulary gets in addition."""
-    exporters: ClassVar[Mapping[str, str]] = {}
-    """Format of ``isthmus convert`` -> ``module:function`` that writes it; every kind can be written as our own."""
     clips: ClassVar[bool] = False
     """Whether it takes a clip as one visual."""
     compute_rule: ClassVar[bool] = False
     """Whether its size and its tokens are held against the compute-optimal rule for language models."""
+
+    @property
+    def exporters(self) -> Mapping[str, str]:
+        """Format of ``isthmus convert`` -> ``module:function`` that writes it; every kind can be written as our own."""
+        return formats.writers(self.kind)
 
     def __init__(self, name: str = "") -> None:
         self.name = name or self.kind

@@ -6,7 +6,7 @@ Its stages are phases of one net, with other parts in each: what a phase has no 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +53,6 @@ class Blip2System(System):
     pipeline = "image-to-text"
     net = Blip2
     parts = ("vision", "language", "bert", "init")
-    exporters: ClassVar = {
-        "hf": "isthmus.interop.export_hf:blip2_export",
-        "lavis": "isthmus.interop.export_original:lavis_export",
-    }
 
     def capabilities(self, net: Any) -> tuple[str, ...]:
         """By phase. Where it looked is told with a causal language model only."""

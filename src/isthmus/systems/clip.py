@@ -1,7 +1,7 @@
 """CLIP and SigLIP as a system: two towers trained from nothing, the text tower's vocabulary from the tokenizer."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,6 @@ class ClipSystem(System):
     pipeline = "zero-shot-image-classification"
     net = Clip
     parts = ("init",)
-    exporters: ClassVar = {
-        "hf": "isthmus.interop.export_hf:clip_export",
-        "openai": "isthmus.interop.export_original:openai_export",
-        "open_clip": "isthmus.interop.export_original:open_clip_export",
-    }
 
     def capabilities(self, net: Any) -> tuple[str, ...]:
         return ("embed_images", "embed_texts", "similarity", "classify", "vision_features")

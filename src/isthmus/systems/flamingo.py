@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,6 @@ class FlamingoSystem(System):
     title = "Flamingo"
     net = Flamingo
     new_tokens = NEW_TOKENS
-    exporters: ClassVar = {
-        "hf": "isthmus.interop.export_hf:idefics_export",
-        "open_flamingo": "isthmus.interop.export_original:open_flamingo_export",
-    }
     clips = True
 
     def capabilities(self, net: Any) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """LLaVA as a system: an encoder and a language model from parts, projected patches among the words."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from isthmus.models.llava import Llava
 from isthmus.systems.base import System
@@ -12,10 +12,6 @@ class LlavaSystem(System):
     kind = "llava"
     title = "LLaVA"
     net = Llava
-    exporters: ClassVar = {
-        "hf": "isthmus.interop.export_hf:llava_export",
-        "original": "isthmus.interop.export_original:original_llava_export",
-    }
 
     def capabilities(self, net: Any) -> tuple[str, ...]:
         return (*super().capabilities(net), "attend")

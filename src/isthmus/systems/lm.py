@@ -1,7 +1,7 @@
 """A language model on its own as a system: its vocabulary comes from the tokenizer that is made first."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from isthmus.config import merged
 from isthmus.data.chat import default_template
@@ -19,7 +19,6 @@ class LmSystem(System):
     pipeline = "text-generation"
     net = BareLM
     parts = ("init",)
-    exporters: ClassVar = {"hf": "isthmus.interop.export_hf:lm_export"}
     compute_rule = True
 
     def capabilities(self, net: Any) -> tuple[str, ...]:

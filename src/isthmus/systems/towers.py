@@ -1,6 +1,6 @@
 """One tower of a CLIP or SigLIP as a system. They are opened, not trained."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +21,6 @@ class ImageEncoderSystem(System):
     pipeline = "image-feature-extraction"
     net = ImageEncoder
     parts = ()
-    exporters: ClassVar = {"hf": "isthmus.interop.export_hf:image_encoder_export"}
 
     def capabilities(self, net: Any) -> tuple[str, ...]:
         """Embeddings only where the tower reaches the space that texts share; nothing at all where it pools nothing and
@@ -64,7 +63,6 @@ class TextEncoderSystem(System):
     pipeline = "feature-extraction"
     net = TextEncoder
     parts = ()
-    exporters: ClassVar = {"hf": "isthmus.interop.export_hf:text_encoder_export"}
 
     def capabilities(self, net: Any) -> tuple[str, ...]:
         return ("embed_texts",)
