@@ -123,7 +123,7 @@ def test_misfits_are_named():
 )
 def test_variants_beyond_clip_are_refused(where, field):
     values, _, _ = _fixture("clip_gelu")
-    with pytest.raises(CheckpointError, match="both ways|" + next(iter(field))):
+    with pytest.raises(CheckpointError, match="both directions|" + next(iter(field))):
         clip_config_from_open_clip({**values, where: {**values[where], **field}})
 
 
