@@ -79,6 +79,13 @@ def language(dice: random.Random, kind: str, rows: int, **more: Any) -> Any:
     return AutoConfig.for_model(kind, **{**own, **shared})
 
 
+def _below(config: Any) -> Any:
+    """An LM under pictures: their projection is as wide as the blocks there, so only such an OPT runs at all."""
+    if config.model_type == "opt":
+        config.word_embed_proj_dim = config.hidden_size
+    return config
+
+
 def _pieces(dice: random.Random) -> str:
     """How the words of a language model are cut."""
     return dice.choice(("", "", "each", "first"))
@@ -193,7 +200,7 @@ def _llava(dice: random.Random, folder: Path) -> Any:
     tower = {"model_type": f"{'siglip' if siglip else 'clip'}_vision_model", **clip_vision(dice)}
     config = transformers.LlavaConfig(
         vision_config=tower,
-        text_config=language(dice, kind, len(words) + dice.choice((0, 5)), tie_word_embeddings=False),
+        text_config=_below(language(dice, kind, len(words) + dice.choice((0, 5)), tie_word_embeddings=False)),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         vision_feature_select_strategy="full" if siglip else dice.choice(("default", "full")),
         vision_feature_layer=dice.choice((-1, -2, [-2, -1])),
@@ -285,9 +292,7 @@ def _blip2(dice: random.Random, folder: Path) -> Any:
             "decoder_start_token_id": 0,
         }
     else:
-        text = language(dice, dice.choice(("opt", "llama", "qwen2", "gpt_neox", "granite")), len(words) + 3)
-        if text.model_type == "opt":  # their projection is as wide as the blocks, so only such an OPT runs there
-            text.word_embed_proj_dim = text.hidden_size
+        text = _below(language(dice, dice.choice(("opt", "llama", "qwen2", "gpt_neox", "granite")), len(words) + 3))
     reader = bert(folder / "qformer_tokenizer") if instruct else None
     parts = _blip2_parts(dice, folder, 60 if reader is None else len(reader))
     images, queries = BlipImageProcessorPil(size={"height": 32, "width": 32}), parts["num_query_tokens"]
