@@ -45,7 +45,7 @@ def test_good_conversations_pass(text):
 BAD = {
     "cut": (GOOD[0], "conversation", {"finish": "length"}),
     "empty": (" \n", "detail", {}),
-    "refusal": ("I'm sorry, but I cannot describe pictures.", "detail", {}),
+    "refusal": ("I'm sorry, but I cannot describe dogs.", "detail", {}),
     "leaked words": (asked(("Is a dog in the captions?", "Yes, a dog runs.")), "conversation", {}),
     "leaked coordinates": ("Two brown dogs are at [0.1, 0.1, 0.5, 0.5].", "detail", {}),
     "cannot be told": (asked(("How old are the dogs?", "They are two.")), "conversation", {}),
@@ -54,6 +54,7 @@ BAD = {
     "wrong count": (asked(("How many dogs are there?", "There are three dogs.")), "conversation", {}),
     "colour": (asked(("What colour are the dogs?", "They are black.")), "conversation", {}),
     "not there": ("Two brown dogs run on grass. A cat sits beside them.", "detail", {}),
+    "nothing of it": ("A box of sweets lies on a bed, and the bed is on a table.", "detail", {}),
 }
 
 
@@ -92,7 +93,7 @@ def test_faults_in_other_words(text, kind, name):
     [
         "One dog of the two is ahead of the other.",  # fewer: some of them
         "A dog chases the ball. The ball is to its right.",  # also called so
-        "There is no cat, and neither is there a person.",
+        "Dogs run. There is no cat, and neither is there a person.",
         "The dogs could be looking for a potted plant.",
     ],
 )

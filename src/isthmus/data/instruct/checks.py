@@ -14,7 +14,7 @@ from isthmus.errors import ConfigError, nearest
 
 _PATTERNS = ("refusal", "leaked words", "leaked coordinates", "cannot be told", "no answer")
 _WORDS = ("colours", "supposing")
-NAMES = ("cut", "empty", *_PATTERNS, "bad form", "wrong count", "colour", "not there")
+NAMES = ("cut", "empty", *_PATTERNS, "bad form", "wrong count", "colour", "not there", "nothing of it")
 """The reasons, in the order in which they are tried."""
 NUMBERS = {
     "no": 0, "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
@@ -87,6 +87,8 @@ class Checks:
             return self._miscounted(turns, symbols)
         if name == "colour":
             return self._coloured(texts, symbols) if prompt.kind != "reasoning" else ""
+        if name == "nothing of it":
+            return self._nothing_of_it(texts, symbols) if prompt.kind == "detail" else ""
         return self._not_there(texts, symbols)
 
     def _matched(self, name: str, turns: Turns) -> str:
@@ -146,6 +148,13 @@ class Checks:
                 if re.search(rf"\b({re.escape(category)})(s|es)?\b", rest, re.IGNORECASE):
                     return f"{category!r} is in no box and no caption, in {_short(sentence)}"
         return ""
+
+    def _nothing_of_it(self, texts: Sequence[str], symbols: Symbols) -> str:
+        """A description that names no thing of the boxes is one of something else."""
+        told = " ".join(texts)
+        if not symbols.counts or any(self._named(category, told) for category in symbols.counts):
+            return ""
+        return f"none of {', '.join(sorted(symbols.counts))}, in {_short(told)}"
 
     def _claims(self, texts: Sequence[str]) -> list[str]:
         """The sentences that neither suppose nor deny."""
