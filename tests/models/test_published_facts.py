@@ -6,14 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from isthmus.adapters import Lora
 from isthmus.batch import Batch
+from isthmus.evaluation import few_shot
 from isthmus.evaluation.rerank import RerankTask
 from isthmus.interop.hf_blip2 import to_hf
 from isthmus.models.blip2 import Blip2, Blip2Config
+from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.llava import Llava, LlavaConfig
 from isthmus.nn.connectors.qformer import QFormerConnector
 from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig
 from isthmus.nn.gated import GatedBlock, GatedConfig
+from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.recipes.schema import read_recipe
 from isthmus.stage import Group, apply_stage
@@ -66,6 +70,29 @@ def test_the_newline_starts_as_long_as_an_embedding() -> None:
     spread(Llava(config).image_newline.detach(), 2304**-0.5)
 
 
+def test_clips_image_tower_and_projections_start_by_their_widths() -> None:
+    """2103.00020's code: w^-1/2 for the class token and positions, and for both projections."""
+    torch.manual_seed(0)
+    vision = VisionConfig(image_size=8, patch_size=1, width=256, layers=1, heads=4, mlp_width=8)
+    text = TextConfig(vocab_size=8, width=128, layers=1, heads=2, mlp_width=8, eot_id=7)
+    net = Clip(ClipConfig(vision=vision, text=text, embed_dim=64))
+    spread(net.vision.positions.detach(), 256**-0.5)
+    assert isinstance(net.heads.vision_projection, nn.Linear)
+    spread(net.heads.vision_projection.weight.detach(), 256**-0.5)
+    spread(net.heads.text_projection.weight.detach(), 128**-0.5)
+
+
+def test_what_presets_and_defaults_fix_by_a_number() -> None:
+    assert TextConfig.siglip(8, 1, 1, 8).activation == VisionConfig.siglip_b_16().activation == "gelu_tanh"
+    heads = Blip2(tiny_blip2.tiny("represent").config).heads
+    assert heads is not None
+    assert heads.temperature.item() == pytest.approx(0.07)
+    defaults = Blip2Config.vit_l_opt_2_7b()
+    assert (defaults.norm_eps, defaults.label_smoothing, defaults.embed_dim) == (1e-5, 0.1, 256)
+    assert (few_shot.POOL, few_shot.TEXT_SHOTS) == (2048, 2)  # 2204.14198, appendix B.2
+    assert Lora(rank=128).scale == 256  # 2310.03744's recipe
+
+
 def test_the_papers_resampler_and_blocks_square_their_relu() -> None:
     """Table 5 of 2204.14198; OpenFlamingo's have the GELU."""
     x = torch.tensor([-2.0, 0.5, 3.0])
@@ -103,6 +130,7 @@ def test_openflamingos_stage() -> None:
     """2308.01390, section 3: 1,875 steps of 2,048 pages and 4,096 pairs warm up, then a constant rate."""
     (spec,) = read_recipe("open-flamingo-4b", to_show=True).stages
     assert [(e["batch_size"], e["loss_weight"]) for e in spec.data] == [(2048, 1.0), (4096, 0.2)]
+    assert (spec.data[0]["min_sim"], spec.data[0]["max_images"]) == (0.24, 6)
     assert spec.stage.warmup_count == 1_875 * (2048 + 4096)
     assert (spec.stage.decay, spec.stage.clip_norm) == ("constant", 1.0)
     decays = {g.pattern: g.weight_decay for g in spec.stage.train}
