@@ -105,8 +105,10 @@ def main() -> None:
     given = options.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)  # before any fork
-    for kind in ("clip", "llama", "llava"):  # what most tests load first; a fork then has it
-        import_module(f"transformers.models.{kind}.modeling_{kind}")
+    # What most tests load first; a fork then has it.
+    models = (f"transformers.models.{kind}.modeling_{kind}" for kind in ("clip", "llama", "llava"))
+    for name in ("beartype.claw", "hypothesis", "jaxtyping", "requests", "schemathesis", "xdist", *models):
+        import_module(name)
     rows, lost, chosen = [], 0, [f for f in table() if not given.only or any(part in f.fact for part in given.only)]
     for fact in chosen:
         started = time.monotonic()
