@@ -47,14 +47,13 @@ def recipes(story: Path) -> dict[str, Recipe]:
 
 def tuned(story: Path, *, ends: bool = False) -> dict[str, Any]:
     """Adapters and an average of weights, measured on the way: five rows of loss in two batches, five questions. With
-    ``ends`` a stage whose rate only makes it worse, so that it ends early."""
+    ``ends`` a stage whose rate only makes it worse, so that it ends early, by one batch, of which one process has none.
+    """
     found = tree("llava", story)
     found["parts"] = {"init": str(story / "llava")}
     connector = {"pattern": "connector.*", "lr": 1.0 if ends else 1e-3}
-    validate: dict[str, Any] = {"every": 1 if ends else 2, "data": [HELD_OUT], "rows": 5}
-    validate |= {"keep_best": {"metric": "loss", "patience": 1}} if ends else {"tasks": ["vqa"]}
-    if not ends:
-        validate["keep_best"] = {"metric": "loss"}
+    validate: dict[str, Any] = {"every": 1 if ends else 2, "data": [HELD_OUT], "rows": 4 if ends else 5}
+    validate |= {"keep_best": {"metric": "loss", "patience": 1 if ends else None}, "tasks": [] if ends else ["vqa"]}
     own: dict[str, Any] = {"steps": 9} if ends else {"steps": 3, "ema": 0.5}
     train = [connector] if ends else [LORA, connector]
     found["stages"] = [found["stages"][1] | own | {"train": train, "validate": validate}]
@@ -64,8 +63,7 @@ def tuned(story: Path, *, ends: bool = False) -> dict[str, Any]:
 def evaluations(story: Path, folder: Path, trained: Path) -> None:
     """What is scored in one process and in two, models of ``trained``: more questions than processes, fewer, a ranking,
     and a picture that cannot be decoded among the second process's."""
-    asked: dict[str, Any] = {"task": None, "data": None, "train": None, "options": (), "seed": 0}
-    command(str(trained / "tuned"), **asked, limit=7, out=folder / "seven", json_file=folder / "seven.json")
+    command(str(trained / "tuned"), given={}, limit=7, out=folder / "seven", json_file=folder / "seven.json")
     alone = [spec.model_copy(update={"options": SHORT | {"controls": []}}) for spec in own_tasks(trained / "tuned")]
     score_model(load(trained / "tuned"), alone, folder / "one", model_hash="x", limit=1)
     score_model(load(trained / "clip"), own_tasks(trained / "clip"), folder / "ranks", model_hash="x")
