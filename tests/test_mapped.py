@@ -107,6 +107,13 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_others_do_not_share_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(mapped, "all_gather", lambda value: [("weights.tmp-0", {})])
+    with pytest.raises(CheckpointError, match=r"Process 0 cannot map .*weights.tmp-0 .*must be on a disk that all"):
+        mapped.shared({"a": torch.ones(1)}.items(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / "weights.tmp-1").write_bytes(b"left over")
     mapped.shared({"a": torch.ones(1)}.items(), tmp_path)

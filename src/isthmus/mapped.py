@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isthmus.errors import CheckpointError
-from isthmus.processes import all_gather, first, wait
+from isthmus.processes import all_gather, first, rank, wait
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -155,8 +155,14 @@ def _shared(folder: Path, file: "_File | None", tensors: Iterable[tuple[str, Ten
 
 
 def _mapped(path: Path, table: Mapping[str, Place]) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    try:
+        with path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise CheckpointError(
+            f"Process {rank()} cannot map {path} ({error.strerror}), in which the first process wrote the net's "
+            "weights: the run's folder must be on a disk that all processes share, one that can map files."
+        ) from error
     return {name: _tensor(pages, place) for name, place in table.items()}
 
 
