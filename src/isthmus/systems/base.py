@@ -123,7 +123,10 @@ class System:
 
     def take(self, net: Any, parts: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """Put the parts' weights into a fresh net. Tensors that it has no place for as yet are returned, under the
-        names that they will have; random numbers come from the recipe's seed."""
+        names that they will have; random numbers come from the recipe's seed.
+
+        With FSDP2 all processes but the first call it for a net whose parameters have no values (meta): copying into
+        them does nothing there, and they cannot be read as numbers (:mod:`isthmus.mapped`)."""
         if "init" in parts:
             net.load_state_dict(parts["init"].net.state_dict())
         for name in ("vision", "language"):
