@@ -19,6 +19,8 @@ from isthmus.errors import DataError
 
 T = TypeVar("T")
 
+CAUSAL = "lm"
+"""The stream of a causal language model; an encoder-decoder reads ``encoder`` and writes ``decoder``."""
 IGNORE = -100
 """Label of a position where nothing is learnt (the value PyTorch's cross-entropy ignores)."""
 

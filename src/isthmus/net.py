@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from isthmus.batch import Batch, Term
+from isthmus.batch import CAUSAL, Batch, Term
 from isthmus.errors import CapabilityError
 from isthmus.nn.precision import cast_weights
 from isthmus.nn.tap import Tap
@@ -32,7 +32,7 @@ class Net(StagedNet):
     """Whether its loss needs the rows of all processes at once."""
     gradient_cache: bool = False
     """Whether it has :meth:`cached_loss`."""
-    prompt_stream: str = "lm"
+    prompt_stream: str = CAUSAL
     """The stream that its visual tokens stand in: ``encoder`` before an encoder-decoder."""
     tap: Tap | None = None
     """What it reads of its vision encoder; none: features cannot be cached."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from isthmus.batch import CAUSAL
 from isthmus.data.collate import collate
 from isthmus.data.record import Example
 from isthmus.data.shared import Cut, cut
@@ -37,7 +38,7 @@ def together(
 def _shares(net: Any, decoding: Decoding) -> bool:
     """Whether rows of this net can go on from a beginning that was read apart. A seed per row belongs to its place in
     the batch."""
-    causal = net.shares_beginning and net.prompt_stream == "lm"
+    causal = net.shares_beginning and net.prompt_stream == CAUSAL
     return causal and net.language.writable is True and not isinstance(decoding.seed, tuple)
 
 

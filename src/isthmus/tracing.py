@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from isthmus.batch import CAUSAL
 from isthmus.data.attention import Attention, with_answer
 from isthmus.data.collate import collate
 from isthmus.data.record import Example
@@ -19,7 +20,7 @@ def attention_of(model: Any, prompt: Example, answer: list[int]) -> Attention:
     for group in batch.visuals:
         assert group.pixels is not None  # collate decodes
         grids |= dict.fromkeys(group.index.tolist(), model.net.vision.grid(*group.pixels.shape[-2:]))
-    start = len(prompt.streams["lm"].ids) - 1  # the position before a token is the one that chose it
+    start = len(prompt.streams[CAUSAL].ids) - 1  # the position before a token is the one that chose it
     maps = [m[:, start : start + len(answer)].cpu() for m in model.net.attention(batch)[0]]
     return Attention(
         text=tokenizer.decode(answer).strip(),
@@ -35,14 +36,14 @@ def check_gaps(model: Any, settings: Decoding) -> None:
         if getattr(settings, name) != getattr(greedy, name):
             raise ConfigError(f"Gaps of the two best tokens are those of plain greedy decoding; leave {name} out.")
     model.need("answer")
-    if model.net.prompt_stream != "lm":
+    if model.net.prompt_stream != CAUSAL:
         raise CapabilityError("Gaps between the two best tokens need a causal language model.")
 
 
 def gap_of(model: Any, prompt: Example, answer: list[int], settings: Decoding) -> float:
     """The smallest distance (in logits) of the two best tokens at any step of the ``answer`` to ``prompt``."""
     batch = collate([with_answer(prompt, answer)]).to(model.device)
-    start = len(prompt.streams["lm"].ids) - 1
+    start = len(prompt.streams[CAUSAL].ids) - 1
     steps = model.net.logits(batch)[0, start:][: settings.max_new_tokens].float()
     steps[:, list(settings.forbidden_ids)] = -torch.inf
     best = steps.topk(2).values

@@ -98,6 +98,30 @@ def test_folders_that_cannot_be_scored(tmp_path):
             rescore(folder)
 
 
+def test_outputs_of_another_form_are_named(tmp_path):
+    evaluate(Reader(), VqaTask(name="t", records=animals()[:1], controls=()), tmp_path)
+    outputs, manifest = tmp_path / "outputs.jsonl", tmp_path / "manifest.json"
+    row, facts = json.loads(outputs.read_text()), json.loads(manifest.read_text())
+    for content, words in [
+        (json.dumps({"id": "q0"}), "do not hold what a task of kind 'vqa' is scored by .*KeyError"),
+        (json.dumps(row | {"truth": 3}), "do not hold .*TypeError"),
+        (json.dumps([1]), "line 1 is damaged"),
+        ("\udcff", "line 1 is damaged"),
+    ]:
+        outputs.write_bytes(content.encode(errors="surrogateescape") + b"\n")
+        with pytest.raises(DataError, match=words):
+            rescore(tmp_path)
+    outputs.write_text(json.dumps(row) + "\n")
+    manifest.write_text(json.dumps(facts | {"seed": "x"}))
+    with pytest.raises(DataError, match="its outputs and its manifest do not hold"):
+        rescore(tmp_path)
+    manifest.write_text("[1]")
+    with pytest.raises(ConfigError, match="is no manifest but a list"):
+        evaluate(Reader(), VqaTask(name="t", records=animals()[:1], controls=()), tmp_path)
+    with pytest.raises(DataError, match="is damaged"):
+        rescore(tmp_path)
+
+
 class Often(Reader):
     """Right in all but every ``n``-th question."""
 

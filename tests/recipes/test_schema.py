@@ -72,6 +72,11 @@ def test_equal_stage_names_are_refused():
         parse_recipe(TREE | {"stages": [STAGE, STAGE]})
 
 
+def test_a_recipe_that_is_no_mapping_is_named():
+    with pytest.raises(ConfigError, match="must be a mapping of keys; it is a list"):
+        parse_recipe([TREE])  # type: ignore[arg-type]
+
+
 def test_missing_recipe_names_the_nearest(tmp_path):
     (tmp_path / "cards.yaml").touch()
     with pytest.raises(ConfigError, match=r"No recipe file .*card\.yaml; did you mean '.*cards\.yaml'\?$"):

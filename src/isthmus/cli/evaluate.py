@@ -150,6 +150,7 @@ def counted(shots: str | None, more: Sequence[int]) -> list[int]:
 def _over_shots(place: Path, results: Sequence[Any]) -> Path | None:
     """``shots.html`` in ``place``: each task's score over the number of shots, what is reached without looking, and the
     same task spoilt on purpose (``lessons-8-shots-permuted``). None unless a task was scored with several numbers."""
+    from isthmus.comparison.compare import answers_of
     from isthmus.comparison.report import Chart, Report, write_report
     from isthmus.evaluation.caption_task import MAIN
 
@@ -172,7 +173,7 @@ def _over_shots(place: Path, results: Sequence[Any]) -> Path | None:
     if not charts:
         return None
     # The page's table is of answers; captions have their curve.
-    scores = {r.task: r.scores for r in results if "-shots" in r.task and hasattr(r.scores, "overall")}
+    scores = {r.task: a for r in results if "-shots" in r.task and (a := answers_of(r.scores)) is not None}
     return write_report(place / "shots.html", Report(title="Score over shots", scores=scores, charts=charts))
 
 

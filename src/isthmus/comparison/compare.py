@@ -23,7 +23,7 @@ from isthmus.evaluation.results import write_json
 from isthmus.evaluation.run import Result
 from isthmus.evaluation.sound import first_sound
 from isthmus.evaluation.turns import turns
-from isthmus.evaluation.vqa import VqaScores
+from isthmus.evaluation.vqa import HasAnswers, VqaScores
 from isthmus.interop.hub import located, model_hash
 from isthmus.model import Model
 from isthmus.recipes.schema import EvalSpec, Recipe
@@ -206,7 +206,9 @@ def _kept(file: Path, model: str) -> dict[str, Any] | None:
 
 def answers_of(scores: Any) -> VqaScores | None:
     """Scores of answers: what they are, or what stands among other scores (yes or no, conversations)."""
-    return scores if isinstance(scores, VqaScores) else getattr(scores, "answers", None)
+    if isinstance(scores, VqaScores):
+        return scores
+    return scores.answers if isinstance(scores, HasAnswers) else None
 
 
 def questions_of(spec: EvalSpec, most: int) -> list[Record]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from isthmus.batch import IGNORE
+from isthmus.batch import CAUSAL, IGNORE
 from isthmus.data.record import Example, Span
 
 FEW = 32
@@ -30,7 +30,7 @@ def shared_beginning(examples: Sequence[Example]) -> tuple[Example, list[Tensor]
     first, visuals = examples[0], _visuals(examples)
     if any(keys != visuals[0] for keys in visuals):
         return None
-    written = "decoder" if "decoder" in first.streams else "lm"
+    written = "decoder" if "decoder" in first.streams else CAUSAL
     spans = [example.streams[written] for example in examples]
     others = [name for name in first.streams if name != written]
     if any(e.streams[name].ids != first.streams[name].ids for e in examples for name in others):
@@ -40,9 +40,9 @@ def shared_beginning(examples: Sequence[Example]) -> tuple[Example, list[Tensor]
     if end < 1 or any(p.start >= end for e in examples for p in e.places if p.stream == written):
         return None
     streams = {name: Span(first.streams[name].ids) for name in others}
-    if written == "lm":
+    if written == CAUSAL:
         media_index = spans[0].media_index
-        streams["lm"] = Span(spans[0].ids[:end], None, None if media_index is None else media_index[:end])
+        streams[CAUSAL] = Span(spans[0].ids[:end], None, None if media_index is None else media_index[:end])
     return (
         replace(first, streams=streams),
         [torch.tensor(s.ids[end:]) for s in spans],
@@ -53,14 +53,14 @@ def shared_beginning(examples: Sequence[Example]) -> tuple[Example, list[Tensor]
 def cut(examples: Sequence[Example]) -> Cut | None:
     """Prompts of a causal language model cut after what they all begin with, visuals and text; none where that is not
     worth reading apart. Something is left of every prompt."""
-    if len(examples) < 2 or any("lm" not in example.streams for example in examples):
+    if len(examples) < 2 or any(CAUSAL not in example.streams for example in examples):
         return None
     first, visuals = examples[0], _visuals(examples)
-    others = [name for name in first.streams if name != "lm"]  # what else is read beside the pictures
+    others = [name for name in first.streams if name != CAUSAL]  # what else is read beside the pictures
     if any(e.streams[name].ids != first.streams[name].ids for e in examples for name in others):
         return None
-    end = _equal([e.streams["lm"].ids for e in examples], min(len(e.streams["lm"].ids) for e in examples) - 1)
-    places = [sorted((p for p in e.places if p.stream == "lm"), key=lambda p: p.start) for e in examples]
+    end = _equal([e.streams[CAUSAL].ids for e in examples], min(len(e.streams[CAUSAL].ids) for e in examples) - 1)
+    places = [sorted((p for p in e.places if p.stream == CAUSAL), key=lambda p: p.start) for e in examples]
     count = 0
     for n, place in enumerate(places[0]):
         same = all(len(own) > n and own[n] == place for own in places)
@@ -78,11 +78,11 @@ def cut(examples: Sequence[Example]) -> Cut | None:
 
 
 def _upto(example: Example, end: int, count: int) -> Example:
-    span = example.streams["lm"]
+    span = example.streams[CAUSAL]
     own = Span(span.ids[:end], None, None if span.media_index is None else span.media_index[:end])
     return replace(
         example,
-        streams={**example.streams, "lm": own},
+        streams={**example.streams, CAUSAL: own},
         visuals=example.visuals[:count],
         pixels=example.pixels[:count],
         sizes=example.sizes[:count],
@@ -91,11 +91,11 @@ def _upto(example: Example, end: int, count: int) -> Example:
 
 
 def _after(example: Example, end: int, count: int) -> Example:
-    span = example.streams["lm"]
+    span = example.streams[CAUSAL]
     own = Span(span.ids[end:], None, None if span.media_index is None else span.media_index[end:])
     return replace(
         example,
-        streams={**example.streams, "lm": own},
+        streams={**example.streams, CAUSAL: own},
         visuals=example.visuals[count:],
         pixels=example.pixels[count:],
         sizes=example.sizes[count:],

@@ -1,7 +1,8 @@
 """Score folders without a model: scoring again, and two folders held against each other pair by pair."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,10 @@ def read_folder(path: str | Path) -> Folder:
         raise DataError(f"{manifest_file} is damaged ({error!r}); evaluate anew.") from None
     rows: list[Row] = []
     seen: set[str] = set()
-    with outputs.open(encoding="utf-8", newline="\n") as file:  # an answer may hold other ends of lines
+    with outputs.open("rb") as file:  # its lines end in newlines alone: an answer may hold other ends of lines
         for number, line in enumerate(file, start=1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
                 name = str(row["id"])
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise DataError(f"{outputs}, line {number} is damaged; delete that line and evaluate again.") from None
@@ -81,7 +82,8 @@ def rescore(path: str | Path, *, rule: str | None = None, code: Iterable[str | P
     manifest = folder.manifest
     target = "scores.json" if folder is own else f"scores.{rule}.json"
     task = task_class(manifest, code)
-    scores = score_again(task, folder.rows, manifest)
+    with _named_rows(folder):
+        scores = score_again(task, folder.rows, manifest)
     warn_of(folder.rows, captions=folder.kind == "caption")
     name = str(manifest.get("task", folder.path.name))
     left_out = int(manifest.get("left_out", 0))
@@ -172,9 +174,23 @@ def compare(
     ]
 
 
+@contextmanager
+def _named_rows(folder: Folder) -> Iterator[None]:
+    """Rows that do not hold what such a task is scored by are an error of the folder's."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{folder.path}: its outputs and its manifest do not hold what a task of kind {folder.kind!r} is scored by "
+            f"({type(error).__name__}: {error}). Were they edited? Evaluate anew."
+        ) from error
+
+
 def _outcomes(task: type[Task], first: Folder, folder: Folder) -> Outcomes:
     """What each of the first folder's items contributes to this folder's scores."""
-    found = task.outcomes(_aligned(first, folder), folder.manifest)
+    rows = _aligned(first, folder)
+    with _named_rows(folder):
+        found = task.outcomes(rows, folder.manifest)
     if found is None:
         raise ConfigError(f"Scores of kind {first.kind!r} are not means over items and cannot be paired here.")
     return found

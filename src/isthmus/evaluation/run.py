@@ -143,8 +143,10 @@ def _settle(path: Path, manifest: Mapping[str, Any]) -> None:
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON ({error}); delete the folder to evaluate anew.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is no manifest but a {type(found).__name__}; delete the folder to evaluate anew.")
     changed = [k for k in {**found, **manifest} if found.get(k) != manifest.get(k)]
     if changed:
         differences = "; ".join(f"{k}: {_short(found.get(k))} there, {_short(manifest.get(k))} now" for k in changed)

@@ -11,7 +11,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -160,6 +160,14 @@ class VqaScores:
     def to_dict(self) -> dict[str, Any]:
         """The overall facts, with ``kinds`` beside them: what stands under ``models.<name>`` in results.json."""
         return {**self.overall.to_dict(), "kinds": {k: s.to_dict() for k, s in self.kinds.items()}}
+
+
+@runtime_checkable
+class HasAnswers(Protocol):
+    """Scores that hold those of answers among others: yes or no, conversations, groups."""
+
+    @property
+    def answers(self) -> VqaScores: ...
 
 
 def score(rows: Sequence[Facts], *, rule: Rule = EXACT, seed: int = 0) -> VqaScores:

@@ -395,6 +395,8 @@ M = TypeVar("M", bound=BaseModel)
 def checked(kind: type[M], tree: Mapping[str, Any], where: str, nested: Mapping[str, type[BaseModel]]) -> M:
     """``tree`` as a ``kind``, whose keys in ``nested`` hold those. Raises ConfigError in words, the nearest key named
     for an unknown one."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"Recipe {where} must be a mapping of keys; it is a {type(tree).__name__}.")
     try:
         return kind.model_validate(dict(tree))
     except ValidationError as error:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image as PilImage
 from torch import Tensor
 
-from isthmus.batch import Batch
+from isthmus.batch import CAUSAL, Batch
 from isthmus.data.attention import with_answer
 from isthmus.data.collate import collate
 from isthmus.data.images import MadeImage
@@ -80,7 +80,7 @@ def answered(model: Any, prompt: Example, answer: Sequence[int]) -> Example:
     if "encoder" in prompt.streams:
         start = model.processor.start_id
         return replace(prompt, streams={**prompt.streams, "decoder": Span([start, *answer])})
-    beside = {name: span for name, span in prompt.streams.items() if name != "lm"}
+    beside = {name: span for name, span in prompt.streams.items() if name != CAUSAL}
     example = with_answer(prompt, answer)
     return replace(example, streams={**example.streams, **beside})
 

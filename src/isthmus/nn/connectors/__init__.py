@@ -15,7 +15,7 @@ from torch import nn
 
 from isthmus.config import check_options, strict
 from isthmus.errors import ConfigError, nearest
-from isthmus.nn.connectors.base import Connector
+from isthmus.nn.connectors.base import Connector, CountsTokens
 from isthmus.nn.connectors.pooling import AttentionPool, AveragePool, PixelShuffle
 from isthmus.nn.connectors.projector import Projector
 from isthmus.nn.connectors.qformer import QFormerConfig, QFormerConnector
@@ -85,7 +85,7 @@ def build_connector(projector: str | Mapping[str, Any], vision_width: int, out_w
 
 def _users(kind: str, vision_width: int, out_width: int, options: Mapping[str, Any]) -> Any:
     cls = resolve(kind)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and callable(getattr(cls, "num_tokens", None))):
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and issubclass(cls, CountsTokens)):
         raise ConfigError(
             f"connector {label(kind)!r} must be a class that derives from isthmus.nn.connectors.Connector, or an "
             "nn.Module with forward(features) and num_tokens(frames, grid)."

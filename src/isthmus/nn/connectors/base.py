@@ -2,12 +2,20 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.batch import Tokens
 from isthmus.errors import CapabilityError, ConfigError
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """What a connector says beside being a module."""
+
+    def num_tokens(self, frames: int, grid: tuple[int, int]) -> int: ...
 
 
 class Connector(nn.Module, ABC):
