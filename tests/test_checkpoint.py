@@ -37,6 +37,15 @@ FILES = {
 }
 
 
+def test_all_files_of_a_folder_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o022)
+    try:
+        write_folder(tmp_path / "model", FILES)
+    finally:
+        os.umask(before)
+    assert {oct(f.stat().st_mode & 0o777) for f in (tmp_path / "model").rglob("*") if f.is_file()} == {"0o644"}
+
+
 def test_a_folder_round_trips(tmp_path):
     path = write_folder(tmp_path / "model", FILES)
     files = read_folder(path)

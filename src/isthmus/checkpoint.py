@@ -337,7 +337,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         storages.add(storage)
         ready[name] = tensor
     try:
+        Path(path).touch()
+        mode = Path(path).stat().st_mode  # what the user's umask says; the library's own file is its owner's alone
         save_file(ready, path)
+        Path(path).chmod(mode)
     except OSError:
         raise
     except Exception as error:
