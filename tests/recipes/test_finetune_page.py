@@ -26,8 +26,8 @@ NAMES = ["red", "blue", "a green ball", "two rings"]
 
 def commands(kind):
     """Every command of the page that has to do with a kind of model."""
-    blocks = re.findall(r"^```\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    lines = [shlex.split(line) for language, block in blocks if not language for line in block.splitlines()]
     whose = {"runs/my-captions": "blip2", "runs/my-whole-clip": "clip"}
     own = [words[1:] for words in lines if any(f"my-{kind}" in w or f"finetune-{kind}" in w for w in words)]
     assert [words[0] for words in own[:6]] == ["check", "train", "eval", "verify", "convert", "verify"]
