@@ -13,7 +13,7 @@ from tests import shapes  # noqa: F401  (named below)
 # left out, for the hook hides from torch that a function is a generator.
 SHAPED = [
     *("isthmus.nn", "isthmus.models"),
-    *(f"isthmus.language.{name}" for name in ("causal", "library", "scoring", "seq2seq", "window")),
+    *(f"isthmus.language.{name}" for name in ("causal", "decoder", "library", "scoring", "seq2seq", "window")),
     *("isthmus.data.images", "isthmus.data.augment", "isthmus.data.cache"),
 ]
 install_import_hook(SHAPED, "tests.shapes.shapes_only")

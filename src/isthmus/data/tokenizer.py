@@ -116,7 +116,7 @@ class Tokenizer:
 
     def around_pictures(self) -> "Tokenizer":
         """A tokenizer that reads the text before and after a picture as one, as transformers does: a dummy space that
-        belongs to the front of a text does not come again behind a picture. This one where that is no difference."""
+        belongs to the front of a text does not come again after a picture. This one where that is no difference."""
         if self.encode(f"a{PLACE}a") == [*(one := self.encode("a")), self.place_id, *one]:
             return self
         found = copy(self)

@@ -33,7 +33,7 @@ def open_foreign(path: Path, config: Mapping[str, Any] | None, named: Given) -> 
 
 
 def _opened(path: Path, config: Mapping[str, Any] | None, named: Given) -> Opened:
-    """A file, a folder of a format that is told by its files, adapters, or what transformers wrote."""
+    """A file, a folder of a format that is recognised by its files, adapters, or what transformers wrote."""
     if path.is_file() and hf_gguf.is_gguf(path):
         return hf_gguf.open_gguf(path, named)
     if path.is_file():

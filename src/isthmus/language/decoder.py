@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from isthmus.errors import ConfigError, DataError
@@ -42,11 +43,11 @@ READ_EVERY = {"cpu": 1, "mps": 8, "cuda": 8}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """Rows to be continued: ``embeds`` (G, T, D), right-padded, and ``lengths`` (G,). ``context`` is what the rows
+    """Rows to be continued: ``embeds`` (B, T, D), right-padded, and ``lengths`` (B,). ``context`` is what the rows
     cross-attend to (Flamingo's media). ``past`` is what all of them begin with, one row that was read already."""
 
-    embeds: Tensor
-    lengths: Tensor
+    embeds: Float[Tensor, "B T D"]
+    lengths: Int[Tensor, " B"]
     context: Any = None
     past: "Read | None" = None
 
@@ -73,10 +74,10 @@ class Context(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Prompts that were read: logits (G, V) of each row's next token, keys and values per layer, right-padded, how
+    """Prompts that were read: logits (B, V) of each row's next token, keys and values per layer, right-padded, how
     many of them are the row's, the position of the next token, and what is cross-attended to."""
 
-    logits: Tensor
+    logits: Float[Tensor, "B V"]
     layers: Layers
     lengths: list[int]
     context: Any = None  # a Context, of the language model's own class
@@ -103,8 +104,10 @@ class Steps(Protocol):
 
     def read(self, prompt: Prompt) -> Read: ...
 
-    def next(self, ids: Tensor, positions: Tensor, window: Window, context: Any) -> Tensor:
-        """(n, V) logits after one more token (n,) at ``positions`` (n,) of each running row of the window."""
+    def next(
+        self, ids: Int[Tensor, " B"], positions: Int[Tensor, " B"], window: Window, context: Any
+    ) -> Float[Tensor, "B V"]:
+        """(B, V) logits after one more token (B,) at ``positions`` (B,) of each running row of the window."""
         ...
 
 
@@ -243,15 +246,16 @@ class Decoder:
         self._advance()
         return self._collect()
 
-    @torch.inference_mode()
     def write(self) -> Iterator[Written]:
         """Steps until no row is left, reading the device only now and then."""
         while self._rows:
             left = min(row.decoding.max_new_tokens - row.count for row in self._rows.values())
             device = "cpu" if self._positions is None else self._positions.device.type
-            for _ in range(min(left, READ_EVERY.get(device, 1))):
-                self._advance()
-            yield from self._collect()
+            with torch.inference_mode():  # not around a yield: the caller's code runs there
+                for _ in range(min(left, READ_EVERY.get(device, 1))):
+                    self._advance()
+                new = self._collect()
+            yield from new
 
     @torch.inference_mode()
     def remove(self, row: int) -> None:

@@ -311,7 +311,7 @@ def _scored(model: Any, spec: EvalSpec, folder: Path, *, seed: int, limit: int |
 
 
 def _of_stage(run: Path, stage: str, final: Model, final_hash: str, code: Sequence[str | Path]) -> tuple[Model, str]:
-    """The model that ``stage`` left behind and its hash; the final one where that is the last stage's."""
+    """The model that ``stage`` ended with and its hash; the final one where that is the last stage's."""
     place = run / "stages" / stage
     if (place / "model").is_dir():
         return load(place, device=str(final.device), code=code), model_hash(place)

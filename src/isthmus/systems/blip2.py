@@ -55,7 +55,7 @@ class Blip2System(System):
     parts = ("vision", "language", "bert", "init")
 
     def capabilities(self, net: Any) -> tuple[str, ...]:
-        """By phase. Where it looked is told with a causal language model only."""
+        """By phase. Attention maps need a causal language model."""
         if net.config.phase == "represent":
             writes = ("generate", "caption") if "itg" in net.config.objectives else ()
             return (*writes, "embed_images", "embed_texts", "similarity", "match")
