@@ -8,7 +8,7 @@
 
 The contract:
 
-- ``add`` reads the prompts (G, T, D) in one pass and answers with a number per row, never used again. Each row has its
+- ``add`` reads the prompts (B, T, D) in one pass and answers with a number per row, never used again. Each row has its
   own Decoding; beams, temperature, stop ids, limits and seeds of the rows may differ.
 - ``step`` writes one token for every row and answers with what is new: a row that writes on gives one id; a row that
   ended gives ``finish`` (``stop`` or ``length``) once, is gone after it, and its stop token is not among the ids. A row
