@@ -112,7 +112,7 @@ DATA = "stages.align.data=[{{kind: {}}}]"
         (DATA.format("llava, file: rows.json, image_folder: imags"), "no such image folder: imags"),
         (DATA.format("scenes, form: captions, count: many"), "count: expected int"),
         (DATA.format("lava, file: rows.json"), "did you mean 'llava'?"),
-        (DATA.format("llava, fiel: rows.json"), "did you mean 'fields'"),
+        (DATA.format("llava, fiel: rows.json"), "did you mean 'file'"),
         ("stages.align.train=[{pattern: 'conector.*', lr: 1e-3}]", "did you mean 'connector.*'"),
         ("stages.align.max_length=8", "raise max_length or shorten the sample"),
         ("stages.align.template=vicunna", "did you mean 'vicuna_v1'?"),
