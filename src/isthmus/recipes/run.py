@@ -94,9 +94,7 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str
         for stage in recipe.stages
         if not (folder / "stages" / stage.name / "trained").is_dir()
     }
-    for stage in recipe.stages:
-        if stage.name in opened and merged(plain(built.net.config), stage.config) == plain(built.net.config):
-            _try_a_sample(built.processor(stage), opened[stage.name])
+    _try_samples(built, opened)
     for stage in recipe.stages:
         place = folder / "stages" / stage.name
         built = built.enter(stage)
@@ -111,6 +109,17 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str
     doing("writing the model")
     if first():
         save_model(built, folder / "model", extra=recipe_file(recipe))
+
+
+def _try_samples(built: Built, opened: Mapping[str, Mix | list[tuple[Source, int, float]]]) -> None:
+    """One sample of every source of the stages in ``opened``, up to the first stage that changes the configuration: the
+    processors from there on belong to a net that is not made yet."""
+    config = plain(built.net.config)
+    for stage in built.recipe.stages:
+        if merged(config, stage.config) != config:
+            break
+        if stage.name in opened:
+            _try_a_sample(built.processor(stage), opened[stage.name])
 
 
 def _try_a_sample(processor: Processor, data: Mix | list[tuple[Source, int, float]]) -> None:
