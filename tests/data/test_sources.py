@@ -412,7 +412,7 @@ def test_unknown_words_name_the_nearest(tmp_path):
     with pytest.raises(DataError, match="no such image folder"):
         open_source({"kind": "jsonl", "file": "a.jsonl", "image_folder": "none"}, data_root=tmp_path)
     write(tmp_path / "empty.json", "[]")
-    with pytest.raises(DataError, match="holds no sample"):
+    with pytest.raises(DataError, match=r"'jsonl:empty' holds no sample: there is no row in empty\.json"):
         open_source({"kind": "jsonl", "file": "empty.json"}, data_root=tmp_path)
     assert set(SOURCES) == {
         "llava",

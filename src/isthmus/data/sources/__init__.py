@@ -64,7 +64,11 @@ def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None)
     form = _form(options, root)
     rows = _call(kind, SOURCES[kind], options, root=root, form=form)
     if not len(rows):
-        raise DataError(f"the source {dict(spec)} holds no sample; check its files")
+        files = next((options[key] for key in ("file", "shards", "folder", "questions") if options.get(key)), None)
+        where = "" if files is None else f" in {files}"
+        raise DataError(
+            f"the source {name or _name(kind, spec)!r} holds no sample: there is no row{where}; check its files"
+        )
     return RowSource(name or _name(kind, spec), rows, form, limit=limit)
 
 
