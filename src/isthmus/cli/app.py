@@ -83,7 +83,8 @@ def show(
     ranks: Annotated[int, typer.Option(min=2, help="Number of processes for --parallel.")] = 8,
     given: dict[str, Any],
 ) -> None:
-    """Parts, exact parameter counts, what each stage trains, tokens per image, the compute rule, memory."""
+    """Parts, exact parameter counts, what each stage trains, tokens per image, memory; for a language model the
+    compute-optimal number of tokens."""
     from isthmus.cli.show import run
 
     run(what, overrides or [], json_file, given, render=render, shared=None if parallel is None else (parallel, ranks))

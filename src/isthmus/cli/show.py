@@ -153,8 +153,8 @@ def _recipe(name: str, overrides: Sequence[str], console: Console, shared: tuple
         console.print(
             f"N = {rule.parameters:,} parameters, D = {rule.tokens:,} tokens, "
             f"C = 6ND = {rule.flops:.3g} FLOPs; the compute-optimal rule gives "
-            f"D = 20 N = {rule.optimal_tokens:,}: this recipe is "
-            f"{rule.off:+.0%} off.",
+            f"D = 20 N = {rule.optimal_tokens:,}: this recipe has "
+            f"{abs(rule.off):.0%} {'more' if rule.off > 0 else 'fewer'} tokens than that.",
             highlight=False,
         )
         facts["compute_rule"] = rule.to_dict()
