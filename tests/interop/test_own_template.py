@@ -62,6 +62,38 @@ def test_an_lm_answers_in_its_own_template(folder: Path, capsys: Any) -> None:
     assert all(score < 0 for score in model.score([Text("a cube?", role="user")], ["red", "blue"]))
 
 
+_SIZES = {k: v for k, v in tiny_models.LLAMA.items() if k != "model_type"}
+FAMILIES: dict[str, dict[str, Any]] = {
+    kind: {"model_type": kind, **_SIZES, **more}
+    for kind, more in {
+        "llama": {},
+        "mistral": {"sliding_window": None},
+        "qwen2": {},
+        "qwen3": {"head_dim": 8},
+        "gemma": {"head_dim": 8},
+        "phi3": {"pad_token_id": 0},
+        "olmo2": {"pad_token_id": 0},
+    }.items()
+}
+FAMILIES["gpt_neox"] = tiny_models.NEOX
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_transformers_own_in_eight_families(family: str, tmp_path: Path) -> None:
+    write_model(tiny_models.lm(FAMILIES[family]), tmp_path / "lm", "hf")
+    (tmp_path / "lm" / "chat_template.jinja").write_text(CHATML)
+    model, words = isthmus.load(tmp_path / "lm"), AutoTokenizer.from_pretrained(tmp_path / "lm")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "lm", dtype=torch.float32)
+    never, stops = model.ended(Decoding()).forbidden_ids, model.ended(Decoding()).stop_ids
+    how: dict[str, Any] = {"suppress_tokens": list(never), "eos_token_id": list(stops), "do_sample": False}
+    for messages in (MESSAGES[1:2], MESSAGES):
+        asked = words.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+        with torch.inference_mode():
+            ids = theirs.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=12, **how)
+        said = words.decode(ids[0, asked.shape[1] :], skip_special_tokens=True).strip()
+        assert model.chat(messages, max_new_tokens=12) == said
+
+
 BARE = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content + ' ASSISTANT:' }}"
     "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
