@@ -75,6 +75,10 @@ def test_largest_id_and_explicit_pooling_agree_until_a_higher_id_appears():
     ids[0, 1] = VOCAB - 1
     assert torch.equal(explicit(ids, lengths)[1:], largest(ids, lengths)[1:])
     assert not torch.allclose(explicit(ids, lengths)[0], largest(ids, lengths)[0])
+    other = ids.clone()
+    other[0, 2] = ids[0, 2] % (EOT - 2) + 2  # after the higher id and before the end of text
+    assert torch.allclose(largest(other, lengths)[0], largest(ids, lengths)[0])
+    assert not torch.allclose(explicit(other, lengths)[0], explicit(ids, lengths)[0])
 
 
 @pytest.mark.parametrize("pool", ["eot", "argmax"])
