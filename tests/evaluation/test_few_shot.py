@@ -172,6 +172,19 @@ def test_candidates_are_ranked_over_permutations():
     assert next(iter(many.rows(Fake(), (), chunk=1)))[0]["answer"] in chosen
 
 
+def test_likelihoods_are_averaged_over_permutations():
+    calls = []
+
+    class Wavering(Fake):
+        def score(self, parts, candidates):
+            calls.append(parts)
+            return [1.0, 0.0] if len(calls) == 1 else [0.0, 5.0]
+
+    many = task(shots=3, candidates=["a0", "a1"], ensemble=6, controls=[])
+    assert next(iter(many.rows(Wavering(), (), chunk=1)))[0]["answer"] == "a1"
+    assert len(calls) == 6
+
+
 def test_ranking_with_zero_shots_has_no_examples():
     """The candidates say already what an answer looks like (2204.14198, table of prompts)."""
     seen: list[tuple[int, int]] = []

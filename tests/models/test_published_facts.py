@@ -82,6 +82,13 @@ def test_clips_image_tower_and_projections_start_by_their_widths() -> None:
     spread(net.heads.text_projection.weight.detach(), 128**-0.5)
 
 
+def test_gates_start_closed() -> None:
+    """2204.14198, section 3.1.2: at first the language model is the one that was frozen."""
+    for block in (GatedBlock(32, 24, GatedConfig.paper(4)), GatedBlock(32, 24, GatedConfig(gate="vector"))):
+        assert not block.attn_gate.any()
+        assert not block.mlp_gate.any()
+
+
 def test_what_presets_and_defaults_fix_by_a_number() -> None:
     assert TextConfig.siglip(8, 1, 1, 8).activation == VisionConfig.siglip_b_16().activation == "gelu_tanh"
     heads = Blip2(tiny_blip2.tiny("represent").config).heads

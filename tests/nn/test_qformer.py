@@ -10,7 +10,7 @@ from isthmus.batch import Tokens
 from isthmus.errors import CheckpointError, ConfigError, DataError
 from isthmus.interop.hf_bert import from_bert, read_bert_folder
 from isthmus.nn.connectors import Connector
-from isthmus.nn.connectors.qformer import QFormer, QFormerConnector, QFormerLayer, copy_text_to_query
+from isthmus.nn.connectors.qformer import QFormer, QFormerConnector, QFormerLayer
 from tests.models.tiny_blip2 import DEC, QFORMER, QUERIES, TEXTS, WORDS, redraw, tokens
 
 
@@ -200,12 +200,6 @@ def test_a_bert_that_does_not_fit_is_refused() -> None:
         from_bert(state, layers=4, rows=10)
     with pytest.raises(CheckpointError, match="BERT has not"):
         from_bert({**state, "encoder.layer.0.gate": torch.zeros(1)}, layers=4, rows=WORDS)
-    net = connector().qformer
-    copy_text_to_query(net)
-    first = net.layers[0]
-    assert isinstance(first, QFormerLayer)
-    assert first.ffn_text is not None
-    assert torch.equal(first.ffn_query.mlp.fc1.weight, first.ffn_text.mlp.fc1.weight)
 
 
 @torch.no_grad()

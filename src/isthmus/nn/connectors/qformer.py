@@ -269,14 +269,6 @@ class QFormer(nn.Module):
         return visible[:, None]
 
 
-def copy_text_to_query(qformer: QFormer) -> None:
-    """Each layer's query FFN becomes a copy of its text FFN, norm included: BLIP-2's start from BERT."""
-    for layer in qformer.layers:
-        assert isinstance(layer, QFormerLayer)
-        if layer.ffn_text is not None:
-            layer.ffn_query.load_state_dict(layer.ffn_text.state_dict())
-
-
 def _init_as_bert(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
