@@ -140,6 +140,8 @@ def test_choices_in_one_another_and_choices_that_are_letters(choices, answers):
     [
         ("B", "B"),
         ("B. a dog", "B"),
+        ("B.", None),  # only with a space behind it
+        ("B.C. is before Christ", None),
         ("Owls fly. The answer is C.", "C"),
         ("(B)", None),
         ("b", None),
