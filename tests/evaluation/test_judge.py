@@ -90,6 +90,17 @@ def test_a_ratio_of_means_in_both_orders(tmp_path):
     assert compare(tmp_path, tmp_path)[0].difference == 0
 
 
+def test_means_come_before_their_ratio_and_both_orders_count_alike():
+    told = [([10, 5], [7, 8]), ([2, 6], [8, 4])]  # the reference's score first, and the candidate's first
+    rows = [
+        {"kind": "conv", "reference_first": {"scores": one, "tries": 1}, "candidate_first": {"scores": two, "tries": 1}}
+        for one, two in told
+    ]
+    found = score(rows).overall
+    assert (found.candidate, found.reference) == (6.5, 6.0)
+    assert found.relative == pytest.approx(13 / 12), "not the mean of 6/9 and 7/3"
+
+
 def test_unreadable_replies_are_asked_again_then_excluded(tmp_path):
     """Every first reply is prose; about the hen no reply can be read."""
 
