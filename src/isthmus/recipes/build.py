@@ -28,7 +28,8 @@ from isthmus.errors import CheckpointError, ConfigError, DataError, nearest
 from isthmus.interop.hub import located
 from isthmus.model import Model, load
 from isthmus.processes import world_size
-from isthmus.recipes.schema import VARIABLE, Recipe, StageSpec, TokenizerSpec
+from isthmus.recipes.filling import VARIABLE
+from isthmus.recipes.schema import Recipe, StageSpec, TokenizerSpec
 from isthmus.stage import attach_adapters, named_state
 from isthmus.systems import system
 from isthmus.systems.base import System, Tokenizers, preset, recall

@@ -20,6 +20,7 @@ from isthmus.data.augment import Augment
 from isthmus.data.images import Mode
 from isthmus.errors import ConfigError, misspelt, nearest
 from isthmus.file_type import but_is, file_type
+from isthmus.recipes.filling import demand, fill, mentioned, set_key
 from isthmus.stage import Group, Stage
 from isthmus.systems import SYSTEMS, system
 from isthmus.training.parallel import DDP, Parallel
@@ -330,17 +331,17 @@ def read_tree(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool 
         if re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
             variables[key] = value
         else:
-            _set(
+            set_key(
                 tree,
                 key,
                 pinned_in(option_value(value, f"Override {override!r}"), key=key.rpartition(".")[2]),
                 where=str(name),
             )
-    for key in variables.keys() - _mentioned(tree):
-        raise ConfigError(f"Recipe {name} does not use {{{key}}}; {nearest(key, _mentioned(tree))}")
+    for key in variables.keys() - mentioned(tree):
+        raise ConfigError(f"Recipe {name} does not use {{{key}}}; {nearest(key, mentioned(tree))}")
     if not to_show:
-        _demand(tree, variables, tree.get("variables") or {}, str(name))
-    return pinned_in(_fill(tree, variables), beside)
+        demand(tree, variables, tree.get("variables") or {}, str(name))
+    return pinned_in(fill(tree, variables), beside)
 
 
 def read_yaml(path: Path) -> Any:
@@ -449,59 +450,3 @@ def _fields_at(loc: tuple[int | str, ...], kind: type[BaseModel], nested: Mappin
             kind = nested.get(step, kind)
     own = [f.alias or name for name, f in kind.model_fields.items() if name != "stage"]
     return own + sorted(_STAGE_KEYS) if kind is StageSpec else own
-
-
-def _set(tree: dict[str, Any], key: str, value: Any, *, where: str) -> None:
-    """Set a dotted key; a list is entered by number or by the ``name`` of its member."""
-    steps = key.split(".")
-    node: Any = tree
-    for depth, step in enumerate(steps):
-        last = depth == len(steps) - 1
-        if isinstance(node, list):
-            names = [str(m.get("name")) if isinstance(m, dict) else "" for m in node]
-            if step.isdigit() and int(step) < len(node):
-                index = int(step)
-            elif step in names:
-                index = names.index(step)
-            else:
-                known = [n for n in names if n] or [str(i) for i in range(len(node))]
-                raise ConfigError(f"Recipe {where} has no {'.'.join(steps[: depth + 1])!r}; {nearest(step, known)}")
-            if last:
-                node[index] = value
-            node = node[index]
-        elif isinstance(node, dict):
-            if last:
-                node[step] = value
-            elif not isinstance(node.get(step), dict | list):
-                node[step] = {}
-            node = node[step]
-        else:
-            raise ConfigError(f"Recipe {where}: {'.'.join(steps[:depth])!r} is a value and has no {step!r} in it.")
-
-
-VARIABLE = re.compile(r"\{([A-Z][A-Z0-9_]*)\}")
-
-
-def _mentioned(tree: Any) -> set[str]:
-    if isinstance(tree, str):
-        return set(VARIABLE.findall(tree))
-    members = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    return set().union(*(_mentioned(m) for m in members)) if members else set()
-
-
-def _demand(tree: Any, variables: Mapping[str, str], about: Mapping[str, str], where: str) -> None:
-    """Raises ConfigError for a variable that was not given, with what the recipe says about it."""
-    for name in sorted(_mentioned(tree) - set(variables)):
-        what = f" ({about[name]})" if name in about else ""
-        raise ConfigError(f"Recipe {where} needs {name}{what}: add {name}=PATH to the command.")
-
-
-def _fill(tree: Any, variables: Mapping[str, str]) -> Any:
-    """The tree with the given variables put in, in all its strings."""
-    if isinstance(tree, str):
-        return VARIABLE.sub(lambda m: variables.get(m.group(1), m.group(0)), tree)
-    if isinstance(tree, dict):
-        return {k: _fill(v, variables) for k, v in tree.items()}
-    if isinstance(tree, list):
-        return [_fill(v, variables) for v in tree]
-    return tree
