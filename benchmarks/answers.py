@@ -10,7 +10,8 @@ from pathlib import Path
 from isthmus.comparison.cost import BATCHES
 from isthmus.data.record import Record
 from isthmus.demo.scenes import SceneSource
-from isthmus.model import Model, load
+from isthmus.model import Model
+from isthmus.opening import load
 
 
 def answers(model: Model, records: list[Record], size: int) -> tuple[list[str], float]:

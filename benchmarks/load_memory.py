@@ -22,7 +22,7 @@ from isthmus.data.tokenizer import Tokenizer
 OPEN = """
 import json, sys, time
 import torch, isthmus
-from isthmus.model import load
+from isthmus.opening import load
 
 def held(*names):
     lines = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)

@@ -13,7 +13,7 @@ from isthmus.cli import main
 from isthmus.data.record import Record, Text
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.evaluation import evaluate
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.pretrained import names
 from isthmus.user_code import pin, resolve
 

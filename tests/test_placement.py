@@ -76,7 +76,7 @@ def test_compare_casts_what_it_asks(story, tmp_path, monkeypatch):
         opened.append(given)
         raise ConfigError("seen")
 
-    monkeypatch.setattr("isthmus.model.load", load)
+    monkeypatch.setattr("isthmus.opening.load", load)
     (tmp_path / "d.yaml").write_text("{kind: scenes, form: questions, split: test, count: 2}")
     command = ["compare", str(story / "llava"), str(story / "lm"), "--data", str(tmp_path / "d.yaml")]
     CliRunner().invoke(app, [*command, "--device", "cpu", "--dtype", "bfloat16", "--out", str(tmp_path / "out")])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from isthmus import borrowed, checkpoint
 from isthmus.errors import CheckpointError, IsthmusError
-from isthmus.model import load
+from isthmus.opening import load
 
 NAMES = ("clip", "lm", "flamingo", "blip2", "llava")
 MOST = 25_000_000

@@ -22,7 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from isthmus.data.sources import open_source
-from isthmus.model import Model, load
+from isthmus.model import Model
+from isthmus.opening import load
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import read_recipe
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from isthmus.checkpoint import read_json
 from isthmus.comparison.compare import Contestant
 from isthmus.evaluation.results import write_json
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.pretrained import FOLDER, names
 from isthmus.recipes.scoring import recipe_of, score_model
 

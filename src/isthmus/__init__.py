@@ -12,13 +12,14 @@ from isthmus.version import __version__
 if TYPE_CHECKING:
     from isthmus.data.record import Image, Record, Text
     from isthmus.errors import IsthmusError
-    from isthmus.model import Model, load
+    from isthmus.model import Model
+    from isthmus.opening import load
     from isthmus.recipes.run import train
 
 __all__ = ["Image", "IsthmusError", "Model", "Record", "Text", "__version__", "load", "train"]
 
 _HOMES = {
-    "load": "isthmus.model",
+    "load": "isthmus.opening",
     "Model": "isthmus.model",
     "train": "isthmus.recipes.run",
     "Record": "isthmus.data.record",

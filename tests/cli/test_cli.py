@@ -13,7 +13,7 @@ from PIL import Image as PilImage
 from isthmus.cli import _warn, main
 from isthmus.cli.evaluate import spec_of
 from isthmus.errors import ConfigError, IsthmusWarning
-from isthmus.model import load
+from isthmus.opening import load
 from tests.miniature import tree
 
 

@@ -9,7 +9,7 @@ from PIL import Image as PilImage
 from isthmus.comparison.attention_pictures import attention_pictures
 from isthmus.comparison.curves import overlay
 from isthmus.demo.scenes import SceneSource
-from isthmus.model import load
+from isthmus.opening import load
 
 
 def test_what_was_looked_at_keeps_its_light_and_the_rest_is_dark():

@@ -19,7 +19,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.rescore import rescore
 from isthmus.evaluation.run import Result
 from isthmus.language import Decoding
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.recipes.scoring import recipe_of
 from tests.cli.test_cli import run
 

@@ -13,7 +13,7 @@ from isthmus.comparison import contest
 from isthmus.comparison.contest import finished, recipe_of_arm, run_contest
 from isthmus.comparison.recipe import parse_comparison
 from isthmus.errors import ConfigError
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.recipes.run import make_loader
 from tests.cli.test_cli import run
 from tests.comparison.test_compare import yes_or_no

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from isthmus.demo.jobs import JobError, Scoring, Training, run_jobs
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import read_recipe
 from tests.miniature import tree

@@ -23,9 +23,10 @@ from isthmus.interop.hf_blip2 import config_from_hf, config_to_hf, from_hf, read
 from isthmus.interop.hf_clip import vision_from_hf
 from isthmus.language import Decoding, Seq2SeqLM
 from isthmus.load_report import Account
-from isthmus.model import Model, load
+from isthmus.model import Model
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.vit import VisionConfig, VisionTransformer
+from isthmus.opening import load
 from tests.interop import tiny_models
 from tests.models.tiny_blip2 import (
     CLS,

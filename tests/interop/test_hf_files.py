@@ -14,7 +14,7 @@ from isthmus.data.record import Record, Text
 from isthmus.data.text import TEMPLATES, render
 from isthmus.interop.convert import write_model
 from isthmus.interop.hf_files import chat_template, swapped, template_named
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.testing import probe
 from tests.interop import tiny_models
 

@@ -10,7 +10,7 @@ from PIL import Image as PilImage
 
 from isthmus.checkpoint import tensor_sha256
 from isthmus.cli.evaluate import run as command
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.processes import of_first
 from isthmus.recipes.build import build
 from isthmus.recipes.run import train

@@ -14,7 +14,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from isthmus.evaluation.rerank import RerankScores
 from isthmus.interop.hub import model_hash
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.recipes import run as run_module
 from isthmus.recipes.build import build
 from isthmus.recipes.facts import net_of, stage_costs, stage_facts

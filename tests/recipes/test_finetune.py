@@ -12,7 +12,7 @@ from isthmus.checkpoint import load_tensors, read_json, state_tensors
 from isthmus.cli.app import app
 from isthmus.errors import CheckpointError
 from isthmus.interop.hub import model_hash
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.recipes.build import build
 from isthmus.recipes.check import check
 from isthmus.recipes.facts import net_of, stage_facts

@@ -15,7 +15,7 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.convert import write_model
 from isthmus.interop.hf_peer import open_class
 from isthmus.interop.original_llava import llava_to_original
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.recipes.build import build
 from isthmus.recipes.schema import read_recipe
 from isthmus.stage import named_state

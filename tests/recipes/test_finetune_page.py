@@ -14,7 +14,7 @@ from isthmus.adapters import Lora
 from isthmus.cli.app import app
 from isthmus.interop.convert import write_model
 from isthmus.interop.hf_peer import open_class
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.stage import Group, apply_stage
 from tests.interop import tiny_models
 

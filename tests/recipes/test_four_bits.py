@@ -11,7 +11,7 @@ from isthmus.adapters import Lora
 from isthmus.checkpoint import load_tensors, read_json, state_tensors
 from isthmus.cli.app import app
 from isthmus.errors import CheckpointError, ConfigError, MissingExtraError, StageError
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.processes import world_size
 from isthmus.recipes import build as build_module
 from isthmus.recipes.build import build, check_parts

@@ -8,7 +8,7 @@ import torch
 
 from isthmus.checkpoint import load_tensors
 from isthmus.errors import CheckpointError, ConfigError, DataError, StageError
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.recipes import run as run_module
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import parse_recipe

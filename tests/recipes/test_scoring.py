@@ -12,7 +12,7 @@ from isthmus.data.sources import open_source
 from isthmus.errors import DataError
 from isthmus.evaluation.protocols import Answers, Embeds, HasVisionFeatures, MatchesPairs, Weighs
 from isthmus.interop.hub import model_hash
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.recipes import scoring
 from isthmus.recipes.schema import EvalSpec
 from isthmus.recipes.scoring import TASKS, make_task, needs, score_model, with_shots

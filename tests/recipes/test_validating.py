@@ -8,7 +8,7 @@ import torch
 
 from isthmus.checkpoint import load_tensors, read_json
 from isthmus.errors import ConfigError
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.recipes import run as run_module
 from isthmus.recipes.check import check
 from isthmus.recipes.run import train

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image as PilImage
 
 from isthmus.errors import IsthmusWarning
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.recipes.build import build
 from isthmus.recipes.run import make_loader
 from isthmus.recipes.schema import EvalSpec, parse_recipe

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image as PilImage
 from PIL import ImageDraw
 
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.pretrained import names
 from tests.serving.helpers import on_port
 from tests.serving.pages import IN_A_BROWSER, answers, ask, give, pick

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from isthmus.cli.app import app
 from isthmus.data.sources import open_source
 from isthmus.errors import CheckpointError, ConfigError
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import read_recipe
 from isthmus.systems import system

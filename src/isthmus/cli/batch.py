@@ -28,7 +28,7 @@ def run(
     """Answer what is not answered yet. ``given``: further arguments of :func:`isthmus.load`. Exit code 1 when a request
     has an error for an answer."""
     needs_extra()
-    from isthmus.model import load
+    from isthmus.opening import load
     from isthmus.serving.api import create_app
     from isthmus.serving.batch import models_of, run_batch
     from isthmus.serving.limits import Limits

@@ -21,7 +21,7 @@ def run(
 ) -> None:
     """Answer ``question`` about ``images`` and ``videos``, or talk until an empty line. ``given``: further arguments of
     :func:`isthmus.load`."""
-    from isthmus.model import load
+    from isthmus.opening import load
 
     shown = [*(("image", path) for path in images), *(("video", path) for path in videos)]
     for modality, path in shown:

@@ -38,7 +38,7 @@ def run(
     from isthmus.comparison.compare import contestants, measure, score_contestant, shared_tasks
     from isthmus.comparison.report import write_report
     from isthmus.comparison.side_by_side import write_comparison
-    from isthmus.model import load
+    from isthmus.opening import load
     from isthmus.recipes.schema import shipped
     from isthmus.recipes.scoring import with_shots
 

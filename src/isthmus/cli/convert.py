@@ -35,7 +35,7 @@ def run(
     import torch
 
     from isthmus.interop.convert import write_model
-    from isthmus.model import load
+    from isthmus.opening import load
     from isthmus.testing.merging import merge_and_compare
 
     size = byte_count(shard)

@@ -41,7 +41,7 @@ def capfilt(
     """Synthetic captions ranked with the web caption; ``wrong`` mislabels a share first, to see what filtering does."""
     from isthmus.cli.evaluate import source_of, split_options
     from isthmus.data.sources import open_source
-    from isthmus.model import load
+    from isthmus.opening import load
     from isthmus.recipes.capfilt import Mislabelled
     from isthmus.recipes.capfilt import capfilt as run
     from isthmus.recipes.scoring import First

@@ -197,7 +197,7 @@ def _load(model: str, given: Mapping[str, Any]) -> Any:
                 f"--{next(iter(given)).replace('_', '-')} is not for {_PEER}: transformers reads a folder."
             )
         return load_peer(Path(model.removeprefix(_PEER)))
-    from isthmus.model import load
+    from isthmus.opening import load
 
     return load(model, **given)
 

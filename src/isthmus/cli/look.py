@@ -29,7 +29,7 @@ def run(
     """
     from isthmus.comparison.covering import cover, drawn, word_pictures
     from isthmus.data.images import FileImage, open_image
-    from isthmus.model import load
+    from isthmus.opening import load
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty; name a new folder with --out.")

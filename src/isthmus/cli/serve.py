@@ -90,7 +90,7 @@ def needs_extra() -> None:
 
 def opened(named: Sequence[str], given: Mapping[str, Any]) -> dict[str, "Model"]:
     """The models by id, see :func:`places`."""
-    from isthmus.model import load
+    from isthmus.opening import load
 
     return {name: load(place, **given) for name, place in places(named).items()}
 

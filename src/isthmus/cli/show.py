@@ -52,7 +52,7 @@ def _model(folder: str, console: Console, given: Mapping[str, Any], render: str 
     from isthmus import adapters
     from isthmus.checkpoint import state_tensors
     from isthmus.config import plain
-    from isthmus.model import load
+    from isthmus.opening import load
     from isthmus.recipes.facts import parts_of, visual_tokens, visual_tokens_text
 
     model = load(folder, **given)

@@ -23,7 +23,7 @@ def run(
     """Print a row per contract; exit code 1 when one fails. ``given`` are further arguments of ``load``."""
     if served_as is not None:
         raise ConfigError("--served-as names a model of the engine at --against; give that too.")
-    from isthmus.model import load
+    from isthmus.opening import load
     from isthmus.testing.contracts import verify
 
     console = Console()
@@ -57,7 +57,7 @@ def run_against(
     if only:
         raise ConfigError("--only names contracts; with --against the same requests go to both, all of them.")
     needs_extra()
-    from isthmus.model import load
+    from isthmus.opening import load
     from isthmus.serving.against import compare
 
     console = Console()

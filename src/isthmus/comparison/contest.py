@@ -28,7 +28,8 @@ from isthmus.errors import ConfigError
 from isthmus.evaluation.rescore import rescore
 from isthmus.evaluation.results import write_json
 from isthmus.interop.hub import model_hash
-from isthmus.model import Model, load
+from isthmus.model import Model
+from isthmus.opening import load
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import EvalSpec, Recipe
 from isthmus.recipes.scoring import with_shots

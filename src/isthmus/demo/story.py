@@ -23,7 +23,8 @@ from isthmus.data.sources import open_source
 from isthmus.demo.jobs import Job, Scoring, Training, run_jobs
 from isthmus.errors import ConfigError
 from isthmus.interop.hub import model_hash
-from isthmus.model import Model, load
+from isthmus.model import Model
+from isthmus.opening import load
 from isthmus.processes import usable_cores
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import Recipe, read_recipe

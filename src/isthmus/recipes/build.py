@@ -26,7 +26,8 @@ from isthmus.data.tokenizer import END, Tokenizer
 from isthmus.data.wordpiece import load_wordpiece, train_wordpiece
 from isthmus.errors import CheckpointError, ConfigError, DataError, nearest
 from isthmus.interop.hub import located
-from isthmus.model import Model, load
+from isthmus.model import Model
+from isthmus.opening import load
 from isthmus.processes import world_size
 from isthmus.recipes.filling import VARIABLE
 from isthmus.recipes.schema import Recipe, StageSpec, TokenizerSpec

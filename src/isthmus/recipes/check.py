@@ -28,7 +28,7 @@ from isthmus.data.quarantine import Quarantine
 from isthmus.data.record import Example, Video
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CapabilityError, ConfigError, DataError, StageError
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.recipes.build import Built, build
 from isthmus.recipes.facts import steps_of
 from isthmus.recipes.features import demand_frozen

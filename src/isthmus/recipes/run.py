@@ -34,7 +34,8 @@ from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import named_apart, open_mix, open_source
 from isthmus.errors import CheckpointError, ConfigError, DataError
 from isthmus.interop.hub import model_hash
-from isthmus.model import Model, load
+from isthmus.model import Model
+from isthmus.opening import load
 from isthmus.processes import doing, first, join, of_first, rank, wait, world_size
 from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.features import FeatureLoader, open_cache

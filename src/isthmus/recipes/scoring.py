@@ -29,7 +29,8 @@ from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTa
 from isthmus.evaluation.vqa import AnswerPrior
 from isthmus.evaluation.window import Undecodable
 from isthmus.interop.hub import model_hash
-from isthmus.model import Model, load
+from isthmus.model import Model
+from isthmus.opening import load
 from isthmus.processes import first, of_first, world_size
 from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe, read_recipe
 from isthmus.user_code import is_user_code, label, vetted

@@ -24,7 +24,7 @@ from isthmus.data.text import TEMPLATES, Grammar
 from isthmus.errors import CheckpointError, ConfigError, IsthmusError, nearest
 from isthmus.interop.convert import write_model
 from isthmus.language import Decoding
-from isthmus.model import load
+from isthmus.opening import load
 from isthmus.quantised import is_quantised, numel
 from isthmus.stage import Group, Stage, apply_stage, named_parameters, set_modes
 from isthmus.testing import probe
