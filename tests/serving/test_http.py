@@ -271,14 +271,16 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_opened(monkeypatch, caps
         code, said, wrong = run(monkeypatch, capsys, "serve", "no/such/model", "--port", port)
     assert (code, said) == (2, "")
     assert f"Cannot serve at port {port} of 127.0.0.1 because something else listens there" in " ".join(wrong.split())
-    one, *more = bound("localhost", 0)
-    assert all(sock.getsockname()[1] == one.getsockname()[1] for sock in more)
-    for sock in (one, *more):
-        sock.close()
+    with bound("localhost", 0) as sockets:
+        assert len({sock.getsockname()[1] for sock in sockets}) == 1
+    assert all(sock.fileno() == -1 for sock in sockets)
 
     def unknown(*_, **__):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(ConfigError, match=r"at port 1 of nowhere.invalid \(Name or service not known\): choose"):
-        bound("nowhere.invalid", 1)
+    with (
+        pytest.raises(ConfigError, match=r"at port 1 of nowhere.invalid \(Name or service not known\): choose"),
+        bound("nowhere.invalid", 1),
+    ):
+        pass

@@ -42,30 +42,33 @@ def run(
     from isthmus.serving.limits import Limits
     from isthmus.serving.run import bound, server
 
-    console, bounds, sockets = Console(emoji=False), Limits(**limits), bound(host, port)
-    port = sockets[0].getsockname()[1]
-    models = opened(named, given)
-    key, local = os.environ.get(KEY) or None, _is_loopback(host)
-    app = create_app(
-        models,
-        limits=bounds,
-        remote=remote(domains, bounds.picture),
-        key=key,
-        hosts=_LOOPBACK if local else None,
-        places={name: folder(place) for name, place in places(named).items()},
-        pictures=pictures,
-    )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if log_requests else "WARN")
-    shown = f"[{host}]" if ":" in host else host
-    console.print(f"Serving {', '.join(models)} at http://{shown}:{port}/v1", markup=False, highlight=False)
-    console.print(f"The page: http://{shown}:{port}/", markup=False, highlight=False)
-    if not local and key is None:
-        warning = f"Everybody who reaches {host} may use it. Set {KEY} to require a key."
-        console.print(warning, markup=False, highlight=False)
-    running = server(app, host, port, bounds, log_requests=log_requests)
-    if browse:
-        threading.Thread(target=_browse, args=(running, f"http://{shown}:{port}/"), daemon=True).start()
-    running.run(sockets)
+    console, bounds = Console(emoji=False), Limits(**limits)
+    with bound(host, port) as sockets:
+        port = sockets[0].getsockname()[1]
+        models = opened(named, given)
+        key, local = os.environ.get(KEY) or None, _is_loopback(host)
+        app = create_app(
+            models,
+            limits=bounds,
+            remote=remote(domains, bounds.picture),
+            key=key,
+            hosts=_LOOPBACK if local else None,
+            places={name: folder(place) for name, place in places(named).items()},
+            pictures=pictures,
+        )
+        logging.basicConfig(
+            format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if log_requests else "WARN"
+        )
+        shown = f"[{host}]" if ":" in host else host
+        console.print(f"Serving {', '.join(models)} at http://{shown}:{port}/v1", markup=False, highlight=False)
+        console.print(f"The page: http://{shown}:{port}/", markup=False, highlight=False)
+        if not local and key is None:
+            warning = f"Everybody who reaches {host} may use it. Set {KEY} to require a key."
+            console.print(warning, markup=False, highlight=False)
+        running = server(app, host, port, bounds, log_requests=log_requests)
+        if browse:
+            threading.Thread(target=_browse, args=(running, f"http://{shown}:{port}/"), daemon=True).start()
+        running.run(sockets)
 
 
 def _browse(running: Any, address: str) -> None:

@@ -3,6 +3,8 @@
 import errno
 import logging
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
@@ -26,10 +28,20 @@ class Draining(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def bound(host: str, port: int) -> list[socket.socket]:
-    """Sockets at every address of ``host``, not listening yet; port 0 is any that is free. Raises ConfigError where
-    that cannot be: before a model is opened."""
+@contextmanager
+def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Sockets at every address of ``host``, not listening yet, closed at the end; port 0 is any that is free. Raises
+    ConfigError where that cannot be: before a model is opened."""
     found: list[socket.socket] = []
+    try:
+        _bind(host, port, found)
+        yield found
+    finally:
+        for one in found:
+            one.close()
+
+
+def _bind(host: str, port: int, found: list[socket.socket]) -> None:
     try:
         for family, kind, _, _, address in dict.fromkeys(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)):
             one = socket.socket(family, kind)
@@ -39,11 +51,8 @@ def bound(host: str, port: int) -> list[socket.socket]:
                 one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             one.bind((address[0], found[0].getsockname()[1] or port, *address[2:]))
     except OSError as error:
-        for one in found:
-            one.close()
         why = "because something else listens there" if error.errno == errno.EADDRINUSE else f"({error.strerror})"
         raise ConfigError(f"Cannot serve at port {port} of {host} {why}: choose another --port or --host.") from None
-    return found
 
 
 def server(app: FastAPI, host: str, port: int, limits: Limits, *, log_requests: bool = False) -> Draining:
