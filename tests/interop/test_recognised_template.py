@@ -100,5 +100,5 @@ def test_an_lm_whose_template_writes_the_beginning_begins_once(tmp_path: Path) -
 def test_further_turns_that_are_written_otherwise_are_told(tmp_path: Path) -> None:
     write_model(tiny_models.llava(), tmp_path / "m", "hf")
     (tmp_path / "m" / "chat_template.jinja").write_text(spelt("vicuna_bare").replace("eos_token", "'<end>'"))
-    with pytest.warns(IsthmusWarning, match="asks a first question as vicuna_bare does and writes further turns other"):
+    with pytest.warns(IsthmusWarning, match="writes a first question as vicuna_bare does and further turns otherwise"):
         isthmus.load(tmp_path / "m")

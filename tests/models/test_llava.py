@@ -238,7 +238,7 @@ def test_errors_name_sample_and_numbers() -> None:
     harmless = replace(rows.text["lm"], ids=rows.text["lm"].ids.clamp(min=0))
     with pytest.raises(DataError, match="visual 0 of the batch has no place"):
         net.loss(replace(rows, places={}, text={"lm": harmless}))
-    with pytest.raises(DataError, match="asks for visual 0, but the batch has 0"):
+    with pytest.raises(DataError, match="a place is for visual 0, but the batch has 0"):
         net.loss(replace(rows, visuals=()))
     with pytest.raises(DataError, match="neither pixels nor cached features"):
         net.loss(replace(rows, visuals=(Visuals(index=torch.zeros(1).long()),)))

@@ -62,7 +62,7 @@ def test_a_visual_may_stand_twice_and_takes_the_dtype_of_the_text() -> None:
         ([(0, 0, 4, 2)], "stand at 4 to 6, outside the batch of 2 rows and 5 tokens"),
         ([(2, 0, 0, 2)], "row 2: visual 0 should stand"),
         ([(1, 0, 0, 2), (1, 0, 1, 2)], "sample 'dog': visual 0 starts at 1, inside the visual before it"),
-        ([(1, 1, 0, 2)], "sample 'dog': a place asks for visual 1, but the batch has 1"),
+        ([(1, 1, 0, 2)], "sample 'dog': a place is for visual 1, but the batch has 1"),
         ([], "visual 0 of the batch has no place"),
     ],
 )

@@ -157,7 +157,7 @@ def nn_linear_contrastive():
 
 
 def test_batch_terms_without_a_cache_are_refused():
-    with pytest.raises(StageError, match="'itc' belongs to the whole batch"):
+    with pytest.raises(StageError, match="'itc' belongs to the full batch"):
         backward(engine(Contrastive(cached=False)), [make_batch([1, 2]), make_batch([3])], FP32)
 
 
