@@ -14,7 +14,6 @@ from isthmus.nn.attention import attend
 from isthmus.products import multiply_quickly
 
 CACHED = products.quicker
-CAPABLE = {name: has for name, has in torch.cpu.get_capabilities().items() if has}
 GPU, X86 = torch.cuda.is_available(), platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -130,11 +129,10 @@ def test_attention_multiplies_as_before_in_both_passes(monkeypatch, attention):
 @pytest.mark.skipif(GPU or not X86, reason="a setting of x86 CPUs without a GPU beside them")
 def test_a_process_that_loads_a_model_multiplies_so():
     code = (
-        "import torch, isthmus; from isthmus import products; products.quicker = lambda: True; "
-        "isthmus.load('isthmus:lm', device='cpu'); print(torch.get_float32_matmul_precision(), products._exact())"
+        "import torch, isthmus; from isthmus import products; tried = products.quicker; products.quicker = lambda: True; "
+        "isthmus.load('isthmus:lm', device='cpu'); "
+        "print(torch.get_float32_matmul_precision(), products._exact() or not tried())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    setting, exact = done.stdout.split()
-    assert setting == "medium"
-    assert exact == "True" or CAPABLE.keys() & {"amx_bf16", "amx_tile"}
+    assert done.stdout.split() == ["medium", "True"]  # exact, or refused where nobody says that it is quicker
