@@ -129,7 +129,8 @@ def test_attention_multiplies_as_before_in_both_passes(monkeypatch, attention):
 @pytest.mark.skipif(GPU or not X86, reason="a setting of x86 CPUs without a GPU beside them")
 def test_a_process_that_loads_a_model_multiplies_so():
     code = (
-        "import torch, isthmus; from isthmus import products; tried = products.quicker; products.quicker = lambda: True; "
+        "import torch, isthmus; from isthmus import products; "
+        "tried = products.quicker; products.quicker = lambda: True; "
         "isthmus.load('isthmus:lm', device='cpu'); "
         "print(torch.get_float32_matmul_precision(), products._exact() or not tried())"
     )
