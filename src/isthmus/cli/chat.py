@@ -83,9 +83,9 @@ def _talk(
 
 def _there(modality: str, path: Path) -> None:
     if modality == "image" and not path.is_file():
-        raise DataError(f"There is no picture at {path}.")
+        raise DataError(f"There is no picture at {path}. Check the path.")
     if modality == "video" and not path.exists():
-        raise DataError(f"There is no video file or folder of frames at {path}.")
+        raise DataError(f"There is no video file or folder of frames at {path}. Check the path.")
 
 
 def _opened(modality: str, path: Path) -> dict[str, Any]:

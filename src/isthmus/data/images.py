@@ -30,8 +30,8 @@ from isthmus.nn.tiles import best_canvas, check_pinpoints, fitted
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """The only formats opened. Pillow knows 40 more, several of them with a history of holes."""
-_CONVERT = "convert it or drop the sample"
-_REWRITE = "write the file again or drop the sample"
+_CONVERT = "convert it, or leave it out"
+_REWRITE = "write the file again or leave it out"
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -50,7 +50,7 @@ class ImageLimits:
     def check_bytes(self, count: int, where: str) -> None:
         """Raises DataError when the encoded file is empty or too large."""
         if count == 0:
-            raise DataError(f"broken image: {where} is empty (0 bytes); write the file again or drop the sample")
+            raise DataError(f"broken image: {where} is empty (0 bytes); write the file again or leave it out")
         if count > self.file_bytes:
             raise DataError(
                 f"image too large: {where} has {count:,} bytes, the limit is {self.file_bytes:,}; save it smaller"

@@ -138,7 +138,7 @@ def thinned(items: list[Any], most: int) -> list[Any]:
 
 def _checked(frames: list[PilImage.Image], where: str) -> list[PilImage.Image]:
     if not frames:
-        raise DataError(f"empty video: {where} has 0 frames; give at least one or drop the sample")
+        raise DataError(f"empty video: {where} has 0 frames; give at least one or leave it out")
     if len({frame.size for frame in frames}) > 1:
         raise DataError(f"broken video: the frames of {where} differ in size; make them equal")
     return frames
