@@ -111,6 +111,11 @@ def test_the_header_is_read_once(file: Path, monkeypatch: Any) -> None:
     assert gguf.GGUFReader is patched
 
 
+def test_nothing_is_shown_while_it_is_read(file: Path, capfd: Any) -> None:
+    isthmus.load(file)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_show_writes_the_prompt_to_the_letter(file: Path, tmp_path: Path, capsys: Any) -> None:
     show.run(str(file), [], tmp_path / "facts.json", render="hi")
     words = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

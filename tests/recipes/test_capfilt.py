@@ -1,6 +1,7 @@
 """CapFilt with a captioner and a judge of known quality."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,3 +142,18 @@ def test_the_command(story, tmp_path) -> None:
     assert found.exit_code == 0, found.output
     assert json.loads(facts.read_text())["pictures"] == 6
     assert "Correct captions" in found.output
+
+
+def test_code_of_ones_own_is_named_for_both_models(tmp_path, monkeypatch) -> None:
+    class Opened(Knows):
+        def need(self, capability):
+            pass
+
+    given = {}
+    monkeypatch.setattr("isthmus.opening.load", lambda name, **how: given.update({name: how}) or Opened())
+    data = tmp_path / "scenes.yaml"
+    data.write_text("{kind: scenes, form: captions, count: 3}\n")
+    words = ["data", "capfilt", "--data", str(data), "--captioner", "writes", "--clip", "ranks", "--k", "1"]
+    found = CliRunner().invoke(app, [*words, "--code", "mine.py", "--out", str(tmp_path / "out")])
+    assert found.exit_code == 0, found.output
+    assert given == {"writes": {"code": [Path("mine.py")]}, "ranks": {"code": [Path("mine.py")]}}

@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from isthmus.allocator import keep_freed_memory
 from isthmus.cli.app import app
@@ -48,7 +47,7 @@ def _run() -> None:
         sys.exit(EXIT_USER)
 
 
-def _warn(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+def _warn(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: object) -> None:
     """Our own warnings as a paragraph, without their place in the code; those of others as they are."""
     if issubclass(category, IsthmusWarning):
         _say(f"warning: {message}")

@@ -1,12 +1,12 @@
 """The commands and their options; each hands over to a module of its own."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from isthmus.cli.app_data import app as data_app
-from isthmus.cli.options import OF_ANY_MODEL, SCORING, Json, Overrides, opens_a_model, takes, written
+from isthmus.cli.options import OF_ANY_MODEL, SCORING, Json, Loading, Overrides, Scoring, opens_a_model, takes, written
 
 app = typer.Typer(
     name="isthmus",
@@ -81,7 +81,7 @@ def show(
         str | None, typer.Option(help="ddp or fsdp: what each process of a recipe's stages would hold and exchange.")
     ] = None,
     ranks: Annotated[int, typer.Option(min=2, help="Number of processes for --parallel.")] = 8,
-    given: dict[str, Any],
+    given: Loading,
 ) -> None:
     """Parts, exact parameter counts, what each stage trains, tokens per image, memory; for a language model the
     compute-optimal number of tokens."""
@@ -117,8 +117,8 @@ def evaluate(
     against: Annotated[Path | None, typer.Option(help="With --rescore: the folder to compare it with, paired.")] = None,
     json_file: Json = None,
     *,
-    scoring: dict[str, Any],
-    given: dict[str, Any],
+    scoring: Scoring,
+    given: Loading,
 ) -> None:
     """Score a model: with intervals, raw outputs, and the best score without looking. No task: the recipe's own."""
     from isthmus.cli.evaluate import run, run_rescore
@@ -151,8 +151,8 @@ def compare(
     arm: Annotated[list[str] | None, typer.Option(help="Of a recipe, run only this arm (repeat for several).")] = None,
     json_file: Json = None,
     *,
-    scoring: dict[str, Any],
-    given: dict[str, Any],
+    scoring: Scoring,
+    given: Loading,
 ) -> None:
     """Models side by side on the same questions: scores, differences with intervals, costs, one report."""
     from isthmus.cli import compare as work
@@ -205,7 +205,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     *,
-    given: dict[str, Any],
+    given: Loading,
 ) -> None:
     """One answer about pictures, or a conversation."""
     from isthmus.cli.chat import run
@@ -231,7 +231,7 @@ def look(
     cells: Annotated[int, typer.Option(min=1, max=64, help="Cells a side to cover, one at a time.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
     *,
-    given: dict[str, Any],
+    given: Loading,
 ) -> None:
     """Pictures of what a model attended to for each word of its answer, and of what covering each region changes."""
     from isthmus.cli.look import run
@@ -257,7 +257,7 @@ def serve(
     pictures: Annotated[Path | None, typer.Option(help="Folder of pictures that the page may search.")] = None,
     browse: Annotated[bool, typer.Option("--browse", help="Open the page in a browser.")] = False,
     *,
-    given: dict[str, Any],
+    given: Loading,
 ) -> None:
     """Models behind an OpenAI-compatible API. The environment's ISTHMUS_API_KEY, where it is set, must be sent."""
     from isthmus.cli.serve import run
@@ -289,7 +289,7 @@ def batch(
     ] = None,
     json_file: Json = None,
     *,
-    given: dict[str, Any],
+    given: Loading,
 ) -> None:
     """Answer a file of API requests offline, through the server's checks; the same command resumes."""
     from isthmus.cli.batch import run
@@ -320,7 +320,7 @@ def convert(
     ] = False,
     json_file: Json = None,
     *,
-    given: dict[str, Any],
+    given: Loading,
 ) -> None:
     """Write a model in another project's form; what that cannot hold is an error that names the field."""
     from isthmus.cli.convert import run
@@ -350,7 +350,7 @@ def verify(
     served_as: Annotated[str | None, typer.Option(help="The model's name at --against, where it has several.")] = None,
     json_file: Json = None,
     *,
-    given: dict[str, Any],
+    given: Loading,
 ) -> None:
     """Contracts on any checkpoint: batch = single, cached = uncached, save = load, the picture matters, ..."""
     from isthmus.cli.verify import run, run_against

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from isthmus.cli.options import Json
+from isthmus.cli.options import OF_ANY_MODEL, Json, Loading, takes
 
 app = typer.Typer(help="Write scenes as files; instruction data; better captions.", no_args_is_help=True)
 
@@ -100,6 +100,7 @@ def data_instruct(
 
 
 @app.command(name="capfilt")
+@takes(OF_ANY_MODEL, "given")
 def data_capfilt(
     data: Annotated[str, typer.Option(help="Pictures with web captions: a file, a folder or a YAML file of a source.")],
     captioner: Annotated[str, typer.Option(help="A model that captions.")],
@@ -112,6 +113,8 @@ def data_capfilt(
     option: Annotated[list[str] | None, typer.Option("--set", help="key=value of the source; task.key=value.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the captions drawn.")] = 0,
     json_file: Json = None,
+    *,
+    given: Loading,
 ) -> None:
     """Better captions for a web data set (BLIP-2's CapFilt): write k, rank them by a CLIP, keep the best."""
     from isthmus.cli.data import capfilt
@@ -128,4 +131,5 @@ def data_capfilt(
         options=option or [],
         seed=seed,
         json_file=json_file,
+        given=given,
     )

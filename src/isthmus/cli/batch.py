@@ -1,14 +1,14 @@
 """``isthmus batch``: a file of API requests, answered offline."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
 
+from isthmus.cli.options import Loading
 from isthmus.cli.serve import needs_extra, opened, remote
 
 DEADLINE = 86_400.0
@@ -23,7 +23,7 @@ def run(
     together: int,
     domains: Sequence[str],
     json_file: Path | None,
-    given: Mapping[str, Any],
+    given: Loading,
 ) -> None:
     """Answer what is not answered yet. ``given``: further arguments of :func:`isthmus.load`. Exit code 1 when a request
     has an error for an answer."""

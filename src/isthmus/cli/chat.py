@@ -1,12 +1,16 @@
 """``isthmus chat``: one answer about pictures, or a conversation at the prompt."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from isthmus.cli.options import Loading
 from isthmus.errors import CapabilityError, DataError, MissingExtraError
+
+if TYPE_CHECKING:
+    from isthmus.data.messages import Message
 
 
 def run(
@@ -17,7 +21,7 @@ def run(
     videos: Sequence[Path] = (),
     max_new_tokens: int,
     temperature: float,
-    given: Mapping[str, Any] | None = None,
+    given: Loading | None = None,
 ) -> None:
     """Answer ``question`` about ``images`` and ``videos``, or talk until an empty line. ``given``: further arguments of
     :func:`isthmus.load`."""
@@ -28,7 +32,7 @@ def run(
         _there(modality, path)
     if question is not None and not question.strip():
         raise DataError("The question is empty; leave it out to start a conversation.")
-    model = load(model_folder, **(given or {}))
+    model = load(model_folder, **(given or Loading()))
     model.need("chat")
     if images and model.processor.image is None:
         raise CapabilityError(f"This model ({model.kind}) reads only text; leave --image out, or take one that sees.")
@@ -52,13 +56,13 @@ def _say(console: Console, pieces: Iterable[str]) -> str:
 
 
 def _talk(
-    console: Console, answer: Callable[[list[dict[str, Any]]], Iterable[str]], shown: list[dict[str, Any]]
+    console: Console, answer: "Callable[[Sequence[Message]], Iterable[str]]", shown: list[dict[str, object]]
 ) -> None:
     """Turn by turn until an empty line; ``shown`` goes with the next turn. What cannot be answered is taken back."""
     from isthmus.data.messages import NO_ANSWER
 
     console.print("[dim]/image FILE or /video CLIP shows one more; an empty line ends the conversation.[/]")
-    messages: list[dict[str, Any]] = []
+    messages: list[Message] = []
     while text := _read_question(console):
         command, _, path = text.partition(" ")
         if command in ("/image", "/video"):
@@ -88,7 +92,7 @@ def _there(modality: str, path: Path) -> None:
         raise DataError(f"There is no video file or folder of frames at {path}. Check the path.")
 
 
-def _opened(modality: str, path: Path) -> dict[str, Any]:
+def _opened(modality: str, path: Path) -> dict[str, object]:
     """The part of a turn that shows what is there. Raises DataError when it cannot be read, MissingExtraError when a
     package is missing that reads it."""
     from isthmus.data.images import FileImage, open_image
@@ -102,7 +106,7 @@ def _opened(modality: str, path: Path) -> dict[str, Any]:
     return {"type": modality, modality: path}
 
 
-def _turn(pictures: list[dict[str, Any]], text: str) -> dict[str, Any]:
+def _turn(pictures: list[dict[str, object]], text: str) -> "Message":
     return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
 
 

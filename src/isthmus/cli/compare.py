@@ -1,15 +1,15 @@
 """``isthmus compare``: models side by side on the same tasks, or a comparison recipe that trains them first."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, TimeRemainingColumn
+from rich.progress import Progress, TaskID, TimeRemainingColumn
 
 from isthmus.cli.evaluate import counted, spec_of
+from isthmus.cli.options import Loading
 from isthmus.errors import ConfigError
 
 _SUMMARY = (
@@ -22,7 +22,7 @@ def run(
     models: Sequence[str],
     *,
     json_file: Path | None,
-    given: Mapping[str, Any],
+    given: Loading,
     task: str | None = None,
     data: str | None = None,
     options: Sequence[str] = (),
@@ -57,7 +57,7 @@ def run(
     specs = with_shots(specs, counted(shots, [int(n) for n in numbers]), select)
     console = Console()
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
-        shown: dict[tuple[str, str], Any] = {}
+        shown: dict[tuple[str, str], TaskID] = {}
 
         def progress(name: str, done: int, total: int) -> None:
             place = (rival.name, name)

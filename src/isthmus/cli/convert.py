@@ -2,12 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
+from isthmus.cli.options import Loading
 from isthmus.errors import ConfigError, nearest
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -19,7 +18,7 @@ def run(
     destination: Path,
     to: str,
     *,
-    given: Mapping[str, Any],
+    given: Loading,
     replace: bool,
     lossy: bool,
     shard: str,

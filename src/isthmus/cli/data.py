@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from isthmus.cli.options import Loading
 from isthmus.errors import ConfigError, nearest
 
 
@@ -37,9 +38,12 @@ def capfilt(
     options: Sequence[str],
     seed: int,
     json_file: Path | None,
+    given: Loading,
 ) -> None:
-    """Synthetic captions ranked with the web caption; ``wrong`` mislabels a share first, to see what filtering does."""
+    """Synthetic captions ranked with the web caption; ``wrong`` mislabels a share first, to see what filtering does.
+    ``given``: further arguments of :func:`isthmus.load`, for both models."""
     from isthmus.cli.evaluate import source_of, split_options
+    from isthmus.config import fit
     from isthmus.data.sources import open_source
     from isthmus.opening import load
     from isthmus.recipes.capfilt import Mislabelled
@@ -47,12 +51,13 @@ def capfilt(
     from isthmus.recipes.scoring import First
 
     changes, decoding = split_options(options)
+    bad_samples = fit(float, decoding.pop("bad_samples", 0.01), "--set task.bad_samples")
     source = open_source(source_of(data) | changes)
     if limit is not None:
         source = First(source, limit)
     if wrong:
         source = Mislabelled(source, wrong, seed)
-    writes, judges = load(captioner), load(clip)
+    writes, judges = load(captioner, **given), load(clip, **given)
     writes.need("generate")
     judges.need("similarity")
     with Progress(transient=True) as bar:
@@ -65,7 +70,7 @@ def capfilt(
             k=k,
             keep=keep,
             seed=seed,
-            bad_samples=decoding.pop("bad_samples", 0.01),
+            bad_samples=bad_samples,
             decoding=decoding,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

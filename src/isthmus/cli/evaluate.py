@@ -5,16 +5,20 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import Progress, TimeRemainingColumn
+from rich.progress import Progress, TaskID, TimeRemainingColumn
 
 from isthmus import pretrained
+from isthmus.cli.options import Loading
 from isthmus.errors import ConfigError
 from isthmus.user_code import is_user_code, label, pin, pinned_in
 
 if TYPE_CHECKING:
+    from isthmus.evaluation.run import Result
+    from isthmus.interop.hf_peer import Peer
+    from isthmus.model import Model
     from isthmus.recipes.schema import EvalSpec
 
 
@@ -22,7 +26,7 @@ def run(
     model: str,
     *,
     json_file: Path | None,
-    given: Mapping[str, Any],
+    given: Loading,
     task: str | None = None,
     data: str | None = None,
     options: Sequence[str] = (),
@@ -33,7 +37,7 @@ def run(
     limit: int | None = None,
     out: Path | None = None,
     seed: int = 0,
-    judge: Mapping[str, Any] = MappingProxyType({}),
+    judge: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Print a table per task; outputs, manifest and scores go into ``out``. Processes that torchrun started share the
     items, and the first one writes and prints. ``given``: further arguments of
@@ -67,14 +71,14 @@ def run(
     place = out if out is not None else _home(folder) / name
     console = Console(emoji=False, quiet=not first())
 
-    def print_result(result: Any) -> None:
+    def print_result(result: "Result") -> None:
         console.print(score_table(result.task, result.scores.to_dict()))
         if result.left_out:
             console.print(f"{result.left_out} bad samples were left out: {result.folder / 'quarantine.jsonl'}")
 
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
     with Progress(*columns, transient=True, console=console) as bar:
-        shown: dict[str, Any] = {}
+        shown: dict[str, TaskID] = {}
 
         def progress(name: str, done: int, total: int) -> None:
             if name not in shown:
@@ -105,7 +109,7 @@ def run(
 
 def _specs(
     model: str,
-    loaded: Any,
+    loaded: "Model | Peer",
     *,
     task: str | None,
     data: str | None,
@@ -130,7 +134,7 @@ def _specs(
     return specs
 
 
-def _task_for(model: Any) -> str:
+def _task_for(model: "Model | Peer") -> str:
     """The tasks of a model when none is named."""
     return "vqa" if "answer" in model.capabilities else "retrieval"
 
@@ -147,7 +151,7 @@ def counted(shots: str | None, more: Sequence[int]) -> list[int]:
     return [int(word) for word in words]
 
 
-def _over_shots(place: Path, results: Sequence[Any]) -> Path | None:
+def _over_shots(place: Path, results: "Sequence[Result]") -> Path | None:
     """``shots.html`` in ``place``: each task's score over the number of shots, what is reached without looking, and the
     same task spoilt on purpose (``lessons-8-shots-permuted``). None unless a task was scored with several numbers."""
     from isthmus.comparison.compare import answers_of
@@ -187,7 +191,7 @@ def _home(model: Path) -> Path:
     return model.parent / "eval" / model.stem if model.is_file() else model / "eval"
 
 
-def _load(model: str, given: Mapping[str, Any]) -> Any:
+def _load(model: str, given: Loading) -> "Model | Peer":
     """Any model we open, or with ``hf:`` transformers' own classes for the same folder."""
     if model.startswith(_PEER):
         from isthmus.interop.hf_peer import load_peer
@@ -227,24 +231,25 @@ def run_rescore(
             f"{given[0]} is for asking a model; with --rescore the folder's outputs are scored as they are."
         )
     source, own = split_options(options)
+    rule = None if (value := own.get("rule")) is None else str(value)
     unknown = [*source, *(f"task.{name}" for name in own if name != "rule")]
     if unknown:
         raise ConfigError(f"Only task.rule can be set when outputs are scored again, not {unknown[0]}.")
     console = Console(emoji=False)
     if against is None:
-        result = rescore(folder, rule=own.get("rule"), code=code)
+        result = rescore(folder, rule=rule, code=code)
         facts = result.scores.to_dict()
         console.print(score_table(result.task, facts))
         facts = {result.task: facts}
     else:
-        differences = compare(folder, against, rule=own.get("rule"), seed=seed, code=code)
+        differences = compare(folder, against, rule=rule, seed=seed, code=code)
         console.print(difference_table(str(folder), str(against), differences))
         facts = {d.name: d.to_dict() for d in differences}
     if json_file is not None:
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def spec_of(kind: str, data: str, train: str | None, options: Sequence[str]) -> Any:
+def spec_of(task: str, data: str, train: str | None, options: Sequence[str]) -> "EvalSpec":
     """The evaluation that ``--task``, ``--data``, ``--train`` and ``--set`` describe."""
     from isthmus.recipes.schema import EvalSpec
 
@@ -252,18 +257,18 @@ def spec_of(kind: str, data: str, train: str | None, options: Sequence[str]) -> 
     apart = {key.removeprefix("train."): source.pop(key) for key in list(source) if key.startswith("train.")}
     if apart and train is None:
         raise ConfigError(f"--set train.{next(iter(apart))} is about --train, which is not given.")
-    allowed = {"bad_samples": own.pop("bad_samples")} if "bad_samples" in own else {}
-    return EvalSpec(
-        name=label(kind).rpartition(":")[2],  # of a user's class its name
-        task=pinned_in(kind, key="task"),
-        data=source_of(data) | source,
-        train=source_of(train) | source | apart if train else None,
-        options=own,
-        **allowed,
-    )
+    spec = {
+        "name": label(task).rpartition(":")[2],  # of a user's class its name
+        "task": pinned_in(task, key="task"),
+        "data": source_of(data) | source,
+        "train": source_of(train) | source | apart if train else None,
+    }
+    if "bad_samples" in own:
+        spec["bad_samples"] = own.pop("bad_samples")
+    return EvalSpec.model_validate(spec | {"options": own})
 
 
-def source_of(data: str) -> dict[str, Any]:
+def source_of(data: str) -> dict[str, object]:
     """A YAML file describes a source; anything else is data whose kind follows from its content."""
     path = Path(data)
     if path.suffix in {".yaml", ".yml"}:
@@ -284,10 +289,10 @@ def source_of(data: str) -> dict[str, Any]:
     return guess(path)
 
 
-def split_options(options: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(options: Sequence[str]) -> tuple[dict[str, object], dict[str, object]]:
     """``key=value`` of the sources (``train.key=value`` of --train's alone), and ``task.key=value`` of the task."""
-    source: dict[str, Any] = {}
-    task: dict[str, Any] = {}
+    source: dict[str, object] = {}
+    task: dict[str, object] = {}
     from isthmus.recipes.schema import option_value
 
     for option in options:

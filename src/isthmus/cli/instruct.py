@@ -1,15 +1,19 @@
 """``isthmus data instruct``: instruction data from captions and boxes, by a language model or by templates."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
 
 from isthmus.errors import ConfigError, EndpointError, nearest
+
+if TYPE_CHECKING:
+    from isthmus.data.instruct import Report, Symbols
+    from isthmus.demo.scenes.scene import Scene
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +111,7 @@ def _request_all(o: Options, kinds: Sequence[str]) -> None:
         raise ConfigError(
             "A language model writes the data: give --endpoint URL and --model NAME, or --offline for templates."
         )
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     for setting in o.settings:
         name, sep, value = setting.partition("=")
         if not sep:
@@ -157,18 +161,18 @@ def _request_all(o: Options, kinds: Sequence[str]) -> None:
         )
 
 
-def _pictures(o: Options) -> tuple[list[Any], dict[str, Any], Path | None]:
+def _pictures(o: Options) -> "tuple[list[Symbols], dict[str, object], Path | None]":
     """The pictures in words, what they are described by, and the folder of the pictures."""
     from isthmus.data.instruct.symbols import guess_symbols, read_symbols
 
     if o.scenes is not None:
         return [symbols for _, symbols in _drawn(o)], _scenes(o), Path("images")
     spec = _spec(str(o.data)) or guess_symbols(Path(str(o.data)))
-    folder = o.image_folder or (Path(spec["image_folder"]) if "image_folder" in spec else None)
+    folder = o.image_folder or (Path(str(spec["image_folder"])) if "image_folder" in spec else None)
     return read_symbols(spec)[: o.limit], spec | ({"limit": o.limit} if o.limit else {}), folder
 
 
-def _spec(data: str) -> dict[str, Any] | None:
+def _spec(data: str) -> dict[str, object] | None:
     if Path(data).suffix not in (".yaml", ".yml"):
         return None
     from isthmus.recipes.schema import read_yaml
@@ -179,7 +183,7 @@ def _spec(data: str) -> dict[str, Any] | None:
     return tree
 
 
-def _drawn(o: Options) -> list[Any]:
+def _drawn(o: Options) -> "list[tuple[Scene, Symbols]]":
     """The scenes and their symbols, drawn below the folder."""
     from isthmus.demo.scenes.instruct import draw_scenes, scene_symbols
     from isthmus.demo.scenes.scene import SPLITS
@@ -193,17 +197,17 @@ def _drawn(o: Options) -> list[Any]:
     return found
 
 
-def _scenes(o: Options) -> dict[str, Any]:
+def _scenes(o: Options) -> dict[str, object]:
     return {"kind": "scenes", "count": o.scenes, "split": o.split, "seed": o.seed, "size": o.size}
 
 
-def _report(o: Options, report: Any, folder: Path | None) -> None:
+def _report(o: Options, report: "Report", folder: Path | None) -> None:
     """What came out, what it cost, and how a recipe reads it."""
     console = Console(emoji=False)
     rows = ", ".join(f"{count} {kind}" for kind, count in report.rows.items()) or "nothing"
     console.print(f"{sum(report.rows.values())} samples ({rows}) in [bold]{o.out}/instruct.json[/].", soft_wrap=True)
     if not o.offline:
-        console.print(_spent(report.to_dict()))
+        console.print(_spent(report))
     if report.refused:
         reasons = ", ".join(f"{reason} {count}" for reason, count in report.refused.most_common())
         console.print(
@@ -218,10 +222,8 @@ def _report(o: Options, report: Any, folder: Path | None) -> None:
         o.json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-def _spent(facts: Mapping[str, Any]) -> str:
-    usage = (
-        f"{facts['replies']} replies, {facts['prompt_tokens']:,} tokens read, {facts['completion_tokens']:,} written"
-    )
-    if facts["tokens_not_reported"]:
-        usage += f" ({facts['tokens_not_reported']} replies without a report)"
-    return usage + (f", cost {facts['cost']:.4f}." if facts["cost"] is not None else ".")
+def _spent(report: "Report") -> str:
+    usage = f"{report.replies} replies, {report.prompt_tokens:,} tokens read, {report.completion_tokens:,} written"
+    if report.unreported:
+        usage += f" ({report.unreported} replies without a report)"
+    return usage + (f", cost {report.cost:.4f}." if report.cost is not None else ".")

@@ -2,14 +2,17 @@
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
 
+from isthmus.cli.options import Loading
 from isthmus.errors import CapabilityError, ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image as PilImage
 
 
 def run(
@@ -20,7 +23,7 @@ def run(
     *,
     cells: int,
     max_new_tokens: int,
-    given: Mapping[str, Any],
+    given: Loading,
 ) -> None:
     """Write ``word-NN-WORD.png``, ``covering.png`` and ``look.json`` into ``out``, which must be new or empty.
 
@@ -40,8 +43,8 @@ def run(
         raise CapabilityError(
             f"This {model.kind} model neither gives attention maps nor scores answers; it can: {can}."
         )
-    facts: dict[str, Any] = {"model": name, "image": str(image), "question": question}
-    words: list[Any] = []
+    facts: dict[str, object] = {"model": name, "image": str(image), "question": question}
+    words: list[tuple[str, PilImage.Image]] = []
     try:
         answer, words = word_pictures(model, picture, question, max_new_tokens=max_new_tokens)
     except CapabilityError as error:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypedDict
 
 import typer
 
@@ -11,7 +11,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the facts 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value changes, e.g. stages.align.steps=100.")]
 Device = Annotated[str | None, typer.Option(help="auto (a GPU if there is one; the default), cpu, cuda or mps.")]
 Dtype = Annotated[str | None, typer.Option(help="float32 (as a rule), bfloat16 or float16 weights.")]
-LOADING: dict[str, Any] = {
+LOADING: dict[str, object] = {
     "device": Device,
     "dtype": Dtype,
     "vision": Annotated[str | None, typer.Option(help="The vision encoder's model, where a checkpoint holds none.")],
@@ -37,9 +37,28 @@ LOADING: dict[str, Any] = {
     ],
 }
 """The options of every command that opens a model: the further arguments of ``isthmus.load``, by their names there."""
+
+
+class Loading(TypedDict, total=False):
+    """Those of LOADING that the user gave."""
+
+    device: str
+    dtype: str
+    vision: str
+    language: str
+    base: str
+    unquantised: bool
+    tokenizer: str
+    activation: str
+    head_width: int
+    template: str
+    revision: str
+    code: list[Path]
+
+
 OF_ANY_MODEL = {name: LOADING[name] for name in ("device", "dtype", "code")}
 """Those of them that make sense for several models at once."""
-SCORING: dict[str, Any] = {
+SCORING: dict[str, object] = {
     "task": Annotated[
         str | None, typer.Option(help="vqa, vqav2, caption, pope, retrieval, … (docs/evaluation.md), or FILE.py:Class.")
     ],
@@ -59,7 +78,21 @@ SCORING: dict[str, Any] = {
 """The options of every command that scores models, by the names that its module takes."""
 
 
-def takes(options: Mapping[str, Any], argument: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+class Scoring(TypedDict, total=False):
+    """Those of SCORING that the user gave."""
+
+    task: str
+    data: str
+    options: list[str]
+    train: str
+    shots: str
+    select: str
+    limit: int
+    out: Path
+    seed: int
+
+
+def takes(options: Mapping[str, object], argument: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command with these options besides its own; those that the user gave come to it as a dict, ``argument``."""
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
@@ -67,7 +100,7 @@ def takes(options: Mapping[str, Any], argument: str) -> Callable[[Callable[..., 
         own = [p for p in before.parameters.values() if p.name != argument]
         more = {name: option for name, option in options.items() if name not in before.parameters}
 
-        def call(**values: Any) -> None:
+        def call(**values: object) -> None:
             given = {name: value for name in more if (value := values.pop(name)) not in (None, [])}
             command(**values, **{argument: given})
 

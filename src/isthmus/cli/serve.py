@@ -6,19 +6,31 @@ import os
 import threading
 import time
 import webbrowser
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from rich.console import Console
 
+from isthmus.cli.options import Loading
 from isthmus.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from isthmus.model import Model
+    from isthmus.serving.fetch import Remote
 
 KEY = "ISTHMUS_API_KEY"
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+class Bounds(TypedDict, total=False):
+    """Those fields of :class:`isthmus.serving.limits.Limits` that have an option."""
+
+    rows: int
+    queue: int
+    deadline: float
 
 
 def run(
@@ -27,15 +39,14 @@ def run(
     host: str,
     port: int,
     domains: Sequence[str],
-    limits: Mapping[str, Any],
+    limits: Bounds,
     log_requests: bool,
-    given: Mapping[str, Any],
+    given: Loading,
     browse: bool = False,
     pictures: Path | None = None,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; with ``browse`` a browser shows the page. ``limits``: fields of
-    :class:`isthmus.serving.limits.Limits`; ``given``: further arguments of :func:`isthmus.load`; ``pictures``: a
-    folder that may be searched.
+    """Serve until SIGTERM or Ctrl-C; with ``browse`` a browser shows the page. ``given``: further arguments of
+    :func:`isthmus.load`; ``pictures``: a folder that may be searched.
     """
     needs_extra()
     from isthmus.serving.api import create_app
@@ -71,7 +82,7 @@ def run(
         running.run(sockets)
 
 
-def _browse(running: Any, address: str) -> None:
+def _browse(running: "uvicorn.Server", address: str) -> None:
     """Open the address as soon as the server listens."""
     while not running.started:
         if running.should_exit:
@@ -91,7 +102,7 @@ def needs_extra() -> None:
         raise MissingExtraError(text) from None
 
 
-def opened(named: Sequence[str], given: Mapping[str, Any]) -> dict[str, "Model"]:
+def opened(named: Sequence[str], given: Loading) -> dict[str, "Model"]:
     """The models by id, see :func:`places`."""
     from isthmus.opening import load
 
@@ -131,7 +142,7 @@ def _identified(named: str) -> tuple[str, str]:
     return Path(named.rpartition(":")[2] if named.startswith("isthmus:") else named).resolve().name, named
 
 
-def remote(domains: Sequence[str], size: int) -> Any:
+def remote(domains: Sequence[str], size: int) -> "Remote | None":
     """What pictures may be fetched from; none without a host. Raises ConfigError for what is no host's name."""
     from isthmus.serving.fetch import Remote, is_host
 

@@ -1,21 +1,27 @@
 """``isthmus show``: what a recipe would build and train, or what a model folder holds."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from isthmus.cli.options import Loading
 from isthmus.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from isthmus.model import Model
+    from isthmus.net import Net
+    from isthmus.recipes.schema import Recipe
 
 
 def run(
     what: str,
     overrides: Sequence[str],
     json_file: Path | None,
-    given: Mapping[str, Any] | None = None,
+    given: Loading | None = None,
     *,
     render: str | None = None,
     shared: tuple[str, int] | None = None,
@@ -34,7 +40,7 @@ def run(
             raise ConfigError(f"{what} is a model; --parallel shows how a recipe's stages would be shared.")
         if overrides:
             raise ConfigError(f"{what} is a model; key=value changes recipes only.")
-        facts = _model(what, console, given or {}, render)
+        facts = _model(what, console, given or Loading(), render)
     elif render is not None:
         raise ConfigError(f"{what} is no model folder or file; only a model's prompt can be shown (--render).")
     elif recipe:
@@ -48,7 +54,7 @@ def run(
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _model(folder: str, console: Console, given: Mapping[str, Any], render: str | None) -> dict[str, Any]:
+def _model(folder: str, console: Console, given: Loading, render: str | None) -> dict[str, object]:
     from isthmus import adapters
     from isthmus.checkpoint import state_tensors
     from isthmus.config import plain
@@ -80,7 +86,7 @@ def _model(folder: str, console: Console, given: Mapping[str, Any], render: str 
     }
 
 
-def _rendered(model: Any, question: str, console: Console) -> dict[str, Any]:
+def _rendered(model: "Model", question: str, console: Console) -> dict[str, object]:
     """The prompt of a question, to the letter and as ids."""
     from isthmus.data.reading import words
     from isthmus.data.record import Record, Text
@@ -94,7 +100,7 @@ def _rendered(model: Any, question: str, console: Console) -> dict[str, Any]:
     return {"text": text, "ids": ids, "tokens": tokenizer.tokens(ids)}
 
 
-def _recipe(name: str, overrides: Sequence[str], console: Console, shared: tuple[str, int] | None) -> dict[str, Any]:
+def _recipe(name: str, overrides: Sequence[str], console: Console, shared: tuple[str, int] | None) -> dict[str, object]:
     from isthmus.recipes.facts import (
         StageCost,
         compute_rule,
@@ -134,7 +140,7 @@ def _recipe(name: str, overrides: Sequence[str], console: Console, shared: tuple
                 f"here about {cost.seconds:.2f} s a step, the stage about {duration(cost.total)}",
                 highlight=False,
             )
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "kind": kind,
         "parts": parts,
         "visual_tokens": tokens,
@@ -161,7 +167,7 @@ def _recipe(name: str, overrides: Sequence[str], console: Console, shared: tuple
     return facts
 
 
-def _layouts(recipe: Any, net: Any, ranks: int, console: Console) -> dict[str, Any]:
+def _layouts(recipe: "Recipe", net: "Net", ranks: int, console: Console) -> dict[str, object]:
     """For each stage what one of so many processes holds and exchanges."""
     from isthmus.recipes.facts import stage_layouts
 

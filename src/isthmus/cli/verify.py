@@ -2,24 +2,21 @@
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from isthmus.cli.options import Loading
 from isthmus.cli.serve import KEY, needs_extra
 from isthmus.errors import CapabilityError, ConfigError
 
 _STYLES = {"pass": "[green]pass[/]", "FAIL": "[bold red]FAIL[/]", "n/a": "[dim]n/a[/]"}
 
 
-def run(
-    source: str, json_file: Path | None, *, only: list[str], given: Mapping[str, Any], served_as: str | None = None
-) -> None:
+def run(source: str, json_file: Path | None, *, only: list[str], given: Loading, served_as: str | None = None) -> None:
     """Print a row per contract; exit code 1 when one fails. ``given`` are further arguments of ``load``."""
     if served_as is not None:
         raise ConfigError("--served-as names a model of the engine at --against; give that too.")
@@ -27,7 +24,7 @@ def run(
     from isthmus.testing.contracts import verify
 
     console = Console()
-    rows = verify(load(source, **given), only=only)  # type: ignore[arg-type]
+    rows = verify(load(source, **given), only=only)
     table = Table(title=source)
     for column in ("contract", "", "largest difference", "tolerance", "details"):
         table.add_column(column, justify="right" if column in ("largest difference", "tolerance") else "left")
@@ -51,7 +48,7 @@ def run_against(
     *,
     served_as: str | None,
     only: list[str],
-    given: Mapping[str, Any],
+    given: Loading,
 ) -> None:
     """Print a row per request that the model and the engine at ``url`` both answer; exit code 1 when one differs."""
     if only:

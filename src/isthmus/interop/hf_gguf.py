@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -74,7 +74,7 @@ def _read(path: Path, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
 
     where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     folder = path.parent
-    with _named_errors(path), quiet(), _read_once():
+    with _named_errors(path), quiet(), _read_once(), _without_bar():
         words: Any = AutoTokenizer.from_pretrained(folder, **where)
         if getattr(words, "backend_tokenizer", None) is None:
             raise CheckpointError(f"{path}: its tokenizer has no fast form; name another by tokenizer=FOLDER.")
@@ -99,6 +99,23 @@ def _read_once() -> Iterator[None]:
             yield
         finally:
             gguf.__dict__.update(own)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Inside :func:`_read_once`, no bar of the tensors that are dequantised: transformers' own switch does not reach
+    it."""
+    try:
+        from transformers import modeling_gguf_pytorch_utils as reader
+    except ImportError:  # it is to go once all architectures are read another way, which shows no bar
+        yield
+        return
+    bar = reader.tqdm
+    reader.__dict__["tqdm"] = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reader.__dict__["tqdm"] = bar
 
 
 @contextmanager

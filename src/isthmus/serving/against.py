@@ -9,7 +9,7 @@ import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict, cast
 
 import torch
 from PIL import Image as PilImage
@@ -34,6 +34,50 @@ _QUESTIONS = (
 )
 
 
+class Likely(TypedDict):
+    """One of the likeliest tokens of a place."""
+
+    logprob: float
+
+
+class Token(TypedDict):
+    """A token as an answer gives it."""
+
+    token: str
+    bytes: NotRequired[list[int] | None]
+    logprob: float
+    top_logprobs: list[Likely]
+
+
+class Logprobs(TypedDict):
+    content: NotRequired[list[Token] | None]
+
+
+class Said(TypedDict):
+    content: str | None
+
+
+class Choice(TypedDict):
+    message: Said
+    logprobs: NotRequired[Logprobs | None]
+
+
+class Chat(TypedDict):
+    """What is read of a conversation's answer, ours or the engine's."""
+
+    choices: list[Choice]
+
+
+class Vector(TypedDict):
+    embedding: list[float]
+
+
+class Vectors(TypedDict):
+    """What is read of vectors, ours or the engine's."""
+
+    data: list[Vector]
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One request. ``tokens`` of ours were equal from the start; ``difference`` the largest of what was compared by
@@ -46,7 +90,7 @@ class Outcome:
     difference: float | None
     detail: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self) | {"told": self.detail}  # its name before, which readers of the JSON know
 
 
@@ -63,7 +107,7 @@ class Engine:
             raise MissingExtraError(
                 "Asking an engine needs the package openai: `pip install 'isthmus[endpoint]'`."
             ) from None
-        self.errors: Any = openai
+        self.errors = openai
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=2)
         self.name = name or self._found(url, hint)
 
@@ -79,9 +123,9 @@ class Engine:
         shown = ", ".join(names[:20]) or "none"
         raise ConfigError(f"{url} serves {len(names)} models: name yours with --served-as. They are: {shown}.")
 
-    def send(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    def send(self, path: str, body: Mapping[str, object]) -> object:
         """The answer as plain JSON. Raises the client's BadRequestError and its kin."""
-        return self.client.post(path.removeprefix("/v1"), body=dict(body) | {"model": self.name}, cast_to=object)  # type: ignore[return-value]
+        return self.client.post(path.removeprefix("/v1"), body=dict(body) | {"model": self.name}, cast_to=object)
 
 
 def compare(
@@ -105,15 +149,15 @@ async def _compared(model: Model, engine: Engine, tolerance: float) -> list[Outc
     return found
 
 
-def _requests(model: Model) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _requests(model: Model) -> Iterator[tuple[str, str, dict[str, object]]]:
     """Name, route and body of each request."""
     sees = model.processor.image is not None
-    writing = {"max_tokens": NEW_TOKENS, "temperature": 0.0}
+    writing: dict[str, object] = {"max_tokens": NEW_TOKENS, "temperature": 0.0}
     if "chat" in model.capabilities:
         for number, question in enumerate(_QUESTIONS):
             for count in (0, 1, 2) if sees else (0,):
                 parts = [*(_shown(number + n) for n in range(count)), {"type": "text", "text": question}]
-                content: Any = parts if count else question
+                content = parts if count else question
                 name = f"question {number + 1}, {count} picture{'' if count == 1 else 's'}"
                 body = {"messages": [{"role": "user", "content": content}], "logprobs": True, "top_logprobs": TOP}
                 yield name, "/v1/chat/completions", writing | body
@@ -129,7 +173,7 @@ def _requests(model: Model) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "texts", "/v1/embeddings", {"input": list(_QUESTIONS), "encoding_format": "float"}
 
 
-def _shown(number: int) -> dict[str, Any]:
+def _shown(number: int) -> dict[str, object]:
     """A picture of plain shapes, another one for each number, as a part of a message."""
     image = PilImage.new("RGB", (96 + 16 * (number % 3), 96), (230, 230, 225 - 9 * number))
     draw = ImageDraw.Draw(image)
@@ -146,7 +190,7 @@ def _shown(number: int) -> dict[str, Any]:
 
 
 def _outcome(
-    model: Model, engine: Engine, tolerance: float, name: str, path: str, body: Mapping[str, Any], ours: Any
+    model: Model, engine: Engine, tolerance: float, name: str, path: str, body: Mapping[str, object], ours: object
 ) -> Outcome:
     try:
         theirs = _their_answer(engine, path, body)
@@ -155,15 +199,15 @@ def _outcome(
     except engine.errors.OpenAIError as error:
         return Outcome(name, "FAIL", 0, 0, None, f"the engine does not answer: {type(error).__name__}")
     if path.endswith("embeddings"):
-        return _vectors(name, tolerance, ours, theirs)
-    own, other = ours["choices"][0], theirs["choices"][0]
+        return _vectors(name, tolerance, cast(Vectors, ours), cast(Vectors, theirs))
+    own, other = cast(Chat, ours)["choices"][0], cast(Chat, theirs)["choices"][0]
     logprobs = (own.get("logprobs") or {}).get("content"), (other.get("logprobs") or {}).get("content")
     if logprobs[0] and logprobs[1]:
         return _tokens(name, tolerance, logprobs[0], logprobs[1])
-    return _texts(name, model, own["message"]["content"], other["message"]["content"] or "")
+    return _texts(name, model, own["message"]["content"] or "", other["message"]["content"] or "")
 
 
-def _their_answer(engine: Engine, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+def _their_answer(engine: Engine, path: str, body: Mapping[str, object]) -> object:
     """With log-probabilities, and without them where the engine does not know the field."""
     try:
         return engine.send(path, body)
@@ -174,7 +218,7 @@ def _their_answer(engine: Engine, path: str, body: Mapping[str, Any]) -> dict[st
         return engine.send(path, plain)
 
 
-def _tokens(name: str, tolerance: float, ours: Sequence[Any], theirs: Sequence[Any]) -> Outcome:
+def _tokens(name: str, tolerance: float, ours: Sequence[Token], theirs: Sequence[Token]) -> Outcome:
     worst, equal = 0.0, 0
     for place, (own, other) in enumerate(zip(ours, theirs, strict=False)):
         if _bytes(own) != _bytes(other):
@@ -195,8 +239,9 @@ def _tokens(name: str, tolerance: float, ours: Sequence[Any], theirs: Sequence[A
     return Outcome(name, "pass", equal, len(ours), worst, "tokens and log-probabilities")
 
 
-def _bytes(token: Mapping[str, Any]) -> bytes:
-    return bytes(token["bytes"]) if token.get("bytes") is not None else str(token["token"]).encode()
+def _bytes(token: Token) -> bytes:
+    own = token.get("bytes")
+    return str(token["token"]).encode() if own is None else bytes(own)
 
 
 def _texts(name: str, model: Model, ours: str, theirs: str) -> Outcome:
@@ -209,7 +254,7 @@ def _texts(name: str, model: Model, ours: str, theirs: str) -> Outcome:
     return Outcome(name, "FAIL", equal, len(own), None, f"token {equal + 1}: ours {shown[0]!r}, theirs {shown[1]!r}")
 
 
-def _vectors(name: str, tolerance: float, ours: Any, theirs: Any) -> Outcome:
+def _vectors(name: str, tolerance: float, ours: Vectors, theirs: Vectors) -> Outcome:
     pairs = list(zip(ours["data"], theirs["data"], strict=False))
     if len(ours["data"]) != len(theirs["data"]) or any(len(a["embedding"]) != len(b["embedding"]) for a, b in pairs):
         return Outcome(name, "FAIL", 0, len(pairs), None, "the vectors are not of one number and length")

@@ -7,19 +7,19 @@ A further router of one's own is handed to :func:`create_app`; its routes find t
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Scope
 
 from isthmus.model import Model
 from isthmus.serving import chat, errors, page, search, vectors
 from isthmus.serving.errors import ApiError
 from isthmus.serving.fetch import Remote
-from isthmus.serving.http import App, Gate
+from isthmus.serving.http import Gate
 from isthmus.serving.limits import Limits
 from isthmus.serving.parsing import StrictRoute, field_error
 from isthmus.serving.pictures import Pictures
@@ -30,21 +30,21 @@ router = APIRouter(route_class=StrictRoute)
 
 
 @router.get("/v1/models", responses=ERRORS, operation_id="models")
-async def models(request: Request) -> dict[str, Any]:
+async def models(request: Request) -> dict[str, object]:
     """The models that this server has, and what each can do."""
     server: Server = request.app.state.server
     return {"object": "list", "data": [_described(server, name) for name in server.models]}
 
 
 @router.get("/v1/models/{name}", responses=ERRORS, operation_id="model")
-async def model(name: str, request: Request) -> dict[str, Any]:
+async def model(name: str, request: Request) -> dict[str, object]:
     """One model."""
     server: Server = request.app.state.server
     server.model(name)
     return _described(server, name)
 
 
-def _described(server: Server, name: str) -> dict[str, Any]:
+def _described(server: Server, name: str) -> dict[str, object]:
     found = server.models[name]
     return {
         "id": name,
@@ -114,18 +114,20 @@ def create_app(
     for each in (router, chat.router, vectors.router, page.router, search.router, *routers):
         app.include_router(each)
     _handle_errors(app)
-    app.add_middleware(_Gate, server=server, limits=limits, key=key, hosts=hosts)  # type: ignore[arg-type]
+    app.add_middleware(_Gate, server=server, limits=limits, key=key, hosts=hosts)
     return app
 
 
 class _Gate(Gate):
     """The gate, counting what passes it."""
 
-    def __init__(self, app: App, *, server: Server, **options: Any) -> None:
-        super().__init__(app, options.pop("limits"), **options)
+    def __init__(
+        self, app: ASGIApp, *, server: Server, limits: Limits, key: str | None, hosts: frozenset[str] | None
+    ) -> None:
+        super().__init__(app, limits, key=key, hosts=hosts)
         self.server = server
 
-    def note(self, scope: Mapping[str, Any], status: int, seconds: float) -> None:
+    def note(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
         self.server.metrics.requests.labels(route, str(status)).inc()
         self.server.metrics.latency.labels(route).observe(seconds)

@@ -11,9 +11,10 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from fastapi import FastAPI
+from starlette.types import Message, Scope
 
 from isthmus.errors import DataError
 
@@ -21,6 +22,32 @@ ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/scor
 CLIENT = ("batch", 0)
 _TRIES = 1000
 _PAUSE = 0.05
+
+
+class RequestLine(TypedDict):
+    """A line of the file of requests."""
+
+    custom_id: str
+    method: str
+    url: str
+    body: dict[str, object]
+
+
+class Response(TypedDict):
+    """What the application answers to a request."""
+
+    status_code: int
+    request_id: str
+    body: dict[str, object]
+
+
+class AnswerLine(TypedDict):
+    """A line of the file of answers."""
+
+    id: str
+    custom_id: str
+    response: Response
+    error: object
 
 
 @dataclass(slots=True)
@@ -48,7 +75,7 @@ def run_batch(
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file:
 
-        def write(line: Mapping[str, Any]) -> None:
+        def write(line: AnswerLine) -> None:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -66,9 +93,9 @@ def models_of(requests: Path) -> list[str]:
     return list(dict.fromkeys(name for name in named if isinstance(name, str) and name))
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> list[RequestLine]:
     """The requests, each checked for its form. Raises DataError naming the line."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, RequestLine] = {}
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError:
@@ -86,14 +113,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
         known = ("custom_id", "method", "url", "body")
         if not isinstance(value, dict) or set(value) != set(known):
             raise DataError(f"{where}: a request has the fields {', '.join(known)}, and no others.")
-        name, url = value["custom_id"], value["url"]
+        name, method, url, body = (value[field] for field in known)
         if not isinstance(name, str) or not name or name in found:
             raise DataError(f"{where}: custom_id must be a text of its own, which no other line has.")
-        if value["method"] != "POST" or url not in ROUTES or not isinstance(value["body"], dict):
+        if method != "POST" or url not in ROUTES or not isinstance(body, dict):
             raise DataError(f"{where}: method is POST, url one of {', '.join(ROUTES)}, body an object.")
-        if value["body"].get("stream"):
+        if body.get("stream"):
             raise DataError(f"{where}: an answer in a file cannot stream; leave stream out.")
-        found[name] = value
+        found[name] = RequestLine(custom_id=name, method=method, url=url, body=body)
     if not found:
         raise DataError(f"{path} holds no requests.")
     return list(found.values())
@@ -123,22 +150,25 @@ def _answered(out: Path, known: set[str]) -> set[str]:
 
 
 async def _run(
-    app: FastAPI, waiting: Iterator[dict[str, Any]], together: int, write: Callable[[Mapping[str, Any]], None]
+    app: FastAPI, waiting: Iterator[RequestLine], together: int, write: Callable[[AnswerLine], None]
 ) -> None:
     async def work() -> None:
         for line in waiting:
             status, body = await _patient(app, line["url"], line["body"])
-            response = {"status_code": status, "request_id": uuid.uuid4().hex, "body": body}
-            error = None if status == 200 else body.get("error")
-            answer = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line["custom_id"]}
-            write(answer | {"response": response, "error": error})
+            answer = AnswerLine(
+                id=f"batch_req_{uuid.uuid4().hex}",
+                custom_id=line["custom_id"],
+                response=Response(status_code=status, request_id=uuid.uuid4().hex, body=body),
+                error=None if status == 200 else body.get("error"),
+            )
+            write(answer)
 
     async with app.router.lifespan_context(app), asyncio.TaskGroup() as group:
         for _ in range(together):
             group.create_task(work())
 
 
-async def _patient(app: FastAPI, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+async def _patient(app: FastAPI, path: str, body: Mapping[str, object]) -> tuple[int, dict[str, object]]:
     """Posted again while the queue is full: there is time."""
     status, answer = await post(app, path, body)
     for _ in range(_TRIES):
@@ -149,10 +179,10 @@ async def _patient(app: FastAPI, path: str, body: Mapping[str, Any]) -> tuple[in
     return status, answer
 
 
-async def post(app: FastAPI, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+async def post(app: FastAPI, path: str, body: Mapping[str, object]) -> tuple[int, dict[str, object]]:
     """Status and answer of one request to an application in this process."""
     raw = json.dumps(body).encode()
-    scope = {
+    scope: Scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
@@ -168,14 +198,14 @@ async def post(app: FastAPI, path: str, body: Mapping[str, Any]) -> tuple[int, A
     }
     given, status, pieces, never = False, 0, [], asyncio.Event()
 
-    async def receive() -> dict[str, Any]:
+    async def receive() -> Message:
         nonlocal given
         if given:
             await never.wait()
         given = True
         return {"type": "http.request", "body": raw, "more_body": False}
 
-    async def send(message: Any) -> None:
+    async def send(message: Message) -> None:
         nonlocal status
         if message["type"] == "http.response.start":
             status = message["status"]

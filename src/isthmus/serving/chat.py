@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from isthmus.data.record import Example, Record, Text
 from isthmus.data.words import Words
@@ -20,7 +20,9 @@ from isthmus.serving.scheduler import Text as Written
 from isthmus.serving.server import ERRORS, Hearing, Server
 
 router = APIRouter(route_class=StrictRoute)
-_STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
+_STREAMS: dict[int | str, dict[str, object]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "The answer."}
+}
 
 
 class Events(StreamingResponse):
@@ -30,15 +32,15 @@ class Events(StreamingResponse):
         super().__init__(pieces, media_type="text/event-stream", headers={"cache-control": "no-store"})
         self.hearing = hearing
 
-    async def __call__(self, *connection: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(*connection)
+            await super().__call__(scope, receive, send)
         finally:
             self.hearing.close()
 
 
 @router.post("/v1/chat/completions", responses=ERRORS | _STREAMS, operation_id="chat")
-async def chat(body: schema.ChatRequest, request: Request) -> Any:
+async def chat(body: schema.ChatRequest, request: Request) -> Response:
     """The assistant's next turn of a conversation with pictures, complete or as server-sent events."""
     server: Server = request.app.state.server
     model = server.model(body.model, "chat")
@@ -51,7 +53,7 @@ async def chat(body: schema.ChatRequest, request: Request) -> Any:
         example = await server.prepared(lambda: reader.prompt(model, reader.conversation(body.messages)))
         tokens = body.max_completion_tokens or body.max_tokens
         texts = _texts(server, hearing, model, body, [example], tokens, top, strip=True)
-        answer = Answer(body.model, model.processor.tokenizer, example.length, "chat", top)
+        answer = Answer(body.model, model.processor.tokenizer, example.length, chat=True, top=top)
         return await _answered(hearing, body, texts, answer)
     except BaseException:
         hearing.close()
@@ -59,7 +61,7 @@ async def chat(body: schema.ChatRequest, request: Request) -> Any:
 
 
 @router.post("/v1/completions", responses=ERRORS | _STREAMS, operation_id="complete")
-async def complete(body: schema.CompletionRequest, request: Request) -> Any:
+async def complete(body: schema.CompletionRequest, request: Request) -> Response:
     """Running text continued, by a language model without a vision encoder."""
     server: Server = request.app.state.server
     model = server.model(body.model, "generate")
@@ -72,7 +74,7 @@ async def complete(body: schema.CompletionRequest, request: Request) -> Any:
         examples = await server.prepared(lambda: [server.reader.prompt(model, record) for record in records])
         texts = _texts(server, hearing, model, body, examples, body.max_tokens or 16, body.logprobs, strip=False)
         read = sum(example.length for example in examples)
-        answer = Answer(body.model, model.processor.tokenizer, read, "completion", body.logprobs)
+        answer = Answer(body.model, model.processor.tokenizer, read, chat=False, top=body.logprobs)
         return await _answered(hearing, body, texts, answer)
     except BaseException:
         hearing.close()
@@ -106,11 +108,10 @@ def _texts(
     return texts
 
 
-async def _answered(hearing: Hearing, body: schema.Writing, texts: list[Work], answer: Answer) -> Any:
+async def _answered(hearing: Hearing, body: schema.Writing, texts: list[Work], answer: Answer) -> Response:
     """The texts written, in one answer or as a stream, whose status is only fixed when the first event is there."""
     hearing.server.scheduler.submit(hearing.ticket, texts)
-    first = await hearing.unless_gone(hearing.next())
-    assert isinstance(first, Said)
+    first = await hearing.unless_gone(_next(hearing))
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         return Events(_pieces(hearing, first, answer, len(texts), usage), hearing)
@@ -122,14 +123,18 @@ async def _answered(hearing: Hearing, body: schema.Writing, texts: list[Work], a
 
 async def _heard(hearing: Hearing, answer: Answer, choices: int) -> None:
     while not answer.complete(choices):
-        said = await hearing.next()
-        assert isinstance(said, Said)
-        answer.hear(said)
+        answer.hear(await _next(hearing))
 
 
-async def _pieces(hearing: Hearing, said: Any, answer: Answer, choices: int, usage: bool) -> AsyncIterator[str]:
+async def _next(hearing: Hearing) -> Said:
+    event = await hearing.next()
+    assert isinstance(event, Said)  # a text's events are no call's
+    return event
+
+
+async def _pieces(hearing: Hearing, said: Said, answer: Answer, choices: int, usage: bool) -> AsyncIterator[str]:
     try:
-        for choice in range(choices) if answer.kind == "chat" else ():
+        for choice in range(choices) if answer.chat else ():
             yield _event(answer.opening(choice))
         while True:
             answer.hear(said)
@@ -137,7 +142,7 @@ async def _pieces(hearing: Hearing, said: Any, answer: Answer, choices: int, usa
                 yield _event(answer.piece(said))
             if answer.complete(choices):
                 break
-            said = await hearing.next()
+            said = await _next(hearing)
         if usage:
             yield _event(answer.closing())
         yield "data: [DONE]\n\n"
@@ -145,5 +150,5 @@ async def _pieces(hearing: Hearing, said: Any, answer: Answer, choices: int, usa
         yield _event(error.body())
 
 
-def _event(value: Any) -> str:
+def _event(value: object) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"

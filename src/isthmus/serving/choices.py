@@ -5,7 +5,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.words import token_bytes
@@ -32,7 +31,8 @@ class Answer:
     model: str
     tokenizer: Tokenizer
     prompt_tokens: int
-    kind: str
+    chat: bool
+    """Whether it is a chat's; else the continuation of a text."""
     top: int | None = None
     choices: dict[int, Choice] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -56,28 +56,28 @@ class Answer:
             "total_tokens": self.prompt_tokens + written,
         }
 
-    def frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def frame(self, object_type: str, choices: list[dict[str, object]]) -> dict[str, object]:
         return {
-            "id": f"{'chatcmpl' if self.kind == 'chat' else 'cmpl'}-{self.id}",
-            "object": kind,
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}",
+            "object": object_type,
             "created": self.created,
             "model": self.model,
             "choices": choices,
         }
 
-    def response(self) -> dict[str, Any]:
+    def response(self) -> dict[str, object]:
         """The answer in one piece."""
-        if self.kind == "chat":
+        if self.chat:
             choices = [self._chat(n, c) for n, c in sorted(self.choices.items())]
             return self.frame("chat.completion", choices) | {"usage": self.usage()}
         choices = [self._completion(n, c.text, c.tokens, c.ended, 0) for n, c in sorted(self.choices.items())]
         return self.frame("text_completion", choices) | {"usage": self.usage()}
 
-    def piece(self, said: Said) -> dict[str, Any]:
+    def piece(self, said: Said) -> dict[str, object]:
         """What one event adds. ``hear`` must have had it already."""
         tokens = [] if said.token is None else [said.token]
-        if self.kind == "chat":
-            choice: dict[str, Any] = {
+        if self.chat:
+            choice: dict[str, object] = {
                 "index": said.choice,
                 "delta": {"content": said.text} if said.text else {},
                 "logprobs": None if self.top is None else self._chat_logprobs(tokens),
@@ -87,19 +87,17 @@ class Answer:
         before = len(self.choices[said.choice].text) - len(said.text)
         return self.frame("text_completion", [self._completion(said.choice, said.text, tokens, said.ended, before)])
 
-    def opening(self, choice: int) -> dict[str, Any]:
+    def opening(self, choice: int) -> dict[str, object]:
         """The first piece of a chat's choice: whose turn it is."""
         delta = {"role": "assistant", "content": ""}
         one = {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
         return self.frame("chat.completion.chunk", [one])
 
-    def closing(self) -> dict[str, Any]:
+    def closing(self) -> dict[str, object]:
         """The last piece, where usage was requested."""
-        return self.frame("chat.completion.chunk" if self.kind == "chat" else "text_completion", []) | {
-            "usage": self.usage()
-        }
+        return self.frame("chat.completion.chunk" if self.chat else "text_completion", []) | {"usage": self.usage()}
 
-    def _chat(self, number: int, choice: Choice) -> dict[str, Any]:
+    def _chat(self, number: int, choice: Choice) -> dict[str, object]:
         return {
             "index": number,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
@@ -107,7 +105,7 @@ class Answer:
             "finish_reason": choice.ended,
         }
 
-    def _chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def _chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, object]:
         return {
             "content": [
                 self._one(t.id, t.logprob) | {"top_logprobs": [self._one(i, p) for i, p in t.top]} for t in tokens
@@ -115,11 +113,13 @@ class Answer:
             "refusal": None,
         }
 
-    def _one(self, token: int | None, logprob: float | None) -> dict[str, Any]:
+    def _one(self, token: int | None, logprob: float | None) -> dict[str, object]:
         raw = self._bytes(token)
         return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
 
-    def _completion(self, number: int, text: str, tokens: Sequence[Token], ended: str, before: int) -> dict[str, Any]:
+    def _completion(
+        self, number: int, text: str, tokens: Sequence[Token], ended: str, before: int
+    ) -> dict[str, object]:
         logprobs = None
         if self.top is not None:
             names = [self._name(t.id) for t in tokens]

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from isthmus.errors import DataError
@@ -39,6 +38,10 @@ _REFUSED = [
 ]
 
 
+Resolved = tuple[object, object, object, object, tuple[object, ...]]
+"""An entry of what the socket module finds for a host: the last one is the address, an IP address first."""
+
+
 class RefusedError(DataError):
     """An address that may not be fetched, or that did not give what was requested."""
 
@@ -53,7 +56,7 @@ class Remote:
     hosts: frozenset[str]
     size: int
     seconds: float = 10.0
-    resolve: Callable[..., Sequence[Any]] = field(default=socket.getaddrinfo)
+    resolve: Callable[..., Sequence[Resolved]] = field(default=socket.getaddrinfo)
     connect: Callable[..., socket.socket] = field(default=socket.create_connection)
 
 
@@ -107,7 +110,7 @@ def is_host(name: str) -> bool:
 
 def _checked(host: str, port: int, remote: Remote) -> tuple[str, int]:
     """An address of the host, all of whose addresses are public."""
-    found = [entry[4][0] for entry in remote.resolve(host, port, type=socket.SOCK_STREAM)]
+    found = [str(entry[4][0]) for entry in remote.resolve(host, port, type=socket.SOCK_STREAM)]
     if not found or not all(is_public(address) for address in found):
         raise RefusedError("the host's address is not a public one")
     return found[0], port

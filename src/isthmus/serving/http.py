@@ -5,20 +5,15 @@ import contextlib
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Mapping
 
 import h11
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from isthmus.serving import errors
 from isthmus.serving.errors import ApiError, failed
 from isthmus.serving.limits import Limits
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 OPEN = ("/health", "/", "/page.css", "/page.js")
 """Paths that need no key: they reveal nothing of the models."""
@@ -50,12 +45,12 @@ class Gate:
     """
 
     def __init__(
-        self, app: App, limits: Limits, *, key: str | None = None, hosts: frozenset[str] | None = None
+        self, app: ASGIApp, limits: Limits, *, key: str | None = None, hosts: frozenset[str] | None = None
     ) -> None:
         self.app, self.limits, self.hosts = app, limits, hosts
         self.key = None if key is None else key.encode()
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -90,10 +85,10 @@ class Gate:
         finally:
             self.note(scope, status, time.monotonic() - began)
 
-    def note(self, scope: Mapping[str, Any], status: int, seconds: float) -> None:
+    def note(self, scope: Scope, status: int, seconds: float) -> None:
         """What came of a request; status 0 for no answer."""
 
-    def _check(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> None:
+    def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) for n, v in scope["headers"])
         if size > self.limits.headers:
             raise ApiError(431, "headers_too_large", "The request's line and headers are larger than allowed.")

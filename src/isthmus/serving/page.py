@@ -10,7 +10,7 @@ from functools import partial
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
@@ -74,13 +74,13 @@ class LookRequest(schema.BaseRequest):
 
 
 @router.get("/isthmus/scene", responses=ERRORS, operation_id="scene")
-async def scene(request: Request, number: Annotated[int, Query(ge=0, lt=SCENES)] = 0) -> dict[str, Any]:
+async def scene(request: Request, number: Annotated[int, Query(ge=0, lt=SCENES)] = 0) -> dict[str, object]:
     """A generated picture as a PNG, what it shows, and questions about it with their answers."""
     server: Server = request.app.state.server
     return await server.prepared(lambda: _scene(number))
 
 
-def _scene(number: int) -> dict[str, Any]:
+def _scene(number: int) -> dict[str, object]:
     described, body = (_made(form)[number] for form in ("describe", "conversations"))
     # A scene that no question fits is drawn anew for its conversation: then the questions are about another picture.
     turns = [str(t.text) for t in body.texts] if body.images[0].key == described.images[0].key else []
@@ -93,13 +93,13 @@ def _scene(number: int) -> dict[str, Any]:
 
 
 @router.get("/isthmus/clip", responses=ERRORS, operation_id="clip")
-async def clip(request: Request, number: Annotated[int, Query(ge=0, lt=SCENES)] = 0) -> dict[str, Any]:
+async def clip(request: Request, number: Annotated[int, Query(ge=0, lt=SCENES)] = 0) -> dict[str, object]:
     """The frames of a generated clip as PNGs, and a question about what happens with its answer."""
     server: Server = request.app.state.server
     return await server.prepared(lambda: _clip(number))
 
 
-def _clip(number: int) -> dict[str, Any]:
+def _clip(number: int) -> dict[str, object]:
     record = _made("clip_questions")[number]
     question, answer = (str(t.text) for t in record.texts)
     frames = [_png(frame) for frame in record.images[0].source.read()]
@@ -117,7 +117,7 @@ def _png(picture: PilImage.Image) -> str:
 
 
 @router.post("/isthmus/look", responses=ERRORS, operation_id="look")
-async def look(body: LookRequest, request: Request) -> dict[str, Any]:
+async def look(body: LookRequest, request: Request) -> dict[str, object]:
     """What the model attended to for each word of its greedy answer: per picture of the conversation a map per word.
 
     Each frame of a clip counts as a picture.
@@ -131,7 +131,7 @@ async def look(body: LookRequest, request: Request) -> dict[str, Any]:
         record = server.reader.conversation(body.messages)
         await server.prepared(lambda: server.reader.prompt(model, record))  # refuses what the model cannot read
         boxes = await server.prepared(lambda: [_boxes(server, model, image) for image in record.images])
-        found: Attention = await hearing.call(_attention(model, record, body.max_tokens))
+        found = await hearing.call(_attention(model, record, body.max_tokens))
         words = found.words()
         pictures = [
             {
@@ -162,7 +162,7 @@ def _boxes(server: Server, model: Model, image: Image) -> list[tuple[float, floa
 
 
 @router.get("/isthmus/runs", responses=ERRORS, operation_id="runs")
-async def runs(request: Request) -> dict[str, Any]:
+async def runs(request: Request) -> dict[str, object]:
     """Each model's parts with their numbers of parameters, its size in memory, whether it came with the package, and of
     its folder the stages of its training with their losses, and the tables of its scores; what a picture may weigh, and
     how many pictures can be searched."""
@@ -179,7 +179,7 @@ async def runs(request: Request) -> dict[str, Any]:
     }
 
 
-def _model_facts(name: str, model: Model, place: Path | None) -> dict[str, Any]:
+def _model_facts(name: str, model: Model, place: Path | None) -> dict[str, object]:
     return {
         "id": name,
         "kind": model.kind,

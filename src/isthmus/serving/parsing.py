@@ -3,11 +3,12 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import NoReturn
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from pydantic_core import ErrorDetails
 
 from isthmus.serving.errors import ApiError, bad_request
 
@@ -35,6 +36,7 @@ _FIXED = {
     "union_tag_not_found": "A part names its type: text or image_url, or in a conversation video_url.",
 }
 _OTHERWISE = "This value is of the wrong type."
+_NONE = ErrorDetails(type="", loc=(), msg="", input=None)
 _PLAIN = re.compile(r"[a-z]+(_[a-z]+){0,4}")
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
@@ -42,9 +44,9 @@ _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less tha
 class StrictRequest(Request):
     """A request whose JSON is UTF-8, finite, not too deep and without halves of surrogate pairs."""
 
-    value: Any = None
+    value: object = None
 
-    async def json(self) -> Any:
+    async def json(self) -> object:
         """Parsed once, by :class:`StrictRoute`, whose errors are not the framework's to reword."""
         return self.value
 
@@ -52,10 +54,10 @@ class StrictRequest(Request):
 class StrictRoute(APIRoute):
     """Hands every endpoint a StrictRequest."""
 
-    def get_route_handler(self) -> Callable[[Request], Any]:
+    def get_route_handler(self) -> Callable[[Request], Coroutine[object, None, Response]]:
         handle = super().get_route_handler()
 
-        async def strict(request: Request) -> Any:
+        async def strict(request: Request) -> Response:
             own = StrictRequest(request.scope, request.receive, request._send)
             if body := await own.body():
                 own.value = parsed(body, request.app.state.server.limits.depth)
@@ -64,7 +66,7 @@ class StrictRoute(APIRoute):
         return strict
 
 
-def parsed(body: bytes, depth: int) -> Any:
+def parsed(body: bytes, depth: int) -> object:
     """The value of a JSON text. Raises ApiError."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
@@ -78,7 +80,7 @@ def parsed(body: bytes, depth: int) -> Any:
     return value
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
@@ -86,7 +88,7 @@ def _too_deep() -> ApiError:
     return bad_request("too_deep", "Lists and objects of the body are nested too deeply.")
 
 
-def _check(value: Any, depth: int) -> None:
+def _check(value: object, depth: int) -> None:
     if depth < 0:
         raise _too_deep()
     if isinstance(value, str):
@@ -109,7 +111,7 @@ def _check_text(text: str) -> None:
         raise bad_request("lone_surrogate", "A text of the body holds half a surrogate pair.") from None
 
 
-def field_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
+def field_error(problems: Sequence[ErrorDetails]) -> ApiError:
     """The first thing that is wrong with a body's fields, in fixed words; the place by names that are known here, and
     an unknown field by its own where that is a plain word."""
     problem = _worst(problems)
@@ -128,6 +130,6 @@ def field_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     return bad_request("unknown_field" if unknown else "invalid_value", text, param or None)
 
 
-def _worst(problems: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def _worst(problems: Sequence[ErrorDetails]) -> ErrorDetails:
     """Of a value that fits none of several kinds, the complaint of the one that it came nearest to."""
-    return max(problems, key=lambda p: len(p["loc"])) if problems else {"type": "", "loc": ()}
+    return max(problems, key=lambda p: len(p["loc"])) if problems else _NONE

@@ -4,7 +4,7 @@ of its run has them. A folder without a run shows nothing; a file that cannot be
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar
 
 from rich.table import Table
 
@@ -13,6 +13,7 @@ from isthmus.errors import CheckpointError
 from isthmus.recipes.tables import score_table
 from isthmus.training.log import read_metrics
 
+T = TypeVar("T")
 MOST_POINTS = 200
 """Of a curve: more could not be distinguished at the width at which it is drawn."""
 MOST_BYTES = 64 * 2**20
@@ -20,52 +21,89 @@ MOST_BYTES = 64 * 2**20
 _MALFORMED = (CheckpointError, OSError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
-def training(place: Path) -> list[dict[str, Any]]:
-    """Each stage of the run in ``place``, in order: ``name``, ``steps`` of it that are done, ``seconds`` they took,
-    ``parts`` with parameters and how many of them it trains, ``curves``: term of the loss -> (step, loss) points."""
+class ShownPart(TypedDict):
+    """Numbers of a part's parameters, in all and trained."""
+
+    part: str
+    parameters: int
+    trained: int
+
+
+class ShownStage(TypedDict):
+    """``steps`` that are done, ``seconds`` they took, ``curves``: term of the loss -> (step, loss) points, and in words
+    what could not be read."""
+
+    name: str
+    steps: int
+    seconds: float
+    parts: list[ShownPart]
+    curves: dict[str, list[tuple[int, float]]]
+    problem: str
+
+
+class ScoreTable(TypedDict):
+    """The console's table of a task's scores as texts, and in words what could not be read."""
+
+    task: str
+    columns: list[str]
+    rows: list[list[str]]
+    caption: str
+    problem: str
+
+
+def training(place: Path) -> list[ShownStage]:
+    """Each stage of the run in ``place``, in order."""
     file = place / "run.json"
     if not file.is_file():
         return []
     try:
-        names = [str(stage["stage"]["name"]) for stage in read_json(file)["recipe"]["stages"]]
+        stages = _of(list, _of(dict, read_json(file)["recipe"])["stages"])
+        names = [str(stage["stage"]["name"]) for stage in stages]
     except _MALFORMED:
         return [_empty("run", "its run.json cannot be read")]
     return [_stage(place / "stages" / name, name) for name in names]
 
 
-def _empty(name: str, problem: str = "") -> dict[str, Any]:
+def _empty(name: str, problem: str = "") -> ShownStage:
     return {"name": name, "steps": 0, "seconds": 0.0, "parts": [], "curves": {}, "problem": problem}
 
 
-def _stage(folder: Path, name: str) -> dict[str, Any]:
+def _stage(folder: Path, name: str) -> ShownStage:
     found = _empty(name)
     if not folder.is_dir():  # not begun
         return found
     try:
-        rows = read_json(folder / "stage.json")["table"]["rows"]
-        parts = [{"part": row["part"], "parameters": row["parameters"], "trained": row["trained"]} for row in rows]
+        rows = _of(list, _of(dict, read_json(folder / "stage.json")["table"])["rows"])
+        parts = [ShownPart(part=row["part"], parameters=row["parameters"], trained=row["trained"]) for row in rows]
         file = folder / "metrics.jsonl"
         if file.stat().st_size > MOST_BYTES:
-            return found | {"parts": parts, "problem": "its losses are too many to be drawn"}
+            return {**found, "parts": parts, "problem": "its losses are too many to be drawn"}
         lines = read_metrics(file)
-        last = lines[-1] if lines else {}
-        curves = _curves(lines)
-        return found | {
+        last = _of(dict, lines[-1]) if lines else {}
+        return {
+            **found,
             "parts": parts,
             "steps": last.get("step", 0),
             "seconds": float(last.get("seconds", 0)),
-            "curves": curves,
+            "curves": _curves(lines),
         }
     except _MALFORMED:
-        return found | {"problem": "its files cannot be read"}
+        return {**found, "problem": "its files cannot be read"}
 
 
-def _curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+def _of(cls: type[T], value: object) -> T:
+    """The value, where it is of this class. Raises TypeError."""
+    if isinstance(value, cls):
+        return value
+    raise TypeError(f"{type(value).__name__} in place of {cls.__name__}")
+
+
+def _curves(lines: Sequence[Mapping[str, object]]) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
-        for term, loss in (line.get("loss") or {}).items():
+        for term, loss in _of(dict, line.get("loss") or {}).items():
             if isinstance(loss, int | float) and math.isfinite(loss):
-                curves.setdefault(term, []).append((line["step"], float(loss)))
+                curves.setdefault(term, []).append((_of(int, line["step"]), float(loss)))
     return {term: _thinned(points) for term, points in curves.items()}
 
 
@@ -76,9 +114,9 @@ def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return [(stretch[-1][0], sum(loss for _, loss in stretch) / len(stretch)) for stretch in stretches]
 
 
-def scores(place: Path) -> list[dict[str, Any]]:
-    """A table for each task that the run's folder has scores of: ``task``, ``columns``, ``rows`` of texts, a
-    ``caption`` or a ``problem``. Of a folder without any, those that a results.json beside it has under its name."""
+def scores(place: Path) -> list[ScoreTable]:
+    """A table for each task that the run's folder has scores of. Of a folder without any, those that a results.json
+    beside it has under its name."""
     files = sorted(place.glob("eval/*/scores.json"))
     if files:
         return [table for file in files for table in _of_file(file)]
@@ -86,14 +124,14 @@ def scores(place: Path) -> list[dict[str, Any]]:
     if not results.is_file():
         return []
     try:
-        models = read_json(results)["models"]
+        models = _of(dict, read_json(results)["models"])
         own = {name: facts for name, facts in models.items() if name == place.name or name.startswith(f"{place.name}-")}
         return [table for name, facts in own.items() for table in _tables(name, facts)]
     except _MALFORMED:
         return [_problem("scores", "its results.json cannot be read")]
 
 
-def _of_file(file: Path) -> list[dict[str, Any]]:
+def _of_file(file: Path) -> list[ScoreTable]:
     try:
         facts = {k: v for k, v in read_json(file).items() if k not in ("task", "kind")}
         return _tables(file.parent.name, facts)
@@ -101,11 +139,11 @@ def _of_file(file: Path) -> list[dict[str, Any]]:
         return [_problem(file.parent.name, "its scores.json cannot be read")]
 
 
-def _problem(task: str, problem: str) -> dict[str, Any]:
+def _problem(task: str, problem: str) -> ScoreTable:
     return {"task": task, "columns": [], "rows": [], "caption": "", "problem": problem}
 
 
-def _tables(task: str, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _tables(task: str, facts: Mapping[str, object]) -> list[ScoreTable]:
     """The console's tables as texts. In a results.json a model's retrieval and its answers stand together: one each."""
     overall = dict(facts)
     parts = [overall]
@@ -117,7 +155,7 @@ def _tables(task: str, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [_texts(task, score_table(task, part)) for part in parts]
 
 
-def _texts(task: str, table: Table) -> dict[str, Any]:
+def _texts(task: str, table: Table) -> ScoreTable:
     columns = [[str(cell) for cell in column.cells] for column in table.columns]
     return {
         "task": task,

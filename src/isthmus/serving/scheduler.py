@@ -11,7 +11,6 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from isthmus.data.record import Example
 from isthmus.data.words import Words
@@ -39,7 +38,7 @@ class Said:
 class Found:
     """What a call returned."""
 
-    value: Any
+    value: object
 
 
 Event = Said | Found | ApiError
@@ -76,8 +75,8 @@ class Call:
     """Something to be computed, a piece between two tokens of the texts; its last value is the answer."""
 
     ticket: Ticket
-    pieces: Iterator[Any]
-    value: Any = None
+    pieces: Iterator[object]
+    value: object = None
 
 
 Work = Text | Call

@@ -4,7 +4,7 @@ A field that would change the answer and is not known here is an error; those th
 taken and ignored.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -120,7 +120,7 @@ class ChatRequest(Writing):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     store: Literal[False] | None = None
-    metadata: dict[str, Any] | None = Field(None, description="Taken for clients' sake and not kept.")
+    metadata: dict[str, object] | None = Field(None, description="Taken for clients' sake and not kept.")
 
 
 class CompletionRequest(Writing):

@@ -1,7 +1,7 @@
 """What the page does with many pictures: search of a folder by text or by picture, and which belongs to which."""
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
@@ -51,7 +51,7 @@ def _pictures(request: Request) -> Pictures:
 
 
 @router.get("/isthmus/picture", responses=ERRORS, operation_id="picture")
-async def picture(request: Request, number: Annotated[int, Query(ge=0, lt=MOST_PICTURES)] = 0) -> dict[str, Any]:
+async def picture(request: Request, number: Annotated[int, Query(ge=0, lt=MOST_PICTURES)] = 0) -> dict[str, object]:
     """A picture of the folder, made smaller where a side is over 1,024 pixels."""
     server: Server = request.app.state.server
     pictures = _pictures(request)
@@ -65,7 +65,7 @@ async def picture(request: Request, number: Annotated[int, Query(ge=0, lt=MOST_P
 
 
 @router.post("/isthmus/search", responses=ERRORS, operation_id="search")
-async def search(body: SearchRequest, request: Request) -> dict[str, Any]:
+async def search(body: SearchRequest, request: Request) -> dict[str, object]:
     """The pictures of the folder that are most similar to a text or a picture, best first, with small copies.
 
     The first search with a model reads all of the folder; one that takes longer than a request may goes on where it
@@ -110,7 +110,7 @@ def _search(pictures: Pictures, body: SearchRequest, model: Model, part: Part) -
                 yield [*best, *zip(numbers[len(first) :], values[len(first) :], strict=True)]
 
 
-def _shown(pictures: Pictures, order: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
+def _shown(pictures: Pictures, order: Sequence[tuple[int, float]]) -> list[dict[str, object]]:
     """The facts of each; one that cannot be read any more is left out."""
     found = []
     for number, score in order:
@@ -123,7 +123,7 @@ def _shown(pictures: Pictures, order: Sequence[tuple[int, float]]) -> list[dict[
 
 
 @router.post("/isthmus/match", responses=ERRORS, operation_id="match")
-async def match(body: MatchRequest, request: Request) -> dict[str, Any]:
+async def match(body: MatchRequest, request: Request) -> dict[str, object]:
     """For each picture and each text the probability that they belong together, or their similarity."""
     server: Server = request.app.state.server
     model = server.model(body.model, "match", "similarity")

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from fastapi import Request
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 PREPARERS = 2
 """Threads that decode pictures and tokenise."""
 
-ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS: dict[int | str, dict[str, object]] = {
     status: {"model": schema.ErrorBody, "description": what}
     for status, what in (
         (400, "The request is not valid."),
@@ -89,7 +89,7 @@ class Hearing:
     def __enter__(self) -> "Hearing":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -120,9 +120,9 @@ class Hearing:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
 
-    async def call(self, work: Iterator[Any]) -> Any:
+    async def call(self, work: Iterator[T]) -> T:
         """The last thing that ``work`` gives, computed in its turn and a piece at a time."""
         self.server.scheduler.submit(self.ticket, [Call(self.ticket, work)])
         found = await self.unless_gone(self.next())
         assert isinstance(found, Found)
-        return found.value
+        return cast(T, found.value)

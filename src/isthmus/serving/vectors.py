@@ -2,12 +2,11 @@
 
 import base64
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from fastapi import APIRouter, Request
 from torch import Tensor
 
-from isthmus.data.record import Image, Part
+from isthmus.data.record import Image, Part, Record
 from isthmus.model import Model
 from isthmus.serving import schema
 from isthmus.serving.errors import ApiError, bad_request
@@ -25,7 +24,7 @@ MEASURES = {"likelihood": "score", "match": "match", "similarity": "similarity"}
 
 
 @router.post("/v1/embeddings", responses=ERRORS, operation_id="embed")
-async def embeddings(body: schema.EmbeddingRequest, request: Request) -> dict[str, Any]:
+async def embeddings(body: schema.EmbeddingRequest, request: Request) -> dict[str, object]:
     """Texts and pictures as vectors. A BLIP-2 gives one vector per query for a picture: ``shape`` says how many."""
     server: Server = request.app.state.server
     model = server.model(body.model, "embed_images", "embed_texts")
@@ -49,9 +48,10 @@ async def embeddings(body: schema.EmbeddingRequest, request: Request) -> dict[st
 def _vectors(model: Model, parts: Sequence[Part]) -> Iterator[list[Tensor]]:
     """The vectors of all parts so far, some more with each piece."""
     found: dict[int, Tensor] = {}
-    for number in (n for n, p in enumerate(parts) if isinstance(p, Image)):
-        found[number] = model.embed_images([parts[number]])[0]  # type: ignore[list-item]
-        yield []
+    for number, part in enumerate(parts):
+        if isinstance(part, Image):
+            found[number] = model.embed_images([part])[0]
+            yield []
     texts = [(n, str(p.text)) for n, p in enumerate(parts) if not isinstance(p, Image)]
     for start in range(0, len(texts), AT_ONCE):
         some = texts[start : start + AT_ONCE]
@@ -60,14 +60,14 @@ def _vectors(model: Model, parts: Sequence[Part]) -> Iterator[list[Tensor]]:
     yield [found[n] for n in range(len(parts))]
 
 
-def _vector(number: int, vector: Tensor, form: str) -> dict[str, Any]:
+def _vector(number: int, vector: Tensor, form: str) -> dict[str, object]:
     flat = vector.float().flatten()
     value = base64.b64encode(flat.numpy().astype("<f4").tobytes()).decode() if form == "base64" else flat.tolist()
     return {"object": "embedding", "index": number, "embedding": value, "shape": list(vector.shape)}
 
 
 @router.post("/v1/score", responses=ERRORS, operation_id="score")
-async def score(body: schema.ScoreRequest, request: Request) -> dict[str, Any]:
+async def score(body: schema.ScoreRequest, request: Request) -> dict[str, object]:
     """How well each candidate fits: its log-likelihood as the answer, its probability of matching the picture, or its
     similarity with it."""
     server: Server = request.app.state.server
@@ -79,11 +79,10 @@ async def score(body: schema.ScoreRequest, request: Request) -> dict[str, Any]:
         parts = await server.prepared(lambda: server.reader.parts(body.input, "user"))
         candidates = [checked(c) for c in body.candidates]
         if measure == "likelihood":
-            work = _likelihoods(model, parts, candidates)
-        else:
-            work = fits(model, _one_picture(parts), candidates, measure)
-        scores = await hearing.call(work)
-        read = _read(model, parts)
+            scores = await hearing.call(_likelihoods(model, parts, candidates))
+            read = await server.prepared(lambda: _prompt_tokens(model, parts))
+        else:  # a picture alone: there is no prompt
+            scores, read = await hearing.call(fits(model, _one_picture(parts), candidates, measure)), 0
         return {
             "object": "list",
             "model": body.model,
@@ -102,6 +101,11 @@ def _likelihoods(model: Model, parts: Sequence[Part], candidates: Sequence[str])
         yield found
 
 
+def _prompt_tokens(model: Model, parts: Sequence[Part]) -> int:
+    """Tokens of the prompt that candidates are the answers to, those of its pictures and its template among them."""
+    return model.processor.uncut().prompt(Record(id="request", parts=tuple(parts))).length
+
+
 def fits(model: Model, image: Image, candidates: Sequence[str], measure: str) -> Iterator[list[float]]:
     """How well each candidate fits a picture, by ``match`` or ``similarity``: those so far, more with each step."""
     if measure == "similarity":
@@ -114,7 +118,7 @@ def fits(model: Model, image: Image, candidates: Sequence[str], measure: str) ->
 
 
 @router.post("/v1/classify", responses=ERRORS, operation_id="classify")
-async def classify(body: schema.ClassifyRequest, request: Request) -> dict[str, Any]:
+async def classify(body: schema.ClassifyRequest, request: Request) -> dict[str, object]:
     """Zero-shot probabilities of labels for one picture, in the order of the labels."""
     server: Server = request.app.state.server
     model = server.model(body.model, "classify")
@@ -146,5 +150,5 @@ def _one_picture(parts: Sequence[Part]) -> Image:
 
 
 def _read(model: Model, parts: Sequence[Part]) -> int:
-    """Tokens of the texts; a picture's are the model's own affair."""
+    """Tokens of texts that become vectors; a picture that does is read by no language model."""
     return sum(len(model.processor.tokenizer.encode(str(p.text))) for p in parts if not isinstance(p, Image))
