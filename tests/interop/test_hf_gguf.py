@@ -113,7 +113,8 @@ def test_the_header_is_read_once(file: Path, monkeypatch: Any) -> None:
 
 def test_nothing_is_shown_while_it_is_read(file: Path, capfd: Any) -> None:
     isthmus.load(file)
-    assert capfd.readouterr() == ("", "")
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
 
 
 def test_show_writes_the_prompt_to_the_letter(file: Path, tmp_path: Path, capsys: Any) -> None:

@@ -115,7 +115,7 @@ def _specs(
     data: str | None,
     train: str | None,
     options: Sequence[str],
-    code: Sequence[str],
+    code: Sequence[str | Path],
 ) -> "list[EvalSpec]":
     """The task on ``data``; without data those of the model's own recipe. Raises ConfigError when it has none."""
     from isthmus.interop.hub import located
@@ -213,7 +213,7 @@ def run_rescore(
     model: str | None,
     options: Sequence[str],
     given: Sequence[str],
-    code: Sequence[str],
+    code: Sequence[str | Path],
     seed: int,
     json_file: Path | None,
 ) -> None:

@@ -169,7 +169,7 @@ def _pictures(o: Options) -> "tuple[list[Symbols], dict[str, object], Path | Non
         return [symbols for _, symbols in _drawn(o)], _scenes(o), Path("images")
     spec = _spec(str(o.data)) or guess_symbols(Path(str(o.data)))
     folder = o.image_folder or (Path(str(spec["image_folder"])) if "image_folder" in spec else None)
-    return read_symbols(spec)[: o.limit], spec | ({"limit": o.limit} if o.limit else {}), folder
+    return read_symbols(spec)[: o.limit], {**spec, **({"limit": o.limit} if o.limit else {})}, folder
 
 
 def _spec(data: str) -> dict[str, object] | None:

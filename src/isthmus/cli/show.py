@@ -73,7 +73,9 @@ def _model(folder: str, console: Console, given: Loading, render: str | None) ->
     if model.report is not None:
         console.print(f"Tensors: {model.report}", highlight=False)
     console.print(f"It can: {', '.join(model.capabilities)}")
-    return ({} if render is None else {"rendered": _rendered(model, render, console)}) | {
+    rendered = {} if render is None else {"rendered": _rendered(model, render, console)}
+    return {
+        **rendered,
         "kind": model.kind,
         "parts": parts,
         "weight_bytes": held,

@@ -110,7 +110,7 @@ def _without_bar() -> Iterator[None]:
     except ImportError:  # it is to go once all architectures are read another way, which shows no bar
         yield
         return
-    bar = reader.tqdm
+    bar = reader.__dict__["tqdm"]
     reader.__dict__["tqdm"] = partial(bar, disable=True)
     try:
         yield

@@ -91,7 +91,7 @@ class Outcome:
     detail: str
 
     def to_dict(self) -> dict[str, object]:
-        return asdict(self) | {"told": self.detail}  # its name before, which readers of the JSON know
+        return {**asdict(self), "told": self.detail}  # its name before, which readers of the JSON know
 
 
 class Engine:
