@@ -69,6 +69,9 @@ def test_docvqa_with_its_kinds(tmp_path):
     assert source[0].meta == {"kind": "form", "answers": ("1998", "in 1998")}
     assert source[0].images[0].source.describe().endswith("documents/x.png")
     assert "kind" not in source[1].meta
+    write(tmp_path, "val.json", {"data": [item | {"answers": "1998"}]})
+    with pytest.raises(DataError, match="question 5: 'answers' should not be '1998'"):
+        opened(tmp_path, kind="docvqa", file="val.json")[0]
 
 
 def test_seedbench_reads_its_pictures(tmp_path):

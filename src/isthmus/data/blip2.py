@@ -9,7 +9,7 @@ prompts  picture, maybe question/answer -> stream lm: visual places, <s>, text, 
 import re
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 from isthmus.batch import IGNORE
 from isthmus.data.chat import OWN, chosen, form_of, with_stop
@@ -44,6 +44,7 @@ class PairProcessor(Processor):
     """
 
     kind = "blip2-pairs"
+    image: ImageTransform
     limits = ("max_text",)
     text_limit = True
     contrasts = True
@@ -93,7 +94,7 @@ class PairProcessor(Processor):
             pixels=pixels_of(self.image, record.images),
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {"kind": self.kind, "max_text": self.max_text, "clean": self.clean, "image": self.image.to_dict()}
 
 
@@ -122,6 +123,7 @@ class PromptProcessor(Processor):
     """
 
     kind = "blip2-prompts"
+    image: ImageTransform
     limits = ("max_text",)
     text_limit = True
 
@@ -309,7 +311,7 @@ class PromptProcessor(Processor):
             places=tuple(places),
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "kind": self.kind,
             "num_tokens": self.num_tokens,

@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.data.images import FileImage, TarImage
-from isthmus.data.record import Example, Image
+from isthmus.data.record import Example, Features, Image
 from isthmus.data.visits import read_once
 from isthmus.errors import CheckpointError
-
-
-@dataclass(frozen=True, slots=True)
-class Features:
-    """(F, P, D) of a visual, standing where its pixels would."""
-
-    values: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +96,7 @@ class FeatureCache:
         pixels = tuple(partial(self._of, v.identity(), make) for v, make in zip(visuals, example.pixels, strict=True))
         return replace(example, visuals=visuals, pixels=pixels, keyed=True)
 
-    def _of(self, identity: Hashable, make: Callable[[Image], Any], visual: Image) -> Any:
+    def _of(self, identity: Hashable, make: Callable[[Image], Tensor | Features], visual: Image) -> Tensor | Features:
         held = visual if visual.key else read_once(visual)
         key = held.key
         if isinstance(visual.source, FileImage | TarImage):  # a source that holds its content would be kept with it

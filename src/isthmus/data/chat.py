@@ -14,7 +14,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from isthmus.data.record import Image, Record
@@ -143,7 +142,7 @@ class ChatForm:
 
     def _said(self, said: Spoken, *, prompt: bool, before: str = "") -> str:
         """What the template makes of a conversation, its source with ``before`` in front."""
-        messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in said]
+        messages: list[dict[str, object]] = [{"role": role, "content": text} for role, text in said]
         template = before + self.template
         try:
             return render_chat(template, messages, self._names, prompt=prompt)

@@ -12,7 +12,6 @@ import string
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
@@ -160,7 +159,7 @@ def canonical(tokenizer: Tokenizer, *, lower: bool = True, underscore: str = "")
     ``underscore`` is what becomes of ``_``: it goes in transformers, and is a space in open_clip.
     """
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    steps: list[Any] = [normalizers.Lowercase()] if lower else []
+    steps: list[normalizers.Normalizer] = [normalizers.Lowercase()] if lower else []
     steps += [normalizers.Replace("_", underscore)] if underscore else []
     steps += [normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), "")]
     steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from isthmus.batch import IGNORE, Batch, Places, Tokens, Visuals
-from isthmus.data.cache import Features
-from isthmus.data.record import Example, Span
+from isthmus.data.record import Example, Features, Image, Span
 from isthmus.data.visits import read_once
 from isthmus.errors import DataError
+
+T = TypeVar("T")
 
 
 def load_pixels(example: Example) -> Example:
@@ -107,5 +108,5 @@ def _places(rows: Sequence[tuple[int, int, int, int]]) -> Places:
     return Places(row=row, visual=visual, start=start, length=length)
 
 
-def _constant(value: Any) -> Callable[[Any], Any]:
+def _constant(value: T) -> Callable[[Image], T]:
     return lambda image: value

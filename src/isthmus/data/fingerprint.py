@@ -8,7 +8,6 @@ An edit that changes neither a size nor a row in memory nor one of those samples
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 from isthmus.data.images import FileImage, TarImage
 from isthmus.data.mix import Source
@@ -31,7 +30,7 @@ def fingerprint(source: Source) -> str:
     return f"{count:,} samples, sha256 {digest.hexdigest()[:16]}"
 
 
-def _sample(source: Source, index: int) -> Iterator[Any]:
+def _sample(source: Source, index: int) -> Iterator[object]:
     """What one sample says and shows; a sample that cannot be read says so (without its place on the disk)."""
     try:
         record = source[index]

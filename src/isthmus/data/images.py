@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -428,7 +428,7 @@ class ImageTransform:
         ]
         return sides[0], sides[1]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         values = asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
         del values["pinpoints"]
         for name in ("crop", "deep"):  # named only where they are others, so that older folders read the same
@@ -437,7 +437,7 @@ class ImageTransform:
         return values | ({"pinpoints": [list(canvas) for canvas in self.pinpoints]} if self.pinpoints else {})
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ImageTransform":
+    def from_dict(cls, values: object) -> "ImageTransform":
         """Inverse of :meth:`to_dict`. Raises ConfigError naming an unknown key, or a value of a wrong type."""
         return strict(cls, values, "image transform")
 

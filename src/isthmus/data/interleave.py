@@ -10,7 +10,6 @@ In the language model's own chat template turns are the template's, and end as i
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ from isthmus.data.record import Example, Image, Part, Place, Record, Role, Span,
 from isthmus.data.text import Chunk, Template, drawn, encode_chunk
 from isthmus.data.tokenizer import END, PLACE, Tokenizer
 from isthmus.errors import ConfigError, DataError, nearest
-from isthmus.nn.gated import media_index
+from isthmus.nn.gated import Media, media_index
 
 IMAGE_TOKEN = "<image>"
 END_TOKEN = "<|endofchunk|>"
@@ -77,6 +76,7 @@ class InterleaveProcessor(Processor):
     """
 
     kind = "interleave"
+    image: ImageTransform
     template: str
     limits = ("max_length", "max_images")
 
@@ -262,7 +262,7 @@ class InterleaveProcessor(Processor):
         labels: list[int] | None,
         visuals: Sequence[Image],
         places: Sequence[int],
-        mode: Any,
+        mode: Media,
     ) -> Example:
         tags = torch.zeros(1, len(ids), dtype=torch.bool)
         tags[0, list(places)] = True
@@ -277,7 +277,7 @@ class InterleaveProcessor(Processor):
             places=tuple(Place(n, "lm", place, 1) for n, place in enumerate(places)),
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "kind": self.kind,
             "template": self.template,

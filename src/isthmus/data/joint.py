@@ -8,13 +8,12 @@ of several sources may share a forward pass.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from isthmus.batch import Batch, in_parts
 from isthmus.data.augment import Augment
 from isthmus.data.cache import FeatureCache
 from isthmus.data.collate import collate
-from isthmus.data.loader import Loader, Position, in_background
+from isthmus.data.loader import START, Loader, Position, in_background, number_in
 from isthmus.data.mix import Source
 from isthmus.data.processor import Processor
 from isthmus.data.quarantine import Quarantine
@@ -29,7 +28,7 @@ class JointPosition:
     index: int
     sources: tuple[Position, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """``epoch`` is the first source's, for the log."""
         return {
             "epoch": self.sources[0].epoch,
@@ -97,10 +96,12 @@ class JointLoader:
             for number, (source, size, _) in enumerate(sources)
         ]
 
-    def position(self, saved: Mapping[str, Any]) -> JointPosition:
+    def position(self, saved: Mapping[str, object]) -> JointPosition:
         """The position that ``to_dict`` gave; without ``sources`` the beginning."""
-        given = saved.get("sources") or [{"epoch": 0, "index": 0}] * len(self.loaders)
-        return JointPosition(int(saved["index"]), tuple(Position.from_dict(p) for p in given))
+        given = saved.get("sources")
+        if isinstance(given, list) and given:
+            return JointPosition(number_in(saved, "index"), tuple(Position.from_dict(p) for p in given))
+        return JointPosition(number_in(saved, "index"), (START,) * len(self.loaders))
 
     def steps(self, start: JointPosition | None = None) -> Iterator[tuple[JointPosition, list[Batch]]]:
         """(position after the step, its micro-batches) from ``start`` on, without end."""

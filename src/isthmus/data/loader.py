@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from isthmus.batch import Batch, in_parts
 from isthmus.data.augment import Augment
@@ -40,11 +40,18 @@ class Position:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Position":
-        return cls(epoch=int(values["epoch"]), index=int(values["index"]))
+    def from_dict(cls, values: Mapping[str, object]) -> "Position":
+        return cls(epoch=number_in(values, "epoch"), index=number_in(values, "index"))
 
 
 START = Position()
+
+
+def number_in(values: Mapping[str, object], name: str) -> int:
+    """A number of a saved position."""
+    if not isinstance(number := values[name], int):
+        raise TypeError(f"the saved position's {name} is {number!r} and no whole number")
+    return number
 
 
 class _PlannedRow(NamedTuple):
@@ -227,7 +234,7 @@ class Loader:
 
     # Running
 
-    def position(self, saved: Mapping[str, Any]) -> Position:
+    def position(self, saved: Mapping[str, object]) -> Position:
         """The position that ``to_dict`` gave."""
         return Position.from_dict(saved)
 
@@ -307,35 +314,36 @@ def in_background(make: Callable[[], Iterator[T]], depth: int) -> Generator[T, N
     if not depth:
         yield from make()
         return
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
+    # An item in a tuple, what was raised, or none at the end.
+    ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 
-    def offer(kind: str, value: Any) -> None:
+    def offer(found: tuple[T] | BaseException | None) -> None:
         while not stopped.is_set():
             with suppress(queue.Full):
-                ready.put((kind, value), timeout=0.05)
+                ready.put(found, timeout=0.05)
                 return
 
     def work() -> None:
         try:
             for item in make():
-                offer("item", item)
+                offer((item,))
                 if stopped.is_set():
                     return
-            offer("end", None)
+            offer(None)
         except BaseException as error:  # handed over, whatever it is
-            offer("error", error)
+            offer(error)
 
     thread = threading.Thread(target=work, name="isthmus-loader", daemon=True)
     thread.start()
     try:
         while True:
-            kind, value = ready.get()
-            if kind == "end":
+            found = ready.get()
+            if found is None:
                 return
-            if kind == "error":
-                raise value
-            yield value
+            if isinstance(found, BaseException):
+                raise found
+            yield found[0]
     finally:
         stopped.set()
         thread.join()

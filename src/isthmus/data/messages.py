@@ -3,29 +3,29 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from isthmus.data.images import AnyImage, as_image
-from isthmus.data.record import Image, Part, Record, Text
+from isthmus.data.record import Image, Part, Record, Role, Text
 from isthmus.data.video import PICTURES, VIDEOS, as_video, as_visual
 from isthmus.errors import DataError
 
 NO_ANSWER = "(no answer)"
 """What an empty answer of the model's becomes in its own history: templates cannot write an empty turn."""
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 """``{"role": "user", "content": "text"}``, or content as a list of ``{"type": "text"|"image"|"video", ...}`` parts."""
 
-_ROLES = ("system", "user", "assistant")
+_ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 
 def parts_of(messages: Sequence[Message]) -> list[Part]:
     """Parts in order; raises DataError naming the message for an unknown role or content, or a part without it."""
     parts: list[Part] = []
     for number, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in _ROLES:
-            raise DataError(f"message {number}: role {role!r} is not one of {', '.join(_ROLES)}.")
+        said, content = message.get("role"), message.get("content")
+        role = next((known for known in _ROLES if known == said), None)
+        if role is None:
+            raise DataError(f"message {number}: role {said!r} is not one of {', '.join(_ROLES)}.")
         pieces = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(pieces, Sequence):
             raise DataError(f"message {number}: content must be a text or a list of parts, got {content!r}.")

@@ -7,7 +7,7 @@ resume one pair of numbers.
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Record: ...
 
-    def listing(self) -> Iterable[Any]:
+    def listing(self) -> Iterable[object]:
         """All that the source keeps in memory anyway, for its fingerprint: rows of text, names and sizes."""
         return ()
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
+
+from torch import Tensor
 
 from isthmus.batch import IGNORE
 from isthmus.data.chat import OWN, chosen, form_of, with_stop
@@ -40,8 +42,8 @@ class Processor:
     tokenizer: Tokenizer
     others: Mapping[str, Tokenizer] = MappingProxyType({})
     """Further tokenizers by option name."""
-    image: Any = None
-    """Its :class:`~isthmus.data.images.ImageTransform`; none: it reads no pictures."""
+    image: ImageTransform | None = None
+    """None: it reads no pictures."""
     template: str | None = None
     stop_ids: tuple[int, ...] = ()
     """Ids that end an answer besides end-of-sequence."""
@@ -71,7 +73,7 @@ class Processor:
             setattr(found, limit, sys.maxsize)
         return found
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """What a model folder keeps of it beside its tokenizers."""
         raise NotImplementedError
 
@@ -84,6 +86,7 @@ class ContrastiveProcessor(Processor):
 
     kind = "contrastive"
     contrasts = True
+    image: ImageTransform
 
     def __init__(self, tokenizer: Tokenizer, image: ImageTransform, *, context: int = 77) -> None:
         self.tokenizer, self.image, self.context = tokenizer, image, _context(context)
@@ -118,7 +121,7 @@ class ContrastiveProcessor(Processor):
         """The pair itself, first alternative: embedding has nothing to leave out."""
         return self.example(record, 0)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {"kind": self.kind, "context": self.context, "image": self.image.to_dict()}
 
 
@@ -148,7 +151,7 @@ class TextsProcessor(Processor):
         """The text itself: embedding has nothing to leave out."""
         return self.example(record, 0)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {"kind": self.kind, "context": self.context}
 
 
@@ -156,6 +159,7 @@ class ImagesProcessor(Processor):
     """Pictures alone for a vision tower, which has no text stream."""
 
     kind = "images"
+    image: ImageTransform
 
     def __init__(self, image: ImageTransform) -> None:
         self.image = image
@@ -183,7 +187,7 @@ class ImagesProcessor(Processor):
         """The picture itself."""
         return self.example(record, 0)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {"kind": self.kind, "image": self.image.to_dict()}
 
 
@@ -201,6 +205,7 @@ class SpliceProcessor(Processor):
     """
 
     kind = "splice"
+    image: ImageTransform
     template: str
     limits = ("max_length",)
 
@@ -287,7 +292,7 @@ class SpliceProcessor(Processor):
             sizes=sizes[: len(places)],
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "kind": self.kind,
             "template": self.template,
@@ -346,7 +351,7 @@ class TextProcessor(Processor):
         rendered = render(record, self._form, draw=draw, prompt=prompt)
         return encode(rendered, self.tokenizer), rendered.learns
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "kind": self.kind,
             "template": self.template,
@@ -370,7 +375,7 @@ def _caption(text: str, tokenizer: Tokenizer, context: int) -> Example:
     return Example(id=text, source="", streams={"text": Span(ids)})
 
 
-def pixels_of(transform: ImageTransform, images: Sequence[Image]) -> tuple[Callable[[Image], Any], ...]:
+def pixels_of(transform: ImageTransform, images: Sequence[Image]) -> tuple[Callable[[Image], Tensor], ...]:
     """What decodes each picture, called with it."""
     return (transform,) * len(images)
 

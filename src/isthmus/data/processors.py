@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from isthmus.data import blip2
 from isthmus.data.chat import OWN
@@ -48,14 +47,14 @@ def with_template(processor: Processor, template: str) -> Processor:
 
 
 def processor_from_dict(
-    values: dict[str, Any], tokenizer: Tokenizer | None, others: Mapping[str, Tokenizer] | None = None
+    values: Mapping[str, object], tokenizer: Tokenizer | None, others: Mapping[str, Tokenizer] | None = None
 ) -> Processor:
     """The processor that ``to_dict`` described; ``others`` are its further tokenizers by option name. One of pictures
     alone has no tokenizer.
 
     Raises ConfigError for an unknown kind or option.
     """
-    options: dict[str, Any] = {**values, **(others or {})}
+    options: dict[str, object] = {**values, **(others or {})}
     kind = str(options.pop("kind", ""))
     if kind not in PROCESSORS:
         raise ConfigError(f"processor: unknown kind {kind!r}; {nearest(kind, PROCESSORS)}")

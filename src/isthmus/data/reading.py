@@ -1,7 +1,6 @@
 """What a model reads: a prompt in words, a candidate after it in full, and the beginning that candidates share."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from isthmus.batch import IGNORE
 from isthmus.data.chat import OWN
@@ -15,13 +14,13 @@ CAPTION_REQUEST = "Provide a brief description of the given image."
 """One of LLaVA's requests for brief descriptions (2304.08485, appendix)."""
 
 
-def must_be_records(records: Any, method: str) -> None:
+def must_be_records(records: Iterable[object] | Record, method: str) -> None:
     """Raises ConfigError for anything but several Records."""
     if isinstance(records, Record | str) or not all(isinstance(record, Record) for record in records):
         raise ConfigError(f"{method} takes a list of Records; for one picture and one question there is answer().")
 
 
-def published_request(processor: Any) -> dict[str, str]:
+def published_request(processor: object) -> dict[str, str]:
     """The prompt of task ``caption`` of a LLaVA whose folder names none: it was trained to converse, and without
     a user's turn its template would write neither the system's sentence nor the speakers."""
     if not isinstance(processor, SpliceProcessor):

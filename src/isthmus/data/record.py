@@ -6,12 +6,20 @@ of one system and one stage: token ids and labels built together, and the places
 """
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+from PIL import Image as PilImage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Role = Literal["text", "system", "user", "assistant"]
 """``text`` is running text without speakers (captions, documents); the rest are the turns of a conversation."""
+
+Raw = bytes | PilImage.Image | Sequence[PilImage.Image]
+"""What a source gives: a picture's encoded bytes, a picture that is made rather than read, or a clip's frames."""
 
 
 @runtime_checkable
@@ -22,7 +30,7 @@ class ImageSource(Protocol):
         """Where it comes from, for error messages: ``cats.tar :: 0001.png``."""
         ...
 
-    def read(self) -> Any:
+    def read(self) -> bytes | PilImage.Image:
         """Encoded bytes, or a PIL image when the picture is made rather than read. Raises DataError."""
         ...
 
@@ -49,11 +57,14 @@ class Image:
         return self.key or self.key_of(self.source.read())
 
     @staticmethod
-    def key_of(raw: Any) -> str:
-        """sha256 of encoded bytes (of mode, size and pixels of a made picture)."""
+    def key_of(raw: Raw) -> str:
+        """sha256 of encoded bytes, of mode, size and pixels of a made picture, or of those of a clip's frames."""
         if isinstance(raw, bytes):
             return hashlib.sha256(raw).hexdigest()
-        return hashlib.sha256(f"{raw.mode}{raw.size}".encode() + raw.tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        for frame in [raw] if isinstance(raw, PilImage.Image) else raw:
+            digest.update(f"{frame.mode}{frame.size}".encode() + frame.tobytes())
+        return digest.hexdigest()
 
     def identity(self) -> Hashable:
         """What distinguishes the picture from others without opening it: its key, else its source. Equal identities are
@@ -75,22 +86,16 @@ class FrameSource(Protocol):
         """Where it comes from, for error messages."""
         ...
 
-    def read(self) -> Any:
+    def read(self) -> Sequence[PilImage.Image]:
         """The frames in order, as a list of PIL images. Raises DataError."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Video(Image):
-    """A clip's place in the record: a visual of several frames, its ``source`` a FrameSource."""
+    """A clip's place in the record: a visual of several frames."""
 
-    @staticmethod
-    def key_of(raw: Any) -> str:
-        """sha256 of the frames."""
-        digest = hashlib.sha256()
-        for frame in raw:
-            digest.update(f"{frame.mode}{frame.size}".encode() + frame.tobytes())
-        return digest.hexdigest()
+    source: FrameSource
 
 
 Part = Text | Image
@@ -103,7 +108,7 @@ class Record:
     id: str
     parts: tuple[Part, ...]
     source: str = ""
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -138,6 +143,13 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Features:
+    """(F, P, D) of a visual, standing where its pixels would."""
+
+    values: "Tensor"
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """A processed sample: streams of ids and labels, places of visuals, and pixels still undecoded.
 
@@ -150,7 +162,7 @@ class Example:
     source: str
     streams: Mapping[str, Span]
     visuals: tuple[Image, ...] = ()
-    pixels: tuple[Callable[[Image], Any], ...] = ()
+    pixels: tuple[Callable[[Image], "Tensor | Features"], ...] = ()
     places: tuple[Place, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     keyed: bool = True

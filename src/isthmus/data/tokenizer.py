@@ -34,13 +34,15 @@ RESERVED = re.compile(f"[{chr(FIRST_STAND_IN)}-{END}]")
 CHAT_TEMPLATE = "chat_template.jinja"
 """The file of a checkpoint's own chat template beside its tokenizer's, as transformers names it."""
 
+CONFIG = "tokenizer_config.json"
+
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 """Special tokens of a tokenizer trained here, ids 0 to 3. Contrastive towers use bos and eos as start and end of
 text: one scheme for all models."""
 
 
 BEGINS = "begins_with"
-"""In a saved tokenizer_config.json: the tokens that begin a text, where they are not the named ``bos_token`` alone."""
+"""In a saved :data:`CONFIG`: the tokens that begin a text, where they are not the named ``bos_token`` alone."""
 
 WHOLE = "reads_around_pictures"
 """There too: true where text around pictures is tokenised as one."""
@@ -70,7 +72,7 @@ class Tokenizer:
         """Raises ConfigError when a named special token is not in the vocabulary."""
         self.backend = backend
         self.specials = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": unk}
-        self.eos_id = self._id_of(eos)
+        self._eos, self.eos_id = eos, self._id_of(eos)
         self.bos_id = None if bos is None else self._id_of(bos)
         self.pad_id = self._id_of(pad or unk or eos)
         named = () if bos is None else (bos,)
@@ -104,15 +106,23 @@ class Tokenizer:
 
     def over(self, backend: tokenizers.Tokenizer) -> "Tokenizer":
         """Another backend with the special tokens and the beginning of this tokenizer."""
-        names = {name.removesuffix("_token"): token for name, token in self.specials.items()}
-        kept: dict[str, Any] = {"chat_template": self.chat_template, "whole": self.whole}
-        return Tokenizer(backend, **names, begins=self.begins, **kept)  # type: ignore[arg-type]
+        return self._made(backend, self.begins)
 
     def beginning(self, *tokens: str) -> "Tokenizer":
         """A tokenizer like this one that begins a text with these tokens, or without any with nothing."""
-        names = {name.removesuffix("_token"): token for name, token in self.specials.items()}
-        kept: dict[str, Any] = {"chat_template": self.chat_template, "whole": self.whole}
-        return Tokenizer(self.backend, **names, begins=tokens, **kept)  # type: ignore[arg-type]
+        return self._made(self.backend, tokens)
+
+    def _made(self, backend: tokenizers.Tokenizer, begins: Sequence[str]) -> "Tokenizer":
+        return Tokenizer(
+            backend,
+            eos=self._eos,
+            bos=self.specials["bos_token"],
+            pad=self.specials["pad_token"],
+            unk=self.specials["unk_token"],
+            begins=begins,
+            chat_template=self.chat_template,
+            whole=self.whole,
+        )
 
     def around_pictures(self) -> "Tokenizer":
         """A tokenizer that reads the text before and after a picture as one, as transformers does: a dummy space that
@@ -190,7 +200,7 @@ class Tokenizer:
         chat = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template}
         return chat | {
             "tokenizer.json": self.backend.to_str(),
-            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+            CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         }
 
     @classmethod
@@ -221,8 +231,8 @@ class Tokenizer:
             bos=names.get("bos_token"),
             pad=names.get("pad_token"),
             unk=names.get("unk_token"),
-            begins=_saved(folder, BEGINS),
-            whole=bool(_saved(folder, WHOLE)),
+            begins=_saved_begins(folder),
+            whole=_saved_whole(folder),
             chat_template=_chat_template(folder),
         )
 
@@ -312,19 +322,25 @@ def check_text(text: str) -> str:
     return text
 
 
-def _saved(folder: Path, name: str) -> Any:
-    """What a saved tokenizer says under a name of ours; none where it says nothing. Raises CheckpointError."""
-    file = folder / "tokenizer_config.json"
-    found = json.loads(file.read_text(encoding="utf-8")).get(name) if file.is_file() else None
-    fits = {
-        BEGINS: isinstance(found, list) and all(isinstance(token, str) for token in found),
-        WHOLE: isinstance(found, bool),
-    }
-    if found is not None and not fits[name]:
-        raise CheckpointError(
-            f"{file}: {name} must be {'a list of tokens' if name == BEGINS else 'true or false'}, not {found!r}"
-        )
-    return found
+def _saved_begins(folder: Path) -> list[str] | None:
+    """What a saved tokenizer says of its beginning; none where it says nothing. Raises CheckpointError."""
+    found = _saved(folder, BEGINS)
+    if found is None or (isinstance(found, list) and all(isinstance(token, str) for token in found)):
+        return found
+    raise CheckpointError(f"{folder / CONFIG}: {BEGINS} must be a list of tokens, not {found!r}")
+
+
+def _saved_whole(folder: Path) -> bool:
+    """Whether a saved tokenizer reads the text around pictures as one. Raises CheckpointError."""
+    found = _saved(folder, WHOLE)
+    if found is None or isinstance(found, bool):
+        return bool(found)
+    raise CheckpointError(f"{folder / CONFIG}: {WHOLE} must be true or false, not {found!r}")
+
+
+def _saved(folder: Path, name: str) -> object:
+    file = folder / CONFIG
+    return json.loads(file.read_text(encoding="utf-8")).get(name) if file.is_file() else None
 
 
 def _chat_template(folder: Path) -> str | None:
@@ -335,7 +351,7 @@ def _chat_template(folder: Path) -> str | None:
 def _special_names(folder: Path) -> dict[str, str]:
     """Special token names from the two files a Hugging Face folder may keep them in."""
     names: dict[str, str] = {}
-    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+    for file in (folder / "special_tokens_map.json", folder / CONFIG):
         if not file.is_file():
             continue
         try:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from PIL import Image as PilImage
 
@@ -20,6 +20,8 @@ from isthmus.errors import DataError, MissingExtraError
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 VIDEOS = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".mpg", ".mpeg"})
 MOST_FRAMES = 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ def natural(name: str) -> tuple[list[str | int], str]:
     return [int(piece) if n % 2 else piece for n, piece in enumerate(pieces)], name
 
 
-def thinned(items: list[Any], most: int) -> list[Any]:
+def thinned(items: list[T], most: int) -> list[T]:
     """At most ``most`` of the items, evenly spread, first and last among them."""
     if len(items) <= most:
         return items

@@ -1,23 +1,22 @@
 """A visual read once for all that a visit needs of it: its content key and its pixels."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from isthmus.data.images import FileImage, ImageLimits, TarImage
-from isthmus.data.record import Image
+from isthmus.data.record import Image, Raw
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadImage:
     """A picture, or the frames of a clip, whose source was read before: ``raw`` is what it gave."""
 
-    raw: Any
+    raw: Raw
     name: str
 
     def describe(self) -> str:
         return self.name
 
-    def read(self) -> Any:
+    def read(self) -> Raw:
         return self.raw
 
 

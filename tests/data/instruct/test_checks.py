@@ -136,6 +136,12 @@ def test_unknown_checks_are_refused(tmp_path):
     (tmp_path / "checks.yaml").write_text("supposing: [no, not]")
     with pytest.raises(ConfigError, match="put it in quotes"):
         Checks(tmp_path)
+    (tmp_path / "checks.yaml").write_text("refusal: sorry")
+    with pytest.raises(ConfigError, match="'refusal' should be a list"):
+        Checks(tmp_path)
+    (tmp_path / "checks.yaml").write_text("also called: {cat: kitten}")
+    with pytest.raises(ConfigError, match="cat: expected a list, found str 'kitten'"):
+        Checks(tmp_path)
     (tmp_path / "checks.yaml").write_text("refusals: []")
     with pytest.raises(ConfigError, match="did you mean 'refusal'"):
         Checks(tmp_path)

@@ -2,11 +2,10 @@
 lists are in ``prompts/checks.yaml``."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
+from isthmus.config import fit
 from isthmus.data.instruct.prompts import CHECKS, Prompt, read_prompt_file
 from isthmus.data.instruct.symbols import Symbols
 from isthmus.endpoint import Reply
@@ -37,27 +36,36 @@ class Checks:
                 raise ConfigError(f"There is no check {name!r}; {nearest(name, NAMES)}")
         self.skip = frozenset(skip)
         self.categories = tuple(sorted(categories))
-        self.words = read_prompt_file(CHECKS, folder)
+        self._words = read_prompt_file(CHECKS, folder)
         known = (*_PATTERNS, *_WORDS, "also called")
-        for name in self.words:
+        for name in self._words:
             if name not in known:
                 raise ConfigError(f"{CHECKS}: unknown key {name!r}; {nearest(str(name), known)}")
         for name in _WORDS:
-            odd = [w for w in self.words.get(name) or [] if not isinstance(w, str)]
+            odd = [w for w in self._listed(name) if not isinstance(w, str)]
             if odd:
                 raise ConfigError(f"{CHECKS}: {name!r} holds {odd[0]!r}, no text to YAML; put it in quotes.")
         self.patterns = {name: self._compiled(name) for name in _PATTERNS}
-        self.colours = self._any(self.words.get("colours", []))
-        self.supposing = self._any(self.words.get("supposing", []))
+        self.colours = self._any(self._listed("colours"))
+        self.supposing = self._any(self._listed("supposing"))
+        also = self._words.get("also called") or {}
+        self._also: dict[str, list[str]] = fit(dict[str, list[str]], also, f"{CHECKS}: 'also called'")
+
+    def _listed(self, name: str) -> list[object]:
+        """A list of the file, which may leave it out."""
+        found = self._words.get(name) or []
+        if not isinstance(found, list):
+            raise ConfigError(f"{CHECKS}: {name!r} should be a list.")
+        return found
 
     def _compiled(self, name: str) -> list[re.Pattern[str]]:
         try:
-            return [re.compile(str(p), re.IGNORECASE) for p in self.words.get(name, [])]
+            return [re.compile(str(p), re.IGNORECASE) for p in self._listed(name)]
         except re.error as error:
             raise ConfigError(f"{CHECKS}: {name!r} holds what is no regular expression: {error}") from None
 
     @staticmethod
-    def _any(words: Sequence[Any]) -> re.Pattern[str] | None:
+    def _any(words: Sequence[object]) -> re.Pattern[str] | None:
         """One of the words, and no part of a longer one; "n't" is the end of one."""
         ends = [rf"{re.escape(w)}\b" if w.startswith("n't") else rf"\b{re.escape(w)}\b" for w in map(str, words)]
         return re.compile("|".join(ends), re.IGNORECASE) if ends else None
@@ -163,10 +171,6 @@ class Checks:
 
     def _named(self, category: str, text: str) -> bool:
         return re.search(rf"\b({self.names(category)})\b", text, re.IGNORECASE) is not None
-
-    @cached_property
-    def _also(self) -> Mapping[str, Sequence[str]]:
-        return self.words.get("also called", {}) or {}
 
     def names(self, category: str) -> str:
         """The category, its plural and what else it is called, as a pattern, longest first."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, TypedDict, cast, get_args
 
 from isthmus.data.instruct.symbols import Symbols
 from isthmus.data.mix import key
@@ -23,6 +23,13 @@ SEPARATOR = "==="
 @dataclass(frozen=True, slots=True)
 class Shot:
     """An example in the context: a picture in words, and the reply that is wanted."""
+
+    symbols: str
+    reply: str
+
+
+class _Example(TypedDict):
+    """A Shot as the file has it."""
 
     symbols: str
     reply: str
@@ -85,7 +92,7 @@ def load_prompts(kinds: Sequence[str], folder: Path | None = None) -> dict[Kind,
     return found
 
 
-def read_prompt_file(name: str, folder: Path | None = None) -> Mapping[str, Any]:
+def read_prompt_file(name: str, folder: Path | None = None) -> Mapping[str, object]:
     """A file of prompts: of ``folder``, else of the package."""
     import yaml
 
@@ -121,7 +128,7 @@ def copy_prompts(folder: Path) -> list[Path]:
 _KEYS = ("system", "boxes", "examples", "questions", "turns")
 
 
-def _prompt(kind: Kind, content: Mapping[str, Any], folder: Path | None) -> Prompt:
+def _prompt(kind: Kind, content: Mapping[str, object], folder: Path | None) -> Prompt:
     where = f"{folder or 'the package'}: {kind}.yaml"
     for name in content:
         if name not in _KEYS:
@@ -133,8 +140,9 @@ def _prompt(kind: Kind, content: Mapping[str, Any], folder: Path | None) -> Prom
         raise ConfigError(f"{where}: `questions` should be a list of texts.")
     if isinstance(turns, bool) or not isinstance(turns, int) or turns < 1:
         raise ConfigError(f"{where}: `turns` should be a number, 1 or more.")
+    examples = cast("Sequence[_Example]", content.get("examples", []))
     try:
-        shots = tuple(Shot(str(e["symbols"]).strip(), str(e["reply"]).strip()) for e in content.get("examples", []))
+        shots = tuple(Shot(str(e["symbols"]).strip(), str(e["reply"]).strip()) for e in examples)
     except (KeyError, TypeError):
         raise ConfigError(f"{where}: `examples` are objects of `symbols` and `reply`.") from None
     return Prompt(kind, system.strip(), bool(content.get("boxes", False)), shots, tuple(questions), turns)

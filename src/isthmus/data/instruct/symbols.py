@@ -6,9 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import NotRequired, TypedDict, cast, get_type_hints
 
 from isthmus.config import fit
+from isthmus.data.sources.coco import CategoryBox, CocoCaptions, CocoInstances, Id
 from isthmus.data.sources.files import once, read_json, read_rows
 from isthmus.errors import ConfigError, DataError, nearest
 
@@ -47,7 +48,7 @@ class Symbols:
         return Counter(box.category for box in self.boxes)
 
 
-def read_symbols(spec: Mapping[str, Any]) -> list[Symbols]:
+def read_symbols(spec: Mapping[str, object]) -> list[Symbols]:
     """The pictures that a description names, each with a caption at least, in the files' order.
 
     Raises ConfigError for an unknown kind or option, DataError for files of another form.
@@ -71,7 +72,7 @@ def read_symbols(spec: Mapping[str, Any]) -> list[Symbols]:
     return found
 
 
-def guess_symbols(path: Path) -> dict[str, Any]:
+def guess_symbols(path: Path) -> dict[str, object]:
     """What :func:`read_symbols` takes, recognised from a file or folder. Raises DataError where nothing fits."""
     if path.is_dir():
         files = {name: path / f"{name}.json" for name in ("region_descriptions", "objects", "image_data")}
@@ -103,22 +104,22 @@ def coco(*, captions: str, instances: str | None = None, image_folder: str | Non
     """COCO: a captions file and, for boxes, the instances file of the same pictures (annotations with ``bbox`` as x, y,
     width, height in pixels; a crowd is no countable thing). Lin et al. 2014, cocodataset.org/#format-data."""
     path = Path(captions)
-    content = read_json(path)
+    content = cast("CocoCaptions", read_json(path))
     try:
         once((image["id"] for image in content["images"]), path, "image id")
-        texts: defaultdict[Any, list[str]] = defaultdict(list)
+        texts: defaultdict[Id, list[str]] = defaultdict(list)
         for annotation in content["annotations"]:
             if text := " ".join(str(annotation["caption"]).split()):
                 texts[annotation["image_id"]].append(text)
-        pictures = [(i["id"], str(i["file_name"]), i.get("width"), i.get("height")) for i in content["images"]]
+        pictures = [(image["id"], str(image["file_name"])) for image in content["images"]]
     except (KeyError, TypeError):
         raise DataError(
             f"{path} is not a COCO captions file: it needs images (id, file_name) and annotations (image_id, caption)"
         ) from None
-    if unknown := texts.keys() - {number for number, *_ in pictures}:
+    if unknown := texts.keys() - {number for number, _ in pictures}:
         raise DataError(f"{path}: a caption is for the image {min(unknown)}, which is not among `images`.")
     found = _coco_boxes(Path(instances)) if instances is not None else None
-    if found is not None and not found.keys() & {number for number, *_ in pictures}:
+    if found is not None and not found.keys() & {number for number, _ in pictures}:
         raise DataError(f"{instances} is about none of the pictures of {captions}; are the two of one split?")
     return [
         Symbols(
@@ -129,19 +130,22 @@ def coco(*, captions: str, instances: str | None = None, image_folder: str | Non
             frozenset(c for c, _, crowd, _ in boxes if crowd),
             found is not None,
         )
-        for number, name, *_ in pictures
+        for number, name in pictures
         if texts[number]
         for boxes in [(found or {}).get(number, [])]
     ]
 
 
-def _coco_boxes(path: Path) -> dict[Any, list[tuple[str, Sequence[float], bool, tuple[Any, Any]]]]:
-    """Image id -> (category, box, is it a crowd?, the picture's size)."""
-    content = read_json(path)
+_CocoBox = tuple[str, Sequence[float], bool, tuple[float, float]]
+"""Category, box, is it a crowd?, the picture's size."""
+
+
+def _coco_boxes(path: Path) -> dict[Id, list[_CocoBox]]:
+    content = cast("CocoInstances", read_json(path))
     try:
         names = {c["id"]: str(c["name"]) for c in content["categories"]}
         sizes = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
-        found: dict[Any, list[tuple[str, Sequence[float], bool, tuple[Any, Any]]]] = {i: [] for i in sizes}
+        found: dict[Id, list[_CocoBox]] = {i: [] for i in sizes}
         for a in content["annotations"]:
             image = a["image_id"]
             found[image].append((names[a["category_id"]], a["bbox"], bool(a.get("iscrowd")), sizes[image]))
@@ -157,15 +161,56 @@ _CAPTIONS = 10
 """Region descriptions of a picture that stand for its captions, as LLaVA-1.5 takes at most 10 regions of one."""
 
 
+class _Sized(TypedDict):
+    """A picture in ``image_data.json``."""
+
+    image_id: Id
+    width: float
+    height: float
+    url: str
+
+
+class _Region(TypedDict):
+    phrase: str
+    width: float
+    height: float
+
+
+class _Regions(TypedDict):
+    """A picture in ``region_descriptions.json``."""
+
+    id: NotRequired[Id]
+    image_id: NotRequired[Id]
+    regions: list[_Region]
+
+
+class _Object(TypedDict):
+    names: list[str]
+    x: float
+    y: float
+    w: float
+    h: float
+
+
+class _Objects(TypedDict):
+    """A picture in ``objects.json``."""
+
+    id: NotRequired[Id]
+    image_id: NotRequired[Id]
+    objects: list[_Object]
+
+
 def visual_genome(
     *, regions: str, objects: str, images: str, captions: int = _CAPTIONS, image_folder: str | None = None
 ) -> list[Symbols]:
     """Visual Genome: ``region_descriptions.json`` (the largest regions' phrases stand for captions), ``objects.json``
     and ``image_data.json`` (sizes; the picture's name is the last two parts of its URL). Krishna et al. 2017."""
-    described, things, facts = (read_json(Path(p)) for p in (regions, objects, images))
+    described = cast("list[_Regions]", read_json(Path(regions)))
+    things = cast("list[_Objects]", read_json(Path(objects)))
+    facts = cast("list[_Sized]", read_json(Path(images)))
     try:
-        sizes = {i["image_id"]: (i["width"], i["height"]) for i in facts}
-        names = {i["image_id"]: "/".join(str(i["url"]).split("/")[-2:]) for i in facts}
+        sizes: dict[Id | None, tuple[float, float]] = {i["image_id"]: (i["width"], i["height"]) for i in facts}
+        names: dict[Id | None, str] = {i["image_id"]: "/".join(str(i["url"]).split("/")[-2:]) for i in facts}
         boxes = {i.get("image_id", i.get("id")): i["objects"] for i in things}
         found = []
         for item in described:
@@ -197,11 +242,12 @@ def jsonl(*, file: str, image_folder: str | None = None) -> list[Symbols]:
     path = Path(file)
     found = []
     for number, row in enumerate(read_rows(path), start=1):
-        captions, instances = row.get("captions"), row.get("instances")
-        if not isinstance(row.get("image"), str) or not isinstance(captions, list):
+        image, captions, instances = row.get("image"), row.get("captions"), row.get("instances")
+        if not isinstance(image, str) or not isinstance(captions, list):
             raise DataError(f"{path}, entry {number}: needs `image` (a name) and `captions` (a list of texts)")
         try:
-            boxes = tuple(Box(str(i["category"]), _corners(i["bbox"])) for i in instances or ())
+            given = cast("Sequence[CategoryBox]", instances or ())
+            boxes = tuple(Box(str(i["category"]), _corners(i["bbox"])) for i in given)
         except (KeyError, TypeError, ValueError):
             raise DataError(
                 f"{path}, entry {number}: `instances` are objects of `category` and `bbox` (left, top, right, bottom, "
@@ -209,8 +255,8 @@ def jsonl(*, file: str, image_folder: str | None = None) -> list[Symbols]:
             ) from None
         texts = tuple(text for c in captions if (text := " ".join(str(c).split())))
         if texts:
-            name = str(row.get("id", row["image"]))
-            found.append(Symbols(name, row["image"], texts, boxes, known=instances is not None))
+            name = str(row.get("id", image))
+            found.append(Symbols(name, image, texts, boxes, known=instances is not None))
     once((s.id for s in found), path, "id")
     return found
 
@@ -222,7 +268,7 @@ def _corners(values: Sequence[float]) -> tuple[float, float, float, float]:
     return left, top, right, bottom
 
 
-def _box(category: str, xywh: Sequence[float], size: tuple[Any, Any], path: Path, number: Any) -> Box:
+def _box(category: str, xywh: Sequence[float], size: tuple[float, float], path: Path, number: object) -> Box:
     try:
         (x, y, w, h), (width, height) = (float(v) for v in xywh), (float(v) for v in size)
         corners = (x / width, y / height, (x + w) / width, (y + h) / height)

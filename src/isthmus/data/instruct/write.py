@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from isthmus.data.instruct.checks import Checks
 from isthmus.data.instruct.prompts import Kind, Prompt
@@ -35,7 +34,7 @@ class Written:
     model: str
     prompt: str | None = None
 
-    def row(self, seed: int) -> dict[str, Any]:
+    def row(self, seed: int) -> dict[str, object]:
         """In LLaVA's form; the picture stands before or after the first question, as drawn."""
         pairs = (pair for turn in self.turns for pair in zip(("human", "gpt"), turn, strict=True))
         turns = [{"from": who, "value": text} for who, text in pairs]
@@ -69,7 +68,7 @@ class Report:
     unreported: int = 0
     cost: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "rows": dict(self.rows),
             "refused": dict(self.refused),
@@ -90,7 +89,7 @@ def instruct(
     out: str | Path,
     *,
     checks: Checks,
-    source: Mapping[str, Any],
+    source: Mapping[str, object],
     image_folder: str | None = None,
     attempts: int = 1,
     seed: int = 0,
@@ -140,7 +139,7 @@ def instruct(
     return report
 
 
-def write_rows(out: Path, rows: Iterable[Written], manifest: Mapping[str, Any], seed: int) -> None:
+def write_rows(out: Path, rows: Iterable[Written], manifest: Mapping[str, object], seed: int) -> None:
     """``instruct.json`` and the manifest, each written aside and renamed."""
     found = [row.row(seed) for row in rows]
     _write_json(out / DATA, found)
@@ -166,13 +165,13 @@ def _settled(
     out: Path,
     endpoint: Endpoint,
     prompts: Mapping[Kind, Prompt],
-    source: Mapping[str, Any],
+    source: Mapping[str, object],
     image_folder: str | None,
     seed: int,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What the data are made of and by. Raises ConfigError where ``out`` holds data of something else: one file never
     mixes two makings without a word."""
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "made_by": endpoint.describe(),
         "prompts": {kind: prompt.hash for kind, prompt in prompts.items()},
         "source": dict(source),
@@ -267,7 +266,7 @@ def categories_of(pictures: Iterable[Symbols]) -> Collection[str]:
     return {box.category for symbols in pictures for box in symbols.boxes}
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(
@@ -276,6 +275,6 @@ def _write_json(path: Path, value: Any) -> None:
     aside.replace(path)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "…"

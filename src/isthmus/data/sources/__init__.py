@@ -11,14 +11,16 @@ import itertools
 import json
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TypeVar, cast, get_type_hints
 
 from isthmus.config import check_options, fit
 from isthmus.data.mix import Mix, Source
 from isthmus.data.sources.annotations import READERS
 from isthmus.data.sources.benchmarks import BENCHMARKS
+from isthmus.data.sources.coco import CocoCaptions
 from isthmus.data.sources.documents import DocumentSource, JsonPages
 from isthmus.data.sources.files import (
     DELIMITERS,
@@ -43,24 +45,26 @@ from isthmus.data.video import FileFrames, FolderFrames
 from isthmus.errors import ConfigError, DataError, IsthmusWarning, nearest
 from isthmus.user_code import is_user_code, label, pin, resolve
 
+T = TypeVar("T")
 
-def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None) -> Source:
+
+def open_source(spec: Mapping[str, object], *, data_root: Path | str | None = None) -> Source:
     """The source a description names; relative paths start at ``data_root`` (else the working directory).
 
     Everything that can be checked without decoding pictures is checked here, before a run's first step. Raises
     ConfigError for an unknown kind or option (the nearest is named), DataError for missing or damaged files.
     """
-    options = _without_paths(dict(spec))
+    options = _without_paths(spec)
     kind = str(options.pop("kind", ""))
     if kind in BY_NAME or is_user_code(kind):
         return _made(kind, options)
     if kind not in (*SOURCES, *DOCUMENTS):
         raise ConfigError(f"source: unknown kind {kind!r}; {nearest(kind, (*SOURCES, *DOCUMENTS, *BY_NAME))}")
     root = Root(Path(data_root) if data_root is not None else Path())
-    name = fit(str | None, options.pop("name", None), "source: name")
+    name: str | None = fit(str | None, options.pop("name", None), "source: name")
     if kind in DOCUMENTS:
         return _call(kind, _documents, options, root=root, layout=kind, name=name or _name(kind, spec))
-    limit = fit(int | None, options.pop("limit", None), "source: limit")
+    limit: int | None = fit(int | None, options.pop("limit", None), "source: limit")
     form = _form(options, root)
     rows = _call(kind, SOURCES[kind], options, root=root, form=form)
     if not len(rows):
@@ -72,13 +76,13 @@ def open_source(spec: Mapping[str, Any], *, data_root: Path | str | None = None)
     return RowSource(name or _name(kind, spec), rows, form, limit=limit)
 
 
-def named_apart(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def named_apart(specs: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
     """Descriptions whose files' sources have different names, for losses and bad samples are counted by name: of those
     that would be called alike, as two files ``train.json`` are, the later ones get a number after it.
 
     Where two of them say the same ``name`` they are counted as one, which one warning says.
     """
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, object]] = []
     taken: set[str] = set()
     for spec in map(dict, specs):
         kind, said = str(spec.get("kind", "")), spec.get("name")
@@ -97,9 +101,9 @@ def named_apart(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def open_mix(specs: Sequence[Mapping[str, Any]], *, data_root: Path | str | None = None) -> Mix:
+def open_mix(specs: Sequence[Mapping[str, object]], *, data_root: Path | str | None = None) -> Mix:
     """Several descriptions, each with an optional ``weight`` (visits per epoch, default 1), as one mixture."""
-    weights = [fit(float, spec.get("weight", 1.0), "source: weight") for spec in specs]
+    weights: list[float] = [fit(float, spec.get("weight", 1.0), "source: weight") for spec in specs]
     bare = [{k: v for k, v in spec.items() if k != "weight"} for spec in specs]
     return Mix([open_source(spec, data_root=data_root) for spec in named_apart(bare)], weights)
 
@@ -157,7 +161,7 @@ def _csv(
 ) -> Rows:
     """Pairs in a table with a header line; see :func:`read_table` for what separates its cells."""
     paths = root.files(file)
-    rows: list[tuple[str, dict[str, Any]]] = []
+    rows: list[tuple[str, dict[str, object]]] = []
     for path in paths:
         columns, found = read_table(path, delimiter, (*form.theirs, *KNOWN))
         _demand_columns(form, columns, path)
@@ -168,7 +172,7 @@ def _csv(
 def _coco(root: Root, form: Form, *, file: str, image_folder: str | None = None, images: Names = ()) -> Rows:
     """COCO captions: one record a picture, all its captions as alternatives; pictures without captions left out."""
     path = root.path(file)
-    content = read_json(path)
+    content = cast("CocoCaptions", read_json(path))
     try:
         once((image["id"] for image in content["images"]), path, "image id")
         once((a["id"] for a in content["annotations"] if "id" in a), path, "annotation id")
@@ -286,27 +290,28 @@ def _documents(
 class _Listed(list[Row]):
     """Rows that are all known from the start."""
 
-    def listing(self) -> Iterator[Any]:
+    def listing(self) -> Iterator[object]:
         return ((row.id, row.values) for row in self)
 
 
 class _NamedRows:
     """Rows of a file whose ``image`` field names pictures, and ``video`` clips: one, several, or none."""
 
-    def __init__(self, rows: Sequence[tuple[str, Mapping[str, Any]]], form: Form, images: NamedImages) -> None:
+    def __init__(self, rows: Sequence[tuple[str, Mapping[str, object]]], form: Form, images: NamedImages) -> None:
         self.rows, self.form, self.images = rows, form, images
         form.name_unread((values for _, values in rows), ", ".join(dict.fromkeys(stem for stem, _ in rows)))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def listing(self) -> Iterator[Any]:
+    def listing(self) -> Iterator[object]:
         yield from self.rows
         yield from self.images.listing()
 
     def __getitem__(self, index: int) -> Row:
         stem, values = self.rows[index]
-        if surplus := values.get(None):  # type: ignore[call-overload]  (a table's row: see read_table)
+        surplus = values.get(None)  # type: ignore[call-overload]  (a table's row: see read_table)
+        if isinstance(surplus, list):
             raise DataError(
                 f"bad row: row {index + 1} has more cells than the header has columns, {surplus[0]!r} the first; a "
                 "cell with the delimiter in it needs quotation marks"
@@ -330,22 +335,22 @@ class _NamedRows:
         return FolderFrames(path) if path.is_dir() else FileFrames(path)
 
 
-def _form(options: dict[str, Any], root: Root) -> Form:
+def _form(options: dict[str, object], root: Root) -> Form:
     """The options of Form taken out of a description, its files read."""
     hints = get_type_hints(Form)
     chosen = {k: options.pop(k) for k in list(options) if k in Form.__dataclass_fields__}
     for name in chosen.keys() - {"classes", "templates", "captions"}:  # these may name files or be single
         chosen[name] = fit(hints[name], chosen[name], f"source: {name}")
-    if isinstance(chosen.get("classes"), str):
-        chosen["classes"] = read_lines(root.path(chosen["classes"]))
-    if isinstance(chosen.get("classes"), list):
-        chosen["classes"] = merged_names(chosen["classes"], "class")
-    if isinstance(chosen.get("templates"), str):
-        chosen["templates"] = [chosen["templates"]]
+    if isinstance(classes := chosen.get("classes"), str):
+        classes = read_lines(root.path(classes))
+    if isinstance(classes, list):
+        chosen["classes"] = merged_names(classes, "class")
+    if isinstance(template := chosen.get("templates"), str):
+        chosen["templates"] = [template]
     if "captions" in chosen:
-        side = fit(dict[str, Any], chosen["captions"], "source: captions")
+        side: dict[str, object] = fit(dict[str, object], chosen["captions"], "source: captions")
         chosen["captions"] = _call("captions", _side_captions, side, root=root)
-    return Form(**chosen)
+    return replace(Form(), **chosen)
 
 
 def _side_captions(root: Root, *, file: str, key: str, fields: Names) -> dict[str, tuple[str, ...]]:
@@ -359,7 +364,7 @@ def _side_captions(root: Root, *, file: str, key: str, fields: Names) -> dict[st
     return found
 
 
-def _made(kind: str, options: dict[str, Any]) -> Source:
+def _made(kind: str, options: dict[str, object]) -> Source:
     """The source class that the kind names, made with the options; they are checked against what it takes."""
     if kind in BY_NAME:
         module, _, name = BY_NAME[kind].partition(":")
@@ -376,22 +381,26 @@ def _made(kind: str, options: dict[str, Any]) -> Source:
     return made
 
 
-def _call(kind: str, function: Callable[..., Any], options: dict[str, Any], **given: Any) -> Any:
+def _call(kind: str, function: Callable[..., T], options: dict[str, object], **given: object) -> T:
     shared = () if kind in ("captions", *DOCUMENTS) else (*Form.__dataclass_fields__, "name", "limit")
     check_options(function, options, f"source of kind {kind!r}", given=tuple(given), also=shared)
     return function(**given, **options)
 
 
-def _without_paths(value: Any) -> Any:
+def _without_paths(spec: Mapping[str, object]) -> dict[str, object]:
     """The description with paths as texts, which is what its options take."""
+    return {key: _without_path(item) for key, item in spec.items()}
+
+
+def _without_path(value: object) -> object:
     if isinstance(value, Mapping):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return _without_paths(value)
     if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
+        return [_without_path(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
-def _name(kind: str, spec: Mapping[str, Any]) -> str:
+def _name(kind: str, spec: Mapping[str, object]) -> str:
     files = spec.get("file") or spec.get("shards") or spec.get("folder")
     first = files[0] if isinstance(files, list | tuple) and files else files or ""
     return f"{kind}:{Path(str(first)).stem}"

@@ -8,7 +8,6 @@ belong together) is checked when the source is opened; a single bad sample is me
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from isthmus.data.sources.files import Names, Root, named_images, once, read_json, read_rows
 from isthmus.data.sources.items import LazyRows, each_once, field_of, filled_name, listed_under, one_of
@@ -46,11 +45,11 @@ def vqav2(
     if len(answers) < len(found):
         lost = sorted(set(found) - {str(a["question_id"]) for a in answers})
         raise DataError(f"{annotations}: {len(lost)} questions of {questions} have no answers, the first is {lost[0]}.")
-    split = str(question_file.get("data_subtype", ""))
+    split = str(question_file.get("data_subtype", "")) if isinstance(question_file, dict) else ""
 
     pictures = named_images(root, image_folder, images, beside=root.path(questions))
 
-    def make(annotation: Mapping[str, Any]) -> Row:
+    def make(annotation: Mapping[str, object]) -> Row:
         number = str(annotation["question_id"])
         question, sample = found[number], f"question {number}"
         ten = _ten(sample, annotation)
@@ -59,7 +58,7 @@ def vqav2(
             "answer": annotation.get("multiple_choice_answer") or max(ten, key=ten.count),
             "kind": annotation.get(by),
         }
-        image = field_of(sample, question, "image_id", str | int)
+        image = field_of(sample, question, "image_id", (str, int))
         if not str(image).isdecimal():
             raise DataError(f"bad field: {sample}: 'image_id' should be a number and is {image!r}")
         name = filled_name(image_name, id=int(image), split=split)
@@ -78,7 +77,7 @@ def vizwiz(root: Root, form: Form, *, file: str, image_folder: str | None = None
     once((item["image"] for item in items), file, "image")
     pictures = named_images(root, image_folder, images, beside=root.path(file))
 
-    def make(item: Mapping[str, Any]) -> Row:
+    def make(item: Mapping[str, object]) -> Row:
         sample = f"question about {item['image']}"
         ten = _ten(sample, item)
         kind = item.get("answer_type") or ("unanswerable" if item.get("answerable") == 0 else None)
@@ -103,21 +102,21 @@ def textvqa(
     items = each_once(listed_under(read_json(root.path(file)), "data", file), "question_id", file)
     pictures = named_images(root, image_folder, images, beside=root.path(file))
 
-    def make(item: Mapping[str, Any]) -> Row:
+    def make(item: Mapping[str, object]) -> Row:
         number = str(item["question_id"])
         sample = f"question {number}"
         ten = _ten(sample, item, bare=True)
-        name = filled_name(image_name, id=field_of(sample, item, "image_id", str | int))
+        name = filled_name(image_name, id=field_of(sample, item, "image_id", (str, int)))
         values = {"question": field_of(sample, item, "question"), "answer": max(ten, key=ten.count)}
         return Row(f"textvqa/{number}", values, (pictures.find(name),), key=number, meta={"answers": tuple(ten)})
 
     return LazyRows(items, make, pictures)
 
 
-def _ten(sample: str, item: Mapping[str, Any], *, bare: bool = False) -> list[str]:
+def _ten(sample: str, item: Mapping[str, object], *, bare: bool = False) -> list[str]:
     """The answers that people gave, as objects with an ``answer`` or ``bare``. Raises DataError for none."""
     given = field_of(sample, item, "answers", list)
-    ten = [str(a if bare else field_of(sample, a, "answer", str | int | float)) for a in given]
+    ten = [str(a if bare else field_of(sample, a, "answer", (str, int, float))) for a in given]
     if not ten:
         raise DataError(f"empty answer: {sample} has no answers; drop it")
     return ten
@@ -143,13 +142,14 @@ def gqa(
 
     pictures = named_images(root, image_folder, images, beside=root.path(file))
 
-    def make(item: tuple[str, Any]) -> Row:
-        name, q = item
+    def make(item: tuple[str, object]) -> Row:
+        name, given = item
+        q = given if isinstance(given, Mapping) else {}
         sample = f"question {name}"
         question = field_of(sample, q, "question")
         types = field_of(sample, q, "types", dict) if q.get("types") else {}
         values = {"question": question, "answer": q.get("answer"), "kind": types.get(by)}
-        image = filled_name(image_name, id=field_of(sample, q, "imageId", str | int))
+        image = filled_name(image_name, id=field_of(sample, q, "imageId", (str, int)))
         return Row(f"gqa/{name}", values, (pictures.find(image),), key=name)
 
     return LazyRows(found, make, pictures)
@@ -227,12 +227,12 @@ def scienceqa(
     return LazyRows(chosen, make, pictures, also_read=[content[n] for n in chosen])
 
 
-def scienceqa_texts(problem: Mapping[str, Any], format: str) -> tuple[str, str, str]:
+def scienceqa_texts(problem: Mapping[str, object], format: str) -> tuple[str, str, str]:
     """Question, answer to be learnt, and the letter, of one problem in one of FORMATS.
 
     Raises DataError when the right answer is none of the choices.
     """
-    choices, place = problem["choices"], problem["answer"]
+    choices, place = field_of("the problem", problem, "choices", list), problem["answer"]
     letters = "ABCDEFGHIJ"
     if not isinstance(place, int) or not 0 <= place < len(choices) <= len(letters):
         raise DataError(f"bad answer: {place!r} is not the number of one of the {len(choices)} choices")
@@ -262,7 +262,7 @@ def pope(root: Root, form: Form, *, file: Names, image_folder: str | None = None
 
     The kind is the sampling: the last word of the file's name (``coco_pope_random.json`` -> random).
     """
-    items: list[tuple[str, Mapping[str, Any]]] = []
+    items: list[tuple[str, Mapping[str, object]]] = []
     for path in root.files(file):
         rows = read_rows(path)
         each_once(rows, "question_id", str(path))
@@ -270,7 +270,7 @@ def pope(root: Root, form: Form, *, file: Names, image_folder: str | None = None
 
     pictures = named_images(root, image_folder, images, beside=root.files(file)[0])
 
-    def make(item: tuple[str, Mapping[str, Any]]) -> Row:
+    def make(item: tuple[str, Mapping[str, object]]) -> Row:
         stem, row = item
         number = str(row["question_id"])
         sample = f"question {number}"
@@ -278,7 +278,7 @@ def pope(root: Root, form: Form, *, file: Names, image_folder: str | None = None
             raise DataError(f"bad label: {sample}: POPE knows yes and no, not {row.get('label')!r}")
         values = {"question": field_of(sample, row, "text"), "answer": row["label"], "kind": stem.rsplit("_", 1)[-1]}
         return Row(
-            f"{stem}/{number}", values, (pictures.find(str(field_of(sample, row, "image", str | int))),), key=number
+            f"{stem}/{number}", values, (pictures.find(str(field_of(sample, row, "image", (str, int)))),), key=number
         )
 
     return LazyRows(items, make, pictures)
@@ -309,7 +309,7 @@ def karpathy(
 
     pictures = named_images(root, image_folder, images, beside=root.path(file))
 
-    def make(item: Mapping[str, Any]) -> Row:
+    def make(item: Mapping[str, object]) -> Row:
         sample = f"picture {item.get('imgid', item.get('filename'))}"
         file_name = field_of(sample, item, "filename")
         folder = field_of(sample, item, "filepath") if item.get("filepath") else ""
@@ -336,7 +336,7 @@ def nlvr(
 
     pictures = named_images(root, image_folder, images, beside=root.path(file))
 
-    def make(item: tuple[Mapping[str, Any], int]) -> Row:
+    def make(item: tuple[Mapping[str, object], int]) -> Row:
         row, k = item
         sample = f"example {row['identifier']}"
         label = str(row.get("label")).lower()

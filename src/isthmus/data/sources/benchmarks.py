@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from isthmus.data.images import BytesImage
 from isthmus.data.record import ImageSource
@@ -62,7 +61,7 @@ def aokvqa(
     ]
     pictures = named_images(root, image_folder, images, beside=root.path(file))
 
-    def make(item: Mapping[str, Any]) -> Row:
+    def make(item: Mapping[str, object]) -> Row:
         number = str(item["question_id"])
         sample = f"question {number}"
         picture = pictures.find(filled_name(image_name, id=field_of(sample, item, "image_id", int)))
@@ -93,21 +92,26 @@ def docvqa(root: Root, form: Form, *, file: str, image_folder: str | None = None
     items = each_once(listed_under(read_json(root.path(file)), "data", file), "questionId", file)
     pictures = named_images(root, image_folder, images, beside=root.path(file))
 
-    def make(item: Mapping[str, Any]) -> Row:
+    def make(item: Mapping[str, object]) -> Row:
         number = str(item["questionId"])
         sample = f"question {number}"
-        answers = tuple(str(a) for a in item.get("answers") or ())
+        answers = tuple(map(str, _filled_list(sample, item, "answers")))
         if not answers:
             raise DataError(f"empty answer: {sample} has no answers; those of the test set are not published")
         values = {
             "question": field_of(sample, item, "question"),
             "answer": answers[0],
-            "kind": next(iter(item.get("question_types") or ()), None),
+            "kind": next(iter(_filled_list(sample, item, "question_types")), None),
         }
         picture = pictures.find(field_of(sample, item, "image"))
         return Row(f"docvqa/{number}", values, (picture,), key=number, meta={"answers": answers})
 
     return LazyRows(items, make, pictures)
+
+
+def _filled_list(sample: str, item: Mapping[str, object], name: str) -> list[object]:
+    """A list that a file may leave out or empty."""
+    return field_of(sample, item, name, list) if item.get(name) else []
 
 
 def seedbench(root: Root, form: Form, *, file: str, image_folder: str | None = None, images: Names = ()) -> Rows:
@@ -123,16 +127,16 @@ def seedbench(root: Root, form: Form, *, file: str, image_folder: str | None = N
     ]
     if not items:
         raise DataError(f"{file}: none of its questions has the data_type 'image'")
-    names = content.get("question_type")
-    names = {str(number): str(name) for name, number in names.items()} if isinstance(names, dict) else {}
+    types = content.get("question_type") if isinstance(content, dict) else None
+    names = {str(number): str(name) for name, number in types.items()} if isinstance(types, dict) else {}
     pictures = named_images(root, image_folder, images, beside=root.path(file))
 
-    def make(item: Mapping[str, Any]) -> Row:
+    def make(item: Mapping[str, object]) -> Row:
         number = str(item["question_id"])
         sample = f"question {number}"
-        choices = [field_of(sample, item, f"choice_{letter}", str | int | float) for letter in "abcd"]
+        choices = [field_of(sample, item, f"choice_{letter}", (str, int, float)) for letter in "abcd"]
         kind = str(item.get("question_type_id"))
-        picture = pictures.find(str(field_of(sample, item, "data_id", str | int)))
+        picture = pictures.find(str(field_of(sample, item, "data_id", (str, int))))
         place = _letter(sample, item.get("answer"), choices)
         question = field_of(sample, item, "question")
         return _row(f"seed-bench/{number}", question, choices, place, picture, kind=names.get(kind, kind))
@@ -151,7 +155,7 @@ def vsr(
     items = list(enumerate(read_rows(path)))
     pictures = named_images(root, image_folder, images, beside=path)
 
-    def make(item: tuple[int, Mapping[str, Any]]) -> Row:
+    def make(item: tuple[int, Mapping[str, object]]) -> Row:
         number, row = item
         sample = f"line {number + 1} of {path.name}"
         label = row.get("label")
@@ -179,7 +183,7 @@ def mmmu(root: Root, form: Form, *, file: Names, image_folder: str | None = None
     items = each_once([row for path in root.files(file) for row in read_rows(path)], "id", str(file))
     pictures = named_images(root, image_folder, images, beside=root.files(file)[0])
 
-    def make(item: Mapping[str, Any]) -> Row:
+    def make(item: Mapping[str, object]) -> Row:
         number = str(item["id"])
         sample = f"question {number}"
         choices = [str(o) for o in _all(item.get("options"), f"options of {sample}")]
@@ -271,7 +275,7 @@ def mmbench(root: Root, form: Form, *, file: str, circular: bool = True, by: str
     pictures = {str(row["index"]): str(row["image"]) for row in each_once(rows, "index", file)}
     turns = [(row, k) for row in rows for k in range(len(_filled(row)) if circular else 1)]
 
-    def make(item: tuple[Mapping[str, Any], int]) -> Row:
+    def make(item: tuple[Mapping[str, object], int]) -> Row:
         row, k = item
         number = str(row["index"])
         choices = _filled(row)
@@ -290,11 +294,11 @@ def mmbench(root: Root, form: Form, *, file: str, circular: bool = True, by: str
     return LazyRows(turns, make, named_images(root, None, (), beside=path))
 
 
-def _filled(row: Mapping[str, Any]) -> list[str]:
+def _filled(row: Mapping[str, object]) -> list[str]:
     return [str(row[letter]) for letter in "ABCDEFGH" if letter in row and not _hole(row[letter])]
 
 
-def _hole(cell: Any) -> bool:
+def _hole(cell: object) -> bool:
     return cell is None or str(cell).strip().lower() in ("", "nan")
 
 
@@ -328,8 +332,8 @@ def _long_cells() -> Iterator[None]:
 def _row(
     name: str,
     question: str,
-    choices: Sequence[Any],
-    place: Any,
+    choices: Sequence[object],
+    place: object,
     *pictures: ImageSource,
     kind: str | None = None,
     hint: str = "",
@@ -346,14 +350,14 @@ def _row(
     return Row(name, values, pictures, key=name.partition("/")[2], meta=meta)
 
 
-def _letter(sample: str, answer: Any, choices: Sequence[Any]) -> int:
+def _letter(sample: str, answer: object, choices: Sequence[object]) -> int:
     letter = str(answer).strip()
     if len(letter) != 1 or letter not in LETTERS[: len(choices)]:
         raise DataError(f"bad answer: {sample} has the answer {answer!r}, which is none of its {len(choices)} letters")
     return LETTERS.index(letter)
 
 
-def _name(sample: str, item: Mapping[str, Any], number: int) -> str:
+def _name(sample: str, item: Mapping[str, object], number: int) -> str:
     given = item.get(f"image_{number}")
     name = given.get("path") if isinstance(given, Mapping) else given
     if not isinstance(name, str):
@@ -361,7 +365,7 @@ def _name(sample: str, item: Mapping[str, Any], number: int) -> str:
     return name
 
 
-def _all(value: Any, what: str) -> list[Any]:
+def _all(value: object, what: str) -> list[object]:
     """A list, also where it is written into one text; a text alone is a list of it."""
     found = unpacked(value, what)
     return found if isinstance(found, list) else [] if found is None else [found]

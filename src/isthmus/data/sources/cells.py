@@ -9,7 +9,6 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from isthmus.errors import DataError
 
@@ -19,7 +18,7 @@ _HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 _BEGINS = re.compile(r"""[\[(]\s*(?:[\[({]\s*)*["']""")
 
 
-def unpacked(value: Any, what: str = "text") -> Any:
+def unpacked(value: object, what: str = "text") -> object:
     """The list that a text is the serialised form of; anything else as it is.
 
     A list of numbers (``[2019]``) is a text. Raises DataError for what begins as a list of texts and cannot be read as
@@ -42,7 +41,7 @@ def unpacked(value: Any, what: str = "text") -> Any:
     return value
 
 
-def _read(text: str) -> Any:
+def _read(text: str) -> object:
     """By the first of the three forms that fits; none where none does."""
     try:
         return json.loads(text)
@@ -56,7 +55,7 @@ def _read(text: str) -> Any:
         return None
 
 
-def string(value: Any, what: str) -> str:
+def string(value: object, what: str) -> str:
     """A text, number or truth value as text. Raises DataError for anything else, and for half a surrogate pair, which
     no tokenizer takes."""
     if isinstance(value, bool):

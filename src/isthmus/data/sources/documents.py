@@ -11,9 +11,8 @@ in natural order are the page's pictures in the order of its list.
 import base64
 import binascii
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
-from isthmus.data.images import BytesImage
+from isthmus.data.images import BytesImage, TarImage
 from isthmus.data.mix import Source
 from isthmus.data.record import Image, ImageSource, Part, Record, Text
 from isthmus.data.sources.files import NamedImages
@@ -59,7 +58,7 @@ class DocumentSource(Source):
     def __len__(self) -> int:
         return len(self._kept)
 
-    def listing(self) -> Iterator[Any]:
+    def listing(self) -> Iterator[object]:
         """What a fingerprint reads beside complete samples."""
         yield self._kept
         yield from self.pages.listing()
@@ -69,7 +68,8 @@ class DocumentSource(Source):
     def __getitem__(self, index: int) -> Record:
         row = self.pages[self._kept[index]]
         pieces, listed = self._layout(row)
-        own = _members(listed, row.images) if self.images is None else {}
+        members = [image for image in row.images if isinstance(image, TarImage)]
+        own = _members(listed, members) if self.images is None else {}
         parts: list[Part] = []
         shown = 0
         for piece in pieces:
@@ -129,8 +129,10 @@ class DocumentSource(Source):
     def _picture(self, piece: "Picture", own: "Mapping[Picture, ImageSource]") -> ImageSource:
         if piece.encoded is not None:
             try:
+                if not isinstance(piece.encoded, str):
+                    raise ValueError(piece.encoded)
                 return BytesImage(base64.b64decode(piece.encoded, validate=True), str(piece.name or "image"))
-            except (binascii.Error, ValueError, TypeError):
+            except (binascii.Error, ValueError):
                 raise DataError(f"broken image: image_base64 of {piece.name!r} is no base64; write it again") from None
         if self.images is None:
             if piece not in own:
@@ -146,7 +148,7 @@ class DocumentSource(Source):
 class Picture:
     """A picture's place in a page: its name, or its bytes in base64."""
 
-    def __init__(self, name: Any, encoded: Any) -> None:
+    def __init__(self, name: object, encoded: object) -> None:
         self.name, self.encoded = name, encoded
 
 
@@ -157,13 +159,13 @@ Layout = tuple[list[str | Picture], list[Picture]]
 class JsonPages:
     """Pages of JSON files: (stem of the file, fields)."""
 
-    def __init__(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    def __init__(self, rows: Sequence[tuple[str, Mapping[str, object]]]) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def listing(self) -> Iterator[Any]:
+    def listing(self) -> Iterator[object]:
         return iter(self.rows)
 
     def __getitem__(self, index: int) -> Row:
@@ -171,7 +173,7 @@ class JsonPages:
         return Row(f"{stem}/{index}", values)
 
 
-def _members(listed: Sequence[Picture], images: Sequence[Any]) -> dict[Picture, Any]:
+def _members(listed: Sequence[Picture], images: Sequence[TarImage]) -> dict[Picture, TarImage]:
     """The picture of a tar's sample that each of the page's is: by name, else by number.
 
     Where names are known, one that is no member's is left out. Raises DataError when two names are one member's, or
@@ -181,7 +183,7 @@ def _members(listed: Sequence[Picture], images: Sequence[Any]) -> dict[Picture, 
     wanted = [picture for picture in listed if picture.encoded is None]
     found = {p: m for p in wanted if isinstance(p.name, str) and (m := called(p.name, members)) is not None}
     if found:
-        names: dict[str, str] = {}
+        names: dict[str, object] = {}
         for picture, member in found.items():
             if names.setdefault(member.name, picture.name) != picture.name:
                 raise DataError(
@@ -203,7 +205,7 @@ def _joined(before: str, after: str) -> str:
     return f"{before} {after}" if glued else before + after
 
 
-def _list(values: Mapping[str, Any], name: str) -> list[Any]:
+def _list(values: Mapping[str, object], name: str) -> list[object]:
     found = values.get(name)
     if not isinstance(found, list):
         raise DataError(f"bad page: it has no list {name!r} (it has {', '.join(map(str, values)) or 'nothing'})")

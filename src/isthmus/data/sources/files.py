@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
+from typing import TextIO
 
 from isthmus.data.images import FileImage, TarImage
 from isthmus.data.record import ImageSource
@@ -95,7 +95,7 @@ def _not_there(path: Path) -> DataError:
     return DataError(f"no such file: {path}; check the path and the DATA= folder{misspelt(path)}")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> object:
     """A JSON file. Raises DataError when it is missing or not JSON, with the line where it stops being."""
     with _text(path) as file:
         content = file.read()
@@ -112,20 +112,21 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not valid JSON: it goes wrong at line {line}; is it truncated?") from None
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, object]]:
     """Rows of a JSON list or of JSON lines, whichever the file is. Raises DataError naming the line."""
     with _text(path) as file:
         first = next((line.lstrip()[:1] for line in file if line.strip()), "")
         rows = None if first == "[" else _read_lines(path, file)
     rows = read_json(path) if rows is None else rows
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    found = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else None
+    if found is None or len(found) < len(rows):
         raise DataError(f"{path} must hold a list of JSON objects, or one object a line")
-    return rows
+    return found
 
 
-def _read_lines(path: Path, file: Any) -> list[Any]:
+def _read_lines(path: Path, file: TextIO) -> list[object]:
     file.seek(0)
-    rows = []
+    rows: list[object] = []
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
@@ -156,7 +157,7 @@ DELIMITERS = (",", "\t", ";", "|")
 
 def read_table(
     path: Path, delimiter: str | None, known: Collection[str], *, most: int | None = None
-) -> tuple[list[str], list[dict[str, Any]]]:
+) -> tuple[list[str], list[dict[str, object]]]:
     """Columns and (``most``: the first) rows of a table with a header line; cells beyond the header's are a row's list
     under ``None``.
 
@@ -209,7 +210,7 @@ def columns_of(header: str, delimiter: str) -> list[str]:
         return [header]
 
 
-def once(ids: Iterable[Any], path: Path | str, what: str) -> None:
+def once(ids: Iterable[object], path: Path | str, what: str) -> None:
     """Raises DataError for an id that comes twice; ``17`` and ``"17"`` are one."""
     seen: set[str] = set()
     for i in map(str, ids):
@@ -223,7 +224,7 @@ def same_name(name: str) -> str:
     return " ".join(name.casefold().split())
 
 
-def merged_names(names: Iterable[Any], what: str) -> list[str]:
+def merged_names(names: Iterable[object], what: str) -> list[str]:
     """The names, as many, with what is one name written in several ways (case, white space) in its first spelling; one
     warning says which."""
     first: dict[str, str] = {}

@@ -1,9 +1,9 @@
 """What kind of source a file or folder is, by its content, for the command line."""
 
 import json
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from isthmus.data.sources.cells import unpacked
 from isthmus.data.sources.files import below, read_table, safe_name
@@ -33,7 +33,7 @@ _BY_SIGHT = {
 _TEXTVQA = {"question_id", "image_id", "question"}
 
 
-def guess(path: Path) -> dict[str, Any]:
+def guess(path: Path) -> dict[str, object]:
     """The description that ``open_source`` takes. Raises DataError when nothing fits."""
     if path.is_dir():
         return _folder(path)
@@ -45,7 +45,7 @@ def guess(path: Path) -> dict[str, Any]:
     return _file(path)[0]
 
 
-def _folder(path: Path) -> dict[str, Any]:
+def _folder(path: Path) -> dict[str, object]:
     """Shards; or one file that names pictures, as `isthmus data scenes` and others write it; or a folder per class.
     What could be two things is not guessed."""
     shards = sorted(path.glob("*.tar"))
@@ -80,11 +80,11 @@ def _is_picture(path: Path) -> bool:
     return path.suffix.lower().lstrip(".") in IMAGE_ENDINGS
 
 
-def _file(path: Path) -> tuple[dict[str, Any], Path | None]:
+def _file(path: Path) -> tuple[dict[str, object], Path | None]:
     """The file's description with, where that is plain to see, the field that names pictures and their folder; and that
     folder, or none."""
     kind, first = ("csv", _first_row(path)) if path.suffix in _TABLES else _json_kind(path)
-    found: dict[str, Any] = {"kind": kind, "file": str(path)}
+    found: dict[str, object] = {"kind": kind, "file": str(path)}
     field = "file_name" if "file_name" in first and "image" not in first else "image"
     if kind in ("csv", "jsonl") and field != "image":
         found["fields"] = {"image": field}  # Hugging Face's folders of pictures
@@ -92,7 +92,7 @@ def _file(path: Path) -> tuple[dict[str, Any], Path | None]:
     return (found if place in (None, path.parent) else {**found, "image_folder": str(place)}), place
 
 
-def _place(folder: Path, name: Any) -> Path | None:
+def _place(folder: Path, name: object) -> Path | None:
     """Where the picture of that name (of several, the first) is: the folder, or the only one below that has it."""
     if isinstance(name := unpacked(name), list) and name:
         name = name[0]
@@ -104,7 +104,7 @@ def _place(folder: Path, name: Any) -> Path | None:
     return places[0] if len(places) == 1 else None
 
 
-def _first_row(path: Path) -> dict[str, Any]:
+def _first_row(path: Path) -> Mapping[str, object]:
     """Of a table; an unreadable one is explained when it is opened."""
     try:
         return next(iter(read_table(path, None, _COLUMNS, most=1)[1]), {})
@@ -112,7 +112,7 @@ def _first_row(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _json_kind(path: Path) -> tuple[str, dict[str, Any]]:
+def _json_kind(path: Path) -> tuple[str, Mapping[str, object]]:
     """llava, coco, obelics, mmc4, pope or jsonl, with the first entry (a COCO file's first picture). JSON lines,
     whatever the file's ending, are judged by the first."""
     try:
@@ -133,12 +133,12 @@ def _json_kind(path: Path) -> tuple[str, dict[str, Any]]:
     raise DataError(f"{path} is not a layout that is known by sight. {_HELP}")
 
 
-def _first_line(path: Path) -> list[Any]:
+def _first_line(path: Path) -> list[object]:
     with path.open(encoding="utf-8-sig") as file:
         return [json.loads(line) for line in islice(file, 1)]
 
 
-def _first_value(path: Path) -> Any:
+def _first_value(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError:

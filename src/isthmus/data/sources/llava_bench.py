@@ -1,9 +1,10 @@
 """LLaVA-Bench (2304.08485, section 5.1): questions about pictures with reference answers and, for the judge,
 contexts."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import cast
 
+from isthmus.data.sources.coco import CategoryBox
 from isthmus.data.sources.files import Names, Root, named_images, read_rows
 from isthmus.data.sources.items import LazyRows, each_once, field_of
 from isthmus.data.sources.rows import Form, Row, Rows
@@ -37,7 +38,7 @@ def llava_bench(
             raise DataError(f"{contexts}: the picture {image} of question {number} has no context.")
     pictures = named_images(root, image_folder, images, beside=root.path(questions))
 
-    def make(item: Mapping[str, Any]) -> Row:
+    def make(item: Mapping[str, object]) -> Row:
         number, image = str(item["question_id"]), str(item["image"])
         sample = f"question {number}"
         answer = field_of(f"the reference to {sample}", given[number], "text")
@@ -54,12 +55,13 @@ def llava_bench(
     return LazyRows(items, make, pictures, also_read=[*given.values(), *context_of.values()])
 
 
-def _context(item: Mapping[str, Any], image: str) -> str:
+def _context(item: Mapping[str, object], image: str) -> str:
     """The captions, and the boxes as LLaVA's prompts have them."""
     captions = item.get("captions", item.get("caption"))
-    lines = [captions] if isinstance(captions, str) else list(captions or ())
+    lines = captions if isinstance(captions, list) else [] if captions is None else [captions]
+    instances = cast("Sequence[CategoryBox]", item.get("instances") or ())
     try:
-        boxes = [f"{i['category']}: [{', '.join(f'{c:.3f}' for c in i['bbox'])}]" for i in item.get("instances") or ()]
+        boxes = [f"{i['category']}: [{', '.join(f'{c:.3f}' for c in i['bbox'])}]" for i in instances]
     except (KeyError, TypeError, ValueError):
         raise DataError(f"bad context: the instances of {image} need category and bbox (four numbers)") from None
     if not all(isinstance(line, str) for line in lines) or not (lines or boxes):

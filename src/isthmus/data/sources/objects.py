@@ -8,9 +8,10 @@ those that most often stand beside what is in this picture. Each way is the kind
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from isthmus.data.mix import key, permutation
+from isthmus.data.sources.coco import CocoInstances
 from isthmus.data.sources.files import Names, Root, named_images, once, read_json, read_rows
 from isthmus.data.sources.items import LazyRows
 from isthmus.data.sources.rows import Form, Row, Rows
@@ -87,18 +88,19 @@ def questions(objects: Objects, sampling: str, *, each: int, fewest: int, seed: 
 def read_objects(path: Path) -> dict[str, Set[str]]:
     """Raises DataError for a file of another form, or a picture that comes twice."""
     if path.suffix == ".json" and isinstance(content := read_json(path), dict):
-        return _coco(content, path)
+        return _coco(cast("CocoInstances", content), path)
     found: dict[str, Set[str]] = {}
     for number, row in enumerate(read_rows(path)):
-        if not isinstance(row.get("image"), str) or not isinstance(row.get("objects"), dict | list):
+        image, things = row.get("image"), row.get("objects")
+        if not isinstance(image, str) or not isinstance(things, dict | list):
             raise DataError(f"{path}: entry {number} needs `image` (a name) and `objects` (names, or counts by name)")
-        if row["image"] in found:
-            raise DataError(f"{path}: the image {row['image']} is there twice; remove one")
-        found[row["image"]] = {str(thing) for thing in row["objects"]}
+        if image in found:
+            raise DataError(f"{path}: the image {image} is there twice; remove one")
+        found[image] = {str(thing) for thing in things}
     return found
 
 
-def _coco(content: Mapping[str, Any], path: Path) -> dict[str, Set[str]]:
+def _coco(content: CocoInstances, path: Path) -> dict[str, Set[str]]:
     try:
         names = {c["id"]: str(c["name"]) for c in content["categories"]}
         files = {i["id"]: str(i["file_name"]) for i in content["images"]}

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from isthmus.data.mix import Source
 from isthmus.data.record import FrameSource, ImageSource, Part, Record, Role, Text
@@ -45,10 +45,10 @@ class Row:
     record's as it is: what scoring reads and the texts do not say."""
 
     id: str
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     images: tuple[ImageSource | FrameSource, ...] = ()
     key: str = ""
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, object] = field(default_factory=dict)
 
 
 class Rows(Protocol):
@@ -56,7 +56,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Row: ...
-    def listing(self) -> Iterator[Any]:
+    def listing(self) -> Iterator[object]:
         """All that is held in memory of the rows and their pictures, without a disk's places: see fingerprint.py."""
         ...
 
@@ -79,7 +79,7 @@ class Form:
             (``first``), as LLaVA's published code puts it.
     """
 
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     turns: Literal["all", "single"] = "all"
     max_turns: int | None = None
     matching: str = ""
@@ -116,7 +116,7 @@ class Form:
         """Questions per record where a list of questions may make several records, else none."""
         return 1 if self.turns == "single" else self.max_turns
 
-    def value(self, row: Row, name: str) -> Any:
+    def value(self, row: Row, name: str) -> object:
         theirs = self.fields.get(name, name)
         if isinstance(theirs, str):
             return row.values.get(theirs)
@@ -135,7 +135,7 @@ class Form:
         kept = len(self._kept(questions))
         return min(kept, 1) if self.step is None else -(-kept // self.step)
 
-    def _kept(self, questions: Sequence[Any]) -> list[Any]:
+    def _kept(self, questions: Sequence[object]) -> list[object]:
         if not self.matching:
             return list(questions)
         return [pair for pair in questions if re.search(self.matching, str(_pair(pair)[0]))]
@@ -152,7 +152,7 @@ class Form:
             )
         if self.matching and form != "questions":
             raise DataError(f"matching chooses among the questions of a list, and the sample has {form!r}; take it out")
-        meta: dict[str, Any] = {}
+        meta: dict[str, object] = {}
         kind = self.value(row, "kind")
         if kind is not None:
             meta["kind"] = str(kind)
@@ -184,14 +184,14 @@ class Form:
         context = flat(self.value(row, "context")) if "context" in self.fields else ()
         return "\n".join((*context, question))
 
-    def unread(self, values: Mapping[str, Any]) -> list[str]:
+    def unread(self, values: Mapping[str, object]) -> list[str]:
         """Fields of a row that carry text and that this form does not read."""
         row = Row("", values)
         spoken = self.instruction or any(self.value(row, name) is not None for name in FIELDS[:4])
         names = UNREAD if spoken else (*UNREAD, "system")
         return [name for name in names if name not in self.theirs and values.get(name) not in (None, "", [], {})]
 
-    def name_unread(self, rows: Iterable[Mapping[str, Any]], where: str) -> None:
+    def name_unread(self, rows: Iterable[Mapping[str, object]], where: str) -> None:
         """One warning with the number of rows for each field of theirs that carries text and is not read."""
         counts = Counter(name for values in rows for name in self.unread(values))
         for name, count in counts.items():
@@ -206,7 +206,7 @@ class Form:
                 stacklevel=2,
             )
 
-    def _questions(self, row: Row, number: int, meta: dict[str, Any]) -> list[Part]:
+    def _questions(self, row: Row, number: int, meta: dict[str, object]) -> list[Part]:
         pairs = unpacked(self.value(row, "questions"), "questions")
         if not isinstance(pairs, list) or not pairs:
             raise DataError("empty answer: the list of questions is empty; drop the sample")
@@ -215,7 +215,7 @@ class Form:
             pairs = pairs[number * self.step : (number + 1) * self.step]
         return self._turns(row, [_pair(p) for p in pairs], meta)
 
-    def _turns(self, row: Row, pairs: Sequence[tuple[Any, Any]], meta: dict[str, Any]) -> list[Part]:
+    def _turns(self, row: Row, pairs: Sequence[tuple[object, object]], meta: dict[str, object]) -> list[Part]:
         marked = any(MARK in string(question, "question") for question, _ in pairs)
         parts: list[Part] = [] if marked else _pictures(row, "user")
         waiting = list(row.images)
@@ -230,7 +230,7 @@ class Form:
             same_number(sum(str(question).count(MARK) for question, _ in pairs), row.images)
         return parts
 
-    def _caption(self, row: Row, form: str, meta: dict[str, Any]) -> list[Part]:
+    def _caption(self, row: Row, form: str, meta: dict[str, object]) -> list[Part]:
         if form == "label":
             texts = self._class_texts(self.value(row, "label"), meta)
         else:
@@ -245,7 +245,7 @@ class Form:
             meta["answers"] = (meta["class"],)
         return [*_pictures(row, "user"), Text(self.instruction, role="user"), Text(text, role="assistant", learn=True)]
 
-    def _class_texts(self, label: Any, meta: dict[str, Any]) -> tuple[str, ...]:
+    def _class_texts(self, label: object, meta: dict[str, object]) -> tuple[str, ...]:
         if isinstance(label := unpacked(label, "label"), list):
             if len(label) != 1:
                 raise DataError(f"bad label: a picture has one class here, and this one has {len(label)}: {label}")
@@ -257,7 +257,7 @@ class Form:
         meta |= {"class": name, "label": label}
         return tuple(t.replace("{}", name) for t in self.templates) or (name,)
 
-    def _class_number(self, label: Any) -> int:
+    def _class_number(self, label: object) -> int:
         """A number, also as a table writes it, in digits; digits that are themselves a class name are that name."""
         number = label
         if isinstance(label, str) and _DIGITS.fullmatch(label.strip()):
@@ -268,7 +268,7 @@ class Form:
         return number
 
 
-def _instead(values: Mapping[str, Any]) -> str:
+def _instead(values: Mapping[str, object]) -> str:
     """What to do about a row without a text: it may be an entire file rather than a sample."""
     if {"images", "annotations"} <= values.keys():
         return "captions in COCO's form are read by `kind: coco`"
@@ -323,7 +323,7 @@ class RowSource(Source):
     def __len__(self) -> int:
         return len(self._places)
 
-    def listing(self) -> Iterator[Any]:
+    def listing(self) -> Iterator[object]:
         """What a fingerprint reads beside complete samples."""
         yield self.form
         yield from self.rows.listing()
@@ -334,7 +334,7 @@ class RowSource(Source):
         return self.form.record(self.rows[row], number, self.name)
 
 
-def _answers(given: Any) -> tuple[str, ...]:
+def _answers(given: object) -> tuple[str, ...]:
     """The accepted answers: one text, several, or VizWiz's and VQA's objects with an ``answer``. Raises DataError for
     none."""
     if isinstance(listed := unpacked(given, "answer"), list) and isinstance(given, str):
@@ -365,7 +365,7 @@ def picture_names(form: "Form", row: Row) -> tuple[str, ...]:
     return flat([_name(item) for item in (given if isinstance(given, list) else [given])])
 
 
-def _name(item: Any) -> Any:
+def _name(item: object) -> object:
     """A picture's name; others also write ``{"path": name}``, ``{"type": "image", "image": name}`` or OpenAI's
     ``{"type": "image_url", "image_url": {"url": name}}``. A part of a turn may have none: the row's field has it."""
     if not isinstance(item, Mapping):
@@ -378,7 +378,7 @@ def _name(item: Any) -> Any:
     return name
 
 
-def flat(value: Any) -> tuple[str, ...]:
+def flat(value: object) -> tuple[str, ...]:
     """All non-empty strings of a value, nested and serialised lists included, stripped."""
     if value is None:
         return ()
@@ -388,7 +388,7 @@ def flat(value: Any) -> tuple[str, ...]:
     return (text,) if text else ()
 
 
-def _pair(item: Any) -> tuple[Any, Any]:
+def _pair(item: object) -> tuple[object, object]:
     if isinstance(item, Mapping):
         return item.get("question"), item.get("answer")
     if isinstance(item, list) and len(item) == 2:

@@ -1,7 +1,6 @@
 """Turns of a conversation to parts of a Record: speakers, marks of pictures, the system's text."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from isthmus.data.record import FrameSource, Image, ImageSource, Part, Role, Text, Video
 from isthmus.data.sources.cells import string
@@ -21,7 +20,7 @@ _ROLES: dict[str, Role] = {
 }
 
 
-def conversation(turns: Any, images: Sequence[ImageSource | FrameSource]) -> list[Part]:
+def conversation(turns: object, images: Sequence[ImageSource | FrameSource]) -> list[Part]:
     """LLaVA's ``from``/``value`` or chat ``role``/``content`` turns, ``<image>`` marking the pictures in order.
 
     A leading assistant turn is dropped. Raises DataError for unknown speakers, two turns of one in a row, or another
@@ -55,7 +54,7 @@ def conversation(turns: Any, images: Sequence[ImageSource | FrameSource]) -> lis
     return parts
 
 
-def _trains(turn: Mapping[str, Any]) -> bool:
+def _trains(turn: Mapping[str, object]) -> bool:
     """Whether an answer is learnt: not where its ``weight``, ``train`` or ``loss`` is 0 or false (OpenAI's habit)."""
     for name in ("weight", "train", "loss"):
         if (flag := turn.get(name)) is not None and flag not in (0, 1):
@@ -65,7 +64,7 @@ def _trains(turn: Mapping[str, Any]) -> bool:
     return True
 
 
-def after_system(system: Any, parts: list[Part]) -> list[Part]:
+def after_system(system: object, parts: list[Part]) -> list[Part]:
     """The parts after the text of a row's ``system`` field. Raises DataError where a turn says another one."""
     if system is None or not (text := string(system, "system").strip()):
         return parts
@@ -98,14 +97,14 @@ def picture_first(turn: list[Part]) -> list[Part]:
     return [*images, *([Text(text, role=images[0].role)] if text else [])]
 
 
-def same_number(marks: int, images: Sequence[Any]) -> None:
+def same_number(marks: int, images: Sequence[object]) -> None:
     if marks != len(images):
         raise DataError(
             f"placeholder mismatch: the text has {marks} <image> and the sample {len(images)} pictures; make them equal"
         )
 
 
-def _joined(content: Any) -> Any:
+def _joined(content: object) -> object:
     """Content as a list of parts (``{"type": "text" | "image" | "image_url", ...}``) as one text with its marks."""
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
         return content

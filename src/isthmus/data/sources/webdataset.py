@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from isthmus.data.images import TarImage
 from isthmus.data.sources.members import listed
@@ -50,7 +49,7 @@ class WebDatasetRows:
             count = min(len(self.samples), _LOOKED_AT)
             form.name_unread(self._first(count), f"{shards[0]} (of {count:,} samples that were read)")
 
-    def _first(self, count: int) -> Iterator[Mapping[str, Any]]:
+    def _first(self, count: int) -> Iterator[Mapping[str, object]]:
         for index in range(count):
             try:
                 yield self[index].values
@@ -60,12 +59,12 @@ class WebDatasetRows:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def listing(self) -> Iterator[Any]:
+    def listing(self) -> Iterator[object]:
         return ((s.shard, s.key, [(m.name, m.offset, m.size) for m in s.members.values()]) for s in self.samples)
 
     def __getitem__(self, index: int) -> Row:
         sample = self.samples[index]
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for ending, member in sample.members.items():
             extension = ending.rsplit(".", 1)[-1]
             if extension == "json":
@@ -128,7 +127,7 @@ def _text(member: TarImage) -> str:
         raise DataError(f"bad text: {member.describe()} is not UTF-8; write it as UTF-8") from None
 
 
-def _json(member: TarImage) -> dict[str, Any]:
+def _json(member: TarImage) -> dict[str, object]:
     try:
         values = json.loads(_text(member))
     except (ValueError, RecursionError):
