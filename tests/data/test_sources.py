@@ -391,6 +391,7 @@ def test_unknown_words_name_the_nearest(tmp_path):
         ({}, "unknown kind ''"),
         ({"kind": "jsonl", "file": "a.jsonl", "image_foldr": "x"}, "did you mean 'image_folder'"),
         ({"kind": "jsonl", "file": "a.jsonl", "fields": {"captoin": "x"}}, "did you mean 'caption'"),
+        ({"kind": "jsonl", "file": "a.jsonl", "fields": {"caption": 0}}, "int 0 fits none of the allowed forms"),
         ({"kind": "jsonl", "file": "a.jsonl", "turns": "some"}, "unknown value 'some'; known: all, single"),
         ({"kind": "jsonl", "file": "a.jsonl", "max_turns": 0}, "max_turns"),
         ({"kind": "jsonl", "file": "a.jsonl", "matching": "(a"}, "no regular expression"),
