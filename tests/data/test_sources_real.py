@@ -37,7 +37,7 @@ def test_easy_vqa_in_both_forms(real_data):
     first = str(render(talks[0], "vicuna_bare"))
     assert first.startswith("USER: <image>\nwhat color is the circle? ASSISTANT: blue</s>USER: ")
     assert single[7].meta["answers"] == ("no",)
-    majority = Counter(single[n].meta["answers"][0] for n in range(len(single))).most_common(1)[0][1]
+    majority = Counter(single[n].meta["answers"] for n in range(len(single))).most_common(1)[0][1]
     assert round(100 * majority / len(single), 1) == 37.2
     assert first_batch(single, SPLICE).visuals[0].pixels.shape == (8, 1, 3, 32, 32)
 

@@ -429,7 +429,7 @@ class ImageTransform:
         return sides[0], sides[1]
 
     def to_dict(self) -> dict[str, object]:
-        values = asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+        values: dict[str, object] = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
         del values["pinpoints"]
         for name in ("crop", "deep"):  # named only where they are others, so that older folders read the same
             if values[name] == getattr(type(self), name):

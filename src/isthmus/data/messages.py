@@ -23,7 +23,7 @@ def parts_of(messages: Sequence[Message]) -> list[Part]:
     parts: list[Part] = []
     for number, message in enumerate(messages):
         said, content = message.get("role"), message.get("content")
-        role = next((known for known in _ROLES if known == said), None)
+        role: Role | None = next((known for known in _ROLES if known == said), None)
         if role is None:
             raise DataError(f"message {number}: role {said!r} is not one of {', '.join(_ROLES)}.")
         pieces = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -180,7 +180,8 @@ class _Tally:
         self.captions += len(line["caption"])
         kept = line["web"] in line["caption"]
         self.web += kept
-        truth = {_plain(t) for t in record.meta.get("true_captions", ())}
+        known = record.meta.get("true_captions")
+        truth = {_plain(t) for t in known} if isinstance(known, tuple) else set()
         if truth:
             self.known += 1
             self.judged += len(line["caption"])

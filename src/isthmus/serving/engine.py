@@ -11,9 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from isthmus.data.cache import Features
 from isthmus.data.collate import collate
-from isthmus.data.record import Example
+from isthmus.data.record import Example, Features
 from isthmus.errors import CapabilityError
 from isthmus.language import Decoder, Decoding, LanguageModel, Seq2SeqLM
 from isthmus.model import Model
@@ -134,7 +133,8 @@ class PictureFeatures:
             key = image.content_key()
             features = self.kept.pop(key, None)
             if features is None:
-                features = self._encode(pixels(image))
+                made = pixels(image)
+                features = made.values if isinstance(made, Features) else self._encode(made)
                 self.held += features.nbytes
             self.kept[key] = features
             found.append(Features(features))

@@ -20,7 +20,7 @@ from pydantic import Field
 from isthmus.data.attention import Attention
 from isthmus.data.images import open_image
 from isthmus.data.mix import Source
-from isthmus.data.record import Image, Record
+from isthmus.data.record import Image, Record, Video
 from isthmus.data.sources import open_source
 from isthmus.errors import CapabilityError
 from isthmus.model import Model
@@ -102,7 +102,9 @@ async def clip(request: Request, number: Annotated[int, Query(ge=0, lt=SCENES)] 
 def _clip(number: int) -> dict[str, object]:
     record = _made("clip_questions")[number]
     question, answer = (str(t.text) for t in record.texts)
-    frames = [_png(frame) for frame in record.images[0].source.read()]
+    made = record.images[0]
+    assert isinstance(made, Video)  # as all of that form
+    frames = [_png(frame) for frame in made.source.read()]
     return {"number": number, "frames": frames, "questions": [{"question": question, "answer": answer}]}
 
 

@@ -59,7 +59,8 @@ def pixels_of(example: Example) -> Tensor:
 
 
 def _decoded(example: Example) -> list[Tensor]:
-    return [make(image) for image, make in zip(example.visuals, example.pixels, strict=True)]
+    made = [make(image) for image, make in zip(example.visuals, example.pixels, strict=True)]
+    return [pixels for pixels in made if isinstance(pixels, Tensor)]  # all of them: no cache of features is in use
 
 
 def text_ids(text: Any, theirs: Any, example: Example) -> Tensor:

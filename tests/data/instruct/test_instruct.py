@@ -144,7 +144,9 @@ def test_the_command_with_an_endpoint(tmp_path, monkeypatch, capsys):
 
     source = open_source(guess(out))
     assert len(source) == 9
-    assert source[0].images[0].source.read()[:4] == b"\x89PNG"
+    raw = source[0].images[0].source.read()
+    assert isinstance(raw, bytes)
+    assert raw.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

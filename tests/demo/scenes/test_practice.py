@@ -98,14 +98,18 @@ def test_answers_are_true_and_both_ways(kind, split):
         assert max(answers.values()) < 0.75 * answers.total()
 
 
+def kinds_of(source):
+    return {kind for record in source for kind in record.meta["kinds"]}
+
+
 def test_they_are_asked_where_they_are_named_and_nowhere_else():
     for form in ("conversations", "symbols"):
         SceneSource(form, count=5, kinds=["role", "count"])[0]
     asked = SceneSource("conversations", count=50, kinds=["role", "count"], turns=4)
-    kinds = {kind for i in range(50) for kind in asked[i].meta["kinds"]}
+    kinds = kinds_of(asked)
     assert kinds == {"role", "count", "follow_up"}
     plain = SceneSource("conversations", count=50)
-    assert not {kind for i in range(50) for kind in plain[i].meta["kinds"]} & set(PRACTICE)
+    assert not kinds_of(plain) & set(PRACTICE)
     for form in ("questions", "readings", "reasoning"):
         assert set(SceneSource(form, count=12).kinds) == set(KINDS)
         with pytest.raises(ConfigError, match="there is no kind 'role'"):

@@ -335,7 +335,7 @@ def _row(
     choices: Sequence[object],
     place: object,
     *pictures: ImageSource,
-    kind: str | None = None,
+    kind: object = None,
     hint: str = "",
     group: str | None = None,
     complete: bool = False,

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TextIO
+from typing import TextIO, cast
 
 from isthmus.data.images import FileImage, TarImage
 from isthmus.data.record import ImageSource
@@ -118,10 +118,11 @@ def read_rows(path: Path) -> list[dict[str, object]]:
         first = next((line.lstrip()[:1] for line in file if line.strip()), "")
         rows = None if first == "[" else _read_lines(path, file)
     rows = read_json(path) if rows is None else rows
-    found = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else None
-    if found is None or len(found) < len(rows):
-        raise DataError(f"{path} must hold a list of JSON objects, or one object a line")
-    return found
+    if isinstance(rows, list):
+        found = [row for row in rows if isinstance(row, dict)]
+        if len(found) == len(rows):
+            return found
+    raise DataError(f"{path} must hold a list of JSON objects, or one object a line")
 
 
 def _read_lines(path: Path, file: TextIO) -> list[object]:
@@ -185,7 +186,7 @@ def read_table(
             reader = csv.DictReader(table, delimiter=found, strict=True)
             columns = [name.strip() for name in reader.fieldnames or ()]
             reader.fieldnames = columns
-            return columns, list(itertools.islice(reader, most))
+            return columns, cast("list[dict[str, object]]", list(itertools.islice(reader, most)))
         except csv.Error as error:
             line = reader.line_num + 1 + bool(named)  # it counts the lines before
             raise DataError(

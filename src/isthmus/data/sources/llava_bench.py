@@ -58,12 +58,13 @@ def llava_bench(
 def _context(item: Mapping[str, object], image: str) -> str:
     """The captions, and the boxes as LLaVA's prompts have them."""
     captions = item.get("captions", item.get("caption"))
-    lines = captions if isinstance(captions, list) else [] if captions is None else [captions]
+    given: list[object] = captions if isinstance(captions, list) else [] if captions is None else [captions]
+    lines = [line for line in given if isinstance(line, str)]
     instances = cast("Sequence[CategoryBox]", item.get("instances") or ())
     try:
         boxes = [f"{i['category']}: [{', '.join(f'{c:.3f}' for c in i['bbox'])}]" for i in instances]
     except (KeyError, TypeError, ValueError):
         raise DataError(f"bad context: the instances of {image} need category and bbox (four numbers)") from None
-    if not all(isinstance(line, str) for line in lines) or not (lines or boxes):
+    if len(lines) < len(given) or not (lines or boxes):
         raise DataError(f"bad context: {image} has neither a caption, nor captions, nor instances")
     return "\n".join([*lines, *([""] if lines and boxes else []), *boxes])

@@ -16,11 +16,12 @@ from itertools import groupby
 from typing import Literal, Protocol
 
 from isthmus.data.mix import Source
-from isthmus.data.record import FrameSource, ImageSource, Part, Record, Role, Text
+from isthmus.data.record import Part, Record, Role, Text
 from isthmus.data.sources.cells import string, unpacked
 from isthmus.data.sources.turns import (
     MARK,
     PICTURE_PARTS,
+    Shown,
     after_system,
     conversation,
     marked_parts,
@@ -46,7 +47,7 @@ class Row:
 
     id: str
     values: Mapping[str, object]
-    images: tuple[ImageSource | FrameSource, ...] = ()
+    images: tuple[Shown, ...] = ()
     key: str = ""
     meta: Mapping[str, object] = field(default_factory=dict)
 

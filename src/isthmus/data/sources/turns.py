@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from isthmus.data.record import FrameSource, Image, ImageSource, Part, Role, Text, Video
+from isthmus.data.record import Image, ImageSource, Part, Role, Text, Video
 from isthmus.data.sources.cells import string
 from isthmus.data.video import FileFrames, FolderFrames
 from isthmus.errors import DataError, nearest
@@ -11,6 +11,8 @@ MARK = "<image>"
 """Where a picture stands in a user's turn; a question without one has its pictures before it."""
 PICTURE_PARTS = ("image", "image_url")
 """The types of a turn's part that is a picture."""
+Shown = ImageSource | FolderFrames | FileFrames
+"""A picture or a clip of a row."""
 _ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -20,7 +22,7 @@ _ROLES: dict[str, Role] = {
 }
 
 
-def conversation(turns: object, images: Sequence[ImageSource | FrameSource]) -> list[Part]:
+def conversation(turns: object, images: Sequence[Shown]) -> list[Part]:
     """LLaVA's ``from``/``value`` or chat ``role``/``content`` turns, ``<image>`` marking the pictures in order.
 
     A leading assistant turn is dropped. Raises DataError for unknown speakers, two turns of one in a row, or another
@@ -76,7 +78,7 @@ def after_system(system: object, parts: list[Part]) -> list[Part]:
     return parts if own else [Text(text, role="system"), *parts]
 
 
-def marked_parts(text: str, role: Role, waiting: list[ImageSource | FrameSource]) -> list[Part]:
+def marked_parts(text: str, role: Role, waiting: list[Shown]) -> list[Part]:
     """The text in pieces, at each mark the next of the pictures that are ``waiting``, as long as there are some."""
     parts: list[Part] = []
     pieces = _trim(text.split(MARK))
@@ -130,5 +132,5 @@ def _trim(pieces: list[str]) -> list[str]:
     return pieces
 
 
-def visual(source: ImageSource | FrameSource, role: Role) -> Image:
+def visual(source: Shown, role: Role) -> Image:
     return Video(source, role=role) if isinstance(source, FolderFrames | FileFrames) else Image(source, role=role)

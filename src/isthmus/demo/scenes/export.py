@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from PIL import Image as PilImage
+
 from isthmus.data.record import Record
 from isthmus.demo.scenes.scene import Split
 from isthmus.demo.scenes.source import SceneSource
@@ -49,7 +51,9 @@ def export(
 
 def _png(record: Record) -> bytes:
     buffer = io.BytesIO()
-    record.images[0].source.read().save(buffer, "PNG")
+    picture = record.images[0].source.read()
+    assert isinstance(picture, PilImage.Image)  # scenes are drawn
+    picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 
