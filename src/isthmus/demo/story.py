@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, TimeRemainingColumn
+from rich.progress import Progress, TaskID, TimeRemainingColumn
 
 from isthmus.checkpoint import write_folder
 from isthmus.comparison.compare import Contestant, measure
@@ -61,7 +60,7 @@ def run_demo(
     jobs: int | None = None,
     budget: float = 1.0,
     page: str = "",
-    beside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    beside: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Train, score and report everything; the last line is the command that serves the browser page over it.
 
@@ -195,7 +194,7 @@ def _scored(folder: Path, model: Model, recipe: Recipe, progress: Scored | None 
 def _bar() -> Iterator[Scored]:
     """A bar for each task that is being scored."""
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
 
         def progress(task: str, done: int, total: int) -> None:
             if task not in tasks:

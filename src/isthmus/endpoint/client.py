@@ -8,15 +8,18 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel
 
 from isthmus.errors import ConfigError, EndpointError, MissingExtraError, ReplyError
+
+if TYPE_CHECKING:
+    import openai
 
 KEY = "OPENAI_API_KEY"
 """The environment variable that holds the key, unless another is named."""
@@ -48,7 +51,7 @@ class Reply:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
@@ -68,7 +71,7 @@ class Endpoint:
     timeout: float = 120.0
     retries: int = 6
     key: str = KEY
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -91,10 +94,10 @@ class Endpoint:
         host = parts.hostname or ""
         return urlunsplit((parts.scheme, f"{host}:{parts.port}" if parts.port else host, parts.path, "", ""))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """What decides its answers, for manifests."""
         settings = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
-        return settings | dict(self.options)
+        return {**settings, **self.options}
 
     def hash(self, request: Request) -> str:
         """sha256 of all that decides the reply, where the endpoint stands aside."""
@@ -102,7 +105,7 @@ class Endpoint:
         return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
     @cached_property
-    def _client(self) -> Any:
+    def _client(self) -> "openai.OpenAI":
         try:
             import openai
         except ImportError:
@@ -113,9 +116,9 @@ class Endpoint:
         key = os.environ.get(self.key) or "none"
         return openai.OpenAI(base_url=self.base, api_key=key, timeout=self.timeout, max_retries=self.retries)
 
-    def ask(self, request: Request) -> Reply:
-        """Raises EndpointError where further requests would fail too (key, model, quota), ReplyError where only this
-        one did."""
+    def send(self, request: Request) -> Reply:
+        """Its reply. Raises EndpointError where further requests would fail too (key, model, quota), ReplyError where
+        only this one did."""
         for attempt in range(_BAD_REPLIES):
             try:
                 return self._once(request)
@@ -130,8 +133,9 @@ class Endpoint:
         import openai
 
         name = self.hash(request)
+        create: Callable[..., object] = client.chat.completions.create  # whatever a server takes, and answers
         try:
-            found = client.chat.completions.create(
+            found = create(
                 messages=[dict(m) for m in request.messages],
                 extra_headers={"Idempotency-Key": name},
                 **{k: v for k, v in {**self.describe(), "seed": request.attempt}.items() if v is not None},
@@ -165,7 +169,7 @@ class Endpoint:
             raise _NoCompletionError(f"no JSON ({error})") from None
         return self._read(found, request, name)
 
-    def _read(self, found: Any, request: Request, name: str) -> Reply:
+    def _read(self, found: object, request: Request, name: str) -> Reply:
         # The client checks no shapes: a server's JSON of any kind, or its text, comes as it is.
         facts = found.model_dump(warnings=False) if isinstance(found, BaseModel) else {}
         choices = facts.get("choices")
@@ -195,6 +199,6 @@ class _NoCompletionError(Exception):
     """A reply that is of no use: the request can only be repeated."""
 
 
-def _detail(error: Any) -> str:
+def _detail(error: "openai.APIStatusError") -> str:
     """Status and message of an error, in one short line."""
     return " ".join(f"{error.status_code} {error.message}".split())[:200]

@@ -120,7 +120,7 @@ def send_all(
                         crowd.found.stopped = "the budget is used up"
                         return crowd.found
                     crowd.take()
-                crowd.out[pool.submit(endpoint.ask, request)] = request
+                crowd.out[pool.submit(endpoint.send, request)] = request
             while crowd.out:
                 crowd.take()
         except BaseException:

@@ -142,7 +142,7 @@ class Judge:
     def _review(self, pair: Pair) -> Review:
         text = ""
         for attempt in range(self.tries):
-            text = self._endpoint.ask(self._request(pair, attempt)).text
+            text = self._endpoint.send(self._request(pair, attempt)).text
             if scores := parse(text):
                 return Review(scores, attempt + 1, text)
         return Review(None, self.tries, text)

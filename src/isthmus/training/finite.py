@@ -1,9 +1,8 @@
 """Where a NaN comes from: the first parameter, input or module output that is not finite."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +38,8 @@ def first_bad_value(
             return f"the parameter {name!r} ({_dtype(parameter)})", None
     found: list[str] = []
 
-    def watch(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
             for tensor in _tensors(output):
                 if not found and not _finite(tensor):
                     found.append(f"the output of module {name!r} ({_dtype(tensor)})")
@@ -74,7 +73,7 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

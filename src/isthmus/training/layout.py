@@ -1,9 +1,8 @@
 """What each process holds and exchanges under an engine, computed from a net without values."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
-from typing import Any
 
 from torch import Tensor
 
@@ -57,7 +56,7 @@ class Layout:
         """All-gathers, reduce-scatters and all-reduces of weights and gradients in a step."""
         return self.passes * sum(unit.count * (unit.gathers + unit.sums) for unit in self.units)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "ranks": self.ranks,
             "units": [asdict(unit) for unit in self.units],
@@ -77,7 +76,7 @@ def layout(net: Net, parallel: Parallel, ranks: int, *, passes: int = 1, frozen_
         # Only the last pass of a step sums.
         return Layout((Unit("net", 1, sum(p.numel() for p in own), trained, held, 0, 0, sums),), ranks, 1)
     counted: set[int] = set()
-    found: dict[tuple[Any, ...], int] = {}
+    found: dict[Unit, int] = {}
     blocks, towers = {id(m) for m in net.blocks()}, {id(m) for m in net.towers()}
     modules = [(name or "the rest", m) for name, m in net.named_modules() if id(m) in blocks | towers]
     for name, module in [*modules, ("the rest", net)]:
@@ -87,12 +86,10 @@ def layout(net: Net, parallel: Parallel, ranks: int, *, passes: int = 1, frozen_
             "blocks" if id(module) in blocks else name, own, id(module) in blocks, parallel, ranks, frozen_bytes
         )
         found[unit] = found.get(unit, 0) + 1
-    return Layout(tuple(Unit(unit[0], count, *unit[1:]) for unit, count in found.items()), ranks, passes)
+    return Layout(tuple(replace(unit, count=count) for unit, count in found.items()), ranks, passes)
 
 
-def _unit(
-    name: str, own: list[Tensor], block: bool, parallel: Parallel, ranks: int, frozen_bytes: int
-) -> tuple[Any, ...]:
+def _unit(name: str, own: list[Tensor], block: bool, parallel: Parallel, ranks: int, frozen_bytes: int) -> Unit:
     sharded = [p for p in own if p.requires_grad or parallel.frozen == "sharded"]
     replicated = [p for p in own if not (p.requires_grad or parallel.frozen == "sharded")]
     trained = sum(p.numel() for p in own if p.requires_grad)
@@ -100,7 +97,7 @@ def _unit(
     gathered = sum(p.numel() * (narrow if p.requires_grad else min(narrow, frozen_bytes)) for p in sharded)
     held = _held(sharded, ranks, frozen_bytes) + _held(replicated, 1, frozen_bytes)
     gathers = (2 if block else 1) if sharded else 0
-    return name, sum(p.numel() for p in own), trained, held, gathered, gathers, int(trained > 0)
+    return Unit(name, 1, sum(p.numel() for p in own), trained, held, gathered, gathers, int(trained > 0))
 
 
 def _held(parameters: Iterable[Tensor], ranks: int, frozen_bytes: int) -> int:

@@ -5,12 +5,35 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from isthmus.training.trackers import open_trackers
+
+
+class StepFacts(TypedDict):
+    """What a step says of itself. ``loss`` is none where the step was skipped."""
+
+    loss: Mapping[str, float] | None
+    lr: NotRequired[Mapping[str, float]]
+    grad_norm: NotRequired[Mapping[str, float]]
+    skipped: NotRequired[bool]
+    order: NotRequired[str]
+    validation: NotRequired[Mapping[str, float]]
+
+
+class MetricLine(StepFacts):
+    """A line of ``metrics.jsonl``. That of step 0, before any loss, holds what validation found."""
+
+    step: int
+    samples: int
+    seconds: float
+    epoch: NotRequired[object]
+    tokens_per_second: NotRequired[float]
+    supervised: NotRequired[float]
+    data_wait: NotRequired[float]
 
 
 class MetricLog:
@@ -26,7 +49,7 @@ class MetricLog:
         self._file = self.path.open("a", encoding="utf-8") if writes else None
         self._trackers = open_trackers(report_to, folder, step) if writes else []
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def write(self, line: MetricLine) -> None:
         if self._file is not None:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
@@ -54,22 +77,22 @@ class MetricLog:
         os.replace(aside, self.path)
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path) -> list[MetricLine]:
     """The lines of a ``metrics.jsonl``; an unfinished last line is left out."""
     return [line for _, line in _lines(Path(path))]
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[str, MetricLine]]:
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
+            line: MetricLine = json.loads(text)
         except ValueError:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             yield text, line
 
 
-def _flat(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _flat(line: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in line.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}/")

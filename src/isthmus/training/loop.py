@@ -16,13 +16,12 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -42,9 +41,9 @@ from isthmus.training.engines import engine, shards, where
 from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_bad_value
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
 from isthmus.training.lock import RunLock
-from isthmus.training.log import Bar, MetricLog, progress_bar, read_metrics
+from isthmus.training.log import Bar, MetricLog, StepFacts, progress_bar, read_metrics
 from isthmus.training.parallel import DDP, Parallel
-from isthmus.training.protocols import Loader
+from isthmus.training.protocols import Loader, ending
 from isthmus.training.restoring import restore
 from isthmus.training.state import RunState, check_same, checkpoints, newest_state, rng_state
 from isthmus.training.stops import signalled, stop_flag
@@ -88,7 +87,7 @@ def train(
     folder: str | Path,
     *,
     seed: int = 0,
-    identity: Mapping[str, Any] | None = None,
+    identity: Mapping[str, object] | None = None,
     progress: Progress | bool = True,
     report_to: Sequence[str] = (),
     validation: Validation | None = None,
@@ -124,7 +123,7 @@ def train(
         table = apply_stage(net, stage.train, seed=seed)
         if progress is True:
             Console(stderr=True).print(table.render(f"stage {stage.name}"))
-        run = _Run(net, loader, stage, folder, table, seed, dict(identity or {}), on_quarantine, parallel)
+        run = _Run(net, loader, stage, folder, table, seed, identity or {}, on_quarantine, parallel)
         run.stop_at = stop_at
         if progress is True:
             note = f"stage {stage.name}: precision {run.precision.precision}, {run.precision.why}"
@@ -160,7 +159,7 @@ class _Run:
         folder: Path,
         table: StageTable,
         seed: int,
-        identity: dict[str, Any],
+        identity: Mapping[str, object],
         on_quarantine: Skipped | None,
         how: Parallel,
     ) -> None:
@@ -197,7 +196,7 @@ class _Run:
             skipped=0,
             frozen=frozen,
             stage=stage.fingerprint(),
-            identity=json.loads(json.dumps(identity)),
+            identity=json.loads(json.dumps(dict(identity))),
             seed=seed,
             processes=world_size(),
             threads=torch.get_num_threads(),
@@ -268,8 +267,7 @@ class _Run:
             self._begin_validation(log, validation)
         if self.done >= self.stage.budget:
             return
-        stream = self.loader.steps(self.loader.position(self.state.position))
-        try:
+        with ending(self.loader.steps(self.loader.position(self.state.position))) as stream:
             before = self.state.seconds - time.perf_counter()
             while self.done < self.stage.budget and not (validation is not None and validation.over):
                 started, note = time.perf_counter(), dict(stopped)
@@ -304,10 +302,6 @@ class _Run:
                     self._save()
                 if self.state.step == self.stop_at and self.done < self.stage.budget:
                     self._stop_if({"signal": f"stop_at {self.stop_at}"})
-        finally:
-            # Generators stop their workers when closed; a plain iterator has nothing to stop.
-            if isinstance(stream, Generator):
-                stream.close()
         self.gradients.demand(self.state.step)
         proof.demand_unchanged(self.state.frozen, proof.frozen_tensors(self.net), "changed during the stage")
         self._save()
@@ -366,14 +360,14 @@ class _Run:
         order = hashlib.sha256("\n".join(i for i in rows if i is not None).encode()).hexdigest()[:16]
         return signalled([s for s, _, _ in met]), Traffic.sum(t for _, t, _ in met), order
 
-    def _step(self, batches: list[Batch], traffic: Traffic) -> dict[str, Any]:
+    def _step(self, batches: list[Batch], traffic: Traffic) -> StepFacts:
         """One update, or none when it is not finite and the stage lets that pass. Its part of the log line."""
         size = 1 if self.stage.steps is not None else traffic.samples
         rates = optim.set_rates(self.optimizer, optim.lr_at(self.stage, self.done, size))
         generator = torch.get_rng_state()
         moved = [batch.to(self.device) for batch in batches]
         self.optimizer.zero_grad(set_to_none=True)
-        line: dict[str, Any] = {"loss": None, "lr": rates}
+        line: StepFacts = {"loss": None, "lr": rates}
         losses, skipped = self.state.losses, 0
         try:
             losses = backward(self.engine, moved, self.autocast, traffic=traffic)
@@ -381,7 +375,7 @@ class _Run:
             if not torch.isfinite(total):
                 raise NonFiniteLoss("gradient norm", float(total), None)
             self._update(total)
-            line.update(loss=losses, grad_norm={"all": float(total), **norms})
+            line["loss"], line["grad_norm"] = losses, {"all": float(total), **norms}
         except NonFiniteLoss as problem:
             skipped = self.state.skipped + 1
             self._pass_over(problem, moved, generator, skipped)
@@ -431,7 +425,7 @@ class _Run:
             "at these samples, lower the rate, or try precision fp32; nan_policy skip passes over a few such steps."
         )
 
-    def _log(self, log: MetricLog, line: dict[str, Any], traffic: Traffic, *, seconds: float, waited: float) -> None:
+    def _log(self, log: MetricLog, line: StepFacts, traffic: Traffic, *, seconds: float, waited: float) -> None:
         step = self.state.step
         if step % self.stage.log_every and self.done < self.stage.budget and KEY not in line:
             return

@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +52,10 @@ def narrow_frozen(
     """Frozen matrices of linear layers and convolutions to bf16, where that changes no value: those that were narrowed,
     and how many others stay as they are. Tables stay too: what is looked up there would make the sums of a transformer
     half-precision ones. ``keep`` takes the new values one by one to where they are to stay, such as a file."""
-    layers: list[Any] = [
-        m.weight for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d) or type(m).__name__ == "Conv1D"
-    ]
+    layers = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d) or type(m).__name__ == "Conv1D"]
+    weights = [weight for m in layers if isinstance(weight := m.weight, nn.Parameter)]
     tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
-    frozen = {id(w): w for w in layers if not w.requires_grad and id(w) not in tables and w.dtype == torch.float32}
+    frozen = {id(w): w for w in weights if not w.requires_grad and id(w) not in tables and w.dtype == torch.float32}
     named = {str(number): weight for number, weight in enumerate(frozen.values())}
 
     def halves() -> Halves:

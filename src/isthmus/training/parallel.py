@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -179,14 +179,20 @@ def touch(parameters: Iterable[Tensor]) -> Tensor:
     return cast(Tensor, _Touch.apply(*parameters))
 
 
+class _Kept(Protocol):
+    """What the backward pass of :class:`_Touch` finds in PyTorch's context."""
+
+    like: list[tuple[torch.Size, torch.dtype, torch.device]]
+
+
 class _Touch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+    def forward(ctx: _Kept, *parameters: Tensor) -> Tensor:
         ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
         return parameters[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *_gradients: Tensor) -> Any:
+    def backward(ctx: _Kept, *_gradients: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.zeros((), dtype=dtype, device=at).expand(shape) for shape, dtype, at in ctx.like)
 
 

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,12 +22,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from isthmus.checkpoint import begin_folder, entry_of, finish_folder
+from isthmus.checkpoint import Content, begin_folder, entry_of, finish_folder
 from isthmus.errors import CheckpointError
 from isthmus.processes import all_gather, first, group, talking, world_size
 from isthmus.stage import Stage
 from isthmus.training.state import (
     TRAINED,
+    Generators,
     RunState,
     StateWriter,
     checkpoint_path,
@@ -55,7 +55,7 @@ class ShardWriter(StateWriter):
         net: nn.Module,
         optimizer: torch.optim.Optimizer,
         parameters: Mapping[str, nn.Parameter],
-        generators: Sequence[Mapping[str, Any]],
+        generators: Sequence[Generators],
         stage: Stage,
     ) -> None:
         self.wait()
@@ -71,15 +71,21 @@ class ShardWriter(StateWriter):
         self._job = self._pool.submit(self._write, aside, path, copies, rest, folder, stage)
 
     def _write(
-        self, aside: Path, path: Path, tensors: dict[str, Any], rest: dict[str, Any], folder: Path, stage: Stage
+        self,
+        aside: Path,
+        path: Path,
+        tensors: dict[str, Tensor],
+        rest: Mapping[str, Content],
+        folder: Path,
+        stage: Stage,
     ) -> None:
         try:
             writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-            entries: list[Any] = [None] * world_size()
             with talking():
                 save(tensors, storage_writer=writer, process_group=self._group)
-                own = sorted(aside.glob(f"shard-{dist.get_rank() + 1:05d}-*"))
-                dist.all_gather_object(entries, {file.name: entry_of(file) for file in own}, group=self._group)
+                own = {file.name: entry_of(file) for file in sorted(aside.glob(f"shard-{dist.get_rank() + 1:05d}-*"))}
+                entries = [own] * world_size()  # each place is for another process's
+                dist.all_gather_object(entries, own, group=self._group)
             if first():
                 finish_folder(aside, path, {name: entry for found in entries for name, entry in found.items()}, rest)
                 drop_old(folder, stage)
@@ -105,7 +111,7 @@ def restore_shards(
     reader = HuggingFaceStorageReader(str(folder))
     found = reader.read_metadata().state_dict_metadata
     known = {key: entry.size for key, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
-    targets: dict[str, Any] = {f"{TRAINED}:{n}": t for n, t in {**parameters, **moving_statistics(net)}.items()}
+    targets: dict[str, Tensor] = {f"{TRAINED}:{n}": t for n, t in {**parameters, **moving_statistics(net)}.items()}
     demand_names(set(targets), {key for key in known if key.startswith(f"{TRAINED}:")}, folder)
     for key in known.keys() - targets.keys():
         kind, _, name = key.partition(":")

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy
 import torch
@@ -38,14 +38,14 @@ class RunState:
 
     step: int
     samples: int
-    position: Mapping[str, Any]
+    position: Mapping[str, object]
     seconds: float
     losses: Mapping[str, float]
     unproven: tuple[str, ...]
     skipped: int
     frozen: Mapping[str, str]
     stage: str
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     seed: int
     processes: int
     threads: int
@@ -53,6 +53,15 @@ class RunState:
     precision: str
     device: str
     warnings: tuple[str, ...]
+
+
+class Generators(TypedDict):
+    """The random generators of a process, as JSON-able data; tuples come back as lists."""
+
+    torch: str
+    cuda: list[str]
+    python: tuple[int, Sequence[int], float | None]
+    numpy: tuple[str, Sequence[int], int, int, float]
 
 
 class StateWriter:
@@ -65,7 +74,7 @@ class StateWriter:
         net: nn.Module,
         optimizer: torch.optim.Optimizer,
         parameters: Mapping[str, nn.Parameter],
-        generators: Sequence[Mapping[str, Any]],
+        generators: Sequence[Generators],
         stage: Stage,
     ) -> None:
         """Write the checkpoint of ``state.step`` and drop those that ``stage`` does not keep. Raises CheckpointError.
@@ -166,7 +175,7 @@ def check_same(saved: RunState, current: RunState, folder: Path) -> tuple[str, .
 
 def restore_generators(files: Mapping[str, Path]) -> None:
     """Put this process's random generators back."""
-    generators = read_json(files["rng.json"])["processes"]
+    generators: list[Generators] = read_json(files["rng.json"])["processes"]
     # With more processes than before the further ones keep what they were seeded with.
     if rank() < len(generators):
         _restore_rng(generators[rank()])
@@ -225,20 +234,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
     }
 
 
-def rng_state() -> dict[str, Any]:
-    """The random generators of this process, as JSON-able data."""
+def rng_state() -> Generators:
+    """The random generators of this process."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = numpy.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
         "torch": _encode(torch.get_rng_state()),
         "cuda": [_encode(state) for state in cuda],
-        "python": [version, list(numbers), gauss],
-        "numpy": [str(name), [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
+        "python": (version, list(numbers), gauss),
+        "numpy": (str(name), [int(k) for k in keys], int(position), int(has_gauss), float(cached)),
     }
 
 
-def _restore_rng(saved: Mapping[str, Any]) -> None:
+def _restore_rng(saved: Generators) -> None:
     torch.set_rng_state(_decode(saved["torch"]))
     if torch.cuda.is_available() and len(saved["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([_decode(state) for state in saved["cuda"]])

@@ -8,7 +8,8 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Protocol
 
 from isthmus.errors import ConfigError, MissingExtraError, nearest
 
@@ -36,10 +37,17 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Run:
-    """What Weights & Biases and Trackio have in common."""
+class _Open(Protocol):
+    """A run of Weights & Biases, or of Trackio."""
 
-    def __init__(self, run: Any) -> None:
+    def log(self, metrics: dict[str, float], *, step: int) -> object: ...
+    def finish(self) -> object: ...
+
+
+class _Run:
+    """What the two have in common."""
+
+    def __init__(self, run: _Open) -> None:
         self._run = run
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
@@ -98,7 +106,7 @@ def _name(folder: Path) -> str:
     return f"{folder.absolute().parent.parent.name}/{folder.name}"
 
 
-def _imported(module: str, title: str, package: str) -> Any:
+def _imported(module: str, title: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:

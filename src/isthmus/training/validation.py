@@ -9,14 +9,15 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Final
 
 import numpy
 import torch
 
 from isthmus.errors import ConfigError, nearest
+from isthmus.training.log import MetricLine
 
-KEY = "validation"
+KEY: Final = "validation"
 """Where a line of ``metrics.jsonl`` has what was found after its step."""
 
 
@@ -38,7 +39,7 @@ class Validation:
     kept: Callable[[], int | None] = lambda: None
     found: dict[int, Mapping[str, float]] = field(default_factory=dict)
 
-    def begin(self, lines: Iterable[Mapping[str, Any]], step: int) -> None:
+    def begin(self, lines: Iterable[MetricLine], step: int) -> None:
         """Remember what a run found up to ``step``."""
         self.found = {line["step"]: line[KEY] for line in lines if KEY in line and line["step"] <= step}
 

@@ -8,7 +8,6 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from PIL import Image as PilImage
 
@@ -62,7 +61,7 @@ def _samples(source: SceneSource) -> Iterator[tuple[str, Record]]:
         yield f"{i:06d}", source[i]
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
