@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from isthmus.data.wordpiece import load_wordpiece, train_wordpiece
 from isthmus.errors import CheckpointError, ConfigError, DataError, nearest
 from isthmus.interop.hub import located
 from isthmus.model import Model
+from isthmus.net import Net
 from isthmus.opening import load
 from isthmus.processes import world_size
 from isthmus.recipes.filling import VARIABLE
@@ -45,7 +45,7 @@ class Built:
     values, ``opened`` are the tensors beside adapters that stages have trained so far.
     """
 
-    net: Any
+    net: Net
     tokenizers: Tokenizers
     image: ImageTransform | None
     recipe: Recipe
@@ -66,13 +66,12 @@ class Built:
     def enter(self, stage: StageSpec) -> "Built":
         """The same, as ``stage`` begins. A stage that changes the configuration gets a net made anew, in which every
         tensor that the run has known keeps its value. Raises ConfigError where one would have another shape."""
-        before = plain(self.net.config)
-        config = merged(before, stage.config)
+        config = self._changed(stage)
         entered = self
-        if config != before:
-            memory, where = {**self.memory, **named_state(self.net)}, f"stage {stage.name!r}"
+        if config is not None:
+            memory, where = self._remembered(), f"stage {stage.name!r}"
 
-            def make() -> Any:
+            def make() -> Net:
                 net = fresh(self.recipe, config)
                 recall(net, memory, where)
                 return net
@@ -84,6 +83,28 @@ class Built:
         attach_adapters(entered.net, stage.stage.train, seed=self.recipe.seed)
         entered._demand_base(stage)
         return entered
+
+    def foresee(self, stage: StageSpec) -> "Built":
+        """The same as ``stage`` will begin with it, before the stages before it have trained: for its processor. Where
+        the configuration changes the net has no values yet, and no adapters. Raises ConfigError as :meth:`enter` does
+        for a shape."""
+        config = self._changed(stage)
+        if config is None:
+            return self
+        memory = self._remembered()
+        with mapped.hollow():
+            net = fresh(self.recipe, config)
+        recall(net, memory, f"stage {stage.name!r}")
+        return replace(self, net=net, memory=memory, begun="")
+
+    def _changed(self, stage: StageSpec) -> dict[str, object] | None:
+        """The configuration that the stage asks for; none where it is the net's."""
+        before = plain(self.net.config)
+        config = merged(before, stage.config)
+        return None if config == before else config
+
+    def _remembered(self) -> dict[str, Tensor]:
+        return {**self.memory, **named_state(self.net)}
 
     def _demand_base(self, stage: StageSpec) -> None:
         """Raises ConfigError for layers in 4 bits whose weights no file of a base holds."""
@@ -134,13 +155,14 @@ def build(recipe: Recipe, aside: Path | None = None) -> Built:
     kind, described = system(recipe.model), recipe.tokenizer
     with nullcontext() if aside is None else mapped.hollow():
         parts = {name: _part(kind, name, path) for name, path in recipe.parts.items()}
-    if "init" in parts and parts["init"].kind != kind.kind:
-        raise ConfigError(f"The part 'init' is a {parts['init'].kind} model, the recipe trains a {kind.kind}.")
+    init = _model_among(parts, "init")
+    if init is not None and init.kind != kind.kind:
+        raise ConfigError(f"The part 'init' is a {init.kind} model, the recipe trains a {kind.kind}.")
     tokenizers = kind.tokenizers(parts, None if described is None else lambda: make_tokenizer(described))
     config = merged(_config(recipe, parts, tokenizers), recipe.stages[0].config)
     memory: dict[str, Tensor] = {}
 
-    def make() -> Any:
+    def make() -> Net:
         net = fresh(recipe, config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)  # rows of new tokens are drawn around the part's own
@@ -148,11 +170,17 @@ def build(recipe: Recipe, aside: Path | None = None) -> Built:
         return net
 
     net = make() if aside is None else mapped.made(make, aside)
-    begun = recipe.parts["init"] if "init" in parts and config == plain(parts["init"].net.config) else ""
+    begun = recipe.parts["init"] if init is not None and config == plain(init.net.config) else ""
     return Built(net, tokenizers, _image_of(recipe, parts, net), recipe, memory=memory, begun=begun, aside=aside)
 
 
-def _part(kind: System, name: str, path: str) -> Any:
+def _model_among(parts: Mapping[str, object], name: str) -> Model | None:
+    """The part of this name, where there is one that is a model of ours."""
+    part = parts.get(name)
+    return part if isinstance(part, Model) else None
+
+
+def _part(kind: System, name: str, path: str) -> object:
     """A part, opened. Raises ConfigError for one that the recipe leaves to its user."""
     if variable := VARIABLE.fullmatch(path):
         raise ConfigError(f"The recipe leaves its part {name!r} to you: give {variable[1]}=FOLDER after its name.")
@@ -174,15 +202,15 @@ def _open(path: str) -> Model:
     return model
 
 
-def on_meta(recipe: Recipe) -> Any:
+def on_meta(recipe: Recipe) -> Net:
     """The net of a published size as its first stage begins, without values; no part is opened."""
     own = dict(recipe.config)
-    config = merged(preset(system(recipe.model).net, own.pop("preset")), own)
+    config = merged(preset(system(recipe.model).net, str(own.pop("preset"))), own)
     with torch.device("meta"):
         return system(recipe.model).net.from_config(merged(config, recipe.stages[0].config))
 
 
-def fresh(recipe: Recipe, config: Mapping[str, Any]) -> Any:
+def fresh(recipe: Recipe, config: Mapping[str, object]) -> Net:
     """A net of this configuration, initialised from the recipe's seed; the random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -202,15 +230,15 @@ def check_parts(recipe: Recipe) -> None:
         quantised.demand()
 
 
-def _config(recipe: Recipe, parts: Mapping[str, Any], tokenizers: Tokenizers) -> dict[str, Any]:
+def _config(recipe: Recipe, parts: Mapping[str, object], tokenizers: Tokenizers) -> dict[str, object]:
     own = dict(recipe.config)
-    if "init" in parts:
+    if (init := _model_among(parts, "init")) is not None:
         if own:
             raise ConfigError("The configuration comes with the part 'init'; take `config` out of the recipe.")
-        return plain(parts["init"].net.config)
+        return plain(init.net.config)
     kind, size = system(recipe.model), own.pop("preset", None)
     if size is not None:
-        own = merged(preset(kind.net, size), own)
+        own = merged(preset(kind.net, str(size)), own)
     return kind.configuration(own, parts, tokenizers)
 
 
@@ -242,11 +270,11 @@ def _texts(sources: list[Source], spec: TokenizerSpec) -> Iterator[str]:
             raise DataError(f"tokenizer: no sample of {source.name!r} gives a text to train on: {problem}")
 
 
-def _image_of(recipe: Recipe, parts: Mapping[str, Any], net: Any) -> ImageTransform | None:
+def _image_of(recipe: Recipe, parts: Mapping[str, object], net: Net) -> ImageTransform | None:
     """The transform of the part that brings the encoder, else CLIP's, changed by the recipe's ``image``."""
     for name in ("init", "vision"):
-        if name in parts:
-            inherited = parts[name].processor.image
+        if (part := _model_among(parts, name)) is not None:
+            inherited = part.processor.image
             return ImageTransform.from_dict(inherited.to_dict() | (recipe.image or {})) if inherited else None
     if not net.image_size:
         return None

@@ -11,10 +11,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,13 +33,23 @@ CHUNK = 64
 class Captioner(Protocol):
     """Writes captions: any model with eyes that generates."""
 
-    def generate(self, records: Sequence[Record], **decoding: Any) -> list[str]: ...
+    def generate(self, records: Sequence[Record], **decoding: object) -> list[str]: ...
 
 
 class Judge(Protocol):
     """Compares pictures with texts: a CLIP, or a BLIP-2 of the first stage."""
 
-    def similarity(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor: ...
+    def similarity(self, images: Sequence[Image], texts: Sequence[str]) -> Tensor: ...
+
+
+class Line(TypedDict):
+    """A line of ``captions.jsonl``: the captions kept, best first, each one's similarity, the caption from the web."""
+
+    id: str
+    caption: list[str]
+    similarity: list[float]
+    web: str
+    image: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +68,7 @@ class CapfiltReport:
     wrong_web_kept: float | None = None
     bad: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
@@ -98,7 +108,7 @@ def capfilt(
     k: int = 10,
     keep: int = 2,
     seed: int = 0,
-    decoding: dict[str, Any] | None = None,
+    decoding: Mapping[str, object] | None = None,
     bad_samples: float = 0.01,
     progress: Callable[[int, int], None] | None = None,
 ) -> CapfiltReport:
@@ -120,7 +130,7 @@ def capfilt(
     bad = Quarantine(out.parent / f"{out.name}.quarantine.jsonl", threshold=bad_samples)
     sound = Sound(source, bad, demand=lambda record: (_picture(record), _captions(record)))
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    settings = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 40} | (decoding or {})
+    settings = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 40, **(decoding or {})}
     tally = _Tally()
     try:
         aside.chmod(0o755)
@@ -146,7 +156,7 @@ def capfilt(
 
 
 def synthetic(
-    captioner: Captioner, records: Sequence[Record], *, k: int, seed: int, decoding: dict[str, Any]
+    captioner: Captioner, records: Sequence[Record], *, k: int, seed: int, decoding: Mapping[str, object]
 ) -> list[list[str]]:
     """``k`` captions per record, each drawn with a seed of its own; empty ones are left out."""
     shown = [Record(record.id, (_picture(record),), record.source) for record in records]
@@ -154,8 +164,8 @@ def synthetic(
     return [[texts[i].strip() for texts in drawn if texts[i].strip()] for i in range(len(records))]
 
 
-def _line(record: Record, texts: Sequence[str], judge: Judge, keep: int) -> dict[str, Any]:
-    """The row of one picture: what is kept, best first, with its similarity. Equal captions count once."""
+def _line(record: Record, texts: Sequence[str], judge: Judge, keep: int) -> Line:
+    """The row of one picture, which has no name yet. Equal captions count once."""
     web = _captions(record)[0]
     candidates = list(dict.fromkeys([web, *texts]))
     scores = judge.similarity([_picture(record)], candidates)[0]
@@ -175,7 +185,7 @@ class _Tally:
         self.pictures = self.captions = self.web = self.known = self.right_before = self.right_after = 0
         self.judged = self.right_kept = self.wrong_kept = 0
 
-    def add(self, record: Record, line: dict[str, Any]) -> None:
+    def add(self, record: Record, line: Line) -> None:
         self.pictures += 1
         self.captions += len(line["caption"])
         kept = line["web"] in line["caption"]

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +22,14 @@ from torch import Tensor
 from isthmus import checkpoint
 from isthmus.batch import IGNORE, Batch
 from isthmus.data.collate import load_pixels
+from isthmus.data.joint import JointLoader
+from isthmus.data.loader import Loader
 from isthmus.data.mix import key
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.record import Example, Video
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CapabilityError, ConfigError, DataError, StageError
+from isthmus.net import Net
 from isthmus.opening import load
 from isthmus.recipes.build import Built, build
 from isthmus.recipes.facts import steps_of
@@ -35,11 +37,14 @@ from isthmus.recipes.features import demand_frozen
 from isthmus.recipes.run import make_loader
 from isthmus.recipes.saving import save_model
 from isthmus.recipes.schema import EvalSpec, Recipe, StageSpec
-from isthmus.recipes.scoring import make_task
+from isthmus.recipes.scoring import check_tasks, make_task
 from isthmus.recipes.validating import validation_of
 from isthmus.stage import StageTable, apply_stage, canonical, named_state
+from isthmus.training import Loader as Steps
+from isthmus.training import Position, TrainResult
 from isthmus.training import train as train_stage
 from isthmus.training.log import read_metrics
+from isthmus.training.protocols import ending
 
 SAMPLES_READ = 64
 """Samples of each source that are processed and decoded, evenly spread."""
@@ -89,7 +94,7 @@ class StageCheck:
     total: float
     problems: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "name": self.name,
             "sources": [
@@ -120,7 +125,7 @@ class Checked:
     problems: tuple[str, ...]
     memory: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "stages": [stage.to_dict() for stage in self.stages],
             "evaluations": dict(self.evaluations),
@@ -135,8 +140,10 @@ def check(
     """Try a recipe; ``on_stage`` is called with each stage as soon as it is known, ``samples`` are shown of each
     source.
 
-    Raises what building the net or opening the data raises; what only shows when tried is in ``problems``.
+    Raises what building the net or opening the data raises, and ConfigError for an evaluation's task that is none; what
+    only shows when tried is in ``problems``.
     """
+    check_tasks(recipe)
     built = build(recipe)
     stages = []
     with tempfile.TemporaryDirectory(prefix="isthmus-check-") as folder:
@@ -210,7 +217,9 @@ def _validates(built: Built, spec: StageSpec, folder: Path) -> None:
             validation.validate(0)
 
 
-def _summarise(built: Built, spec: StageSpec, loader: Any, number: int) -> tuple[SourceSummary, list[Example]]:
+def _summarise(
+    built: Built, spec: StageSpec, loader: Loader | JointLoader, number: int
+) -> tuple[SourceSummary, list[Example]]:
     """Process and decode evenly spread samples of one source; what failed is counted by reason."""
     source, processor = loader.sources[number], built.processor(spec)
     places = range(0, len(source), max(1, -(-len(source) // SAMPLES_READ)))
@@ -271,14 +280,14 @@ class _Varied:
     steps as there are samples are passed over at most.
     """
 
-    def __init__(self, loader: Any, kinds: Set[str], kinds_so_far: dict[str, frozenset[str]]) -> None:
-        self.loader, self.kinds, self.kinds_so_far = loader, kinds, kinds_so_far
+    def __init__(self, loader: Loader | JointLoader, kinds: Set[str], kinds_so_far: dict[str, frozenset[str]]) -> None:
+        self.loader: Steps = loader
+        self.samples, self.kinds, self.kinds_so_far = sum(map(len, loader.sources)), kinds, kinds_so_far
         self.position = loader.position
 
-    def steps(self, start: Any) -> Iterator[Any]:
-        stream = self.loader.steps(start)
-        found, left = self.kinds_so_far.get(str(start.to_dict()), frozenset()), sum(map(len, self.loader.sources))
-        try:
+    def steps(self, start: Position) -> Iterator[tuple[Position, list[Batch]]]:
+        found, left = self.kinds_so_far.get(str(start.to_dict()), frozenset()), self.samples
+        with ending(self.loader.steps(start)) as stream:
             for after, batches in stream:
                 new = frozenset(kind for batch in batches for kind in _modalities_of(batch))
                 if left > 0 and not self.kinds <= found and new <= found:
@@ -286,8 +295,6 @@ class _Varied:
                     continue
                 found = self.kinds_so_far[str(after.to_dict())] = found | new
                 yield after, batches
-        finally:
-            stream.close()
 
 
 def _modalities(example: Example) -> set[str]:
@@ -313,15 +320,12 @@ def _varied_first(examples: Sequence[Example]) -> list[Example]:
 class _OneStep:
     """A loader that breaks off after its first step."""
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Steps) -> None:
         self.loader, self.position = loader, loader.position
 
-    def steps(self, start: Any) -> Iterator[Any]:
-        stream = self.loader.steps(start)
-        try:
+    def steps(self, start: Position) -> Iterator[tuple[Position, list[Batch]]]:
+        with ending(self.loader.steps(start)) as stream:
             yield next(stream)
-        finally:
-            stream.close()
         raise _Stopped
 
 
@@ -337,9 +341,9 @@ def _two_runs(
     kinds_so_far: dict[str, frozenset[str]] = {}
     before = _trained(net, spec)
 
-    def once(name: str, *, stops: bool = False) -> Any:
+    def once(name: str, *, stops: bool = False) -> TrainResult:
         _restore(net, before)
-        loader: Any = _Varied(make_loader(built, spec), kinds, kinds_so_far)
+        loader = _Varied(make_loader(built, spec), kinds, kinds_so_far)
         return train_stage(net, _OneStep(loader) if stops else loader, stage, folder / name, seed=seed, progress=False)
 
     try:
@@ -362,14 +366,14 @@ def _two_runs(
     return uninterrupted.losses, (lines[-1]["seconds"] - lines[0]["seconds"]) / max(1, len(lines) - 1)
 
 
-def _trained(net: Any, spec: StageSpec) -> dict[str, Tensor]:
+def _trained(net: Net, spec: StageSpec) -> dict[str, Tensor]:
     """Copies of everything that the stage may move: open tensors and buffers."""
     table = apply_stage(net, spec.stage.train)
     buffers = {canonical(name) for name, _ in net.named_buffers()}
     return {n: t.detach().clone() for n, t in named_state(net).items() if n in table.assigned or n in buffers}
 
 
-def _restore(net: Any, tensors: Mapping[str, Tensor]) -> None:
+def _restore(net: Net, tensors: Mapping[str, Tensor]) -> None:
     state = named_state(net)
     with torch.no_grad():
         for name, tensor in tensors.items():

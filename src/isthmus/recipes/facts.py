@@ -3,16 +3,15 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 
 from isthmus import quantised
 from isthmus.config import merged, plain
 from isthmus.errors import ConfigError
+from isthmus.net import Net
 from isthmus.nn.tiles import num_tokens
 from isthmus.recipes.build import Built, build, on_meta
 from isthmus.recipes.run import make_loader
@@ -21,6 +20,7 @@ from isthmus.stage import StageTable, apply_stage
 from isthmus.systems import system
 from isthmus.training.layout import Layout, layout
 from isthmus.training.precision import choose, context
+from isthmus.training.protocols import ending
 
 TOKENS_PER_PARAMETER = 20
 """Compute-optimal training: about 20 tokens per parameter, C = 6 N D (Hoffmann et al. 2022, 2203.15556)."""
@@ -51,7 +51,7 @@ class ComputeRule:
         """D over the rule's D, less one: -0.5 is half the tokens the rule asks for."""
         return self.tokens / self.optimal_tokens - 1
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, float]:
         return {
             "parameters": self.parameters,
             "tokens": self.tokens,
@@ -101,7 +101,7 @@ class StageCost:
 def stage_cost(built: Built, spec: StageSpec) -> StageCost:
     """Measured on the stage's first batch; no weight changes. A backward pass counts as two forward passes, and one
     more is due where the gradient cache embeds every micro-batch twice."""
-    with closing(make_loader(built, spec).steps()) as stream:  # type: ignore[type-var]
+    with ending(make_loader(built, spec).steps()) as stream:
         _, batches = next(stream)
     apply_stage(built.net, spec.stage.train)
     cpu = torch.device("cpu")
@@ -151,7 +151,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def parts_of(net: Any) -> dict[str, int]:
+def parts_of(net: Net) -> dict[str, int]:
     """Exact number of parameters per part, tied ones once."""
     counts: dict[str, int] = {}
     for name, parameter in net.named_parameters():
@@ -160,23 +160,23 @@ def parts_of(net: Any) -> dict[str, int]:
     return counts
 
 
-def visual_tokens(net: Any) -> int | None:
+def visual_tokens(net: Net) -> int | None:
     """R for a picture, with AnyRes the most it can be; none for a net that splices none in."""
     size = net.image_size
-    own: int = net.num_tokens(size, size)
+    own = net.num_tokens(size, size)
     if own == 0:
         return None
     side = math.isqrt(own)
     return max((num_tokens(canvas, (canvas,), tile=size, side=side) for canvas in net.pinpoints), default=own)
 
 
-def visual_tokens_text(net: Any) -> str:
+def visual_tokens_text(net: Net) -> str:
     """The same in words."""
     at_most = "at most " if net.pinpoints else ""
     return f"{at_most}{visual_tokens(net):,} visual tokens per picture"
 
 
-def net_of(recipe: Recipe) -> tuple[Any, Built | None]:
+def net_of(recipe: Recipe) -> tuple[Net, Built | None]:
     """The recipe's net, with what it was built from; a published size comes without values, needing no files."""
     if "preset" in recipe.config:
         return on_meta(recipe), None
@@ -184,7 +184,7 @@ def net_of(recipe: Recipe) -> tuple[Any, Built | None]:
     return built.net, built
 
 
-def stage_facts(recipe: Recipe, net: Any) -> list[StageFacts]:
+def stage_facts(recipe: Recipe, net: Net) -> list[StageFacts]:
     """Every stage's table on a net of this recipe; no value is touched."""
     found = []
     for spec in recipe.stages:
@@ -198,7 +198,7 @@ def stage_facts(recipe: Recipe, net: Any) -> list[StageFacts]:
     return found
 
 
-def stage_layouts(recipe: Recipe, net: Any, ranks: int) -> Iterator[tuple[str, Layout]]:
+def stage_layouts(recipe: Recipe, net: Net, ranks: int) -> Iterator[tuple[str, Layout]]:
     """What each of so many processes holds and exchanges in every stage; no value is touched."""
     for spec in recipe.stages:
         config = merged(plain(net.config), spec.config)

@@ -7,10 +7,8 @@ resumed run sees the same bits as one that was never stopped.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +18,17 @@ from isthmus.config import plain
 from isthmus.data.cache import FeatureCache
 from isthmus.data.images import ImageTransform
 from isthmus.errors import ConfigError
+from isthmus.net import Net
 from isthmus.recipes.schema import StageSpec
 from isthmus.stage import apply_stage
+from isthmus.training import Loader, Position
 from isthmus.training.precision import choose, context
+from isthmus.training.protocols import ending
 
 GIB = 2**30
 
 
-def open_cache(net: Any, transform: ImageTransform | None, stage: StageSpec, folder: Path) -> FeatureCache:
+def open_cache(net: Net, transform: ImageTransform | None, stage: StageSpec, folder: Path) -> FeatureCache:
     """The cache of this stage's encoder, transform and precision, below the stage's own folder or ``folder``.
 
     Raises ConfigError as :func:`demand_frozen` does.
@@ -39,7 +40,7 @@ def open_cache(net: Any, transform: ImageTransform | None, stage: StageSpec, fol
     return FeatureCache(place / identity(net, transform, stage), int(stage.feature_cache.gib * GIB))
 
 
-def demand_frozen(net: Any, transform: ImageTransform | None, stage: StageSpec) -> None:
+def demand_frozen(net: Net, transform: ImageTransform | None, stage: StageSpec) -> None:
     """Raises ConfigError for a model whose pictures cannot be cached, and a stage that trains its vision encoder."""
     if net.tap is None or transform is None:
         raise ConfigError(f"Stage {stage.name!r}: a {net.KIND} has no feature cache; take `feature_cache` out.")
@@ -51,7 +52,7 @@ def demand_frozen(net: Any, transform: ImageTransform | None, stage: StageSpec) 
         )
 
 
-def identity(net: Any, transform: ImageTransform, stage: StageSpec) -> str:
+def identity(net: Net, transform: ImageTransform, stage: StageSpec) -> str:
     """What features depend on beside the picture, as 16 hex digits: encoder, hidden state, transform, precision."""
     device = next(net.parameters()).device
     facts = {
@@ -69,16 +70,16 @@ def identity(net: Any, transform: ImageTransform, stage: StageSpec) -> str:
 class FeatureLoader:
     """``loader``'s steps with features in the place of pixels. Encodes what the cache lacks, and keeps it."""
 
-    def __init__(self, loader: Any, net: Any, cache: FeatureCache, stage: StageSpec) -> None:
+    def __init__(self, loader: Loader, net: Net, cache: FeatureCache, stage: StageSpec) -> None:
         self.loader, self.net, self.cache, self.stage = loader, net, cache, stage
         self.device = next(net.parameters()).device
         self.precision = choose(stage.stage, net, self.device).precision
 
-    def position(self, saved: Mapping[str, Any]) -> Any:
+    def position(self, saved: Mapping[str, object]) -> Position:
         return self.loader.position(saved)
 
-    def steps(self, start: Any) -> Iterator[tuple[Any, list[Batch]]]:
-        with closing(self.loader.steps(start)) as stream:
+    def steps(self, start: Position) -> Iterator[tuple[Position, list[Batch]]]:
+        with ending(self.loader.steps(start)) as stream:
             for position, batches in stream:
                 yield position, [self._cached_or_encoded(batch) for batch in batches]
 

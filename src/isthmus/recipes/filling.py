@@ -2,15 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from isthmus.errors import ConfigError, nearest
 
 
-def set_key(tree: dict[str, Any], key: str, value: Any, *, where: str) -> None:
+def set_key(tree: dict[str, object], key: str, value: object, *, where: str) -> None:
     """Set a dotted key; a list is entered by number or by the ``name`` of its member."""
     steps = key.split(".")
-    node: Any = tree
+    node: object = tree
     for depth, step in enumerate(steps):
         last = depth == len(steps) - 1
         if isinstance(node, list):
@@ -39,7 +38,7 @@ VARIABLE = re.compile(r"\{([A-Z][A-Z0-9_]*)\}")
 """``{DATA}``: what the user fills in."""
 
 
-def mentioned(tree: Any) -> set[str]:
+def mentioned(tree: object) -> set[str]:
     """The variables that stand in any of the tree's strings."""
     if isinstance(tree, str):
         return set(VARIABLE.findall(tree))
@@ -47,14 +46,14 @@ def mentioned(tree: Any) -> set[str]:
     return set().union(*(mentioned(m) for m in members)) if members else set()
 
 
-def demand(tree: Any, variables: Mapping[str, str], about: Mapping[str, str], where: str) -> None:
+def demand(tree: object, variables: Mapping[str, str], about: Mapping[str, object], where: str) -> None:
     """Raises ConfigError for a variable that was not given, with what the recipe says about it."""
     for name in sorted(mentioned(tree) - set(variables)):
         what = f" ({about[name]})" if name in about else ""
         raise ConfigError(f"Recipe {where} needs {name}{what}: add {name}=PATH to the command.")
 
 
-def fill(tree: Any, variables: Mapping[str, str]) -> Any:
+def fill(tree: object, variables: Mapping[str, str]) -> object:
     """The tree with the given variables put in, in all its strings."""
     if isinstance(tree, str):
         return VARIABLE.sub(lambda m: variables.get(m.group(1), m.group(0)), tree)

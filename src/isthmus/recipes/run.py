@@ -17,13 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from isthmus import adapters, checkpoint, mapped
-from isthmus.config import merged, plain
+from isthmus.config import fit
 from isthmus.data.cache import FeatureCache
 from isthmus.data.fingerprint import fingerprint
 from isthmus.data.joint import JointLoader
@@ -41,7 +40,8 @@ from isthmus.recipes.build import Built, build, check_parts
 from isthmus.recipes.features import FeatureLoader, open_cache
 from isthmus.recipes.saving import recipe_file, save_model
 from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
-from isthmus.recipes.validating import BEST, kept, validation_of
+from isthmus.recipes.scoring import check_tasks
+from isthmus.recipes.validating import BEST, kept_step, validation_of
 from isthmus.stage import apply_stage, canonical, defining_keys, named_state
 from isthmus.training import train as train_stage
 from isthmus.training.engines import move, shards
@@ -51,7 +51,7 @@ from isthmus.version import __version__
 
 
 def train(
-    recipe: Recipe | str | Path | Mapping[str, Any],
+    recipe: Recipe | str | Path | Mapping[str, object],
     out: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
@@ -113,12 +113,10 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str
 
 
 def _try_samples(built: Built, opened: Mapping[str, Mix | list[tuple[Source, int, float]]]) -> None:
-    """One sample of every source of the stages in ``opened``, up to the first stage that changes the configuration: the
-    processors from there on belong to a net that is not made yet."""
-    config = plain(built.net.config)
+    """One sample of every source of the stages in ``opened``. Raises ConfigError too for a configuration that the net
+    cannot change to."""
     for stage in built.recipe.stages:
-        if merged(config, stage.config) != config:
-            break
+        built = built.foresee(stage)
         if stage.name in opened:
             _try_a_sample(built.processor(stage), opened[stage.name])
 
@@ -214,8 +212,8 @@ def _train_stage(
     )
     if progress and len(loader.quarantine):
         Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {loader.quarantine.summary()}.", highlight=False)
-    if progress and (best := kept(folder)):
-        message = f"the best step was {best['step']}, kept in {folder / BEST}; the model goes on as the last left it"
+    if progress and (best := kept_step(folder)) is not None:
+        message = f"the best step was {best}, kept in {folder / BEST}; the model goes on as the last left it"
         Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {message}.", highlight=False)
     if progress and cache is not None:
         message = f"features of {len(cache):,} pictures, {cache.size / 2**20:,.1f} MiB, in {cache.folder}"
@@ -281,10 +279,12 @@ def make_loader(
     )
 
 
-def _joint_entry(entry: Mapping[str, Any]) -> tuple[dict[str, Any], int, float]:
-    """A source's description, its rows per step, the weight of its mean loss."""
+def _joint_entry(entry: Mapping[str, object]) -> tuple[dict[str, object], int, float]:
+    """A source's description, its rows per step, the weight of its mean loss. Raises ConfigError for a weight that is
+    no number."""
     own = {k: v for k, v in entry.items() if k not in ("batch_size", "loss_weight")}
-    return own, int(entry["batch_size"]), float(entry.get("loss_weight", 1.0))
+    weight = fit(float, entry.get("loss_weight", 1.0), "source: loss_weight")
+    return own, fit(int, entry["batch_size"], "source: batch_size"), weight
 
 
 def _lay_over(built: Built, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
@@ -317,20 +317,23 @@ def _claim(folder: Path, recipe: Recipe) -> None:
                 "the folder to start over."
             )
         shutil.rmtree(folder / "stages", ignore_errors=True)
+    check_tasks(recipe)
     aside = file.with_suffix(".json.tmp")
     aside.write_text(json.dumps(now, indent=1), encoding="utf-8")
     aside.replace(file)
 
 
-def _defining(run: dict[str, Any]) -> dict[str, Any]:
+def _defining(run: dict[str, object]) -> dict[str, object]:
     """What is in ``run.json`` without what may change between two calls: its words, how processes share it, how
     often is logged and saved."""
-    for key in ("about", "report_to", "parallel"):
-        run.get("recipe", {}).pop(key, None)
-    for stage in run.get("recipe", {}).get("stages", ()):
-        stage.pop("bad_samples", None)
-        if "stage" in stage:
-            stage["stage"] = defining_keys(stage["stage"])
+    recipe = run.get("recipe")
+    if isinstance(recipe, dict):
+        for key in ("about", "report_to", "parallel"):
+            recipe.pop(key, None)
+        for stage in recipe.get("stages", ()):
+            stage.pop("bad_samples", None)
+            if "stage" in stage:
+                stage["stage"] = defining_keys(stage["stage"])
     return placeless(run)
 
 
@@ -345,7 +348,7 @@ def _fingerprint(part: str) -> str:
     return found
 
 
-def _difference(then: Any, now: Any, where: str = "") -> str:
+def _difference(then: object, now: object, where: str = "") -> str:
     """The first place where two JSON trees differ, in words; empty when they are equal."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in [*then, *(k for k in now if k not in then)]:
@@ -360,6 +363,6 @@ def _difference(then: Any, now: Any, where: str = "") -> str:
     return "" if then == now else f"{where} was {_short(then)}, now {_short(now)}"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

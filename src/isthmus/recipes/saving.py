@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -26,7 +25,7 @@ def save_model(
     folder: Path,
     *,
     stage: StageSpec | None = None,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, object] | None = None,
     replace: bool = False,
 ) -> Path:
     """Write the net as ``stage`` (the last by default) leaves it.

@@ -10,10 +10,11 @@ from dataclasses import fields
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from isthmus.config import strict
 from isthmus.data.augment import Augment
@@ -53,7 +54,7 @@ _Yaml.add_implicit_resolver(
 )
 
 
-def _load_yaml(text: str) -> Any:
+def _load_yaml(text: str) -> object:
     return yaml.load(text, Loader=_Yaml)
 
 
@@ -84,7 +85,7 @@ class ValidateSpec(Strict):
     stage's) and the scores of ``tasks``, names of the recipe's ``evaluate``, each on its first ``rows`` samples."""
 
     every: int = Field(gt=0)
-    data: list[dict[str, Any]] = Field(default_factory=list)
+    data: list[dict[str, object]] = Field(default_factory=list)
     tasks: list[str] = Field(default_factory=list)
     rows: int = Field(default=256, gt=0)
     keep_best: KeepBestSpec | None = None
@@ -114,7 +115,7 @@ class StageSpec(Strict):
     """
 
     stage: Stage
-    data: list[dict[str, Any]] = Field(min_length=1)
+    data: list[dict[str, object]] = Field(min_length=1)
     batch_size: int | None = Field(default=None, gt=0)
     batch_tokens: int | None = Field(default=None, gt=0)
     accumulate: int = Field(default=1, gt=0)
@@ -126,8 +127,8 @@ class StageSpec(Strict):
     augment: Augment | None = None
     feature_cache: FeatureCacheSpec | None = None
     validate_: ValidateSpec | None = Field(default=None, alias="validate")
-    config: dict[str, Any] = Field(default_factory=dict)
-    processor: dict[str, Any] = Field(default_factory=dict)
+    config: dict[str, object] = Field(default_factory=dict)
+    processor: dict[str, object] = Field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -140,7 +141,7 @@ class StageSpec(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _gather(cls, tree: Any) -> Any:
+    def _gather(cls, tree: object) -> object:
         if not isinstance(tree, dict) or "stage" in tree:
             return tree
         own = {k: v for k, v in tree.items() if k in _STAGE_KEYS}
@@ -157,13 +158,13 @@ class StageSpec(Strict):
 
     @field_validator("augment", mode="before")
     @classmethod
-    def _augment(cls, value: Any) -> Any:
+    def _augment(cls, value: object) -> object:
         return strict(Augment, value, "augment") if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _one_batch_rule(self) -> "StageSpec":
         if self.joint:
-            if not all(isinstance(e.get("batch_size"), int) and e["batch_size"] > 0 for e in self.data):
+            if not all(isinstance(size := e.get("batch_size"), int) and size > 0 for e in self.data):
                 raise ValueError("one entry of data weighs its loss, so every entry needs a batch_size (rows a step)")
             if self.batch_size is not None or self.batch_tokens is not None or any("weight" in e for e in self.data):
                 raise ValueError(
@@ -196,7 +197,7 @@ class TokenizerSpec(Strict):
     kind: Literal["bpe", "wordpiece"] = "bpe"
     folder: str | None = None
     vocab_size: int = Field(default=2048, gt=260)
-    data: list[dict[str, Any]] = Field(default_factory=list)
+    data: list[dict[str, object]] = Field(default_factory=list)
     samples: int = Field(default=20_000, gt=0)
     template: str = "document"
     whole: list[str] = Field(default_factory=list)
@@ -221,9 +222,9 @@ class EvalSpec(Strict):
     name: str
     stage: str | None = None
     task: str
-    data: dict[str, Any]
-    train: dict[str, Any] | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, object]
+    train: dict[str, object] | None = None
+    options: dict[str, object] = Field(default_factory=dict)
     bad_samples: float = Field(default=0.01, ge=0, le=1)
 
 
@@ -236,9 +237,9 @@ class Recipe(Strict):
     threads: int | None = Field(default=None, gt=0)
     parallel: Parallel = DDP
     variables: dict[str, str] = Field(default_factory=dict)
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: dict[str, object] = Field(default_factory=dict)
     parts: dict[str, str] = Field(default_factory=dict)
-    image: dict[str, Any] | None = None
+    image: dict[str, object] | None = None
     tokenizer: TokenizerSpec | None = None
     prompts: dict[str, str] = Field(default_factory=dict)
     stages: list[StageSpec] = Field(min_length=1)
@@ -247,7 +248,7 @@ class Recipe(Strict):
 
     @field_validator("parallel", mode="before")
     @classmethod
-    def _parallel(cls, value: Any) -> Any:
+    def _parallel(cls, value: object) -> object:
         """``parallel: fsdp`` is short for ``parallel: {engine: fsdp}``."""
         value = {"engine": value} if isinstance(value, str) else value
         return strict(Parallel, value, "parallel") if isinstance(value, dict) else value
@@ -302,27 +303,12 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = (), *, to_show: boo
     return parse_recipe(tree, where=str(name))
 
 
-def read_tree(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool = False) -> dict[str, Any]:
+def read_tree(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool = False) -> dict[str, object]:
     """What the recipe ``name`` says, overrides and variables put in, its keys not checked yet."""
     path = Path(name)
-    found = {**_on("comparisons"), **_on("library")}
-    if path.suffix in {".yaml", ".yml"}:
-        if not path.is_file():
-            if near := misspelt(path):
-                raise ConfigError(f"No recipe file {path}{near}")
-            raise ConfigError(f"No recipe file {path}. Shipped recipes go by name: {', '.join(shipped())}.")
-        tree = read_yaml(path)
-    elif str(name) in found:
-        tree = yaml_value(found[str(name)].read_text(encoding="utf-8"), str(name))
-    else:
-        if path.exists():
-            raise ConfigError(f"{path} is no recipe: a recipe is a file that ends in .yaml.")
-        raise ConfigError(f"No shipped recipe {str(name)!r}; {nearest(str(name), shipped())} (A file ends in .yaml.)")
-    if not isinstance(tree, dict):
-        got = "it is empty" if tree is None else f"it is a {type(tree).__name__}"
-        raise ConfigError(f"Recipe {name} must be a mapping of keys; {got}.")
     beside = path.parent if path.suffix in {".yaml", ".yml"} else None
-    tree = pinned_in(tree, beside)  # before overrides, whose names of code are relative to the working folder
+    # Before overrides, whose names of code are relative to the working folder.
+    tree: dict[str, object] = pinned_in(_as_written(str(name), path), beside)
     variables: dict[str, str] = {}
     for override in overrides:
         key, sep, value = override.partition("=")
@@ -340,11 +326,33 @@ def read_tree(name: str | Path, overrides: Sequence[str] = (), *, to_show: bool 
     for key in variables.keys() - mentioned(tree):
         raise ConfigError(f"Recipe {name} does not use {{{key}}}; {nearest(key, mentioned(tree))}")
     if not to_show:
-        demand(tree, variables, tree.get("variables") or {}, str(name))
-    return pinned_in(fill(tree, variables), beside)
+        about = tree.get("variables")
+        demand(tree, variables, about if isinstance(about, Mapping) else {}, str(name))
+    return pinned_in({key: fill(value, variables) for key, value in tree.items()}, beside)
 
 
-def read_yaml(path: Path) -> Any:
+def _as_written(name: str, path: Path) -> dict[str, object]:
+    """The mapping in a recipe file, or in the shipped one of this name. Raises ConfigError."""
+    found = {**_on("comparisons"), **_on("library")}
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            if near := misspelt(path):
+                raise ConfigError(f"No recipe file {path}{near}")
+            raise ConfigError(f"No recipe file {path}. Shipped recipes go by name: {', '.join(shipped())}.")
+        tree = read_yaml(path)
+    elif name in found:
+        tree = yaml_value(found[name].read_text(encoding="utf-8"), name)
+    else:
+        if path.exists():
+            raise ConfigError(f"{path} is no recipe: a recipe is a file that ends in .yaml.")
+        raise ConfigError(f"No shipped recipe {name!r}; {nearest(name, shipped())} (A file ends in .yaml.)")
+    if not isinstance(tree, dict):
+        got = "it is empty" if tree is None else f"it is a {type(tree).__name__}"
+        raise ConfigError(f"Recipe {name} must be a mapping of keys; {got}.")
+    return tree
+
+
+def read_yaml(path: Path) -> object:
     """What a YAML file says. Raises ConfigError when it cannot be read or is not YAML."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -354,7 +362,7 @@ def read_yaml(path: Path) -> Any:
     return yaml_value(text, str(path))
 
 
-def yaml_value(text: str, what: str) -> Any:
+def yaml_value(text: str, what: str) -> object:
     """The value of a YAML text. Raises ConfigError naming ``what``, line and column in one sentence."""
     try:
         return _load_yaml(text)
@@ -367,7 +375,7 @@ def yaml_value(text: str, what: str) -> Any:
         raise ConfigError(f"{what} is not valid YAML: {fault}") from None
 
 
-def option_value(text: str, what: str) -> Any:
+def option_value(text: str, what: str) -> object:
     """The value after ``key=`` on the command line, which is YAML too: so a text with its marks wants quotes."""
     try:
         return yaml_value(text, what)
@@ -375,7 +383,7 @@ def option_value(text: str, what: str) -> Any:
         raise ConfigError(f"{error} A text with such marks wants quotes of its own: '\"{text}\"'.") from None
 
 
-def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
+def parse_recipe(tree: Mapping[str, object], where: str = "recipe") -> Recipe:
     """A checked Recipe from plain mappings; raises ConfigError in words."""
     return checked(Recipe, tree, where, _NESTED)
 
@@ -393,16 +401,18 @@ _NESTED: dict[str, type[BaseModel]] = {
 M = TypeVar("M", bound=BaseModel)
 
 
-def checked(kind: type[M], tree: Mapping[str, Any], where: str, nested: Mapping[str, type[BaseModel]]) -> M:
-    """``tree`` as a ``kind``, whose keys in ``nested`` hold those. Raises ConfigError in words, the nearest key named
+def checked(schema: type[M], tree: Mapping[str, object], where: str, nested: Mapping[str, type[BaseModel]]) -> M:
+    """``tree`` as a ``schema``, whose keys in ``nested`` hold those. Raises ConfigError in words, the nearest key named
     for an unknown one."""
     if not isinstance(tree, Mapping):
         raise ConfigError(f"Recipe {where} must be a mapping of keys; it is a {type(tree).__name__}.")
     try:
-        return kind.model_validate(dict(tree))
+        return schema.model_validate(dict(tree))
     except ValidationError as error:
         raise ConfigError(
-            _explain(error, where, lambda loc: _fields_at(loc, kind, nested), lambda key: _elsewhere(key, kind, nested))
+            _explain(
+                error, where, lambda loc: _fields_at(loc, schema, nested), lambda key: _elsewhere(key, schema, nested)
+            )
         ) from None
 
 
@@ -423,7 +433,7 @@ def _explain(
     return f"Recipe {where} does not fit: " + "; ".join(lines)
 
 
-def _said(fault: Any) -> str:
+def _said(fault: ErrorDetails) -> str:
     """What pydantic found, in words of YAML."""
     found, plain = type(fault["input"]).__name__, {"list_type": "a list", "dict_type": "a mapping of keys"}
     if fault["type"] == "missing":
@@ -434,19 +444,19 @@ def _said(fault: Any) -> str:
     return fault["msg"].removeprefix("Value error, ")
 
 
-def _elsewhere(key: str, kind: type[BaseModel], nested: Mapping[str, type[BaseModel]]) -> str:
+def _elsewhere(key: str, schema: type[BaseModel], nested: Mapping[str, type[BaseModel]]) -> str:
     """Where in such a file this very key belongs; empty where it is no key of any part."""
-    places = {"the top of the file": kind, **{f"`{name}`": part for name, part in nested.items()}}
+    places = {"the top of the file": schema, **{f"`{name}`": part for name, part in nested.items()}}
     found = [place for place, part in places.items() if key in _fields_at((), part, {})]
     if "stages" in nested and key in {f.name for f in fields(Group)}:
         found.append("an entry of a stage's `train`")
     return f"it belongs into {' or '.join(found)}" if found else ""
 
 
-def _fields_at(loc: tuple[int | str, ...], kind: type[BaseModel], nested: Mapping[str, type[BaseModel]]) -> list[str]:
+def _fields_at(loc: tuple[int | str, ...], schema: type[BaseModel], nested: Mapping[str, type[BaseModel]]) -> list[str]:
     """Keys that the schema knows at a location of the error."""
     for step in loc:
         if isinstance(step, str):
-            kind = nested.get(step, kind)
-    own = [f.alias or name for name, f in kind.model_fields.items() if name != "stage"]
-    return own + sorted(_STAGE_KEYS) if kind is StageSpec else own
+            schema = nested.get(step, schema)
+    own = [f.alias or name for name, f in schema.model_fields.items() if name != "stage"]
+    return own + sorted(_STAGE_KEYS) if schema is StageSpec else own

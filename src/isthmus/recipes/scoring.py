@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from isthmus import checkpoint, pretrained
 from isthmus.config import check_options
 from isthmus.data.mix import Source
 from isthmus.data.quarantine import Quarantine
+from isthmus.data.record import Record
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, IsthmusWarning, nearest
 from isthmus.evaluation import zero_shot
@@ -20,7 +21,7 @@ from isthmus.evaluation.few_shot import FewShotTask
 from isthmus.evaluation.grouped import CircularTask, MmeTask
 from isthmus.evaluation.judged import JudgedTask
 from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
-from isthmus.evaluation.protocols import Answers
+from isthmus.evaluation.protocols import Answers, Records
 from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.scorers import users_task
@@ -38,6 +39,8 @@ from isthmus.user_code import is_user_code, label, vetted
 Progress = Callable[[str, int, int], None]
 """Called with (task, items done, items in all)."""
 
+T = TypeVar("T")
+
 
 class First(Source):
     """The first ``limit`` records of a source."""
@@ -48,7 +51,7 @@ class First(Source):
     def __len__(self) -> int:
         return self.limit
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Record:
         return self.source[index]
 
 
@@ -68,17 +71,12 @@ def make_task(
 
     Raises ConfigError for an unknown task or option, DataError when too much is bad.
     """
-    if spec.task not in TASKS and not is_user_code(spec.task):
-        raise ConfigError(
-            f"There is no task {spec.task!r}; {nearest(spec.task, TASKS)} A class of your own is named "
-            "my_file.py:MyTask."
-        )
-    records: Any = open_source(spec.data)
-    if limit is not None:
-        records = First(records, limit)
+    _check_task(spec.task)
+    data = open_source(spec.data)
+    records: Records = data if limit is None else First(data, limit)
     if quarantine is not None:
         records = Sound(records, quarantine, demand=_demand(spec), pictures=pictures)
-    train: Any = open_source(spec.train) if spec.train is not None else None
+    train: Records | None = open_source(spec.train) if spec.train is not None else None
     if train is not None and quarantine is not None and spec.task not in UNTRAINED:
         path = quarantine.path and quarantine.path.with_name("quarantine-train.jsonl")
         shown = "shots" in spec.options
@@ -98,10 +96,30 @@ def make_task(
         raise ConfigError(f"Task {spec.name!r} ({spec.task}) has no option {unknown[0]!r}.") from None
 
 
-def _users(spec: EvalSpec, records: Any, train: Any, seed: int) -> Task:
+def check_tasks(recipe: Recipe) -> None:
+    """Raises ConfigError for an evaluation whose task is none."""
+    for spec in recipe.evaluate:
+        _check_task(spec.task)
+
+
+def _check_task(name: str) -> None:
+    if is_user_code(name):
+        users_task(name)
+    elif name not in TASKS:
+        raise ConfigError(
+            f"There is no task {name!r}; {nearest(name, TASKS)} A class of your own is named my_file.py:MyTask."
+        )
+
+
+def _made(kind: Callable[..., T], options: Mapping[str, object], **given: object) -> T:
+    """``kind`` with what is given, and with options as the user wrote them, which are its own to check."""
+    return kind(**given, **options)
+
+
+def _users(spec: EvalSpec, records: Records, train: Records | None, seed: int) -> Task:
     """The task of a user's class, made with name, records, seed, the options, and ``train`` where it takes that."""
     cls, shown = users_task(spec.task), label(spec.task)
-    given = {"name": spec.name, "records": records, "seed": seed}
+    given: dict[str, object] = {"name": spec.name, "records": records, "seed": seed}
     if train is not None:
         if "train" not in signature(cls).parameters:
             raise ConfigError(f"Task {shown!r} takes no training data; leave `train` (--train) out.")
@@ -109,7 +127,7 @@ def _users(spec: EvalSpec, records: Any, train: Any, seed: int) -> Task:
     elif "train" in signature(cls).parameters and signature(cls).parameters["train"].default is Parameter.empty:
         raise ConfigError(f"Task {shown!r} needs training data: give `train` (--train).")
     check_options(cls, spec.options, f"task {shown!r}", given=(*given, "train"))
-    return cls(**given, **spec.options)  # type: ignore[call-arg]
+    return _made(cls, spec.options, **given)
 
 
 _BY_SIMILARITY = ("retrieval", "zero-shot", "matching")
@@ -134,19 +152,23 @@ def _demand(spec: EvalSpec) -> Demand | None:
     return answered if spec.task in (*_QUESTIONS, "choice-likelihood", "llava-bench") else None
 
 
-def _answers(kind: Callable[..., Task], **defaults: Any) -> Callable[..., Task]:
+Maker = Callable[[EvalSpec, Records, Records | None, int, dict[str, object]], Task]
+"""From an evaluation, its records, its training records, seed and options to the task."""
+
+
+def _answers(kind: Callable[..., Task], **defaults: object) -> Maker:
     """Tasks whose prior is the training answers' most frequent one per question text."""
 
-    def make(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+    def make(spec: EvalSpec, records: Records, train: Records | None, seed: int, options: dict[str, object]) -> Task:
         prior = AnswerPrior.fit(train[i] for i in range(len(train))) if train is not None else None
         shots = _taken(options, spec.task)
-        task = kind(name=spec.name, records=records, prior=prior, seed=seed, **{**defaults, **options})
+        task = _made(kind, {**defaults, **options}, name=spec.name, records=records, prior=prior, seed=seed)
         return _behind_shots(task, train, shots)
 
     return make
 
 
-def _taken(options: dict[str, Any], task: str) -> dict[str, Any]:
+def _taken(options: dict[str, object], task: str) -> dict[str, object]:
     """The options that are about shots, taken out; none unless there is a number of them."""
     if "shots" not in options or task not in SHOWABLE:
         return {}
@@ -154,55 +176,54 @@ def _taken(options: dict[str, Any], task: str) -> dict[str, Any]:
     return {name: options.pop(name) for name in names if name in options}
 
 
-def _behind_shots(task: Any, train: Any, shots: dict[str, Any]) -> Any:
+def _behind_shots(task: Task, train: Records | None, shots: Mapping[str, object]) -> Task:
     """The task, a SHOWABLE one, with its examples; as it is without any."""
     if not shots:
         return task
     if train is None:
         raise ConfigError(f"Task {task.name!r}: shots come from training data; give `train` (--train).")
-    return FewShotTask(task=task, support=train, **shots)
+    return _made(FewShotTask, shots, task=task, support=train)
 
 
-def _caption(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+def _caption(spec: EvalSpec, records: Records, train: Records | None, seed: int, options: dict[str, object]) -> Task:
     prior = typical_caption([train[i] for i in range(len(train))]) if train is not None else None
     if not options.get("prompt"):
         options.setdefault("controls", ["shuffled"])
     shots = _taken(options, spec.task)
-    task = CaptionTask(name=spec.name, records=records, prior=prior, seed=seed, **options)
+    task = _made(CaptionTask, options, name=spec.name, records=records, prior=prior, seed=seed)
     return _behind_shots(task, train, shots)
 
 
-def _matching(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
-    return MatchingTask(name=spec.name, records=records, seed=seed, **options)
+def _untrained(kind: Callable[..., Task]) -> Maker:
+    """Tasks that take nothing from training data."""
+
+    def make(spec: EvalSpec, records: Records, train: Records | None, seed: int, options: dict[str, object]) -> Task:
+        del train
+        return _made(kind, options, name=spec.name, records=records, seed=seed)
+
+    return make
 
 
-def _matching_head(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
-    return MatchingHeadTask(name=spec.name, records=records, seed=seed, **options)
+def _retrieval(spec: EvalSpec, records: Records, train: Records | None, seed: int, options: dict[str, object]) -> Task:
+    make = _untrained(RerankTask if "rerank" in options else RetrievalTask)
+    return make(spec, records, train, seed, options)
 
 
-def _judged(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
-    return JudgedTask(name=spec.name, records=records, seed=seed, **options)
+def _zero_shot(spec: EvalSpec, records: Records, train: Records | None, seed: int, options: dict[str, object]) -> Task:
+    if isinstance(name := options.get("templates"), str):
+        options["templates"] = zero_shot.templates(name)
+    return _untrained(ZeroShotTask)(spec, records, train, seed, options)
 
 
-def _retrieval(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
-    if "rerank" in options:
-        return RerankTask(name=spec.name, records=records, seed=seed, **options)
-    return RetrievalTask(name=spec.name, records=records, seed=seed, **options)
-
-
-def _zero_shot(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
-    if isinstance(options.get("templates"), str):
-        options["templates"] = zero_shot.templates(options["templates"])
-    return ZeroShotTask(name=spec.name, records=records, seed=seed, **options)
-
-
-def _linear_probe(spec: EvalSpec, records: Any, train: Any, seed: int, options: dict[str, Any]) -> Task:
+def _linear_probe(
+    spec: EvalSpec, records: Records, train: Records | None, seed: int, options: dict[str, object]
+) -> Task:
     if train is None:
         raise ConfigError(f"Task {spec.name!r}: a linear probe needs `train`, the data to fit it on.")
-    return LinearProbeTask(name=spec.name, records=records, train=train, seed=seed, **options)
+    return _made(LinearProbeTask, options, name=spec.name, records=records, train=train, seed=seed)
 
 
-TASKS: dict[str, Callable[[EvalSpec, Any, Any, int, dict[str, Any]], Task]] = {
+TASKS: dict[str, Maker] = {
     "vqa": _answers(VqaTask),
     "vqav2": _answers(VqaTask, rule="vqa"),
     "ok-vqa": _answers(VqaTask, rule="ok-vqa"),
@@ -222,9 +243,9 @@ TASKS: dict[str, Callable[[EvalSpec, Any, Any, int, dict[str, Any]], Task]] = {
     "nlvr": _answers(BinaryTask),
     "conversation": _answers(ConversationTask),
     "caption": _caption,
-    "llava-bench": _judged,
-    "matching": _matching,
-    "matching-head": _matching_head,
+    "llava-bench": _untrained(JudgedTask),
+    "matching": _untrained(MatchingTask),
+    "matching-head": _untrained(MatchingHeadTask),
     "retrieval": _retrieval,
     "zero-shot": _zero_shot,
     "linear-probe": _linear_probe,
@@ -235,7 +256,7 @@ def needs(spec: EvalSpec) -> type:
     """The protocol of a model that can do the task."""
     if spec.task == "retrieval":
         return RerankTask.needs if "rerank" in spec.options else RetrievalTask.needs
-    own: dict[str, Any] = {
+    own: dict[str, type[Task]] = {
         "choice-likelihood": LikelihoodTask,
         "matching": MatchingTask,
         "matching-head": MatchingHeadTask,
@@ -248,7 +269,7 @@ def needs(spec: EvalSpec) -> type:
 
 
 def score_model(
-    model: Any,
+    model: Model,
     specs: Sequence[EvalSpec],
     folder: Path,
     *,
@@ -286,7 +307,16 @@ def score_model(
     return found
 
 
-def _scored(model: Any, spec: EvalSpec, folder: Path, *, seed: int, limit: int | None, **more: Any) -> Result:
+def _scored(
+    model: Model,
+    spec: EvalSpec,
+    folder: Path,
+    *,
+    seed: int,
+    limit: int | None,
+    model_hash: str,
+    progress: Callable[[int, int], None] | None,
+) -> Result:
     """One task. Pictures are decoded when their question comes. Where one cannot be, now or at an earlier call, the
     task begins anew with all of them decoded beforehand."""
     if spec.task == "llava-bench" and world_size() > 1:
@@ -296,7 +326,8 @@ def _scored(model: Any, spec: EvalSpec, folder: Path, *, seed: int, limit: int |
         quarantine = Quarantine(folder / "quarantine.jsonl" if first() else None, threshold=spec.bad_samples)
         task = make_task(spec, seed=seed, limit=limit, quarantine=quarantine, pictures=pictures)
         facts = {"pictures": "decoded first"} if pictures == "decode" else {}
-        return evaluate(model, task, folder, left_out=quarantine.failures, facts=facts, **more)
+        left_out = quarantine.failures
+        return evaluate(model, task, folder, model_hash=model_hash, left_out=left_out, facts=facts, progress=progress)
 
     manifest = folder / "manifest.json"
     if of_first(lambda: manifest.is_file() and "pictures" in checkpoint.read_json(manifest)):
@@ -355,6 +386,6 @@ def recipe_of(folder: Path, code: Sequence[str | Path] = ()) -> Recipe | None:
         if place.is_file():
             import yaml
 
-            tree: Mapping[str, Any] = yaml.safe_load(place.read_text(encoding="utf-8"))
+            tree: object = yaml.safe_load(place.read_text(encoding="utf-8"))
             return parse_recipe(vetted(tree, folder, code), where=str(place))
     return None

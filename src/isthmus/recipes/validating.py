@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
 
 from isthmus import adapters, checkpoint
 from isthmus.batch import Batch
 from isthmus.data.loader import Loader
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_mix
+from isthmus.net import Net
 from isthmus.processes import all_of, apart, rank, world_size
 from isthmus.recipes.build import Built
 from isthmus.recipes.saving import recipe_file, save_model
@@ -52,14 +52,14 @@ def validation_of(built: Built, stage: StageSpec, folder: Path) -> Validation | 
         metric=best.metric if best else None,
         patience=best.patience if best else None,
         keep=keep,
-        kept=lambda: kept(folder).get("step"),
+        kept=lambda: kept_step(folder),
     )
 
 
-def kept(folder: Path) -> dict[str, Any]:
-    """Step and numbers of the best model of a stage's folder; empty where none is kept."""
+def kept_step(folder: Path) -> int | None:
+    """The step of the best model of a stage's folder; none where none is kept."""
     file = folder / BEST / NUMBERS
-    return checkpoint.read_json(file) if file.is_file() else {}
+    return checkpoint.read_json(file).get("step") if file.is_file() else None
 
 
 def _held_out(built: Built, stage: StageSpec, wanted: ValidateSpec) -> Loader | None:
@@ -93,7 +93,7 @@ def _measured(
     return numbers
 
 
-def _losses(net: Any, held_out: Loader, rows: int) -> dict[str, float]:
+def _losses(net: Net, held_out: Loader, rows: int) -> dict[str, float]:
     """The mean of each term over the first ``rows`` rows, and their weighted sum as ``loss``. Each process takes whole
     batches, and all add up in the order of the batches: to the bit what one process finds."""
     device, share = next(net.parameters()).device, (rank(), world_size())
@@ -119,7 +119,7 @@ def _losses(net: Any, held_out: Loader, rows: int) -> dict[str, float]:
     return {"loss": sum(weights[name] * mean for name, mean in means.items()), **terms}
 
 
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _flat(facts: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
     """The numbers of a task's scores; those by kind of question are left to its ``scores.json``."""
     for name, value in facts.items():
         if isinstance(value, Mapping):
