@@ -31,7 +31,7 @@ def spelt(name: str) -> str:
     grammar = TEMPLATES[name]
     assert isinstance(grammar, Grammar)
     head = grammar.head.replace("{}", grammar.system) if grammar.system else ""
-    opening, closing = (json.dumps(part) for part in grammar.asked.split("{}"))
+    opening, closing = (json.dumps(part) for part in grammar.user.split("{}"))
     ends = json.dumps(grammar.after.replace("\U0010fffd", "")) + " + eos_token"
     after = ends if grammar.between is None else f"({json.dumps(grammar.between)} if not loop.last else {ends})"
     said = "(m.content if m.content is string else m.content | map(attribute='text') | select('string') | join(''))"

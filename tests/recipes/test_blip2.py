@@ -17,6 +17,7 @@ from isthmus.interop.hub import model_hash
 from isthmus.opening import load
 from isthmus.recipes import run as run_module
 from isthmus.recipes.build import build
+from isthmus.recipes.check import check
 from isthmus.recipes.facts import net_of, stage_costs, stage_facts
 from isthmus.recipes.run import open_data, train
 from isthmus.recipes.schema import EvalSpec, parse_recipe, read_recipe
@@ -301,6 +302,34 @@ def test_what_does_not_fit_is_named(story, tmp_path):
     shutil.copytree(story / "clip", lost)
     (lost / "model" / "model.safetensors").unlink()
     refused("missing", CheckpointError, parts={"vision": str(lost), "language": str(story / "lm")})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"processor": {"promt": "x"}}, "Stage 'vqa': unknown processor option among"),
+        ({"config": {"instruct": True, "qformer": {"width": 64}}}, r"would get the shape .* in stage 'vqa'"),
+    ],
+)
+def test_a_phase_to_come_is_tried_before_the_first_step(story, tmp_path, change, words):
+    stages = copy.deepcopy(TREE["stages"])
+    stages[2] |= change
+    recipe = parse_recipe(tree(story, stages=stages))
+    with pytest.raises(ConfigError, match=words):
+        train(recipe, tmp_path / "run", progress=False)
+    assert not list((tmp_path / "run").glob("stages/*/*"))
+    with pytest.raises(ConfigError, match=words):
+        check(recipe, on_stage=lambda stage: pytest.fail(f"stage {stage.name} was tried"))
+
+
+def test_what_is_foreseen_reads_records_as_the_stage_will(story):
+    built = foreseen = build(parse_recipe(tree(story)))
+    for stage in built.recipe.stages:
+        built, foreseen = built.enter(stage), foreseen.foresee(stage)
+        assert plain(built.net.config) == plain(foreseen.net.config)
+        own, theirs = (b.processor(stage).example(open_data(stage).sources[0][0], 0) for b in (built, foreseen))
+        assert own.streams == theirs.streams
+    assert all(parameter.is_meta for parameter in foreseen.net.parameters())
 
 
 def test_a_published_encoder_is_the_part_without_its_last_block(story):

@@ -2,12 +2,15 @@
 
 import json
 
+import pytest
 import torch
 
 from isthmus.data.record import Example, Place, Span
 from isthmus.data.wordpiece import train_wordpiece
+from isthmus.errors import ConfigError
 from isthmus.recipes import check as check_module
 from isthmus.recipes.check import check, show
+from isthmus.recipes.run import train
 from isthmus.recipes.schema import parse_recipe
 from tests.cli.test_cli import run
 from tests.data.helpers import byte_level, png
@@ -115,6 +118,16 @@ def test_bad_evaluation_data_is_a_problem_that_names_the_evaluation(tmp_path):
     (problem,) = checked.problems
     assert problem.startswith("Evaluation strict: 2 of 100 samples are bad")
     assert str(tmp_path / "0.png") in problem
+
+
+def test_a_misspelt_task_is_refused_before_the_first_step(tmp_path):
+    mine = tree("clip")
+    mine["evaluate"][0]["task"] = "retreival"
+    with pytest.raises(ConfigError, match="no task 'retreival'; did you mean 'retrieval'"):
+        check(parse_recipe(mine), on_stage=lambda stage: pytest.fail(f"stage {stage.name} was tried"))
+    with pytest.raises(ConfigError, match="no task 'retreival'; did you mean 'retrieval'"):
+        train(parse_recipe(mine), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_a_stage_of_mostly_text_is_tried_with_a_picture_too(story, tmp_path):

@@ -129,14 +129,14 @@ def drawn(record: Record, draw: int) -> Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar:
-    """How a conversation is written: ``{}`` in ``head`` is the system's text, in ``asked`` the user's; the answer
+    """How a conversation is written: ``{}`` in ``head`` is the system's text, in ``user`` the user's; the answer
     stands between ``before`` and ``after``, or ``between`` where a question follows it. The default ``system`` is said
     where the record says none; without any there is no head. A turn's only picture is put ``first``, as LLaVA's
     published code does, or stays where it stands, as several do."""
 
     system: str = ""
     head: str = "{} "
-    asked: str = "USER: {} ASSISTANT:"
+    user: str = "USER: {} ASSISTANT:"
     before: str = " "
     after: str = END
     between: str | None = None
@@ -146,7 +146,7 @@ class Grammar:
         said = "".join(str(p.text) for p in record.texts if p.role == "system") or self.system
         out = Rendered()
         out.write(self.head.replace("{}", said) if said else "")
-        opening, closing = self.asked.split("{}")
+        opening, closing = self.user.split("{}")
         turns = conversation_turns(record, prompt)
         for turn in turns:
             if turn.role == "user":
@@ -275,7 +275,7 @@ TEMPLATES: dict[str, Template] = {
     "llava_v1": Grammar(system=_LLAVA, first=True),
     "vicuna_bare": Grammar(),
     "llava_hf": Grammar(between=" ", first=True),
-    "mistral_instruct": Grammar(head="<<SYS>>\n{}\n<</SYS>>\n\n", asked="[INST] {} [/INST]", after=f" {END}"),
+    "mistral_instruct": Grammar(head="<<SYS>>\n{}\n<</SYS>>\n\n", user="[INST] {} [/INST]", after=f" {END}"),
     "document": _document,
 }
 """Written out: ``vicuna_v1`` is ``SYS USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT: a2</s>``, no space after ``</s>``;

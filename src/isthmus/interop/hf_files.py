@@ -177,7 +177,7 @@ def chat_template(name: str, *, first: bool = False) -> str | None:
     pictures = _MOVED if first else one if grammar.first else _PLACED
     opening = json.dumps(grammar.head.replace("{}", grammar.system) if grammar.system else "")
     system = _sum(*grammar.head.partition("{}"), {"{}": "own.seen"})
-    asked, closing = map(_quoted, grammar.asked.split("{}"))
+    asked, closing = map(_quoted, grammar.user.split("{}"))
     names = {"{}": "text", END: "eos_token"}
     answer = f"{{{{- {_sum(grammar.before, '{}', *grammar.after.partition(END), names)} -}}}}"
     if grammar.between is not None:

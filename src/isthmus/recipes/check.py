@@ -144,7 +144,10 @@ def check(
     only shows when tried is in ``problems``.
     """
     check_tasks(recipe)
-    built = build(recipe)
+    built = ahead = build(recipe)
+    for spec in recipe.stages:  # what needs no step shows before the first one
+        ahead = ahead.foresee(spec)
+        ahead.processor(spec)
     stages = []
     with tempfile.TemporaryDirectory(prefix="isthmus-check-") as folder:
         for spec in recipe.stages:

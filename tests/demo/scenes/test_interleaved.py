@@ -81,7 +81,7 @@ def test_learnt_is_what_an_example_has_explained():
 
 def test_examples_in_words_stand_before_those_with_pictures():
     """And explain them: the pictures' words are then learnt from the first on."""
-    plain, partly = (source("lessons", shots=12, told=told, kinds=["colour"]) for told in (0, 8))
+    plain, partly = (source("lessons", shots=12, in_words=count, kinds=["colour"]) for count in (0, 8))
     for i in range(20):
         record = partly[i]
         told, shown = record.texts[:8], record.parts[8:]
@@ -97,12 +97,22 @@ def test_examples_in_words_stand_before_those_with_pictures():
         ]
 
 
+@pytest.mark.parametrize("key", ["in_words", "told"])
 @pytest.mark.parametrize(
-    "options", [{"shots": 4, "told": 5}, {"told": 5}, {"shots": 4, "told": -1}, {"form": "lesson_texts", "told": 2}]
+    "options", [{"shots": 4, "n": 5}, {"n": 5}, {"shots": 4, "n": -1}, {"form": "lesson_texts", "n": 2}]
 )
-def test_more_examples_in_words_than_there_are_is_refused(options):
-    with pytest.raises(ConfigError, match=r"told=-?\d is for lessons, and at most their 4 shots"):
-        source(options.pop("form", "lessons"), **options)
+def test_more_examples_in_words_than_there_are_is_refused(key, options):
+    form, given = options.get("form", "lessons"), {"shots": options.get("shots"), key: options["n"]}
+    with pytest.raises(ConfigError, match=rf"{key}=-?\d is for lessons, and at most their 4 shots"):
+        source(form, **given)
+
+
+def test_examples_in_words_go_by_the_key_of_before_too():
+    given = {"kind": "scenes", "form": "lessons", "count": 4, "shots": 12, "kinds": ["colour"]}
+    named, before = (open_source({**given, key: 8}) for key in ("in_words", "told"))
+    assert [named[i].parts for i in range(4)] == [before[i].parts for i in range(4)]
+    with pytest.raises(ConfigError, match="give in_words alone"):
+        open_source({**given, "in_words": 8, "told": 8})
 
 
 def test_the_examples_of_a_text_end_alike_in_one_of_several_ways():

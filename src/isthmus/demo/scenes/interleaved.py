@@ -109,15 +109,15 @@ def _different_words(dice: Dice, words: Sequence[str], count: int) -> list[str]:
 
 
 def lesson_parts(
-    lesson: Lesson, *, name: str, side: int, seed: int, split: Split, number: int, told: int = 0
+    lesson: Lesson, *, name: str, side: int, seed: int, split: Split, number: int, in_words: int = 0
 ) -> list[Part]:
-    """Shots and query as turns: a picture without a question, and its word. The first ``told`` shots are in words.
+    """Shots and query as turns: a picture without a question, and its word. The first ``in_words`` shots are in words.
 
     Learnt is every word beside a picture that an earlier shot has explained, and the query's.
     """
     parts: list[Part] = []
     for place, (solid, word, learn) in enumerate(_known(lesson)):
-        if place < told:
+        if place < in_words:
             parts.append(Text(f" {getattr(solid, lesson.attribute)} {word}{lesson.end}", role="system"))
             continue
         scene = Scene(seed, split, number, (solid,))

@@ -82,8 +82,9 @@ _MOST_REDRAWS = 10_000
 class SceneSource(Source):
     """``count`` records of one form, a pure function of (form, split, seed, side, index); drawing waits for ``read()``.
 
-    ``shots`` are a lesson's examples (none given: 4 to 8), the first ``told`` of them in words; ``frames`` a clip's;
-    ``control`` spoils them on purpose, see :data:`isthmus.demo.scenes.interleaved.CONTROLS`.
+    ``shots`` are a lesson's examples (none given: 4 to 8), the first ``in_words`` of them in words (its name before is
+    ``told``); ``frames`` a clip's; ``control`` spoils them on purpose, see
+    :data:`isthmus.demo.scenes.interleaved.CONTROLS`.
 
     ``turns`` is the number of question-answer turns in conversations and symbols, ``led`` the share of their
     comparisons before which a question about each of the two comes (turns beyond that number), ``kinds`` the kinds of
@@ -105,6 +106,7 @@ class SceneSource(Source):
         led: float = 0.0,
         distinct: bool = False,
         shots: int | None = None,
+        in_words: int = 0,
         told: int = 0,
         frames: int = 4,
         control: str = "",
@@ -126,12 +128,15 @@ class SceneSource(Source):
         if not 0 <= led <= 1:
             raise ConfigError(f"scenes: led is a share of comparisons, between 0 and 1, not {led}")
         fewest = _FEWEST_SHOTS if shots is None else shots
-        if told and (form != "lessons" or not 0 < told <= fewest):
-            raise ConfigError(f"scenes: told={told} is for lessons, and at most their {fewest} shots are in words")
+        if told and in_words:
+            raise ConfigError("scenes: told is the name of in_words before; give in_words alone")
+        key, in_words = ("told", told) if told else ("in_words", in_words)
+        if in_words and (form != "lessons" or not 0 < in_words <= fewest):
+            raise ConfigError(f"scenes: {key}={in_words} is for lessons, and at most their {fewest} shots are in words")
         self.form, self.seed, self.size, self.kinds = form, seed, size, kinds
         self.turns, self.led = turns, led
         self.split: Split = split
-        self.shots, self.told, self.frames, self.control = shots, told, frames, control
+        self.shots, self.in_words, self.frames, self.control = shots, in_words, frames, control
         self.name = f"scenes-{form}-{split}"
         self._make: Callable[[int, Dice], Record] = getattr(self, f"_{form}")
         self._numbers = _distinct(seed, split, count) if distinct else range(count)
@@ -256,7 +261,7 @@ class SceneSource(Source):
         name = f"{self.form}/{self.split}/{self.seed}/{number}"
         lesson = self._lesson(dice)
         parts = lesson_parts(
-            lesson, name=name, side=self.size, seed=self.seed, split=self.split, number=number, told=self.told
+            lesson, name=name, side=self.size, seed=self.seed, split=self.split, number=number, in_words=self.in_words
         )
         return self._record(number, parts, kind=f"lesson_{lesson.attribute}", answers=(lesson.words[-1],))
 
