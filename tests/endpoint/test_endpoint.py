@@ -99,19 +99,19 @@ def test_one_request_may_fail_many_in_a_row_stop(path):
 def test_without_the_client_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(MissingExtraError, match=r"isthmus\[endpoint\]"):
-        Endpoint("http://127.0.0.1:9", "writer").ask(requests(1)[0])
+        Endpoint("http://127.0.0.1:9", "writer").send(requests(1)[0])
 
 
 def test_nobody_there(path):
     quiet = Endpoint("http://127.0.0.1:9", "writer", retries=0, timeout=1)
     with pytest.raises(ReplyError, match="did not answer r0"):
-        quiet.ask(requests(1)[0])
+        quiet.send(requests(1)[0])
 
 
 def test_the_key_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret")
     with StandIn(last) as server:
-        endpoint(server, key="MY_KEY").ask(requests(1)[0])
+        endpoint(server, key="MY_KEY").send(requests(1)[0])
         assert server.keys == ["Bearer secret"]
         told = endpoint(server, key="MY_KEY")
         assert "secret" not in json.dumps(told.describe()) + repr(told)
@@ -126,7 +126,7 @@ def test_a_url_is_shown_without_its_password():
 
 def test_options_left_out_and_added():
     with StandIn(last) as server:
-        endpoint(server, options={"max_tokens": None, "top_p": 0.5}).ask(requests(1)[0])
+        endpoint(server, options={"max_tokens": None, "top_p": 0.5}).send(requests(1)[0])
         body = server.requests[0]
         assert "max_tokens" not in body
         assert body["top_p"] == 0.5

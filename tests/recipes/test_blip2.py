@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -258,12 +259,12 @@ def test_berts_start_and_a_t5_from_their_folders(story, tmp_path):
         )
     ).save_pretrained(bert)
     recipe["parts"] |= {"language": str(language), "bert": str(bert)}
-    built = build(parse_recipe(recipe))
-    layer = built.net.connector.qformer.layers[1]
+    net: Any = build(parse_recipe(recipe)).net
+    layer = net.connector.qformer.layers[1]
     assert torch.equal(layer.ffn_query.mlp.fc1.weight, layer.ffn_text.mlp.fc1.weight)
     stored = load_tensors(bert / "model.safetensors")
     assert torch.equal(layer.attn.q_proj.weight, stored["bert.encoder.layer.1.attention.self.query.weight"])
-    assert torch.equal(built.net.heads.lm_bias[:-1], stored["cls.predictions.bias"])
+    assert torch.equal(net.heads.lm_bias[:-1], stored["cls.predictions.bias"])
     model = train(parse_recipe(recipe), tmp_path / "run", progress=False)
     assert set(model.processor.prompt(open_source(QUESTIONS)[0]).streams) == {"encoder", "qformer"}
     assert isinstance(model.answer(scene(), "what is it?", max_new_tokens=3), str)
@@ -327,8 +328,9 @@ def test_what_is_foreseen_reads_records_as_the_stage_will(story):
     for stage in built.recipe.stages:
         built, foreseen = built.enter(stage), foreseen.foresee(stage)
         assert plain(built.net.config) == plain(foreseen.net.config)
-        own, theirs = (b.processor(stage).example(open_data(stage).sources[0][0], 0) for b in (built, foreseen))
-        assert own.streams == theirs.streams
+        record = open_source(stage.data[0])[0]
+        own, other = (b.processor(stage).example(record, 0) for b in (built, foreseen))
+        assert own.streams == other.streams
     assert all(parameter.is_meta for parameter in foreseen.net.parameters())
 
 

@@ -178,8 +178,11 @@ def measure(rival: Contestant, model: Model, out: Path) -> None:
     if seeing is not None:
         written = needs(seeing) is Answers and "shots" not in seeing.options  # else the map would be of another prompt
         rival.attention_task = seeing.name
+        decoding = seeing.options.get("decoding")
         rival.attention_pictures = (
-            attention_pictures(model, pictured(seeing), seeing.options.get("decoding", {})) if written else {}
+            attention_pictures(model, pictured(seeing), decoding if isinstance(decoding, Mapping) else {})
+            if written
+            else {}
         )
     own = rival.identity
     write_json(out / "cost.json", {"model": own, "found": rival.cost.to_dict()})

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel
@@ -133,7 +133,8 @@ class Endpoint:
         import openai
 
         name = self.hash(request)
-        create: Callable[..., object] = client.chat.completions.create  # whatever a server takes, and answers
+        # Its types are of OpenAI's own models; others take further fields, and answer anything.
+        create = cast(Callable[..., object], client.chat.completions.create)
         try:
             found = create(
                 messages=[dict(m) for m in request.messages],

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,9 +31,9 @@ CHUNK = 64
 
 
 class Captioner(Protocol):
-    """Writes captions: any model with eyes that generates."""
+    """Writes captions: any model with eyes that generates. It takes the decoding among options of its own kinds."""
 
-    def generate(self, records: Sequence[Record], **decoding: object) -> list[str]: ...
+    def generate(self, records: Sequence[Record], **decoding: Any) -> list[str]: ...
 
 
 class Judge(Protocol):
