@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from isthmus import checkpoint, pretrained
 from isthmus.config import check_options
@@ -35,6 +35,9 @@ from isthmus.opening import load
 from isthmus.processes import first, of_first, world_size
 from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe, read_recipe
 from isthmus.user_code import is_user_code, label, vetted
+
+if TYPE_CHECKING:
+    from isthmus.interop.hf_peer import Peer
 
 Progress = Callable[[str, int, int], None]
 """Called with (task, items done, items in all)."""
@@ -269,7 +272,7 @@ def needs(spec: EvalSpec) -> type:
 
 
 def score_model(
-    model: Model,
+    model: "Model | Peer",
     specs: Sequence[EvalSpec],
     folder: Path,
     *,
@@ -295,7 +298,7 @@ def score_model(
         if spec.stage is not None:
             model, model_hash = _of_stage(run or folder.parent, spec.stage, final, final_hash, code)
         report = (lambda done, total, name=name: progress(name, done, total)) if progress else None
-        if spec.task in _BY_SIMILARITY and "similarity" in model.capabilities:
+        if spec.task in _BY_SIMILARITY and isinstance(model, Model) and "similarity" in model.capabilities:
             spec = spec.model_copy(update={"options": {"similarity": model.net.config.similarity, **spec.options}})
         if spec.task == "caption" and "caption" in model.prompts:
             spec = spec.model_copy(update={"options": {"prompt": model.prompts["caption"], **spec.options}})
@@ -308,7 +311,7 @@ def score_model(
 
 
 def _scored(
-    model: Model,
+    model: "Model | Peer",
     spec: EvalSpec,
     folder: Path,
     *,
@@ -342,11 +345,14 @@ def _scored(
         return attempt("decode")
 
 
-def _of_stage(run: Path, stage: str, final: Model, final_hash: str, code: Sequence[str | Path]) -> tuple[Model, str]:
+def _of_stage(
+    run: Path, stage: str, final: "Model | Peer", final_hash: str, code: Sequence[str | Path]
+) -> "tuple[Model | Peer, str]":
     """The model that ``stage`` ended with and its hash; the final one where that is the last stage's."""
     place = run / "stages" / stage
     if (place / "model").is_dir():
-        return load(place, device=str(final.device), code=code), model_hash(place)
+        device = str(final.device) if isinstance(final, Model) else "auto"
+        return load(place, device=device, code=code), model_hash(place)
     facts = checkpoint.read_json(run / "run.json") if (run / "run.json").is_file() else {"recipe": {"stages": []}}
     last = [s["stage"]["name"] for s in facts["recipe"]["stages"]][-1:]
     if last != [stage]:
