@@ -53,7 +53,7 @@ def open_adapter(folder: Path, given: Given) -> Opened:
     words = given.tokenizer or own
     file = base / "config.json"
     described = read_json(file) if file.is_file() else {}
-    if (read := _WHOLE.get(described.get("model_type", ""))) is not None:
+    if (read := _WHOLE.get(str(described.get("model_type")))) is not None:
         with mapped.solid():  # the library fills its class itself
             peer = open_class(base)
         merge_adapter(peer, folder, given.account)

@@ -9,7 +9,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from isthmus.errors import CheckpointError
 from isthmus.file_type import but_is, start_of
 from isthmus.load_report import Account
 
+Value = TypeVar("Value")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _OWN = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -44,7 +45,7 @@ _DTYPES = {
 }
 
 
-def read_archive(path: str | Path, account: Account | None = None) -> dict[str, Any]:
+def read_archive(path: str | Path, account: Account | None = None) -> Mapping[str, object]:
     """What one file holds: name -> tensor, or for a training checkpoint also plain values and nested mappings.
 
     Raises CheckpointError: missing, of no known kind, damaged, or a pickle that wants more than tensors.
@@ -61,7 +62,7 @@ def read_archive(path: str | Path, account: Account | None = None) -> dict[str, 
             return _torchscript(path, account)
         return _pickled(path, account, mapped=True)
     if start[8:9] == b"{":
-        return dict(load_tensors(path, account))
+        return load_tensors(path, account)
     if start.startswith(_PICKLE):
         return _pickled(path, account, mapped=False)
     otherwise = "give the folder that it lies in" if path.suffix in (".json", ".txt") else "download it again"
@@ -99,16 +100,16 @@ def read_state(folder: str | Path, account: Account | None = None) -> dict[str, 
     raise CheckpointError(f"{folder} holds no weights: no safetensors, .bin, .pt or .pth file.{beside}")
 
 
-def unwrapped(content: dict[str, Any]) -> dict[str, Any]:
+def unwrapped(content: Mapping[str, object]) -> dict[str, object]:
     """The state dict in a training checkpoint, which keeps it beside optimizer and epoch, or the content as it is;
     names without what wrapped the model."""
     for name in ("state_dict", "model_state_dict", "model", "module"):
-        if isinstance(content.get(name), Mapping):
-            return without_wrappers(dict(content[name]))
-    return without_wrappers(content)
+        if isinstance(inside := content.get(name), Mapping):
+            return without_wrappers(dict(inside))
+    return without_wrappers(dict(content))
 
 
-def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
+def without_wrappers(state: dict[str, Value]) -> dict[str, Value]:
     """Names without the one prefix that a compiled, distributed or framework's model gave to all of them:
     ``_orig_mod.``, ``module.``, and ``model.`` where a full model stands after it rather than the body of one."""
     while state:
@@ -123,12 +124,14 @@ def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def tensors_of(content: Mapping[str, Any], where: str | Path) -> dict[str, Tensor]:
+def tensors_of(content: Mapping[str, object], where: str | Path) -> dict[str, Tensor]:
     """The tensors of a state dict. Raises CheckpointError for anything else among them."""
+    tensors: dict[str, Tensor] = {}
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{where} is no plain state dict: {name!r} is of type {type(value).__name__}.")
-    return dict(content)
+        tensors[name] = value
+    return tensors
 
 
 def _shards(folder: Path, index: Path, account: Account | None) -> dict[str, Tensor]:
@@ -170,7 +173,7 @@ def _sound_members(path: Path) -> list[str]:
     return [m.filename for m in members]
 
 
-def _pickled(path: Path, account: Account | None, *, mapped: bool) -> dict[str, Any]:
+def _pickled(path: Path, account: Account | None, *, mapped: bool) -> dict[str, object]:
     """By torch's own restricted unpickler; a zip's tensors stay in the file until they are touched."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -187,7 +190,7 @@ def _pickled(path: Path, account: Account | None, *, mapped: bool) -> dict[str, 
     return {str(name): value for name, value in content.items()}
 
 
-def _tensors_in(content: Any) -> Iterator[Tensor]:
+def _tensors_in(content: object) -> Iterator[Tensor]:
     """The tensors of a state dict, or of a training checkpoint that holds one among other things."""
     if isinstance(content, Tensor):
         yield content
@@ -202,18 +205,19 @@ def _tensors_in(content: Any) -> Iterator[Tensor]:
 class _Module:
     """Stands for any scripted class: holds the attributes it was saved with and does nothing."""
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.__dict__ = dict(state) if isinstance(state, Mapping) else {}
 
 
 class _Reader(pickle.Unpickler):
     """Builds scripted modules as :class:`_Module` and tensors; refuses every other name."""
 
-    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str) -> None:
+    def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(file)
-        self._archive, self._root, self._storages = archive, root, {}
+        self._archive, self._root = archive, root
+        self._storages: dict[str, Tensor] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if module.startswith("__torch__"):
             return _Module
         if (module, name) == ("collections", "OrderedDict"):
@@ -228,7 +232,8 @@ class _Reader(pickle.Unpickler):
             return lambda value, tag: value
         raise pickle.UnpicklingError(f"{module}.{name}")
 
-    def persistent_load(self, pid: Any) -> Tensor:
+    def persistent_load(self, pid: tuple[str, object, str, str, int]) -> Tensor:
+        """The storage of an id as torch writes it; one of another form is an error, here or where it is read."""
         storage_type, dtype, key, _, count = pid
         if storage_type != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isalnum():
             raise pickle.UnpicklingError(f"storage {key!r}")
@@ -240,15 +245,15 @@ class _Reader(pickle.Unpickler):
         return self._storages[key]
 
 
-def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if 0 not in size else offset - 1
     if min((offset, *size, *stride), default=0) < 0 or last >= len(storage):
         raise pickle.UnpicklingError("a tensor reaches beyond its storage")
     return torch.as_strided(storage, size, stride, offset)
 
 
-def _torchscript(path: Path, account: Account | None) -> dict[str, Any]:
-    """The parameters and buffers of a scripted module under their dotted names; plain numbers too."""
+def _torchscript(path: Path, account: Account | None) -> dict[str, Tensor]:
+    """The parameters and buffers of a scripted module under their dotted names."""
     try:
         with zipfile.ZipFile(path) as archive:
             (pickled,) = [n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")]
@@ -259,13 +264,13 @@ def _torchscript(path: Path, account: Account | None) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is a TorchScript archive that could not be read as tensors alone ({error}); no code of it was run."
         ) from error
-    found: dict[str, Any] = {}
+    found: dict[str, Tensor] = {}
     _collect(module, "", found)
     load_report.stored(account, found.values())
     return found
 
 
-def _collect(module: Any, prefix: str, found: dict[str, Any]) -> None:
+def _collect(module: object, prefix: str, found: dict[str, Tensor]) -> None:
     for name, value in vars(module).items():
         if isinstance(value, _Module):
             _collect(value, f"{prefix}{name}.", found)

@@ -2,16 +2,40 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import yaml
+from torch import nn
 
 from isthmus.checkpoint import read_json
-from isthmus.interop.export import Export, Source
+from isthmus.interop.export import AnySource, Export
 from isthmus.version import __version__
 
 
-def card(model: Source, export: Export, to: str, origin: Path | None) -> str:
+class _Group(TypedDict):
+    pattern: str
+
+
+class _Stage(TypedDict):
+    name: str
+    steps: NotRequired[int | None]
+    samples: NotRequired[int | None]
+    train: NotRequired[Sequence[_Group]]
+
+
+class _Entry(TypedDict):
+    """Of ``stages``: what is trained under ``stage``, in older recipes beside ``data``."""
+
+    stage: NotRequired[_Stage]
+    data: NotRequired[Sequence[Mapping[str, object]]]
+
+
+class _Recipe(TypedDict, total=False):
+    about: str
+    stages: Sequence[_Entry]
+
+
+def card(model: AnySource, export: Export, to: str, origin: Path | None) -> str:
     """README.md. ``origin`` is where the model was opened: its recipe and scores are included where it has them."""
     head = {"library_name": "transformers" if to == "hf" else "isthmus", "pipeline_tag": model.system.pipeline}
     lines = [
@@ -42,7 +66,7 @@ def card(model: Source, export: Export, to: str, origin: Path | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _parts(net: Any) -> dict[str, int]:
+def _parts(net: nn.Module) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, parameter in net.named_parameters():
         part = name.split(".")[0]
@@ -55,18 +79,19 @@ def _training(origin: Path) -> list[str]:
     file = next((f for f in (origin / "model" / "recipe.yaml", origin / "recipe.yaml") if f.is_file()), None)
     if file is None:
         return []
-    recipe: Mapping[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    lines = ["", "## Training", "", *([str(recipe["about"]), ""] if recipe.get("about") else [])]
+    recipe: _Recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    lines = ["", "## Training", "", *([str(about), ""] if (about := recipe.get("about")) else [])]
     lines += ["| stage | budget | trained | data |", "|---|---|---|---|"]
     for entry in recipe.get("stages", ()):
-        stage = entry.get("stage", entry)
-        budget = f"{stage['steps']:,} steps" if stage.get("steps") else f"{stage.get('samples') or 0:,} samples"
+        stage = cast(_Stage, entry.get("stage", entry))
+        steps = stage.get("steps")
+        budget = f"{steps:,} steps" if steps else f"{stage.get('samples') or 0:,} samples"
         patterns = ", ".join(f"`{group['pattern']}`" for group in stage.get("train", ()))
         lines.append(f"| {stage['name']} | {budget} | {patterns} | {_data(entry.get('data', ()))} |")
     return lines
 
 
-def _data(sources: Sequence[Mapping[str, Any]]) -> str:
+def _data(sources: Sequence[Mapping[str, object]]) -> str:
     """Kinds of sources with what is not a path on somebody's disk."""
     data = []
     for source in sources:

@@ -8,6 +8,7 @@ lost only where that is allowed.
 from dataclasses import dataclass
 from dataclasses import replace as replace_
 from pathlib import Path
+from typing import Protocol, cast
 
 from isthmus import adapters
 from isthmus.checkpoint import write_folder
@@ -15,10 +16,16 @@ from isthmus.data.interleave import InterleaveProcessor
 from isthmus.data.processor import SpliceProcessor
 from isthmus.errors import CheckpointError, ConfigError, nearest
 from isthmus.interop.card import card
-from isthmus.interop.export import Export, Source
+from isthmus.interop.export import AnySource, Export
 from isthmus.interop.formats import FORMATS, named
 
 SHARD_BYTES = 5_000_000_000
+
+
+class _Writer(Protocol):
+    """What the writers of :data:`isthmus.interop.formats.FORMATS` are to the models of their kind."""
+
+    def __call__(self, model: AnySource, *, shard_bytes: int) -> Export: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +42,7 @@ class Converted:
 
 
 def write_model(
-    model: Source,
+    model: AnySource,
     folder: str | Path,
     to: str,
     *,
@@ -75,7 +82,7 @@ def write_model(
         export = Export(files={}, opens="isthmus.load(FOLDER)")
         model.save(folder, extra={**_recipe(place), "README.md": card(model, export, to, place)}, replace=replace)
         return Converted(folder, _sizes(folder), ())
-    export = named(writers[to])(model, shard_bytes=shard_bytes)
+    export = cast(_Writer, named(writers[to]))(model, shard_bytes=shard_bytes)
     export = replace_(export, notes=(*export.notes, *_pixels(model, to), *_words(model, to)))
     if export.losses and not lossy:
         raise CheckpointError(
@@ -85,7 +92,7 @@ def write_model(
     return Converted(folder, _sizes(folder), export.losses, export.notes)
 
 
-def _pixels(model: Source, to: str) -> tuple[str, ...]:
+def _pixels(model: AnySource, to: str) -> tuple[str, ...]:
     """How the format's code makes other pixels of some pictures than the model had."""
     image, notes = getattr(model.processor, "image", None), []
     if image is None:
@@ -99,7 +106,7 @@ def _pixels(model: Source, to: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _words(model: Source, to: str) -> tuple[str, ...]:
+def _words(model: AnySource, to: str) -> tuple[str, ...]:
     """How transformers makes other ids of a text with a picture in it than the model had."""
     if to != "hf" or not isinstance(model.processor, SpliceProcessor | InterleaveProcessor):
         return ()

@@ -4,14 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from isthmus.checkpoint import Content, Foreign
+from isthmus.data.processor import Processor
 from isthmus.errors import CheckpointError
 from isthmus.language import Decoding
+from isthmus.net import Net
+
+NetOf = TypeVar("NetOf", bound=Net, covariant=True)
+ProcessorOf = TypeVar("ProcessorOf", bound=Processor, covariant=True)
+Nest: TypeAlias = "Mapping[str, Tensor | Nest]"
+"""Tensors by name, in mappings of any depth."""
 
 
 class Facts(Protocol):
@@ -24,19 +31,26 @@ class Facts(Protocol):
     def exporters(self) -> Mapping[str, str]: ...
 
 
-class Source(Protocol):
-    """What a writer sees of a model: :class:`isthmus.model.Model` is one."""
+class Source(Protocol[NetOf, ProcessorOf]):
+    """What a writer sees of a model whose net and processor are of these classes: :class:`isthmus.model.Model` is one.
+    Which writer is for which kind of model says :data:`isthmus.interop.formats.FORMATS`."""
 
-    net: Any
-    processor: Any
     prompts: dict[str, str]
     forbidden: tuple[int, ...]
     kind: str
 
     @property
+    def net(self) -> NetOf: ...
+    @property
+    def processor(self) -> ProcessorOf: ...
+    @property
     def system(self) -> "Facts": ...
     def ended(self, decoding: Decoding) -> Decoding: ...
-    def save(self, folder: str | Path, *, extra: Mapping[str, Any] | None = None, replace: bool = False) -> Path: ...
+    def save(self, folder: str | Path, *, extra: Mapping[str, str] | None = None, replace: bool = False) -> Path: ...
+
+
+AnySource: TypeAlias = Source[Net, Processor]
+"""A model of any kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +65,7 @@ class Export:
     opens: str = ""
 
 
-def must(fits: bool, field: str, value: Any, target: str, allowed: str) -> None:
+def must(fits: bool, field: str, value: object, target: str, allowed: str) -> None:
     """Raises CheckpointError, naming ``field``, unless it fits the target."""
     if not fits:
         raise CheckpointError(
@@ -60,7 +74,7 @@ def must(fits: bool, field: str, value: Any, target: str, allowed: str) -> None:
         )
 
 
-def pickled(content: Mapping[str, Any]) -> Foreign:
+def pickled(content: Nest) -> Foreign:
     """A file by ``torch.save``, as the format wants it: plain tensors in plain dicts, nothing else."""
     plain = _plain(content)
     return Foreign(partial(torch.save, plain), _bytes(plain) + 4096)
@@ -97,15 +111,15 @@ def common_dtype(tensors: Sequence[Tensor]) -> str:
     return str(max(counts, key=lambda d: counts[d])).removeprefix("torch.")
 
 
-def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(content: Nest) -> Nest:
     """Bare tensors; a view is copied, as torch.save would write the entire storage of the base."""
 
     def own(tensor: Tensor) -> Tensor:
         bare = tensor.detach().cpu().contiguous()
         return bare if bare.untyped_storage().nbytes() == bare.nbytes else bare.clone()
 
-    return {name: _plain(value) if isinstance(value, Mapping) else own(value) for name, value in content.items()}
+    return {name: own(value) if isinstance(value, Tensor) else _plain(value) for name, value in content.items()}
 
 
-def _bytes(content: Mapping[str, Any]) -> int:
-    return sum(_bytes(v) if isinstance(v, Mapping) else v.numel() * v.element_size() for v in content.values())
+def _bytes(content: Nest) -> int:
+    return sum(v.numel() * v.element_size() if isinstance(v, Tensor) else _bytes(v) for v in content.values())

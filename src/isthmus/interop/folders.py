@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from torch import Tensor
 
@@ -32,7 +32,7 @@ from isthmus.interop.archives import read_state
 from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_blip2 import published_prompts, read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
-from isthmus.interop.hf_files import RESAMPLE, further_stops, template_named
+from isthmus.interop.hf_files import RESAMPLE, further_stops, per_channel, template_named
 from isthmus.interop.hf_idefics import TOKENS as IDEFICS_TOKENS
 from isthmus.interop.hf_idefics import read_idefics_folder
 from isthmus.interop.hf_language import read_language_folder
@@ -53,25 +53,25 @@ from isthmus.nn.text_tower import TextConfig
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
-def load_foreign(folder: Path, config: Mapping[str, Any], given: Given) -> Opened:
+def load_foreign(folder: Path, config: Mapping[str, object], given: Given) -> Opened:
     """The net, its processor, and ids it must never answer with. Raises CheckpointError for what is not known, and
     for something given that has no use."""
-    kind = config.get("model_type")
-    if kind is None:
+    model_type = config.get("model_type")
+    if model_type is None:
         raise CheckpointError(f"{folder}/config.json names neither a format of ours nor a model_type of transformers.")
-    if kind in ("clip_vision_model", "siglip_vision_model"):
+    if model_type in ("clip_vision_model", "siglip_vision_model"):
         given.only(where=folder)
         return _image_encoder(folder, given.account)
     given.only("tokenizer", where=folder)
     words = _words(folder, given)
-    readers: dict[Any, Callable[[Path, Path, Account], Opened]] = {
+    readers: dict[object, Callable[[Path, Path, Account], Opened]] = {
         **dict.fromkeys(("clip", "siglip"), _clip),
         **dict.fromkeys(("llava", "llava_next"), _llava),
         **dict.fromkeys(("blip-2", "instructblip"), _blip2),
         **dict.fromkeys(("clip_text_model", "siglip_text_model"), _text_encoder),
         "idefics": _idefics,
     }
-    return readers.get(kind, _language)(folder, words, given.account)
+    return readers.get(model_type, _language)(folder, words, given.account)
 
 
 def _words(folder: Path, given: Given) -> Path:
@@ -205,7 +205,7 @@ def blip2_of(folder: Path, words: Path, stored: Mapping[str, Tensor], account: A
     )
 
 
-def _retrieval(folder: Path, words: Path, config: Blip2Config, state: Mapping[str, Any], account: Account) -> Opened:
+def _retrieval(folder: Path, words: Path, config: Blip2Config, state: Mapping[str, Tensor], account: Account) -> Opened:
     net = Blip2(config)
     load_into(net, state, where=folder, account=account)
     image = replace(image_transform(folder, config.vision.image_size), mode="squash")
@@ -265,7 +265,24 @@ def template_and_tokenizer(
     return recognised.name or otherwise, tokenizer
 
 
-def _resample(number: Any, folder: Path) -> str:
+class _Fields(TypedDict, total=False):
+    """What is read of an image processor."""
+
+    size: int | Mapping[str, int]
+    crop_size: int | Mapping[str, int]
+    resample: int
+    rescale_factor: float
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+    image_grid_pinpoints: Sequence[tuple[int, int]]
+    do_resize: bool
+    do_rescale: bool
+    do_normalize: bool
+    do_center_crop: bool
+    do_pad: bool
+
+
+def _resample(number: int | None, folder: Path) -> str:
     """Pillow's number of a filter by name; left out it is bicubic in all of these processors."""
     for name, known in RESAMPLE.items():
         if number in (known, None) and (number is not None or name == "bicubic"):
@@ -273,15 +290,16 @@ def _resample(number: Any, folder: Path) -> str:
     raise CheckpointError(f"{folder}: its image processor resizes by Pillow's filter {number}; known: {RESAMPLE}.")
 
 
-def _side(size: Any) -> Any:
+def _side(size: int | Mapping[str, int]) -> int | None:
     return size.get("height") or size.get("shortest_edge") if isinstance(size, Mapping) else size
 
 
-def _as_here(folder: Path, found: Mapping[str, Any], size: int, *, crops: bool) -> None:
+def _as_here(folder: Path, found: _Fields, size: int, *, crops: bool) -> None:
     """Raises CheckpointError for steps of an image processor that are others than ours: pixels would differ."""
+    values: Mapping[str, object] = found
     for name, fixed in (("do_resize", True), ("do_rescale", True)):
-        if found.get(name, fixed) != fixed:
-            raise CheckpointError(f"{folder}: its image processor has {name} {found[name]}, which is not done here.")
+        if values.get(name, fixed) != fixed:
+            raise CheckpointError(f"{folder}: its image processor has {name} {values[name]}, which is not done here.")
     factor = found.get("rescale_factor", 1 / 255)
     if abs(factor * 255 - 1) > 1e-3:
         raise CheckpointError(f"{folder}: its image processor scales by {factor}, here it is 1/255.")
@@ -300,16 +318,15 @@ def image_transform(
     Raises CheckpointError when the folder's transform makes another size than the vision encoder reads, or cuts tiles
     from other canvases than ``pinpoints``, the model's.
     """
-    found: Mapping[str, Any] = {}
+    found: _Fields = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             content = read_json(folder / name)
-            found = content.get("image_processor", content)
+            found = cast(_Fields, content.get("image_processor", content))
             break
-    tiled: dict[str, Any] = {"mode": "anyres", "pinpoints": tuple(pinpoints)} if pinpoints else {}
     base = replace(ImageTransform.siglip(size) if siglip else ImageTransform.clip(size), deep="clip")
     if not found:
-        return replace(base, **tiled)
+        return replace(base, mode="anyres", pinpoints=tuple(pinpoints)) if pinpoints else base
     theirs = tuple((int(h), int(w)) for h, w in found.get("image_grid_pinpoints") or pinpoints)
     if theirs != tuple(pinpoints):
         raise CheckpointError(
@@ -328,9 +345,10 @@ def image_transform(
     mode: Mode = "pad" if found.get("do_pad") else "square" if crops else "squash"
     return ImageTransform(
         size=size,
-        **(tiled or {"mode": mode}),
-        mean=tuple(found.get("image_mean", base.mean)),
-        std=tuple(found.get("image_std", base.std)),
+        mode="anyres" if pinpoints else mode,
+        pinpoints=tuple(pinpoints),
+        mean=per_channel(found.get("image_mean", base.mean)),
+        std=per_channel(found.get("image_std", base.std)),
         resample=_resample(found.get("resample"), folder),
         deep="clip",
     )

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from isthmus.errors import CheckpointError, IsthmusError, nearest
 from isthmus.interop import adapters, folders, formats, hf_gguf
@@ -13,7 +12,7 @@ MOST_LAYERS = 4096
 """More layers than any model has; a net is built before its weights are held against it."""
 
 
-def open_foreign(path: Path, config: Mapping[str, Any] | None, named: Given) -> Opened:
+def open_foreign(path: Path, config: Mapping[str, object] | None, named: Given) -> Opened:
     """Net, processor and ids never to be said; ``config`` is the folder's config.json, if it has one.
 
     Raises CheckpointError for what is not known, damaged or hostile.
@@ -32,7 +31,7 @@ def open_foreign(path: Path, config: Mapping[str, Any] | None, named: Given) -> 
         ) from error
 
 
-def _opened(path: Path, config: Mapping[str, Any] | None, named: Given) -> Opened:
+def _opened(path: Path, config: Mapping[str, object] | None, named: Given) -> Opened:
     """A file, a folder of a format that is recognised by its files, adapters, or what transformers wrote."""
     if path.is_file() and hf_gguf.is_gguf(path):
         return hf_gguf.open_gguf(path, named)
@@ -49,7 +48,7 @@ def _opened(path: Path, config: Mapping[str, Any] | None, named: Given) -> Opene
     return folders.load_foreign(path, config, named)
 
 
-def _beyond(config: Mapping[str, Any]) -> Iterator[str]:
+def _beyond(config: Mapping[str, object]) -> Iterator[str]:
     """Fields that count layers, at any depth, and are above MOST_LAYERS."""
     for name, value in config.items():
         if isinstance(value, Mapping):

@@ -5,16 +5,21 @@ such a checkpoint leaves out (a tokenizer, the frozen LM of OpenFlamingo, the ba
 through :class:`Given`; an error says which argument is due, and one that nothing needs is an error too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, cast
+
+from torch import Tensor
 
 from isthmus.data.images import Crop
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_archive, tensors_of, unwrapped
 from isthmus.interop.given import Given, Opened
+
+FileReader: TypeAlias = Callable[[Path, dict[str, Tensor], Given], Opened]
+FolderReader: TypeAlias = Callable[[Path, Mapping[str, object] | None, Given], Opened | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +90,8 @@ def writers(kind: str) -> dict[str, str]:
     return {name: form.writers[kind] for name, form in FORMATS.items() if kind in form.writers}
 
 
-def named(target: str) -> Any:
-    """The function that ``module:function`` names."""
+def named(target: str) -> Callable[..., object]:
+    """The function that ``module:function`` names; the table says which form it has."""
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)
 
@@ -99,14 +104,16 @@ def open_file(path: Path, given: Given) -> Opened:
     state = unwrapped(read_archive(path, given.account))
     for form in FORMATS.values():
         if form.mark and any(name.startswith(form.mark) for name in state):
-            return named(form.file)(path, tensors_of(state, path), given)
+            return cast(FileReader, named(form.file))(path, tensors_of(state, path), given)
     near = ", ".join(list(state)[:3])
     raise CheckpointError(f"{path} holds weights of no known layout (it begins with {near}).")
 
 
-def open_folder(folder: Path, config: Mapping[str, Any] | None, given: Given) -> Opened | None:
+def open_folder(folder: Path, config: Mapping[str, object] | None, given: Given) -> Opened | None:
     """A folder of one of the formats; none for transformers' and what is no model. ``config``: its config.json."""
     for form in FORMATS.values():
-        if form.folder and (opened := named(form.folder)(folder, config, given)) is not None:
-            return opened
+        if form.folder:
+            opened = cast(FolderReader, named(form.folder))(folder, config, given)
+            if opened is not None:
+                return opened
     return None

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from torch import Tensor
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import Processor
 from isthmus.errors import CheckpointError
+from isthmus.interop.export import AnySource
 from isthmus.load_report import Account
+from isthmus.net import Net
 from isthmus.nn.vit import VisionConfig
 
-Opened = tuple[Any, Processor, tuple[int, ...]]
+Opened: TypeAlias = tuple[Net, Processor, tuple[int, ...]]
 """Net, processor, ids that must never be generated."""
 
 
@@ -31,7 +33,7 @@ class Given:
     readers that can save the way there.
     """
 
-    open: Callable[[str | Path], Any]
+    open: Callable[[str | Path], AnySource]
     account: Account
     vision: str | Path | None = None
     language: str | Path | None = None
@@ -42,10 +44,11 @@ class Given:
     head_width: int | None = None
     dtype: torch.dtype | None = None
 
-    def need(self, name: str, where: Path, why: str) -> Any:
-        value = getattr(self, name)
+    def need(self, name: Literal["vision", "language", "tokenizer"], where: Path, why: str) -> str | Path:
+        """Where that is. Raises CheckpointError unless it was named."""
+        value: str | Path | None = getattr(self, name)
         if value is None:
-            raise CheckpointError(f"{where} {why}: give {name}=… (on the command line --{name}).")
+            raise lacking(name, where, why)
         return value
 
     def only(self, *used: str, where: Path) -> None:
@@ -57,7 +60,14 @@ class Given:
     def encoder(self, path: str | Path) -> "Encoder":
         """The vision encoder of a model that has one, or that is one."""
         model = self.open(path)
-        return Encoder(model.net.config.vision, model.net.vision.state_dict(), model.processor.image)
+        config, state = model.net.vision.config, model.net.vision.state_dict()
+        assert model.processor.image is not None  # a net with a vision encoder has a transform
+        return Encoder(config, state, model.processor.image)
+
+
+def lacking(name: str, where: Path, why: str) -> CheckpointError:
+    """That the argument ``name`` is due, and why."""
+    return CheckpointError(f"{where} {why}: give {name}=… (on the command line --{name}).")
 
 
 @dataclass(frozen=True, slots=True)

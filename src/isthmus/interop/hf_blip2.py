@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from isthmus import load_report
 from isthmus.checkpoint import Content, read_json, state_tensors
 from isthmus.data.blip2 import PairProcessor, PromptProcessor, newline_id
 from isthmus.data.images import ImageTransform
+from isthmus.data.processor import Processor
 from isthmus.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
@@ -119,14 +120,47 @@ def _ours(name: str) -> str | None:
     return None
 
 
-def config_from_hf(config: Mapping[str, Any], account: Account | None = None) -> Blip2Config:
+class _TowerFields(TypedDict, total=False):
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    layer_norm_eps: float
+
+
+class _VisionFields(_TowerFields, total=False):
+    image_size: int
+    patch_size: int
+
+
+class _QFormerFields(_TowerFields, total=False):
+    vocab_size: int
+    max_position_embeddings: int
+    cross_attention_frequency: int
+    hidden_dropout_prob: float
+    attention_probs_dropout_prob: float
+
+
+class _Fields(TypedDict):
+    """What is read of a config.json."""
+
+    vision_config: _VisionFields
+    qformer_config: _QFormerFields
+    text_config: Mapping[str, object]
+    num_query_tokens: NotRequired[int]
+    image_text_hidden_size: NotRequired[int]
+
+
+def config_from_hf(config: Mapping[str, object], account: Account | None = None) -> Blip2Config:
     """Our configuration from the contents of a config.json; phase ``generate``, the norm's eps transformers' own."""
-    vision, qformer = config["vision_config"], config["qformer_config"]
+    values = cast(_Fields, config)
+    vision, qformer = values["vision_config"], values["qformer_config"]
     image, patch = vision.get("image_size", 224), vision.get("patch_size", 14)
     width = vision.get("hidden_size", 1408)
     eps = vision.get("layer_norm_eps", 1e-6)
-    text = config["text_config"]
-    hidden, attention = (qformer.get(f"{name}_dropout_prob", 0.1) for name in ("hidden", "attention_probs"))
+    text = values["text_config"]
+    hidden, attention = qformer.get("hidden_dropout_prob", 0.1), qformer.get("attention_probs_dropout_prob", 0.1)
     if hidden != attention:
         load_report.noted(
             account,
@@ -154,7 +188,7 @@ def config_from_hf(config: Mapping[str, Any], account: Account | None = None) ->
             layers=qformer.get("num_hidden_layers", 12),
             heads=qformer.get("num_attention_heads", 12),
             mlp_width=qformer.get("intermediate_size", 3072),
-            queries=config.get("num_query_tokens", 32),
+            queries=values.get("num_query_tokens", 32),
             cross_every=qformer.get("cross_attention_frequency", 2),
             vocab_size=qformer.get("vocab_size", 30522),
             positions=qformer.get("max_position_embeddings", 512),
@@ -165,7 +199,7 @@ def config_from_hf(config: Mapping[str, Any], account: Account | None = None) ->
         ),
         language=known_fields(text) | {k: text[k] for k in ("dense_act_fn",) if k in text},
         instruct=config.get("model_type") == "instructblip",
-        embed_dim=config.get("image_text_hidden_size", 256),
+        embed_dim=values.get("image_text_hidden_size", 256),
         norm_eps=eps,
     )
 
@@ -221,7 +255,20 @@ def _theirs(tail: str, table: Mapping[str, str], name: str) -> str:
     return table[ours] + (f"{attention[part]}.{end}" if part in attention else rest)
 
 
-def config_to_hf(config: Blip2Config, *, image_token_id: int | None) -> dict[str, Any]:
+class WrittenBlip2(TypedDict):
+    """The config.json that is written."""
+
+    architectures: list[str]
+    model_type: str
+    vision_config: dict[str, object]
+    qformer_config: dict[str, object]
+    text_config: dict[str, object]
+    num_query_tokens: int
+    image_text_hidden_size: int
+    image_token_index: int | None
+
+
+def config_to_hf(config: Blip2Config, *, image_token_id: int | None) -> WrittenBlip2:
     """A config.json for what :func:`to_hf` wrote. Raises CheckpointError, naming the field, for what has no place."""
     vision, qformer = config.vision, config.qformer
     plain = replace(vision, pre_norm=False, patch_bias=True, post_norm="none", pool="none")
@@ -234,13 +281,11 @@ def config_to_hf(config: Blip2Config, *, image_token_id: int | None) -> dict[str
     for field, value in (("vision.activation", vision.activation), ("qformer.activation", qformer.activation)):
         must(value in ("gelu", "quick_gelu", "relu"), field, value, _WHO, "gelu, quick_gelu or relu")
     represent = config.phase == "represent"
-    names = {"represent": "Blip2ForImageTextRetrieval", "instruct": "InstructBlipForConditionalGeneration"}
-    kind = "represent" if represent else "instruct" if config.instruct else "generate"
-    sides = {"model_type": "instructblip" if config.instruct else "blip-2"}
+    writes = "InstructBlipForConditionalGeneration" if config.instruct else "Blip2ForConditionalGeneration"
     more = {} if config.instruct else {"use_qformer_text_input": represent}
     return {
-        "architectures": [names.get(kind, "Blip2ForConditionalGeneration")],
-        "model_type": sides["model_type"],
+        "architectures": ["Blip2ForImageTextRetrieval" if represent else writes],
+        "model_type": "instructblip" if config.instruct else "blip-2",
         "vision_config": {
             "hidden_size": vision.width,
             "intermediate_size": vision.mlp_width,
@@ -307,7 +352,7 @@ def read_blip2_folder(
     head, table = state.get("language.lm.lm_head.weight"), state.get("language.lm.shared.weight")
     if table is not None:
         assert config.language is not None
-        text = raw["text_config"]
+        text = cast(_Fields, raw)["text_config"]
         scaled = False not in (text.get("scale_decoder_outputs"), text.get("tie_word_embeddings"))
         if scaled and head is not None and not torch.equal(head, table):
             raise CheckpointError(f"{folder}: its T5 has a head of its own, but its configuration ties and scales it.")
@@ -316,8 +361,8 @@ def read_blip2_folder(
     return config, state
 
 
-def blip2_export(model: Source, *, shard_bytes: int) -> Export:
-    config = model.net.config
+def blip2_export(model: Source[Blip2, Processor], *, shard_bytes: int) -> Export:
+    config: Blip2Config = model.net.config
     losses = []
     if config.norm_eps != config.vision.eps:
         losses.append(
@@ -327,20 +372,20 @@ def blip2_export(model: Source, *, shard_bytes: int) -> Export:
     if config.phase == "represent":
         losses += _unread(model.net)
         return _retrieval_export(model, tuple(losses), shard_bytes)
-    return _prompted(model, (*losses, *asked_otherwise(model.net, model.processor)), shard_bytes)
+    return _prompted(model, tuple(losses), shard_bytes)
 
 
-def _unread(net: Any) -> list[str]:
+def _unread(net: Blip2) -> list[str]:
     """What the retrieval class has no place for. A folder of that class has neither, and goes back as it came."""
     losses = []
-    if net.heads.temperature.item() != TEMPERATURE:
+    if net.heads is not None and net.heads.temperature.item() != TEMPERATURE:
         losses.append("heads.temperature: only training reads it")
     if "itg" in net.config.objectives:
         losses.append("heads.lm_*: captions without a language model")
     return losses
 
 
-def _retrieval_export(model: Source, losses: tuple[str, ...], shard_bytes: int) -> Export:
+def _retrieval_export(model: Source[Blip2, Processor], losses: tuple[str, ...], shard_bytes: int) -> Export:
     net, processor = model.net, model.processor
     assert isinstance(processor, PairProcessor)
     weights = to_hf(state_tensors(net), net.config)
@@ -354,11 +399,12 @@ def _retrieval_export(model: Source, losses: tuple[str, ...], shard_bytes: int) 
     return Export(files=files, losses=losses, opens="transformers.Blip2ForImageTextRetrieval.from_pretrained(FOLDER)")
 
 
-def _prompted(model: Source, losses: tuple[str, ...], shard_bytes: int) -> Export:
+def _prompted(model: Source[Blip2, Processor], losses: tuple[str, ...], shard_bytes: int) -> Export:
     net, processor = model.net, model.processor
     assert isinstance(processor, PromptProcessor)
+    assert net.config.language is not None  # of the phase that writes
     seq2seq = isinstance(net.language, Seq2SeqLM)
-    state, language, tokenizer, token = with_image_token(net, processor.tokenizer)
+    state, language, tokenizer, token = with_image_token(net, net.config.language, processor.tokenizer)
     tied = {f"language.{name}" for name in vocabulary_tables(net.language)} - set(state_tensors(net))
     config = replace(net.config, language=language)
     described = config_to_hf(config, image_token_id=token)
@@ -388,7 +434,9 @@ def _prompted(model: Source, losses: tuple[str, ...], shard_bytes: int) -> Expor
         beside = _bert_files(processor.others["qformer"], owner, config.qformer.positions)
         files |= {f"qformer_tokenizer/{name}": content for name, content in beside.items()}
     return Export(
-        files=files, losses=losses, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)"
+        files=files,
+        losses=(*losses, *asked_otherwise(net, processor)),
+        opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)",
     )
 
 

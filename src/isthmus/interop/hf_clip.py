@@ -3,15 +3,17 @@
 Facts about that layout come from transformers 5.23. The library is not imported here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NotRequired, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from isthmus.checkpoint import read_json
+from isthmus.data.processor import ContrastiveProcessor
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError, nearest
 from isthmus.interop.archives import read_state
@@ -30,8 +32,9 @@ from isthmus.nn.text_tower import TextConfig, TextTower
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 
 _Reads = TypeVar("_Reads", ClipConfig, TextEncoderConfig)
+_Tower = TypeVar("_Tower", VisionConfig, TextConfig)
 LEGACY_EOT = 2
-"""transformers' CLIP takes this end-of-text id for a sign to read at the largest id instead."""
+"""The end-of-text id that early configurations name by mistake; transformers' CLIP reads at the largest id instead."""
 
 TOLERATED = ("embeddings.position_ids",)
 """Buffers of older files, recomputed by everybody."""
@@ -45,12 +48,10 @@ _ACTIVATIONS = {
 }
 
 # What transformers fills in for a key that a config.json leaves out.
-_DEFAULTS: dict[str, dict[str, Any]] = {
+_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_DEFAULTS: dict[str, dict[str, object]] = {
     "clip_vision_model": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
+        **_BASE,
         "image_size": 224,
         "patch_size": 32,
         "hidden_act": "quick_gelu",
@@ -58,10 +59,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_channels": 3,
     },
     "siglip_vision_model": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
+        **_BASE,
         "image_size": 224,
         "patch_size": 16,
         "hidden_act": "gelu_pytorch_tanh",
@@ -83,10 +81,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "siglip_text_model": {
         "vocab_size": 32000,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
+        **_BASE,
         "max_position_embeddings": 64,
         "hidden_act": "gelu_pytorch_tanh",
         "layer_norm_eps": 1e-6,
@@ -96,49 +91,99 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+_CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 _CLIP_EOS = 49407
-_LEGACY_EOS = 2
-"""The end-of-text id that early OpenAI-derived configurations name by mistake; it means "pool at the largest id"."""
 
 
 # Configurations.
 
 
-def clip_config_from_hf(config: Mapping[str, Any]) -> ClipConfig:
-    """From the config.json of a ``CLIPModel`` or ``SiglipModel``. Raises CheckpointError for another kind."""
-    kind = config.get("model_type")
-    if kind not in ("clip", "siglip"):
-        raise CheckpointError(f"config.json: model_type {kind!r} is neither 'clip' nor 'siglip'.")
-    vision = vision_config_from_hf({"model_type": f"{kind}_vision_model", **_tower(config, "vision", kind)})
-    text_values = _tower(config, "text", kind)
-    text = text_config_from_hf({"model_type": f"{kind}_text_model", **text_values})
-    if kind == "clip":
+class _TowerFields(TypedDict):
+    """What is read of a tower's configuration once the defaults of its class are filled in."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    layer_norm_eps: float
+
+
+class _VisionFields(_TowerFields):
+    image_size: int | Sequence[int]
+    patch_size: int | Sequence[int]
+    num_channels: int
+    vision_use_head: NotRequired[bool]
+
+
+class _TextFields(_TowerFields):
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_id: int
+    pad_token_id: int | None
+    projection_size: NotRequired[int | None]
+
+
+class _ModelFields(TypedDict, total=False):
+    """What is read of a model's config.json."""
+
+    vision_config: Mapping[str, object] | None
+    vision_config_dict: Mapping[str, object] | None
+    text_config: Mapping[str, object] | None
+    text_config_dict: Mapping[str, object] | None
+    projection_dim: int
+    logit_scale_init_value: float
+
+
+class WrittenClip(TypedDict):
+    """The config.json that is written."""
+
+    architectures: list[str]
+    model_type: str
+    vision_config: dict[str, object]
+    text_config: dict[str, object]
+    projection_dim: NotRequired[int]
+    logit_scale_init_value: NotRequired[float | None]
+
+
+def clip_config_from_hf(config: Mapping[str, object]) -> ClipConfig:
+    """From the config.json of a ``CLIPModel`` or ``SiglipModel``. Raises CheckpointError for another model's."""
+    layout = config.get("model_type")
+    if layout not in ("clip", "siglip"):
+        raise CheckpointError(f"config.json: model_type {layout!r} is neither 'clip' nor 'siglip'.")
+    values = cast(_ModelFields, config)
+    override = (values.get("vision_config_dict"), values.get("text_config_dict")) if layout == "clip" else (None, None)
+    vision = vision_config_from_hf(_tower(f"{layout}_vision_model", values.get("vision_config"), override[0]))
+    text_values = _tower(f"{layout}_text_model", values.get("text_config"), override[1])
+    text = text_config_from_hf(text_values)
+    if layout == "clip":
         return ClipConfig(
             vision=vision,
             text=text,
-            embed_dim=config.get("projection_dim", 512),
-            init_scale=config.get("logit_scale_init_value", 2.6592),
+            embed_dim=values.get("projection_dim", 512),
+            init_scale=values.get("logit_scale_init_value", 2.6592),
         )
     return ClipConfig(
         vision=vision,
         text=text,
-        embed_dim=text_values.get("projection_size") or text.width,
+        embed_dim=cast(_TextFields, text_values).get("projection_size") or text.width,
         loss="sigmoid",
         vision_projection=False,
         text_projection_bias=True,
     )
 
 
-def clip_config_to_hf(config: ClipConfig) -> dict[str, Any]:
+def clip_config_to_hf(config: ClipConfig) -> WrittenClip:
     """A config.json that transformers opens. Raises CheckpointError for variants it has no place for."""
-    kind = _layout(config)
-    values: dict[str, Any] = {
-        "architectures": ["CLIPModel" if kind == "clip" else "SiglipModel"],
-        "model_type": kind,
+    layout = _layout(config)
+    values: WrittenClip = {
+        "architectures": [_CLASSES[layout]],
+        "model_type": layout,
         "vision_config": vision_config_to_hf(config.vision),
         "text_config": text_config_to_hf(config.text),
     }
-    if kind == "clip":
+    if layout == "clip":
         values["projection_dim"] = config.embed_dim
         values["logit_scale_init_value"] = config.init_scale
     else:
@@ -146,31 +191,32 @@ def clip_config_to_hf(config: ClipConfig) -> dict[str, Any]:
     return values
 
 
-def vision_config_from_hf(config: Mapping[str, Any]) -> VisionConfig:
+def vision_config_from_hf(config: Mapping[str, object]) -> VisionConfig:
     """From a CLIP or SigLIP ``vision_config`` (its ``model_type`` says which; keys left out have their defaults)."""
-    values = _filled(config)
-    shared: dict[str, Any] = {
-        "image_size": _square(values["image_size"]),
-        "patch_size": _square(values["patch_size"]),
-        "width": values["hidden_size"],
-        "layers": values["num_hidden_layers"],
-        "heads": values["num_attention_heads"],
-        "mlp_width": values["intermediate_size"],
-        "activation": activation_from_hf(values["hidden_act"]),
-        "eps": values["layer_norm_eps"],
-    }
+    values = cast(_VisionFields, _filled(config))
+    image_size, patch_size = _square(values["image_size"]), _square(values["patch_size"])
+    activation = activation_from_hf(values["hidden_act"])
     if values["num_channels"] != 3:
         raise CheckpointError(f"vision_config: pictures have 3 channels here, not {values['num_channels']}.")
-    if values["model_type"] == "siglip_vision_model":
-        return VisionConfig.siglip(**shared, pool="attention" if values["vision_use_head"] else "none")
-    return VisionConfig(**shared)
+    siglip = partial(VisionConfig.siglip, pool="attention" if values.get("vision_use_head") else "none")
+    tower = siglip if values["model_type"] == "siglip_vision_model" else VisionConfig
+    return tower(
+        image_size=image_size,
+        patch_size=patch_size,
+        width=values["hidden_size"],
+        layers=values["num_hidden_layers"],
+        heads=values["num_attention_heads"],
+        mlp_width=values["intermediate_size"],
+        activation=activation,
+        eps=values["layer_norm_eps"],
+    )
 
 
-def vision_config_to_hf(config: VisionConfig) -> dict[str, Any]:
+def vision_config_to_hf(config: VisionConfig) -> dict[str, object]:
     """A ``vision_config``. Raises CheckpointError for a tower that is neither CLIP's nor SigLIP's."""
-    kind = _vision_layout(config)
-    values = {
-        "model_type": f"{kind}_vision_model",
+    layout = _vision_layout(config)
+    values: dict[str, object] = {
+        "model_type": f"{layout}_vision_model",
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
         "num_hidden_layers": config.layers,
@@ -180,17 +226,17 @@ def vision_config_to_hf(config: VisionConfig) -> dict[str, Any]:
         "hidden_act": activation_to_hf(config.activation),
         "layer_norm_eps": config.eps,
     }
-    return values if kind == "clip" else {**values, "vision_use_head": config.pool == "attention"}
+    return values if layout == "clip" else {**values, "vision_use_head": config.pool == "attention"}
 
 
-def text_config_from_hf(config: Mapping[str, Any]) -> TextConfig:
+def text_config_from_hf(config: Mapping[str, object]) -> TextConfig:
     """From a CLIP or SigLIP ``text_config``; end-of-text id 2 means pooling at the largest id, as it does there."""
-    values = _filled(config)
+    values = cast(_TextFields, _filled(config))
     vocab_size, eot, pad = values["vocab_size"], values["eos_token_id"], values["pad_token_id"] or 0
     if values["model_type"] == "siglip_text_model":
         # Such a tower is read at its last place; published configurations carry an end-of-text id outside the table.
         pool, eot = "last", eot if eot < vocab_size else pad
-    elif eot == _LEGACY_EOS:
+    elif eot == LEGACY_EOT:
         pool, eot = "argmax", min(_CLIP_EOS, vocab_size - 1)  # what the tower searches is CLIP's own end of text
     else:
         pool = "eot"
@@ -209,11 +255,11 @@ def text_config_from_hf(config: Mapping[str, Any]) -> TextConfig:
     )
 
 
-def text_config_to_hf(config: TextConfig) -> dict[str, Any]:
+def text_config_to_hf(config: TextConfig) -> dict[str, object]:
     """A ``text_config``."""
-    kind = "clip" if config.causal else "siglip"
+    layout = "clip" if config.causal else "siglip"
     return {
-        "model_type": f"{kind}_text_model",
+        "model_type": f"{layout}_text_model",
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
@@ -222,28 +268,29 @@ def text_config_to_hf(config: TextConfig) -> dict[str, Any]:
         "max_position_embeddings": config.context,
         "hidden_act": activation_to_hf(config.activation),
         "layer_norm_eps": config.eps,
-        "eos_token_id": _LEGACY_EOS if config.pool == "argmax" else config.eot_id,
+        "eos_token_id": LEGACY_EOT if config.pool == "argmax" else config.eot_id,
         "pad_token_id": config.pad_id,
     }
 
 
-def _tower(config: Mapping[str, Any], side: str, kind: str) -> dict[str, Any]:
+def _tower(
+    model_type: str, own: Mapping[str, object] | None, override: Mapping[str, object] | None
+) -> dict[str, object]:
     """One tower's configuration. A ``*_config_dict`` beside it wins and, being read alone, resets what it omits."""
-    values = dict(config.get(f"{side}_config") or {})
-    override = config.get(f"{side}_config_dict")
-    if override is not None and kind == "clip":
-        values |= _DEFAULTS[f"{kind}_{side}_model"] | dict(override)
+    values = {"model_type": model_type, **(own or {})}
+    if override is not None:
+        values |= _DEFAULTS[model_type] | dict(override)
     return values
 
 
-def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
-    kind = config.get("model_type")
-    if kind not in _DEFAULTS:
-        raise CheckpointError(f"model_type {kind!r} is no CLIP or SigLIP tower; {nearest(str(kind), _DEFAULTS)}")
-    return _DEFAULTS[kind] | dict(config)
+def _filled(config: Mapping[str, object]) -> dict[str, object]:
+    layout = config.get("model_type")
+    if not isinstance(layout, str) or layout not in _DEFAULTS:
+        raise CheckpointError(f"model_type {layout!r} is no CLIP or SigLIP tower; {nearest(str(layout), _DEFAULTS)}")
+    return _DEFAULTS[layout] | dict(config)
 
 
-def _square(side: Any) -> int:
+def _square(side: int | Sequence[int]) -> int:
     sides = [side, side] if isinstance(side, int) else list(side)
     if sides[0] != sides[1]:
         raise CheckpointError(f"vision_config: {sides[0]}x{sides[1]} is not square.")
@@ -276,13 +323,13 @@ def _vision_layout(config: VisionConfig) -> str:
 
 def _layout(config: ClipConfig) -> str:
     """``clip`` or ``siglip``. The loss is a matter of training, but a bias has a place only in SigLIP."""
-    kind = _vision_layout(config.vision)
+    layout = _vision_layout(config.vision)
     fits = (config.text.causal, config.vision_projection, config.text_projection_bias, config.init_bias is None)
-    if fits != ((True, True, False, True) if kind == "clip" else (False, False, True, False)):
+    if fits != ((True, True, False, True) if layout == "clip" else (False, False, True, False)):
         raise CheckpointError(
             "transformers holds CLIP's towers with CLIP's head, or SigLIP's with SigLIP's; this model mixes them."
         )
-    return kind
+    return layout
 
 
 # Weights.
@@ -292,8 +339,8 @@ def clip_from_hf(state: Mapping[str, Tensor], config: ClipConfig, account: Accou
     """Our state dict from a ``CLIPModel``'s or ``SiglipModel``'s; dtypes stay. Raises CheckpointError on any misfit."""
     with torch.device("meta"):
         shapes = shapes_of(Clip(config))
-    kind = "SiglipModel" if _layout(config) == "siglip" else "CLIPModel"
-    return from_theirs(_clip(config), state, shapes, kind, tolerated=TOLERATED, account=account)
+    what = _CLASSES[_layout(config)]
+    return from_theirs(_clip(config), state, shapes, what, tolerated=TOLERATED, account=account)
 
 
 def clip_to_hf(state: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
@@ -331,15 +378,16 @@ def text_to_hf(state: Mapping[str, Tensor], config: TextConfig, *, prefix: str =
 
 
 def _single(
-    layout: Any,
+    entries: Callable[[_Tower, str, str], list[Entry]],
     prefix: str,
     state: Mapping[str, Tensor],
-    config: Any,
+    config: _Tower,
     shapes: Shapes,
     account: Account | None,
 ) -> dict[str, Tensor]:
     found = prefix if any(name.startswith(prefix) for name in state) else ""
-    return from_theirs(layout(config, found, ""), state, shapes, "a single tower", tolerated=TOLERATED, account=account)
+    rows = entries(config, found, "")
+    return from_theirs(rows, state, shapes, "a single tower", tolerated=TOLERATED, account=account)
 
 
 def _clip(config: ClipConfig) -> list[Entry]:
@@ -414,8 +462,9 @@ def read_clip_folder(path: str | Path, account: Account | None = None) -> tuple[
     return config, clip_from_hf(read_state(path, account), config, account)
 
 
-def clip_export(model: Source, *, shard_bytes: int) -> Export:
-    config, state, tokenizer = model.net.config, model.net.state_dict(), model.processor.tokenizer
+def clip_export(model: Source[Clip, ContrastiveProcessor], *, shard_bytes: int) -> Export:
+    config: ClipConfig = model.net.config
+    state, tokenizer = model.net.state_dict(), model.processor.tokenizer
     must(config.similarity == "cosine", "similarity", config.similarity, "transformers", "cosine")
     if config.text.causal and config.text.pool == "eot" and config.text.eot_id == LEGACY_EOT:
         state, config, tokenizer = last_eot(state, config, tokenizer)
@@ -436,8 +485,7 @@ def clip_export(model: Source, *, shard_bytes: int) -> Export:
         ),
         "preprocessor_config.json": image_processor(model.processor.image),
     }
-    kind = "SiglipModel" if siglip else "CLIPModel"
-    return Export(files=files, opens=f"transformers.{kind}.from_pretrained(FOLDER)")
+    return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")
 
 
 def last_eot(

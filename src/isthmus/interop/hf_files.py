@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import tokenizers
 from tokenizers import processors
@@ -22,7 +22,7 @@ from isthmus.data.images import ImageTransform
 from isthmus.data.text import TEMPLATES, Grammar
 from isthmus.data.tokenizer import BEGINS, CHAT_TEMPLATE, END, WHOLE, Tokenizer
 from isthmus.errors import CheckpointError
-from isthmus.interop.export import Source, common_dtype, must
+from isthmus.interop.export import AnySource, common_dtype, must
 from isthmus.language import Decoding
 
 _PROCESSORS = {
@@ -35,7 +35,7 @@ RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 """Pillow's numbers."""
 
 
-def image_processor(transform: ImageTransform | None) -> dict[str, Any]:
+def image_processor(transform: ImageTransform | None) -> dict[str, object]:
     """A preprocessor_config.json. Raises CheckpointError for a mode that no processor of transformers has."""
     must(transform is not None, "processor.image", None, "transformers", "an image transform")
     assert transform is not None
@@ -59,8 +59,13 @@ def image_processor(transform: ImageTransform | None) -> dict[str, Any]:
     }
 
 
+def per_channel(values: Sequence[float]) -> tuple[float, float, float]:
+    """A mean or deviation of red, green and blue in a file; ImageTransform refuses another number of them."""
+    return cast("tuple[float, float, float]", tuple(values))
+
+
 def tokenizer_files(
-    tokenizer: Tokenizer, *, begin: bool, end: bool, context: int | None, side: str = "right", **more: Any
+    tokenizer: Tokenizer, *, begin: bool, end: bool, context: int | None, side: str = "right", **more: str
 ) -> dict[str, Content]:
     """tokenizer.json and its configuration; beginning- and end-of-sequence come by themselves where that is wanted.
 
@@ -102,7 +107,7 @@ def swapped(tokenizer: Tokenizer, one: int, other: int) -> Tokenizer:
     return tokenizer.over(tokenizers.Tokenizer.from_str(json.dumps(tree)))
 
 
-def generation_config(model: Source, *, forbidden: Sequence[int] = (), **more: Any) -> dict[str, Any]:
+def generation_config(model: AnySource, *, forbidden: Sequence[int] = (), **more: object) -> dict[str, object]:
     """Greedy decoding that stops where our model stops and never says what it never says."""
     decoding = model.ended(Decoding())
     tokenizer = model.processor.tokenizer
@@ -176,12 +181,12 @@ def chat_template(name: str, *, first: bool = False) -> str | None:
     one = f"{{%- if seen.n == 1 -%}}{_MOVED}{{%- else -%}}{_PLACED}{{%- endif -%}}"
     pictures = _MOVED if first else one if grammar.first else _PLACED
     opening = json.dumps(grammar.head.replace("{}", grammar.system) if grammar.system else "")
-    system = _sum(*grammar.head.partition("{}"), {"{}": "own.seen"})
+    system = _sum({"{}": "own.seen"}, *grammar.head.partition("{}"))
     asked, closing = map(_quoted, grammar.user.split("{}"))
     names = {"{}": "text", END: "eos_token"}
-    answer = f"{{{{- {_sum(grammar.before, '{}', *grammar.after.partition(END), names)} -}}}}"
+    answer = f"{{{{- {_sum(names, grammar.before, '{}', *grammar.after.partition(END))} -}}}}"
     if grammar.between is not None:
-        further = f"{{{{- {_sum(grammar.before, '{}', grammar.between, names)} -}}}}"
+        further = f"{{{{- {_sum(names, grammar.before, '{}', grammar.between)} -}}}}"
         answer = f"{{%- if loop.last -%}}{answer}{{%- else -%}}{further}{{%- endif -%}}"
     return (
         f"{_TEXT}{{%- set own = namespace(system={opening}, seen='') -%}}"
@@ -273,9 +278,8 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("\n", "\\n") + "'"
 
 
-def _sum(*pieces: Any) -> str:
-    """A Jinja sum of texts; the last argument names the variables among them."""
-    *texts, variables = pieces
+def _sum(variables: Mapping[str, str], *texts: str) -> str:
+    """A Jinja sum of texts, by name where they are ``variables``."""
     return " + ".join(variables.get(text) or _quoted(text) for text in texts if text)
 
 
@@ -300,6 +304,6 @@ def question_template(question: str, *, clean: bool) -> str:
     )
 
 
-def with_dtype(described: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def with_dtype(described: Mapping[str, object], weights: Mapping[str, Tensor]) -> dict[str, object]:
     """With the dtype under the name that every version reads."""
     return {**described, "torch_dtype": common_dtype(list(weights.values()))}

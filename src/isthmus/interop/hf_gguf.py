@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -17,9 +17,12 @@ from isthmus.errors import CheckpointError, IsthmusError, MissingExtraError
 from isthmus.interop.folders import template_and_tokenizer
 from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_language import match_keys
-from isthmus.interop.hf_tokenizer import from_peer, open_tokenizer, quiet
+from isthmus.interop.hf_tokenizer import FastTokenizer, from_peer, open_tokenizer, quiet
 from isthmus.language import known_fields
 from isthmus.models.lm import BareLM, LmConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MAGIC = b"GGUF"
 _ONE_AT_A_TIME = Lock()
@@ -68,16 +71,17 @@ def open_gguf(path: Path, given: Given) -> Opened:
     return net, TextProcessor(words, template=template, max_length=net.language.context or 2048), ()
 
 
-def _read(path: Path, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
+def _read(path: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", Tokenizer]:
     """transformers' model, its weights of ``dtype``, and our tokenizer of the file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    where: dict[str, object] = {"gguf_file": path.name, "local_files_only": True}
     folder = path.parent
     with _named_errors(path), quiet(), _read_once(), _without_bar():
-        words: Any = AutoTokenizer.from_pretrained(folder, **where)
-        if getattr(words, "backend_tokenizer", None) is None:
+        read = AutoTokenizer.from_pretrained(folder, **where)
+        if getattr(read, "backend_tokenizer", None) is None:
             raise CheckpointError(f"{path}: its tokenizer has no fast form; name another by tokenizer=FOLDER.")
+        words = cast(FastTokenizer, read)
         tokenizer = from_peer(words, path)
         if words.chat_template:
             tokenizer = tokenizer.with_chat_template(words.chat_template)

@@ -7,16 +7,17 @@ The instruct models have a third new token, which ends every turn.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from isthmus.checkpoint import read_json, state_tensors
 from isthmus.data.chat import OWN
+from isthmus.data.interleave import InterleaveProcessor
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
-from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of, to_theirs
+from isthmus.interop.entries import Entry, Shapes, from_theirs, part_of, same, shapes_of, to_theirs
 from isthmus.interop.export import Export, Source, must, shards
 from isthmus.interop.hf_clip import (
     activation_from_hf,
@@ -62,27 +63,66 @@ _DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 _WHO = "IdeficsForVisionText2Text"
 
 
-def idefics_config_from_hf(raw: Mapping[str, Any]) -> FlamingoConfig:
+class _LlamaFields(TypedDict):
+    """The language model's sizes. The first five stand in what is written here; a config.json may leave them out."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: NotRequired[int]
+    head_dim: NotRequired[int | None]
+    hidden_act: NotRequired[str]
+    rms_norm_eps: NotRequired[float]
+    max_position_embeddings: NotRequired[int]
+    tie_word_embeddings: NotRequired[bool]
+
+
+class _PerceiverFields(TypedDict, total=False):
+    resampler_depth: int
+    resampler_n_latents: int
+    resampler_n_heads: int
+    resampler_head_dim: int
+    qk_layer_norms_perceiver: bool
+
+
+class _Fields(_LlamaFields, total=False):
+    """What is read of a config.json, which has the language model's sizes among its own."""
+
+    use_resampler: bool
+    additional_vocab_size: int
+    vision_config: Mapping[str, object]
+    perceiver_config: _PerceiverFields | None
+    qk_layer_norms: bool
+    alpha_type: str
+    cross_layer_interval: int
+
+
+def idefics_config_from_hf(config: Mapping[str, object]) -> FlamingoConfig:
     """From a config.json. Raises CheckpointError for a variant that is no Flamingo."""
+    raw = cast(_Fields, config)
     must(raw.get("use_resampler", False), "use_resampler", raw.get("use_resampler"), "a Flamingo here", "true")
     extra = raw.get("additional_vocab_size", 0)
     must(extra in (2, 3), "additional_vocab_size", extra, "a Flamingo here", f"2 or 3, the rows of {', '.join(TOKENS)}")
     vision = {**_VISION_DEFAULTS, **raw.get("vision_config", {}), "model_type": "clip_vision_model"}
     vision["hidden_size"] = vision.pop("embed_dim")
-    perceiver = raw.get("perceiver_config") or {}
-    rows = raw.get("vocab_size", 32000)
+    perceiver: _PerceiverFields = raw.get("perceiver_config") or {}
+    rows, act, eps = raw.get("vocab_size", 32000), raw.get("hidden_act", "silu"), raw.get("rms_norm_eps", 1e-6)
+    width, heads = raw.get("hidden_size", 4096), raw.get("num_attention_heads", 32)
+    mlp_width = raw.get("intermediate_size", 11008)
     language = {
         "model_type": "llama",
         "vocab_size": rows,
-        "hidden_size": raw.get("hidden_size", 4096),
-        "intermediate_size": raw.get("intermediate_size", 11008),
+        "hidden_size": width,
+        "intermediate_size": mlp_width,
         "num_hidden_layers": raw.get("num_hidden_layers", 32),
-        "num_attention_heads": raw.get("num_attention_heads", 32),
+        "num_attention_heads": heads,
         "max_position_embeddings": raw.get("max_position_embeddings", 2048),
-        "hidden_act": raw.get("hidden_act", "silu"),
-        "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
+        "hidden_act": act,
+        "rms_norm_eps": eps,
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
-        **{name: raw[name] for name in _ROTARY if raw.get(name) is not None},
+        **{name: config[name] for name in _ROTARY if config.get(name) is not None},
     }
     return FlamingoConfig(
         vision=vision_config_from_hf(vision),
@@ -99,30 +139,32 @@ def idefics_config_from_hf(raw: Mapping[str, Any]) -> FlamingoConfig:
             qk_norm=perceiver.get("qk_layer_norms_perceiver", False),
         ),
         xattn=GatedConfig.idefics(
-            language["hidden_size"],
-            language["num_attention_heads"],
-            language["intermediate_size"],
-            eps=language["rms_norm_eps"],
+            width,
+            heads,
+            mlp_width,
+            eps=eps,
             qk_norm=raw.get("qk_layer_norms", False),
             gate="vector" if raw.get("alpha_type", "float") == "vector" else "scalar",
-            activation=activation_from_hf(language["hidden_act"]),
+            activation=activation_from_hf(act),
         ),
         every=raw.get("cross_layer_interval", 1),
         class_token=True,
     )
 
 
-def idefics_config_to_hf(config: FlamingoConfig) -> dict[str, Any]:
+def idefics_config_to_hf(config: FlamingoConfig) -> dict[str, object]:
     """A config.json. Raises CheckpointError, naming the field, for a Flamingo that is not of this kind."""
-    language, resampler = config.language, config.resampler
-    sizes = (language.get("hidden_size"), language.get("num_attention_heads"), language.get("intermediate_size"))
-    must(language["model_type"] == "llama", "language.model_type", language["model_type"], _WHO, "llama")
-    heads = language.get("num_key_value_heads", sizes[1])
-    must(heads == sizes[1], "language.num_key_value_heads", heads, _WHO, f"num_attention_heads = {sizes[1]}")
+    described, resampler = config.language, config.resampler
+    must(described["model_type"] == "llama", "language.model_type", described["model_type"], _WHO, "llama")
+    language = cast(_LlamaFields, described)
+    width, heads = language.get("hidden_size"), language.get("num_attention_heads")
+    mlp_width = language.get("intermediate_size")
+    shared = language.get("num_key_value_heads", heads)
+    must(shared == heads, "language.num_key_value_heads", shared, _WHO, f"num_attention_heads = {heads}")
     for name in ("attention_bias", "mlp_bias"):
-        must(not language.get(name), f"language.{name}", language.get(name), _WHO, "false")
+        must(not described.get(name), f"language.{name}", described.get(name), _WHO, "false")
     if (head := language.get("head_dim")) is not None:
-        must(head * sizes[1] == sizes[0], "language.head_dim", head, _WHO, "hidden_size / num_attention_heads")
+        must(head * heads == width, "language.head_dim", head, _WHO, "hidden_size / num_attention_heads")
     for name, value, fixed in (("offset", config.offset, 0), ("media", config.media, "previous")):
         must(value == fixed, name, value, _WHO, repr(fixed))
     must(config.class_token, "class_token", config.class_token, _WHO, "true")
@@ -132,9 +174,12 @@ def idefics_config_to_hf(config: FlamingoConfig) -> dict[str, Any]:
     new, first = config.new_ids, language["vocab_size"]
     must(new == tuple(range(first, first + len(new))), "end_id", config.end_id, _WHO, "vocab_size, the others after")
     eps = language.get("rms_norm_eps", 1e-6)
-    act = activation_from_hf(language.get("hidden_act", "silu"))
-    own = GatedConfig.idefics(*sizes, eps=eps, qk_norm=config.xattn.qk_norm, gate=config.xattn.gate, activation=act)  # type: ignore[arg-type]
-    must(config.xattn == own, "xattn", config.xattn, _WHO, repr(own))
+    act = language.get("hidden_act", "silu")
+    xattn = config.xattn
+    own = GatedConfig.idefics(
+        width, heads, mlp_width, eps=eps, qk_norm=xattn.qk_norm, gate=xattn.gate, activation=activation_from_hf(act)
+    )
+    must(xattn == own, "xattn", xattn, _WHO, repr(own))
     for name, value, fixed in (
         ("activation", resampler.activation, "relu"),
         ("final_norm", resampler.final_norm, True),
@@ -146,17 +191,17 @@ def idefics_config_to_hf(config: FlamingoConfig) -> dict[str, Any]:
     return {
         "architectures": [_WHO],
         "model_type": "idefics",
-        **{name: language[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")},
-        "num_attention_heads": sizes[1],
+        **{name: described[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")},
+        "num_attention_heads": heads,
         "max_position_embeddings": language.get("max_position_embeddings", 2048),
-        "hidden_act": language.get("hidden_act", "silu"),
+        "hidden_act": act,
         "rms_norm_eps": eps,
         "tie_word_embeddings": language.get("tie_word_embeddings", False),
-        **{name: language[name] for name in _ROTARY if language.get(name) is not None},
+        **{name: described[name] for name in _ROTARY if described.get(name) is not None},
         "additional_vocab_size": len(new),
         "cross_layer_interval": config.every,
-        "qk_layer_norms": config.xattn.qk_norm,
-        "alpha_type": "vector" if config.xattn.gate == "vector" else "float",
+        "qk_layer_norms": xattn.qk_norm,
+        "alpha_type": "vector" if xattn.gate == "vector" else "float",
         "use_resampler": True,
         "vision_config": {**vision, "embed_dim": vision.pop("hidden_size")},
         "perceiver_config": {
@@ -204,7 +249,7 @@ def read_idefics_folder(folder: Path, account: Account | None = None) -> tuple[F
         raise CheckpointError(f"{folder}: {error}") from None
 
 
-def _entries(config: FlamingoConfig, shapes: Mapping[str, Any]) -> list[Entry]:
+def _entries(config: FlamingoConfig, shapes: Shapes) -> list[Entry]:
     rows = [Entry(theirs, (ours,)) for theirs, ours in _ROWS.items() if ours in shapes]
     prefix = "language.lm."
     rows += [Entry(n.removeprefix(prefix), (n,)) for n in shapes if n.startswith(prefix)]
@@ -250,9 +295,10 @@ def _projections(theirs: str, ours: str, last: str) -> list[Entry]:
     return [row for name, own in names.items() for row in same(f"{theirs}{name}", f"{ours}.{own}", "weight")]
 
 
-def idefics_export(model: Source, *, shard_bytes: int) -> Export:
+def idefics_export(model: Source[Flamingo, InterleaveProcessor], *, shard_bytes: int) -> Export:
     """A Flamingo in the proportions of IDEFICS; any other can be written as `open_flamingo`."""
-    config, processor = model.net.config, model.processor
+    config: FlamingoConfig = model.net.config
+    processor = model.processor
     described = idefics_config_to_hf(config)
     tokens = TOKENS[: len(config.new_ids)]
     for name, value, fixed in (("tokens", processor.tokens, tokens), ("around", processor.around, True)):
@@ -283,6 +329,4 @@ def idefics_export(model: Source, *, shard_bytes: int) -> Export:
         },
     }
     losses = (template_loss,) if processor.template == OWN else ()
-    return Export(
-        files=files, losses=losses, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)"
-    )
+    return Export(files=files, losses=losses, opens=f"transformers.{_WHO}.from_pretrained(FOLDER)")

@@ -3,17 +3,18 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from isthmus import load_report
 from isthmus.checkpoint import Content, read_json, state_tensors
+from isthmus.data.processor import TextProcessor
 from isthmus.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.interop.archives import read_state
-from isthmus.interop.export import Export, Source, must, shards
+from isthmus.interop.export import AnySource, Export, Source, must, shards
 from isthmus.interop.hf_files import (
     begun,
     chat_template,
@@ -23,6 +24,11 @@ from isthmus.interop.hf_files import (
 )
 from isthmus.language import T5_LIKE, LanguageModel, Seq2SeqLM, known_fields, vocabulary_tables
 from isthmus.load_report import Account
+from isthmus.models.lm import BareLM
+from isthmus.net import Net
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IMAGE = "<image>"
 _WHO = "transformers"
@@ -31,12 +37,14 @@ RENAMED = {"embed_out.weight": "lm_head.weight"}
 """Stored name -> name in the library's class, where they differ (GPT-NeoX files keep the old name of the head)."""
 
 
-def published(lm: Any, name: str) -> str:
+def published(lm: "PreTrainedModel", name: str) -> str:
     """The name of a tensor of ``lm`` in published files."""
     return next((t for t, ours in RENAMED.items() if ours == name and lm.config.model_type == "gpt_neox"), name)
 
 
-def read_language_folder(path: str | Path, account: Account | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_language_folder(
+    path: str | Path, account: Account | None = None
+) -> tuple[dict[str, object], dict[str, Tensor]]:
     """A saved LM of transformers as (configuration, state dict under the library class's own keys), strictly.
 
     Reads config.json and the weights, one file or shards; nothing in the folder is executed. Explained differences
@@ -51,7 +59,9 @@ def read_language_folder(path: str | Path, account: Account | None = None) -> tu
     return config, match_keys(lm, stored, where=str(folder), account=account)
 
 
-def read_seq2seq_folder(path: str | Path, account: Account | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_seq2seq_folder(
+    path: str | Path, account: Account | None = None
+) -> tuple[dict[str, object], dict[str, Tensor]]:
     """A saved T5 of transformers as (configuration, state dict under the library's keys), strictly; no code is run.
 
     A head that is stored beside another embedding table is taken as untied, whatever config.json says.
@@ -70,8 +80,8 @@ def read_seq2seq_folder(path: str | Path, account: Account | None = None) -> tup
 
 
 def seq2seq_ties(
-    config: Mapping[str, Any], raw: Mapping[str, Any], head: Tensor | None, table: Tensor | None
-) -> dict[str, Any]:
+    config: Mapping[str, object], raw: Mapping[str, object], head: Tensor | None, table: Tensor | None
+) -> dict[str, object]:
     """``config`` with what a T5's files say of its head: a table of its own where one is stored, else the embedding's,
     its input scaled or not. Versions of the library before 5 say "not scaled" by ``tie_word_embeddings``, later ones,
     which tie all that they make, by a field of its own."""
@@ -83,7 +93,7 @@ def seq2seq_ties(
 
 
 def match_keys(
-    lm: Any, stored: Mapping[str, Tensor], *, where: str, account: Account | None = None
+    lm: "PreTrainedModel", stored: Mapping[str, Tensor], *, where: str, account: Account | None = None
 ) -> dict[str, Tensor]:
     """``stored`` under the keys of ``lm`` (which may live on the meta device). Raises CheckpointError."""
     expected = lm.state_dict(keep_vars=True)
@@ -94,7 +104,8 @@ def match_keys(
         r"\.attn\.(masked_)?bias$",
         r"\.attention\.(masked_)?bias$",
     ]
-    state, left_over = {}, []
+    state: dict[str, Tensor] = {}
+    left_over: list[str] = []
     for name, tensor in stored.items():
         name = RENAMED.get(name, name) if RENAMED.get(name) in expected else name
         key = name if name in expected else prefix + name
@@ -124,21 +135,19 @@ def match_keys(
     return state
 
 
-def lm_export(model: Source, *, shard_bytes: int) -> Export:
-    weights = language_tensors(model.net.language.lm)
-    words = model.processor.tokenizer
+def lm_export(model: Source[BareLM, TextProcessor], *, shard_bytes: int) -> Export:
+    weights, words = language_tensors(model.net.language.lm), model.processor.tokenizer
     template = begun(chat_template(getattr(model.processor, "template", "")), words) or words.chat_template
     files = {
-        **language_files(model, weights),
+        **language_files(model, model.net.language, weights),
         **shards(weights, shard_bytes),
         **({CHAT_TEMPLATE: template} if template else {}),
     }
     return Export(files=files, opens="transformers.AutoModelForCausalLM.from_pretrained(FOLDER)")
 
 
-def language_files(model: Source, weights: Mapping[str, Tensor]) -> dict[str, Content]:
-    """Configuration, decoding and tokenizer of the bare LM."""
-    language = model.net.language
+def language_files(model: AnySource, language: LanguageModel, weights: Mapping[str, Tensor]) -> dict[str, Content]:
+    """Configuration, decoding and tokenizer of the model's bare LM."""
     described = {**language.config, "architectures": [type(language.lm).__name__]}
     return {
         "config.json": with_dtype(described, weights),
@@ -147,20 +156,23 @@ def language_files(model: Source, weights: Mapping[str, Tensor]) -> dict[str, Co
     }
 
 
-def language_tensors(lm: Any) -> dict[str, Tensor]:
+def language_tensors(lm: "PreTrainedModel") -> dict[str, Tensor]:
     """Under the names of published files, a tied tensor once."""
     return {published(lm, name): tensor for name, tensor in state_tensors(lm).items()}
 
 
-def with_image_token(net: Any, tokenizer: Tokenizer) -> tuple[dict[str, Tensor], dict[str, Any], Tokenizer, int]:
-    """State, the LM's configuration, tokenizer and id for a layout whose place of a picture is a token.
+def with_image_token(
+    net: Net, config: Mapping[str, object], tokenizer: Tokenizer
+) -> tuple[dict[str, Tensor], dict[str, object], Tokenizer, int]:
+    """State, the LM's configuration, tokenizer and id for a layout whose place of a picture is a token. ``config`` is
+    the LM's as it is.
 
     The token is the tokenizer's own ``<image>``, or a new one after its vocabulary. Where the LM's tables have no row
     to spare they get one more, the mean of the others; the model overwrites it wherever the token stands.
     """
     tokenizer = tokenizer if tokenizer.backend.token_to_id(IMAGE) is not None else tokenizer.with_tokens(IMAGE)
     token, rows = tokenizer.id_of(IMAGE), net.language.vocab_size
-    state, language = net.state_dict(), dict(net.config.language)
+    state, language = net.state_dict(), dict(config)
     must(token <= rows, "tokenizer", f"{token} tokens", _WHO, f"no larger than the LM's vocabulary of {rows}")
     if token == rows:
         for name in vocabulary_tables(net.language):

@@ -4,10 +4,10 @@ Four layouts of keys are in circulation (files up to 4.51, 4.52 in memory, 5.x i
 four are read, the first, which every version reads, is written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from isthmus import load_report
 from isthmus.checkpoint import read_json
 from isthmus.data.chat import ChatForm, form_of
+from isthmus.data.processor import SpliceProcessor
 from isthmus.data.tokenizer import CHAT_TEMPLATE
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
@@ -37,9 +38,12 @@ from isthmus.interop.hf_files import (
 from isthmus.interop.hf_language import IMAGE, match_keys, with_image_token
 from isthmus.language import LanguageModel, known_fields, library_config
 from isthmus.load_report import Account
-from isthmus.models.llava import LlavaConfig
+from isthmus.models.llava import Llava, LlavaConfig
 from isthmus.nn.connectors import build_connector
 from isthmus.nn.tiles import PINPOINTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _CLIP_L_336 = {
     "model_type": "clip_vision_model",
@@ -70,7 +74,21 @@ head of its own on the language model's body, whatever that model's own class do
 # Configurations.
 
 
-def llava_config_from_hf(config: Mapping[str, Any], account: Account | None = None) -> LlavaConfig:
+class _Fields(TypedDict, total=False):
+    """What is read of a config.json."""
+
+    model_type: str
+    vision_config: Mapping[str, object] | None
+    text_config: Mapping[str, object] | None
+    vision_feature_layer: int | Sequence[int]
+    vision_feature_select_strategy: str
+    image_grid_pinpoints: Sequence[tuple[int, int]] | None
+    tie_word_embeddings: bool
+    image_token_index: int
+    image_token_id: int
+
+
+def llava_config_from_hf(config: Mapping[str, object], account: Account | None = None) -> LlavaConfig:
     """From the config.json of a ``LlavaForConditionalGeneration`` or ``LlavaNextForConditionalGeneration``.
 
     Raises CheckpointError for what has no place.
@@ -83,8 +101,9 @@ def llava_config_from_hf(config: Mapping[str, Any], account: Account | None = No
     for name, expected in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
         if config.get(name, expected) != expected:
             raise CheckpointError(f"config.json: {name} {config[name]!r} is not supported, only {expected!r}.")
-    vision = vision_config_from_hf({"model_type": "clip_vision_model", **(config.get("vision_config") or _CLIP_L_336)})
-    strategy = config.get("vision_feature_select_strategy", "default")
+    values = cast(_Fields, config)
+    vision = vision_config_from_hf({"model_type": "clip_vision_model", **(values.get("vision_config") or _CLIP_L_336)})
+    strategy = values.get("vision_feature_select_strategy", "default")
     if strategy == "default" and not vision.class_token:
         raise CheckpointError(
             "config.json: vision_feature_select_strategy 'default' drops the first token, but this "
@@ -97,11 +116,11 @@ def llava_config_from_hf(config: Mapping[str, Any], account: Account | None = No
                 f"config.json: vision_feature_select_strategy {strategy!r} of a LLaVA-NeXT keeps the class token, "
                 "which has no place among its tiles; with this vision encoder only 'default' is supported."
             )
-        pinpoints = tuple((int(h), int(w)) for h, w in config.get("image_grid_pinpoints") or PINPOINTS)
-    layer = config.get("vision_feature_layer", -2)
-    text = known_fields({"model_type": "llama", **(config.get("text_config") or {})})
+        pinpoints = tuple((int(h), int(w)) for h, w in values.get("image_grid_pinpoints") or PINPOINTS)
+    layer = values.get("vision_feature_layer", -2)
+    text = known_fields({"model_type": "llama", **(values.get("text_config") or {})})
     # transformers' LLaVA ties where either says so, the text's class by default among them (Gemma).
-    tied = bool(config.get("tie_word_embeddings") or getattr(library_config(text), "tie_word_embeddings", False))
+    tied = bool(values.get("tie_word_embeddings") or getattr(library_config(text), "tie_word_embeddings", False))
     return LlavaConfig(
         vision=vision,
         language=_bare({**text, "tie_word_embeddings": tied}, account),
@@ -111,7 +130,7 @@ def llava_config_from_hf(config: Mapping[str, Any], account: Account | None = No
     )
 
 
-def _bare(language: dict[str, Any], account: Account | None) -> dict[str, Any]:
+def _bare(language: dict[str, object], account: Account | None) -> dict[str, object]:
     """The language model with its logits as the head gives them, with a note where its own class does otherwise."""
     values = library_config(language)
     own = {name: getattr(values, name, None) for name in _BARE}
@@ -124,7 +143,7 @@ def _bare(language: dict[str, Any], account: Account | None) -> dict[str, Any]:
     return {**language, **changed}
 
 
-def llava_config_to_hf(config: LlavaConfig, *, image_token_id: int) -> dict[str, Any]:
+def llava_config_to_hf(config: LlavaConfig, *, image_token_id: int) -> dict[str, object]:
     """A config.json that transformers opens, for a vocabulary that holds ``image_token_id``.
 
     Raises CheckpointError for a connector other than ``mlp2x_gelu``: this layout cannot say which one it is.
@@ -134,12 +153,11 @@ def llava_config_to_hf(config: LlavaConfig, *, image_token_id: int) -> dict[str,
             f"transformers' LLaVA has the two-layer projector only; this model has "
             f"{config.projector!r}. Convert it to `original` or keep it in our own format."
         )
-    keep_all = config.feature_select == "cls_patch" or not config.vision.class_token
     layer = config.feature_layer
     patches = config.vision.grid**2 + (config.feature_select == "cls_patch")
     tiled = {"image_grid_pinpoints": [list(canvas) for canvas in config.pinpoints]} if config.pinpoints else {}
     return {
-        "architectures": ["LlavaNextForConditionalGeneration" if tiled else "LlavaForConditionalGeneration"],
+        "architectures": [_class_of(config)],
         "model_type": "llava_next" if tiled else "llava",
         **tiled,
         "vision_config": vision_config_to_hf(config.vision),
@@ -149,9 +167,18 @@ def llava_config_to_hf(config: LlavaConfig, *, image_token_id: int) -> dict[str,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": layer if isinstance(layer, int) else list(layer),
-        "vision_feature_select_strategy": "full" if keep_all else "default",
+        "vision_feature_select_strategy": _strategy(config),
         "tie_word_embeddings": bool(config.language.get("tie_word_embeddings", False)),
     }
+
+
+def _class_of(config: LlavaConfig) -> str:
+    return "LlavaNextForConditionalGeneration" if config.pinpoints else "LlavaForConditionalGeneration"
+
+
+def _strategy(config: LlavaConfig) -> str:
+    """Which features stay, in their words; an encoder without a class token has none to drop."""
+    return "full" if config.feature_select == "cls_patch" or not config.vision.class_token else "default"
 
 
 # Weights.
@@ -217,7 +244,7 @@ def llava_to_hf(state: Mapping[str, Tensor], config: LlavaConfig) -> dict[str, T
     }
 
 
-def _language(stored: dict[str, Tensor], lm: Any, account: Account | None) -> dict[str, Tensor]:
+def _language(stored: dict[str, Tensor], lm: "PreTrainedModel", account: Account | None) -> dict[str, Tensor]:
     """Under names that :func:`match_keys` knows: the body is ``model.`` in these files, whatever its own calls it, and
     the head has no bias."""
     body = lm.base_model_prefix
@@ -258,8 +285,8 @@ def llava_from_folder(
 ) -> tuple[LlavaConfig, dict[str, Tensor], int]:
     """The same with the weights given, in any of the four layouts. A head that is stored beside another table of
     embeddings is not tied, whatever config.json says, as in transformers."""
-    values = read_json(Path(path) / "config.json")
-    config = llava_config_from_hf(values, account)
+    described = read_json(Path(path) / "config.json")
+    config, values = llava_config_from_hf(described, account), cast(_Fields, described)
     if not _as_written(stored):
         load_report.noted(
             account,
@@ -278,11 +305,10 @@ def _head_of_its_own(stored: Mapping[str, Tensor]) -> bool:
     return len(found) == 2 and not torch.equal(*found)
 
 
-def llava_export(model: Source, *, shard_bytes: int) -> Export:
+def llava_export(model: Source[Llava, SpliceProcessor], *, shard_bytes: int) -> Export:
     net, processor = model.net, model.processor
-    lm = net.language.lm
-    kind = net.config.language["model_type"]
-    bias = getattr(lm.get_output_embeddings(), "bias", None)
+    own: LlavaConfig = net.config
+    model_type, bias = own.language["model_type"], getattr(net.language.lm.get_output_embeddings(), "bias", None)
     must(
         bias is None or not bias.any(),
         "language.lm.lm_head.bias",
@@ -290,17 +316,16 @@ def llava_export(model: Source, *, shard_bytes: int) -> Export:
         "transformers' LLaVA",
         "a head without bias",
     )
-    must(
-        net.language.plain_head(), "language.model_type", kind, "transformers' LLaVA", "an LM with a plain output head"
-    )
+    plain = net.language.plain_head()
+    must(plain, "language.model_type", model_type, "transformers' LLaVA", "an LM with a plain output head")
     must(not processor.around, "processor.around", processor.around, "transformers' LLaVA", "nothing")
-    state, language, tokenizer, token = with_image_token(net, processor.tokenizer)
-    config = replace(net.config, language=language)
+    state, language, tokenizer, token = with_image_token(net, own.language, processor.tokenizer)
+    config = replace(own, language=language)
     described = llava_config_to_hf(config, image_token_id=token)
     weights = llava_to_hf(state, config)
     form = form_of(processor.template, processor.tokenizer)
     template = own_chat_template(form) if isinstance(form, ChatForm) else chat_template(processor.template)
-    kind = "LlavaNext" if config.pinpoints else "Llava"
+    owner = "LlavaNextProcessor" if config.pinpoints else "LlavaProcessor"
     files = {
         "config.json": with_dtype(described, weights),
         "generation_config.json": generation_config(model, forbidden=[token]),
@@ -311,16 +336,16 @@ def llava_export(model: Source, *, shard_bytes: int) -> Export:
             end=False,
             context=net.language.context,
             side="left",
-            processor_class=f"{kind}Processor",
+            processor_class=owner,
         ),
         "preprocessor_config.json": image_processor(processor.image),
         "processor_config.json": {
-            "processor_class": f"{kind}Processor",
+            "processor_class": owner,
             "image_token": IMAGE,
             "patch_size": config.vision.patch_size,
-            "vision_feature_select_strategy": described["vision_feature_select_strategy"],
+            "vision_feature_select_strategy": _strategy(config),
             "num_additional_image_tokens": int(config.vision.class_token),
         },
         **({CHAT_TEMPLATE: template} if template else {}),
     }
-    return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")
+    return Export(files=files, opens=f"transformers.{_class_of(config)}.from_pretrained(FOLDER)")

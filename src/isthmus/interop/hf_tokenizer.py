@@ -4,10 +4,12 @@ Which special tokens a text gets stands in a class's code, in ``tokenizer.json``
 classes rebuild what the file holds; so nothing is guessed from names: a text is encoded with and without them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
+
+import tokenizers
 
 from isthmus.checkpoint import read_json
 from isthmus.data.clip_tokenizer import SIGLIP, clip_tokenizer, load_tokenizer
@@ -16,6 +18,15 @@ from isthmus.errors import CheckpointError, DataError
 from isthmus.language.chat_template import render_chat
 
 _PROBE = "a photo of two cats"
+
+
+class FastTokenizer(Protocol):
+    """What is read of transformers' own tokenizers; ``bos_token`` and its like by name."""
+
+    backend_tokenizer: tokenizers.Tokenizer
+    chat_template: str | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]: ...
 
 
 def open_tokenizer(folder: str | Path) -> Tokenizer:
@@ -38,19 +49,19 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
     return _begun(tokenizer, added, tokenizer.backend.encode(_PROBE, add_special_tokens=False).ids, folder)
 
 
-def auto_tokenizer(folder: Path) -> Any:
+def auto_tokenizer(folder: Path) -> FastTokenizer | None:
     """transformers' own tokenizer of a folder; none where it has no fast one, or refuses."""
     from transformers import AutoTokenizer
 
     try:
         with quiet():
-            peer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            peer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception:  # of many kinds; what is wrong with the files is said by who reads them next
         return None
-    return None if getattr(peer, "backend_tokenizer", None) is None else peer
+    return None if getattr(peer, "backend_tokenizer", None) is None else cast(FastTokenizer, peer)
 
 
-def from_peer(peer: Any, folder: Path) -> Tokenizer:
+def from_peer(peer: FastTokenizer, folder: Path) -> Tokenizer:
     """Our tokenizer of transformers' fast one, beginning a text as it does. Raises CheckpointError for one without an
     end of sequence."""
     vocabulary = peer.backend_tokenizer
@@ -74,7 +85,7 @@ def _begun(tokenizer: Tokenizer, added: list[int], bare: list[int], folder: Path
     )
 
 
-def rendered(template: str, messages: list[dict[str, Any]], names: Mapping[str, str]) -> str | None:
+def rendered(template: str, messages: Sequence[Mapping[str, object]], names: Mapping[str, str]) -> str | None:
     """What transformers makes of a conversation by a chat template, up to the answer; none where the template refuses
     it or is no Jinja."""
     try:

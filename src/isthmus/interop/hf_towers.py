@@ -4,11 +4,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from isthmus.checkpoint import read_json
+from isthmus.data.processor import ImagesProcessor, TextsProcessor
 from isthmus.interop.archives import read_state
 from isthmus.interop.entries import part_of
 from isthmus.interop.export import Export, Source, must, shards
@@ -30,7 +30,7 @@ from isthmus.interop.hf_files import (
     with_dtype,
 )
 from isthmus.load_report import Account
-from isthmus.models.towers import ImageEncoderConfig, TextEncoderConfig
+from isthmus.models.towers import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
 
 _SIGLIP_HEADS = ("head.", "text_model.head.")
 _WHO = "transformers"
@@ -66,46 +66,56 @@ def read_text_encoder_folder(
 
 def image_encoder_to_hf(
     state: Mapping[str, Tensor], config: ImageEncoderConfig
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[dict[str, object], dict[str, Tensor]]:
     """A config.json and their state dict, in the layout that every version reads. Raises CheckpointError, naming the
     field, for a tower they have no class for."""
     described = vision_config_to_hf(config.vision)
     clip = described["model_type"] == "clip_vision_model"
     must(clip or config.embed_dim is None, "embed_dim", config.embed_dim, _WHO, "none for SigLIP's image tower")
-    name = f"{'CLIP' if clip else 'Siglip'}VisionModel{'' if config.embed_dim is None else 'WithProjection'}"
     weights = vision_to_hf(part_of(state, "vision."), config.vision, prefix="vision_model.")
     if config.embed_dim is not None:
         weights["visual_projection.weight"] = state["projection.weight"]
         described["projection_dim"] = config.embed_dim
-    return {"architectures": [name], **described}, weights
+    return {"architectures": [_image_class(config)], **described}, weights
+
+
+def _image_class(config: ImageEncoderConfig) -> str:
+    layout = "CLIP" if config.vision.class_token else "Siglip"
+    return f"{layout}VisionModel{'' if config.embed_dim is None else 'WithProjection'}"
 
 
 def text_encoder_to_hf(
     state: Mapping[str, Tensor], config: TextEncoderConfig
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[dict[str, object], dict[str, Tensor]]:
     """The same of a text tower."""
     clip, described = config.text.causal, text_config_to_hf(config.text)
     must(config.projection_bias != clip, "projection_bias", config.projection_bias, _WHO, f"{not clip} for this tower")
-    name = f"{'CLIP' if clip else 'Siglip'}TextModel{'WithProjection' if clip and config.embed_dim else ''}"
     weights = text_to_hf(part_of(state, "text."), config.text, prefix="text_model.")
     head = "text_projection." if clip else "text_model.head."
     weights |= {f"{head}{leaf}": tensor for leaf, tensor in part_of(state, "projection.").items()}
     described["projection_dim" if clip else "projection_size"] = config.embed_dim or config.text.width
-    return {"architectures": [name], **described}, weights
+    return {"architectures": [_text_class(config)], **described}, weights
 
 
-def image_encoder_export(model: Source, *, shard_bytes: int) -> Export:
-    described, weights = image_encoder_to_hf(model.net.state_dict(), model.net.config)
+def _text_class(config: TextEncoderConfig) -> str:
+    clip = config.text.causal
+    return f"{'CLIP' if clip else 'Siglip'}TextModel{'WithProjection' if clip and config.embed_dim else ''}"
+
+
+def image_encoder_export(model: Source[ImageEncoder, ImagesProcessor], *, shard_bytes: int) -> Export:
+    config: ImageEncoderConfig = model.net.config
+    described, weights = image_encoder_to_hf(model.net.state_dict(), config)
     files = {
         "config.json": with_dtype(described, weights),
         **shards(weights, shard_bytes),
         "preprocessor_config.json": image_processor(model.processor.image),
     }
-    return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")
+    return Export(files=files, opens=f"transformers.{_image_class(config)}.from_pretrained(FOLDER)")
 
 
-def text_encoder_export(model: Source, *, shard_bytes: int) -> Export:
-    config, state, tokenizer = model.net.config, model.net.state_dict(), model.processor.tokenizer
+def text_encoder_export(model: Source[TextEncoder, TextsProcessor], *, shard_bytes: int) -> Export:
+    config: TextEncoderConfig = model.net.config
+    state, tokenizer = model.net.state_dict(), model.processor.tokenizer
     if config.text.causal and config.text.pool == "eot" and config.text.eot_id == LEGACY_EOT:
         state, config, tokenizer = last_eot(state, config, tokenizer)
     described, weights = text_encoder_to_hf(state, config)
@@ -116,4 +126,4 @@ def text_encoder_export(model: Source, *, shard_bytes: int) -> Export:
         **shards(weights, shard_bytes),
         **tokenizer_files(tokenizer, begin=True, end=True, context=config.text.context, pad_token=str(pad)),
     }
-    return Export(files=files, opens=f"transformers.{described['architectures'][0]}.from_pretrained(FOLDER)")
+    return Export(files=files, opens=f"transformers.{_text_class(config)}.from_pretrained(FOLDER)")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from torch import Tensor
 from isthmus import load_report
 from isthmus.checkpoint import Content, load_into, read_json
 from isthmus.config import plain
-from isthmus.data.blip2 import PairProcessor
+from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.images import ImageTransform
+from isthmus.data.processor import Processor
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.wordpiece import load_wordpiece
 from isthmus.errors import CheckpointError
@@ -210,26 +211,26 @@ class _Encoder:
 def open_lavis(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     """Net, processor and forbidden ids. Raises CheckpointError: a tensor that is missing or left over, or a part that
     must be given: ``vision``, ``language``, or BERT's ``tokenizer``."""
-    kind = next((kind for kind, (projection, _) in LM.items() if f"{projection}weight" in state), None)
+    family = next((name for name, (projection, _) in LM.items() if f"{projection}weight" in state), None)
     texts = "Qformer.bert.embeddings.word_embeddings.weight" in state
-    if kind is None and not texts:
+    if family is None and not texts:
         raise CheckpointError(f"{path} holds neither the projection into a language model nor the first stage's texts.")
     inside = any(name.startswith(_VISION) for name in state)
-    used = {"vision": not inside, "language": kind is not None, "tokenizer": texts}
+    used = {"vision": not inside, "language": family is not None, "tokenizer": texts}
     given.only(*(name for name, needed in used.items() if needed), where=path)
     encoder, state = _encoder(path, state, given)
-    language = _language(given.need("language", path, "holds no language model's sizes"), given) if kind else None
+    language = _language(given.need("language", path, "holds no language model's sizes"), given) if family else None
     config = Blip2Config(
         vision=encoder.config,
         qformer=_qformer(state, encoder.config.width),
         language=None if language is None else language[0],
-        phase="generate" if kind else "represent",
-        instruct=bool(kind) and texts,
-        embed_dim=256 if kind else len(state["vision_proj.weight"]),
+        phase="generate" if family else "represent",
+        instruct=bool(family) and texts,
+        embed_dim=256 if family else len(state["vision_proj.weight"]),
     )
     with torch.device("meta"):
         expected = {n: t for n, t in Blip2(config).state_dict().items() if n not in encoder.state}
-    own = from_lavis(state, expected, kind or "opt", given.account)
+    own = from_lavis(state, expected, family or "opt", given.account)
     ours = {**(language[1] if language else {}), **encoder.state, **own}
     net = Blip2(config)
     load_into(net, ours, where=path, account=given.account)
@@ -274,7 +275,7 @@ def _qformer(state: Mapping[str, Tensor], vision_width: int) -> QFormerConfig:
     )
 
 
-def _language(path: str | Path, given: Given) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer]:
+def _language(path: str | Path, given: Given) -> tuple[Mapping[str, object], dict[str, Tensor], Tokenizer]:
     """Configuration, weights under our names and tokenizer of the frozen LM; a T5 by itself is no model here."""
     folder = Path(path)
     raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -285,7 +286,8 @@ def _language(path: str | Path, given: Given) -> tuple[dict[str, Any], dict[str,
         tokenizer = open_tokenizer(folder)
     else:
         model = given.open(folder)
-        config, state = plain(model.net.config)["language"], model.net.language.lm.state_dict()
+        config = cast("Mapping[str, object]", plain(model.net.config)["language"])
+        state = model.net.language.lm.state_dict()
         tokenizer = model.processor.tokenizer
     return config, {f"language.lm.{name}": tensor for name, tensor in state.items()}, tokenizer
 
@@ -302,7 +304,8 @@ def _encoder(path: Path, state: dict[str, Tensor], given: Given) -> tuple[_Encod
         part = Account()
         raw = read_archive(source, part)
         load_report.beside(given.account, part)
-        weights = tensors_of(raw.get("module", raw.get("model", raw)), source)
+        inside = cast("Mapping[str, object]", raw.get("module", raw.get("model", raw)))
+        weights = tensors_of(inside, source)
         return _eva_file(source, weights, given.account), state
     found = given.encoder(source)
     return _Encoder(*_without_last(found.config, found.state, given.account)), state
@@ -376,7 +379,7 @@ def _without_last(
     return cut, {f"vision.{name}": tensor for name, tensor in kept.items()}
 
 
-def lavis_export(model: Source, *, shard_bytes: int) -> Export:
+def lavis_export(model: Source[Blip2, Processor], *, shard_bytes: int) -> Export:
     """``model.pth`` with ``{"model": state dict}``, the LM included, and both tokenizers."""
     config, tokenizer, who = model.net.config, model.processor.tokenizer, "LAVIS"
     vision = config.vision
@@ -395,12 +398,13 @@ def lavis_export(model: Source, *, shard_bytes: int) -> Export:
         ("patch_positions", config.patch_positions, False),
     ):
         must(value == allowed, field, value, who, repr(allowed))
-    model_type = "opt" if config.language is None or config.phase == "represent" else config.language["model_type"]
+    language = config.language if config.phase == "generate" else None
+    model_type = "opt" if language is None else str(language["model_type"])
     must(model_type in ("opt", "t5", "llama"), "language.model_type", model_type, who, "opt, t5 or llama")
     losses = []
     if config.norm_eps != NORM_EPS:
         losses.append(f"norm_eps {config.norm_eps:g}: there it is {NORM_EPS:g}; answers differ in the last digits")
-    if config.phase == "generate":
+    if isinstance(model.processor, PromptProcessor):
         losses += asked_otherwise(model.net, model.processor)
     files: dict[str, Content] = {
         "model.pth": pickled({"model": to_lavis(model.net.state_dict(), model_type)}),

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +88,8 @@ def merge_adapter(lm: nn.Module, folder: Path, account: Account | None = None) -
     try:
         with mapped.solid(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peft to its developers; what does not fit is an error below
-            config = LoraConfig(
-                **{k: v for k, v in values.items() if k in _MERGED and v is not None}, inference_mode=True
-            )
+            settings: dict[str, Any] = {k: v for k, v in values.items() if k in _MERGED and v is not None}
+            config = LoraConfig(**settings, inference_mode=True)  # it checks them itself
             model: Any = get_peft_model(lm, config)  # type: ignore[arg-type]
             result = set_peft_model_state_dict(model, state)
             _fits(result, file)
@@ -101,7 +100,12 @@ def merge_adapter(lm: nn.Module, folder: Path, account: Account | None = None) -
         ) from error
 
 
-def _fits(result: Any, file: Path) -> None:
+class _Result(Protocol):
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def _fits(result: _Result, file: Path) -> None:
     """Raises CheckpointError for tensors of an adapter that its base has no place for, and places left empty."""
     marks = ("lora_", ".modules_to_save.", ".token_adapter.")
     missing, strange = [k for k in result.missing_keys if any(m in k for m in marks)], result.unexpected_keys
@@ -111,7 +115,7 @@ def _fits(result: Any, file: Path) -> None:
             raise CheckpointError(f"{file}: the adapter {what} {names[0]!r}{more}. Is it this base's?")
 
 
-def _mergeable(folder: Path) -> dict[str, Any]:
+def _mergeable(folder: Path) -> dict[str, object]:
     """adapter_config.json. Raises CheckpointError, naming the field, for what would not be merged exactly."""
     values, where = read_json(folder / CONFIG), f"{folder}/{CONFIG}"
     if values.get("peft_type", "LORA") != "LORA":
@@ -130,8 +134,8 @@ def _mergeable(folder: Path) -> dict[str, Any]:
 
 
 def _named_as_in(
-    lm: nn.Module, stored: Mapping[str, Tensor], values: dict[str, Any], folder: Path
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    lm: nn.Module, stored: Mapping[str, Tensor], values: dict[str, object], folder: Path
+) -> tuple[dict[str, Tensor], dict[str, object]]:
     """The adapter's tensors and configuration in the names of the modules of ``lm``; both as they are where they fit.
 
     An adapter of a LLaVA names its modules as the version it was made with, and may be given its language model alone.
@@ -145,23 +149,27 @@ def _named_as_in(
     if all(_module(name) in modules for name in bare):
         return {f"{prefix}{name}": tensor for name, tensor in bare.items()}, values
     renamed = {_renamed(name, modules): tensor for name, tensor in bare.items()}
-    named = [n for field in ("rank_pattern", "alpha_pattern") for n in values.get(field) or {}]
-    named += [values[n] for n in ("target_modules", "exclude_modules") if isinstance(values.get(n), str)]
+    by_module = {field: _numbers(values, field) for field in ("rank_pattern", "alpha_pattern")}
+    named = [name for numbers in by_module.values() for name in numbers]
+    named += [n for n in map(values.get, ("target_modules", "exclude_modules")) if isinstance(n, str)]
     if any(re.search(r"[^\w.\-]", pattern) for pattern in named if pattern != "all-linear"):
         raise CheckpointError(
             f"{folder}/{CONFIG} names modules by patterns ({named[0]!r}) in another layout than its base model's; "
             "save the adapter anew with this version of transformers."
         )
     patterns = {
-        field: {
-            _renamed(f"{name}.weight", modules).removesuffix(".weight"): value for name, value in values[field].items()
-        }
-        for field in ("rank_pattern", "alpha_pattern")
-        if values.get(field)
+        field: {_renamed(f"{name}.weight", modules).removesuffix(".weight"): value for name, value in numbers.items()}
+        for field, numbers in by_module.items()
+        if numbers
     }
     targets = sorted({_module(name) for name in renamed if ".lora_" in name})
     names = {"target_modules": targets, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     return {f"{prefix}{name}": tensor for name, tensor in renamed.items()}, {**values, **patterns, **names}
+
+
+def _numbers(values: Mapping[str, object], field: str) -> Mapping[str, float]:
+    """By module or pattern of modules, where the field is there."""
+    return cast("Mapping[str, float]", values.get(field) or {})
 
 
 def _renamed(name: str, modules: set[str]) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict, cast
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from isthmus.interop.archives import read_archive, read_state, tensors_of, unwra
 from isthmus.interop.entries import Entry, from_theirs, to_theirs
 from isthmus.interop.export import Export, Source, must
 from isthmus.interop.given import Given, Opened
+from isthmus.interop.hf_files import per_channel
 from isthmus.interop.openai import (
     clip_shapes,
     entries,
@@ -65,39 +66,94 @@ CANONICAL = {"clean": "canonicalize"}
 _POOLS: dict[str, Literal["argmax", "eot", "last"]] = {"argmax": "argmax", "eos": "eot", "last": "last"}
 
 
-def clip_config_from_open_clip(config: Mapping[str, Any]) -> ClipConfig:
+class _TowerFields(TypedDict, total=False):
+    width: int
+    layers: int
+    mlp_ratio: float
+    norm_kwargs: Mapping[str, float] | None
+
+
+class _VisionFields(_TowerFields, total=False):
+    image_size: int
+    patch_size: int
+    head_width: int
+    no_ln_pre: bool
+    timm_model_name: str
+
+
+class _TextFields(_TowerFields, total=False):
+    context_length: int
+    vocab_size: int
+    heads: int
+    pad_id: int
+    eos_id: int
+    pool_type: str
+    proj_bias: bool
+    no_causal_mask: bool
+    act_kwargs: Mapping[str, object] | None
+    hf_tokenizer_name: str | None
+    tokenizer_kwargs: Mapping[str, object] | None
+
+
+class _Fields(TypedDict):
+    """What is read of a JSON model configuration."""
+
+    embed_dim: int
+    vision_cfg: NotRequired[_VisionFields]
+    text_cfg: NotRequired[_TextFields]
+    quick_gelu: NotRequired[bool]
+    init_logit_scale: NotRequired[float | None]
+    init_logit_bias: NotRequired[float | None]
+
+
+class _PictureFields(TypedDict, total=False):
+    resize_mode: str
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class _File(TypedDict):
+    """A folder's open_clip_config.json."""
+
+    model_cfg: _Fields
+    preprocess_cfg: NotRequired[_PictureFields]
+
+
+def clip_config_from_open_clip(config: Mapping[str, object]) -> ClipConfig:
     """Our configuration from a JSON model configuration (``embed_dim``, ``vision_cfg``, ``text_cfg``, ...).
 
     ``quick_gelu`` left out means exact GELU, as there. Fields that change the architecture beyond CLIP's raise
     CheckpointError unless they are switched off.
     """
     _only_known(config, _TOP_READ, _TOP_FIXED, "the open_clip configuration")
-    activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
-    vision = config.get("vision_cfg", {})
-    siglip = bool(vision.get("timm_model_name"))
-    tower = _timm(vision) if siglip else _vision(vision, activation)
-    if siglip and tower.width != config["embed_dim"]:
+    values = cast(_Fields, config)
+    activation = "quick_gelu" if values.get("quick_gelu") else "gelu"
+    vision = values.get("vision_cfg", {})
+    timm = vision.get("timm_model_name")
+    tower = _timm(vision, timm) if timm else _vision(vision, activation)
+    if timm and tower.width != values["embed_dim"]:
         raise CheckpointError(
-            f"embed_dim {config['embed_dim']} is not the tower's width {tower.width} (timm_proj none)."
+            f"embed_dim {values['embed_dim']} is not the tower's width {tower.width} (timm_proj none)."
         )
-    text = config.get("text_cfg", {})
+    text = values.get("text_cfg", {})
     return ClipConfig(
         vision=tower,
         text=_text(text, activation),
-        embed_dim=config["embed_dim"],
-        loss="softmax" if config.get("init_logit_bias") is None else "sigmoid",
-        vision_projection=not siglip,
+        embed_dim=values["embed_dim"],
+        loss="softmax" if values.get("init_logit_bias") is None else "sigmoid",
+        vision_projection=not timm,
         text_projection_bias=text.get("proj_bias", False),
-        init_scale=_number(config.get("init_logit_scale")),
-        init_bias=_number(config.get("init_logit_bias")),  # a whole number in the published files
+        init_scale=_number(values.get("init_logit_scale")),
+        init_bias=_number(values.get("init_logit_bias")),  # a whole number in the published files
     )
 
 
-def _number(value: Any) -> float | None:
+def _number(value: float | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _vision(values: Mapping[str, Any], activation: str) -> VisionConfig:
+def _vision(values: _VisionFields, activation: str) -> VisionConfig:
     _only_known(values, _VISION_READ, _VISION_FIXED, "vision_cfg")
     width = values.get("width", 768)
     return VisionConfig(
@@ -113,17 +169,15 @@ def _vision(values: Mapping[str, Any], activation: str) -> VisionConfig:
     )
 
 
-def _timm(values: Mapping[str, Any]) -> VisionConfig:
-    config = trunk_config(values["timm_model_name"])
+def _timm(values: _VisionFields, name: str) -> VisionConfig:
+    config = trunk_config(name)
     _only_known(values, _TIMM_READ, _TIMM_FIXED, "vision_cfg")
     if values.get("image_size", 224) != config.image_size:
-        raise CheckpointError(
-            f"vision_cfg: image_size {values.get('image_size', 224)} is not that of {values['timm_model_name']}."
-        )
+        raise CheckpointError(f"vision_cfg: image_size {values.get('image_size', 224)} is not that of {name}.")
     return config
 
 
-def _text(values: Mapping[str, Any], activation: str) -> TextConfig:
+def _text(values: _TextFields, activation: str) -> TextConfig:
     _only_known(values, _TEXT_READ, _TEXT_FIXED, "text_cfg")
     width, vocab_size, pool = (
         values.get("width", 512),
@@ -159,15 +213,16 @@ def _text(values: Mapping[str, Any], activation: str) -> TextConfig:
 
 
 def clip_from_open_clip(
-    state: Mapping[str, Any], config: ClipConfig, account: Account | None = None
+    state: Mapping[str, object], config: ClipConfig, account: Account | None = None
 ) -> dict[str, Tensor]:
     """Our state dict from ``CLIP``'s, ``CustomTextCLIP``'s (distinguished by where the text projection stands) or a
     trainer checkpoint that holds either. Raises CheckpointError unless all fits.
     """
-    state = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
-    bare = "text_projection" in state or "text_projection.weight" in state
+    inside = cast("Mapping[str, Tensor]", state.get("state_dict", state))
+    weights = {name.removeprefix("module."): value for name, value in inside.items()}
+    bare = "text_projection" in weights or "text_projection.weight" in weights
     what = f"open_clip's {'CLIP' if bare else 'CustomTextCLIP'}"
-    return from_theirs(_layout(config, custom_text=not bare), state, clip_shapes(config), what, account=account)
+    return from_theirs(_layout(config, custom_text=not bare), weights, clip_shapes(config), what, account=account)
 
 
 def clip_to_open_clip(
@@ -183,11 +238,13 @@ def _layout(config: ClipConfig, *, custom_text: bool) -> list[Entry]:
     return entries(config, text="text." if custom_text else "")
 
 
-def _eps(tower: Mapping[str, Any]) -> float:
+def _eps(tower: _TowerFields) -> float:
     return (tower.get("norm_kwargs") or {}).get("eps", 1e-5)
 
 
-def _only_known(values: Mapping[str, Any], read: set[str], fixed: Mapping[str, tuple[Any, ...]], where: str) -> None:
+def _only_known(
+    values: Mapping[str, object], read: set[str], fixed: Mapping[str, tuple[object, ...]], where: str
+) -> None:
     """Refuse what would be ignored: a field that is neither read nor switched off nor at a value equal to ours."""
     for name, value in values.items():
         if name in read or value in fixed.get(name, (None, False)):
@@ -195,7 +252,7 @@ def _only_known(values: Mapping[str, Any], read: set[str], fixed: Mapping[str, t
         raise CheckpointError(f"{where}: {name} = {value!r} is a variant of CLIP that isthmus does not have.")
 
 
-def open_clip_export(model: Source, *, shard_bytes: int) -> Export:
+def open_clip_export(model: Source[Clip, ContrastiveProcessor], *, shard_bytes: int) -> Export:
     """The folder that open_clip pushes to the hub and opens by ``local-dir:FOLDER``; SigLIP's towers go by timm's name.
 
     A SigLIP's cleaning of texts is written into its tokenizer's file, so none is named beside it.
@@ -233,7 +290,7 @@ def open_clip_export(model: Source, *, shard_bytes: int) -> Export:
     return Export(files=files, opens="open_clip.create_model_and_transforms('local-dir:FOLDER')")
 
 
-def _open_clip_vision(vision: VisionConfig) -> dict[str, Any]:
+def _open_clip_vision(vision: VisionConfig) -> dict[str, object]:
     return {
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
@@ -246,7 +303,7 @@ def _open_clip_vision(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _open_clip_timm(vision: VisionConfig) -> dict[str, Any]:
+def _open_clip_timm(vision: VisionConfig) -> dict[str, object]:
     return {
         "image_size": vision.image_size,
         "timm_model_name": trunk_name(vision),
@@ -256,7 +313,7 @@ def _open_clip_timm(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _open_clip_text(text: TextConfig, tokenizer: Tokenizer, *, proj_bias: bool) -> dict[str, Any]:
+def _open_clip_text(text: TextConfig, tokenizer: Tokenizer, *, proj_bias: bool) -> dict[str, object]:
     """Without the name of a tokenizer their code reads by CLIP's own; with any, by the one in the folder."""
     must(
         text.activation != "relu" and (text.causal or text.activation in ("gelu", "gelu_tanh")),
@@ -282,22 +339,22 @@ def _open_clip_text(text: TextConfig, tokenizer: Tokenizer, *, proj_bias: bool) 
     }
 
 
-def _norm(eps: float) -> dict[str, Any]:
+def _norm(eps: float) -> dict[str, object]:
     return {} if eps == 1e-5 else {"norm_kwargs": {"eps": eps}}
 
 
-def open_clip_config(folder: Path) -> dict[str, Any] | None:
+def open_clip_config(folder: Path) -> _File | None:
     """The configuration of an open_clip folder, whichever of its JSON files holds one."""
     for file in sorted(folder.glob("*.json")):
         read = read_json if file.name == _OPEN_CLIP_CONFIG else _object
         values = read(file) if file.stat().st_size < 2**20 else {}
         inner = values.get("model_cfg", values)
         if isinstance(inner, Mapping) and "vision_cfg" in inner and "embed_dim" in inner:
-            return {**values, "model_cfg": dict(inner)}
+            return cast(_File, {**values, "model_cfg": dict(inner)})
     return None
 
 
-def _object(file: Path) -> dict[str, Any]:
+def _object(file: Path) -> dict[str, object]:
     """The JSON object in a file, empty for anything else: names of classes, lines of JSON, somebody's notes."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -314,7 +371,7 @@ def open_bare_weights(path: Path, state: Mapping[str, Tensor], given: Given) -> 
     )
 
 
-def open_clip_folder(folder: Path, _config: Mapping[str, Any] | None, given: Given) -> Opened | None:
+def open_clip_folder(folder: Path, _config: Mapping[str, object] | None, given: Given) -> Opened | None:
     """A folder that open_clip pushes to the hub: configuration, weights, tokenizer."""
     if (values := open_clip_config(folder)) is None:
         return None
@@ -325,7 +382,7 @@ def open_clip_folder(folder: Path, _config: Mapping[str, Any] | None, given: Giv
     tokenizer = tokenizer_read(folder, config, given, own=own)
     if not config.text.causal:  # padding is read like any token, and which one it is stands with the tokenizer alone
         config = replace(config, text=replace(config.text, pad_id=tokenizer.pad_id, eot_id=tokenizer.eos_id))
-        if described["text_cfg"].get("tokenizer_kwargs") == CANONICAL:
+        if described.get("text_cfg", {}).get("tokenizer_kwargs") == CANONICAL:
             tokenizer = canonical(tokenizer, underscore=" ")
     net = Clip(config)
     ours = clip_from_open_clip(_open_clip_state(folder, given.account), config, given.account)
@@ -335,8 +392,8 @@ def open_clip_folder(folder: Path, _config: Mapping[str, Any] | None, given: Giv
     image = ImageTransform(
         size=config.vision.image_size,
         mode=_resizing(picture.get("resize_mode", "shortest"), folder),
-        mean=tuple(picture.get("mean", base.mean)),
-        std=tuple(picture.get("std", base.std)),
+        mean=per_channel(picture.get("mean", base.mean)),
+        std=per_channel(picture.get("std", base.std)),
         resample=picture.get("interpolation", "bicubic"),
         crop="round",
         deep="clip",

@@ -6,9 +6,9 @@ embedding table. The vision encoder and the language model come from their own f
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ _HEAD_WIDTH = 64
 
 
 def config_from_open_flamingo(
-    state: Mapping[str, Tensor], *, vision: VisionConfig, language: Mapping[str, Any], end_id: int, image_id: int
+    state: Mapping[str, Tensor], *, vision: VisionConfig, language: Mapping[str, object], end_id: int, image_id: int
 ) -> FlamingoConfig:
     """The configuration that a checkpoint's shapes and layer numbers imply, for its encoder and language model.
 
@@ -82,7 +82,7 @@ def config_from_open_flamingo(
 
 
 def trained_from_open_flamingo(
-    checkpoint: Mapping[str, Any], net: Any, account: Account | None = None
+    checkpoint: Mapping[str, object], net: Flamingo, account: Account | None = None
 ) -> dict[str, Tensor]:
     """The tensors of a checkpoint under ``net``'s names: ``connector.*``, ``xattn.*`` and ``language.new_rows.*``.
 
@@ -90,8 +90,8 @@ def trained_from_open_flamingo(
     embedding table gives the new tokens' rows; its other rows are the language model's own. Raises CheckpointError
     for a tensor missing, left over or of another shape.
     """
-    state: Mapping[str, Tensor] = checkpoint.get("model_state_dict", checkpoint)
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    inside = cast("Mapping[str, Tensor]", checkpoint.get("model_state_dict", checkpoint))
+    state = {name.removeprefix("module."): value for name, value in inside.items()}
     frozen = [name for name in state if name.endswith(".embed_positions.weight")]
     load_report.ignored(account, frozen, "OPT's positions, which stay as its language model has them")
     state = {name: value for name, value in state.items() if name not in frozen}
@@ -112,7 +112,7 @@ def trained_from_open_flamingo(
     return found
 
 
-def trained_to_open_flamingo(net: Any, rows: int) -> dict[str, Tensor]:
+def trained_to_open_flamingo(net: Flamingo, rows: int) -> dict[str, Tensor]:
     """The inverse: resampler, gated blocks, and the embedding tables with the new rows in their places.
 
     Their code gives a table as many ``rows`` as the tokenizer has tokens: padding after them is cut off, and a row
@@ -145,7 +145,7 @@ def _is_table(name: str) -> bool:
     )
 
 
-def _entries(net: Any) -> list[Entry]:
+def _entries(net: Flamingo) -> list[Entry]:
     model_type = net.language.lm.config.model_type
     if model_type not in LAYERS:
         raise CheckpointError(
@@ -188,12 +188,12 @@ def _mlp(theirs: str, ours: str) -> list[Entry]:
     ]
 
 
-def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
+def open_flamingo_export(model: Source[Flamingo, InterleaveProcessor], *, shard_bytes: int) -> Export:
     """``checkpoint.pt`` of what is trained, the new tokens' rows merged into the embedding table, and the two frozen
     parts in transformers' form: ``lang_encoder`` and ``vision_encoder``."""
     net, who = model.net, "OpenFlamingo"
     config = net.config
-    model_type = config.language["model_type"]
+    model_type = str(config.language["model_type"])
     must(model_type in LAYERS, "language.model_type", model_type, who, ", ".join(LAYERS))
     must(config.media == "previous", "media", config.media, who, "'previous'")
     must(config.offset == config.every - 1, "offset", config.offset, who, f"every - 1 = {config.every - 1}")
@@ -204,9 +204,9 @@ def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
     must(config.turn_id is None, "turn_id", config.turn_id, who, "none")
     own, theirs = ResamplerConfig.open_flamingo(), GatedConfig.open_flamingo()
     for name, part, fixed in (("resampler", config.resampler, own), ("xattn", config.xattn, theirs)):
-        for field in _fields(fixed):
-            value, allowed = getattr(part, field), getattr(fixed, field)
-            must(value == allowed, f"{name}.{field}", value, who, repr(allowed))
+        for field in fields(fixed):
+            value, allowed = getattr(part, field.name), getattr(fixed, field.name)
+            must(value == allowed, f"{name}.{field.name}", value, who, repr(allowed))
     template, tokenizer = model.processor.template, model.processor.tokenizer
     # Their code adds <PAD> to a tokenizer that has no token for padding, then makes the tables as long as it is.
     rows = tokenizer.vocab_size + (tokenizer.specials["pad_token"] is None)
@@ -215,7 +215,7 @@ def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
     tower = vision_to_hf(part_of(net.state_dict(), "vision."), config.vision, prefix="vision_model.")
     files: dict[str, Content] = {
         "checkpoint.pt": pickled(trained_to_open_flamingo(net, rows)),
-        **{f"lang_encoder/{name}": content for name, content in language_files(model, lm).items()},
+        **{f"lang_encoder/{name}": content for name, content in language_files(model, net.language, lm).items()},
         **{f"lang_encoder/{name}": content for name, content in shards(lm, shard_bytes).items()},
         "vision_encoder/config.json": {
             **vision_config_to_hf(config.vision),
@@ -239,10 +239,6 @@ def open_flamingo_export(model: Source, *, shard_bytes: int) -> Export:
     )
 
 
-def _fields(config: Any) -> Mapping[str, Tensor]:
-    return config.__dataclass_fields__
-
-
 def open_trained(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     given.only("vision", "language", "tokenizer", where=path)
     encoder = given.encoder(given.need("vision", path, "holds no vision encoder"))
@@ -250,9 +246,8 @@ def open_trained(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     own = language.processor.tokenizer if given.tokenizer is None else open_tokenizer(given.tokenizer)
     tokenizer = own.with_tokens(*NEW_TOKENS)
     ids = {name: tokenizer.id_of(token) for name, token in zip(("end_id", "image_id"), NEW_TOKENS, strict=True)}
-    config = config_from_open_flamingo(
-        state, vision=encoder.config, language=plain(language.net.config)["language"], **ids
-    )
+    described = cast("Mapping[str, object]", plain(language.net.config)["language"])
+    config = config_from_open_flamingo(state, vision=encoder.config, language=described, **ids)
     net = Flamingo(config)
     tensors = {f"vision.{n}": t for n, t in encoder.state.items()}
     tensors |= {f"language.lm.{n}": t for n, t in language.net.language.lm.state_dict().items()}

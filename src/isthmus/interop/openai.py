@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.entries import Entry, depth, from_theirs, same, shapes_of, to_theirs
 from isthmus.interop.export import Export, Source, must, pickled
-from isthmus.interop.given import Given, Opened
+from isthmus.interop.given import Given, Opened, lacking
 from isthmus.interop.hf_files import tokenizer_files
 from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.load_report import Account
@@ -165,7 +164,7 @@ def blocks(theirs: str, ours: str, layers: int) -> list[Entry]:
     return rows
 
 
-def openai_export(model: Source, *, shard_bytes: int) -> Export:
+def openai_export(model: Source[Clip, ContrastiveProcessor], *, shard_bytes: int) -> Export:
     """``model.pt``: a state dict that ``clip.load`` builds a model from; their code fixes all but the sizes."""
     config, who = model.net.config, "OpenAI's CLIP"
     _cosine_clip(config, who)
@@ -195,7 +194,7 @@ def _cosine_clip(config: ClipConfig, who: str) -> None:
     must(config.vision.class_token, "vision.class_token", config.vision.class_token, who, "true (CLIP's tower)")
 
 
-def tokenizer_written(tokenizer: Any, config: ClipConfig) -> dict[str, Content]:
+def tokenizer_written(tokenizer: Tokenizer, config: ClipConfig) -> dict[str, Content]:
     return tokenizer_files(tokenizer, begin=True, end=True, context=config.text.context)
 
 
@@ -213,7 +212,7 @@ def open_openai(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     own = any(name in state for name in SCALARS)
     activation = given.activation or ("quick_gelu" if own else None)
     if activation is None:
-        activation = given.need("activation", path, "does not say its activation, quick_gelu or gelu")
+        raise lacking("activation", path, "does not say its activation, quick_gelu or gelu")
     weights = {name: value for name, value in state.items() if name not in SCALARS}
     load_report.ignored(given.account, set(state) - set(weights), "sizes, which the weights have too")
     width = given.head_width or (HEAD_WIDTH if own else None)

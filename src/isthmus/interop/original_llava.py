@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict, TypeGuard, cast
 
 import tokenizers
 import torch
@@ -21,7 +21,7 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_archive, read_state, tensors_of
 from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of
 from isthmus.interop.export import Export, Source, common_dtype, must, shards
-from isthmus.interop.given import Given, Opened
+from isthmus.interop.given import Given, Opened, lacking
 from isthmus.interop.hf_clip import vision_config_to_hf, vision_from_hf, vision_to_hf
 from isthmus.interop.hf_files import further_stops, image_processor, tokenizer_files
 from isthmus.interop.hf_language import IMAGE, match_keys
@@ -53,24 +53,35 @@ AROUND = ("<im_start>", "<im_end>")
 TOWERS = {"clip-vit-large-patch14-336": VisionConfig.vit_l_14_336, "clip-vit-large-patch14": VisionConfig.vit_l_14}
 
 
-def is_original_llava(config: Mapping[str, Any]) -> bool:
+class _Fields(TypedDict, total=False):
+    """What is read of a config.json."""
+
+    mm_vision_tower: object
+    mm_projector_type: str
+    mm_vision_select_layer: int
+    mm_vision_select_feature: Literal["patch", "cls_patch"]
+    mm_use_im_start_end: bool
+    image_aspect_ratio: str | None
+
+
+def is_original_llava(config: Mapping[str, object]) -> bool:
     """Whether a config.json is the original repository's; its ``model_type`` may be the one transformers uses."""
     return "mm_vision_tower" in config
 
 
-def is_known_tower(config: Mapping[str, Any]) -> bool:
+def is_known_tower(config: Mapping[str, object]) -> bool:
     """Is the tower that a config.json names one whose sizes are known here: OpenAI's two ViT-L/14?"""
     return str(config.get("mm_vision_tower", "")).rstrip("/").rpartition("/")[2] in TOWERS
 
 
-def template_of(config: Mapping[str, Any]) -> str:
+def template_of(config: Mapping[str, object]) -> str:
     """What the released models were trained with: v1 and 1.5 over Vicuna, 1.6 over Mistral."""
     if config.get("model_type") == "llava_mistral":
         return "mistral_instruct"
     return "vicuna_v1" if config.get("mm_projector_type", "linear") != "linear" else "llava_v1"
 
 
-def llava_config_from_original(config: Mapping[str, Any], vision: VisionConfig | None = None) -> LlavaConfig:
+def llava_config_from_original(config: Mapping[str, object], vision: VisionConfig | None = None) -> LlavaConfig:
     """From their config.json. ``vision`` is needed for a tower other than OpenAI's two ViT-L/14.
 
     Raises CheckpointError for a tower that is not known, and tiles that are put together in another way than 1.6's.
@@ -87,17 +98,18 @@ def llava_config_from_original(config: Mapping[str, Any], vision: VisionConfig |
         raise CheckpointError(
             f"config.json: model_type {model_type!r} is not supported, only llava, llava_llama and llava_mistral."
         )
+    values = cast(_Fields, config)
     return LlavaConfig(
         vision=vision or TOWERS[tower](),
         language=known_fields({**config, "model_type": base}),
-        projector=config.get("mm_projector_type", "linear"),
-        feature_layer=config.get("mm_vision_select_layer", -2),
-        feature_select=config.get("mm_vision_select_feature", "patch"),
+        projector=values.get("mm_projector_type", "linear"),
+        feature_layer=values.get("mm_vision_select_layer", -2),
+        feature_select=values.get("mm_vision_select_feature", "patch"),
         pinpoints=_pinpoints(config),
     )
 
 
-def _pinpoints(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+def _pinpoints(config: Mapping[str, object]) -> tuple[tuple[int, int], ...]:
     """The canvases of AnyRes as (height, width); the original code writes them the other way round."""
     aspect, merge = config.get("image_aspect_ratio"), config.get("mm_patch_merge_type", "flat")
     if aspect not in ("anyres", "pad", "square", None):
@@ -185,7 +197,7 @@ def llava_to_original(state: Mapping[str, Tensor], config: LlavaConfig, *, visio
     return theirs
 
 
-def _projector(ours: Mapping[str, Any]) -> list[Entry]:
+def _projector(ours: Mapping[str, object]) -> list[Entry]:
     """One linear layer has no number; in an MLP the layers have even numbers, the GELUs the odd ones between."""
     depth = len(ours) // 2
     if depth == 1:
@@ -198,11 +210,11 @@ def _without_wrappers(name: str) -> str:
     return name.removeprefix("base_model.model.").removeprefix("model.")
 
 
-def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
+def original_llava_export(model: Source[Llava, SpliceProcessor], *, shard_bytes: int) -> Export:
     """A folder of haotian-liu/LLaVA: the full model with its tower, and the tower alone in a folder of its own."""
     config, image, who = model.net.config, model.processor.image, "the original LLaVA"
     bases = {"llama": "llava_llama", "mistral": "llava_mistral"}
-    model_type = config.language["model_type"]
+    model_type = str(config.language["model_type"])
     must(model_type in bases, "language.model_type", model_type, who, " or ".join(bases))
     must(isinstance(config.feature_layer, int), "feature_layer", config.feature_layer, who, "one number")
     must(named_mlp(config.projector) is not None, "projector", config.projector, who, "linear or mlpNx_gelu")
@@ -238,7 +250,9 @@ def original_llava_export(model: Source, *, shard_bytes: int) -> Export:
     )
 
 
-def _without_image_token(model: Source) -> tuple[dict[str, Tensor], LlavaConfig, Tokenizer, tuple[str, ...]]:
+def _without_image_token(
+    model: Source[Llava, SpliceProcessor],
+) -> tuple[dict[str, Tensor], LlavaConfig, Tokenizer, tuple[str, ...]]:
     """State, configuration and tokenizer without transformers' token for the place of a picture and all rows after it,
     which their code could write and never reads; and the loss where a token after it is in use."""
     net, tokenizer = model.net, model.processor.tokenizer
@@ -258,7 +272,7 @@ def _without_image_token(model: Source) -> tuple[dict[str, Tensor], LlavaConfig,
     return state, config, Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(tree)), **kept), ()  # type: ignore[arg-type]
 
 
-def _original_config(model: Source, config: LlavaConfig, model_type: str) -> dict[str, Any]:
+def _original_config(model: Source[Llava, SpliceProcessor], config: LlavaConfig, model_type: str) -> dict[str, object]:
     known = {f"openai/{name}": tower() for name, tower in TOWERS.items()}
     return {
         **config.language,
@@ -282,23 +296,25 @@ def _original_config(model: Source, config: LlavaConfig, model_type: str) -> dic
     }
 
 
-def open_original_llava(folder: Path, values: Mapping[str, Any] | None, given: Given) -> Opened | None:
-    """A folder of haotian-liu/LLaVA: the full model, a projector alone, or a LoRA with its side file; ``values`` are
-    its config.json's."""
-    if values is None or "mm_vision_tower" not in values:
+def open_original_llava(folder: Path, described: Mapping[str, object] | None, given: Given) -> Opened | None:
+    """A folder of haotian-liu/LLaVA: the full model, a projector alone, or a LoRA with its side file;
+    ``described`` is its config.json."""
+    if described is None or not is_original_llava(described):
         return None
+    values = cast(_Fields, described)
     given.only("vision", "language", "tokenizer", where=folder)
     partial = (folder / _PROJECTOR_FILE).is_file() or (folder / _TRAINED_FILE).is_file()
     language = (given.language or base_named(folder)) if partial else None
     state, tower = (_base(folder, language, given) if partial else read_state(folder, given.account)), None
-    place = given.vision or _tower_here(folder, values["mm_vision_tower"])
+    named = values.get("mm_vision_tower")
+    place = given.vision or _tower_here(folder, named)
     if place is not None:
         encoder = given.encoder(place)
-        config, tower = llava_config_from_original(values, encoder.config), encoder.state
-    elif is_known_tower(values):
-        config = llava_config_from_original(values)
+        config, tower = llava_config_from_original(described, encoder.config), encoder.state
+    elif is_known_tower(described):
+        config = llava_config_from_original(described)
     else:
-        config = given.need("vision", folder, f"was trained with the vision tower {values['mm_vision_tower']!r}")
+        raise lacking("vision", folder, f"was trained with the vision tower {named!r}")
     if partial:
         ours = _completed(folder, config, state, tower, given)
     else:
@@ -308,15 +324,14 @@ def open_original_llava(folder: Path, values: Mapping[str, Any] | None, given: G
     base = ImageTransform.clip(
         config.vision.image_size, "pad" if values.get("image_aspect_ratio") == "pad" else "square"
     )
-    tiled: dict[str, Any] = {"mode": "anyres", "pinpoints": config.pinpoints} if config.pinpoints else {}
-    image = replace(base, deep="clip", **tiled)
+    image = replace(base, deep="clip", mode="anyres" if config.pinpoints else base.mode, pinpoints=config.pinpoints)
     found = Path(given.tokenizer or language or folder)
     tokenizer = open_tokenizer(found)
     must_agree(folder, found, tokenizer, net.language.vocab_size)
     processor = SpliceProcessor(
         tokenizer,
         image=image,
-        template=template_of(values),
+        template=template_of(described),
         max_length=net.language.context or 2048,
         num_tokens=net.num_tokens(image.size, image.size),
         around=AROUND if values.get("mm_use_im_start_end") else (),
@@ -327,7 +342,7 @@ def open_original_llava(folder: Path, values: Mapping[str, Any] | None, given: G
     return net, processor, (tokenizer.id_of("<image>"),) if sayable else ()
 
 
-def _tower_here(folder: Path, name: Any) -> Path | None:
+def _tower_here(folder: Path, name: object) -> Path | None:
     """The vision tower that a configuration names, where it is a folder here: within the model's, as it says, or beside
     it."""
     if _inside(folder, name):
@@ -336,7 +351,7 @@ def _tower_here(folder: Path, name: Any) -> Path | None:
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
-def _inside(folder: Path, name: Any) -> bool:
+def _inside(folder: Path, name: object) -> TypeGuard[str]:
     """Whether a model's configuration names a folder that lies within its own."""
     return isinstance(name, str) and Path(name).name == name and (folder / name / "config.json").is_file()
 
@@ -351,10 +366,14 @@ def _base(folder: Path, base: str | Path | None, given: Given) -> dict[str, Tens
 
 
 def _completed(
-    folder: Path, config: Any, language: Mapping[str, Tensor], tower: Any, given: Given
+    folder: Path,
+    config: LlavaConfig,
+    language: Mapping[str, Tensor],
+    tower: Mapping[str, Tensor] | None,
+    given: Given,
 ) -> dict[str, Tensor]:
     if tower is None:
-        given.need("vision", folder, "holds no vision tower")
+        raise lacking("vision", folder, "holds no vision tower")
     side = folder / (_TRAINED_FILE if (folder / _TRAINED_FILE).is_file() else _PROJECTOR_FILE)
     trained, newline = without_newline(tensors_of(read_archive(side, given.account), side), config)
     connector = projector_from_original(trained, config, account=given.account)

@@ -6,7 +6,6 @@ A template is rendered in Jinja's sandbox, as transformers does; nothing else of
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from isthmus.checkpoint import read_json
 from isthmus.data.chat import ChatForm, Pieces
@@ -100,9 +99,12 @@ def _renderer(text: str, tokenizer: Tokenizer, pictures: bool) -> Callable[[int]
 
     def render(turns: int) -> str | None:
         said = (("user", _QUESTION), ("assistant", _ANSWER), ("user", _FURTHER))[:turns]
-        parts: list[dict[str, Any]] = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in said]
+        shown = [{"type": "image"}] if pictures else []
+        parts = [
+            {"role": role, "content": [*(shown if number == 0 else []), {"type": "text", "text": t}]}
+            for number, (role, t) in enumerate(said)
+        ]
         if pictures:
-            parts[0]["content"].insert(0, {"type": "image"})
             return rendered(text, parts, names)
         plain = [{"role": role, "content": t} for role, t in said]
         return rendered(text, plain, names) or rendered(text, parts, names)

@@ -6,7 +6,6 @@ the same ids in the files of configuration, tokenizer, decoding and processor.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from isthmus.checkpoint import read_json
 from isthmus.data.tokenizer import Tokenizer
@@ -31,21 +30,21 @@ def must_agree(folder: Path, words: Path, tokenizer: Tokenizer, rows: int) -> No
     sources, unset = list(_sources(folder)), _defaults(folder)
     ends = {number for _, values in sources for number in _ids(values.get("eos_token_id"))}
     for where, values in sources:
-        for kind in ("bos", "pad", "eos"):
-            mine = named[f"{kind}_token"]
-            if kind == "bos" and mine not in tokenizer.begin_ids:
+        for role in ("bos", "pad", "eos"):
+            mine = named[f"{role}_token"]
+            if role == "bos" and mine not in tokenizer.begin_ids:
                 continue  # nobody reads it: configurations are full of their class's default
-            given = [i for i in _ids(values.get(f"{kind}_token_id")) if 0 <= i < rows]
-            if not given or mine is None or mine in given or given == unset[kind]:
+            given = [i for i in _ids(values.get(f"{role}_token_id")) if 0 <= i < rows]
+            if not given or mine is None or mine in given or given == unset[role]:
                 continue
-            if kind == "eos" and mine in ends and set(given) <= special - own:
+            if role == "eos" and mine in ends and set(given) <= special - own:
                 continue
-            if kind == "pad" and set(given) <= {named["unk_token"], named["eos_token"]}:
+            if role == "pad" and set(given) <= {named["unk_token"], named["eos_token"]}:
                 continue
             beside = "" if words == folder else f" in {words}"
             raise CheckpointError(
-                f"{folder}: {where} has {kind}_token_id {', '.join(map(str, given))} "
-                f"({_token(tokenizer, given[0])}), the tokenizer{beside} has {tokenizer.specials[f'{kind}_token']!r} "
+                f"{folder}: {where} has {role}_token_id {', '.join(map(str, given))} "
+                f"({_token(tokenizer, given[0])}), the tokenizer{beside} has {tokenizer.specials[f'{role}_token']!r} "
                 f"at {mine}: they do not belong together, or one of them is wrong. Correct the file that is."
             )
 
@@ -83,11 +82,11 @@ def must_end_alike(folder: Path, words: Path, tokenizer: Tokenizer, text: TextCo
     )
 
 
-def _sources(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _sources(folder: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
     config = read_json(folder / "config.json")
     yield "config.json", config
-    if isinstance(config.get("text_config"), Mapping):
-        yield "config.json's text_config", config["text_config"]
+    if isinstance(text := config.get("text_config"), Mapping):
+        yield "config.json's text_config", text
     if (folder / "generation_config.json").is_file():
         yield "generation_config.json", read_json(folder / "generation_config.json")
 
@@ -96,22 +95,22 @@ def _defaults(folder: Path) -> dict[str, list[int]]:
     """The ids that the class of the language model has where nobody says any."""
     config = read_json(folder / "config.json")
     text = config.get("text_config")
-    kind = str((text if isinstance(text, Mapping) else config).get("model_type", "llama"))
-    kind = kind.removeprefix("llava_")  # the original LLaVA's configuration is its language model's under such a name
+    model_type = str((text if isinstance(text, Mapping) else config).get("model_type", "llama"))
+    model_type = model_type.removeprefix("llava_")  # as the original LLaVA's configuration calls its language model
     try:
-        known: Any = library_config({"model_type": kind})
+        known = library_config({"model_type": model_type})
     except ConfigError:  # no causal LM, or one that its fields cannot do without
         known = None
     return {name: _ids(getattr(known, f"{name}_token_id", None)) for name in ("bos", "eos", "pad")}
 
 
-def _ids(given: Any) -> list[int]:
+def _ids(given: object) -> list[int]:
     """One id or several; what is no id is said by who uses it."""
     return [
         i for i in (given if isinstance(given, list) else [given]) if isinstance(i, int) and not isinstance(i, bool)
     ]
 
 
-def _token(tokenizer: Tokenizer, number: Any) -> str:
+def _token(tokenizer: Tokenizer, number: object) -> str:
     token = tokenizer.backend.id_to_token(number) if isinstance(number, int) and number >= 0 else None
     return "no token of the tokenizer's" if token is None else repr(token)

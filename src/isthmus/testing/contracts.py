@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +19,13 @@ from isthmus.batch import IGNORE, Tokens
 from isthmus.config import plain
 from isthmus.data.chat import OWN
 from isthmus.data.collate import collate
-from isthmus.data.record import Record, Text
+from isthmus.data.record import Example, Record, Text
 from isthmus.data.text import TEMPLATES, Grammar
 from isthmus.errors import CheckpointError, ConfigError, IsthmusError, nearest
 from isthmus.interop.convert import write_model
 from isthmus.language import Decoding
+from isthmus.model import Model
+from isthmus.net import Net
 from isthmus.opening import load
 from isthmus.quantised import is_quantised, numel
 from isthmus.stage import Group, Stage, apply_stage, named_parameters, set_modes
@@ -47,11 +49,11 @@ class Check:
     difference: float | None = None
     tolerance: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self) | {"told": self.detail}  # its name before, which readers of the JSON know
 
 
-def verify(model: Any, *, only: Sequence[str] = ()) -> list[Check]:
+def verify(model: Model, *, only: Sequence[str] = ()) -> list[Check]:
     """Every contract (or those named) on a loaded model; it is left as it was. Raises ConfigError for a name that is
     none. A contract in which the model raises an error has failed with that error."""
     for name in only:
@@ -86,7 +88,7 @@ def _absent(why: str) -> _Outcome:
     return _Outcome("n/a", why)
 
 
-def _tolerance(model: Any, rows: Sequence[Tensor]) -> float:
+def _tolerance(model: Model, rows: Sequence[Tensor]) -> float:
     """1e-4 of the largest output (at least of 1) in float32, 5e-2 of it in half precision."""
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.net.parameters())
     return (5e-2 if half else 1e-4) * max(1.0, *(float(row.abs().max()) for row in rows))
@@ -101,7 +103,7 @@ def _apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 # The contracts.
 
 
-def tensors(model: Any) -> _Outcome:
+def tensors(model: Model) -> _Outcome:
     """A net built from the configuration alone, with like adapters where the model carries some, has exactly these
     tensors, in 4 bits as many numbers; all are finite."""
     with torch.device("meta"):
@@ -127,7 +129,7 @@ def tensors(model: Any) -> _Outcome:
     return _within(float(len(strange) + len(bad)), 0.0, detail)
 
 
-def batched(model: Any) -> _Outcome:
+def batched(model: Model) -> _Outcome:
     """Rows of equal length together and alone."""
     prompts = probe.prompts(model, probe.WORDS[1:2] * 3, (1, 2, 3))
     if not probe.sees(model):
@@ -138,7 +140,7 @@ def batched(model: Any) -> _Outcome:
     return _within(_apart(together, alone), _tolerance(model, alone), "3 rows")
 
 
-def padded(model: Any) -> _Outcome:
+def padded(model: Model) -> _Outcome:
     """Rows of several lengths together: right padding in one pass; in generation, where all rows end together, left."""
     if not probe.reads(model):
         return _absent("the model reads no text")
@@ -154,7 +156,7 @@ def padded(model: Any) -> _Outcome:
     return _within(max(right, left), allowed, f"lengths {lengths}: right {right:.1g}, left {left:.1g}")
 
 
-def cached(model: Any) -> _Outcome:
+def cached(model: Model) -> _Outcome:
     """Every greedy token written with the cache is what a pass without it likes best."""
     if not _writes(model):
         return _absent("nothing is written with a cache")
@@ -168,13 +170,13 @@ def cached(model: Any) -> _Outcome:
     return _within(worst, _tolerance(model, rows), f"{count} tokens")
 
 
-def packed(model: Any) -> _Outcome:
+def packed(model: Model) -> _Outcome:
     """Rows that share one sequence, where batches are packed."""
     del model
     return _absent("rows are padded only" if "segments" not in Tokens.__dataclass_fields__ else "not tried")
 
 
-def saved(model: Any) -> _Outcome:
+def saved(model: Model) -> _Outcome:
     """Saved and opened again: every tensor to the bit, the processor word for word."""
     with tempfile.TemporaryDirectory() as place:
         again = load(model.save(Path(place) / "model"), device=model.device, dtype=_dtype(model))
@@ -187,7 +189,7 @@ def saved(model: Any) -> _Outcome:
     return _within(float(len(differ) + (not words)), 0.0, detail)
 
 
-def frozen(model: Any) -> _Outcome:
+def frozen(model: Model) -> _Outcome:
     """One training step of a part: the others stay to the bit, and the part moves."""
     net = model.net
     if not model.system.parts:
@@ -222,7 +224,7 @@ def frozen(model: Any) -> _Outcome:
     return _Outcome("pass" if moved else "FAIL", detail, 0.0, 0.0)
 
 
-def exported(model: Any) -> _Outcome:
+def exported(model: Model) -> _Outcome:
     """Written for transformers and opened by it: the same outputs, the same greedy tokens."""
     if "hf" not in model.system.exporters:
         return _absent(f"transformers has no class for a {model.kind}")
@@ -238,7 +240,7 @@ def exported(model: Any) -> _Outcome:
     return _within(found.difference, found.tolerance, detail)
 
 
-def looked_at(model: Any) -> _Outcome:
+def looked_at(model: Model) -> _Outcome:
     """Another picture, or none to speak of, gives another output: the change must be larger than rounding."""
     if not probe.sees(model):
         return _absent("the model has no eyes")
@@ -251,7 +253,7 @@ def looked_at(model: Any) -> _Outcome:
     return _Outcome("pass" if least > floor else "FAIL", f"{detail}; must be above the tolerance", least, floor)
 
 
-def turns_end(model: Any) -> _Outcome:
+def turns_end(model: Model) -> _Outcome:
     """What is learnt of a conversation's last answer ends with a token that stops generation, and the conversation
     begins with the ids of that answer's prompt."""
     template = model.processor.template
@@ -272,7 +274,7 @@ def turns_end(model: Any) -> _Outcome:
     return _within(float(learnt[-1] not in stops), 0.0, detail)
 
 
-CONTRACTS: dict[str, Callable[[Any], _Outcome]] = {
+CONTRACTS: dict[str, Callable[[Model], _Outcome]] = {
     "tensors accounted for": tensors,
     "batch = single": batched,
     "left = right padding": padded,
@@ -289,22 +291,22 @@ CONTRACTS: dict[str, Callable[[Any], _Outcome]] = {
 # Helpers.
 
 
-def _writes(model: Any) -> bool:
+def _writes(model: Model) -> bool:
     return not probe.embeds(model) and "generate" in model.capabilities
 
 
-def _complete(model: Any, example: Any) -> Any:
+def _complete(model: Model, example: Example) -> Example:
     """A prompt as an uncached pass reads it: an encoder-decoder needs something to decode."""
     return probe.answered(model, example, [5, 6]) if "encoder" in example.streams else example
 
 
-def _ends(model: Any, prompts: Sequence[Any]) -> list[Tensor]:
+def _ends(model: Model, prompts: Sequence[Example]) -> list[Tensor]:
     """Per row the output that only what stands before it can change by: the last logits, or the vector."""
     rows = probe.outputs(model, collate([_complete(model, e) for e in prompts]))
     return [row[-1] if row.ndim > 1 else row for row in rows]
 
 
-def _part_to_train(net: Any) -> str:
+def _part_to_train(net: Net) -> str:
     """The connector, CLIP's text tower, or the first layer of a bare language model."""
     names = [name for name, _ in named_parameters(net)]
     if any(name.startswith("connector.") for name in names):
@@ -316,6 +318,6 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.shape == b.shape and torch.equal(a.cpu(), b.cpu().to(a.dtype))
 
 
-def _dtype(model: Any) -> torch.dtype | None:
+def _dtype(model: Model) -> torch.dtype | None:
     found = {p.dtype for p in model.net.parameters()}
     return found.pop() if len(found) == 1 and found != {torch.float32} else None

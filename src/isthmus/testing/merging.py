@@ -1,17 +1,16 @@
 """Merging adapters, with the model's outputs before and after side by side."""
 
-from typing import Any
-
 from isthmus import adapters
 from isthmus.data.collate import collate
 from isthmus.errors import CheckpointError, ConfigError
+from isthmus.model import Model
 from isthmus.testing.probe import WORDS, outputs, prompts
 
 TOLERANCE = 1e-4
 """Most that an output may change, as a share of the largest: rounding of one sum taken in another order."""
 
 
-def merge_and_compare(model: Any) -> str:
+def merge_and_compare(model: Model) -> str:
     """Merge the model's adapters in place, and say how many there were and how far its outputs moved.
 
     Raises ConfigError without adapters, CheckpointError where an output moved by more than TOLERANCE or as

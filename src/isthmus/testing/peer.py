@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from isthmus.checkpoint import read_json
 from isthmus.data.collate import collate
 from isthmus.data.record import Example
-from isthmus.interop.hf_peer import open_class
+from isthmus.interop.hf_peer import Library, open_class
+from isthmus.model import Model
 from isthmus.testing import probe
 
 
@@ -25,7 +25,7 @@ class Comparison:
 
 
 @torch.inference_mode()
-def compare(model: Any, folder: Path) -> Comparison:
+def compare(model: Model, folder: Path) -> Comparison:
     """Outputs and greedy tokens of the library's own class over ``folder`` and of ``model``.
 
     Raises CheckpointError when the library misses a tensor or finds one too many.
@@ -50,7 +50,7 @@ def compare(model: Any, folder: Path) -> Comparison:
     return Comparison(type(peer).__name__, worst, 1e-4 * largest, equal, of)
 
 
-def _written(model: Any, peer: Any, example: Example, token: int | None) -> list[int]:
+def _written(model: Model, peer: Library, example: Example, token: int | None) -> list[int]:
     decoding = probe.greedy(model)
     inputs = model.system.peer_inputs(model, example, token)
     never = (*decoding.forbidden_ids, *model.system.never(model.net), *(() if token is None else (token,)))

@@ -5,7 +5,7 @@ Legend: B rows, T tokens, V vocabulary, E embedding width.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from PIL import Image as PilImage
@@ -18,22 +18,29 @@ from isthmus.data.images import MadeImage
 from isthmus.data.processor import ImagesProcessor
 from isthmus.data.record import Example, Image, Part, Record, Span, Text
 from isthmus.language import Decoding
+from isthmus.model import Model
 
 NEW = 8
 """Tokens that a contract lets a model write."""
 WORDS = ("red", "a large blue cube", "two rings and a small green ball beside")
 
 
-def embeds(model: Any) -> bool:
+class _Starts(Protocol):
+    """A processor for an encoder-decoder."""
+
+    start_id: int
+
+
+def embeds(model: Model) -> bool:
     """Whether its outputs are vectors of pictures or texts, not logits of tokens."""
     return "embed_images" in model.capabilities or "generate" not in model.capabilities
 
 
-def sees(model: Any) -> bool:
+def sees(model: Model) -> bool:
     return model.processor.image is not None
 
 
-def reads(model: Any) -> bool:
+def reads(model: Model) -> bool:
     return not isinstance(model.processor, ImagesProcessor)
 
 
@@ -47,7 +54,7 @@ def picture(number: int) -> Image:
     return Image(MadeImage(made, f"picture {number}"))
 
 
-def records(model: Any, texts: Sequence[str], pictures: Sequence[int]) -> list[Record]:
+def records(model: Model, texts: Sequence[str], pictures: Sequence[int]) -> list[Record]:
     """One record per text: a pair for a model that embeds, running text or a question with an answer for others."""
     found = []
     for number, (text, shown) in enumerate(zip(texts, pictures, strict=True)):
@@ -63,22 +70,22 @@ def records(model: Any, texts: Sequence[str], pictures: Sequence[int]) -> list[R
     return found
 
 
-def prompts(model: Any, texts: Sequence[str], pictures: Sequence[int]) -> list[Example]:
+def prompts(model: Model, texts: Sequence[str], pictures: Sequence[int]) -> list[Example]:
     """The same as prompts of the model; of a model that embeds, complete pairs."""
     if embeds(model):
         return [model.processor.example(r, 0) for r in records(model, texts, pictures)]
     return [model.processor.prompt(r) for r in records(model, texts, pictures)]
 
 
-def lessons(model: Any, texts: Sequence[str], pictures: Sequence[int]) -> Batch:
+def lessons(model: Model, texts: Sequence[str], pictures: Sequence[int]) -> Batch:
     """The same as a batch to learn from."""
     return collate([model.processor.example(r, 0) for r in records(model, texts, pictures)])
 
 
-def answered(model: Any, prompt: Example, answer: Sequence[int]) -> Example:
+def answered(model: Model, prompt: Example, answer: Sequence[int]) -> Example:
     """A prompt and the tokens after it, as the net reads both at once."""
     if "encoder" in prompt.streams:
-        start = model.processor.start_id
+        start = cast(_Starts, model.processor).start_id
         return replace(prompt, streams={**prompt.streams, "decoder": Span([start, *answer])})
     beside = {name: span for name, span in prompt.streams.items() if name != CAUSAL}
     example = with_answer(prompt, answer)
@@ -93,14 +100,14 @@ def turned(example: Example, by: int) -> Example:
 
 
 @torch.inference_mode()
-def outputs(model: Any, batch: Batch) -> list[Tensor]:
+def outputs(model: Model, batch: Batch) -> list[Tensor]:
     """Per row what the net makes of it without any cache: logits (T, V) at its real tokens, or for a model that
     embeds one vector of its picture's and its text's embedding (and the matching logits) in a row."""
     return model.system.outputs(model.net.eval(), batch.to(model.device))
 
 
 @torch.inference_mode()
-def written(model: Any, prompts: Sequence[Example], *, forbidden: Sequence[int] = ()) -> list[list[int]]:
+def written(model: Model, prompts: Sequence[Example], *, forbidden: Sequence[int] = ()) -> list[list[int]]:
     """The NEW greedy tokens after each prompt, all prompts in one batch, by the net's own (cached) generation.
 
     Nothing ends an answer, so that every position is tried; what the model must never say stays forbidden,
@@ -109,13 +116,13 @@ def written(model: Any, prompts: Sequence[Example], *, forbidden: Sequence[int] 
     return model.net.eval().generate(collate(prompts).to(model.device), greedy(model, forbidden))
 
 
-def greedy(model: Any, forbidden: Sequence[int] = ()) -> Decoding:
+def greedy(model: Model, forbidden: Sequence[int] = ()) -> Decoding:
     """NEW tokens, the likeliest each time, but none that the model must never say nor one of ``forbidden``."""
     never = {*model.ended(Decoding()).forbidden_ids, *forbidden}
     return Decoding(max_new_tokens=NEW, forbidden_ids=tuple(sorted(never)))
 
 
-def regret(model: Any, prompt: Example, answer: Sequence[int]) -> float:
+def regret(model: Model, prompt: Example, answer: Sequence[int]) -> float:
     """How much more an uncached pass over prompt and answer likes another token, at the worst place (logits).
 
     0 when the answer is exactly the greedy one; a hair above where two tokens are nearly alike.
