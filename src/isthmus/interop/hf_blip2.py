@@ -362,7 +362,7 @@ def read_blip2_folder(
 
 
 def blip2_export(model: Source[Blip2, Processor], *, shard_bytes: int) -> Export:
-    config: Blip2Config = model.net.config
+    config = model.net.config
     losses = []
     if config.norm_eps != config.vision.eps:
         losses.append(
@@ -402,7 +402,8 @@ def _retrieval_export(model: Source[Blip2, Processor], losses: tuple[str, ...], 
 def _prompted(model: Source[Blip2, Processor], losses: tuple[str, ...], shard_bytes: int) -> Export:
     net, processor = model.net, model.processor
     assert isinstance(processor, PromptProcessor)
-    assert net.config.language is not None  # of the phase that writes
+    assert net.language is not None  # both of the phase that writes
+    assert net.config.language is not None
     seq2seq = isinstance(net.language, Seq2SeqLM)
     state, language, tokenizer, token = with_image_token(net, net.config.language, processor.tokenizer)
     tied = {f"language.{name}" for name in vocabulary_tables(net.language)} - set(state_tensors(net))

@@ -463,8 +463,7 @@ def read_clip_folder(path: str | Path, account: Account | None = None) -> tuple[
 
 
 def clip_export(model: Source[Clip, ContrastiveProcessor], *, shard_bytes: int) -> Export:
-    config: ClipConfig = model.net.config
-    state, tokenizer = model.net.state_dict(), model.processor.tokenizer
+    config, state, tokenizer = model.net.config, model.net.state_dict(), model.processor.tokenizer
     must(config.similarity == "cosine", "similarity", config.similarity, "transformers", "cosine")
     if config.text.causal and config.text.pool == "eot" and config.text.eot_id == LEGACY_EOT:
         state, config, tokenizer = last_eot(state, config, tokenizer)

@@ -297,8 +297,7 @@ def _projections(theirs: str, ours: str, last: str) -> list[Entry]:
 
 def idefics_export(model: Source[Flamingo, InterleaveProcessor], *, shard_bytes: int) -> Export:
     """A Flamingo in the proportions of IDEFICS; any other can be written as `open_flamingo`."""
-    config: FlamingoConfig = model.net.config
-    processor = model.processor
+    config, processor = model.net.config, model.processor
     described = idefics_config_to_hf(config)
     tokens = TOKENS[: len(config.new_ids)]
     for name, value, fixed in (("tokens", processor.tokens, tokens), ("around", processor.around, True)):

@@ -307,8 +307,8 @@ def _head_of_its_own(stored: Mapping[str, Tensor]) -> bool:
 
 def llava_export(model: Source[Llava, SpliceProcessor], *, shard_bytes: int) -> Export:
     net, processor = model.net, model.processor
-    own: LlavaConfig = net.config
-    model_type, bias = own.language["model_type"], getattr(net.language.lm.get_output_embeddings(), "bias", None)
+    lm, model_type = net.language.lm, net.config.language["model_type"]
+    bias = getattr(lm.get_output_embeddings(), "bias", None)
     must(
         bias is None or not bias.any(),
         "language.lm.lm_head.bias",
@@ -319,8 +319,8 @@ def llava_export(model: Source[Llava, SpliceProcessor], *, shard_bytes: int) -> 
     plain = net.language.plain_head()
     must(plain, "language.model_type", model_type, "transformers' LLaVA", "an LM with a plain output head")
     must(not processor.around, "processor.around", processor.around, "transformers' LLaVA", "nothing")
-    state, language, tokenizer, token = with_image_token(net, own.language, processor.tokenizer)
-    config = replace(own, language=language)
+    state, language, tokenizer, token = with_image_token(net, net.config.language, processor.tokenizer)
+    config = replace(net.config, language=language)
     described = llava_config_to_hf(config, image_token_id=token)
     weights = llava_to_hf(state, config)
     form = form_of(processor.template, processor.tokenizer)

@@ -263,7 +263,7 @@ class AnsweringPeer(Peer):
         for part in record.parts:
             role = "user" if part.role == "text" else part.role
             if isinstance(part, Image):
-                piece = {"type": "image", "image": open_image(part.source)}
+                piece: dict[str, object] = {"type": "image", "image": open_image(part.source)}
             else:
                 piece = {"type": "text", "text": _first(part)}
             if messages and messages[-1]["role"] == role:

@@ -103,19 +103,17 @@ def _text_class(config: TextEncoderConfig) -> str:
 
 
 def image_encoder_export(model: Source[ImageEncoder, ImagesProcessor], *, shard_bytes: int) -> Export:
-    config: ImageEncoderConfig = model.net.config
-    described, weights = image_encoder_to_hf(model.net.state_dict(), config)
+    described, weights = image_encoder_to_hf(model.net.state_dict(), model.net.config)
     files = {
         "config.json": with_dtype(described, weights),
         **shards(weights, shard_bytes),
         "preprocessor_config.json": image_processor(model.processor.image),
     }
-    return Export(files=files, opens=f"transformers.{_image_class(config)}.from_pretrained(FOLDER)")
+    return Export(files=files, opens=f"transformers.{_image_class(model.net.config)}.from_pretrained(FOLDER)")
 
 
 def text_encoder_export(model: Source[TextEncoder, TextsProcessor], *, shard_bytes: int) -> Export:
-    config: TextEncoderConfig = model.net.config
-    state, tokenizer = model.net.state_dict(), model.processor.tokenizer
+    config, state, tokenizer = model.net.config, model.net.state_dict(), model.processor.tokenizer
     if config.text.causal and config.text.pool == "eot" and config.text.eot_id == LEGACY_EOT:
         state, config, tokenizer = last_eot(state, config, tokenizer)
     described, weights = text_encoder_to_hf(state, config)

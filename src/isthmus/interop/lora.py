@@ -90,7 +90,7 @@ def merge_adapter(lm: nn.Module, folder: Path, account: Account | None = None) -
             warnings.simplefilter("ignore")  # of peft to its developers; what does not fit is an error below
             settings: dict[str, Any] = {k: v for k, v in values.items() if k in _MERGED and v is not None}
             config = LoraConfig(**settings, inference_mode=True)  # it checks them itself
-            model: Any = get_peft_model(lm, config)  # type: ignore[arg-type]
+            model: Any = get_peft_model(lm, config)  # type: ignore[arg-type]  # any module will do, whose rest it hands on
             result = set_peft_model_state_dict(model, state)
             _fits(result, file)
             model.merge_and_unload()

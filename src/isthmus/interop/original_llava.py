@@ -345,13 +345,13 @@ def open_original_llava(folder: Path, described: Mapping[str, object] | None, gi
 def _tower_here(folder: Path, name: object) -> Path | None:
     """The vision tower that a configuration names, where it is a folder here: within the model's, as it says, or beside
     it."""
-    if _inside(folder, name):
+    if _inside(name, folder):
         return folder / name
     places = (Path(name), folder.parent / name) if isinstance(name, str) else ()
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
-def _inside(folder: Path, name: object) -> TypeGuard[str]:
+def _inside(name: object, folder: Path) -> TypeGuard[str]:
     """Whether a model's configuration names a folder that lies within its own."""
     return isinstance(name, str) and Path(name).name == name and (folder / name / "config.json").is_file()
 

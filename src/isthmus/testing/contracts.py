@@ -50,7 +50,7 @@ class Check:
     tolerance: float | None = None
 
     def to_dict(self) -> dict[str, object]:
-        return asdict(self) | {"told": self.detail}  # its name before, which readers of the JSON know
+        return {**asdict(self), "told": self.detail}  # its name before, which readers of the JSON know
 
 
 def verify(model: Model, *, only: Sequence[str] = ()) -> list[Check]:
