@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from isthmus.errors import CheckpointError
-from isthmus.interop.archives import read_archive, read_state, unwrapped
+from isthmus.interop.archives import read_archive, read_state, tensors_of, unwrapped
 
 TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.arange(3), "fp16": torch.ones(2, 2).half()}
 
@@ -46,7 +46,7 @@ def _write(kind, path):
 def test_every_kind_is_told_by_its_content(tmp_path, kind):
     path = tmp_path / "weights.of.no.kind"
     _write(kind, path)
-    found = read_archive(path)
+    found = tensors_of(read_archive(path), path)
     for name, tensor in TENSORS.items():
         assert torch.equal(found[name], tensor)
         assert found[name].dtype == tensor.dtype
