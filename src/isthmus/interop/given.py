@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from isthmus.data.images import ImageTransform
 from isthmus.data.processor import Processor
 from isthmus.errors import CheckpointError
 from isthmus.interop.export import AnySource
+from isthmus.language import LibraryLM
 from isthmus.load_report import Account
 from isthmus.net import Net
 from isthmus.nn.vit import VisionConfig
@@ -68,6 +69,16 @@ class Given:
 def lacking(name: str, where: Path, why: str) -> CheckpointError:
     """That the argument ``name`` is due, and why."""
     return CheckpointError(f"{where} {why}: give {name}=… (on the command line --{name}).")
+
+
+class _Talks(Protocol):
+    @property
+    def language(self) -> LibraryLM: ...
+
+
+def language_of(model: AnySource) -> LibraryLM:
+    """Of a model that has one, or that is one; another has no such attribute."""
+    return cast(_Talks, model.net).language
 
 
 @dataclass(frozen=True, slots=True)

@@ -405,7 +405,7 @@ def _prompted(model: Source[Blip2, Processor], losses: tuple[str, ...], shard_by
     assert net.language is not None  # both of the phase that writes
     assert net.config.language is not None
     seq2seq = isinstance(net.language, Seq2SeqLM)
-    state, language, tokenizer, token = with_image_token(net, net.config.language, processor.tokenizer)
+    state, language, tokenizer, token = with_image_token(net, net.language, net.config.language, processor.tokenizer)
     tied = {f"language.{name}" for name in vocabulary_tables(net.language)} - set(state_tensors(net))
     config = replace(net.config, language=language)
     described = config_to_hf(config, image_token_id=token)

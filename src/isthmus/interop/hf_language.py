@@ -22,7 +22,7 @@ from isthmus.interop.hf_files import (
     tokenizer_files,
     with_dtype,
 )
-from isthmus.language import T5_LIKE, LanguageModel, Seq2SeqLM, known_fields, vocabulary_tables
+from isthmus.language import T5_LIKE, LanguageModel, LibraryLM, Seq2SeqLM, known_fields, vocabulary_tables
 from isthmus.load_report import Account
 from isthmus.models.lm import BareLM
 from isthmus.net import Net
@@ -162,20 +162,20 @@ def language_tensors(lm: "PreTrainedModel") -> dict[str, Tensor]:
 
 
 def with_image_token(
-    net: Net, config: Mapping[str, object], tokenizer: Tokenizer
+    net: Net, lm: LibraryLM, config: Mapping[str, object], tokenizer: Tokenizer
 ) -> tuple[dict[str, Tensor], dict[str, object], Tokenizer, int]:
-    """State, the LM's configuration, tokenizer and id for a layout whose place of a picture is a token. ``config`` is
-    the LM's as it is.
+    """State, the LM's configuration, tokenizer and id for a layout whose place of a picture is a token. ``lm`` is the
+    net's, and ``config`` its configuration as it is.
 
     The token is the tokenizer's own ``<image>``, or a new one after its vocabulary. Where the LM's tables have no row
     to spare they get one more, the mean of the others; the model overwrites it wherever the token stands.
     """
     tokenizer = tokenizer if tokenizer.backend.token_to_id(IMAGE) is not None else tokenizer.with_tokens(IMAGE)
-    token, rows = tokenizer.id_of(IMAGE), net.language.vocab_size
+    token, rows = tokenizer.id_of(IMAGE), lm.vocab_size
     state, language = net.state_dict(), dict(config)
     must(token <= rows, "tokenizer", f"{token} tokens", _WHO, f"no larger than the LM's vocabulary of {rows}")
     if token == rows:
-        for name in vocabulary_tables(net.language):
+        for name in vocabulary_tables(lm):
             table = state[f"language.{name}"]
             mean = table.float().mean(0, keepdim=True).to(table.dtype)
             state[f"language.{name}"] = torch.cat([table, mean])

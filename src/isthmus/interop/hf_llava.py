@@ -319,7 +319,7 @@ def llava_export(model: Source[Llava, SpliceProcessor], *, shard_bytes: int) -> 
     plain = net.language.plain_head()
     must(plain, "language.model_type", model_type, "transformers' LLaVA", "an LM with a plain output head")
     must(not processor.around, "processor.around", processor.around, "transformers' LLaVA", "nothing")
-    state, language, tokenizer, token = with_image_token(net, net.config.language, processor.tokenizer)
+    state, language, tokenizer, token = with_image_token(net, net.language, net.config.language, processor.tokenizer)
     config = replace(net.config, language=language)
     described = llava_config_to_hf(config, image_token_id=token)
     weights = llava_to_hf(state, config)

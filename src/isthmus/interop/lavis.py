@@ -25,7 +25,7 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_archive, tensors_of
 from isthmus.interop.entries import Entry, depth, same
 from isthmus.interop.export import Export, Source, must, pickled
-from isthmus.interop.given import Given, Opened
+from isthmus.interop.given import Given, Opened, language_of
 from isthmus.interop.hf_blip2 import asked_otherwise, published_prompts
 from isthmus.interop.hf_language import read_seq2seq_folder
 from isthmus.interop.hf_tokenizer import open_tokenizer
@@ -287,7 +287,7 @@ def _language(path: str | Path, given: Given) -> tuple[Mapping[str, object], dic
     else:
         model = given.open(folder)
         config = cast("Mapping[str, object]", plain(model.net.config)["language"])
-        state = model.net.language.lm.state_dict()
+        state = language_of(model).lm.state_dict()
         tokenizer = model.processor.tokenizer
     return config, {f"language.lm.{name}": tensor for name, tensor in state.items()}, tokenizer
 

@@ -20,7 +20,7 @@ from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
 from isthmus.errors import CheckpointError
 from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of, to_theirs
 from isthmus.interop.export import Export, Source, common_dtype, must, pickled, shards
-from isthmus.interop.given import Given, Opened
+from isthmus.interop.given import Given, Opened, language_of
 from isthmus.interop.hf_clip import vision_config_to_hf, vision_to_hf
 from isthmus.interop.hf_files import image_processor
 from isthmus.interop.hf_language import language_files, language_tensors, published
@@ -248,11 +248,11 @@ def open_trained(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     ids = {name: tokenizer.id_of(token) for name, token in zip(("end_id", "image_id"), NEW_TOKENS, strict=True)}
     described = cast("Mapping[str, object]", plain(language.net.config)["language"])
     config = config_from_open_flamingo(state, vision=encoder.config, language=described, **ids)
-    net = Flamingo(config)
+    net, lm = Flamingo(config), language_of(language).lm
     tensors = {f"vision.{n}": t for n, t in encoder.state.items()}
-    tensors |= {f"language.lm.{n}": t for n, t in language.net.language.lm.state_dict().items()}
+    tensors |= {f"language.lm.{n}": t for n, t in lm.state_dict().items()}
     tensors |= trained_from_open_flamingo(state, net, given.account)
-    head = language.net.language.lm.get_output_embeddings().weight
+    head = lm.get_output_embeddings().weight
     if net.language.new_rows.output is not None:
         # Their runs train the input table only, so files know no such rows; a new row is the mean, as there.
         mean = head.detach().float().mean(0).to(head.dtype)

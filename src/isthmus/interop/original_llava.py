@@ -21,7 +21,7 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_archive, read_state, tensors_of
 from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of
 from isthmus.interop.export import Export, Source, common_dtype, must, shards
-from isthmus.interop.given import Given, Opened, lacking
+from isthmus.interop.given import Given, Opened, lacking, language_of
 from isthmus.interop.hf_clip import vision_config_to_hf, vision_from_hf, vision_to_hf
 from isthmus.interop.hf_files import further_stops, image_processor, tokenizer_files
 from isthmus.interop.hf_language import IMAGE, match_keys
@@ -360,7 +360,7 @@ def _base(folder: Path, base: str | Path | None, given: Given) -> dict[str, Tens
     """The language model that a projector or a LoRA belongs to, LoRA merged in, under transformers' names."""
     if base is None:
         base = given.need("language", folder, "holds no language model, only what was trained beside it")
-    lm = given.open(str(base)).net.language.lm
+    lm = language_of(given.open(str(base))).lm
     merge_adapter(lm, folder, given.account)
     return lm.state_dict()
 
