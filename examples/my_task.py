@@ -16,12 +16,20 @@ from the rows alone. What it needs of a model is a protocol of :mod:`isthmus.eva
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from isthmus.errors import DataError
-from isthmus.evaluation.protocols import Answers, Records
-from isthmus.evaluation.tasks import Row, Task
+from isthmus.evaluation.outputs import ScoredRow
+from isthmus.evaluation.protocols import Answers, Records, Sample
+from isthmus.evaluation.tasks import Task
 from isthmus.evaluation.turns import last_turn, prompt
+
+
+class CountingRow(ScoredRow):
+    """A row has an ``id``, and what the score is made from."""
+
+    truth: int
+    answer: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +41,12 @@ class CountingScores:
     near: float
     unread: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counting(Task):
+class Counting(Task[CountingRow]):
     """Questions whose answer is a number; the others of the data are left aside. ``near`` is the greatest distance that
     still counts as nearly right."""
 
@@ -46,10 +54,10 @@ class Counting(Task):
     needs: ClassVar[type] = Answers
 
     name: str
-    records: Records
+    records: Records[Sample]
     seed: int = 0
     near: int = 1
-    decoding: Mapping[str, Any] = field(default_factory=lambda: {"max_new_tokens": 8})
+    decoding: Mapping[str, object] = field(default_factory=lambda: {"max_new_tokens": 8})
 
     @property
     def ids(self) -> list[str]:
@@ -60,11 +68,11 @@ class Counting(Task):
             raise DataError(f"Task {self.name!r}: no answer of the data is a number.")
         return found
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Kept in the output folder, which goes on only with the same."""
         return {**super().describe(), "near": self.near, "decoding": dict(self.decoding)}
 
-    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[CountingRow]]:
         wanted = set(self.ids) - set(done)
         records = [r for r in (self.records[i] for i in range(len(self.records))) if r.id in wanted]
         for start in range(0, len(records), chunk):
@@ -75,7 +83,7 @@ class Counting(Task):
                 for r, a in zip(some, answers, strict=True)
             ]
 
-    def score(self, rows: Sequence[Row]) -> CountingScores:
+    def score(self, rows: Sequence[CountingRow]) -> CountingScores:
         found = [re.search(r"\d+", row["answer"]) for row in rows]
         off = [abs(int(n[0]) - row["truth"]) for n, row in zip(found, rows, strict=True) if n is not None]
         return CountingScores(

@@ -1,9 +1,9 @@
 """Attention maps of answers as pictures: bright where the attention was, dark elsewhere."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from isthmus.comparison.curves import overlay, png
+from isthmus.data.attention import Attention
 from isthmus.data.record import Record, without_answer
 from isthmus.errors import CapabilityError
 from isthmus.model import Model
@@ -12,7 +12,7 @@ _COLOURS = 64
 """A page may hold hundreds of these pictures."""
 
 
-def attention_pictures(model: Model, records: Sequence[Record], decoding: Mapping[str, Any]) -> dict[str, bytes]:
+def attention_pictures(model: Model, records: Sequence[Record], decoding: Mapping[str, object]) -> dict[str, bytes]:
     """Record id -> PNG of its first picture as the model saw it, under the mean attention over layers and new tokens.
 
     Empty for a model without maps; an answer without a token has none.
@@ -21,8 +21,9 @@ def attention_pictures(model: Model, records: Sequence[Record], decoding: Mappin
     seeing = [r for r in records if r.images]
     if transform is None or "attend" not in model.capabilities or not seeing:
         return {}
+    attend: Callable[..., list[Attention]] = model.attend  # which checks what a user wrote
     try:
-        found = model.attend([without_answer(r) for r in seeing], **decoding)
+        found = attend([without_answer(r) for r in seeing], **decoding)
     except CapabilityError:  # a connector whose tokens cannot be traced back to patches
         return {}
     shown: dict[str, bytes] = {}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 from isthmus.checkpoint import read_json
 from isthmus.comparison.attention_pictures import attention_pictures
@@ -18,10 +18,12 @@ from isthmus.data.record import Record, Video
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import rules, vqa
+from isthmus.evaluation.outputs import AnswerRow, Manifest, ScoredRow
 from isthmus.evaluation.protocols import Answers, Embeds, HasVisionFeatures, Matches, MatchesPairs, Weighs
 from isthmus.evaluation.results import write_json
 from isthmus.evaluation.run import Result
 from isthmus.evaluation.sound import first_sound
+from isthmus.evaluation.tasks import Scores
 from isthmus.evaluation.turns import turns
 from isthmus.evaluation.vqa import HasAnswers, VqaScores
 from isthmus.interop.hub import located, model_hash
@@ -49,11 +51,11 @@ class Contestant:
     folder: Path
     recipe: Recipe | None = None
     specs: Sequence[EvalSpec] = ()
-    results: list[Result] = field(default_factory=list)
+    results: list[Result[ScoredRow]] = field(default_factory=list)
     cost: Cost | None = None
     attention_pictures: Mapping[str, bytes] = field(default_factory=dict)
     attention_task: str = ""
-    by_seed: Mapping[int, Sequence[Result]] = field(default_factory=dict)
+    by_seed: Mapping[int, Sequence[Result[ScoredRow]]] = field(default_factory=dict)
     dtype: str = ""
 
     @property
@@ -179,21 +181,32 @@ def measure(rival: Contestant, model: Model, out: Path) -> None:
         written = needs(seeing) is Answers and "shots" not in seeing.options  # else the map would be of another prompt
         rival.attention_task = seeing.name
         decoding = seeing.options.get("decoding")
-        rival.attention_pictures = (
-            attention_pictures(model, pictured(seeing), decoding if isinstance(decoding, Mapping) else {})
-            if written
-            else {}
-        )
+        decoding = decoding if isinstance(decoding, Mapping) else {}
+        rival.attention_pictures = attention_pictures(model, pictured(seeing), decoding) if written else {}
     own = rival.identity
     write_json(out / "cost.json", {"model": own, "found": rival.cost.to_dict()})
     pictures = {name: base64.b64encode(raw).decode("ascii") for name, raw in rival.attention_pictures.items()}
     write_json(out / "looks.json", {"model": own, "task": rival.attention_task, "found": pictures})
 
 
+class _CostFile(TypedDict):
+    model: str
+    found: dict[str, object]
+
+
+class _PicturesFile(TypedDict):
+    """PNGs in base64 by sample id, of the answers in ``task``."""
+
+    model: str
+    task: NotRequired[str]
+    found: dict[str, str]
+
+
 def recall(rival: Contestant, out: Path) -> bool:
     """Cost and maps from where :func:`measure` left them; False when they are not there, or of another model."""
     own = rival.identity
-    cost, pictures = (_kept(out / name, own) for name in ("cost.json", "looks.json"))
+    cost = cast(_CostFile | None, _kept(out / "cost.json", own))
+    pictures = cast(_PicturesFile | None, _kept(out / "looks.json", own))
     if cost is None or pictures is None:
         return False
     rival.cost = Cost.from_dict(cost["found"])
@@ -202,12 +215,17 @@ def recall(rival: Contestant, out: Path) -> bool:
     return True
 
 
-def _kept(file: Path, model: str) -> dict[str, Any] | None:
+def _kept(file: Path, model: str) -> Mapping[str, object] | None:
     facts = read_json(file) if file.is_file() else {}
     return facts if facts.get("model") == model else None
 
 
-def answers_of(scores: Any) -> VqaScores | None:
+def answer_rows(result: Result[ScoredRow]) -> Sequence[AnswerRow]:
+    """The rows of a task whose scores are those of answers (:func:`answers_of`)."""
+    return cast(Sequence[AnswerRow], result.rows)
+
+
+def answers_of(scores: object) -> VqaScores | None:
     """Scores of answers: what they are, or what stands among other scores (yes or no, conversations)."""
     if isinstance(scores, VqaScores):
         return scores
@@ -240,30 +258,33 @@ def pooled(runs: Mapping[int, Contestant]) -> Contestant:
     return replace(first, results=means, by_seed=by_seed)
 
 
-def _mean(result: Result, by_seed: Mapping[int, Sequence[Result]]) -> Result:
+def _mean(result: Result[ScoredRow], by_seed: Mapping[int, Sequence[Result[ScoredRow]]]) -> Result[ScoredRow]:
     """Over the seeds with which the task was scored."""
     runs = [r for results in by_seed.values() for r in results if r.task == result.task]
     if any([row["id"] for row in r.rows] != [row["id"] for row in result.rows] for r in runs):
         raise DataError(f"The seeds' outputs below {result.folder.parents[1]} are not of the same {result.task} items.")
-    scores = _average([r.scores for r in runs])
+    scores = cast(Scores, _average([r.scores for r in runs]))
     if answers_of(scores) is None:
         return replace(result, scores=scores)
-    manifest = read_json(result.folder / "manifest.json")
+    manifest = cast(Manifest, read_json(result.folder / "manifest.json"))
     rule = rules.rule("yes-no" if result.kind == "binary" else manifest.get("rule", "exact"))
-    answers = vqa.pooled([r.rows for r in runs], rule=rule, seed=manifest["seed"])
+    answers = vqa.pooled([answer_rows(r) for r in runs], rule=rule, seed=manifest["seed"])
     return replace(result, scores=answers if isinstance(scores, VqaScores) else replace(scores, answers=answers))
 
 
-def _average(values: Sequence[Any], name: str = "") -> Any:
+def _average(values: Sequence[object], name: str = "") -> object:
     """The mean of every fraction in several scores of one kind. Numbers of items are the same in all of them; empty and
     unparsable answers are counted over all, as :func:`vqa.pooled` does."""
     first = values[0]
     if is_dataclass(first) and not isinstance(first, type):
         return replace(first, **{f.name: _average([getattr(v, f.name) for v in values], f.name) for f in fields(first)})
     if isinstance(first, Mapping):
-        return {key: _average([v[key] for v in values], str(key)) for key in first}
+        named = cast(Sequence[Mapping[object, object]], values)
+        return {key: _average([v[key] for v in named], str(key)) for key in first}
     if isinstance(first, tuple | list):
-        return type(first)(_average(column) for column in zip(*values, strict=True))
+        columns = zip(*cast(Sequence[Sequence[object]], values), strict=True)
+        return type(first)(_average(column) for column in columns)
+    numbers = cast(Sequence[float], values)
     if isinstance(first, float):
-        return fmean(values)
-    return sum(values) if name in ("empty", "unparsable") else first
+        return fmean(numbers)
+    return sum(numbers) if name in ("empty", "unparsable") else first

@@ -8,18 +8,17 @@ steps.
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from isthmus.allocator import give_back
-from isthmus.checkpoint import read_json
-from isthmus.comparison.curves import seconds
+from isthmus.comparison.curves import part_lines, seconds
 from isthmus.config import strict
 from isthmus.data.record import Record
 from isthmus.errors import IsthmusError
@@ -54,26 +53,25 @@ class Cost:
     throughput: dict[int, float] | None = None
     memory: int | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, facts: Mapping[str, Any]) -> "Cost":
+    def from_dict(cls, facts: Mapping[str, object]) -> "Cost":
         return strict(cls, facts, "cost")
 
 
 def cost_of(model: Model, folder: Path, recipe: Recipe | None, questions: Sequence[Record]) -> Cost:
     """Measured on ``questions`` (none: nothing is answered). Raises nothing that the model's own answers do not."""
-    known: dict[str, Any] = {"parameters": sum(parts_of(model.net).values()), "visual_tokens": visual_tokens(model.net)}
+    cost = Cost(parameters=sum(parts_of(model.net).values()), visual_tokens=visual_tokens(model.net))
     if recipe is not None and (folder / "stages").is_dir():
-        known |= {
-            "trained": trained_parameters(folder, recipe),
-            "training_seconds": seconds(folder, recipe),
-            "training_flops": training_flops(recipe),
-        }
-    if questions and "answer" in model.capabilities:
-        known |= _answering(model, questions)
-    return Cost(**known)
+        cost = replace(
+            cost,
+            trained=trained_parameters(folder, recipe),
+            training_seconds=seconds(folder, recipe),
+            training_flops=training_flops(recipe),
+        )
+    return _answering(cost, model, questions) if questions and "answer" in model.capabilities else cost
 
 
 class Operations(TorchDispatchMode):
@@ -84,7 +82,13 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         formula = flop_registry.get(func.overloadpacket)
         if formula is None:
@@ -102,7 +106,7 @@ def trained_parameters(folder: Path, recipe: Recipe) -> int:
     """Numbers that some stage trained, each part with the most that a stage opened of it."""
     most: dict[str, int] = {}
     for stage in recipe.stages:
-        for row in read_json(folder / "stages" / stage.name / "trained" / "stage.json")["table"]["rows"]:
+        for row in part_lines(folder, stage.name):
             most[row["part"]] = max(most.get(row["part"], 0), row["trained"])
     return sum(most.values())
 
@@ -132,7 +136,8 @@ def step_flops(recipe: Recipe) -> dict[str, int]:
     return found
 
 
-def _answering(model: Model, questions: Sequence[Record]) -> dict[str, Any]:
+def _answering(cost: Cost, model: Model, questions: Sequence[Record]) -> Cost:
+    """With what answering costs beside it."""
     once = questions[:1]
     with Operations() as counter:
         model.answer_records(once, max_new_tokens=1)
@@ -144,12 +149,13 @@ def _answering(model: Model, questions: Sequence[Record]) -> dict[str, Any]:
     held = _reset_peak(model.device)
     throughput = {size: _per_second(model, questions, size) for size in BATCHES}
     peak = _peak(model.device)
-    return {
-        "flops_answer": float(counter.total),
-        "latency": median(alone),
-        "throughput": throughput,
-        "memory": peak - held if peak is not None and held is not None else None,
-    }
+    return replace(
+        cost,
+        flops_answer=float(counter.total),
+        latency=median(alone),
+        throughput=throughput,
+        memory=peak - held if peak is not None and held is not None else None,
+    )
 
 
 def _per_second(model: Model, questions: Sequence[Record], size: int) -> float:

@@ -3,12 +3,13 @@
 import json
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from PIL import Image as PilImage
 from torch import Tensor
 
+from isthmus.checkpoint import read_json
 from isthmus.recipes.schema import Recipe
 
 Points = list[tuple[float, float]]
@@ -16,10 +17,36 @@ _DARK = 45
 """Grey level of no attention, of 255."""
 
 
-def metrics(folder: Path, stage: str) -> list[dict[str, Any]]:
+class MetricsLine(TypedDict):
+    """What is read of a line of ``metrics.jsonl``; it holds more."""
+
+    step: int
+    loss: dict[str, float]
+    seconds: float
+
+
+class PartLine(TypedDict):
+    """A part of the model in a stage's table: its numbers, those that were trained, and at which rates."""
+
+    part: str
+    parameters: int
+    trained: int
+    rates: list[float]
+
+
+class _Table(TypedDict):
+    rows: list[PartLine]
+
+
+def metrics(folder: Path, stage: str) -> list[MetricsLine]:
     """The lines of a stage's ``metrics.jsonl``."""
     file = folder / "stages" / stage / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def part_lines(folder: Path, stage: str) -> list[PartLine]:
+    """The table of a finished stage."""
+    return cast(_Table, read_json(folder / "stages" / stage / "trained" / "stage.json")["table"])["rows"]
 
 
 def loss_curves(folder: Path, recipe: Recipe) -> dict[str, Points]:

@@ -13,9 +13,10 @@ own stands among them. Shares of an arm are parts of its total budget, so an arm
 others. ``like`` starts from another arm; a stage set to null is left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -53,13 +54,13 @@ class Arm(Strict):
     about: str = ""
     like: str | None = None
     model: SystemName | None = None
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: dict[str, object] = Field(default_factory=dict)
     parts: dict[str, str] = Field(default_factory=dict)
     redraw: list[str] = Field(default_factory=list)
-    image: dict[str, Any] | None = None
-    tokenizer: dict[str, Any] | None = None
+    image: dict[str, object] | None = None
+    tokenizer: dict[str, object] | None = None
     prompts: dict[str, str] = Field(default_factory=dict)
-    stages: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
+    stages: dict[str, dict[str, object] | None] = Field(default_factory=dict)
     shots: list[int] = Field(default_factory=list)
 
 
@@ -72,6 +73,15 @@ class Statement(Strict):
     arms: list[str] = Field(min_length=2)
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """A stage that an arm goes through, its part of the budget (of the sum over stages), and what the recipe says."""
+
+    name: str
+    share: float
+    tree: Mapping[str, object]
+
+
 class Comparison(Strict):
     """See the head of this file. Every arm is trained once per seed, and scored on the tasks of ``evaluate``."""
 
@@ -82,7 +92,7 @@ class Comparison(Strict):
     variables: dict[str, str] = Field(default_factory=dict)
     parts: dict[str, str] = Field(default_factory=dict)
     budget: Budget
-    stages: list[dict[str, Any]] = Field(default_factory=list)
+    stages: list[dict[str, object]] = Field(default_factory=list)
     evaluate: list[EvalSpec] = Field(min_length=1)
     arms: list[Arm] = Field(min_length=2)
     statements: list[Statement] = Field(default_factory=list)
@@ -142,7 +152,7 @@ class Comparison(Strict):
         stages = self._stages(arm, where)
         if steps is None:
             steps = self._steps(stages, where)
-        tree: dict[str, Any] = {
+        tree: dict[str, object] = {
             "model": arm.model,
             "seed": seed,
             "threads": self.threads,
@@ -151,7 +161,7 @@ class Comparison(Strict):
             "image": arm.image,
             "tokenizer": arm.tokenizer,
             "prompts": arm.prompts,
-            "stages": [{k: v for k, v in s.items() if k != "share"} | {"steps": steps[s["name"]]} for s in stages],
+            "stages": [{**s.tree, "steps": steps[s.name]} for s in stages],
         }
         if arm.model is None:
             raise ConfigError(f"Recipe {where} has no model: name one, or another arm under `like`.")
@@ -160,10 +170,10 @@ class Comparison(Strict):
     def shares(self, name: str) -> dict[str, float]:
         """Stage -> its part of the arm's budget; together 1."""
         stages = self._stages(self.resolved(name), f"of arm {name!r}")
-        total = sum(s["share"] for s in stages)
-        return {s["name"]: s["share"] / total for s in stages}
+        total = sum(s.share for s in stages)
+        return {s.name: s.share / total for s in stages}
 
-    def _stages(self, arm: Arm, where: str) -> list[dict[str, Any]]:
+    def _stages(self, arm: Arm, where: str) -> list[_Share]:
         """The stages the arm goes through, what is shared and what is its own put together."""
         shared = {str(s.get("name")): s for s in self.stages}
         found = []
@@ -176,35 +186,37 @@ class Comparison(Strict):
             for key in ("steps", "samples"):
                 if key in stage:
                     raise ConfigError(f"Recipe {where}: stage {name!r} gets its {key} from the budget; give a `share`.")
-            share = stage.setdefault("share", 1.0)
+            share = stage.pop("share", 1.0)
             if not isinstance(share, int | float) or share <= 0:
                 raise ConfigError(f"Recipe {where}: the share of stage {name!r} must be above 0, not {share!r}.")
-            found.append(stage)
+            found.append(_Share(name, share, stage))
         if not found:
             raise ConfigError(f"Recipe {where} goes through no stage; known: {', '.join(shared)}.")
         return found
 
-    def _steps(self, stages: list[dict[str, Any]], where: str) -> dict[str, int]:
+    def _steps(self, stages: Sequence[_Share], where: str) -> dict[str, int]:
         """Steps by stage of a budget in samples; of one in operations, which must be measured first, a stand-in."""
         if self.budget.samples is None:
-            return {s["name"]: UNMEASURED for s in stages}
-        total = sum(s["share"] for s in stages)
-        ends = [0, *accumulate(s["share"] / total * self.budget.samples for s in stages)]
+            return {s.name: UNMEASURED for s in stages}
+        total = sum(s.share for s in stages)
+        ends = [0, *accumulate(s.share / total * self.budget.samples for s in stages)]
         return {
-            s["name"]: max(1, round(end / rows) - round(start / rows))
+            s.name: max(1, round(end / rows) - round(start / rows))
             for s, (start, end), rows in zip(stages, pairwise(ends), (_rows(s, where) for s in stages), strict=True)
         }
 
 
-def _rows(stage: Mapping[str, Any], where: str) -> int:
+def _rows(stage: _Share, where: str) -> int:
     """Rows of one step."""
-    rows = stage.get("batch_size") or sum(e.get("batch_size", 0) for e in stage["data"] if isinstance(e, Mapping))
+    data = stage.tree["data"]
+    entries = [entry for entry in data if isinstance(entry, Mapping)] if isinstance(data, Sequence) else []
+    rows = stage.tree.get("batch_size") or sum(entry.get("batch_size", 0) for entry in entries)
     if not isinstance(rows, int) or rows < 1:
-        raise ConfigError(f"Recipe {where}: a budget in samples needs the batch_size of stage {stage['name']!r}.")
+        raise ConfigError(f"Recipe {where}: a budget in samples needs the batch_size of stage {stage.name!r}.")
     return rows
 
 
-def parse_comparison(tree: Mapping[str, Any], where: str = "comparison") -> Comparison:
+def parse_comparison(tree: Mapping[str, object], where: str = "comparison") -> Comparison:
     """A checked Comparison, every arm's recipe among it; raises ConfigError in words."""
     nested = {"arms": Arm, "statements": Statement, "evaluate": EvalSpec, "budget": Budget}
     found = checked(Comparison, tree, where, nested)

@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
-from isthmus.checkpoint import read_json
-from isthmus.comparison.compare import Contestant, answers_of, pictured
+from isthmus.comparison.compare import Contestant, answer_rows, answers_of, pictured
 from isthmus.comparison.cost import Cost
-from isthmus.comparison.curves import loss_curves, png, seconds
+from isthmus.comparison.curves import loss_curves, part_lines, png, seconds
 from isthmus.comparison.report import Answer, Chart, Listing, Note, Report, SamplePicture, TrainedPart
 from isthmus.comparison.report.tables import percent
 from isthmus.data.images import open_image
 from isthmus.errors import ConfigError, DataError
+from isthmus.evaluation.bootstrap import Interval
 from isthmus.evaluation.rerank import RerankScores
 from isthmus.evaluation.rescore import Difference
 from isthmus.evaluation.rescore import compare as paired
@@ -29,7 +29,43 @@ MANY = 6
 """With more models than this the page shows the statements alone; every pair is in ``differences.csv``."""
 MAIN = ("accuracy", "CIDEr", "image to text R@1", "text to image R@1", "top_1")
 """Measures whose differences the page shows; ``differences.csv`` has the others too."""
-ScoreRow = dict[str, Any]
+
+
+class _Measured(TypedDict):
+    kind: str
+    n: int
+    score: float
+    low: float
+    high: float
+    blind: NotRequired[float | None]
+    shuffled: NotRequired[float | None]
+    prior: NotRequired[float | None]
+    gain: NotRequired[float | None]
+
+
+class ScoreRow(_Measured):
+    """A line of ``scores.csv``: of all answers, of a kind of question, or of a measure."""
+
+    model: str
+    task: str
+
+
+class Compared(TypedDict):
+    """A difference on the same items, with its interval."""
+
+    measure: str
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+class DifferenceRow(Compared):
+    """A line of ``differences.csv``."""
+
+    first: str
+    second: str
+    task: str
 
 
 def write_comparison(
@@ -94,15 +130,14 @@ def score_rows(rivals: Sequence[Contestant]) -> list[ScoreRow]:
     rows: list[ScoreRow] = []
     for rival in rivals:
         for result in rival.results:
-            place = {"model": rival.name, "task": result.task}
             answers = answers_of(result.scores)
             if answers is not None:
-                kinds = [("all", answers.overall), *answers.kinds.items()]
-                rows += [place | _row(kind, s) for kind, s in kinds]
+                found = [_row(kind, s) for kind, s in (("all", answers.overall), *answers.kinds.items())]
             elif isinstance(result.scores, RetrievalScores):
-                rows += [place | row for row in _recalls(result.scores)]
+                found = _recalls(result.scores)
             else:
-                rows += [place | row for row in _measures(result.scores.to_dict())]
+                found = _measures(result.scores.to_dict())
+            rows += [{"model": rival.name, "task": result.task, **row} for row in found]
     return rows
 
 
@@ -112,7 +147,7 @@ def main_score(rival: Contestant, task: str) -> ScoreRow | None:
     return next((row for row in rows if row["kind"] == "CIDEr"), rows[0] if rows else None)
 
 
-def _row(kind: str, score: Score) -> ScoreRow:
+def _row(kind: str, score: Score) -> _Measured:
     low, high = score.interval
     return {
         "kind": kind,
@@ -127,7 +162,7 @@ def _row(kind: str, score: Score) -> ScoreRow:
     }
 
 
-def _recalls(scores: RetrievalScores) -> list[ScoreRow]:
+def _recalls(scores: RetrievalScores) -> list[_Measured]:
     ways = (("image_to_text", scores.image_to_text), ("text_to_image", scores.text_to_image))
     return [
         {
@@ -141,28 +176,24 @@ def _recalls(scores: RetrievalScores) -> list[ScoreRow]:
     ]
 
 
-def _measures(facts: Mapping[str, Any]) -> list[ScoreRow]:
+def _measures(facts: Mapping[str, object]) -> list[_Measured]:
     """Every measure that comes with an interval; the gain stands beside those of which it is the gain."""
-    named = [name for name in facts if f"{name}_interval" in facts and name != "gain"]
+    named = [name for name in facts if facts.get(f"{name}_interval") is not None and name != "gain"]
     main = "CIDEr" if "CIDEr" in named else named[0] if named else ""
-    return [
-        {
-            "kind": name,
-            "n": facts.get("n"),
-            "score": facts[name],
-            "low": facts[f"{name}_interval"][0],
-            "high": facts[f"{name}_interval"][1],
-            "gain": facts.get("gain") if name == main else None,
-        }
-        for name in named
-    ]
+    found: list[_Measured] = []
+    for name in named:
+        low, high = cast(Interval, facts[f"{name}_interval"])
+        gain = cast(float | None, facts.get("gain")) if name == main else None
+        n, score = cast(int, facts.get("n")), cast(float, facts[name])
+        found.append({"kind": name, "n": n, "score": score, "low": low, "high": high, "gain": gain})
+    return found
 
 
 _COLUMNS = ("model", "task", "kind", "n", "score", "low", "high", "blind", "shuffled", "prior", "gain")
 _PAIR_COLUMNS = ("first", "second", "task", "measure", "difference", "low", "high", "p")
 
 
-def _csv(rows: Sequence[ScoreRow], columns: Sequence[str]) -> str:
+def _csv(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
@@ -183,28 +214,28 @@ def _markdown(rows: Sequence[ScoreRow]) -> str:
         lines += ["", "| model | task | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for place in dict.fromkeys((r["model"], r["task"]) for r in kinds):
         own = {r["kind"]: r for r in kinds if (r["model"], r["task"]) == place}
-        cells = [f"{percent(own[k]['score'])} ({percent(own[k]['gain'])})" if k in own else "–" for k in names]
+        cells = [f"{percent(own[k]['score'])} ({percent(own[k].get('gain'))})" if k in own else "–" for k in names]
         lines.append("| " + " | ".join([*place, *cells]) + " |")
     return "\n".join(lines) + ("\n\nBy kind of question, with the gain in brackets.\n" if names else "\n")
 
 
-def _spread(row: ScoreRow, *, signed: bool = False) -> str:
+def _spread(row: _Measured | Compared, *, signed: bool = False) -> str:
     return f"{percent(row['low'], signed=signed)} to {percent(row['high'], signed=signed)}"
 
 
-def difference_rows(rivals: Sequence[Contestant], seed: int) -> list[ScoreRow]:
+def difference_rows(rivals: Sequence[Contestant], seed: int) -> list[DifferenceRow]:
     """Every pair of contestants on every task both did: the second's score less the first's, on the same items."""
-    rows = []
+    rows: list[DifferenceRow] = []
     for one, other in combinations(rivals, 2):
         theirs = {r.task for r in other.results}
         for result in one.results:
-            place = {"first": one.name, "second": other.name, "task": result.task}
             if result.task in theirs:
-                rows += [place | found for found in difference(one, other, result.task, seed)]
+                found = difference(one, other, result.task, seed)
+                rows += [{"first": one.name, "second": other.name, "task": result.task, **row} for row in found]
     return rows
 
 
-def difference(one: Contestant, other: Contestant, task: str, seed: int) -> list[ScoreRow]:
+def difference(one: Contestant, other: Contestant, task: str, seed: int) -> list[Compared]:
     """Difference, interval and p of each measure, the main ones first, over the seeds that both have; none where they
     did not answer the same items, or where the score is no mean over items (an AUC)."""
     ours, theirs = one.folders(task, other), other.folders(task, one)
@@ -220,7 +251,7 @@ def difference(one: Contestant, other: Contestant, task: str, seed: int) -> list
     ]
 
 
-def differences(rows: Sequence[ScoreRow]) -> Listing:
+def differences(rows: Sequence[DifferenceRow]) -> Listing:
     return Listing(
         heading="Who is better",
         caption="Differences on the same items, in points, with paired 95 % bootstrap intervals.",
@@ -319,7 +350,7 @@ def shot_scores(rows: Sequence[ScoreRow]) -> Listing:
         caption="The same questions after so many examples. Percent, with 95 % intervals.",
         head=("model", "task", "shots", "score", "95 %", "gain"),
         rows=[
-            (r["model"], place[0], str(place[1]), percent(r["score"]), _spread(r), percent(r["gain"], signed=True))
+            (r["model"], place[0], str(place[1]), percent(r["score"]), _spread(r), percent(r.get("gain"), signed=True))
             for r in rows
             if r["kind"] == "all" and (place := _shots_of(r["task"])) is not None
         ],
@@ -383,7 +414,7 @@ def samples(rivals: Sequence[Contestant]) -> list[SamplePicture]:
 
 def _answered(rivals: Sequence[Contestant], spec: EvalSpec) -> list[SamplePicture]:
     answered = [
-        (r, {row["id"]: row for row in x.rows})
+        (r, {row["id"]: row for row in answer_rows(x)})
         for r in rivals
         for x in r.results
         if x.task == spec.name and answers_of(x.scores) is not None
@@ -397,12 +428,12 @@ def _answered(rivals: Sequence[Contestant], spec: EvalSpec) -> list[SamplePictur
         found.append(
             SamplePicture(
                 png=png(open_image(record.images[0].source)),
-                question=row["question"],
+                question=row.get("question", ""),
                 truth=Counter(row["truth"]).most_common(1)[0][0],
                 answers={
                     r.name: Answer(
                         text=own["answer"],
-                        right=own["correct"] >= 0.5,  # half the points, where several people gave the truth
+                        right=own.get("correct", 0.0) >= 0.5,  # half the points, where several people gave the truth
                         attention=r.attention_pictures.get(record.id) if r.attention_task == spec.name else None,
                     )
                     for r, own in said
@@ -419,7 +450,6 @@ def trained_parts(rival: Contestant) -> list[TrainedPart]:
         return []
     parts = []
     for stage in rival.recipe.stages:
-        table = read_json(rival.folder / "stages" / stage.name / "trained" / "stage.json")["table"]
         parts += [
             TrainedPart(
                 model=rival.name,
@@ -429,6 +459,6 @@ def trained_parts(rival: Contestant) -> list[TrainedPart]:
                 trained=row["trained"],
                 rate=max(row["rates"], default=None),
             )
-            for row in table["rows"]
+            for row in part_lines(rival.folder, stage.name)
         ]
     return parts

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 
@@ -13,11 +13,10 @@ from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import binary, choice, rules, vqa
 from isthmus.evaluation.bootstrap import Interval, Outcomes, intervals
 from isthmus.evaluation.controls import answers_with_controls, plan_controls
-from isthmus.evaluation.protocols import Answers, Sample, Weighs
+from isthmus.evaluation.outputs import AnswerRow, Manifest, TurnRow
+from isthmus.evaluation.protocols import Answers, S, Sample, TextPart, Weighs
 from isthmus.evaluation.tasks import (
-    Manifest,
     Questions,
-    Row,
     Scores,
     VqaTask,
     listed,
@@ -30,6 +29,7 @@ from isthmus.evaluation.turns import (
     kind_of,
     last_turn,
     prompt,
+    texts_of,
     turns,
     with_pictures_of,
     without_picture,
@@ -45,24 +45,24 @@ class BinaryTask(VqaTask):
     rule: str = "yes-no"
 
     @classmethod
-    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> Scores:
+    def scored(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> Scores:
         return binary.score(rows, seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> Outcomes:
         return Outcomes(binary.table(rows), lambda sums: binary.rates(sums)[..., [0, 3]], ("accuracy", "f1"))
 
 
 def choices_of(record: Sample, task: str) -> list[str]:
     """Raises DataError when the record has no choices."""
-    found = record.meta.get("choices")
+    found = texts_of(record, "choices")
     if not found:
         raise DataError(f"Task {task!r}: sample {record.id!r} has no `choices` in its meta data.")
-    return [str(c) for c in found]
+    return list(found)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LikelihoodTask(Questions):
+class LikelihoodTask(Questions[AnswerRow]):
     """Multiple choice by log-likelihood: the choice that the model finds likeliest as its answer.
 
     ``answer_with``: the candidates are the choices' ``text`` or their ``letter``. ``per``: the log-likelihood as it
@@ -83,10 +83,10 @@ class LikelihoodTask(Questions):
         if self.answer_with not in ("text", "letter") or self.per not in ("answer", "character"):
             raise ConfigError(f"Task {self.name!r}: answer_with is text or letter, per is answer or character.")
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {**Questions.describe(self), "rule": "choice", "answer_with": self.answer_with, "per": self.per}
 
-    def rows(self, model: Weighs, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+    def rows(self, model: Weighs, done: Collection[str], *, chunk: int) -> Iterator[list[AnswerRow]]:
         plan = plan_controls(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for record in (self.records[i] for i in todo):  # a truth that is no choice is met before the model runs
@@ -95,9 +95,9 @@ class LikelihoodTask(Questions):
         for places in plan.chunks(todo, chunk):
             yield [self._row(model, self.records[i], self.records[plan.other[i]]) for i in places]
 
-    def _row(self, model: Weighs, record: Any, other: Any) -> Row:
+    def _row(self, model: Weighs, record: Sample, other: Sample) -> AnswerRow:
         choices, question = choices_of(record, self.name), prompt(record)
-        ways: dict[str, Callable[[], Any]] = {
+        ways: dict[str, Callable[[], Sample]] = {
             "answer": lambda: question,
             "blind": lambda: without_picture(question),
             "shuffled": lambda: with_pictures_of(question, other) if question.images else question,
@@ -108,7 +108,7 @@ class LikelihoodTask(Questions):
         row |= {"choices": choices, "log_likelihoods": scores["answer"]}
         return row | {"correct": choice.CHOICE.points(row["answer"], row)}
 
-    def _scores(self, model: Weighs, record: Any, choices: Sequence[str]) -> list[float]:
+    def _scores(self, model: Weighs, record: Sample, choices: Sequence[str]) -> list[float]:
         candidates = list(choice.LETTERS[: len(choices)]) if self.answer_with == "letter" else list(choices)
         scores = model.score(record.parts, candidates)
         if len(scores) != len(candidates) or not np.isfinite(scores).all():
@@ -118,16 +118,16 @@ class LikelihoodTask(Questions):
         return list(scores)
 
     @classmethod
-    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> vqa.VqaScores:
+    def scored(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> vqa.VqaScores:
         return vqa.score(rows, rule=choice.CHOICE, seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> Outcomes:
         return points(choice.CHOICE, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversationTask(Questions):
+class ConversationTask(Questions[TurnRow]):
     """Every question of a conversation, in order, one row each (id ``<record>/<turn>``, turns from 1).
 
     ``history``: the earlier answers in the context are the model's ``own`` (under the same control: the blind
@@ -139,7 +139,7 @@ class ConversationTask(Questions):
     version: ClassVar[int] = 1
     needs: ClassVar[type] = Answers
 
-    decoding: Mapping[str, Any] = field(default_factory=dict)
+    decoding: Mapping[str, object] = field(default_factory=dict)
     rule: str = "exact"
     history: Literal["own", "true"] = "own"
 
@@ -160,11 +160,11 @@ class ConversationTask(Questions):
             raise DataError(f"Task {self.name!r}: sample {record.id!r} has no answer to score against.")
         return [f"{record.id}/{n}" for n in range(1, count + 1)]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         own = {"rule": self.rule, "history": self.history, "decoding": dict(self.decoding)}
         return {**Questions.describe(self), **own}
 
-    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[TurnRow]]:
         plan = plan_controls(self.records, self.name, self.controls, self.seed)
         todo = [i for i in range(len(self.records)) if not set(self._ids(self.records[i])) <= set(done)]
         for places in plan.chunks(todo, max(1, chunk // 4)):
@@ -172,10 +172,10 @@ class ConversationTask(Questions):
             made = self._talk(model, [self.records[i] for i in places], others)
             yield [row for row in made if row["id"] not in done]
 
-    def _talk(self, model: Answers, records: Sequence[Any], others: Sequence[Any]) -> list[Row]:
+    def _talk(self, model: Answers, records: Sequence[Sample], others: Sequence[Sample]) -> list[TurnRow]:
         said: dict[str, list[list[str]]] = {}
         for way in ("answer", *self.controls):
-            shown = {
+            shown: Sequence[Sample] = {
                 "answer": records,
                 "blind": [without_picture(r) for r in records],
                 "shuffled": [with_pictures_of(r, o) for r, o in zip(records, others, strict=True)],
@@ -188,7 +188,7 @@ class ConversationTask(Questions):
             for n in range(len(turns(record)))
         ]
 
-    def _converse(self, model: Answers, records: Sequence[Any]) -> list[list[str]]:
+    def _converse(self, model: Answers, records: Sequence[Sample]) -> list[list[str]]:
         """The model's answers by record and turn; turn after turn, all records that still have one at once."""
         said: list[list[str]] = [[] for _ in records]
         for n in range(max(len(turns(r)) for r in records)):
@@ -199,7 +199,7 @@ class ConversationTask(Questions):
                 said[i].append(answer)
         return said
 
-    def _alone(self, model: Answers, records: Sequence[Any], first: Sequence[Sequence[str]]) -> list[list[str]]:
+    def _alone(self, model: Answers, records: Sequence[Sample], first: Sequence[Sequence[str]]) -> list[list[str]]:
         """Follow-ups without what was said before. A first question is alone anyway: its answer stands."""
         places = [(i, n) for i, r in enumerate(records) for n in range(1, len(turns(r)))]
         found = [list(answers) for answers in first]
@@ -211,33 +211,34 @@ class ConversationTask(Questions):
                 found[i][n] = answer
         return found
 
-    def _row(self, record: Sample, n: int, answers: Mapping[str, str]) -> Row:
+    def _row(self, record: Sample, n: int, answers: Mapping[str, str]) -> TurnRow:
         all_turns = turns(record)
         turn = last_turn(record) if n == len(all_turns) - 1 else all_turns[n]
-        kinds = record.meta.get("kinds")
-        kind = str(kinds[n]) if kinds else kind_of(record)
-        row = self.row(f"{record.id}/{n + 1}", turn, kind, answers) | {"turn": n + 1, "alone": answers["alone"]}
+        kinds = texts_of(record, "kinds")
+        kind = kinds[n] if kinds else kind_of(record)
+        said = self.row(f"{record.id}/{n + 1}", turn, kind, answers)
+        row: TurnRow = {**said, "turn": n + 1, "alone": answers["alone"]}
         return row | {"correct": rules.rule(self.rule).points(row["answer"], row)}
 
     @classmethod
-    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> "ConversationScores":
+    def scored(cls, rows: Sequence[TurnRow], manifest: Manifest) -> "ConversationScores":
         return score_conversation(rows, rule=rule_of(manifest), seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[TurnRow], manifest: Manifest) -> Outcomes:
         return points(rule_of(manifest), rows)
 
 
-def _up_to(record: Any, n: int, said: Sequence[str] | None) -> Any:
+def _up_to(record: S, n: int, said: Sequence[str] | None) -> S:
     """The record before its n-th answer, with the earlier answers replaced by ``said`` where given."""
     found = turns(record)
     parts = list(record.parts[: found[n].at])
     for turn, answer in zip(found[:n], said or (), strict=False):
-        parts[turn.at] = replace(parts[turn.at], text=answer.strip() or NO_ANSWER)
+        parts[turn.at] = replace(cast(TextPart, parts[turn.at]), text=answer.strip() or NO_ANSWER)
     return replace(record, parts=tuple(parts))
 
 
-def _without_history(record: Any, n: int) -> Any:
+def _without_history(record: S, n: int) -> S:
     """All pictures up to the n-th question, and that question alone."""
     found = turns(record)
     before = tuple(p for p in record.parts[: found[n - 1].at + 1] if p in record.images)
@@ -250,21 +251,21 @@ class ConversationScores:
 
     answers: vqa.VqaScores
     turns: Mapping[int, float]
-    follow_ups: Mapping[str, Any]
+    follow_ups: Mapping[str, object]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         by_turn = {str(n): value for n, value in self.turns.items()}
         return {**self.answers.to_dict(), "turns": by_turn, "follow_ups": dict(self.follow_ups)}
 
 
-def score_conversation(rows: Sequence[Row], *, rule: vqa.Rule, seed: int = 0) -> ConversationScores:
+def score_conversation(rows: Sequence[TurnRow], *, rule: vqa.Rule, seed: int = 0) -> ConversationScores:
     """From output rows. Raises DataError when there are none."""
     answers = vqa.score(rows, rule=rule, seed=seed)
     by_turn: defaultdict[int, list[float]] = defaultdict(list)
     for row in rows:
         by_turn[row["turn"]].append(rule.points(row["answer"], row))
     later = [r for r in rows if r["turn"] > 1]
-    follow_ups: dict[str, Any] = {"n": len(later)}
+    follow_ups: dict[str, object] = {"n": len(later)}
     if later:
         points = np.array([[rule.points(r["answer"], r), rule.points(r["alone"], r)] for r in later])
         together, alone = points.mean(axis=0)

@@ -15,7 +15,8 @@ import re
 from collections.abc import Iterable
 
 from isthmus.evaluation.choice import CHOICE
-from isthmus.evaluation.vqa import Facts, Rule
+from isthmus.evaluation.outputs import AnswerRow
+from isthmus.evaluation.vqa import Rule
 
 _ENOUGH = 3
 """People who have to say the same for a full point."""
@@ -23,7 +24,7 @@ _NEAR = 0.5
 """Similarity below which an answer is another one, not one misread."""
 
 
-def _aokvqa(answer: str, row: Facts) -> float:
+def _aokvqa(answer: str, row: AnswerRow) -> float:
     given = answer.strip()
     return min(1.0, sum(given == truth for truth in row["truth"]) / _ENOUGH)
 
@@ -40,7 +41,7 @@ def distance(one: str, other: str) -> int:
     return row[-1]
 
 
-def anls(answer: str, row: Facts) -> float:
+def anls(answer: str, row: AnswerRow) -> float:
     """Of one question; the score is the mean over questions."""
     given = _bare(answer)
     best = 0.0
@@ -89,7 +90,7 @@ def _mmmu_forms(texts: Iterable[str]) -> set[str | float]:
     return found
 
 
-def _mmmu(answer: str, row: Facts) -> float:
+def _mmmu(answer: str, row: AnswerRow) -> float:
     if row.get("choices"):
         return CHOICE.points(answer, row)
     claims = _mmmu_claims(answer)
@@ -99,7 +100,7 @@ def _mmmu(answer: str, row: Facts) -> float:
     return float(any(any(w in s for w in words) if isinstance(s, str) else s in truths for s in said))
 
 
-def _mmmu_says(answer: str, row: Facts) -> str | None:
+def _mmmu_says(answer: str, row: AnswerRow) -> str | None:
     return CHOICE.says(answer, row) if row.get("choices") else answer.strip() or None
 
 

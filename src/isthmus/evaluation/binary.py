@@ -9,14 +9,14 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from isthmus.errors import DataError
 from isthmus.evaluation import vqa
 from isthmus.evaluation.bootstrap import Array, Interval, intervals
-from isthmus.evaluation.vqa import Facts, Rule
+from isthmus.evaluation.outputs import AnswerRow
+from isthmus.evaluation.vqa import Rule
 
 _WORDS = {
     "yes": "yes", "yeah": "yes", "yep": "yes", "true": "yes", "correct": "yes",
@@ -39,7 +39,7 @@ def parse_as_pope(answer: str) -> str:
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def _truth(row: Facts) -> str:
+def _truth(row: AnswerRow) -> str:
     truth = parse(str(row["truth"][0]))
     if truth is None:
         raise DataError(
@@ -69,16 +69,16 @@ class Binary:
     yes_ratio: float
     f1_interval: Interval | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        facts = {k: getattr(self, k) for k in ("accuracy", "precision", "recall", "f1", "yes_ratio")}
+    def to_dict(self) -> dict[str, object]:
+        facts: dict[str, object] = {k: getattr(self, k) for k in ("accuracy", "precision", "recall", "f1", "yes_ratio")}
         return facts | ({"f1_interval": list(self.f1_interval)} if self.f1_interval else {})
 
 
-def table(rows: Sequence[Facts], *, official: bool = False, answer: str = "answer") -> Array:
+def table(rows: Sequence[AnswerRow], *, official: bool = False) -> Array:
     """(n, 5): true yes, false yes, true no, false no, one. An unparsable answer to a yes counts as a missed yes."""
     out = np.zeros((len(rows), 5))
     for i, row in enumerate(rows):
-        said = parse_as_pope(row[answer]) if official else parse(row[answer])
+        said = parse_as_pope(row["answer"]) if official else parse(row["answer"])
         truth = _truth(row)
         right = said == truth
         column = (0 if right else 1) if said == "yes" else 2 if right else 3 if truth == "yes" else None
@@ -115,10 +115,9 @@ class BinaryScores:
     majority: float
     consistency: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         facts = self.answers.to_dict()
-        for kind, rates_of in self.kinds.items():
-            facts["kinds"][kind] |= rates_of.to_dict()
+        facts["kinds"] = {k: s.to_dict() | self.kinds[k].to_dict() for k, s in self.answers.kinds.items()}
         mean = sum(k.f1 for k in self.kinds.values()) / len(self.kinds)
         facts |= self.overall.to_dict() | {"f1_over_kinds": mean, "majority": self.majority}
         if self.official:
@@ -126,10 +125,10 @@ class BinaryScores:
         return facts if self.consistency is None else facts | {"consistency": self.consistency}
 
 
-def score(rows: Sequence[Facts], *, seed: int = 0) -> BinaryScores:
+def score(rows: Sequence[AnswerRow], *, seed: int = 0) -> BinaryScores:
     """From output rows, as :func:`vqa.score`. Raises DataError: there are none, or a truth is neither yes nor no."""
     answers = vqa.score(rows, rule=YES_NO, seed=seed)
-    kinds: defaultdict[str, list[Facts]] = defaultdict(list)
+    kinds: defaultdict[str, list[AnswerRow]] = defaultdict(list)
     for row in rows:
         kinds[row["kind"]].append(row)
     named = {k: kinds[k] for k in sorted(kinds)}
@@ -145,21 +144,21 @@ def score(rows: Sequence[Facts], *, seed: int = 0) -> BinaryScores:
     )
 
 
-def _majority(rows: Sequence[Facts]) -> float:
+def _majority(rows: Sequence[AnswerRow]) -> float:
     truths = [_truth(row) for row in rows]
     return max(map(truths.count, set(truths))) / len(rows)
 
 
-def _consistency(rows: Sequence[Facts]) -> float | None:
-    if any("group" not in row for row in rows):
-        return None
+def _consistency(rows: Sequence[AnswerRow]) -> float | None:
     groups: defaultdict[str, list[float]] = defaultdict(list)
     for row in rows:
+        if "group" not in row:
+            return None
         groups[row["group"]].append(YES_NO.points(row["answer"], row))
     return sum(all(points) for points in groups.values()) / len(groups)
 
 
-def _binary(rows: Sequence[Facts], seed: int, *, official: bool = False) -> Binary:
+def _binary(rows: Sequence[AnswerRow], seed: int, *, official: bool = False) -> Binary:
     counts = table(rows, official=official)
     accuracy, precision, recall, f1, yes = rates(counts.sum(axis=0))
     spread = None if official else intervals(counts, rates, seed=seed)[3]

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,8 +16,9 @@ from isthmus.evaluation.captions.bleu import ngrams
 from isthmus.evaluation.captions.score import VERSION, from_sums
 from isthmus.evaluation.captions.tokens import tokens
 from isthmus.evaluation.controls import Control, ControlPlan, answers_with_controls, check_controls, shuffled_among
-from isthmus.evaluation.protocols import Answers, Records, TextPart
-from isthmus.evaluation.tasks import Manifest, Row, StandardTask, fingerprint, listed, seed_of, unique
+from isthmus.evaluation.outputs import Manifest, SaidRow, Way, said
+from isthmus.evaluation.protocols import Answers, Records, S, Sample, TextPart
+from isthmus.evaluation.tasks import StandardTask, fingerprint, listed, seed_of, unique
 from isthmus.evaluation.turns import captions_of
 from isthmus.evaluation.vqa import controls_of
 
@@ -25,7 +26,7 @@ MAIN = "CIDEr"
 """The score that the gain is given in."""
 
 
-def typical_caption(records: Sequence[Any]) -> str:
+def typical_caption(records: Sequence[Sample]) -> str:
     """The training caption that says what most captions say: a constant answer that needs no picture.
 
     Of the captions at least as long as the median, the one whose n-grams occur in most captions on average; of equal
@@ -57,8 +58,8 @@ class CaptionTaskScores:
     gain: float | None = None
     gain_interval: Interval | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {"n": self.answer.n, "empty": self.answer.empty}
+    def to_dict(self) -> dict[str, object]:
+        facts: dict[str, object] = {"n": self.answer.n, "empty": self.answer.empty}
         for name, value in self.answer.corpus.items():
             facts |= {name: value, f"{name}_interval": list(self.answer.intervals[name])}
         best = max((c[MAIN] for c in self.controls.values()), default=None)
@@ -70,12 +71,12 @@ class CaptionTaskScores:
         }
 
 
-def score(rows: Sequence[Row], *, seed: int = 0) -> CaptionTaskScores:
+def score(rows: Sequence[SaidRow], *, seed: int = 0) -> CaptionTaskScores:
     """From output rows with ``id``, ``truth``, ``answer`` and the controls' captions (or none). Raises DataError when
     there are none."""
     references = {r["id"]: r["truth"] for r in rows}
-    ways = ["answer", *controls_of(rows)]
-    found = {w: score_captions(references, {r["id"]: r[w] for r in rows}, seed=seed) for w in ways}
+    ways: list[Way] = ["answer", *controls_of(rows)]
+    found = {w: score_captions(references, {r["id"]: said(r, w) for r in rows}, seed=seed) for w in ways}
     controls = {w: found[w].corpus for w in ways[1:]}
     if not controls:
         return CaptionTaskScores(answer=found["answer"], controls={})
@@ -93,7 +94,7 @@ def score(rows: Sequence[Row], *, seed: int = 0) -> CaptionTaskScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionTask(StandardTask):
+class CaptionTask(StandardTask[SaidRow]):
     """Captions scored by BLEU, ROUGE-L and CIDEr-D; the records of one picture count as one with all their captions.
 
     ``prompt`` is the user's text; empty for models that caption a bare picture, which have no blind control.
@@ -105,11 +106,11 @@ class CaptionTask(StandardTask):
     needs: ClassVar[type] = Answers
 
     name: str
-    records: Records
+    records: Records[Sample]
     prompt: str = ""
     prior: str | None = None
     controls: Sequence[Control] = ("blind", "shuffled")
-    decoding: Mapping[str, Any] = field(default_factory=dict)
+    decoding: Mapping[str, object] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -121,9 +122,9 @@ class CaptionTask(StandardTask):
             )
 
     @cached_property
-    def _pictures(self) -> dict[str, tuple[Any, list[str]]]:
+    def _pictures(self) -> dict[str, tuple[Sample, list[str]]]:
         """Content key -> (first record, all captions)."""
-        found: dict[str, tuple[Any, list[str]]] = {}
+        found: dict[str, tuple[Sample, list[str]]] = {}
         for record in listed(self.records):
             if len(record.images) != 1:
                 raise DataError(
@@ -139,7 +140,7 @@ class CaptionTask(StandardTask):
     def ids(self) -> list[str]:
         return unique([record.id for record, _ in self._pictures.values()], self.name)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             "question": self.prompt,
             "controls": list(self.controls),
@@ -149,16 +150,16 @@ class CaptionTask(StandardTask):
             **shuffled_among(self.controls, len(self.ids)),
         }
 
-    def prompts(self) -> Iterator[Any]:
+    def prompts(self) -> Iterator[Sample]:
         return (self._prompt(record) for record, _ in self._pictures.values())
 
-    def _prompt(self, record: Any) -> Any:
+    def _prompt(self, record: S) -> S:
         """The picture and the prompt; nothing of the caption is left."""
-        text: Any = next(p for p in record.parts if isinstance(p, TextPart))
+        text = next(p for p in record.parts if isinstance(p, TextPart))
         question = (replace(text, text=self.prompt, role="user", learn=False),) if self.prompt else ()
         return replace(record, parts=(record.images[0], *question))
 
-    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[SaidRow]]:
         records = [record for record, _ in self._pictures.values()]
         captions = [c for _, c in self._pictures.values()]
         shuffled = "shuffled" in self.controls
@@ -180,10 +181,10 @@ class CaptionTask(StandardTask):
             ]
 
     @classmethod
-    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> CaptionTaskScores:
+    def scored(cls, rows: Sequence[SaidRow], manifest: Manifest) -> CaptionTaskScores:
         return score(rows, seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[SaidRow], manifest: Manifest) -> Outcomes:
         columns = CaptionScorer({r["id"]: r["truth"] for r in rows}).outcomes({r["id"]: r["answer"] for r in rows})
         return Outcomes(columns, lambda sums: from_sums(sums, len(rows)), NAMES)

@@ -9,8 +9,9 @@ import re
 from collections.abc import Callable, Sequence
 
 from isthmus.errors import DataError
+from isthmus.evaluation.outputs import AnswerRow
 from isthmus.evaluation.prose import LETTERS, named
-from isthmus.evaluation.vqa import Facts, Rule
+from isthmus.evaluation.vqa import Rule
 
 Parse = Callable[[str, Sequence[str]], str | None]
 
@@ -32,13 +33,14 @@ def parse_as_scienceqa(answer: str, choices: Sequence[str]) -> str | None:
     return said[0] if len(said) == 1 and said[0] in letters else None
 
 
-def _choices(row: Facts) -> Sequence[str]:
-    if not row.get("choices"):
+def _choices(row: AnswerRow) -> Sequence[str]:
+    choices = row.get("choices")
+    if not choices:
         raise DataError(f"Sample {row.get('id')!r} has no `choices`; without them it takes another rule than `choice`.")
-    return row["choices"]
+    return choices
 
 
-def _truth(row: Facts) -> str:
+def _truth(row: AnswerRow) -> str:
     """A choice to the letter or as an answer is read: the data's author wrote it. A single capital is a letter."""
     choices, said = _choices(row), str(row["truth"][0]).strip()
     truth = parse(said, choices)

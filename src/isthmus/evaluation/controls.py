@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice, pairwise
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from isthmus.errors import CapabilityError, ConfigError, DataError, nearest
-from isthmus.evaluation.protocols import Answers, Records
+from isthmus.evaluation.protocols import Answers, Records, Sample
 from isthmus.evaluation.turns import partners, with_pictures_of, without_picture
 
 Control = Literal["blind", "shuffled"]
@@ -24,7 +24,7 @@ def check_controls(controls: Sequence[str]) -> None:
             raise ConfigError(f"Unknown control {name!r}; {nearest(name, get_args(Control))}")
 
 
-def answers_of(model: Answers, records: Sequence[Any], decoding: Mapping[str, Any]) -> list[str]:
+def answers_of(model: Answers, records: Sequence[Sample], decoding: Mapping[str, object]) -> list[str]:
     """One answer per record. Raises CapabilityError when the model gives another number of them."""
     answers = model.answer_records(records, **decoding)
     if len(answers) != len(records):
@@ -34,10 +34,10 @@ def answers_of(model: Answers, records: Sequence[Any], decoding: Mapping[str, An
 
 def answers_with_controls(
     model: Answers,
-    prompts: Sequence[Any],
-    others: Sequence[Any],
+    prompts: Sequence[Sample],
+    others: Sequence[Sample],
     controls: Sequence[str],
-    decoding: Mapping[str, Any],
+    decoding: Mapping[str, object],
 ) -> dict[str, list[str]]:
     """``answer``, and ``blind`` and ``shuffled`` as far as ``controls`` name them, each in the order of ``prompts``.
 
@@ -62,7 +62,7 @@ def answers_with_controls(
     return answers
 
 
-def picture_keys(records: Records, task: str, *, mixed: bool = False) -> list[str]:
+def picture_keys(records: Records[Sample], task: str, *, mixed: bool = False) -> list[str]:
     """One key per record for all of its pictures together: what decides whose picture is another one.
 
     Raises DataError for a record without a picture, unless the data are ``mixed``; all of them without is an error.
@@ -138,7 +138,7 @@ class ControlPlan:
 
 
 def plan_controls(
-    records: Records, task: str, controls: Sequence[Control], seed: int, *, mixed: bool = False
+    records: Records[Sample], task: str, controls: Sequence[Control], seed: int, *, mixed: bool = False
 ) -> ControlPlan:
     """See :class:`ControlPlan`. Raises DataError when there are controls and no pictures to leave out: see
     :func:`picture_keys`."""

@@ -3,7 +3,6 @@
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from isthmus.errors import IsthmusWarning
 
@@ -13,9 +12,9 @@ _STOP = re.compile(
 )
 
 
-def warn_of(rows: Sequence[Mapping[str, Any]], *, captions: bool = False) -> None:
+def warn_of(rows: Sequence[Mapping[str, object]], *, captions: bool = False) -> None:
     """Warns of answers that are all empty or end in the text of a stop token, and of CIDEr over one picture."""
-    said = [row["answer"] for row in rows if isinstance(row.get("answer"), str)]
+    said = [answer for row in rows if isinstance(answer := row.get("answer"), str)]
     for doubt in (_empty(said), _stopped(said), _one_picture(rows) if captions else ""):
         if doubt:
             warnings.warn(doubt, IsthmusWarning, stacklevel=2)
@@ -40,7 +39,7 @@ def _stopped(said: Sequence[str]) -> str:
     )
 
 
-def _one_picture(rows: Sequence[Mapping[str, Any]]) -> str:
+def _one_picture(rows: Sequence[Mapping[str, object]]) -> str:
     if len(rows) != 1:
         return ""
     return (

@@ -1,19 +1,21 @@
 """Vectors for scoring, checked and on the CPU. Shapes: N pictures, M texts, D width."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from isthmus.errors import CapabilityError
 
+T = TypeVar("T")
+
 _MARGIN = 1e-6
 """Share of a row's largest absolute similarity within which two values are a tie. The same vector met in two
 places of a matrix product can come out one rounding apart, and that must not decide a rank."""
 
 
-def embed(function: Callable[[Sequence[Any]], Tensor], items: Sequence[Any], *, what: str, chunk: int = 256) -> Tensor:
+def embed(function: Callable[[Sequence[T]], Tensor], items: Sequence[T], *, what: str, chunk: int = 256) -> Tensor:
     """(N, D) float32 vectors of ``items``, a chunk at a time; (N, Q, D) where a picture has Q of them.
 
     Raises CapabilityError when the model gives another number of vectors than it got items, or one that is not

@@ -8,10 +8,10 @@ candidates already show the form of an answer.
 """
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from torch.nn.functional import normalize
 from isthmus.data.record import Image, Part, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation.caption_task import CaptionTask
-from isthmus.evaluation.protocols import HasVisionFeatures, Records
-from isthmus.evaluation.tasks import Row, Scores, Task, VqaTask, fingerprint
+from isthmus.evaluation.outputs import R
+from isthmus.evaluation.protocols import Answers, HasVisionFeatures, Records, Sample, Weighs
+from isthmus.evaluation.tasks import Scores, Task, fingerprint
 from isthmus.evaluation.turns import last_turn
 
 POOL = 2048
@@ -36,7 +37,7 @@ Features = Callable[[Sequence[Image]], Tensor]
 class Support:
     """The pool of examples, and the choice among them for one question."""
 
-    def __init__(self, records: Records, *, seed: int = 0, pool: int = POOL) -> None:
+    def __init__(self, records: Records[Record], *, seed: int = 0, pool: int = POOL) -> None:
         """Raises DataError when there are no records."""
         if not len(records):
             raise DataError("few-shot evaluation needs support samples, and there are none.")
@@ -128,11 +129,11 @@ def orders(shots: Sequence[Record], count: int, seed: str) -> list[list[Record]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewShotTask(Task):
+class FewShotTask(Task[R]):
     """A task of questions or captions with ``shots`` examples before each.
 
     Args:
-        task: the questions and how they are scored.
+        task: the questions, or pictures to caption, and how they are scored.
         support: where the examples come from.
         select: ``random`` or ``rices``; ``same`` for shots that all questions share, but for a question among them.
         permuted: shuffle the examples' answers, a control.
@@ -141,8 +142,8 @@ class FewShotTask(Task):
     The controls of the task change the question's picture only, and RICES then searches by that picture.
     """
 
-    task: VqaTask | CaptionTask
-    support: Records
+    task: Task[R]
+    support: Records[Record]
     shots: int = 4
     select: Select = "random"
     permuted: bool = False
@@ -168,7 +169,7 @@ class FewShotTask(Task):
         return self.task.kind
 
     @property
-    def version(self) -> int:
+    def version(self) -> int | None:
         return self.task.version
 
     @property
@@ -184,7 +185,7 @@ class FewShotTask(Task):
         return self.task.seed
 
     @property
-    def decoding(self) -> Mapping[str, Any]:
+    def decoding(self) -> Mapping[str, object]:
         return self.task.decoding
 
     @property
@@ -195,7 +196,7 @@ class FewShotTask(Task):
     def pool(self) -> Support:
         return Support(self.support, seed=self.seed)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             **self.task.describe(),
             "shots": self.shots,
@@ -206,46 +207,39 @@ class FewShotTask(Task):
             "support": fingerprint(self.support),
         }
 
-    def prompts(self) -> Iterator[Any]:
+    def prompts(self) -> Iterable[Sample]:
         return self.task.prompts()
 
-    def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        if self.select == "rices" and not isinstance(model, HasVisionFeatures):
-            raise CapabilityError("RICES needs a model that can give vision_features; take select: random.")
-        return self.task.rows(_Shown(self, model), done, chunk=chunk)
+    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[R]]:
+        features = None
+        if self.select == "rices":
+            if not isinstance(model, HasVisionFeatures):
+                raise CapabilityError("RICES needs a model that can give vision_features; take select: random.")
+            features = model.vision_features
+        return self.task.rows(_Shown(self, model, features), done, chunk=chunk)
 
-    def score(self, rows: Sequence[Row]) -> Scores:
+    def score(self, rows: Sequence[R]) -> Scores:
         return self.task.score(rows)
 
-    def answers(self, model: Any, records: Sequence[Any], **decoding: Any) -> list[str]:
-        """What the model says to each question after its examples."""
-        permutations = [self._after_shots(record, self._shots(model, record)) for record in records]
-        if not self.candidates:
-            return model.answer_records([next(prompts) for prompts in permutations], **decoding)
-        return [self._likeliest(model, prompts) for prompts in permutations]
+    def prompts_of(self, record: Record, features: Features | None) -> Iterator[Record]:
+        """The question after its examples, in ``ensemble`` orders of these; with ``features`` after the nearest."""
+        return self._after_shots(record, self._shots(record, features))
 
-    def _shots(self, model: Any, record: Any) -> list[Record]:
+    def _shots(self, record: Record, features: Features | None) -> list[Record]:
         if not self.shots and self.candidates:
             return []
         same = self.select == "same"
         if not self.shots:
             return self.pool.choose(record, min(TEXT_SHOTS, len(self.pool.records)), same=same)
-        features = model.vision_features if self.select == "rices" else None
         shots = self.pool.choose(record, self.shots, features, same=same)
         return permuted_answers(shots, f"{self.seed}/{'same' if same else record.id}") if self.permuted else shots
 
-    def _after_shots(self, record: Any, shots: list[Record]) -> Iterator[Record]:
-        """The question after its shots, in ``ensemble`` orders of these."""
+    def _after_shots(self, record: Record, shots: list[Record]) -> Iterator[Record]:
         # The prompt of a caption is the same everywhere, and there is none where the model needs none.
         question = self.task.prompt if isinstance(self.task, CaptionTask) else None
         own = "same" if self.select == "same" else record.id
         for order in orders(shots, self.ensemble, f"{self.seed}/{own}/order"):
             yield with_shots(record, order, pictures=self.shots > 0, question=question)
-
-    def _likeliest(self, model: Any, prompts: Iterator[Record]) -> str:
-        """The candidate of the highest mean log-likelihood over permutations of the shots."""
-        scores = [torch.tensor(model.score(prompt.parts, self.candidates)) for prompt in prompts]
-        return self.candidates[int(torch.stack(scores).mean(0).argmax())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +247,18 @@ class _Shown:
     """A model as the questions of a task see it: after that task's examples."""
 
     task: FewShotTask
-    model: Any
+    model: Answers
+    features: Features | None
 
-    def answer_records(self, records: Sequence[Any], **decoding: Any) -> list[str]:
-        return self.task.answers(self.model, records, **decoding)
+    def answer_records(self, records: Sequence[Sample], **decoding: object) -> list[str]:
+        """What the model says to each question, which is a Record as the examples are."""
+        found = [self.task.prompts_of(record, self.features) for record in cast(Sequence[Record], records)]
+        if not self.task.candidates:
+            return self.model.answer_records([next(prompts) for prompts in found], **decoding)
+        return [self._likeliest(cast(Weighs, self.model), prompts) for prompts in found]
+
+    def _likeliest(self, model: Weighs, prompts: Iterator[Record]) -> str:
+        """The candidate of the highest mean log-likelihood over permutations of the shots."""
+        candidates = self.task.candidates
+        scores = [torch.tensor(model.score(prompt.parts, candidates)) for prompt in prompts]
+        return candidates[int(torch.stack(scores).mean(0).argmax())]

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -13,8 +13,8 @@ from isthmus.evaluation.answer_tasks import BinaryTask
 from isthmus.evaluation.binary import YES_NO
 from isthmus.evaluation.bootstrap import Interval, Outcomes, intervals
 from isthmus.evaluation.choice import CHOICE
-from isthmus.evaluation.tasks import Manifest, Row, VqaTask, points, rule_of, seed_of
-from isthmus.evaluation.vqa import Facts
+from isthmus.evaluation.outputs import AnswerRow, Manifest
+from isthmus.evaluation.tasks import VqaTask, points, rule_of, seed_of
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -22,18 +22,19 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
-def _groups(rows: Sequence[Facts], right: Callable[[Facts], bool]) -> list[bool]:
+def _groups(rows: Sequence[AnswerRow], right: Callable[[AnswerRow], bool]) -> list[bool]:
     """Of each group, whether all of it is right. Raises DataError for a row without a group."""
     found: defaultdict[str, list[bool]] = defaultdict(list)
     for row in rows:
-        if row.get("group") is None:
+        group = row.get("group")
+        if group is None:
             raise DataError(f"Sample {row.get('id')!r} has no `group`, which this task is scored by.")
-        found[str(row["group"])].append(right(row))
+        found[str(group)].append(right(row))
     return [all(answers) for answers in found.values()]
 
 
-def _by_kind(rows: Sequence[Facts]) -> dict[str, list[Facts]]:
-    kinds: defaultdict[str, list[Facts]] = defaultdict(list)
+def _by_kind(rows: Sequence[AnswerRow]) -> dict[str, list[AnswerRow]]:
+    kinds: defaultdict[str, list[AnswerRow]] = defaultdict(list)
     for row in rows:
         kinds[row["kind"]].append(row)
     return {k: kinds[k] for k in sorted(kinds)}
@@ -55,11 +56,11 @@ class MmeScores:
     official: Mapping[str, Mapping[str, float]]
     totals: Mapping[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {**self.answers.to_dict(), "official": {k: dict(v) for k, v in self.official.items()}, **self.totals}
 
 
-def score_mme(rows: Sequence[Facts], *, seed: int = 0) -> MmeScores:
+def score_mme(rows: Sequence[AnswerRow], *, seed: int = 0) -> MmeScores:
     """From output rows. Raises DataError when there are none, or a truth is neither yes nor no."""
     answers = vqa.score(rows, rule=YES_NO, seed=seed)
     official = {}
@@ -83,11 +84,11 @@ class MmeTask(BinaryTask):
     kind: ClassVar[str] = "mme"
 
     @classmethod
-    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> MmeScores:
+    def scored(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> MmeScores:
         return score_mme(rows, seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> Outcomes:
         return points(rule_of(manifest), rows)
 
 
@@ -101,18 +102,17 @@ class CircularScores:
     interval: Interval
     kinds: Mapping[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         facts = self.answers.to_dict()
-        for kind, value in self.kinds.items():
-            facts["kinds"][kind]["circular"] = value
+        facts["kinds"] = {k: s.to_dict() | {"circular": self.kinds[k]} for k, s in self.answers.kinds.items()}
         return facts | {"circular": self.circular, "circular_interval": list(self.interval)}
 
 
-def score_circular(rows: Sequence[Facts], *, seed: int = 0) -> CircularScores:
+def score_circular(rows: Sequence[AnswerRow], *, seed: int = 0) -> CircularScores:
     """From output rows. Raises DataError when there are none, or one has no group."""
     answers = vqa.score(rows, rule=CHOICE, seed=seed)
 
-    def solved(some: Sequence[Facts]) -> list[bool]:
+    def solved(some: Sequence[AnswerRow]) -> list[bool]:
         return _groups(some, lambda row: CHOICE.points(row["answer"], row) == 1)
 
     outcomes = np.array([solved(rows)], dtype=np.float64).T
@@ -130,5 +130,5 @@ class CircularTask(VqaTask):
     rule: str = "choice"
 
     @classmethod
-    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> CircularScores:
+    def scored(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> CircularScores:
         return score_circular(rows, seed=seed_of(manifest))

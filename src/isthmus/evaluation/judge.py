@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from isthmus.endpoint import Endpoint, Request
 from isthmus.errors import ConfigError, EndpointError, nearest
+from isthmus.evaluation.outputs import ReviewFacts
 
 Scores = tuple[float, float]
 
@@ -52,8 +53,16 @@ class Review:
     tries: int
     text: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ReviewFacts:
         return {"scores": list(self.scores) if self.scores else None, "tries": self.tries, "text": self.text}
+
+
+class JudgePrompt(TypedDict):
+    """The judge's prompt: a system message, what is to be judged by category, and how a pair is laid out."""
+
+    system: str
+    rules: dict[str, object]
+    layout: str
 
 
 def parse(text: str) -> Scores | None:
@@ -81,7 +90,7 @@ class Judge:
     retries: int = 6
     concurrency: int = 8
     key: str = "OPENAI_API_KEY"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tries < 1 or self.concurrency < 1:
@@ -102,7 +111,7 @@ class Judge:
         )
 
     @cached_property
-    def template(self) -> Mapping[str, Any]:
+    def template(self) -> JudgePrompt:
         """System message, rules by category, and the layout. Raises ConfigError for a file that has them not."""
         import yaml
 
@@ -122,9 +131,9 @@ class Judge:
         missing = [p for p in _PLACES if not isinstance(layout, str) or f"{{{p}}}" not in layout]
         if missing:
             raise ConfigError(f"The judge's prompt {path}: `layout` has no place {{{missing[0]}}}.")
-        return content
+        return cast(JudgePrompt, content)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Name, settings and prompt with its sha256, for a manifest; not where it is."""
         text = json.dumps(self.template, sort_keys=True, ensure_ascii=False)
         return {

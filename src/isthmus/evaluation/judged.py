@@ -5,10 +5,10 @@ the means over both orders. A question of which an order could not be read is ex
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,8 +16,9 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.bootstrap import Array, Interval, Outcomes, intervals
 from isthmus.evaluation.controls import answers_of
 from isthmus.evaluation.judge import Judge, Pair, Review
+from isthmus.evaluation.outputs import JudgedRow, Manifest
 from isthmus.evaluation.protocols import Answers, Records, Sample
-from isthmus.evaluation.tasks import Manifest, Row, StandardTask, fingerprint, listed, seed_of
+from isthmus.evaluation.tasks import StandardTask, fingerprint, listed, seed_of
 from isthmus.evaluation.turns import kind_of, last_turn, prompt
 
 _CHUNK = 4
@@ -26,7 +27,7 @@ _PROBES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedTask(StandardTask):
+class JudgedTask(StandardTask[JudgedRow]):
     """The last question of each record, answered and judged beside the record's own answer, the reference.
     ``meta["context"]`` is what the judge reads about the picture. ``judge``: the fields of :class:`.judge.Judge`,
     ``url`` and ``model`` among them. With ``sanity`` the judge is tried first, on references beside those of other
@@ -38,9 +39,9 @@ class JudgedTask(StandardTask):
     needs: ClassVar[type] = Answers
 
     name: str
-    records: Records
-    judge: Mapping[str, Any] = field(default_factory=dict)
-    decoding: Mapping[str, Any] = field(default_factory=dict)
+    records: Records[Sample]
+    judge: Mapping[str, object] = field(default_factory=dict)
+    decoding: Mapping[str, object] = field(default_factory=dict)
     sanity: bool = True
     seed: int = 0
 
@@ -52,12 +53,13 @@ class JudgedTask(StandardTask):
 
     @cached_property
     def _judge(self) -> Judge:
+        make: Callable[..., Judge] = Judge  # what a user wrote is met here
         try:
-            return Judge(**self.judge)
+            return make(**self.judge)
         except TypeError as error:
             raise ConfigError(f"Task {self.name!r}: judge: {str(error).rpartition('__() ')[2]}") from None
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             "judge": self._judge.describe(),
             "decoding": dict(self.decoding),
@@ -65,11 +67,11 @@ class JudgedTask(StandardTask):
             "contexts": [_context(r, self.name) for r in listed(self.records)],
         }
 
-    def prompts(self) -> Iterator[Any]:
+    def prompts(self) -> Iterator[Sample]:
         """The records as the model gets them."""
         return (prompt(r) for r in listed(self.records))
 
-    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[JudgedRow]]:
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         if todo and self.sanity:
             self._probe()
@@ -88,7 +90,7 @@ class JudgedTask(StandardTask):
         context = _context(record, self.name)
         return Pair(record.id, kind_of(record), context, turn.question, turn.answers[0], answer)
 
-    def _row(self, record: Sample, answer: str, straight: Review, turned: Review) -> Row:
+    def _row(self, record: Sample, answer: str, straight: Review, turned: Review) -> JudgedRow:
         """``straight`` has the reference first, as LLaVA-Bench has it."""
         turn = last_turn(record)
         return {
@@ -114,11 +116,11 @@ class JudgedTask(StandardTask):
             self._judge.probe(pairs[:_PROBES])
 
     @classmethod
-    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> "JudgedScores":
+    def scored(cls, rows: Sequence[JudgedRow], manifest: Manifest) -> "JudgedScores":
         return score(rows, seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[JudgedRow], manifest: Manifest) -> Outcomes:
         return Outcomes(columns(rows), ratio, ("relative",))
 
 
@@ -149,7 +151,7 @@ class Relative:
     candidate: float | None = None
     reference: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "relative": self.relative,
             "relative_interval": list(self.interval) if self.interval else None,
@@ -171,12 +173,12 @@ class JudgedScores:
     retried: int
     orders: Mapping[str, int]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         kinds = {kind: one.to_dict() for kind, one in self.kinds.items()}
         return {**self.overall.to_dict(), "retried": self.retried, "orders": dict(self.orders), "kinds": kinds}
 
 
-def columns(rows: Sequence[Row]) -> Array:
+def columns(rows: Sequence[JudgedRow]) -> Array:
     """(n, 2): candidate's and reference's mean score over both orders; zeros where one could not be read."""
     out = np.zeros((len(rows), 2))
     for i, row in enumerate(rows):
@@ -192,14 +194,14 @@ def ratio(sums: Array) -> Array:
     return np.divide(candidate, reference, out=np.zeros_like(candidate), where=reference > 0)
 
 
-def score(rows: Sequence[Row], *, seed: int = 0) -> JudgedScores:
+def score(rows: Sequence[JudgedRow], *, seed: int = 0) -> JudgedScores:
     """From output rows. Raises DataError when there are none."""
     if not rows:
         raise DataError("There are no answers to score: the data set is empty.")
-    kinds: defaultdict[str, list[Row]] = defaultdict(list)
+    kinds: defaultdict[str, list[JudgedRow]] = defaultdict(list)
     for row in rows:
         kinds[row["kind"]].append(row)
-    reviews = [row[order] for row in rows for order in ("reference_first", "candidate_first")]
+    reviews = [review for row in rows for review in (row["reference_first"], row["candidate_first"])]
     return JudgedScores(
         _relative(rows, seed),
         {kind: _relative(kinds[kind], seed) for kind in sorted(kinds)},
@@ -208,7 +210,7 @@ def score(rows: Sequence[Row], *, seed: int = 0) -> JudgedScores:
     )
 
 
-def _relative(rows: Sequence[Row], seed: int) -> Relative:
+def _relative(rows: Sequence[JudgedRow], seed: int) -> Relative:
     found = columns(rows)
     found = found[found[:, 1] > 0]
     excluded = len(rows) - len(found)
@@ -225,7 +227,7 @@ def _relative(rows: Sequence[Row], seed: int) -> Relative:
     )
 
 
-def _orders(rows: Sequence[Row]) -> dict[str, int]:
+def _orders(rows: Sequence[JudgedRow]) -> dict[str, int]:
     found: Counter[str] = Counter()
     for row in rows:
         straight, turned = row["reference_first"]["scores"], row["candidate_first"]["scores"]

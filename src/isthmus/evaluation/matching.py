@@ -5,10 +5,10 @@ threshold is chosen. Pairs that do not belong together are either in the data (`
 ``meta["class"]`` says true or false), or made: each caption with the picture of another record.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,15 @@ from isthmus.evaluation.binary import parse
 from isthmus.evaluation.bootstrap import Array, Interval
 from isthmus.evaluation.controls import shuffled_partners
 from isthmus.evaluation.embedding import embed
-from isthmus.evaluation.protocols import Embeds, Matches, Records
-from isthmus.evaluation.tasks import Manifest, Row, StandardTask, fingerprint, known, listed, seed_of, unique
-from isthmus.evaluation.turns import captions_of
+from isthmus.evaluation.outputs import Manifest, MatchingRow
+from isthmus.evaluation.protocols import Embeds, Matches, Records, Sample
+from isthmus.evaluation.tasks import StandardTask, fingerprint, known, listed, seed_of, unique
+from isthmus.evaluation.turns import captions_of, texts_of
 from isthmus.nn.losses import Similarity, similarity
 
 DRAWS = 1000
+PairScores = Callable[[Sequence[str], Sequence[int]], list[float]]
+"""Scores of texts, each with the picture of the record of that number."""
 
 
 def auc(scores: Array, labels: NDArray[np.bool_]) -> float:
@@ -49,7 +52,7 @@ class MatchingScores:
     interval: Interval
     shuffled: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         best = max(self.shuffled, 0.5)
         return {
             "auc": self.auc,
@@ -62,7 +65,7 @@ class MatchingScores:
         }
 
 
-def score(rows: Sequence[Row], *, seed: int = 0) -> MatchingScores:
+def score(rows: Sequence[MatchingRow], *, seed: int = 0) -> MatchingScores:
     """From output rows with ``label``, ``score`` and ``shuffled``. Raises DataError without pairs of both classes."""
     labels = np.array([bool(r["label"]) for r in rows])
     values = np.array([r["score"] for r in rows], dtype=np.float64)
@@ -81,7 +84,7 @@ def score(rows: Sequence[Row], *, seed: int = 0) -> MatchingScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchingTask(StandardTask):
+class MatchingTask(StandardTask[MatchingRow]):
     """A pair's score is the similarity of the model's embeddings: cosine, dot or euclidean, as it was trained.
 
     ``pairs``: made here, or ``given`` by the records.
@@ -93,7 +96,7 @@ class MatchingTask(StandardTask):
     by: ClassVar[str] = "similarity"
 
     name: str
-    records: Records
+    records: Records[Sample]
     pairs: Literal["made", "given"] = "made"
     seed: int = 0
     similarity: Similarity = "cosine"
@@ -122,9 +125,9 @@ class MatchingTask(StandardTask):
         made = [(f"{name}/other", text, i, other[i], False) for name, text, i, _, _ in own]
         return [pair for both in zip(own, made, strict=True) for pair in both]
 
-    def _label(self, record: Any) -> bool:
-        given = record.meta.get("answers") or [record.meta.get("class", "")]
-        said = parse(str(given[0]))
+    def _label(self, record: Sample) -> bool:
+        given = texts_of(record, "answers") or (str(record.meta.get("class", "")),)
+        said = parse(given[0])
         if said is None:
             raise DataError(f"Task {self.name!r}: sample {record.id!r} says neither true nor false of its pair.")
         return said == "yes"
@@ -133,32 +136,35 @@ class MatchingTask(StandardTask):
     def ids(self) -> list[str]:
         return unique([name for name, *_ in self._listed], self.name)
 
-    def describe(self) -> dict[str, Any]:
-        facts = {"by": self.by, "pairs": self.pairs, "data": fingerprint(self.records)}
+    def describe(self) -> dict[str, object]:
+        facts: dict[str, object] = {"by": self.by, "pairs": self.pairs, "data": fingerprint(self.records)}
         return facts if self.similarity == "cosine" else {**facts, "similarity": self.similarity}
 
-    def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+    def rows(self, model: Embeds, done: Collection[str], *, chunk: int) -> Iterator[list[MatchingRow]]:
+        return self._made(lambda texts, places: self._similarities(model, texts, places), done, chunk)
+
+    def _made(self, scores: PairScores, done: Collection[str], chunk: int) -> Iterator[list[MatchingRow]]:
         keys = [r.images[0].content_key() for r in listed(self.records)]
         other = shuffled_partners(keys, self.seed + 1)
         todo = [p for p in self._listed if p[0] not in done]
         for start in range(0, len(todo), chunk):
             some = todo[start : start + chunk]
             texts = [text for _, text, _, _, _ in some]
-            scores = self._scores(model, texts, [shown for _, _, _, shown, _ in some])
-            shuffled = self._scores(model, texts, [other[i] for _, _, i, _, _ in some])
+            own = scores(texts, [shown for _, _, _, shown, _ in some])
+            shuffled = scores(texts, [other[i] for _, _, i, _, _ in some])
             yield [
-                {"id": name, "caption": text, "label": label, "score": scores[j], "shuffled": shuffled[j]}
+                {"id": name, "caption": text, "label": label, "score": own[j], "shuffled": shuffled[j]}
                 for j, (name, text, _, _, label) in enumerate(some)
             ]
 
-    def _scores(self, model: Any, texts: Sequence[str], places: Sequence[int]) -> list[float]:
+    def _similarities(self, model: Embeds, texts: Sequence[str], places: Sequence[int]) -> list[float]:
         pictures = [self.records[i].images[0] for i in places]
         images = embed(model.embed_images, pictures, what="pictures")
         captions = embed(model.embed_texts, texts, what="captions")
         return similarity(images, captions, self.similarity).diagonal().tolist()
 
     @classmethod
-    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> MatchingScores:
+    def scored(cls, rows: Sequence[MatchingRow], manifest: Manifest) -> MatchingScores:
         return score(rows, seed=seed_of(manifest))
 
 
@@ -169,5 +175,8 @@ class MatchingHeadTask(MatchingTask):
     needs: ClassVar[type] = Matches
     by: ClassVar[str] = "match"
 
-    def _scores(self, model: Any, texts: Sequence[str], places: Sequence[int]) -> list[float]:
-        return [float(model.match(self.records[i].images[0], t)) for i, t in zip(places, texts, strict=True)]
+    def rows(self, model: Matches, done: Collection[str], *, chunk: int) -> Iterator[list[MatchingRow]]:
+        def scores(texts: Sequence[str], places: Sequence[int]) -> list[float]:
+            return [float(model.match(self.records[i].images[0], t)) for i, t in zip(places, texts, strict=True)]
+
+        return self._made(scores, done, chunk)

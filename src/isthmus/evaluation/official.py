@@ -6,7 +6,6 @@ Ids are compared as text, so that ``17`` and ``"17"`` are the same question, and
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from isthmus.data.sources.cells import unpacked
 from isthmus.data.sources.files import once, read_json, read_rows
@@ -74,7 +73,7 @@ def predictions(path: Path, key: str, value: str) -> dict[str, str]:
     return {str(row[key]): _one_text(row[value], path, value, row[key]) for row in rows}
 
 
-def match(references: Mapping[str, Any], given: Mapping[str, str], *, what: str, subset: bool = False) -> list[str]:
+def match(references: Mapping[str, object], given: Mapping[str, str], *, what: str, subset: bool = False) -> list[str]:
     """The ids to score, in the references' order: all of them, or with ``subset`` those that have a prediction.
 
     Raises DataError: predictions for unknown ids, items without a prediction (unless ``subset``), nothing left.
@@ -96,7 +95,7 @@ def match(references: Mapping[str, Any], given: Mapping[str, str], *, what: str,
     return [i for i in references if i in given]
 
 
-def _annotations(path: Path, what: str, *needed: str) -> list[dict[str, Any]]:
+def _annotations(path: Path, what: str, *needed: str) -> list[dict[str, object]]:
     content = read_json(path)
     found = content.get("annotations", content.get("data")) if isinstance(content, dict) else content
     if not isinstance(found, list) or not found or not all(isinstance(a, dict) for a in found):
@@ -108,7 +107,7 @@ def _annotations(path: Path, what: str, *needed: str) -> list[dict[str, Any]]:
     return found
 
 
-def _texts(value: Any, path: Path, what: str, name: Any) -> list[str]:
+def _texts(value: object, path: Path, what: str, name: object) -> list[str]:
     """One text, or a list of them, also one that is written into one text."""
     try:
         given = unpacked(value, what)
@@ -117,14 +116,14 @@ def _texts(value: Any, path: Path, what: str, name: Any) -> list[str]:
     return [_text(text, path, what, name) for text in (given if isinstance(given, list) else [given])]
 
 
-def _one_text(value: Any, path: Path, what: str, name: Any) -> str:
+def _one_text(value: object, path: Path, what: str, name: object) -> str:
     texts = _texts(value, path, what, name)
     if len(texts) != 1:
         raise DataError(f"{path}: the {what} of {name} is a list of {len(texts)} texts; one is scored, so give one.")
     return texts[0]
 
 
-def _text(value: Any, path: Path, what: str, name: Any) -> str:
+def _text(value: object, path: Path, what: str, name: object) -> str:
     if not isinstance(value, str):
         raise DataError(f"{path}: the {what} of {name} should be a text and is {type(value).__name__}.")
     return value

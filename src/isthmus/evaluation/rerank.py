@@ -8,7 +8,7 @@ Shapes: N pictures, M captions, K of each picture's or caption's candidates.
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +18,22 @@ from isthmus.errors import CapabilityError, ConfigError
 from isthmus.evaluation import retrieval
 from isthmus.evaluation.bootstrap import Array, Interval, intervals
 from isthmus.evaluation.embedding import embed
+from isthmus.evaluation.outputs import Manifest, RerankRow
 from isthmus.evaluation.protocols import MatchesPairs
 from isthmus.evaluation.retrieval import RetrievalScores
-from isthmus.evaluation.tasks import Manifest, RetrievalTask, Row, seed_of
+from isthmus.evaluation.tasks import RetrievalTask, seed_of
 from isthmus.nn.losses import similarity
 
 OTHERS = -100.0
+P = TypeVar("P")
+P_contra = TypeVar("P_contra", contravariant=True)
+
+
+class MatchLogits(Protocol[P_contra]):
+    """The second step of a model: what :class:`.protocols.MatchesPairs` asks beside embeddings, for pictures of any
+    kind."""
+
+    def match_logits(self, images: Sequence[P_contra], texts: Sequence[str], pairs: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +43,7 @@ class Gain:
     value: float
     interval: Interval
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {"value": self.value, "interval": list(self.interval)}
 
 
@@ -45,7 +55,7 @@ class RerankScores(RetrievalScores):
     image_to_text_gain: Gain
     text_to_image_gain: Gain
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         both = {"image_to_text": self.image_to_text.to_dict(), "text_to_image": self.text_to_image.to_dict()}
         top = {f"recall_at_{k}": value for k, value in self.image_to_text.recall.items()}
         gains = {"image_to_text": self.image_to_text_gain.to_dict(), "text_to_image": self.text_to_image_gain.to_dict()}
@@ -67,10 +77,10 @@ class RerankTask(RetrievalTask):
         if self.rerank < 1:
             raise ConfigError(f"Task {self.name!r}: rerank is {self.rerank}; it must be at least 1 candidate.")
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {**RetrievalTask.describe(self), "rerank": self.rerank}
 
-    def rows(self, model: MatchesPairs, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+    def rows(self, model: MatchesPairs, done: Collection[str], *, chunk: int) -> Iterator[list[RerankRow]]:
         pairs = list(self._pairs.values())
         pictures = [picture for _, picture, _ in pairs]
         texts = [self.prefix + c for _, _, captions in pairs for c in captions]
@@ -85,7 +95,7 @@ class RerankTask(RetrievalTask):
         of_texts, of_pictures = retrieval.lots(len(texts)), retrieval.lots(len(pairs))
         ranks = [retrieval.rank(values, right, of_texts).tolist() for values in (first, by_image)]
         of_captions = [iter(retrieval.rank(v.T, right.T, of_pictures).tolist()) for v in (first, by_text)]
-        rows = [
+        rows: list[RerankRow] = [
             {
                 "id": name,
                 "captions": captions,
@@ -99,16 +109,19 @@ class RerankTask(RetrievalTask):
         yield [row for row in rows if row["id"] not in done]
 
     @classmethod
-    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> RerankScores:
+    def scored(cls, rows: Sequence[RerankRow], manifest: Manifest) -> RerankScores:
         return score(rows, seed=seed_of(manifest))
 
 
-def score(rows: Sequence[Row], *, seed: int = 0) -> RerankScores:
+def score(rows: Sequence[RerankRow], *, seed: int = 0) -> RerankScores:
     """From output rows with the ranks of both steps. Raises DataError when there are none."""
     captions = [r["captions"] for r in rows]
     after, before = (
-        retrieval.score([r[of_image] for r in rows], [r[of_texts] for r in rows], captions, seed=seed)
-        for of_image, of_texts in (("rank", "caption_ranks"), ("first_rank", "first_caption_ranks"))
+        retrieval.score(of_images, of_texts, captions, seed=seed)
+        for of_images, of_texts in (
+            ([r["rank"] for r in rows], [r["caption_ranks"] for r in rows]),
+            ([r["first_rank"] for r in rows], [r["first_caption_ranks"] for r in rows]),
+        )
     )
     images = np.array([[r["rank"] == 0, r["first_rank"] == 0, 1] for r in rows], dtype=np.float64)
     texts = np.array(
@@ -120,7 +133,7 @@ def score(rows: Sequence[Row], *, seed: int = 0) -> RerankScores:
 
 
 def two_step(
-    model: MatchesPairs, images: Sequence[Any], texts: Sequence[str], first: Tensor, k: int
+    model: MatchLogits[P], images: Sequence[P], texts: Sequence[str], first: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     """(N, M) scores for ranking texts of a picture, and for ranking pictures of a text, from ``first`` (N, M)."""
     of_images = torch.zeros_like(first, dtype=torch.bool)

@@ -1,11 +1,10 @@
 """Score folders without a model: scoring again, and two folders held against each other pair by pair."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,10 +12,11 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import rules
 from isthmus.evaluation.bootstrap import Outcomes, resampled_sums
 from isthmus.evaluation.doubts import warn_of
+from isthmus.evaluation.outputs import Manifest, ScoredRow
 from isthmus.evaluation.results import write_json
 from isthmus.evaluation.run import Result, counts
 from isthmus.evaluation.scorers import score_again, scorer_of, task_class
-from isthmus.evaluation.tasks import Row, Task
+from isthmus.evaluation.tasks import Task
 from isthmus.user_code import code_of
 
 
@@ -25,8 +25,8 @@ class Folder:
     """A score folder: its manifest, and one row per item."""
 
     path: Path
-    manifest: Mapping[str, Any]
-    rows: list[Row]
+    manifest: Manifest
+    rows: list[ScoredRow]
 
     @property
     def kind(self) -> str:
@@ -47,12 +47,12 @@ def read_folder(path: str | Path) -> Folder:
         items = int(manifest["items"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{manifest_file} is damaged ({error!r}); evaluate anew.") from None
-    rows: list[Row] = []
+    rows: list[ScoredRow] = []
     seen: set[str] = set()
     with outputs.open("rb") as file:  # its lines end in newlines alone: an answer may hold other ends of lines
         for number, line in enumerate(file, start=1):
             try:
-                row = json.loads(line.decode())
+                row: ScoredRow = json.loads(line.decode())
                 name = str(row["id"])
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise DataError(f"{outputs}, line {number} is damaged; delete that line and evaluate again.") from None
@@ -68,7 +68,7 @@ def read_folder(path: str | Path) -> Folder:
     return Folder(path, manifest, rows)
 
 
-def rescore(path: str | Path, *, rule: str | None = None, code: Iterable[str | Path] = ()) -> Result:
+def rescore(path: str | Path, *, rule: str | None = None, code: Iterable[str | Path] = ()) -> Result[ScoredRow]:
     """Score a folder's outputs again and write what comes out.
 
     With another ``rule`` than the folder's own the scores go into ``scores.<rule>.json``, beside the first ones.
@@ -116,7 +116,7 @@ class Difference:
     interval: tuple[float, float]
     p: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "first": self.first,
             "second": self.second,
@@ -203,7 +203,7 @@ def _folders(side: str | Path | Sequence[str | Path]) -> list[Folder]:
 _TRUTHS = ("truth", "captions", "label")
 
 
-def _aligned(a: Folder, b: Folder) -> list[Row]:
+def _aligned(a: Folder, b: Folder) -> list[ScoredRow]:
     """The rows of ``b`` in the order of ``a``'s."""
     found = {r["id"]: r for r in b.rows}
     wanted = dict.fromkeys(r["id"] for r in a.rows)

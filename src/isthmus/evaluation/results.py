@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """What the speed, and in the last digits the results, depend on; not the machine's name."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -47,10 +46,10 @@ class Results:
     """See the head of this file. ``seconds`` are wall-clock seconds by stage."""
 
     seed: int
-    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    models: dict[str, dict[str, object]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
-    machine: dict[str, Any] = field(default_factory=machine)
+    machine: dict[str, object] = field(default_factory=machine)
 
     def add(self, model: str, scores: Scores) -> None:
         """A task's scores under ``models.<model>``, beside those of other tasks. Raises DataError when a name such
@@ -80,20 +79,23 @@ class Results:
     @classmethod
     def read(cls, path: str | Path) -> "Results":
         """Raises DataError: no such file, or not one of ours."""
-        return cls(**_read_results(Path(path)))
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"There are no results at {path}.")
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                models=facts["models"],
+                seed=facts["seed"],
+                seconds=facts["seconds"],
+                versions=facts["versions"],
+                machine=facts["machine"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is not a results file of isthmus: {error!r}.") from error
 
 
-def _read_results(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise DataError(f"There are no results at {path}.")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return {key: facts[key] for key in ("models", "seed", "seconds", "versions", "machine")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a results file of isthmus: {error!r}.") from error
-
-
-def write_json(path: str | Path, facts: Mapping[str, Any]) -> Path:
+def write_json(path: str | Path, facts: Mapping[str, object]) -> Path:
     """Readable JSON, written aside and renamed, so that there is never half a file."""
     return write_text(path, json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -14,7 +14,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from isthmus.errors import DataError
 from isthmus.evaluation.bootstrap import Array, Interval, Outcomes, intervals
 from isthmus.evaluation.embedding import around
+from isthmus.evaluation.outputs import RankRow
 from isthmus.nn.losses import Similarity, similarity
 
 CUTS = (1, 5, 10)
@@ -97,8 +97,8 @@ class Recall:
     intervals: Mapping[int, Interval]
     chance: Mapping[int, float]
 
-    def to_dict(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {"n": self.n}
+    def to_dict(self) -> dict[str, object]:
+        facts: dict[str, object] = {"n": self.n}
         for k in self.recall:
             facts[f"recall_at_{k}"] = self.recall[k]
             facts[f"recall_at_{k}_interval"] = list(self.intervals[k])
@@ -113,13 +113,13 @@ class RetrievalScores:
     image_to_text: Recall
     text_to_image: Recall
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         top = {f"recall_at_{k}": value for k, value in self.image_to_text.recall.items()}
         both = {"image_to_text": self.image_to_text.to_dict(), "text_to_image": self.text_to_image.to_dict()}
         return {**top, **both}
 
 
-def outcomes(rows: Sequence[Mapping[str, Any]]) -> Outcomes:
+def outcomes(rows: Sequence[RankRow]) -> Outcomes:
     """Recall@1 both ways, for pairs of folders; from output rows."""
     columns = [[r["rank"] < 1, sum(k < 1 for k in r["caption_ranks"]), len(r["caption_ranks"])] for r in rows]
 

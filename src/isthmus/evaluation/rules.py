@@ -5,10 +5,11 @@ from isthmus.evaluation import vqa_accuracy
 from isthmus.evaluation.benchmark_rules import A_OKVQA, ANLS, MMMU
 from isthmus.evaluation.binary import YES_NO
 from isthmus.evaluation.choice import CHOICE, SCIENCEQA
-from isthmus.evaluation.vqa import EXACT, Facts, Rule
+from isthmus.evaluation.outputs import AnswerRow
+from isthmus.evaluation.vqa import EXACT, Rule
 
 
-def _gqa(answer: str, row: Facts) -> float:
+def _gqa(answer: str, row: AnswerRow) -> float:
     given = _bare(answer)
     return float(bool(given) and given == _bare(str(row["truth"][0])))
 
@@ -38,7 +39,7 @@ choice that is named), ``scienceqa`` (letters in the published forms alone); of 
 ``anls``, ``mmmu``."""
 
 
-def rule(name: str) -> Rule:
+def rule(name: object) -> Rule:
     """Raises ConfigError for an unknown name, with the nearest."""
     if not isinstance(name, str) or name not in RULES:
         raise ConfigError(f"There is no scoring rule {name!r}; {nearest(str(name), RULES)}")

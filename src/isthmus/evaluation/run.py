@@ -12,43 +12,44 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Generic, cast
 
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation.doubts import warn_of
+from isthmus.evaluation.outputs import R, ScoredRow
 from isthmus.evaluation.protocols import HasProvenance
 from isthmus.evaluation.results import versions, write_json
 from isthmus.evaluation.scorers import scorer_of
 from isthmus.evaluation.sharing import shared_rows
-from isthmus.evaluation.tasks import CLOSE, Row, Scores, Task
+from isthmus.evaluation.tasks import CLOSE, Scores, Task
 from isthmus.processes import first, of_first, world_size
 from isthmus.user_code import code_of
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class Result(Generic[R]):
     """A finished evaluation: typed scores, and the raw outputs they come from. ``left_out`` counts the samples that
     could not be read."""
 
     task: str
     kind: str
     scores: Scores
-    rows: list[Row]
+    rows: list[R]
     folder: Path
     left_out: int = 0
 
 
 def evaluate(
-    model: Any,
-    task: Task,
+    model: object,
+    task: Task[R],
     folder: str | Path,
     *,
     model_hash: str = "",
     left_out: int = 0,
-    facts: Mapping[str, Any] = MappingProxyType({}),
+    facts: Mapping[str, object] = MappingProxyType({}),
     chunk: int = 256,
     progress: Callable[[int, int], None] | None = None,
-) -> Result:
+) -> Result[R]:
     """Make the outputs that ``folder`` lacks and score all of them.
 
     Args:
@@ -90,18 +91,19 @@ def evaluate(
     return Result(task.name, task.kind, scores, ordered, folder, left_out)
 
 
-def _write(path: Path, rows: Sequence[Row], mode: str) -> None:
+def _write(path: Path, rows: Sequence[ScoredRow], mode: str) -> None:
     with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:  # half a pair is as JSON writes it
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def counts(left_out: int, rows: Sequence[Row]) -> dict[str, int]:
+def counts(left_out: int, rows: Sequence[ScoredRow]) -> dict[str, int]:
     """What stands in scores.json beside the scores: samples left out, and answers to which another was near."""
-    near = {"near": sum(row["gap"] < CLOSE for row in rows)} if rows and all("gap" in row for row in rows) else {}
+    gaps = [row["gap"] for row in rows if "gap" in row]
+    near = {"near": sum(gap < CLOSE for gap in gaps)} if rows and len(gaps) == len(rows) else {}
     return ({"left_out": left_out} if left_out else {}) | near
 
 
-def _manifest(task: Task, model: Any, model_hash: str) -> dict[str, Any]:
+def _manifest(task: Task[R], model: object, model_hash: str) -> dict[str, object]:
     described = task.describe()
     facts = {
         "task": task.name,
@@ -119,12 +121,12 @@ def _manifest(task: Task, model: Any, model_hash: str) -> dict[str, Any]:
     return json.loads(json.dumps(facts))
 
 
-def _provenance(task: Task, model: Any) -> dict[str, Any]:
+def _provenance(task: Task[R], model: object) -> dict[str, object]:
     """What the model says of itself, and of its prompts the first one and the hash of all."""
     if not isinstance(model, HasProvenance):
         return {}
     facts = dict(model.provenance(task.prompts(), task.decoding))
-    prompts = facts.pop("prompts", None)
+    prompts = cast(Sequence[str] | None, facts.pop("prompts", None))
     if prompts:
         sha256 = hashlib.sha256()
         for text in prompts:
@@ -133,7 +135,7 @@ def _provenance(task: Task, model: Any) -> dict[str, Any]:
     return facts
 
 
-def _settle(path: Path, manifest: Mapping[str, Any]) -> None:
+def _settle(path: Path, manifest: Mapping[str, object]) -> None:
     """Write the manifest, or find the same one beside the outputs already there; another one is a ConfigError."""
     outputs = path.with_name("outputs.jsonl")
     if not path.exists() and outputs.exists():
@@ -156,22 +158,22 @@ def _settle(path: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _read(path: Path, task: Task) -> dict[str, Row]:
+def _read(path: Path, task: Task[R]) -> dict[str, R]:
     """Outputs already there, by id. A last line cut short by an interruption is dropped, from the file too."""
     if not path.exists():
         return {}
     content = path.read_bytes()
     complete = content[: content.rfind(b"\n") + 1]
     known = set(task.ids)
-    rows: dict[str, Row] = {}
+    rows: dict[str, R] = {}
     for number, line in enumerate(complete.splitlines(), start=1):
         try:
-            row = json.loads(line)
+            row: R = json.loads(line)
             name = row["id"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is damaged; delete that line and run again.") from error

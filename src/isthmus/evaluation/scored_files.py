@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, NotRequired, TypedDict, cast, get_args
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from isthmus.evaluation.bootstrap import intervals
 from isthmus.evaluation.captions import java, score_captions
 from isthmus.evaluation.captions.score import VERSION as CAPTION_VERSION
 from isthmus.evaluation.doubts import warn_of
+from isthmus.evaluation.outputs import AnswerRow, Manifest
 from isthmus.evaluation.results import versions, write_json, write_text
 from isthmus.evaluation.scorers import KINDS, scorer_of
 from isthmus.evaluation.vqa import Rule
@@ -23,12 +24,28 @@ from isthmus.evaluation.vqa import Rule
 FileTask = Literal["caption", "vqa", "ok-vqa"]
 
 
+class FileFacts(TypedDict):
+    """What ``isthmus score --json`` writes."""
+
+    task: str
+    left_out: int
+    n: int
+    empty: int
+    corpus: Mapping[str, float]
+    intervals: Mapping[str, list[float]]
+    by_answer_type: NotRequired[dict[str, float]]
+    by_question_type: NotRequired[dict[str, float]]
+    per_item: Mapping[str, Mapping[str, float]]
+    scorer: dict[str, object]
+    versions: dict[str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class FileScores:
-    """What ``isthmus score --json`` writes; ``rows`` are the items as a score folder keeps them."""
+    """``rows`` are the items as a score folder keeps them."""
 
-    facts: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
+    facts: FileFacts
+    rows: list[AnswerRow]
 
 
 def score_files(
@@ -68,11 +85,21 @@ def _captions(references: Path, predictions: Path, subset: bool, metrics: Sequen
     ids = official.match(theirs, given, what="image_id", subset=subset)
     chosen = {i: theirs[i] for i in ids}
     extra = {name: java.java_scores(name, chosen, given) for name in metrics}
-    scores = score_captions(chosen, given, extra=extra, seed=seed).to_dict()
-    rows = [{"id": i, "kind": "other", "truth": theirs[i], "answer": given[i]} for i in ids]
+    scores = score_captions(chosen, given, extra=extra, seed=seed)
+    rows: list[AnswerRow] = [{"id": i, "kind": "other", "truth": theirs[i], "answer": given[i]} for i in ids]
     warn_of(rows, captions=True)
-    facts = {"task": "caption", "left_out": len(theirs) - len(ids), **scores}
-    return FileScores(facts | _made_by("caption", CAPTION_VERSION), rows)
+    facts: FileFacts = {
+        "task": "caption",
+        "left_out": len(theirs) - len(ids),
+        "n": scores.n,
+        "corpus": scores.corpus,
+        "intervals": {name: list(ends) for name, ends in scores.intervals.items()},
+        "per_item": scores.per_item,
+        "empty": scores.empty,
+        "scorer": {"name": "caption", "version": CAPTION_VERSION},
+        "versions": versions(),
+    }
+    return FileScores(facts, rows)
 
 
 def _vqa(references: Path, predictions: Path, rule: Rule, subset: bool, seed: int) -> FileScores:
@@ -80,7 +107,9 @@ def _vqa(references: Path, predictions: Path, rule: Rule, subset: bool, seed: in
     key = official.vqa_key(references)
     given = official.predictions(predictions, key, "answer")
     ids = official.match(theirs, given, what=key, subset=subset)
-    rows = [{"id": i, "kind": theirs[i].answer_type, "truth": list(theirs[i].answers), "answer": given[i]} for i in ids]
+    rows: list[AnswerRow] = [
+        {"id": i, "kind": theirs[i].answer_type, "truth": list(theirs[i].answers), "answer": given[i]} for i in ids
+    ]
     warn_of(rows)
     points = np.array([rule.points(row["answer"], row) for row in rows])
     spread = intervals(points[:, None], lambda sums: sums / len(ids), seed=seed)
@@ -91,17 +120,21 @@ def _vqa(references: Path, predictions: Path, rule: Rule, subset: bool, seed: in
     for i, value in zip(ids, points, strict=True):
         groups["by_answer_type"][theirs[i].answer_type].append(float(value))
         groups["by_question_type"][theirs[i].question_type].append(float(value))
-    facts = {
+    by = {name: {k: float(np.mean(v)) for k, v in group.items()} for name, group in groups.items()}
+    facts: FileFacts = {
         "task": rule.name,
         "left_out": len(theirs) - len(ids),
         "n": len(ids),
         "empty": sum(not given[i].strip() for i in ids),
         "corpus": {"vqa_accuracy": float(points.mean())},
         "intervals": {"vqa_accuracy": list(spread[0])},
-        **{name: {k: float(np.mean(v)) for k, v in group.items()} for name, group in groups.items()},
+        "by_answer_type": by["by_answer_type"],
+        "by_question_type": by["by_question_type"],
         "per_item": {i: {"vqa_accuracy": float(v)} for i, v in zip(ids, points, strict=True)},
+        "scorer": {"name": rule.name, "version": rule.version},
+        "versions": versions(),
     }
-    return FileScores(facts | _made_by(rule.name, rule.version), rows)
+    return FileScores(facts, rows)
 
 
 def write_folder(folder: Path, scores: FileScores, references: Path, predictions: Path, *, seed: int = 0) -> None:
@@ -126,9 +159,5 @@ def write_folder(folder: Path, scores: FileScores, references: Path, predictions
     }
     write_json(folder / "manifest.json", manifest)
     write_text(folder / "outputs.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in scores.rows))
-    found = KINDS[kind].scored([dict(r) for r in scores.rows], manifest)
+    found = KINDS[kind].scored(scores.rows, cast(Manifest, manifest))
     write_json(folder / "scores.json", {"task": manifest["task"], "kind": kind, **found.to_dict()})
-
-
-def _made_by(name: str, version: int) -> dict[str, Any]:
-    return {"scorer": {"name": name, "version": version}, "versions": versions()}

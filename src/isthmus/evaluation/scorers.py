@@ -6,7 +6,7 @@ The tasks of the package go by their kind; a user's task by its code, which the 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from isthmus.config import fit
 from isthmus.errors import ConfigError, nearest
@@ -16,12 +16,11 @@ from isthmus.evaluation.caption_task import CaptionTask
 from isthmus.evaluation.grouped import CircularTask, MmeTask
 from isthmus.evaluation.judged import JudgedTask
 from isthmus.evaluation.matching import MatchingTask
+from isthmus.evaluation.outputs import Manifest, ScoredRow
 from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.tasks import (
     LinearProbeTask,
-    Manifest,
     RetrievalTask,
-    Row,
     Scores,
     StandardTask,
     Task,
@@ -79,7 +78,7 @@ def task_class(manifest: Manifest, code: Iterable[str | Path] = ()) -> type[Task
     return KINDS[kind]
 
 
-def score_again(task: type[Task], rows: Sequence[Row], manifest: Manifest) -> Scores:
+def score_again(task: type[Task], rows: Sequence[ScoredRow], manifest: Manifest) -> Scores:
     """The scores of a finished folder."""
     if issubclass(task, StandardTask) and task.score is StandardTask.score:
         return task.scored(rows, manifest)
@@ -89,12 +88,13 @@ def score_again(task: type[Task], rows: Sequence[Row], manifest: Manifest) -> Sc
 def _without_data(cls: type[Task], manifest: Manifest) -> Task:
     """The task as it was, but for its records: its options are what the manifest says under a field's name."""
     kinds, options = get_type_hints(cls), {}
-    for name in {f.name for f in fields(cls) if f.init} & set(manifest) - {"name", "records", "train", "seed"}:  # type: ignore[arg-type]
+    facts: Mapping[str, object] = manifest
+    for name in {f.name for f in fields(cls) if f.init} & set(facts) - {"name", "records", "train", "seed"}:  # type: ignore[arg-type]
         try:
-            options[name] = fit(kinds[name], manifest[name], name)
+            options[name] = fit(kinds[name], facts[name], name)
         except ConfigError:
             continue  # described in another form, such as the hash of a file: not what was set
-    none: dict[str, Any] = {"train": ()} if "train" in kinds else {}
+    none: dict[str, object] = {"train": ()} if "train" in kinds else {}
     try:
         return cls(name=str(manifest.get("task")), records=(), seed=seed_of(manifest), **none, **options)  # type: ignore[call-arg]
     except TypeError as error:
@@ -104,10 +104,10 @@ def _without_data(cls: type[Task], manifest: Manifest) -> Task:
         ) from None
 
 
-def scorer_of(kind: str, version: int | None, manifest: Manifest) -> dict[str, Any]:
+def scorer_of(kind: str, version: int | None, manifest: Mapping[str, object]) -> dict[str, object]:
     """Name and version of what scores a folder, for its manifest; with the rule's where answers get points by one.
     A kind that is not of the package (a task of the user's own) stands without a version."""
-    facts: dict[str, Any] = {"name": kind, "version": version}
+    facts: dict[str, object] = {"name": kind, "version": version}
     if "rule" in manifest:
         facts["rule"] = f"{manifest['rule']} {rules.rule(manifest['rule']).version}"
     return facts

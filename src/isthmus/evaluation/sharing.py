@@ -1,13 +1,13 @@
 """The rows of an evaluation, made by several processes: each takes a run of neighbouring items."""
 
 from collections.abc import Collection, Iterator
-from typing import Any
 
-from isthmus.evaluation.tasks import Row, Task
+from isthmus.evaluation.outputs import R
+from isthmus.evaluation.tasks import Task
 from isthmus.processes import all_of, apart, rank, world_size
 
 
-def shared_rows(task: Task, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+def shared_rows(task: Task[R], model: object, done: Collection[str], *, chunk: int) -> Iterator[list[R]]:
     """``task.rows``, some at a time, those of all processes in each. Every process makes the same number of turns,
     whatever items it has, and an error of one is raised by all."""
     todo = [name for name in task.ids if name not in done]
@@ -21,7 +21,7 @@ def shared_rows(task: Task, model: Any, done: Collection[str], *, chunk: int) ->
         yield [row for made in turn for row in made or ()]
 
 
-def _apart(task: Task, model: Any, done: Collection[str], chunk: int) -> Iterator[list[Row]]:
+def _apart(task: Task[R], model: object, done: Collection[str], chunk: int) -> Iterator[list[R]]:
     """The rows of a process that is the only one to the model."""
     stream = iter(task.rows(model, done, chunk=chunk))
     while True:

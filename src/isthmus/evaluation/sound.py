@@ -43,7 +43,12 @@ class Sound:
     """
 
     def __init__(
-        self, records: Records, quarantine: Quarantine, *, demand: Demand | None = None, pictures: Check = "decode"
+        self,
+        records: Records[Record],
+        quarantine: Quarantine,
+        *,
+        demand: Demand | None = None,
+        pictures: Check = "decode",
     ) -> None:
         self.records, self.quarantine = records, quarantine
         self._demand, self._check = demand, _Pictures(pictures)
@@ -74,7 +79,7 @@ class Sound:
         return replace(record, parts=tuple(shown))
 
 
-def first_sound(records: Records, most: int) -> list[Record]:
+def first_sound(records: Records[Record], most: int) -> list[Record]:
     """The first ``most`` records that can be read, or as many as there are; the rest is not read."""
     check = _Pictures("decode")
     readable = (records[i] for i in range(len(records)) if not _checked(records, i, check)[2])
@@ -98,7 +103,7 @@ def all_answered(record: Record) -> None:
 
 
 def _checked(
-    records: Records, index: int, check: "_Pictures", demand: Demand | None = None
+    records: Records[Record], index: int, check: "_Pictures", demand: Demand | None = None
 ) -> tuple[str, tuple[str, ...], str]:
     """The record's id (empty when it cannot be had), its pictures' content keys, and what is wrong with it (empty when
     nothing is)."""

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, get_args
+from typing import Any, ClassVar, Generic, Protocol, cast, get_args
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
 from isthmus.evaluation.bootstrap import Outcomes, means
 from isthmus.evaluation.controls import Control, answers_with_controls, check_controls, plan_controls, shuffled_among
 from isthmus.evaluation.embedding import embed
+from isthmus.evaluation.outputs import AnswerRow, ClassManifest, ClassRow, Manifest, R, RankRow
 from isthmus.evaluation.protocols import (
     Answers,
     Embeds,
@@ -30,14 +31,13 @@ from isthmus.evaluation.protocols import (
     Measures,
     Picture,
     Records,
+    S,
     Sample,
     TextPart,
 )
 from isthmus.evaluation.turns import Turn, captions_of, kind_of, last_turn, prompt
 from isthmus.nn.losses import Similarity
 
-Row = dict[str, Any]
-Manifest = Mapping[str, Any]
 CLOSE = 1e-4
 """Two best tokens nearer than this (in logits) may change places when sums are taken in another order."""
 _SCORED = ("answers", "class", "kind", "choices", "group")
@@ -47,13 +47,13 @@ _SCORED = ("answers", "class", "kind", "choices", "group")
 class Scores(Protocol):
     """What a task's scoring gives: fractions by name."""
 
-    def to_dict(self) -> dict[str, Any]: ...
+    def to_dict(self) -> dict[str, object]: ...
 
 
-class Task(ABC):
+class Task(ABC, Generic[R]):
     """See the head of this file. A task of one's own derives from this class, as a keyword-only dataclass with
     ``name``, ``records`` and ``seed`` (and ``train``, where it takes training data), and gives ``rows`` and ``score``;
-    the rest has defaults.
+    the rest has defaults. ``Task[MyRow]``, a TypedDict, says what its rows hold.
 
     ``kind`` names the scoring rule, ``version`` is raised with every change that can move a score, ``needs`` is the
     protocol of models that can do it, ``decoding`` how the model generates.
@@ -63,50 +63,51 @@ class Task(ABC):
     version: ClassVar[int | None] = None
     needs: ClassVar[type] = Answers
     name: str
-    records: Records
+    records: Records[Sample]
     seed: int
-    decoding: Mapping[str, Any] = MappingProxyType({})
+    decoding: Mapping[str, object] = MappingProxyType({})
 
     @cached_property
     def ids(self) -> Sequence[str]:
         """An id per output row: the records'. Raises DataError when two are alike."""
         return unique([r.id for r in listed(self.records)], self.name)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """What identifies the evaluation beside name, kind and seed; an output folder goes on only with the same. What
         stands here under a field's name is what the rows are scored with again."""
         return {"data": fingerprint(self.records)}
 
-    def prompts(self) -> Iterable[Any]:
+    def prompts(self) -> Iterable[Sample]:
         """The records as the model gets them, for the manifest; nothing where it gets none."""
         return ()
 
     @abstractmethod
-    def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        """Output rows, each with its ``id``, for the ids that are not ``done``, some ``chunk`` at a time."""
+    def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[R]]:
+        """Output rows, each with its ``id``, for the ids that are not ``done``, some ``chunk`` at a time. ``model`` is
+        what ``needs`` says: each task names its own protocol here."""
 
     @abstractmethod
-    def score(self, rows: Sequence[Row]) -> Scores:
+    def score(self, rows: Sequence[R]) -> Scores:
         """Scores from the rows alone, in the order of the ids."""
 
     @classmethod
-    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes | None:
+    def outcomes(cls, rows: Sequence[R], manifest: Manifest) -> Outcomes | None:
         """What each item contributes to the scores, for pairs; none where a score is no function of sums over items
         (an AUC)."""
         del rows, manifest
         return None
 
 
-class StandardTask(Task):
+class StandardTask(Task[R]):
     """A task of the package. Its scores are a function of the rows and of what the manifest says (``seed`` and what
     ``describe`` gives), for a first and for every later scoring."""
 
-    def score(self, rows: Sequence[Row]) -> Scores:
-        return self.scored(rows, {"seed": self.seed, **self.describe()})
+    def score(self, rows: Sequence[R]) -> Scores:
+        return self.scored(rows, cast(Manifest, {"seed": self.seed, **self.describe()}))
 
     @classmethod
     @abstractmethod
-    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> Scores:
+    def scored(cls, rows: Sequence[R], manifest: Manifest) -> Scores:
         """Scores from rows and manifest alone."""
 
 
@@ -119,12 +120,12 @@ def rule_of(manifest: Manifest) -> vqa.Rule:
     return rules.rule(str(manifest.get("rule", "exact")))
 
 
-def points(rule: vqa.Rule, rows: Sequence[Row]) -> Outcomes:
+def points(rule: vqa.Rule, rows: Sequence[AnswerRow]) -> Outcomes:
     """Each answer's points, whose mean is the accuracy."""
     return means(np.array([[rule.points(r["answer"], r)] for r in rows], dtype=np.float64), "accuracy")
 
 
-def fingerprint(records: Records) -> str:
+def fingerprint(records: Records[Sample]) -> str:
     """sha256 over every record's id, words, pictures and what scoring reads of it, in order."""
     total = hashlib.sha256()
     for record in listed(records):
@@ -133,12 +134,12 @@ def fingerprint(records: Records) -> str:
     return total.hexdigest()
 
 
-def listed(records: Records) -> Iterator[Any]:
+def listed(records: Records[S]) -> Iterator[S]:
     """The records in order."""
     return (records[i] for i in range(len(records)))
 
 
-def _identity(part: Any) -> Any:
+def _identity(part: object) -> object:
     if isinstance(part, TextPart):
         return (part.role, part.text, part.learn)
     return part.content_key() if isinstance(part, Picture) else repr(part)
@@ -168,7 +169,7 @@ def _picture(record: Sample, task: str) -> Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Questions(StandardTask):
+class Questions(StandardTask[R]):
     """What all tasks of questions share: the controls of :mod:`.vqa` and the prior, from the training records.
 
     ``controls`` chooses among ``blind`` and ``shuffled``; for questions without pictures (a bare language model) leave
@@ -176,7 +177,7 @@ class Questions(StandardTask):
     """
 
     name: str
-    records: Records
+    records: Records[Sample]
     prior: vqa.AnswerPrior | None = None
     controls: Sequence[Control] = ("blind", "shuffled")
     seed: int = 0
@@ -184,7 +185,7 @@ class Questions(StandardTask):
     def __post_init__(self) -> None:
         check_controls(self.controls)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             "controls": list(self.controls),
             "prior": self.prior.fingerprint() if self.prior else None,
@@ -192,11 +193,11 @@ class Questions(StandardTask):
             **shuffled_among(self.controls, len(self.records)),
         }
 
-    def prompts(self) -> Iterator[Any]:
+    def prompts(self) -> Iterator[Sample]:
         """The records as the model gets them, with their pictures."""
         return (prompt(r) for r in listed(self.records))
 
-    def row(self, name: str, turn: Turn, kind: str, said: Mapping[str, str]) -> Row:
+    def row(self, name: str, turn: Turn, kind: str, said: Mapping[str, str]) -> AnswerRow:
         """A question with its truths and what was said: ``answer``, and the controls' answers where there are any."""
         return {
             "id": name,
@@ -211,7 +212,7 @@ class Questions(StandardTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VqaTask(Questions):
+class VqaTask(Questions[AnswerRow]):
     """Answers to the last question of each record, scored by ``rule``.
 
     ``rule`` is a name of :mod:`.rules`: ``exact``, ``vqa``, ``ok-vqa``, ``gqa``, ``yes-no``, ``choice``. In ``mixed``
@@ -224,7 +225,7 @@ class VqaTask(Questions):
     version: ClassVar[int] = 1
     needs: ClassVar[type] = Answers
 
-    decoding: Mapping[str, Any] = field(default_factory=dict)
+    decoding: Mapping[str, object] = field(default_factory=dict)
     rule: str = "exact"
     mixed: bool = False
     gaps: bool = False
@@ -233,11 +234,11 @@ class VqaTask(Questions):
         Questions.__post_init__(self)
         rules.rule(self.rule)
 
-    def describe(self) -> dict[str, Any]:
-        facts = {**Questions.describe(self), "rule": self.rule, "decoding": dict(self.decoding)}
+    def describe(self) -> dict[str, object]:
+        facts: dict[str, object] = {**Questions.describe(self), "rule": self.rule, "decoding": dict(self.decoding)}
         return {**facts, "gaps": True} if self.gaps else facts
 
-    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[AnswerRow]]:
         plan = plan_controls(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for i in todo:  # what the rule cannot score is met before the model runs
@@ -249,34 +250,35 @@ class VqaTask(Questions):
             answers = answers_with_controls(model, prompts, others, self.controls, self.decoding)
             rows = [self._row(r, {k: v[j] for k, v in answers.items()}) for j, r in enumerate(records)]
             if self.gaps:
-                rows = [row | {"gap": g} for row, g in zip(rows, self._gaps(model, prompts), strict=True)]
+                for row, gap in zip(rows, self._gaps(model, prompts), strict=True):
+                    row["gap"] = gap
             yield rows
 
-    def _gaps(self, model: Answers, prompts: Sequence[Any]) -> list[float]:
+    def _gaps(self, model: Answers, prompts: Sequence[Sample]) -> list[float]:
         if not isinstance(model, Measures):
             raise CapabilityError(f"Task {self.name!r}: this model gives no gaps; leave the option out.")
         return model.gaps(prompts, **self.decoding)
 
-    def _row(self, record: Sample, said: Mapping[str, str]) -> Row:
+    def _row(self, record: Sample, said: Mapping[str, str]) -> AnswerRow:
         row = self.row(record.id, last_turn(record), kind_of(record), said)
-        row |= {k: _plain(record.meta[k]) for k in ("choices", "group") if k in record.meta}
+        row |= cast(AnswerRow, {k: _plain(record.meta[k]) for k in ("choices", "group") if k in record.meta})
         return row | {"correct": rules.rule(self.rule).points(row["answer"], row)}
 
     @classmethod
-    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> Scores:
+    def scored(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> Scores:
         return vqa.score(rows, rule=rule_of(manifest), seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> Outcomes:
         return points(rule_of(manifest), rows)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalTask(StandardTask):
+class RetrievalTask(StandardTask[RankRow]):
     """Recall@1/5/10 both ways. A caption is any text to be learnt (an answer, not its question) or alternative of one;
     records of the same picture count as one picture with all their captions, and captions of equal text as one caption.
     ``similarity``: cosine, dot or euclidean, as the model was trained."""
@@ -286,7 +288,7 @@ class RetrievalTask(StandardTask):
     needs: ClassVar[type] = Embeds
 
     name: str
-    records: Records
+    records: Records[Sample]
     similarity: Similarity = "cosine"
     prefix: str = ""
     seed: int = 0
@@ -311,10 +313,10 @@ class RetrievalTask(StandardTask):
     def ids(self) -> list[str]:
         return unique([first for first, _, _ in self._pairs.values()], self.name)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {"similarity": self.similarity, "prefix": self.prefix, "data": fingerprint(self.records)}
 
-    def rows(self, model: Embeds, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+    def rows(self, model: Embeds, done: Collection[str], *, chunk: int) -> Iterator[list[RankRow]]:
         pairs = list(self._pairs.values())
         owner = torch.tensor([i for i, (_, _, captions) in enumerate(pairs) for _ in captions])
         texts = [self.prefix + c for _, _, captions in pairs for c in captions]
@@ -326,14 +328,14 @@ class RetrievalTask(StandardTask):
             metric=self.similarity,
         )
         of_captions = iter(text_ranks.tolist())
-        rows = [
+        rows: list[RankRow] = [
             {"id": name, "captions": captions, "rank": rank, "caption_ranks": [next(of_captions) for _ in captions]}
             for (name, _, captions), rank in zip(pairs, image_ranks.tolist(), strict=True)
         ]
         yield [row for row in rows if row["id"] not in done]
 
     @classmethod
-    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> retrieval.RetrievalScores:
+    def scored(cls, rows: Sequence[RankRow], manifest: Manifest) -> retrieval.RetrievalScores:
         return retrieval.score(
             [r["rank"] for r in rows],
             [r["caption_ranks"] for r in rows],
@@ -342,21 +344,21 @@ class RetrievalTask(StandardTask):
         )
 
     @classmethod
-    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[RankRow], manifest: Manifest) -> Outcomes:
         return retrieval.outcomes(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Classified(StandardTask):
+class _Classified(StandardTask[ClassRow]):
     """Records of one picture each, with their class in ``meta["class"]``."""
 
     version: ClassVar[int] = 1
 
     name: str
-    records: Records
+    records: Records[Sample]
     seed: int = 0
 
-    def _labels(self, records: Records) -> list[str]:
+    def _labels(self, records: Records[Sample]) -> list[str]:
         labels = []
         for record in listed(records):
             if not record.meta.get("class"):
@@ -364,11 +366,11 @@ class _Classified(StandardTask):
             labels.append(str(record.meta["class"]))
         return labels
 
-    def _classes_of(self, records: Records) -> list[str]:
+    def _classes_of(self, records: Records[Sample]) -> list[str]:
         """The classes that occur, alphabetically."""
         return list(dict.fromkeys(merged_names(sorted(set(self._labels(records))), "class")))
 
-    def _places(self, records: Records, classes: Sequence[str]) -> torch.Tensor:
+    def _places(self, records: Records[Sample], classes: Sequence[str]) -> torch.Tensor:
         """(N,) the class numbers of records."""
         number = {same_name(c): i for i, c in enumerate(classes)}
         unknown = sorted(label for label in set(self._labels(records)) if same_name(label) not in number)
@@ -376,15 +378,15 @@ class _Classified(StandardTask):
             raise DataError(f"Task {self.name!r}: class {unknown[0]!r} is unknown; {nearest(unknown[0], classes)}")
         return torch.tensor([number[same_name(c)] for c in self._labels(records)])
 
-    def _pictures(self, records: Records) -> list[Picture]:
+    def _pictures(self, records: Records[Sample]) -> list[Picture]:
         return [_picture(r, self.name) for r in listed(records)]
 
     @classmethod
-    def scored(cls, rows: Sequence[Row], manifest: Manifest) -> zero_shot.ClassScores:
+    def scored(cls, rows: Sequence[ClassRow], manifest: ClassManifest) -> zero_shot.ClassScores:
         return zero_shot.score(rows, classes=len(manifest["classes"]), seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[Row], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[ClassRow], manifest: Manifest) -> Outcomes:
         return means(np.array([[r["rank"] < 1, r["rank"] < 5] for r in rows], dtype=np.float64), "top_1", "top_5")
 
 
@@ -410,11 +412,15 @@ class ZeroShotTask(_Classified):
             return list(dict.fromkeys(merged_names(self.classes, "class")))
         return self._classes_of(self.records)
 
-    def describe(self) -> dict[str, Any]:
-        facts = {"classes": self._names, "templates": list(self.templates), "data": fingerprint(self.records)}
+    def describe(self) -> dict[str, object]:
+        facts: dict[str, object] = {
+            "classes": self._names,
+            "templates": list(self.templates),
+            "data": fingerprint(self.records),
+        }
         return facts if self.similarity == "cosine" else {**facts, "similarity": self.similarity}
 
-    def rows(self, model: Embeds, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
+    def rows(self, model: Embeds, done: Collection[str], *, chunk: int) -> Iterator[list[ClassRow]]:
         truths = self._places(self.records, self._names)
         vectors = zero_shot.class_vectors(model, self._names, self.templates, metric=self.similarity)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
@@ -442,17 +448,17 @@ class LinearProbeTask(_Classified):
     kind: ClassVar[str] = "linear_probe"
     needs: ClassVar[type] = HasVisionFeatures
 
-    train: Records
+    train: Records[Sample]
 
     @cached_property
     def _names(self) -> list[str]:
         return self._classes_of(self.train)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {"classes": self._names, "data": fingerprint(self.records), "train": fingerprint(self.train)}
 
-    def rows(self, model: HasVisionFeatures, done: Collection[str], *, chunk: int) -> Iterator[list[Row]]:
-        def features(records: Records) -> torch.Tensor:
+    def rows(self, model: HasVisionFeatures, done: Collection[str], *, chunk: int) -> Iterator[list[ClassRow]]:
+        def features(records: Records[Sample]) -> torch.Tensor:
             return embed(model.vision_features, self._pictures(records), what="pictures", chunk=chunk)
 
         truths = self._places(self.records, self._names)
@@ -461,7 +467,7 @@ class LinearProbeTask(_Classified):
         )
         logits = probe.logits(features(self.records))
         order, rank = zero_shot.by_score(logits, truths)
-        rows = [
+        rows: list[ClassRow] = [
             {
                 "id": name,
                 "truth": self._names[truth],

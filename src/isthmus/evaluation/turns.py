@@ -1,15 +1,13 @@
 """Questions of a record: with their picture, blind (no picture) and shuffled (another's picture)."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
-from typing import TypeVar
+from typing import cast
 
 from isthmus.errors import DataError
-from isthmus.evaluation.protocols import Picture, Sample, TextPart
-
-S = TypeVar("S", bound=Sample)
+from isthmus.evaluation.protocols import Picture, S, Sample, TextPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +50,9 @@ def last_turn(record: Sample) -> Turn:
             f"Sample {record.id!r} has no answer to score against: its last part must be a text of the assistant."
         )
     turn = found[-1]
-    given = record.meta.get("answers")
+    given = texts_of(record, "answers")
     if given:
-        turn = replace(turn, answers=tuple(str(a) for a in given))
+        turn = replace(turn, answers=given)
     if not any(a.strip() for a in turn.answers):
         raise DataError(f"Sample {record.id!r} has an empty answer; an empty answer cannot be scored.")
     return turn
@@ -63,6 +61,11 @@ def last_turn(record: Sample) -> Turn:
 def kind_of(record: Sample) -> str:
     """The kind of question, ``other`` where the source names none."""
     return str(record.meta.get("kind") or "other")
+
+
+def texts_of(record: Sample, name: str) -> tuple[str, ...]:
+    """What ``meta`` lists under a name, as texts; nothing where it has none of that name."""
+    return tuple(str(text) for text in cast(Iterable[object], record.meta.get(name) or ()))
 
 
 def prompt(record: S) -> S:

@@ -11,12 +11,13 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from isthmus.errors import DataError
 from isthmus.evaluation.bootstrap import Array, Interval, intervals
+from isthmus.evaluation.outputs import AnswerRow, SaidRow, Way, said
 from isthmus.evaluation.protocols import Sample
 from isthmus.evaluation.turns import kind_of, turns
 
@@ -24,6 +25,7 @@ ENOUGH = 300
 """Fewer questions of a kind than this, and its gain says little: it is marked."""
 
 _ARTICLES = ("a ", "an ", "the ")
+_CONTROLS: tuple[Way, ...] = ("blind", "shuffled", "prior")
 
 
 def normalise(answer: str) -> str:
@@ -41,10 +43,6 @@ def is_right(answer: str, truths: Iterable[str]) -> bool:
     return bool(given) and given in {normalise(t) for t in truths}
 
 
-Facts = Mapping[str, Any]
-"""An output row: ``truth`` (the accepted answers) and what else a rule reads, such as ``choices``."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """How an answer is scored: ``points`` in 0 … 1, and ``says``, what the answer is read as (none: unparsable).
@@ -54,8 +52,8 @@ class Rule:
 
     name: str
     version: int
-    points: Callable[[str, Facts], float]
-    says: Callable[[str, Facts], str | None] = field(default=lambda answer, row: normalise(answer))
+    points: Callable[[str, AnswerRow], float]
+    says: Callable[[str, AnswerRow], str | None] = field(default=lambda answer, row: normalise(answer))
 
 
 EXACT = Rule(name="exact", version=1, points=lambda answer, row: float(is_right(answer, row["truth"])))
@@ -133,7 +131,7 @@ class Score:
     def enough(self) -> bool:
         return self.n >= ENOUGH
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "accuracy": self.accuracy,
             "accuracy_interval": list(self.interval),
@@ -157,7 +155,7 @@ class VqaScores:
     overall: Score
     kinds: Mapping[str, Score] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The overall facts, with ``kinds`` beside them: what stands under ``models.<name>`` in results.json."""
         return {**self.overall.to_dict(), "kinds": {k: s.to_dict() for k, s in self.kinds.items()}}
 
@@ -170,7 +168,7 @@ class HasAnswers(Protocol):
     def answers(self) -> VqaScores: ...
 
 
-def score(rows: Sequence[Facts], *, rule: Rule = EXACT, seed: int = 0) -> VqaScores:
+def score(rows: Sequence[AnswerRow], *, rule: Rule = EXACT, seed: int = 0) -> VqaScores:
     """Scores of output rows by ``rule``: each has ``truth`` (list), ``kind``, ``answer``, and ``blind``, ``shuffled``
     and ``prior`` (the raw answers, or none where the control was not run).
 
@@ -179,7 +177,7 @@ def score(rows: Sequence[Facts], *, rule: Rule = EXACT, seed: int = 0) -> VqaSco
     return pooled([rows], rule=rule, seed=seed)
 
 
-def pooled(runs: Sequence[Sequence[Facts]], *, rule: Rule = EXACT, seed: int = 0) -> VqaScores:
+def pooled(runs: Sequence[Sequence[AnswerRow]], *, rule: Rule = EXACT, seed: int = 0) -> VqaScores:
     """Scores of several runs over the same questions in the same order, one per training seed: the means over runs.
     A question is drawn with all its answers, so intervals are over questions, not over seeds."""
     if not runs or not runs[0]:
@@ -195,15 +193,16 @@ def pooled(runs: Sequence[Sequence[Facts]], *, rule: Rule = EXACT, seed: int = 0
     )
 
 
-def controls_of(rows: Sequence[Facts]) -> list[str]:
+def controls_of(rows: Sequence[SaidRow]) -> list[Way]:
     """The controls that were run for every row."""
-    return [c for c in ("blind", "shuffled", "prior") if all(r.get(c) is not None for r in rows)]
+    return [c for c in _CONTROLS if all(r.get(c) is not None for r in rows)]
 
 
-def _score(runs: Sequence[Sequence[Facts]], rule: Rule, seed: int) -> Score:
-    said = [r for rows in runs for r in rows]
-    controls = controls_of(said)
-    points = [[[rule.points(r[c], r) for c in ("answer", *controls)] for r in rows] for rows in runs]
+def _score(runs: Sequence[Sequence[AnswerRow]], rule: Rule, seed: int) -> Score:
+    every = [r for rows in runs for r in rows]
+    controls = controls_of(every)
+    ways: list[Way] = ["answer", *controls]
+    points = [[[rule.points(said(r, way), r) for way in ways] for r in rows] for rows in runs]
     right = np.array(points, dtype=np.float64).mean(axis=0)
     n = len(right)
 
@@ -213,15 +212,15 @@ def _score(runs: Sequence[Sequence[Facts]], rule: Rule, seed: int) -> Score:
 
     accuracy, gain = intervals(right, statistic, seed=seed)
     means = right.mean(axis=0)
-    values = {c: float(m) for c, m in zip(controls, means[1:], strict=True)}
+    values: dict[str, float] = {c: float(m) for c, m in zip(controls, means[1:], strict=True)}
     return Score(
         n=n,
         accuracy=float(means[0]),
         interval=accuracy,
         gain=float(means[0]) - max(values.values()) if values else None,
         gain_interval=gain if values else None,
-        empty=sum(not normalise(r["answer"]) for r in said),
-        unparsable=sum(not rule.says(r["answer"], r) for r in said),
+        empty=sum(not normalise(r["answer"]) for r in every),
+        unparsable=sum(not rule.says(r["answer"], r) for r in every),
         **values,
     )
 

@@ -6,10 +6,9 @@ products or distances is ranked by these, and its vectors keep their lengths: w_
 Embeddings are averaged, never probabilities. Shapes: N pictures, C classes, D width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.bootstrap import Interval, intervals
 from isthmus.evaluation.embedding import around, embed, unit
+from isthmus.evaluation.outputs import ClassRow
 from isthmus.evaluation.protocols import Embeds
 from isthmus.nn.losses import Similarity, similarity
 
@@ -101,7 +101,7 @@ class ClassScores:
     top_5_interval: Interval
     majority: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "top_1": self.top_1,
             "top_1_interval": list(self.top_1_interval),
@@ -114,7 +114,7 @@ class ClassScores:
         }
 
 
-def score(rows: Sequence[Mapping[str, Any]], *, classes: int, seed: int = 0) -> ClassScores:
+def score(rows: Sequence[ClassRow], *, classes: int, seed: int = 0) -> ClassScores:
     """From output rows with ``truth`` and ``rank``. Raises DataError when there are none."""
     if not rows:
         raise DataError("There is nothing to classify: the data set is empty.")

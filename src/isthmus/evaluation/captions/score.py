@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -67,7 +66,7 @@ class CaptionScores:
     per_item: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     empty: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return plain(self)
 
 
