@@ -10,12 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isthmus.comparison.compare import Contestant, contestants, pooled, shared_tasks
 from isthmus.comparison.cost import Operations, trained_parameters
-from isthmus.comparison.side_by_side import difference, difference_rows
+from isthmus.comparison.side_by_side import difference, difference_rows, score_rows
 from isthmus.data.attention import with_answer
 from isthmus.data.collate import collate
 from isthmus.data.record import without_answer
 from isthmus.demo.scenes import SceneSource
 from isthmus.errors import ConfigError, DataError
+from isthmus.evaluation.judged import JudgedScores, Relative
 from isthmus.evaluation.rescore import rescore
 from isthmus.evaluation.run import Result
 from isthmus.language import Decoding
@@ -50,6 +51,13 @@ def test_every_model_is_asked_what_it_can_do(compared):
     assert len(raw) == 12
     assert overall["llava"] == sum(r["correct"] for r in raw) / 12
     assert "| llava | vqa | all | 12 |" in (compared / "scores.md").read_text()
+
+
+def test_a_score_without_an_interval_has_no_line(tmp_path):
+    """As when no reply of a judge could be read."""
+    scores = JudgedScores(Relative(n=0, excluded=2), {}, 2, {})
+    rival = Contestant(name="llava", folder=tmp_path, results=[Result("talk", "judged", scores, [], tmp_path)])
+    assert score_rows([rival]) == []
 
 
 def test_costs_are_those_of_the_runs(compared, rivals):
