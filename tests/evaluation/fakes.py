@@ -1,10 +1,12 @@
 """Records and models that cost nothing: pictures are words, and models look them up."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from isthmus.data.record import Image, Record, Text
+from isthmus.evaluation.tasks import Scores
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ def animals() -> list[Record]:
     """Ten questions about ten pictures: six cats, four dogs, in two kinds."""
     words = ["cat"] * 6 + ["dog"] * 4
     return [question(i, w, kind="what" if i % 2 else "which") for i, w in enumerate(words)]
+
+
+def facts_of(scores: Scores) -> dict[str, Any]:
+    """What ``scores.json`` holds of them."""
+    return scores.to_dict()
 
 
 class Reader:

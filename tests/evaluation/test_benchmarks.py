@@ -10,7 +10,7 @@ from isthmus.evaluation.benchmark_rules import distance
 from isthmus.evaluation.grouped import CircularTask, MmeTask, parse_as_mme, score_circular, score_mme
 from isthmus.evaluation.rescore import rescore
 from isthmus.evaluation.run import evaluate
-from tests.evaluation.fakes import Reader, question
+from tests.evaluation.fakes import Reader, facts_of, question
 
 
 def points(rule, answer, *truth, **row):
@@ -90,7 +90,7 @@ def test_mme_accuracy_plus_needs_both():
         mme_row(4, "code_reasoning", "a", "Yes", "no"),
         mme_row(5, "code_reasoning", "a", "No", "no"),
     ]
-    facts = score_mme(rows).to_dict()
+    facts = facts_of(score_mme(rows))
     assert facts["official"]["count"] == {"accuracy": 0.75, "accuracy_plus": 0.5, "points": 125.0}
     assert (facts["perception"], facts["cognition"]) == (125.0, 50.0)
     assert facts["accuracy"] == pytest.approx(5 / 6)
@@ -116,7 +116,7 @@ def circular_rows(said):
 
 def test_circular_needs_every_turn():
     """Whoever always says A is right once in each question and solves none."""
-    facts = score_circular(circular_rows({"p": "ACB", "q": "AAA"})).to_dict()
+    facts = facts_of(score_circular(circular_rows({"p": "ACB", "q": "AAA"})))
     assert facts["accuracy"] == pytest.approx(4 / 6)
     assert facts["circular"] == facts["kinds"]["k"]["circular"] == 0.5
 

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from isthmus.errors import DataError
 from isthmus.evaluation import binary
 from isthmus.evaluation.binary import YES_NO, parse, parse_as_pope
+from tests.evaluation.fakes import facts_of
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_rates_by_hand():
     """Of 4 yes: 2 found, 1 denied, 1 unparsable. Of 4 no: 1 said yes, 3 found."""
     rows = [row("yes", "yes"), row("yes.", "yes"), row("no", "yes"), row("a dog", "yes"), row("Yes", "no")]
     rows += [row("no", "no")] * 3
-    facts = binary.score(rows).to_dict()
+    facts = facts_of(binary.score(rows))
     assert facts["accuracy"] == 5 / 8
     assert (facts["precision"], facts["recall"]) == (pytest.approx(2 / 3), 2 / 4)
     assert facts["f1"] == pytest.approx(2 * (2 / 3) * 0.5 / (2 / 3 + 0.5))
@@ -54,7 +55,7 @@ def test_rates_by_hand():
 def test_each_sampling_has_its_own_rates_and_their_mean_f1():
     rows = [row("yes", "yes", "random"), row("no", "no", "random"), row("no", "yes", "adversarial")]
     rows += [row("yes", "yes", "adversarial")]
-    facts = binary.score(rows).to_dict()
+    facts = facts_of(binary.score(rows))
     assert facts["kinds"]["random"]["f1"] == 1.0
     assert facts["kinds"]["adversarial"]["f1"] == pytest.approx(2 / 3)
     assert facts["f1_over_kinds"] == pytest.approx((1 + 2 / 3) / 2)
@@ -63,7 +64,7 @@ def test_each_sampling_has_its_own_rates_and_their_mean_f1():
 
 @given(st.lists(st.builds(row, st.sampled_from(["yes", "no", "dog"]), st.sampled_from(["yes", "no"])), min_size=1))
 def test_rates_equal_brute_force(rows):
-    facts = binary.score(rows).to_dict()
+    facts = facts_of(binary.score(rows))
     said = [(r["answer"], r["truth"][0]) for r in rows]
     found = said.count(("yes", "yes"))
     yes, truly = sum(a == "yes" for a, _ in said), sum(t == "yes" for _, t in said)
@@ -77,7 +78,7 @@ def test_rates_equal_brute_force(rows):
 def test_a_group_is_right_when_all_its_answers_are():
     rows = [row("true", "true") | {"group": "a"}, row("false", "false") | {"group": "a"}]
     rows += [row("true", "true") | {"group": "b"}, row("true", "false") | {"group": "b"}]
-    assert binary.score(rows).to_dict()["consistency"] == 0.5
+    assert facts_of(binary.score(rows))["consistency"] == 0.5
     assert "consistency" not in binary.score([*rows, row("yes", "yes")]).to_dict()
 
 

@@ -7,7 +7,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import evaluate
 from isthmus.evaluation.caption_task import CaptionTask, typical_caption
 from isthmus.evaluation.captions import NAMES
-from tests.evaluation.fakes import Reader, Word
+from tests.evaluation.fakes import Reader, Word, facts_of
 
 SAID = {"cat": "a cat sleeps on a red mat", "dog": "two dogs run after a ball", "owl": "an owl sits in the old tree"}
 
@@ -29,7 +29,7 @@ class Writer(Reader):
 def test_captions_stand_beside_what_is_written_without_looking(tmp_path):
     task = CaptionTask(name="c", records=records(), prompt="Describe it.", prior=SAID["dog"])
     result = evaluate(Writer("?"), task, tmp_path)
-    facts = result.scores.to_dict()
+    facts = facts_of(result.scores)
     assert facts["ROUGE_L"] == pytest.approx(1.0)
     assert set(facts["controls"]) == {"blind", "shuffled", "prior"}
     assert set(facts["controls"]["blind"]) == set(NAMES)

@@ -72,7 +72,7 @@ def test_vqa_by_item_type_and_corpus(write):
         "3": {"vqa_accuracy": 0.0},
     }
     assert facts["corpus"]["vqa_accuracy"] == pytest.approx((blue + 1) / 3)
-    assert facts["by_answer_type"] == {"other": pytest.approx(blue / 2), "yes/no": 1.0}
+    assert facts.get("by_answer_type") == {"other": pytest.approx(blue / 2), "yes/no": 1.0}
     assert facts["empty"] == 1, "an empty answer is counted, not refused"
 
 
@@ -150,7 +150,7 @@ def test_a_score_folder_is_scored_again_to_the_same(write, tmp_path, task, refer
     facts = again.scores.to_dict()
     for name, value in scores.facts["corpus"].items():
         assert facts["accuracy" if name == "vqa_accuracy" else name] == pytest.approx(value)
-    assert read_folder(tmp_path / "f").manifest["scorer"]["version"] == 1
+    assert json.loads((tmp_path / "f/manifest.json").read_text())["scorer"]["version"] == 1
     assert [d.difference for d in compare(tmp_path / "f", tmp_path / "f")] == [0.0] * (6 if task == "caption" else 1)
     with pytest.raises(ConfigError, match="not empty"):
         write_folder(tmp_path / "f", scores, *files)
@@ -179,7 +179,7 @@ def test_half_a_surrogate_pair_is_kept(write, tmp_path):
     """As JSON writes it: UTF-8 has no place for it."""
     files = write("r.json", CAPTIONS), write("p.json", [{**GIVEN[0], "caption": "a \ud83d sofa"}, GIVEN[1]])
     write_folder(tmp_path / "f", score_files(*files, "caption"), *files)
-    assert [r["answer"] for r in read_folder(tmp_path / "f").rows] == [GIVEN[1]["caption"], "a \ud83d sofa"]
+    assert [r.get("answer") for r in read_folder(tmp_path / "f").rows] == [GIVEN[1]["caption"], "a \ud83d sofa"]
 
 
 def test_deep_nesting_is_said_in_words(write):

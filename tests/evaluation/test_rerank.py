@@ -8,7 +8,7 @@ from isthmus.errors import CapabilityError, ConfigError
 from isthmus.evaluation import retrieval
 from isthmus.evaluation.rerank import OTHERS, RerankScores, RerankTask, two_step
 from isthmus.evaluation.run import evaluate
-from tests.evaluation.fakes import Space, Word
+from tests.evaluation.fakes import Space, Word, facts_of
 
 WORDS = [f"w{i:02d}" for i in range(12)]
 
@@ -67,7 +67,7 @@ def test_the_gain_is_paired(sign: float, gain: float, tmp_path) -> None:
     assert scores.image_to_text_gain.interval == (gain, gain)
     assert scores.image_to_text.recall[1] == gain
     assert model.asked < 12 * 12
-    facts = scores.to_dict()
+    facts = facts_of(scores)
     assert facts["recall_at_1"] == gain
     assert facts["first_step"]["recall_at_1"] == 0.0
 

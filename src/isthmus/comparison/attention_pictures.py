@@ -12,6 +12,13 @@ _COLOURS = 64
 """A page may hold hundreds of these pictures."""
 
 
+def _attended(
+    attend: Callable[..., list[Attention]], records: Sequence[Record], decoding: Mapping[str, object]
+) -> list[Attention]:
+    """With keywords as a user wrote them, which the model checks."""
+    return attend(records, **decoding)
+
+
 def attention_pictures(model: Model, records: Sequence[Record], decoding: Mapping[str, object]) -> dict[str, bytes]:
     """Record id -> PNG of its first picture as the model saw it, under the mean attention over layers and new tokens.
 
@@ -21,9 +28,8 @@ def attention_pictures(model: Model, records: Sequence[Record], decoding: Mappin
     seeing = [r for r in records if r.images]
     if transform is None or "attend" not in model.capabilities or not seeing:
         return {}
-    attend: Callable[..., list[Attention]] = model.attend  # which checks what a user wrote
     try:
-        found = attend([without_answer(r) for r in seeing], **decoding)
+        found = _attended(model.attend, [without_answer(r) for r in seeing], decoding)
     except CapabilityError:  # a connector whose tokens cannot be traced back to patches
         return {}
     shown: dict[str, bytes] = {}

@@ -6,10 +6,10 @@ same comparison of the models it has just trained. What comes out is put on a pa
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import NotRequired, TypedDict, cast
+from typing import ClassVar, NotRequired, Protocol, TypedDict, cast
 
 from isthmus.checkpoint import read_json
 from isthmus.comparison.attention_pictures import attention_pictures
@@ -18,12 +18,12 @@ from isthmus.data.record import Record, Video
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import rules, vqa
-from isthmus.evaluation.outputs import AnswerRow, Manifest, ScoredRow
+from isthmus.evaluation.outputs import Manifest, QuestionRow, ScoredRow
 from isthmus.evaluation.protocols import Answers, Embeds, HasVisionFeatures, Matches, MatchesPairs, Weighs
 from isthmus.evaluation.results import write_json
 from isthmus.evaluation.run import Result
 from isthmus.evaluation.sound import first_sound
-from isthmus.evaluation.tasks import Scores
+from isthmus.evaluation.tasks import Scores, seed_of
 from isthmus.evaluation.turns import turns
 from isthmus.evaluation.vqa import HasAnswers, VqaScores
 from isthmus.interop.hub import located, model_hash
@@ -220,9 +220,9 @@ def _kept(file: Path, model: str) -> Mapping[str, object] | None:
     return facts if facts.get("model") == model else None
 
 
-def answer_rows(result: Result[ScoredRow]) -> Sequence[AnswerRow]:
+def answer_rows(result: Result[ScoredRow]) -> Sequence[QuestionRow]:
     """The rows of a task whose scores are those of answers (:func:`answers_of`)."""
-    return cast(Sequence[AnswerRow], result.rows)
+    return cast(Sequence[QuestionRow], result.rows)
 
 
 def answers_of(scores: object) -> VqaScores | None:
@@ -258,6 +258,12 @@ def pooled(runs: Mapping[int, Contestant]) -> Contestant:
     return replace(first, results=means, by_seed=by_seed)
 
 
+class _AmongOthers(Scores, HasAnswers, Protocol):
+    """A dataclass of scores with those of answers among them."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[object]]]
+
+
 def _mean(result: Result[ScoredRow], by_seed: Mapping[int, Sequence[Result[ScoredRow]]]) -> Result[ScoredRow]:
     """Over the seeds with which the task was scored."""
     runs = [r for results in by_seed.values() for r in results if r.task == result.task]
@@ -268,8 +274,10 @@ def _mean(result: Result[ScoredRow], by_seed: Mapping[int, Sequence[Result[Score
         return replace(result, scores=scores)
     manifest = cast(Manifest, read_json(result.folder / "manifest.json"))
     rule = rules.rule("yes-no" if result.kind == "binary" else manifest.get("rule", "exact"))
-    answers = vqa.pooled([answer_rows(r) for r in runs], rule=rule, seed=manifest["seed"])
-    return replace(result, scores=answers if isinstance(scores, VqaScores) else replace(scores, answers=answers))
+    answers = vqa.pooled([answer_rows(r) for r in runs], rule=rule, seed=seed_of(manifest))
+    if isinstance(scores, VqaScores):
+        return replace(result, scores=answers)
+    return replace(result, scores=replace(cast(_AmongOthers, scores), answers=answers))
 
 
 def _average(values: Sequence[object], name: str = "") -> object:

@@ -137,7 +137,8 @@ def score_rows(rivals: Sequence[Contestant]) -> list[ScoreRow]:
                 found = _recalls(result.scores)
             else:
                 found = _measures(result.scores.to_dict())
-            rows += [{"model": rival.name, "task": result.task, **row} for row in found]
+            for measured in found:
+                rows.append({"model": rival.name, "task": result.task, **measured})
     return rows
 
 
@@ -230,8 +231,8 @@ def difference_rows(rivals: Sequence[Contestant], seed: int) -> list[DifferenceR
         theirs = {r.task for r in other.results}
         for result in one.results:
             if result.task in theirs:
-                found = difference(one, other, result.task, seed)
-                rows += [{"first": one.name, "second": other.name, "task": result.task, **row} for row in found]
+                for found in difference(one, other, result.task, seed):
+                    rows.append({"first": one.name, "second": other.name, "task": result.task, **found})
     return rows
 
 
@@ -428,12 +429,12 @@ def _answered(rivals: Sequence[Contestant], spec: EvalSpec) -> list[SamplePictur
         found.append(
             SamplePicture(
                 png=png(open_image(record.images[0].source)),
-                question=row.get("question", ""),
+                question=row["question"],
                 truth=Counter(row["truth"]).most_common(1)[0][0],
                 answers={
                     r.name: Answer(
                         text=own["answer"],
-                        right=own.get("correct", 0.0) >= 0.5,  # half the points, where several people gave the truth
+                        right=own["correct"] >= 0.5,  # half the points, where several people gave the truth
                         attention=r.attention_pictures.get(record.id) if r.attention_task == spec.name else None,
                     )
                     for r, own in said

@@ -13,7 +13,7 @@ from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import binary, choice, rules, vqa
 from isthmus.evaluation.bootstrap import Interval, Outcomes, intervals
 from isthmus.evaluation.controls import answers_with_controls, plan_controls
-from isthmus.evaluation.outputs import AnswerRow, Manifest, TurnRow
+from isthmus.evaluation.outputs import Manifest, QuestionRow, TurnRow
 from isthmus.evaluation.protocols import Answers, S, Sample, TextPart, Weighs
 from isthmus.evaluation.tasks import (
     Questions,
@@ -45,11 +45,11 @@ class BinaryTask(VqaTask):
     rule: str = "yes-no"
 
     @classmethod
-    def scored(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> Scores:
+    def scored(cls, rows: Sequence[QuestionRow], manifest: Manifest) -> Scores:
         return binary.score(rows, seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[QuestionRow], manifest: Manifest) -> Outcomes:
         return Outcomes(binary.table(rows), lambda sums: binary.rates(sums)[..., [0, 3]], ("accuracy", "f1"))
 
 
@@ -62,7 +62,7 @@ def choices_of(record: Sample, task: str) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LikelihoodTask(Questions[AnswerRow]):
+class LikelihoodTask(Questions[QuestionRow]):
     """Multiple choice by log-likelihood: the choice that the model finds likeliest as its answer.
 
     ``answer_with``: the candidates are the choices' ``text`` or their ``letter``. ``per``: the log-likelihood as it
@@ -86,16 +86,16 @@ class LikelihoodTask(Questions[AnswerRow]):
     def describe(self) -> dict[str, object]:
         return {**Questions.describe(self), "rule": "choice", "answer_with": self.answer_with, "per": self.per}
 
-    def rows(self, model: Weighs, done: Collection[str], *, chunk: int) -> Iterator[list[AnswerRow]]:
+    def rows(self, model: Weighs, done: Collection[str], *, chunk: int) -> Iterator[list[QuestionRow]]:
         plan = plan_controls(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for record in (self.records[i] for i in todo):  # a truth that is no choice is met before the model runs
             row = self.row(record.id, last_turn(record), kind_of(record), {"answer": ""})
-            choice.CHOICE.points("", row | {"choices": choices_of(record, self.name)})
+            choice.CHOICE.points("", {**row, "choices": choices_of(record, self.name)})
         for places in plan.chunks(todo, chunk):
             yield [self._row(model, self.records[i], self.records[plan.other[i]]) for i in places]
 
-    def _row(self, model: Weighs, record: Sample, other: Sample) -> AnswerRow:
+    def _row(self, model: Weighs, record: Sample, other: Sample) -> QuestionRow:
         choices, question = choices_of(record, self.name), prompt(record)
         ways: dict[str, Callable[[], Sample]] = {
             "answer": lambda: question,
@@ -105,8 +105,9 @@ class LikelihoodTask(Questions[AnswerRow]):
         scores = {way: self._scores(model, ways[way](), choices) for way in ("answer", *self.controls)}
         said = {way: "" if (i := choice.best(s)) is None else choice.LETTERS[i] for way, s in scores.items()}
         row = self.row(record.id, last_turn(record), kind_of(record), said)
-        row |= {"choices": choices, "log_likelihoods": scores["answer"]}
-        return row | {"correct": choice.CHOICE.points(row["answer"], row)}
+        row["choices"] = choices
+        points = choice.CHOICE.points(row["answer"], row)
+        return {**row, "log_likelihoods": scores["answer"], "correct": points}
 
     def _scores(self, model: Weighs, record: Sample, choices: Sequence[str]) -> list[float]:
         candidates = list(choice.LETTERS[: len(choices)]) if self.answer_with == "letter" else list(choices)
@@ -118,11 +119,11 @@ class LikelihoodTask(Questions[AnswerRow]):
         return list(scores)
 
     @classmethod
-    def scored(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> vqa.VqaScores:
+    def scored(cls, rows: Sequence[QuestionRow], manifest: Manifest) -> vqa.VqaScores:
         return vqa.score(rows, rule=choice.CHOICE, seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[QuestionRow], manifest: Manifest) -> Outcomes:
         return points(choice.CHOICE, rows)
 
 
@@ -216,9 +217,9 @@ class ConversationTask(Questions[TurnRow]):
         turn = last_turn(record) if n == len(all_turns) - 1 else all_turns[n]
         kinds = texts_of(record, "kinds")
         kind = kinds[n] if kinds else kind_of(record)
-        said = self.row(f"{record.id}/{n + 1}", turn, kind, answers)
-        row: TurnRow = {**said, "turn": n + 1, "alone": answers["alone"]}
-        return row | {"correct": rules.rule(self.rule).points(row["answer"], row)}
+        row = self.row(f"{record.id}/{n + 1}", turn, kind, answers)
+        points = rules.rule(self.rule).points(row["answer"], row)
+        return {**row, "turn": n + 1, "alone": answers["alone"], "correct": points}
 
     @classmethod
     def scored(cls, rows: Sequence[TurnRow], manifest: Manifest) -> "ConversationScores":

@@ -13,7 +13,7 @@ from isthmus.evaluation.answer_tasks import BinaryTask
 from isthmus.evaluation.binary import YES_NO
 from isthmus.evaluation.bootstrap import Interval, Outcomes, intervals
 from isthmus.evaluation.choice import CHOICE
-from isthmus.evaluation.outputs import AnswerRow, Manifest
+from isthmus.evaluation.outputs import AnswerRow, Manifest, QuestionRow
 from isthmus.evaluation.tasks import VqaTask, points, rule_of, seed_of
 
 PERCEPTION = (
@@ -84,11 +84,11 @@ class MmeTask(BinaryTask):
     kind: ClassVar[str] = "mme"
 
     @classmethod
-    def scored(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> MmeScores:
+    def scored(cls, rows: Sequence[QuestionRow], manifest: Manifest) -> MmeScores:
         return score_mme(rows, seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[QuestionRow], manifest: Manifest) -> Outcomes:
         return points(rule_of(manifest), rows)
 
 
@@ -130,5 +130,5 @@ class CircularTask(VqaTask):
     rule: str = "choice"
 
     @classmethod
-    def scored(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> CircularScores:
+    def scored(cls, rows: Sequence[QuestionRow], manifest: Manifest) -> CircularScores:
         return score_circular(rows, seed=seed_of(manifest))

@@ -53,9 +53,8 @@ class JudgedTask(StandardTask[JudgedRow]):
 
     @cached_property
     def _judge(self) -> Judge:
-        make: Callable[..., Judge] = Judge  # what a user wrote is met here
         try:
-            return make(**self.judge)
+            return _made(Judge, self.judge)
         except TypeError as error:
             raise ConfigError(f"Task {self.name!r}: judge: {str(error).rpartition('__() ')[2]}") from None
 
@@ -122,6 +121,11 @@ class JudgedTask(StandardTask[JudgedRow]):
     @classmethod
     def outcomes(cls, rows: Sequence[JudgedRow], manifest: Manifest) -> Outcomes:
         return Outcomes(columns(rows), ratio, ("relative",))
+
+
+def _made(kind: Callable[..., Judge], options: Mapping[str, object]) -> Judge:
+    """Of what a user wrote. Raises TypeError for options that it does not take."""
+    return kind(**options)
 
 
 def _context(record: Sample, task: str) -> str:

@@ -21,27 +21,33 @@ R = TypeVar("R", bound=ScoredRow)
 
 
 class SaidRow(ScoredRow):
-    """What was said about an item, and the accepted truths; a control that was not run is none."""
+    """What was said about an item, and the accepted truths; a control that was not run is none, and is left out by
+    scores of files."""
 
     truth: list[str]
     answer: str
-    blind: NotRequired[str | None]
-    shuffled: NotRequired[str | None]
-    prior: NotRequired[str | None]
+    blind: str | None
+    shuffled: str | None
+    prior: str | None
 
 
 class AnswerRow(SaidRow):
-    """An answer to a question, and what else a rule reads. ``correct`` are its points."""
+    """An answer to a question, and what else a rule reads. Scores of files leave the question out."""
 
     kind: str
-    question: NotRequired[str]
+    question: str
     choices: NotRequired[list[str]]
     group: NotRequired[str]
+
+
+class QuestionRow(AnswerRow):
+    """With the answer's points."""
+
+    correct: float
     log_likelihoods: NotRequired[list[float]]
-    correct: NotRequired[float]
 
 
-class TurnRow(AnswerRow):
+class TurnRow(QuestionRow):
     """The answer to a conversation's question number ``turn``, from 1; ``alone`` is the one without what was said."""
 
     turn: int

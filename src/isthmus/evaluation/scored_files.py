@@ -86,7 +86,7 @@ def _captions(references: Path, predictions: Path, subset: bool, metrics: Sequen
     chosen = {i: theirs[i] for i in ids}
     extra = {name: java.java_scores(name, chosen, given) for name in metrics}
     scores = score_captions(chosen, given, extra=extra, seed=seed)
-    rows: list[AnswerRow] = [{"id": i, "kind": "other", "truth": theirs[i], "answer": given[i]} for i in ids]
+    rows = [_row(i, "other", theirs[i], given[i]) for i in ids]
     warn_of(rows, captions=True)
     facts: FileFacts = {
         "task": "caption",
@@ -102,14 +102,17 @@ def _captions(references: Path, predictions: Path, subset: bool, metrics: Sequen
     return FileScores(facts, rows)
 
 
+def _row(name: str, kind: str, truth: list[str], answer: str) -> AnswerRow:
+    """Neither question nor controls are in such files."""
+    return cast(AnswerRow, {"id": name, "kind": kind, "truth": truth, "answer": answer})
+
+
 def _vqa(references: Path, predictions: Path, rule: Rule, subset: bool, seed: int) -> FileScores:
     theirs = official.vqa_references(references)
     key = official.vqa_key(references)
     given = official.predictions(predictions, key, "answer")
     ids = official.match(theirs, given, what=key, subset=subset)
-    rows: list[AnswerRow] = [
-        {"id": i, "kind": theirs[i].answer_type, "truth": list(theirs[i].answers), "answer": given[i]} for i in ids
-    ]
+    rows = [_row(i, theirs[i].answer_type, list(theirs[i].answers), given[i]) for i in ids]
     warn_of(rows)
     points = np.array([rule.points(row["answer"], row) for row in rows])
     spread = intervals(points[:, None], lambda sums: sums / len(ids), seed=seed)

@@ -23,7 +23,7 @@ from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
 from isthmus.evaluation.bootstrap import Outcomes, means
 from isthmus.evaluation.controls import Control, answers_with_controls, check_controls, plan_controls, shuffled_among
 from isthmus.evaluation.embedding import embed
-from isthmus.evaluation.outputs import AnswerRow, ClassManifest, ClassRow, Manifest, R, RankRow
+from isthmus.evaluation.outputs import AnswerRow, ClassManifest, ClassRow, Manifest, QuestionRow, R, RankRow
 from isthmus.evaluation.protocols import (
     Answers,
     Embeds,
@@ -212,7 +212,7 @@ class Questions(StandardTask[R]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VqaTask(Questions[AnswerRow]):
+class VqaTask(Questions[QuestionRow]):
     """Answers to the last question of each record, scored by ``rule``.
 
     ``rule`` is a name of :mod:`.rules`: ``exact``, ``vqa``, ``ok-vqa``, ``gqa``, ``yes-no``, ``choice``. In ``mixed``
@@ -238,7 +238,7 @@ class VqaTask(Questions[AnswerRow]):
         facts: dict[str, object] = {**Questions.describe(self), "rule": self.rule, "decoding": dict(self.decoding)}
         return {**facts, "gaps": True} if self.gaps else facts
 
-    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[AnswerRow]]:
+    def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[QuestionRow]]:
         plan = plan_controls(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for i in todo:  # what the rule cannot score is met before the model runs
@@ -259,17 +259,17 @@ class VqaTask(Questions[AnswerRow]):
             raise CapabilityError(f"Task {self.name!r}: this model gives no gaps; leave the option out.")
         return model.gaps(prompts, **self.decoding)
 
-    def _row(self, record: Sample, said: Mapping[str, str]) -> AnswerRow:
+    def _row(self, record: Sample, said: Mapping[str, str]) -> QuestionRow:
         row = self.row(record.id, last_turn(record), kind_of(record), said)
         row |= cast(AnswerRow, {k: _plain(record.meta[k]) for k in ("choices", "group") if k in record.meta})
-        return row | {"correct": rules.rule(self.rule).points(row["answer"], row)}
+        return {**row, "correct": rules.rule(self.rule).points(row["answer"], row)}
 
     @classmethod
-    def scored(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> Scores:
+    def scored(cls, rows: Sequence[QuestionRow], manifest: Manifest) -> Scores:
         return vqa.score(rows, rule=rule_of(manifest), seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[AnswerRow], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[QuestionRow], manifest: Manifest) -> Outcomes:
         return points(rule_of(manifest), rows)
 
 
