@@ -7,7 +7,6 @@ steps.
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -28,6 +27,7 @@ from isthmus.recipes.facts import parts_of, steps_of, visual_tokens
 from isthmus.recipes.run import make_loader
 from isthmus.recipes.schema import Recipe
 from isthmus.stage import apply_stage
+from isthmus.training.protocols import ending
 
 BATCHES = (1, 7, 64)
 """Batch sizes whose throughput is measured."""
@@ -125,7 +125,7 @@ def step_flops(recipe: Recipe) -> dict[str, int]:
     built, found = build(recipe), {}
     for spec in recipe.stages:
         built = built.enter(spec)
-        with closing(make_loader(built, spec).steps()) as stream:  # type: ignore[type-var]
+        with ending(make_loader(built, spec).steps()) as stream:
             _, batches = next(stream)
         apply_stage(built.net, spec.stage.train)
         with Operations() as counter:
