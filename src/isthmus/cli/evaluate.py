@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 from rich.progress import Progress, TaskID, TimeRemainingColumn
@@ -166,9 +166,9 @@ def _over_shots(place: Path, results: "Sequence[Result]") -> Path | None:
             continue
         series, shots, facts = curves.setdefault(named[1], {}), float(named[2]), result.scores.to_dict()
         measure = measures[named[1]] = "accuracy" if "accuracy" in facts else MAIN
-        series.setdefault(named[3] or "correct", []).append((shots, facts[measure]))
-        if facts["best_without_looking"]:
-            series.setdefault("best without looking", []).append((shots, facts["best_without_looking"]))
+        series.setdefault(named[3] or "correct", []).append((shots, cast(float, facts[measure])))
+        if best := cast(float | None, facts["best_without_looking"]):
+            series.setdefault("best without looking", []).append((shots, best))
     charts = [
         Chart(title=f"{base}: score over shots", series=series, x_label="shots", y_label=measures[base])
         for base, series in curves.items()
