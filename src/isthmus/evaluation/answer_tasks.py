@@ -13,7 +13,7 @@ from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import binary, choice, rules, vqa
 from isthmus.evaluation.bootstrap import Interval, Outcomes, intervals
 from isthmus.evaluation.controls import answers_with_controls, plan_controls
-from isthmus.evaluation.outputs import Manifest, QuestionRow, TurnRow
+from isthmus.evaluation.outputs import LikelihoodRow, Manifest, QuestionRow, TurnRow
 from isthmus.evaluation.protocols import Answers, S, Sample, TextPart, Weighs
 from isthmus.evaluation.tasks import (
     Questions,
@@ -62,7 +62,7 @@ def choices_of(record: Sample, task: str) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LikelihoodTask(Questions[QuestionRow]):
+class LikelihoodTask(Questions[LikelihoodRow]):
     """Multiple choice by log-likelihood: the choice that the model finds likeliest as its answer.
 
     ``answer_with``: the candidates are the choices' ``text`` or their ``letter``. ``per``: the log-likelihood as it
@@ -86,7 +86,7 @@ class LikelihoodTask(Questions[QuestionRow]):
     def describe(self) -> dict[str, object]:
         return {**Questions.describe(self), "rule": "choice", "answer_with": self.answer_with, "per": self.per}
 
-    def rows(self, model: Weighs, done: Collection[str], *, chunk: int) -> Iterator[list[QuestionRow]]:
+    def rows(self, model: Weighs, done: Collection[str], *, chunk: int) -> Iterator[list[LikelihoodRow]]:
         plan = plan_controls(self.records, self.name, self.controls, self.seed, mixed=self.mixed)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for record in (self.records[i] for i in todo):  # a truth that is no choice is met before the model runs
@@ -95,7 +95,7 @@ class LikelihoodTask(Questions[QuestionRow]):
         for places in plan.chunks(todo, chunk):
             yield [self._row(model, self.records[i], self.records[plan.other[i]]) for i in places]
 
-    def _row(self, model: Weighs, record: Sample, other: Sample) -> QuestionRow:
+    def _row(self, model: Weighs, record: Sample, other: Sample) -> LikelihoodRow:
         choices, question = choices_of(record, self.name), prompt(record)
         ways: dict[str, Callable[[], Sample]] = {
             "answer": lambda: question,
@@ -119,11 +119,11 @@ class LikelihoodTask(Questions[QuestionRow]):
         return list(scores)
 
     @classmethod
-    def scored(cls, rows: Sequence[QuestionRow], manifest: Manifest) -> vqa.VqaScores:
+    def scored(cls, rows: Sequence[LikelihoodRow], manifest: Manifest) -> vqa.VqaScores:
         return vqa.score(rows, rule=choice.CHOICE, seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[QuestionRow], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[LikelihoodRow], manifest: Manifest) -> Outcomes:
         return points(choice.CHOICE, rows)
 
 

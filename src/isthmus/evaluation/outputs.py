@@ -44,7 +44,12 @@ class QuestionRow(AnswerRow):
     """With the answer's points."""
 
     correct: float
-    log_likelihoods: NotRequired[list[float]]
+
+
+class LikelihoodRow(QuestionRow):
+    """The choices' log-likelihoods, in their order."""
+
+    log_likelihoods: list[float]
 
 
 class TurnRow(QuestionRow):
@@ -70,13 +75,18 @@ class RerankRow(RankRow):
 
 
 class ClassRow(ScoredRow):
-    """The true class, the five likeliest ones, and the true one's rank, from 0; ``strength`` is a linear probe's."""
+    """The true class, the five likeliest ones, and the true one's rank, from 0."""
 
     truth: str
     answers: list[str]
     rank: int
     correct: bool
-    strength: NotRequired[float]
+
+
+class ProbeRow(ClassRow):
+    """By a linear probe of this strength of regularisation."""
+
+    strength: float
 
 
 class MatchingRow(ScoredRow):

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, Protocol, cast, get_args
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
 from isthmus.evaluation.bootstrap import Outcomes, means
 from isthmus.evaluation.controls import Control, answers_with_controls, check_controls, plan_controls, shuffled_among
 from isthmus.evaluation.embedding import embed
-from isthmus.evaluation.outputs import AnswerRow, ClassManifest, ClassRow, Manifest, QuestionRow, R, RankRow
+from isthmus.evaluation.outputs import AnswerRow, ClassManifest, ClassRow, Manifest, ProbeRow, QuestionRow, R, RankRow
 from isthmus.evaluation.protocols import (
     Answers,
     Embeds,
@@ -38,6 +38,7 @@ from isthmus.evaluation.protocols import (
 from isthmus.evaluation.turns import Turn, captions_of, kind_of, last_turn, prompt
 from isthmus.nn.losses import Similarity
 
+C = TypeVar("C", bound=ClassRow)
 CLOSE = 1e-4
 """Two best tokens nearer than this (in logits) may change places when sums are taken in another order."""
 _SCORED = ("answers", "class", "kind", "choices", "group")
@@ -349,7 +350,7 @@ class RetrievalTask(StandardTask[RankRow]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Classified(StandardTask[ClassRow]):
+class _Classified(StandardTask[C]):
     """Records of one picture each, with their class in ``meta["class"]``."""
 
     version: ClassVar[int] = 1
@@ -382,16 +383,16 @@ class _Classified(StandardTask[ClassRow]):
         return [_picture(r, self.name) for r in listed(records)]
 
     @classmethod
-    def scored(cls, rows: Sequence[ClassRow], manifest: ClassManifest) -> zero_shot.ClassScores:
+    def scored(cls, rows: Sequence[C], manifest: ClassManifest) -> zero_shot.ClassScores:
         return zero_shot.score(rows, classes=len(manifest["classes"]), seed=seed_of(manifest))
 
     @classmethod
-    def outcomes(cls, rows: Sequence[ClassRow], manifest: Manifest) -> Outcomes:
+    def outcomes(cls, rows: Sequence[C], manifest: Manifest) -> Outcomes:
         return means(np.array([[r["rank"] < 1, r["rank"] < 5] for r in rows], dtype=np.float64), "top_1", "top_5")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShotTask(_Classified):
+class ZeroShotTask(_Classified[ClassRow]):
     """Classification by names alone. ``classes`` defaults to all that occur, alphabetically; ``similarity``: cosine,
     dot or euclidean, as the model was trained."""
 
@@ -442,7 +443,7 @@ class ZeroShotTask(_Classified):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearProbeTask(_Classified):
+class LinearProbeTask(_Classified[ProbeRow]):
     """Logistic regression on frozen features: fitted on ``train``, scored on ``records``."""
 
     kind: ClassVar[str] = "linear_probe"
@@ -457,7 +458,7 @@ class LinearProbeTask(_Classified):
     def describe(self) -> dict[str, object]:
         return {"classes": self._names, "data": fingerprint(self.records), "train": fingerprint(self.train)}
 
-    def rows(self, model: HasVisionFeatures, done: Collection[str], *, chunk: int) -> Iterator[list[ClassRow]]:
+    def rows(self, model: HasVisionFeatures, done: Collection[str], *, chunk: int) -> Iterator[list[ProbeRow]]:
         def features(records: Records[Sample]) -> torch.Tensor:
             return embed(model.vision_features, self._pictures(records), what="pictures", chunk=chunk)
 
@@ -467,7 +468,7 @@ class LinearProbeTask(_Classified):
         )
         logits = probe.logits(features(self.records))
         order, rank = zero_shot.by_score(logits, truths)
-        rows: list[ClassRow] = [
+        rows: list[ProbeRow] = [
             {
                 "id": name,
                 "truth": self._names[truth],
