@@ -3,10 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from isthmus.evaluation.scored_files import FileFacts
 
 
 def run(
@@ -34,7 +37,7 @@ def run(
         console.print(f"Raw outputs, manifest and scores: [bold]{out}[/]")
 
 
-def _table(facts: Any) -> Table:
+def _table(facts: "FileFacts") -> Table:
     table = Table("score", "value", "95 %", title=f"{facts['task']}: {facts['n']} items, {facts['empty']} empty")
     for name, value in facts["corpus"].items():
         low, high = facts["intervals"].get(name, (None, None))
