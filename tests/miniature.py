@@ -7,7 +7,7 @@ from typing import Any
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import parse_recipe
 
-TOKENIZER = {
+TOKENIZER: dict[str, Any] = {
     "vocab_size": 300,
     "samples": 50,
     "template": "vicuna_bare",

@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(server.delay)
         if fault in ("429", "500", "401", "404", "400"):
             retry = {"retry-after-ms": "5"} if fault == "500" else {"Retry-After": "0.02"} if fault == "429" else {}
-            self._send(int(fault), json.dumps({"error": {"message": f"fault {fault}"}}).encode(), **retry)
+            self._send(int(fault), json.dumps({"error": {"message": f"fault {fault}"}}).encode(), headers=retry)
             return
         completion: dict[str, Any] = {
             "id": "1",
@@ -115,10 +115,12 @@ class _Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.served[self.headers["Idempotency-Key"]] += 1
 
-    def _send(self, status: int, raw: bytes, length: int | None = None, **headers: str) -> None:
+    def _send(
+        self, status: int, raw: bytes, *, length: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         self.send_response(status)
         told = {"Content-Type": "application/json", "Content-Length": str(length or len(raw))}
-        for name, value in (told | headers).items():
+        for name, value in {**told, **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(raw)

@@ -13,6 +13,7 @@ from isthmus.errors import CheckpointError, ConfigError, StageError
 from isthmus.stage import Group, Stage, apply_stage, canonical, defining_keys, named_state
 from isthmus.training import train
 from isthmus.training.proof import frozen_tensors
+from tests.narrow import must_be
 from tests.training.toys import ToyLoader, ToyNet
 
 
@@ -150,7 +151,9 @@ def test_merged_it_computes_the_same_and_is_a_plain_net(kind):
 
 def test_a_merge_over_quantised_weights_is_refused():
     net = trained_layers()
-    net.body["fc"].base_layer.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    must_be(nn.Linear, net.body["fc"].base_layer).weight = nn.Parameter(
+        torch.zeros(8, 8, dtype=torch.int8), requires_grad=False
+    )
     with pytest.raises(CheckpointError, match=r"The weight of body\.fc is quantised \(torch\.int8\)"):
         adapters.merge(net)
 

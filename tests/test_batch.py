@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.batch import IGNORE, Batch, Places, Term, Tokens, Visuals
+from tests.narrow import there
 
 
 def make_batch(lengths: list[int], pictures: list[int]) -> Batch:
@@ -48,7 +49,7 @@ def test_select_keeps_rows_visuals_and_places_together(shape, data):
     assert small.text["lm"].ids.shape[1] == max(shape[r][0] for r in chosen)
     assert small.num_visuals == sum(shape[r][1] for r in chosen)
     for group in small.visuals:
-        for number, picture in zip(group.index.tolist(), group.pixels, strict=True):
+        for number, picture in zip(group.index.tolist(), there(group.pixels), strict=True):
             was = int(picture.flatten()[0])
             assert small.keys[number] == f"k{was}"
             assert chosen[int(small.owner[number])] == int(batch.owner[was])

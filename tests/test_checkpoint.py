@@ -353,15 +353,16 @@ def test_a_net_without_storage_is_refused():
 
 
 def test_tensors_become_the_weights_without_a_copy_but_never_tie_two():
-    net = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    a, b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    net = nn.ModuleDict({"a": a, "b": b})
     given = torch.arange(4.0).reshape(2, 2)
     load_into(net, {"a.weight": given, "b.weight": given}, "x")
-    assert net["a"].weight.data_ptr() == given.data_ptr()
-    assert torch.equal(net["b"].weight, given)
+    assert a.weight.data_ptr() == given.data_ptr()
+    assert torch.equal(b.weight, given)
     with torch.no_grad():
-        net["b"].weight.zero_()
-    assert torch.equal(net["a"].weight, torch.arange(4.0).reshape(2, 2))
+        b.weight.zero_()
+    assert torch.equal(a.weight, torch.arange(4.0).reshape(2, 2))
     half = {"a.weight": given.half(), "b.weight": given.T}
     load_into(net, half, "x")
-    assert net["a"].weight.dtype == torch.float32
-    assert net["b"].weight.is_contiguous()
+    assert a.weight.dtype == torch.float32
+    assert b.weight.is_contiguous()

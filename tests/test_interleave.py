@@ -12,7 +12,8 @@ from isthmus.interleave import InterleavedLanguageModel, MediaContext
 from isthmus.language import Decoder, Decoding, LanguageModel
 from isthmus.nn.beam import beam_search
 from isthmus.nn.gated import GatedBlock, GatedConfig
-from tests.models.tiny_flamingo import END, IMAGE, LANGUAGES, ROWS, V, batch, tiny
+from tests.models.tiny_flamingo import END, IMAGE, LANGUAGES, ROWS, V, batch, blocks_of, tiny
+from tests.narrow import there
 
 FAMILIES = tuple(LANGUAGES)
 ENABLE = next(
@@ -33,7 +34,7 @@ def test_closed_gates_leave_the_lm_bit_equal(family):
     embeds, lengths = net.embed_prompt(rows), rows.text["lm"].lengths
     with torch.no_grad():
         assert torch.equal(net.logits(rows)[..., :V], bare(net).logits(embeds, lengths))
-        for block in net.xattn:
+        for block in blocks_of(net):
             block.attn_gate.fill_(0.3)
         changed = (net.logits(rows)[..., :V] - bare(net).logits(embeds, lengths)).abs().amax(-1)
     assert changed[0, 2:7].min() > 1e-4
@@ -95,7 +96,7 @@ def test_end_of_chunk_ends_an_answer_and_image_is_never_generated():
     with net.language.attending_to(net.media_context(rows)):
         hidden = net.language.hidden(net.embed_prompt(rows))
     last, other = hidden[0, 6], hidden[1, 4]
-    end, image = net.language.new_rows.output
+    end, image = there(net.language.new_rows.output)
     end.zero_()
     image.copy_(9 * last)
     assert net.logits(rows)[0, 6].argmax() == IMAGE
@@ -110,7 +111,7 @@ def test_end_of_chunk_ends_an_answer_and_image_is_never_generated():
 
 def test_keys_and_values_of_the_media_are_made_once_per_generation():
     net, calls = tiny(), []
-    for block in net.xattn:
+    for block in blocks_of(net):
         block.attn.k_proj.register_forward_hook(lambda *_: calls.append(1))
     net.vision.register_forward_hook(lambda *_: calls.append("vision"))
     net.generate(batch([ROWS["one"]]), Decoding(max_new_tokens=8))
@@ -203,7 +204,7 @@ def test_new_tokens_have_rows_of_their_own(tied):
     assert torch.equal(embeds[:, [0, 3]], language.lm.get_input_embeddings()(ids[:, [0, 3]]))
     with language.blind(), torch.no_grad():
         logits, hidden = language.logits(embeds), language.hidden(embeds)
-    rows = language.new_rows.input if tied else language.new_rows.output
+    rows = language.new_rows.input if tied else there(language.new_rows.output)
     torch.testing.assert_close(logits[..., V:], hidden @ rows.T)
     assert language.vocab_size == logits.shape[-1] == V + 2
 
@@ -216,7 +217,7 @@ def test_new_tokens_within_a_padded_table():
     embeds = language.embed(torch.tensor([[50, 51, 52]]))
     assert torch.equal(embeds[0, :2], language.new_rows.input)
     hidden, logits = language.hidden(embeds), language.logits(embeds)
-    torch.testing.assert_close(logits[..., 50:52], hidden @ language.new_rows.output.T)
+    torch.testing.assert_close(logits[..., 50:52], hidden @ there(language.new_rows.output).T)
     torch.testing.assert_close(logits[..., 52], hidden @ lm.lm_head.weight[52])
     for ids in ((53, 53), (53, 55)):
         with pytest.raises(ConfigError, match="without a gap"):
@@ -235,7 +236,7 @@ def test_new_rows_have_the_heads_bias(rows):
     language = InterleavedLanguageModel(lm, (END, IMAGE)).eval()
     with torch.no_grad():
         language.new_rows.input.copy_(peer.get_input_embeddings().weight[-2:])
-        language.new_rows.output.copy_(peer.lm_head.weight[-2:])
+        there(language.new_rows.output).copy_(peer.lm_head.weight[-2:])
         ids = torch.tensor([[3, END, 7, IMAGE, 5]])
         expected = peer(input_ids=ids).logits
         torch.testing.assert_close(language.logits(language.embed(ids)), expected, atol=1e-5, rtol=0)
@@ -246,7 +247,7 @@ def test_a_copied_net_has_hooks_of_its_own():
     net, rows = tiny(), batch([ROWS["one"]])
     twin = copy.deepcopy(net)
     with torch.no_grad():
-        for block in twin.xattn:
+        for block in blocks_of(twin):
             block.attn_gate.zero_()
             block.mlp_gate.zero_()
         assert (twin.logits(rows) - net.logits(rows)).abs().max() > 0.1

@@ -1,5 +1,7 @@
 """The account of a checkpoint's tensors: every one of the net is in it, every exception has a reason."""
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -54,7 +56,7 @@ def test_what_is_absent_and_what_is_unused_is_named_with_its_reason(tmp_path):
 def test_parts_named_beside_a_checkpoint_are_told_apart(tmp_path):
     model = tiny_models.flamingo()
     folder = write_model(model, tmp_path / "out", "open_flamingo").folder
-    parts = {"vision": folder / "vision_encoder", "language": folder / "lang_encoder"}
+    parts: dict[str, Any] = {"vision": folder / "vision_encoder", "language": folder / "lang_encoder"}
     report = isthmus.load(folder / "checkpoint.pt", **parts).report
     assert report is not None
     frozen = _tensors(model.net.vision) + _tensors(model.net.language.lm)

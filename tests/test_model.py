@@ -26,6 +26,7 @@ from tests.models.tiny_blip2 import OPT, QUERIES, SIZE, T5
 from tests.models.tiny_blip2 import tiny as tiny_blip2
 from tests.models.tiny_flamingo import tiny as tiny_flamingo
 from tests.models.tiny_llava import tiny as tiny_llava
+from tests.narrow import must_be
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +322,7 @@ def test_blip2_scores_whatever_it_answers(picture):
 @torch.no_grad()
 def test_an_encoder_decoder_scores_the_whole_candidate_without_a_question(picture):
     model = tiny_models.blip2({**T5, "vocab_size": tiny_models.ROWS})
-    model.processor.prompt_text = ""
+    must_be(PromptProcessor, model.processor).prompt_text = ""
     net, tokenizer = model.net, model.processor.tokenizer
     candidates = ["a red cube", "two small blue balls"]
     prompt = model.processor.prompt(Record("r", (isthmus.data.images.as_image(picture),)))

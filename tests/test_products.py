@@ -103,6 +103,12 @@ def test_what_must_stay_as_it_is(monkeypatch, why):
     assert torch.get_float32_matmul_precision() == before
 
 
+class Attending(nn.Module):
+    """What the library's attention asks of a layer."""
+
+    is_causal = False
+
+
 @pytest.mark.parametrize("attention", ["own", "library"])
 def test_attention_multiplies_as_before_in_both_passes(monkeypatch, attention):
     costs(monkeypatch, highest=1.0, medium=0.1)
@@ -110,8 +116,7 @@ def test_attention_multiplies_as_before_in_both_passes(monkeypatch, attention):
     real = torch.set_float32_matmul_precision
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda how: (seen.append(how), real(how)))
     x = torch.randn(2, 3, 5, 8, requires_grad=True)
-    module = nn.Module()
-    module.is_causal = False
+    module = Attending()
     forward = {"own": lambda: attend(x, x, x, mask=None), "library": lambda: _attend(module, x, x, x, None)[0]}
     forward[attention]()  # torch's own setting stays
     assert not seen

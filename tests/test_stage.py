@@ -168,9 +168,9 @@ def test_table_renders_and_is_json():
     table = apply_stage(Deep(), (Group("vision.*", lr=2e-5, weight_decay=0.1), Group("connector.*", lr=1e-3)))
     facts = json.loads(json.dumps(table.to_dict()))
     assert facts["groups"][1] == {"pattern": "connector.*", "lr": 1e-3, "weight_decay": 0.0, "tensors": 4}
-    console = Console(file=StringIO(), width=100)
-    console.print(table.render("stage align"))
-    text = console.file.getvalue()
+    printed = StringIO()
+    Console(file=printed, width=100).print(table.render("stage align"))
+    text = printed.getvalue()
     assert all(word in text for word in ("stage align", "frozen", "2e-05", "unused"))
 
 

@@ -23,7 +23,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "flamingo all": lambda: tiny_models.flamingo(media="all"),
     "idefics": tiny_models.idefics,
 }
-CALM = {"max_new_tokens": 6}
+CALM: dict[str, Any] = {"max_new_tokens": 6}
 
 
 def pictures(count: int) -> list[Image]:

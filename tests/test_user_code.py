@@ -35,8 +35,8 @@ def test_a_name_is_pinned_to_place_and_content(file, tmp_path):
     assert pin("code/mine.py:Mine") == name  # without a folder: the working folder
     assert label(name) == "mine.py:Mine"
     cls = resolve(name)
-    assert is_dataclass(cls)
     assert cls().number == 1
+    assert is_dataclass(cls)
     assert resolve(name) is cls
     file.rename(tmp_path / "short.py")
     assert pin("short:Mine", file.parent).startswith(f"{tmp_path}/short.py:Mine#")  # always the working folder

@@ -7,6 +7,9 @@ LAVIS's code makes of them: the three losses (with negatives that are said, not 
 Weights are rounded to half precision before anything is computed, so that the small file holds them exactly.
 """
 
+# Its libraries are in the peers' environment alone.
+# pyright: reportMissingImports=false
+
 import importlib.util
 import json
 import sys
@@ -102,7 +105,7 @@ class Words:
         return found
 
 
-def build() -> tuple[nn.Module, Any]:
+def build() -> tuple[Any, Any]:
     module, eva = open_lavis()
     from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel, BertPreTrainedModel
 

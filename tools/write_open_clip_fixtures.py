@@ -8,6 +8,9 @@ uses, in their order and with their ids: the reduced table splits the corpus exa
 step the best pair is among them.
 """
 
+# Its libraries are in the peers' environment alone.
+# pyright: reportMissingImports=false
+
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,7 +174,7 @@ def write_positions() -> None:
     save_file(tensors, FOLDER / "positions.safetensors")
 
 
-class Recording(dict):
+class Recording(dict[tuple[str, str], int]):
     """Ranks of merges that notes which of them were the best on some step."""
 
     def __init__(self, ranks: dict[tuple[str, str], int]) -> None:
@@ -180,7 +183,7 @@ class Recording(dict):
 
     def __contains__(self, pair: object) -> bool:  # asked once per step, of the best pair
         found = super().__contains__(pair)
-        if found:
+        if found and isinstance(pair, tuple):
             self.used.add(pair)
         return found
 
@@ -191,7 +194,7 @@ def write_tokenizer() -> None:
     rows = []
     for text, ids in zip(CORPUS, tokenizer(CORPUS).tolist(), strict=True):
         rows.append({"text": text, "ids": ids[: ids.index(tokenizer.eot_token_id) + 1]})
-    merges = sorted(ranks.used, key=ranks.get)
+    merges = sorted(ranks.used, key=ranks.__getitem__)
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     kept = {"".join(pair) for pair in merges} | set(names)
     vocab = {

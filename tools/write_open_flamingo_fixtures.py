@@ -8,6 +8,9 @@ tags. Resampler and block also in float64, for float32 rounds either side by mor
 half precision before anything is computed, so that the small files hold them exactly.
 """
 
+# Its libraries are in the peers' environment alone.
+# pyright: reportMissingImports=false
+
 import json
 from pathlib import Path
 

@@ -28,7 +28,7 @@ from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.models.llava import Llava, LlavaConfig
 from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
-from isthmus.nn.gated import GatedConfig
+from isthmus.nn.gated import GatedBlock, GatedConfig
 from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.vit import VisionConfig
 
@@ -43,8 +43,8 @@ class Sizes:
     language: dict[str, int]
     llama_rows: int
     opt_rows: int
-    qformer: dict[str, int]
-    resampler: dict[str, int]
+    qformer: dict[str, Any]
+    resampler: dict[str, Any]
 
 
 PUBLISHED = Sizes(
@@ -156,9 +156,7 @@ def idefics(sizes: Sizes) -> Model:
             class_token=True,
         )
     )
-    for block in net.xattn:
-        block.attn_gate.data.fill_(0.5)
-        block.mlp_gate.data.fill_(0.5)
+    _half_open(net)
     image = ImageTransform.clip(sizes.side, "squash")
     processor = InterleaveProcessor(
         _placed(told, net), image, max_length=2048, template="paper", tokens=TOKENS[:2], around=True
@@ -184,13 +182,18 @@ def flamingo(sizes: Sizes) -> Model:
             offset=1,
         )
     )
-    for block in net.xattn:
-        block.attn_gate.data.fill_(0.5)
-        block.mlp_gate.data.fill_(0.5)
+    _half_open(net)
     fill = [f"<fill{n}>" for n in range(end - (told.vocab_size - 2))]
     placed = tokenizer().with_tokens(*fill, *OPEN_TOKENS)
     image = ImageTransform.clip(sizes.side)
     return Model(net, InterleaveProcessor(placed, image, max_length=2048, template="open_flamingo", tokens=OPEN_TOKENS))
+
+
+def _half_open(net: Flamingo) -> None:
+    for block in net.xattn:
+        assert isinstance(block, GatedBlock)
+        block.attn_gate.data.fill_(0.5)
+        block.mlp_gate.data.fill_(0.5)
 
 
 def _placed(told: Tokenizer, net: Flamingo) -> Tokenizer:

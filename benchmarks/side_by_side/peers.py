@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from benchmarks.side_by_side.models import Sizes, clip, flamingo
-from benchmarks.side_by_side.samples import contrast_records, interleaved_records, own_step, step, with_features
+from benchmarks.side_by_side.samples import (
+    contrast_records,
+    interleaved_records,
+    own_step,
+    pixels_of,
+    step,
+    with_features,
+)
 from torch import nn
 
 from isthmus.checkpoint import load_tensors, read_json
@@ -32,12 +39,12 @@ def clip_beside_open_clip(sizes: Sizes, rows: int) -> tuple[Any, Any]:
         theirs: Any = (CustomTextCLIP if config.pop("custom_text", False) else CLIP)(**config)
         theirs.load_state_dict(load_tensors(folder / "open_clip_model.safetensors"), strict=False)
     context = model.net.config.text.context
-    examples = [model.processor.example(record) for record in contrast_records(rows * 4, model.net.image_size)]
+    examples = [model.processor.example(record, 0) for record in contrast_records(rows * 4, model.net.image_size)]
     batch = collate(examples)
     own = batch.text["text"].ids
     ids = torch.zeros(len(own), context, dtype=torch.long)
     ids[:, : own.shape[1]] = own.where(batch.text["text"].mask, 0)
-    pixels, contrast = batch.visuals[0].pixels[:, 0], ClipLoss()
+    pixels, contrast = pixels_of(batch)[:, 0], ClipLoss()
     for net in (model.net, theirs):
         net.train().requires_grad_(True)
 
@@ -72,7 +79,7 @@ def _opened(sizes: Sizes) -> tuple[Any, Any]:
         folder = Path(place) / "open_flamingo"
         write_model(model, folder, "open_flamingo")
         facts = read_json(folder / "open_flamingo.json")
-        lm = AutoModelForCausalLM.from_pretrained(folder / "lang_encoder")
+        lm: Any = AutoModelForCausalLM.from_pretrained(folder / "lang_encoder")
         trained = torch.load(folder / "checkpoint.pt", weights_only=True)
         tower = CLIPVisionModel.from_pretrained(folder / "vision_encoder")
     lm.resize_token_embeddings(len(trained["lang_encoder.model.embed_tokens.weight"]))
@@ -97,9 +104,9 @@ def flamingo_beside_open_flamingo(sizes: Sizes, rows: int, *, cached: bool) -> t
         parameter.requires_grad_(any(part in name for part in ("perceiver", "gated_cross_attn", "embed_tokens")))
     model.net.train()
     theirs.train()
-    examples = [model.processor.example(record) for record in interleaved_records(rows, sizes.side)]
+    examples = [model.processor.example(record, 0) for record in interleaved_records(rows, sizes.side)]
     text = collate(examples).text["lm"]
-    pixels = collate(examples).visuals[0].pixels.unflatten(0, (rows, -1))  # (B, pictures, frames, 3, H, W)
+    pixels = pixels_of(collate(examples)).unflatten(0, (rows, -1))  # (B, pictures, frames, 3, H, W)
     if cached:
         with torch.no_grad():
             examples = [with_features(model.net, example) for example in examples]

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from benchmarks.side_by_side import peers
 from benchmarks.side_by_side.models import Beside, Sizes, beside, blip2, clip, idefics, llava, picture
-from benchmarks.side_by_side.samples import LONG, contrast_records, interleaved_records, own_step, step, with_features
+from benchmarks.side_by_side.samples import (
+    LONG,
+    contrast_records,
+    interleaved_records,
+    own_step,
+    pixels_of,
+    step,
+    with_features,
+)
 from torch import Tensor
 
 from isthmus.data.collate import collate
@@ -57,7 +65,9 @@ def _joined(both: Beside, examples: Sequence[Example], *, labels: bool = True) -
             ]
             found[name] = torch.cat(values)
     if labels:
-        found["labels"] = collate(examples).text["lm"].labels
+        told = collate(examples).text["lm"].labels
+        assert told is not None
+        found["labels"] = told
     return found
 
 
@@ -104,7 +114,7 @@ def _clip(sizes: Sizes, rows: int) -> tuple[Side, Side]:
     model, theirs = both.ours, both.theirs
     side = model.net.config.vision.image_size
     records = contrast_records(rows * 4, side)
-    examples = [model.processor.example(record) for record in records]
+    examples = [model.processor.example(record, 0) for record in records]
     batch = collate(examples)
     texts, towers = batch.text["text"], (model.net.config.text, theirs.config.text_config)
     own = [text_ids(*towers, example)[0] for example in examples]
@@ -116,7 +126,7 @@ def _clip(sizes: Sizes, rows: int) -> tuple[Side, Side]:
         return theirs(
             input_ids=ids,
             attention_mask=texts.mask.long(),
-            pixel_values=batch.visuals[0].pixels[:, 0],
+            pixel_values=pixels_of(batch)[:, 0],
             return_loss=True,
         ).loss
 
@@ -135,7 +145,7 @@ def _llava_train(stage: int, cached: bool) -> Callable[[Sizes, int], tuple[Side,
         if stage == 2:
             opened = (["connector.*", "language.*"], ["multi_modal_projector", "language_model", "lm_head"])
         _opened(both.ours.net, both.theirs, *opened)
-        return _steps(both, [both.ours.processor.example(r) for r in records], cached=cached)
+        return _steps(both, [both.ours.processor.example(r, 0) for r in records], cached=cached)
 
     return make
 
@@ -145,7 +155,7 @@ def _blip2_train(cached: bool) -> Callable[[Sizes, int], tuple[Side, Side]]:
         both = beside(blip2, sizes)
         records = [_record(str(n), picture(n, sizes.side), answer=LONG) for n in range(rows * 4)]
         _opened(both.ours.net, both.theirs, ["connector.*"], ["qformer", "language_projection", "query_tokens"])
-        return _steps(both, [both.ours.processor.example(r) for r in records], cached=cached)
+        return _steps(both, [both.ours.processor.example(r, 0) for r in records], cached=cached)
 
     return make
 
@@ -159,7 +169,7 @@ def _idefics_train(sizes: Sizes, rows: int) -> tuple[Side, Side]:
         ["connector.*", "xattn.*", "language.new_rows.*"],
         ["perceiver", "gated_cross_attn", "additional"],
     )
-    return _steps(both, [both.ours.processor.example(r) for r in records], own_loss=False)
+    return _steps(both, [both.ours.processor.example(r, 0) for r in records], own_loss=False)
 
 
 def _writes(make_model: Callable[[Sizes], Any], new: int, *, pictures: int = 1) -> Callable[[Sizes, int], Any]:

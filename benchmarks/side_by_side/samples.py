@@ -30,6 +30,13 @@ def interleaved_records(rows: int, side: int) -> list[Record]:
     return found
 
 
+def pixels_of(batch: Batch) -> Tensor:
+    """Those of its first group of visuals."""
+    found = batch.visuals[0].pixels
+    assert found is not None
+    return found
+
+
 def with_features(net: Any, example: Example) -> Example:
     pairs = zip(example.visuals, example.pixels, strict=True)
     made = [Features(net.visual_features(make(image)[None, None])[0]) for image, make in pairs]

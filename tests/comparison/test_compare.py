@@ -180,9 +180,16 @@ def test_tasks_of_one_name_must_be_the_same(rivals):
         shared_tasks([Contestant(name="x", folder=rivals["llava"])])
 
 
+class Unscored:
+    """Scores that nobody reads."""
+
+    def to_dict(self):
+        raise AssertionError("read")
+
+
 def test_only_seeds_that_both_have_are_compared(tmp_path):
     def trained(name, seeds):
-        runs = {n: [Result("vqa", "vqa", None, [], tmp_path / name / str(n))] for n in seeds}
+        runs = {n: [Result("vqa", "vqa", Unscored(), [], tmp_path / name / str(n))] for n in seeds}
         return Contestant(name=name, folder=tmp_path, by_seed=runs)
 
     both, one, none = trained("both", [0, 1]), trained("one", [1]), trained("none", [7])
@@ -196,7 +203,7 @@ def test_only_seeds_that_both_have_are_compared(tmp_path):
 
 
 def runs_of(folder):
-    return [Result("vqa", "vqa", None, [], folder)]
+    return [Result("vqa", "vqa", Unscored(), [], folder)]
 
 
 def asked(folder, kind, rows, **manifest):

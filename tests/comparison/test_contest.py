@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.comparison.test_compare import yes_or_no
 from tests.comparison.test_recipe import CAPTIONS, OPEN
 
 KEYS = {"precision": "fp32", "log_every": 1, "save_every": 1}
-TREE = {
+TREE: dict[str, Any] = {
     "kind": "compare",
     "seeds": [0, 1],
     "budget": {"samples": 16},
@@ -62,7 +63,7 @@ TREE = {
 }
 
 
-def tree(story, **changes):
+def tree(story, **changes) -> dict[str, Any]:
     parts = {"vision": str(story / "clip"), "language": str(story / "lm")}
     return copy.deepcopy(TREE) | {"parts": parts} | changes
 

@@ -8,23 +8,30 @@ from PIL import Image as PilImage
 
 from isthmus.cli import look
 from isthmus.comparison.covering import Covered, boxes, cover, drawn, request, word_pictures
+from isthmus.data.record import Image
 from isthmus.errors import CapabilityError, ConfigError, DataError
+from isthmus.model import Model
+from tests.data.helpers import pixel
 from tests.interop import tiny_models
+from tests.narrow import must_be
 from tests.serving.helpers import picture
 
 QUESTION = "what is red?"
 
 
-class OneCorner:
+class OneCorner(Model):
     """Scores an answer by how white the top left quarter is."""
+
+    def __init__(self):
+        """It has no net."""
 
     def need(self, capability):
         assert capability == "score"
 
     def score(self, parts, candidates):
-        shown = parts[0].source.read()
+        shown = must_be(Image, parts[0]).source.read()
         left, top = shown.width // 2, shown.height // 2
-        levels = [shown.getpixel((x, y))[0] for x in range(left) for y in range(top)]
+        levels = [pixel(shown, (x, y))[0] for x in range(left) for y in range(top)]
         return [sum(levels) / len(levels) / 255 for _ in candidates]
 
 
@@ -35,10 +42,10 @@ def test_only_what_the_answer_depends_on_changes_it():
     rows, columns = torch.nonzero(found.drop > 1e-6, as_tuple=True)
     assert set(zip(rows.tolist(), columns.tolist(), strict=True)) == {(0, 0), (0, 1), (1, 0), (1, 1)}
     shown = drawn(white, found)
-    red, plain = shown.getpixel((20, 20)), shown.getpixel((shown.width - 20, 20))
+    red, plain = pixel(shown, (20, 20)), pixel(shown, (shown.width - 20, 20))
     assert red[0] > red[1] + 100
     assert plain == (255, 255, 255)
-    likelier = drawn(white, Covered("red", 0.0, -found.drop)).getpixel((20, 20))
+    likelier = pixel(drawn(white, Covered("red", 0.0, -found.drop)), (20, 20))
     assert likelier[2] > likelier[0] + 100
 
 

@@ -3,16 +3,18 @@
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from isthmus.comparison.recipe import parse_comparison
 from isthmus.errors import ConfigError
 from isthmus.recipes.schema import read_recipe, read_tree, shipped, yaml_value
+from tests.narrow import there
 
 OPEN = [{"pattern": "connector.*", "lr": 1e-3}]
 CAPTIONS = [{"kind": "scenes", "form": "captions", "count": 40}]
-TREE = {
+TREE: dict[str, Any] = {
     "kind": "compare",
     "parts": {"vision": "runs/demo/clip", "language": "runs/demo/lm"},
     "budget": {"samples": 120},
@@ -68,7 +70,7 @@ def test_every_arm_reads_the_same_number_of_rows():
     changed = tree(budget={"samples": 1001})
     plan = parse_comparison(changed)
     for arm in ("one", "other"):
-        rows = sum(s.stage.steps * s.batch_size for s in plan.recipe(arm, 0).stages)
+        rows = sum(there(s.stage.steps) * there(s.batch_size) for s in plan.recipe(arm, 0).stages)
         assert abs(rows - 1001) < 10
 
 
@@ -114,8 +116,8 @@ def test_every_shipped_comparison_parses_with_all_its_arms(name):
     plan = parse_comparison(read_tree(name, needed), name)
     assert {a for s in plan.statements for a in s.arms} == {a.name for a in plan.arms}
     for arm in plan.arms:
-        rows = sum(s.stage.steps * s.batch_size for s in plan.recipe(arm.name, 0).stages)
-        assert abs(rows / plan.budget.samples - 1) < 0.01
+        rows = sum(there(s.stage.steps) * there(s.batch_size) for s in plan.recipe(arm.name, 0).stages)
+        assert abs(rows / there(plan.budget.samples) - 1) < 0.01
 
 
 def test_the_recipe_of_the_docs_parses():

@@ -8,9 +8,10 @@ import tokenizers
 from PIL import Image as PilImage
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from isthmus.data.images import BytesImage
+from isthmus.data.images import BytesImage, FileImage
 from isthmus.data.record import Image, Part, Record, Text
 from isthmus.data.tokenizer import Tokenizer
+from tests.narrow import must_be
 
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant.",
@@ -57,6 +58,21 @@ def png(colour: tuple[int, int, int] = (200, 0, 0), size: tuple[int, int] = (6, 
 
 def picture(colour: tuple[int, int, int] = (200, 0, 0), **options) -> Image:
     return Image(BytesImage(png(colour), "picture"), **options)
+
+
+def text_of(part: Part) -> str | tuple[str, ...]:
+    """The text of a part that is one."""
+    return must_be(Text, part).text
+
+
+def pixel(image: PilImage.Image, place: tuple[int, int]) -> tuple[int, ...]:
+    """A pixel of a picture with several channels."""
+    return must_be(tuple, image.getpixel(place))
+
+
+def file_of(image: Image) -> Path:
+    """The file that a picture has of its own."""
+    return must_be(FileImage, image.source).path
 
 
 def user(text: str) -> Text:

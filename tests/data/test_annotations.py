@@ -10,7 +10,7 @@ from isthmus.data.sources.annotations import LETTER
 from isthmus.data.sources.guess import guess
 from isthmus.data.text import render
 from isthmus.errors import ConfigError, DataError
-from tests.data.helpers import png, write_tar
+from tests.data.helpers import file_of, png, write_tar
 
 RED = png((255, 0, 0))
 
@@ -190,7 +190,7 @@ def test_karpathy_splits(write, tmp_path):
     source = opened(tmp_path, kind="karpathy", file="dataset.json", split="train+restval")
     assert len(source) == 2
     assert source[0].texts[0].text == ("A dog, number 1.", "A pet.")
-    assert source[1].images[0].source.path == tmp_path / "val2014/3.jpg"
+    assert file_of(source[1].images[0]) == tmp_path / "val2014/3.jpg"
     assert len(opened(tmp_path, kind="karpathy", file="dataset.json")) == 1
     with pytest.raises(ConfigError, match="did you mean 'test'"):
         opened(tmp_path, kind="karpathy", file="dataset.json", split="tests")
@@ -304,7 +304,7 @@ def test_samples_of_the_real_files(real_data):
     assert len(vqa) == 3
     assert len(vqa[0].meta["answers"]) == 10
     assert vqa[0].texts[-1].text == "net"
-    assert vqa[0].images[0].source.path.name == "COCO_train2014_000000458752.jpg"
+    assert file_of(vqa[0].images[0]).name == "COCO_train2014_000000458752.jpg"
     gqa = open_source({"kind": "gqa", "file": "gqa/questions.json"}, data_root=formats)
     assert (
         str(render(gqa[0], "vicuna_bare"))

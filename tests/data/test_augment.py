@@ -8,9 +8,10 @@ from isthmus.data.loader import Loader
 from isthmus.data.processor import ContrastiveProcessor
 from isthmus.data.record import Example
 from isthmus.demo.scenes import SceneSource
+from isthmus.demo.scenes.source import Form
 from isthmus.errors import ConfigError
 from isthmus.recipes.schema import read_recipe
-from tests.data.helpers import byte_level
+from tests.data.helpers import byte_level, pixel
 
 SQUASH = ImageTransform.siglip(16)
 
@@ -28,8 +29,8 @@ def test_a_crop_keeps_aspect_and_at_least_its_share_of_the_area(ramp):
     for draw in range(200):
         found = Augment(crop=0.5).picture(ramp, draw)
         assert found.width / found.height == pytest.approx(100 / 60, rel=0.03)
-        left, top, _ = found.getpixel((0, 0))
-        right, bottom, _ = found.getpixel((found.width - 1, found.height - 1))
+        left, top, _ = pixel(found, (0, 0))
+        right, bottom, _ = pixel(found, (found.width - 1, found.height - 1))
         assert (right - left + 1, bottom - top + 1) == found.size  # one piece of the picture, not scaled
         shares.append(found.width * found.height / 6000)
     assert 0.49 <= min(shares) < 0.55
@@ -46,7 +47,7 @@ def test_what_is_cut_into_tiles_is_not_cropped():
 
 
 def test_a_flip_mirrors_about_half(ramp):
-    mirrored = sum(Augment(flip=True).picture(ramp, d).getpixel((0, 0))[0] == 99 for d in range(400))
+    mirrored = sum(pixel(Augment(flip=True).picture(ramp, d), (0, 0))[0] == 99 for d in range(400))
     assert 160 < mirrored < 240
     assert Augment().picture(ramp, 3).tobytes() == ramp.tobytes()
 
@@ -57,7 +58,7 @@ def test_a_share_that_makes_no_sense_is_refused(crop):
         Augment(crop=crop)
 
 
-def _steps(augment, form="captions", steps=3, **options):
+def _steps(augment, form: Form = "captions", steps=3, **options):
     processor = ContrastiveProcessor(byte_level(), SQUASH, context=64)
     source = SceneSource(form, count=8, **options)
     loader = Loader(source, processor, batch_size=4, group=False, augment=augment, prefetch=0)

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
+from isthmus.data.record import Image
 from isthmus.data.sources import open_source
 from isthmus.data.sources.annotations import LETTER
 from isthmus.errors import ConfigError, DataError
-from tests.data.helpers import png
+from tests.data.helpers import file_of, png, text_of
 
 RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
 CHOICES = ["a cat", "a dog", "a cow", "a hen"]
@@ -31,7 +32,7 @@ def opened(root, **spec):
 
 
 def asked(record):
-    return "".join("<image>" if part in record.images else part.text for part in record.parts[:-1])
+    return "".join("<image>" if isinstance(part, Image) else part.text for part in record.parts[:-1])
 
 
 AOKVQA = {
@@ -52,7 +53,7 @@ def test_aokvqa_asks_for_a_choice_or_in_words(tmp_path):
     assert len(source) == 2
     record = source[0]
     assert asked(record) == f"<image>What is it?\nA. a cat\nB. a dog\nC. a cow\nD. a hen\n{LETTER}"
-    assert (record.parts[-1].text, record.meta["answers"], record.meta["choices"]) == ("B", ("B",), tuple(CHOICES))
+    assert (text_of(record.parts[-1]), record.meta["answers"], record.meta["choices"]) == ("B", ("B",), tuple(CHOICES))
     assert record.images[0].source.read() == RED
     direct = opened(tmp_path, kind="a-okvqa", file="a.json", answer="direct", suffix="Shortly.")
     assert len(direct) == 1, "difficult ones are not asked for in words"
@@ -98,7 +99,7 @@ def test_vsr_is_true_or_false(tmp_path):
     write(tmp_path, "test.jsonl", [row, row | {"label": 0}, row | {"label": 2}])
     source = opened(tmp_path, kind="vsr", file="test.jsonl", suffix="True or false?")
     assert asked(source[0]) == "<image>The cat is on the mat.\nTrue or false?"
-    assert [source[i].parts[-1].text for i in (0, 1)] == ["true", "false"]
+    assert [text_of(source[i].parts[-1]) for i in (0, 1)] == ["true", "false"]
     assert source[0].meta["kind"] == "on"
     with pytest.raises(DataError, match=r"line 3 of test\.jsonl"):
         source[2]
@@ -121,7 +122,7 @@ def test_mmmu_puts_pictures_in_their_places(tmp_path):
     write(tmp_path, "m.jsonl", [MMMU, MMMU | {"id": "dev_Math_1", "options": "[]", "answer": "['24/7', '3.4']"}])
     choice, free = opened(tmp_path, kind="mmmu", file="m.jsonl")
     assert asked(choice) == f'<image>Which is <image> like?\nA. <image>\nB. a "cow"\n{LETTER}'
-    assert [i.source.path.name for i in choice.images] == ["three.png", "one.png", "two.png"]
+    assert [file_of(i).name for i in choice.images] == ["three.png", "one.png", "two.png"]
     assert choice.meta["kind"] == "Art_Theory"
     assert choice.meta["answers"] == ("B",)
     assert free.meta == {"kind": "Math", "answers": ("24/7", "3.4")}
@@ -144,7 +145,7 @@ def test_mme_in_both_of_its_layouts(mme):
     assert [source[i].meta["group"] for i in (0, 1)] == ["existence/0001"] * 2
     assert source[0].images[0].source.read() == RED
     assert source[3].images[0].source.read() == BLUE
-    assert source[3].parts[-1].text == "No"
+    assert text_of(source[3].parts[-1]) == "No"
     assert len(opened(mme, kind="mme", folder="MME", categories=["posters"])) == 2
     write(mme, "MME/existence/0002.txt", "Is there a cat?\tYes\n")
     write(mme, "MME/existence/0003.txt", "Is there a cat? Yes\n")

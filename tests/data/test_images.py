@@ -4,6 +4,7 @@ import io
 import struct
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from isthmus.data.images import (
 )
 from isthmus.data.record import Image, Video
 from isthmus.errors import ConfigError, DataError
+from tests.data.helpers import pixel
 
 
 def noise(width: int, height: int, seed: int = 0) -> PilImage.Image:
@@ -94,7 +96,8 @@ def test_anyres_reads_no_clips_and_needs_its_canvases():
     transform = ImageTransform(size=32, mode="anyres", pinpoints=CANVASES)
     with pytest.raises(DataError, match="a clip is not cut into tiles"):
         transform(Video(MadeImage(noise(4, 4))))
-    for options in ({"mode": "anyres"}, {"mode": "pad", "pinpoints": CANVASES}):
+    refused: list[dict[str, Any]] = [{"mode": "anyres"}, {"mode": "pad", "pinpoints": CANVASES}]
+    for options in refused:
         with pytest.raises(ConfigError, match="belong to mode anyres"):
             ImageTransform(size=32, **options)
     with pytest.raises(ConfigError, match="whole tiles of 33"):
@@ -136,7 +139,8 @@ def test_transform_round_trip_and_errors():
         ImageTransform(size=8, mode="squish")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="did you mean 'size'"):
         ImageTransform.from_dict({"siez": 3})
-    for wrong in ({"size": 0}, {"size": 8, "std": (0, 1, 1)}, {"size": 8, "resample": "lanczos"}):
+    refused: list[dict[str, Any]] = [{"size": 0}, {"size": 8, "std": (0, 1, 1)}, {"size": 8, "resample": "lanczos"}]
+    for wrong in refused:
         with pytest.raises(ConfigError):
             ImageTransform(**wrong)
 
@@ -161,7 +165,7 @@ def test_other_modes_become_rgb():
     assert opened(encoded(deep)).getpixel((0, 0)) == (0x81, 0x81, 0x81)
     cmyk = opened(encoded(PilImage.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))
     assert cmyk.mode == "RGB"
-    assert cmyk.getpixel((4, 4))[0] > 240
+    assert pixel(cmyk, (4, 4))[0] > 240
 
 
 def test_floats_are_not_taken_for_grey():

@@ -14,6 +14,7 @@ from isthmus.data.record import Text
 from isthmus.data.video import MadeFrames, as_video
 from isthmus.errors import ConfigError, DataError
 from tests.data.helpers import assistant, byte_level, picture, record, user
+from tests.narrow import there
 
 TOKENIZER = byte_level().with_tokens(*NEW_TOKENS)
 IMAGE = ImageTransform.clip(8)
@@ -128,15 +129,16 @@ def test_a_page_ends_a_chunk_before_each_picture_and_at_its_end():
 
 
 def test_the_next_picture_is_seen_by_half_of_the_pages_only():
-    rows = [processor(p_next=0.5).example(PAGE, draw).streams["lm"].media_index for draw in range(40)]
+    rows = [there(processor(p_next=0.5).example(PAGE, draw).streams["lm"].media_index) for draw in range(40)]
     ahead = [row for row in rows if row[0] == 1]
     assert 8 < len(ahead) < 32
     assert ahead[0][-1] == 0
     ids = processor().example(PAGE).streams["lm"].ids
     assert [s for s, i in zip(ahead[0], ids, strict=True) if i == TAG] == [1, 2]
     pair = record(picture(role="text"), Text("a cat", learn=True))
-    assert all(processor(p_next=1.0).example(pair, d).streams["lm"].media_index[-1] == 1 for d in range(5))
-    assert processor(p_next=1.0).prompt(PAGE).streams["lm"].media_index[0] == 0
+    seen = [there(processor(p_next=1.0).example(pair, d).streams["lm"].media_index) for d in range(5)]
+    assert all(row[-1] == 1 for row in seen)
+    assert there(processor(p_next=1.0).prompt(PAGE).streams["lm"].media_index)[0] == 0
 
 
 def test_a_long_page_is_read_through_windows():
@@ -158,7 +160,7 @@ def test_a_long_page_is_read_through_windows():
         assert [v.content_key() for v in example.visuals] == [
             parts[2 * (first + k)].content_key() for k in range(len(tags))
         ]
-        assert span.media_index[-1] == len(tags)
+        assert there(span.media_index)[-1] == len(tags)
     assert len(starts) > 10
 
 
@@ -228,10 +230,10 @@ def test_a_batch_of_pictures_of_any_shape_and_clips():
         record(picture(), as_image(wide), user("what?"), assistant("no")),
     ]
     batch = collate([keeping.example(r) for r in rows])
-    shapes = {tuple(g.pixels.shape): g.index.tolist() for g in batch.visuals}
+    shapes = {tuple(there(g.pixels).shape): g.index.tolist() for g in batch.visuals}
     assert shapes == {(2, 1, 3, 4, 12): [0, 3], (1, 3, 3, 12, 12): [1], (1, 1, 3, 12, 12): [2]}
     assert batch.text["lm"].media_index is not None
-    assert batch.select([2]).text["lm"].media_index.max() == 2
+    assert there(batch.select([2]).text["lm"].media_index).max() == 2
 
 
 @pytest.mark.parametrize(

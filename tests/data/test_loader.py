@@ -4,6 +4,7 @@ import itertools
 import threading
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from isthmus.batch import Batch
 from isthmus.data.images import BytesImage, FileImage, ImageTransform
 from isthmus.data.loader import Loader, Position, in_background
-from isthmus.data.mix import Mix
+from isthmus.data.mix import Mix, Source
 from isthmus.data.processor import SpliceProcessor, TextProcessor
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.record import Image, Record, Text
@@ -25,7 +26,7 @@ PROCESSOR = SpliceProcessor(TOKENIZER, ImageTransform.clip(8), num_tokens=4, tem
 TEXT = TextProcessor(TOKENIZER, max_length=256)
 
 
-class Listed:
+class Listed(Source):
     def __init__(self, records, name="listed"):
         self.records, self.name = records, name
 
@@ -74,7 +75,9 @@ def one_epoch(loader: Loader, epoch: int = 0) -> list[list[Batch]]:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 9), st.booleans(), st.booleans(), st.integers(0, 3))
 def test_each_sample_once_an_epoch(count, size, by_tokens, group, seed):
-    rule = {"batch_tokens": 16 * size, "group": True} if by_tokens else {"batch_size": size, "group": group}
+    rule: dict[str, Any] = (
+        {"batch_tokens": 16 * size, "group": True} if by_tokens else {"batch_size": size, "group": group}
+    )
     loader = Loader(texts(count), TEXT, seed=seed, prefetch=0, **rule)
     for epoch in (0, 1):
         ids = [i for batches in one_epoch(loader, epoch) for b in batches for i in b.ids]
@@ -229,7 +232,7 @@ def test_the_thread_changes_nothing_and_ends():
         assert p == q
         assert same(a, b)
     assert len(threads()) == 1
-    ahead.close()  # type: ignore[attr-defined]
+    ahead.close()
     assert not threads()
 
 
@@ -254,13 +257,14 @@ def test_prefetching_is_bounded_and_hands_over_errors():
 
 
 def test_configuration_errors():
-    for options, words in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({}, "exactly one"),
         ({"batch_size": 2, "batch_tokens": 9}, "exactly one"),
         ({"batch_size": 0}, "at least 1"),
         ({"batch_size": 1, "accumulate": 0}, "at least 1"),
         ({"batch_tokens": 9, "group": False}, "needs group"),
         ({"batch_size": 1, "shuffle": False}, "needs group=False"),
-    ):
+    ]
+    for options, words in refused:
         with pytest.raises(ConfigError, match=words):
             Loader(texts(3), TEXT, **options)

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.data.mix import Mix, key, permutation
+from isthmus.data.mix import Mix, Source, key, permutation
 from isthmus.data.record import Record, Text
 from isthmus.errors import ConfigError, DataError
 
 
-class Numbers:
+class Numbers(Source):
     def __init__(self, count: int, name: str = "numbers") -> None:
         self.count, self.name = count, name
 

@@ -9,6 +9,7 @@ from isthmus.data.sources import open_source
 from isthmus.data.sources.objects import SAMPLINGS, questions, read_objects
 from isthmus.errors import ConfigError, DataError
 from tests.data.helpers import png
+from tests.narrow import must_be
 
 # Person is everywhere; a fork stands beside knives, a kite and a dog do not.
 PICTURES = {
@@ -76,7 +77,7 @@ def test_both_forms_of_files_say_the_same(write, tmp_path):
     assert len(source) == 3 * 3 * 4
     assert Counter(source[i].meta["kind"] for i in range(len(source))) == dict.fromkeys(SAMPLINGS, 12)
     first = source[0]
-    assert first.texts[0].text.startswith(("Is there a ", "Is there an "))
+    assert must_be(str, first.texts[0].text).startswith(("Is there a ", "Is there an "))
     assert first.texts[1].text == "yes"
     assert source[1].texts[1].text == "no"
     assert first.images[0].source.read() == png((255, 0, 0))

@@ -1,15 +1,18 @@
 """Lists in one cell, delimiters that a name does not promise, names with backslashes, fields that are not read."""
 
 import json
+from typing import Any
 
 import pytest
 
+from isthmus.data.record import Image
 from isthmus.data.sources import named_apart, open_source
 from isthmus.data.sources.cells import unpacked
 from isthmus.data.sources.files import merged_names
 from isthmus.data.sources.guess import guess
 from isthmus.errors import ConfigError, DataError, IsthmusWarning
-from tests.data.helpers import png, write_tar
+from tests.data.helpers import png, text_of, write_tar
+from tests.narrow import must_be
 
 
 @pytest.fixture
@@ -167,9 +170,9 @@ def test_one_picture_before_the_text_as_an_option(folder):
     turns = [{"role": "user", "content": "what?\n<image>"}, {"role": "assistant", "content": "a"}]
     text = json.dumps({"image": "img/a.png", "messages": turns})
     assert [p.role for p in opened(folder, text, "p.jsonl")[0].parts[:1]] == ["user"]
-    assert opened(folder, text, "p.jsonl")[0].parts[0].text == "what?"
+    assert text_of(opened(folder, text, "p.jsonl")[0].parts[0]) == "what?"
     parts = opened(folder, text, "p.jsonl", pictures="first")[0].parts
-    assert (parts[0].source.describe().endswith("a.png"), parts[1].text) == (True, "what?")
+    assert (must_be(Image, parts[0]).source.describe().endswith("a.png"), text_of(parts[1])) == (True, "what?")
 
 
 def test_names_that_repeat(folder):
@@ -183,7 +186,7 @@ def test_names_that_repeat(folder):
         (folder / name).parent.mkdir()
         (folder / name).write_bytes(png())
     (folder / "side.jsonl").write_text('{"key": "1", "c": "one"}\n{"key": "1", "c": "two"}\n{"key": "0", "c": "x"}')
-    side = {"captions": {"file": "side.jsonl", "key": "key", "fields": "c"}}
+    side: dict[str, Any] = {"captions": {"file": "side.jsonl", "key": "key", "fields": "c"}}
     with pytest.raises(DataError, match="the picture name, by which the side file gives captions, 1 is there twice"):
         open_source({"kind": "folder", "folder": "."} | side, data_root=folder)
     assert len(opened(folder, "image,id\nimg/a.png,1\n", **side)[0].texts[0].text) == 2

@@ -8,7 +8,7 @@ from isthmus.data.images import open_image
 from isthmus.data.sources import open_source
 from isthmus.data.sources.files import Root
 from isthmus.errors import ConfigError, DataError
-from tests.data.helpers import png, write_tar
+from tests.data.helpers import pixel, png, write_tar
 
 RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
 
@@ -170,7 +170,7 @@ def test_a_row_of_more_cells_than_columns_is_a_bad_sample(tmp_path):
 
 
 def colours(record):
-    return [open_image(image.source).getpixel((1, 1)) for image in record.images]
+    return [pixel(open_image(image.source), (1, 1)) for image in record.images]
 
 
 @pytest.mark.parametrize("names", [["b.png", "a.png"], ["k.b.png", "k.a"], None])

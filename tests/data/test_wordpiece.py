@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import BertTokenizerFast
+from transformers import BertTokenizer
 
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.wordpiece import cls_id, load_wordpiece, other_specials, train_wordpiece
@@ -15,7 +15,8 @@ VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cube", "##s"
 
 def test_a_trained_vocabulary_ends_in_dec_and_survives_saving(tmp_path) -> None:
     tokenizer = train_wordpiece(TEXTS, 100)
-    assert tokenizer.bos_id == tokenizer.vocab_size - 1 == tokenizer.backend.token_to_id("[DEC]") < 100
+    assert tokenizer.bos_id == tokenizer.vocab_size - 1 == tokenizer.backend.token_to_id("[DEC]")
+    assert tokenizer.vocab_size <= 100
     assert (tokenizer.pad_id, cls_id(tokenizer), tokenizer.eos_id) == (0, 2, 3)
     ids = tokenizer.encode("A small RED cube")
     assert tokenizer.decode(ids) == "a small red cube"
@@ -34,7 +35,7 @@ def test_berts_folder_gets_dec_behind_its_vocabulary(tmp_path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}), encoding="utf-8")
     tokenizer = load_wordpiece(tmp_path)
     assert tokenizer.bos_id == len(VOCAB) == tokenizer.vocab_size - 1
-    peer = BertTokenizerFast(vocab={word: i for i, word in enumerate(VOCAB)}, do_lower_case=True)
+    peer = BertTokenizer(vocab={word: i for i, word in enumerate(VOCAB)}, do_lower_case=True)
     for text in ("The red cubes, a cube", "is it RED?"):
         assert tokenizer.encode(text) == peer(text, add_special_tokens=False)["input_ids"]
     saved = tmp_path / "saved"

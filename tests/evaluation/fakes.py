@@ -6,7 +6,10 @@ from typing import Any
 import torch
 
 from isthmus.data.record import Image, Record, Text
+from isthmus.evaluation.run import Result
 from isthmus.evaluation.tasks import Scores
+from isthmus.evaluation.vqa import VqaScores
+from tests.narrow import must_be
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,16 @@ class Word:
 
     def read(self) -> bytes:
         return self.describe().encode()
+
+
+def word_of(image: Image) -> str:
+    """The word that a picture shows."""
+    return must_be(Word, image.source).word
+
+
+def vqa_scores(result: Result) -> VqaScores:
+    """The scores of a task of questions."""
+    return must_be(VqaScores, result.scores)
 
 
 def question(number: int, word: str, *, kind: str = "what", ask: str = "What is it?", **meta) -> Record:
@@ -54,7 +67,7 @@ class Reader:
             if self.limit is not None and len(self.asked) >= self.limit:
                 raise KeyboardInterrupt
             self.asked.append(record.id)
-        return [r.images[0].source.word if r.images else self.blind for r in records]
+        return [word_of(r.images[0]) if r.images else self.blind for r in records]
 
 
 class Space:
@@ -68,6 +81,6 @@ class Space:
         return torch.eye(len(self.words))[places]
 
     def embed_images(self, images):
-        return self.embed_texts([i.source.word for i in images])
+        return self.embed_texts([word_of(i) for i in images])
 
     vision_features = embed_images

@@ -8,7 +8,7 @@ from isthmus.data.record import Image, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import AnswerPrior, VqaTask, evaluate
 from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, LikelihoodTask
-from tests.evaluation.fakes import Reader, Word, question
+from tests.evaluation.fakes import Reader, Word, question, vqa_scores, word_of
 
 
 class Says(Reader):
@@ -27,7 +27,7 @@ def test_the_rule_of_a_vqa_task_gives_the_points(tmp_path):
     task = VqaTask(name="v", records=records, rule="vqa", controls=())
     result = evaluate(Reader(), task, tmp_path)
     assert result.rows[0]["correct"] == 1.0
-    assert result.scores.overall.accuracy == pytest.approx(0.5), "one answer alone has no other to agree with"
+    assert vqa_scores(result).overall.accuracy == pytest.approx(0.5), "one answer alone has no other to agree with"
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["rule"] == "vqa"
     assert manifest["scorer"] == {"name": "vqa", "version": 1, "rule": "vqa 1"}
@@ -39,7 +39,7 @@ def test_letters_are_read_from_free_answers_and_gibberish_is_counted(tmp_path):
     records = [
         question(i, w, choices=["a cat", "a dog"], answers=["B"]) for i, w in enumerate(["B.", "dog", "A", "??"])
     ]
-    scores = evaluate(Reader("A"), VqaTask(name="c", records=records, rule="choice"), tmp_path).scores.overall
+    scores = vqa_scores(evaluate(Reader("A"), VqaTask(name="c", records=records, rule="choice"), tmp_path)).overall
     assert (scores.accuracy, scores.unparsable, scores.blind) == (0.5, 1, 0.0)
 
 
@@ -73,7 +73,7 @@ class Weigher:
     """Log-likelihood -1 for the word in the picture, -2 for the first candidate, else -3; blind: all alike."""
 
     def score(self, parts, candidates):
-        seen = [p.source.word for p in parts if isinstance(p, Image)]
+        seen = [word_of(p) for p in parts if isinstance(p, Image)]
         if not seen:
             return [-1.0] * len(candidates)
         return [-1.0 if c in seen else -2.0 if i == 0 else -3.0 for i, c in enumerate(candidates)]
@@ -87,11 +87,11 @@ def test_choices_by_likelihood(tmp_path):
     assert [r["answer"] for r in result.rows] == ["B", "B", "A", "A"]
     assert result.rows[0]["log_likelihoods"] == [-2.0, -1.0]
     assert all(r["blind"] == "" for r in result.rows), "two likeliest choices are no answer"
-    assert (result.scores.overall.accuracy, result.scores.overall.blind) == (0.75, 0.0)
+    assert (vqa_scores(result).overall.accuracy, vqa_scores(result).overall.blind) == (0.75, 0.0)
     with pytest.raises(DataError, match="'q0' has no `choices`"):
         evaluate(Weigher(), LikelihoodTask(name="l", records=[question(0, "x")], controls=()), tmp_path / "x")
     with pytest.raises(ConfigError, match="text or letter"):
-        LikelihoodTask(name="l", records=records, answer_with="number")
+        LikelihoodTask(name="l", records=records, answer_with="number")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_truth_that_is_no_choice_is_met_before_any_is_weighed(tmp_path):
@@ -151,7 +151,7 @@ class Remembers:
             if "Spell" in record.texts[-1].text:
                 answers.append("-".join(said[-1]) if said else "what?")
             else:
-                seen = record.images[0].source.word if record.images else ""
+                seen = word_of(record.images[0]) if record.images else ""
                 answers.append("wrong" if seen in self.blind_to else seen)
         return answers
 
@@ -181,7 +181,7 @@ def test_an_interrupted_conversation_goes_on_with_whole_records(tmp_path):
     (tmp_path / "cut/outputs.jsonl").write_text("".join(lines[:3]))
     assert evaluate(Remembers(), task, tmp_path / "cut", chunk=4).rows == whole.rows
     with pytest.raises(ConfigError, match="own or true"):
-        ConversationTask(name="t", records=records, history="none")
+        ConversationTask(name="t", records=records, history="none")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import torch
 from isthmus.data.record import Image, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation.caption_task import CaptionTask
+from isthmus.evaluation.controls import Control
 from isthmus.evaluation.few_shot import FewShotTask, Support, as_shot, orders, permuted_answers, with_shots
 from isthmus.evaluation.tasks import VqaTask
 from isthmus.evaluation.turns import last_turn
 from tests.data.helpers import assistant, png, user
+from tests.narrow import must_be
 
 
 class Numbered:
@@ -25,15 +27,18 @@ class Numbered:
         return png()
 
 
+def number_of(picture: Image) -> float:
+    return must_be(Numbered, picture.source).number
+
+
 def question(number: float, answer: str = "", *, name: str = "s") -> Record:
     picture = Image(Numbered(number), key=str(number))
     return Record(f"{name}{number}", (picture, user(f"what is {number}?"), assistant(answer or f"a{number}")))
 
 
 def angle(pictures) -> torch.Tensor:
-    return torch.tensor(
-        [[torch.tensor(p.source.number / 10).cos(), torch.tensor(p.source.number / 10).sin()] for p in pictures]
-    )
+    angles = torch.tensor([number_of(p) / 10 for p in pictures])
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
 SUPPORT = [question(n) for n in range(12)]
@@ -42,8 +47,8 @@ SUPPORT = [question(n) for n in range(12)]
 def test_rices_puts_the_nearest_last_and_never_takes_the_question_itself():
     pool = Support(SUPPORT)
     chosen = pool.choose(question(4.2, name="q"), 4, angle)
-    assert [r.images[0].source.number for r in chosen] == [6, 3, 5, 4]
-    assert [r.images[0].source.number for r in pool.choose(SUPPORT[4], 2, angle)] in ([5, 3], [3, 5])
+    assert [number_of(r.images[0]) for r in chosen] == [6, 3, 5, 4]
+    assert [number_of(r.images[0]) for r in pool.choose(SUPPORT[4], 2, angle)] in ([5, 3], [3, 5])
     assert pool.choose(question(1), 0, angle) == []
 
 
@@ -70,12 +75,12 @@ def test_the_same_shots_stand_before_all_questions_but_their_own():
 def test_shots_are_finished_turns_before_the_question():
     asked = Record("q", question(20).parts[:2])
     full = with_shots(asked, SUPPORT[:2])
-    assert [p.text if isinstance(p, Text) else p.source.number for p in full.parts] == [
+    assert [p.text if isinstance(p, Text) else number_of(p) for p in full.parts] == [
         0, "what is 0?", "a0", 1, "what is 1?", "a1", 20, "what is 20?",
     ]  # fmt: skip
     assert not any(p.learn for p in full.texts)
     words = with_shots(asked, SUPPORT[:2], pictures=False)
-    assert [p.source.number for p in words.images] == [20]
+    assert [number_of(p) for p in words.images] == [20]
     caption = Record("c", (Image(Numbered(1), role="text"), Text("a cat", learn=True)))
     assert [getattr(p, "text", p.role) for p in as_shot(caption)] == ["user", "a cat"]
 
@@ -104,7 +109,7 @@ class Fake:
 
     def answer_records(self, records, **_):
         self.asked += records
-        return [f"a{int(r.images[-1].source.number)}" if r.images else "blind" for r in records]
+        return [f"a{int(number_of(r.images[-1]))}" if r.images else "blind" for r in records]
 
     def vision_features(self, pictures):
         return angle(pictures)
@@ -142,7 +147,7 @@ def caption(number: float) -> Record:
 def test_captions_stand_behind_captions(prompt, shots):
     """As the paper's prompts for captions: a picture and what is said of it, the words asked in before it if any."""
     pictures = [caption(n) for n in range(20, 24)]
-    controls = ["shuffled"] if not prompt else ["blind", "shuffled"]
+    controls: list[Control] = ["shuffled"] if not prompt else ["blind", "shuffled"]
     told = FewShotTask(
         task=CaptionTask(name="t", records=pictures, prompt=prompt, controls=controls, prior="a0"),
         support=[caption(n) for n in range(8)],

@@ -13,8 +13,9 @@ from isthmus.evaluation.judged import JudgedTask, score
 from isthmus.evaluation.rescore import compare, rescore
 from isthmus.evaluation.run import evaluate
 from tests.cli.test_cli import run
-from tests.data.helpers import png
+from tests.data.helpers import file_of, png, text_of
 from tests.evaluation.fakes import Reader, question
+from tests.narrow import there
 from tests.standin import StandIn
 
 RIGHT = {"cat 0": "a cat", "cow 1": "a cow", "hen 2": "a hen", "dog 3": "a dog"}
@@ -31,7 +32,8 @@ def bench():
 
 def answers_of(body):
     content = body["messages"][-1]["content"]
-    return re.search(r"\[Assistant 1\]\n(.*)\n\[End.*\[Assistant 2\]\n(.*)\n\[End", content, re.DOTALL).groups()
+    found = re.search(r"\[Assistant 1\]\n(.*)\n\[End.*\[Assistant 2\]\n(.*)\n\[End", content, re.DOTALL)
+    return there(found).groups()
 
 
 def fair(body):
@@ -206,7 +208,7 @@ def test_llava_bench_puts_its_files_together(tmp_path):
     source = open_source(spec, data_root=tmp_path)
     assert source[0].meta["context"] == "It is red.\n\nsquare: [0.000, 0.000, 1.000, 1.000]"
     assert source[0].meta["kind"] == "conv"
-    assert source[1].parts[-1].text == "blue"
+    assert text_of(source[1].parts[-1]) == "blue"
     (tmp_path / "r.jsonl").write_text('{"question_id": 0, "text": "red"}')
     with pytest.raises(DataError, match=r"question 1 of q\.jsonl has no reference"):
         open_source(spec, data_root=tmp_path)
@@ -218,7 +220,7 @@ def test_llavas_own_files_fit_together(real_data):
     spec = {"kind": "llava-bench", **{k: f"{v}.jsonl" for k, v in names.items()}, "image_name": "COCO_val2014_{image}"}
     source = open_source(spec, data_root=folder)
     assert len(source) == 90
-    assert source[0].images[0].source.path.name == "COCO_val2014_000000441147.jpg"
+    assert file_of(source[0].images[0]).name == "COCO_val2014_000000441147.jpg"
 
 
 def test_the_command_shows_relative_scores(story, tmp_path, monkeypatch, capsys):

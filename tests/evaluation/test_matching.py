@@ -7,7 +7,7 @@ from isthmus.data.record import Image, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import evaluate
 from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask, auc
-from tests.evaluation.fakes import Reader, Space, Word
+from tests.evaluation.fakes import Reader, Space, Word, word_of
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=30))
@@ -39,10 +39,10 @@ def test_captions_with_their_own_and_with_another_picture(tmp_path):
 def test_a_matching_head_and_given_pairs(tmp_path):
     class Head:
         def match(self, image, text):
-            return float(image.source.word in text)
+            return float(word_of(image) in text)
 
     given_pairs = [*PAIRS, pair("dddd", "cat", "a dog", answers=["false"])]
-    given_pairs[:3] = [pair(r.id, r.images[0].source.word, r.texts[0].text, answers=["true"]) for r in PAIRS]
+    given_pairs[:3] = [pair(r.id, word_of(r.images[0]), r.texts[0].text, answers=["true"]) for r in PAIRS]
     task = MatchingHeadTask(name="m", records=given_pairs, pairs="given")
     facts = evaluate(Head(), task, tmp_path / "a").scores.to_dict()
     assert (facts["auc"], facts["n"], facts["matching"]) == (1.0, 4, 3)
@@ -51,4 +51,4 @@ def test_a_matching_head_and_given_pairs(tmp_path):
     with pytest.raises(DataError, match="'a' says neither"):
         evaluate(Head(), MatchingHeadTask(name="m", records=PAIRS, pairs="given"), tmp_path / "c")
     with pytest.raises(ConfigError, match="made or given"):
-        MatchingTask(name="m", records=PAIRS, pairs="all")
+        MatchingTask(name="m", records=PAIRS, pairs="all")  # pyright: ignore[reportArgumentType]

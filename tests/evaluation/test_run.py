@@ -6,8 +6,11 @@ from isthmus.data.record import Image, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import AnswerPrior, LinearProbeTask, RetrievalTask, VqaTask, ZeroShotTask, evaluate
 from isthmus.evaluation.rescore import rescore
-from tests.evaluation.fakes import Reader, Space, Word, animals, question
+from isthmus.evaluation.retrieval import RetrievalScores
+from isthmus.evaluation.zero_shot import ClassScores
+from tests.evaluation.fakes import Reader, Space, Word, animals, question, vqa_scores
 from tests.evaluation.test_answer_tasks import Says
+from tests.narrow import must_be, there
 
 
 def vqa(**changes) -> VqaTask:
@@ -22,10 +25,10 @@ def lines(folder):
 def test_a_vqa_task_writes_manifest_outputs_and_scores(tmp_path):
     model, seen = Reader(), []
     result = evaluate(model, vqa(decoding={"max_new_tokens": 4}), tmp_path, chunk=4, progress=lambda *p: seen.append(p))
-    scores = result.scores.overall
+    scores = vqa_scores(result).overall
     assert (scores.accuracy, scores.blind, scores.prior) == (1.0, 0.6, 0.6)
-    assert scores.gain == pytest.approx(1.0 - max(0.6, scores.shuffled))
-    assert set(result.scores.kinds) == {"what", "which"}
+    assert scores.gain == pytest.approx(1.0 - max(0.6, there(scores.shuffled)))
+    assert set(vqa_scores(result).kinds) == {"what", "which"}
     assert seen == [(0, 10), (4, 10), (8, 10), (10, 10)]
     assert model.decodings[0] == {"max_new_tokens": 4}
     first = lines(tmp_path)[0]
@@ -103,7 +106,7 @@ def test_damaged_outputs_are_named_by_line(tmp_path, line, message):
 def test_empty_answers_are_counted_and_wrong(tmp_path):
     records = [question(i, w) for i, w in enumerate(["cat", "", "dog"])]
     records[1] = Record(id="q1", parts=(*records[1].parts[:2], Text("owl", role="assistant", learn=True)))
-    scores = evaluate(Reader(), vqa(records=records), tmp_path).scores.overall
+    scores = vqa_scores(evaluate(Reader(), vqa(records=records), tmp_path)).overall
     assert (scores.empty, scores.n) == (1, 3)
     assert scores.accuracy == pytest.approx(2 / 3)
 
@@ -127,7 +130,7 @@ def test_answers_to_which_another_was_near_are_counted_when_asked_for(tmp_path):
 def test_text_alone_is_scored_against_its_prior(tmp_path):
     parts = (Text("Say cat.", role="user"), Text("cat", role="assistant", learn=True))
     records = [Record(id="t", parts=parts)]
-    scores = evaluate(Reader(), vqa(records=records, controls=()), tmp_path / "a").scores.overall
+    scores = vqa_scores(evaluate(Reader(), vqa(records=records, controls=()), tmp_path / "a")).overall
     assert (scores.blind, scores.shuffled, scores.prior) == (None, None, 1.0)
     with pytest.raises(DataError, match="'t' has no picture"):
         evaluate(Reader(), vqa(records=records), tmp_path / "b")
@@ -167,9 +170,9 @@ def test_retrieval_joins_the_records_of_one_picture(tmp_path):
     result = evaluate(Space("cat", "dog"), RetrievalTask(name="r", records=records), tmp_path)
     assert [r["id"] for r in result.rows] == ["a", "b"]
     assert result.rows[0]["captions"] == ["a cat", "cat two", "cat three"]
-    assert result.scores.image_to_text.n == 2
-    assert result.scores.text_to_image.n == 4
-    assert result.scores.to_dict()["recall_at_1"] == 1.0
+    scores = must_be(RetrievalScores, result.scores)
+    assert (scores.image_to_text.n, scores.text_to_image.n) == (2, 4)
+    assert scores.to_dict()["recall_at_1"] == 1.0
 
 
 def test_retrieval_wants_one_picture_and_a_caption(tmp_path):
@@ -179,7 +182,7 @@ def test_retrieval_wants_one_picture_and_a_caption(tmp_path):
     with pytest.raises(DataError, match="0 pictures"):
         evaluate(Space("cat"), RetrievalTask(name="r", records=[Record(id="t", parts=(Text("cat"),))]), tmp_path)
     with pytest.raises(ConfigError, match="cosine"):
-        RetrievalTask(name="r", records=[], similarity="cosin")
+        RetrievalTask(name="r", records=[], similarity="cosin")  # pyright: ignore[reportArgumentType]
 
 
 def pictured(count, *words):
@@ -190,8 +193,9 @@ def test_zero_shot_by_names(tmp_path):
     records = [*pictured(3, "cat", "dog"), Record(id="odd", parts=(Image(Word("cat", 99)),), meta={"class": "dog"})]
     task = ZeroShotTask(name="z", records=records, classes=["cat", "dog", "owl"])
     result = evaluate(Space("cat", "dog", "owl"), task, tmp_path, chunk=2)
-    assert result.scores.top_1 == pytest.approx(6 / 7)
-    assert result.scores.majority == pytest.approx(4 / 7)
+    scores = must_be(ClassScores, result.scores)
+    assert scores.top_1 == pytest.approx(6 / 7)
+    assert scores.majority == pytest.approx(4 / 7)
     assert [r["correct"] for r in result.rows] == [True] * 6 + [False]
     assert result.rows[0]["answers"][0] == "cat"
 
@@ -206,14 +210,14 @@ def test_zero_shot_refuses_unknown_and_missing_classes(tmp_path):
 def test_linear_probe_on_features(tmp_path):
     task = LinearProbeTask(name="p", records=pictured(4, "cat", "dog"), train=pictured(10, "cat", "dog"))
     result = evaluate(Space("cat", "dog"), task, tmp_path)
-    assert result.scores.top_1 == 1.0
+    assert must_be(ClassScores, result.scores).top_1 == 1.0
     assert result.rows[0]["strength"] > 0
 
 
 def test_a_folder_without_outputs_yet_takes_a_new_manifest(tmp_path):
     with pytest.raises(DataError):
         evaluate(Reader(), vqa(records=[animals()[0]]), tmp_path)
-    assert evaluate(Reader(), vqa(), tmp_path).scores.overall.n == 10
+    assert vqa_scores(evaluate(Reader(), vqa(), tmp_path)).overall.n == 10
 
 
 def test_outputs_without_a_manifest_are_refused(tmp_path):
@@ -230,5 +234,5 @@ def test_odd_characters_come_back_as_they_were(tmp_path):
     evaluate(Says(cat=odd), vqa(records=records, controls=()), tmp_path)
     again = rescore(tmp_path)
     assert [(r["answer"], r["question"]) for r in again.rows] == [(odd, f"What {odd}?")] * 3
-    assert again.scores.overall.accuracy == 1.0
+    assert vqa_scores(again).overall.accuracy == 1.0
     assert evaluate(object(), vqa(records=records, controls=()), tmp_path).rows == again.rows

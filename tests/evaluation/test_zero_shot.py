@@ -5,6 +5,7 @@ from isthmus.data.record import Image, Record
 from isthmus.errors import ConfigError, DataError, IsthmusWarning
 from isthmus.evaluation.tasks import ZeroShotTask
 from isthmus.evaluation.zero_shot import SEVEN, by_score, class_vectors, classify, score, templates
+from isthmus.nn.losses import Similarity
 from tests.evaluation.fakes import Space, Word
 
 
@@ -15,7 +16,8 @@ class Hashed:
         return torch.stack([torch.randn(6, generator=torch.Generator().manual_seed(sum(map(ord, t)))) * 9
                             for t in texts])  # fmt: skip
 
-    embed_images = embed_texts
+    def embed_images(self, images):
+        return self.embed_texts(images)
 
 
 def test_class_vectors_are_the_formula():
@@ -23,7 +25,7 @@ def test_class_vectors_are_the_formula():
     found = class_vectors(Hashed(), names, prompts)
     for row, name in zip(found, names, strict=True):
         vectors = [Hashed().embed_texts([p.replace("{}", name)])[0] for p in prompts]
-        mean = sum(v / v.norm() for v in vectors) / 3
+        mean = torch.stack([v / v.norm() for v in vectors]).mean(0)
         torch.testing.assert_close(row, mean / mean.norm())
 
 
@@ -38,7 +40,8 @@ def test_a_model_trained_with_another_similarity_is_ranked_by_it():
     vectors = class_vectors(Hashed(), ["cat"], ("a {}.", "{}"), metric="euclidean")
     torch.testing.assert_close(vectors[0], Hashed().embed_texts(["a cat.", "cat"]).mean(0))
     picture, classes = torch.tensor([[1.0, 0]]), torch.tensor([[9.0, 0], [1, 0.5], [20, 20]])
-    for kind, best in [("cosine", 0), ("euclidean", 1), ("dot", 2)]:
+    nearest: list[tuple[Similarity, int]] = [("cosine", 0), ("euclidean", 1), ("dot", 2)]
+    for kind, best in nearest:
         assert classify(picture, classes, torch.tensor([0]), metric=kind)[0][0, 0] == best
 
 

@@ -14,11 +14,12 @@ from isthmus.checkpoint import read_json
 from isthmus.data.blip2 import clean_question
 from isthmus.data.collate import collate
 from isthmus.data.images import MadeImage
-from isthmus.data.record import Example, Image, Part, Record, Text
-from isthmus.interop.hf_peer import load_peer, open_class
+from isthmus.data.record import Example, Image, Part, Record, Role, Text
+from isthmus.interop.hf_peer import AnsweringPeer, load_peer, open_class
 from isthmus.language import Decoding
 from isthmus.testing import probe
 from tests.fuzz.pictures import pictures
+from tests.narrow import must_be
 
 TEXTS = ("a red cube", "  two rings\n beside", "café 東京 🙂 what?", "x" * 40, "A Photo of; Question: 12.5%")
 SYSTEM = (
@@ -143,11 +144,12 @@ def _language(model: Any, folder: Path, dice: random.Random) -> Iterator[Asked]:
         if words.chat_template is None:
             yield Asked(_record((), Text(text)), words(text, return_tensors="pt", return_token_type_ids=False))
             continue
-        turns = (("user", text), ("assistant", "a ball"), ("user", further))[: dice.choice((1, 3))]
+        whole: tuple[tuple[Role, str], ...] = (("user", text), ("assistant", "a ball"), ("user", further))
+        turns = whole[: dice.choice((1, 3))]
         messages = [{"role": role, "content": said} for role, said in turns]
         told = words.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         inputs = {name: told[name] for name in ("input_ids", "attention_mask")}
-        yield Asked(_record((), *(Text(said, role=role) for role, said in turns)), inputs)  # type: ignore[arg-type]
+        yield Asked(_record((), *(Text(said, role=role) for role, said in turns)), inputs)
 
 
 def _llava(model: Any, folder: Path, dice: random.Random) -> Iterator[Asked]:
@@ -156,7 +158,7 @@ def _llava(model: Any, folder: Path, dice: random.Random) -> Iterator[Asked]:
     A question about a picture is stripped here, as the released code does, and not by the folder's template: both get
     it without space around.
     """
-    processor = load_peer(folder).processor
+    processor = must_be(AnsweringPeer, load_peer(folder)).processor
     for count, text in zip((1, 0, 2), dice.sample(TEXTS, 3), strict=True):
         shown, text = _shown(dice, count), text.strip() if count else text
         record = _record(shown, Text(text, role="user"))

@@ -31,7 +31,7 @@ def differences(folder: Path, seed: int) -> list[str]:
     found += _embedded(model, folder, dice)
     if "generate" in model.capabilities and "embed_images" not in model.capabilities:
         found += unlike(model, folder, dice)
-    return found + _round_trip(model, folder)
+    return [*found, *_round_trip(model, folder)]
 
 
 def _seen(theirs: Any, picture: Any) -> Tensor:

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._utils import _rebuild_tensor_v2
 
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_archive, read_state, tensors_of, unwrapped
@@ -91,7 +92,7 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
 
     class Reaching:
         def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, ("STORAGE", 0, (1000,), (1,), False, {})
+            return _rebuild_tensor_v2, ("STORAGE", 0, (1000,), (1,), False, {})
 
     Writer(out, 2).dump(Reaching())
     _archive(tmp_path / "x.pt", out.getvalue(), **{"0": b"\0" * 8})

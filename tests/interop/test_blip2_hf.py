@@ -21,7 +21,7 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.convert import write_model
 from isthmus.interop.hf_blip2 import config_from_hf, config_to_hf, from_hf, read_blip2_folder, to_hf
 from isthmus.interop.hf_clip import vision_from_hf
-from isthmus.language import Decoding, Seq2SeqLM
+from isthmus.language import Decoding, LanguageModel, Seq2SeqLM
 from isthmus.load_report import Account
 from isthmus.model import Model
 from isthmus.models.blip2 import Blip2, Blip2Config
@@ -46,6 +46,7 @@ from tests.models.tiny_blip2 import (
     retrieval_peer,
     tokens,
 )
+from tests.narrow import must_be
 
 ROWS = [[2, 5, 6, 7, 8, 9], [2, 10, 11], [2, 12, 13, 14]]
 QUESTIONS = [[CLS, 7, 8, SEP], [CLS, 9, SEP], [CLS, 10, 11, 12, 13, SEP]]
@@ -93,7 +94,7 @@ def shrunk(preset: VisionConfig, layers: int) -> VisionConfig:
     return replace(preset, image_size=SIZE, patch_size=4, width=24, heads=4, mlp_width=36, layers=layers)
 
 
-PEER_SIZES = {
+PEER_SIZES: dict[str, Any] = {
     "image_size": SIZE,
     "patch_size": 4,
     "hidden_size": 24,
@@ -182,7 +183,7 @@ def looked_up(table: torch.nn.Module) -> tuple[list[list[int]], Any]:
     found: list[list[int]] = []
 
     def hook(module: torch.nn.Module, _: object, output: torch.Tensor) -> None:
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        weight = must_be(torch.Tensor, module.weight)
         found.append([int((weight - row).abs().sum(1).argmin()) for row in output[0]])
 
     return found, table.register_forward_hook(hook)
@@ -194,8 +195,7 @@ def test_positions_of_opt_with_padding_between_prompt_and_text() -> None:
     peer, net = generation_peer(OPT)
     batch = prompts(ROWS)
     embeds, lengths = net.embed_prompt(batch), batch.text["lm"].lengths
-    assert net.language is not None
-    ours = net.language.logits(embeds, lengths)
+    ours = must_be(LanguageModel, net.language).logits(embeds, lengths)
     width = max(map(len, ROWS))
     for row, text in enumerate(ROWS):
         pad = width - len(text)
@@ -276,7 +276,7 @@ def test_a_tied_t5_comes_back_tied_and_scaled_as_it_was(scaled: bool, tmp_path) 
     batch = prompts(ROWS, stream="encoder", decoder=decoder)
     _, _, given = theirs_and_ours(T5, batch, decoder, instruct=False)
     expected = peer(**given).logits
-    found = net.language.logits(  # type: ignore[union-attr]
+    found = must_be(Seq2SeqLM, net.language).logits(
         net.embed_prompt(batch), batch.text["encoder"].lengths, batch.text["decoder"]
     )
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

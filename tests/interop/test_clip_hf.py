@@ -2,13 +2,16 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    CLIPTextConfig,
     CLIPTextModel,
+    CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
     SiglipConfig,
@@ -38,6 +41,7 @@ from isthmus.models.clip import Clip
 from isthmus.nn.losses import info_nce, sigmoid_loss
 from isthmus.nn.text_tower import TextTower
 from isthmus.nn.vit import VisionTransformer
+from tests.narrow import must_be, there
 
 VISION = {
     "hidden_size": 32,
@@ -106,7 +110,7 @@ def test_embeddings_logits_and_loss_equal_a_saved_model(kind, dtype, tolerance, 
     if kind == "clip":
         loss = info_nce(images, texts, ours.heads.logit_scale)
     else:
-        loss = sigmoid_loss(images, texts, ours.heads.logit_scale, ours.heads.logit_bias)
+        loss = sigmoid_loss(images, texts, ours.heads.logit_scale, there(ours.heads.logit_bias))
     expected_loss = theirs(input_ids=tokens.ids, pixel_values=pixels, return_loss=True).loss
     torch.testing.assert_close(loss, expected_loss, atol=tolerance, rtol=0)
 
@@ -122,7 +126,8 @@ def test_round_trip_is_bit_identical_and_transformers_opens_it(kind, tmp_path):
     write_folder(
         tmp_path / "out", {"config.json": clip_config_to_hf(config), "model.safetensors": clip_to_hf(state, config)}
     )
-    again, report = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
+    opened: Any = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
+    again, report = opened
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     _assert_same(again.state_dict(), theirs.state_dict())
@@ -166,7 +171,7 @@ def test_single_vision_towers_with_and_without_their_prefix(cls, kind, prefix):
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 @torch.no_grad()
 def test_single_text_towers_with_and_without_their_prefix(prefix):
-    theirs = CLIPTextModel(_theirs("clip").config.text_config).eval()
+    theirs = CLIPTextModel(must_be(CLIPTextConfig, _theirs("clip").config.text_config)).eval()
     config = text_config_from_hf(theirs.config.to_dict())
     assert text_config_from_hf(text_config_to_hf(config)) == config
     weights = {prefix + name: value for name, value in theirs.state_dict().items()}
@@ -184,7 +189,7 @@ def _assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def test_a_projection_beside_a_single_tower_is_named():
-    theirs = CLIPVisionModelWithProjection(_theirs("clip").config.vision_config)
+    theirs = CLIPVisionModelWithProjection(must_be(CLIPVisionConfig, _theirs("clip").config.vision_config))
     with pytest.raises(CheckpointError, match=r"unexpected: visual_projection\.weight"):
         vision_from_hf(theirs.state_dict(), vision_config_from_hf(theirs.config.to_dict()))
 
@@ -222,7 +227,7 @@ def test_legacy_end_of_text_pools_at_the_largest_id(eos):
     for added in (False, True):
         if added:
             tokens.ids[:, 1] = 49409
-        expected = theirs.get_text_features(input_ids=tokens.ids)
+        expected: Any = theirs.get_text_features(input_ids=tokens.ids)
         expected = expected if isinstance(expected, torch.Tensor) else expected.pooler_output
         torch.testing.assert_close(ours.embed_texts(tokens), expected, atol=1e-5, rtol=0)
 
@@ -247,7 +252,8 @@ def test_a_config_dict_beside_the_config_wins_and_resets_what_it_omits():
         "text_config": {**TEXT, "eos_token_id": 2, "vocab_size": 49408},
         "text_config_dict": {"hidden_size": 48, "num_hidden_layers": 2},
     }
-    theirs, ours = CLIPConfig(**values).text_config, clip_config_from_hf(values).text
+    theirs = must_be(CLIPTextConfig, CLIPConfig(**values).text_config)
+    ours = clip_config_from_hf(values).text
     assert (
         (ours.width, ours.context, ours.heads)
         == (theirs.hidden_size, theirs.max_position_embeddings, theirs.num_attention_heads)

@@ -5,6 +5,7 @@ import pickletools
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -242,7 +243,10 @@ def test_open_flamingos_tables_are_as_long_as_its_tokenizer_makes_them(tmp_path:
     rows = told.vocab_size + (not pad)
     assert tables == {"lang_encoder.gpt_neox.embed_in.weight": rows, "lang_encoder.embed_out.weight": rows}
     assert rows == tokens + (2 if pad else 3)
-    parts = {"vision": tmp_path / "out" / "vision_encoder", "language": tmp_path / "out" / "lang_encoder"}
+    parts: dict[str, Any] = {
+        "vision": tmp_path / "out" / "vision_encoder",
+        "language": tmp_path / "out" / "lang_encoder",
+    }
     again = isthmus.load(tmp_path / "out" / "checkpoint.pt", **parts)
     assert all(torch.equal(t, again.net.state_dict()[name]) for name, t in model.net.state_dict().items())
 

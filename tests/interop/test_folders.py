@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ from isthmus.interop.hf_files import swapped, tokenizer_files
 from isthmus.language import Decoding
 from tests.fixtures import OPEN_CLIP
 
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -46,7 +47,7 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
-LANGUAGE = {
+LANGUAGE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -54,7 +55,7 @@ LANGUAGE = {
     "vocab_size": 320,
     "max_position_embeddings": 512,
 }
-PICTURES = {
+PICTURES: dict[str, Any] = {
     "crop_size": {"height": 32, "width": 32},
     "do_center_crop": True,
     "image_mean": [0.5, 0.4, 0.3],
@@ -72,7 +73,8 @@ def finish(folder, tokenizer, pictures=PICTURES):
     (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
 
 
-def redraw(model):
+def redraw(model: Any) -> Any:
+    """A model of transformers with weights of its own."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -287,7 +289,7 @@ def test_a_gpt_neox_begins_as_its_tokenizer_does(tmp_path, tokenizer, told):
     record = isthmus.Record(id="x", parts=(isthmus.Text("a red", learn=True),))
     theirs = AutoTokenizer.from_pretrained(tmp_path)("a red")["input_ids"]
     for opened in (model, isthmus.load(model.save(tmp_path / "ours"))):
-        ids = opened.processor.example(record).streams["lm"].ids
+        ids = opened.processor.example(record, 0).streams["lm"].ids
         assert ids == [*theirs, tokenizer.eos_id]
 
 

@@ -65,7 +65,7 @@ SIGLIPS = {
 }
 
 
-def tower(width: int, layers: int, heads: int, hidden: int | None = None) -> dict[str, int]:
+def tower(width: int, layers: int, heads: int, hidden: int | None = None) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "intermediate_size": hidden or 4 * width,

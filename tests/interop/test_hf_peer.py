@@ -21,10 +21,11 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CapabilityError, CheckpointError, ConfigError
 from isthmus.evaluation import VqaTask, evaluate
 from isthmus.interop.convert import write_model
-from isthmus.interop.hf_peer import load_peer
+from isthmus.interop.hf_peer import AnsweringPeer, EmbeddingPeer, load_peer
 from isthmus.testing import probe
 from tests.interop import tiny_models
 from tests.interop.test_folders import LANGUAGE, PICTURES, VISION, finish, redraw
+from tests.narrow import must_be
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,12 @@ def records(count=3):
     ]
 
 
+def answering(folder, **options):
+    return must_be(AnsweringPeer, load_peer(folder, **options))
+
+
 def test_llava_answers_like_ours(llava):
-    peer, ours = load_peer(llava), isthmus.load(llava)
+    peer, ours = answering(llava), isthmus.load(llava)
     pixels = ours.processor.image(pictures(1)[0])
     torch.testing.assert_close(peer.pixels(pictures(1))[0], pixels, atol=1e-6, rtol=0)
     found = peer.answer_records(records(), max_new_tokens=6)
@@ -82,7 +87,7 @@ def test_llava_next_answers_like_ours(tmp_path):
     """Pictures of three shapes, so unlike numbers of tiles and tokens; two in the last question."""
     model = tiny_models.llava_next()
     write_model(model, tmp_path / "hf", "hf")
-    peer = load_peer(tmp_path / "hf")
+    peer = answering(tmp_path / "hf")
     asked = [Record(f"q{n}", (probe.picture(n), Text("what?", role="user"))) for n in (1, 2, 3)]
     asked.append(Record("both", (probe.picture(2), probe.picture(3), Text("what?", role="user"))))
     spare = model.processor.tokenizer.vocab_size  # the image token's row: nobody says it
@@ -92,7 +97,7 @@ def test_llava_next_answers_like_ours(tmp_path):
 
 
 def test_likelihoods_order_candidates_like_ours(llava):
-    peer, ours = load_peer(llava), isthmus.load(llava)
+    peer, ours = answering(llava), isthmus.load(llava)
     parts = records(1)[0].parts[:2]
     theirs, wanted = (m.score(parts, ["red", "a blue ring"]) for m in (peer, ours))
     assert all(s < 0 for s in theirs)
@@ -124,7 +129,7 @@ def test_clip_embeds_like_ours(tmp_path, tokenizer):
     finish(
         tmp_path, tokenizer, {**PICTURES, "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}}
     )
-    peer, ours = load_peer(tmp_path), isthmus.load(tmp_path)
+    peer, ours = must_be(EmbeddingPeer, load_peer(tmp_path)), isthmus.load(tmp_path)
     torch.testing.assert_close(peer.embed_images(pictures(3)), ours.embed_images(pictures(3)), atol=1e-5, rtol=0)
     torch.testing.assert_close(
         peer.vision_features(pictures(3)), ours.vision_features(pictures(3)), atol=1e-4, rtol=1e-4
@@ -135,7 +140,7 @@ def test_clip_embeds_like_ours(tmp_path, tokenizer):
 def test_a_causal_lm_reads_text_and_refuses_pictures(tmp_path, tokenizer):
     redraw(LlamaForCausalLM(LlamaConfig(**LANGUAGE))).save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
-    peer = load_peer(tmp_path, template="vicuna_bare")
+    peer = answering(tmp_path, template="vicuna_bare")
     asked = Record(id="t", parts=(Text("what colour is it?", role="user"),))
     assert isinstance(peer.answer_records([asked], max_new_tokens=3)[0], str)
     with pytest.raises(CapabilityError, match="no image processor"):
@@ -152,6 +157,6 @@ def test_what_is_no_folder_of_transformers(tmp_path, llava):
     with pytest.raises(CheckpointError, match="cannot open"):
         load_peer(tmp_path)
     with pytest.raises(ConfigError, match="did you mean 'max_new_tokens'"):
-        load_peer(llava).answer_records(records(1), max_tokens=3)
+        answering(llava).answer_records(records(1), max_tokens=3)
     with pytest.raises(ConfigError, match="unknown template"):
         load_peer(llava, template="vicuna_2")

@@ -111,7 +111,7 @@ def test_folders_saved_before_begin_with_the_token_they_name(tmp_path: Path) -> 
 
 def test_an_lm_answers_and_is_written_as_it_begins(tmp_path: Path) -> None:
     """SmolLM's kind: a beginning is named, and nothing is put in front of a text."""
-    sizes = {"vocab_size": len(VOCAB), "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    sizes: dict[str, Any] = {"vocab_size": len(VOCAB), "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
     theirs = redraw(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=4, eos_token_id=2)))
     theirs.save_pretrained(tmp_path / "a")
     FAMILIES["smollm"]().save_pretrained(tmp_path / "a")
@@ -135,7 +135,7 @@ def test_a_llava_and_a_blip2_over_such_lms_get_their_processors_ids(tmp_path: Pa
         vision_config={**VISION, "model_type": "clip_vision_model"}, text_config=text, image_token_index=6
     )
     redraw(LlavaForConditionalGeneration(config)).save_pretrained(tmp_path / "llava")
-    pictures = CLIPImageProcessorPil(**{**PICTURES, "size": {"shortest_edge": 32}})
+    pictures = CLIPImageProcessorPil(**PICTURES, size={"shortest_edge": 32})
     words = made(GPT2Tokenizer, extra_special_tokens=["<image>"])
     LlavaProcessor(pictures, words, patch_size=8, num_additional_image_tokens=1).save_pretrained(tmp_path / "llava")
     asked = Record(id="x", parts=(Text("a cat", role="user"),))
@@ -178,7 +178,7 @@ def test_siglip_2_pads_with_its_tokenizers_pad_and_keeps_punctuation(family: str
 
 
 def test_a_missing_tokenizer_is_asked_for_and_may_be_given(tmp_path: Path) -> None:
-    sizes = {"vocab_size": len(VOCAB), "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    sizes: dict[str, Any] = {"vocab_size": len(VOCAB), "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).save_pretrained(tmp_path / "lm")
     FAMILIES["gpt2"]().save_pretrained(tmp_path / "words")
     with pytest.raises(CheckpointError, match=r"holds no tokenizer .*give tokenizer=… \(on the command line --tok"):

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -27,13 +27,15 @@ from isthmus.nn.vit import VisionConfig
 from isthmus.systems.peers import pixels_of
 from isthmus.testing import probe
 from tests.interop import tiny_models
-from tests.models.tiny_flamingo import redraw
+from tests.models.redrawn import redraw
 
-SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
 V, LATENTS = 40, 5
+Gate = Literal["scalar", "vector"]
 
 
-def pair(interval: int, *, qk_norm: bool, gate: str, **more: Any) -> tuple[IdeficsForVisionText2Text, Flamingo]:
+def pair(interval: int, *, qk_norm: bool, gate: Gate, **more: Any) -> tuple[Any, Flamingo]:
+    """transformers' model and ours with its weights."""
     config = IdeficsConfig(
         vocab_size=V,
         additional_vocab_size=2,
@@ -62,7 +64,7 @@ def pair(interval: int, *, qk_norm: bool, gate: str, **more: Any) -> tuple[Idefi
         },
     )
     torch.manual_seed(0)
-    theirs = IdeficsForVisionText2Text(config).eval()
+    theirs: Any = IdeficsForVisionText2Text(config).eval()
     redraw(theirs)
     with torch.no_grad():
         for layer in theirs.model.gated_cross_attn_layers:
@@ -85,7 +87,7 @@ def pair(interval: int, *, qk_norm: bool, gate: str, **more: Any) -> tuple[Idefi
             resampler=ResamplerConfig(
                 layers=2, latents=LATENTS, heads=2, head_width=8, activation="relu", qk_norm=qk_norm
             ),
-            xattn=GatedConfig.idefics(32, 4, 48, eps=config.rms_norm_eps, qk_norm=qk_norm, gate=gate),  # type: ignore[arg-type]
+            xattn=GatedConfig.idefics(32, 4, 48, eps=config.rms_norm_eps, qk_norm=qk_norm, gate=gate),
             every=interval,
         )
     ).eval()
@@ -111,7 +113,7 @@ def _copy(theirs: IdeficsForVisionText2Text, ours: Flamingo) -> None:
     [(1, True, "scalar"), (2, False, "vector"), (1, False, "scalar"), (2, True, "vector")],
 )
 @torch.no_grad()
-def test_logits_equal(interval: int, qk_norm: bool, gate: str) -> None:
+def test_logits_equal(interval: int, qk_norm: bool, gate: Gate) -> None:
     theirs, ours = pair(interval, qk_norm=qk_norm, gate=gate)
     ours.vision.requires_grad_(False)  # an open encoder refuses features that were kept
     image = V + 1
@@ -182,13 +184,13 @@ def test_a_saved_folder_reads_as_the_librarys_processor(tmp_path):
     """Ids with a fake token on both sides of a picture, shared by two in a row; pixels; what each token sees."""
     model = tiny_models.idefics()
     write_model(model, tmp_path / "out", "hf")
-    peer = IdeficsProcessor.from_pretrained(tmp_path / "out")
+    peer: Any = IdeficsProcessor.from_pretrained(tmp_path / "out")
     pictures = [probe.picture(n) for n in (1, 2, 3)]
     record = Record("a", (*pictures[:2], Text(" two rings"), pictures[2], Text(" a red cube", learn=True)))
     record = replace(record, parts=tuple(replace(p, role="text") for p in record.parts))
     shown = [p.source.read() for p in pictures]
     theirs = peer(text=[[*shown[:2], "two rings", shown[2], "a red cube"]], add_eos_token=True, return_tensors="pt")
-    example = isthmus.load(tmp_path / "out").processor.example(record)
+    example = isthmus.load(tmp_path / "out").processor.example(record, 0)
     assert list(example.streams["lm"].ids) == theirs["input_ids"][0].tolist()
     ours = pixels_of(example)
     torch.testing.assert_close(ours, theirs["pixel_values"][0], atol=1e-5, rtol=0)
@@ -200,7 +202,7 @@ def test_a_saved_folder_reads_as_the_librarys_processor(tmp_path):
 def test_an_instruct_models_turns_read_and_end_as_the_librarys(tmp_path):
     """IDEFICS-instruct: a third token ends every turn, the user's too, and stops an answer."""
     write_model(tiny_models.idefics(instruct=True), tmp_path / "out", "hf")
-    peer = IdeficsProcessor.from_pretrained(tmp_path / "out")
+    peer: Any = IdeficsProcessor.from_pretrained(tmp_path / "out")
     model = isthmus.load(tmp_path / "out")
     picture, other = probe.picture(1), probe.picture(2)
     record = Record(
@@ -219,7 +221,7 @@ def test_an_instruct_models_turns_read_and_end_as_the_librarys(tmp_path):
     said += [other.source.read(), f"and this?{end}", "\nAssistant:"]
     theirs = peer(text=[said], add_end_of_utterance_token=False, return_tensors="pt")["input_ids"][0].tolist()
     assert list(model.processor.prompt(record).streams["lm"].ids) == theirs
-    span = model.processor.example(record).streams["lm"]
+    span = model.processor.example(record, 0).streams["lm"]
     turn = model.net.config.turn_id
     assert [i for i, label in zip(span.ids, span.labels or (), strict=True) if label == turn] == [turn, turn]
 

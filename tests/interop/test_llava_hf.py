@@ -28,13 +28,15 @@ from isthmus.interop.hf_llava import (
 from isthmus.language import Decoding
 from isthmus.load_report import Account
 from isthmus.models.llava import Llava
-from tests.models.tiny_llava import LANGUAGE, ROWS, Row, V, batch, redraw, tiny
+from tests.models.redrawn import redraw
+from tests.models.tiny_llava import LANGUAGE, ROWS, Row, V, batch, tiny
 
 IMAGE = V - 1
 NEVER = {"suppress_tokens": [IMAGE], "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
-def hf_model(**changes: Any) -> LlavaForConditionalGeneration:
+def hf_model(**changes: Any) -> Any:
+    """A LlavaForConditionalGeneration."""
     text = changes.pop("text_config", None) or LlamaConfig(**{k: v for k, v in LANGUAGE.items() if k != "model_type"})
     vision = CLIPVisionConfig(
         hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=4
@@ -135,7 +137,8 @@ def test_any_language_model_answers_as_the_class_that_saved_it(kind: str, tmp_pa
     config = llava_config_to_hf(net.config, image_token_id=IMAGE)
     files = {"config.json": config, "model.safetensors": llava_to_hf(net.state_dict(), net.config)}
     write_folder(tmp_path / "ours", files)
-    again, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    opened: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    again, report = opened
     assert not any(report.get(k) for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     state = again.state_dict()
     assert all(torch.equal(t, state[name]) for name, t in theirs.state_dict().items())
@@ -229,7 +232,8 @@ def test_what_we_write_transformers_reads_with_equal_logits_and_tokens(tied: boo
     again = ours(folder)
     assert again.config == net.config
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in again.state_dict().items())
-    theirs, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    opened: Any = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    theirs, report = opened
     assert not any(report.get(k) for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.config.image_token_id == IMAGE
     for row in ROWS.values():

@@ -28,8 +28,8 @@ def words() -> Tokenizer:
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, words: Tokenizer) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    sizes = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    sizes: dict[str, Any] = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
     made: dict[str, Any] = {
         "llama": LlamaForCausalLM(LlamaConfig(**LANGUAGE)),
         "gpt2": GPT2LMHeadModel(GPT2Config(**sizes, **ends)),
@@ -55,11 +55,11 @@ def adapter(base: Path, folder: Path, *, trained: bool = True, **settings: Any) 
     for parameter in model.parameters():
         if trained and parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return folder
 
 
-QV = {"target_modules": ["q_proj", "v_proj"]}
+QV: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", QV),
     "rslora": ("llama", {**QV, "use_rslora": True}),

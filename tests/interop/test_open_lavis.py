@@ -1,6 +1,7 @@
 """A BLIP-2 of LAVIS behind ``isthmus.load``: what is in the file, what is named beside it, and the outputs."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -149,11 +150,12 @@ def test_what_does_not_belong_is_named(tmp_path):
     model = tiny_models.lavis()
     lm = tiny_models.save_language(model, tmp_path / "lm")
     file = _file(model, tmp_path / "run")
-    for more, told in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"vision": lm}, "needs no vision"),
         ({"tokenizer": lm}, "needs no tokenizer"),
         ({"activation": "gelu"}, "needs no activation"),
-    ):
+    ]
+    for more, told in refused:
         with pytest.raises(CheckpointError, match=told):
             isthmus.load(file, language=lm, **more)
     with pytest.raises(CheckpointError, match="holds no language model's sizes: give language="):

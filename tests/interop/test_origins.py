@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -14,6 +15,7 @@ from transformers import CLIPTokenizer
 import isthmus
 from isthmus.checkpoint import write_folder
 from isthmus.data.clip_tokenizer import load_tokenizer
+from isthmus.data.interleave import InterleaveProcessor
 from isthmus.data.record import Image, Record, Text
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
@@ -32,6 +34,7 @@ from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.vit import VisionConfig
 from tests.fixtures import OPEN_CLIP
 from tests.interop import tiny_models
+from tests.narrow import must_be
 
 WORDS = ("a", "red", "blue", "cube", "ring", "what", "is", "it", "USER", "ASSISTANT", ":", "?", ".")
 
@@ -98,7 +101,7 @@ def scripted(state: dict[str, torch.Tensor]) -> torch.jit.ScriptModule:
         for step in path:
             if step not in part._modules:
                 part.add_module(step, Part())
-            part = part._modules[step]
+            part = must_be(Part, part._modules[step])
         part.register_buffer(leaf, tensor)
     return torch.jit.script(root)
 
@@ -369,8 +372,12 @@ def test_an_open_flamingo_over_gpt_neox_begins_as_its_tokenizer_does(tmp_path, p
     if not adds:
         tree = json.loads((lm / "tokenizer.json").read_text())
         (lm / "tokenizer.json").write_text(json.dumps({**tree, "post_processor": None}))
-    parts = {"vision": folder / "vision_encoder", "language": lm, **({"tokenizer": lm} if named else {})}
-    read = isthmus.load(folder / "checkpoint.pt", **parts).processor
+    parts: dict[str, Any] = {
+        "vision": folder / "vision_encoder",
+        "language": lm,
+        **({"tokenizer": lm} if named else {}),
+    }
+    read = must_be(InterleaveProcessor, isthmus.load(folder / "checkpoint.pt", **parts).processor)
     pair = Record("a", (Image(picture, role="text"), Text("a red cube", learn=True)))
     told = read.tokenizer
     row = [read.image_id, *told.encode("a red cube"), read.end_id, told.eos_id]

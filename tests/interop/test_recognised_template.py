@@ -9,7 +9,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 import isthmus
 from isthmus.data.images import open_image
-from isthmus.data.record import Record, Text
+from isthmus.data.record import Record, Role, Text
 from isthmus.data.text import TEMPLATES, Grammar
 from isthmus.errors import IsthmusWarning
 from isthmus.interop.convert import write_model
@@ -17,6 +17,7 @@ from isthmus.interop.hf_files import chat_template
 from isthmus.interop.recognised_template import chat_template_of, recognise_template
 from isthmus.testing import probe
 from tests.interop import tiny_models
+from tests.narrow import there
 
 UPPER = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' if m['role'] != 'system' else '' }}"
@@ -74,18 +75,18 @@ def test_a_llava_is_asked_as_its_processor_asks(file: str, begins: bool, tmp_pat
     text = ("{{ bos_token }}" if begins else "") + UPPER
     (folder / file).write_text(json.dumps({"chat_template": text}) if file.endswith("json") else text)
     processor, picture = AutoProcessor.from_pretrained(folder), probe.picture(1)
-    turns = [("user", "A cube?"), ("assistant", "two"), ("user", "a ring?")]
+    turns: list[tuple[Role, str]] = [("user", "A cube?"), ("assistant", "two"), ("user", "a ring?")]
     messages: list[dict[str, Any]] = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in turns]
     messages[0]["content"].insert(0, {"type": "image", "image": open_image(picture.source)})
     theirs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     opened = isthmus.load(folder)
-    example = opened.processor.prompt(Record("r", (picture, *(Text(t, role=r) for r, t in turns))))  # type: ignore[arg-type]
+    example = opened.processor.prompt(Record("r", (picture, *(Text(t, role=r) for r, t in turns))))
     (token,) = opened.forbidden
     ids = list(example.streams["lm"].ids)
     for place in example.places:
         ids[place.start : place.start + place.length] = [token] * place.length
     assert ids == list(theirs["input_ids"][0])
-    assert ids.count(opened.processor.tokenizer.bos_id) == 1
+    assert ids.count(there(opened.processor.tokenizer.bos_id)) == 1
 
 
 def test_an_lm_whose_template_writes_the_beginning_begins_once(tmp_path: Path) -> None:

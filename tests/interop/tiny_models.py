@@ -40,6 +40,7 @@ from isthmus.nn.vit import VisionConfig
 from tests.fixtures import OPEN_CLIP
 from tests.models.tiny_blip2 import T5, redraw
 from tests.models.tiny_blip2 import VISION as EVA
+from tests.models.tiny_flamingo import blocks_of
 
 SIZE, ROWS = 32, 400
 VISION = VisionConfig(image_size=SIZE, patch_size=8, width=64, layers=3, heads=1, mlp_width=256)
@@ -210,9 +211,9 @@ def flamingo(*, template: str = "open_flamingo", **changes: Any) -> Model:
     torch.manual_seed(0)
     net = Flamingo(FlamingoConfig(**{**fields, **changes}))
     redraw(net)
-    for block in net.xattn:
-        block.attn_gate.data.fill_(0.7)  # type: ignore[union-attr]
-        block.mlp_gate.data.fill_(0.5)  # type: ignore[union-attr]
+    for block in blocks_of(net):
+        block.attn_gate.data.fill_(0.7)
+        block.mlp_gate.data.fill_(0.5)
     return Model(net, InterleaveProcessor(told, ImageTransform.clip(SIZE), max_length=120, template=template))
 
 
@@ -236,9 +237,9 @@ def idefics(*, gate: Any = "scalar", instruct: bool = False) -> Model:
         )
     )
     redraw(net)
-    for block in net.xattn:
-        block.attn_gate.data.add_(0.7)  # type: ignore[union-attr]
-        block.mlp_gate.data.add_(0.5)  # type: ignore[union-attr]
+    for block in blocks_of(net):
+        block.attn_gate.data.add_(0.7)
+        block.mlp_gate.data.add_(0.5)
     image_transform, template = ImageTransform.clip(SIZE, "squash"), "idefics" if instruct else "paper"
     processor = InterleaveProcessor(
         told, image_transform, max_length=256, template=template, tokens=tokens, around=True

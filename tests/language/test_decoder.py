@@ -35,7 +35,7 @@ LENGTHS = [11, 4, 7]
 def build(name: str) -> LanguageModel:
     torch.manual_seed(0)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return redraw(LanguageModel.build({"model_type": name, **FAMILIES[name], **ids})).eval()  # type: ignore[return-value]
+    return redraw(LanguageModel.build({"model_type": name, **FAMILIES[name], **ids})).eval()
 
 
 def theirs(lm: LanguageModel, row: torch.Tensor, decoding: Decoding) -> list[int]:
@@ -106,7 +106,7 @@ def test_rules_for_tokens_equal_the_librarys(beams: int, options: dict) -> None:
 
 
 def seq2seq() -> Seq2SeqLM:
-    return redraw(Seq2SeqLM.build(T5)).eval()  # type: ignore[return-value]
+    return redraw(Seq2SeqLM.build(T5)).eval()
 
 
 MIXED = (

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -155,7 +156,13 @@ def test_the_papers_stages() -> None:
 def test_the_vit_l_variant_is_a_clip_tower_without_its_last_block() -> None:
     config = Blip2Config.vit_l_opt_2_7b().vision
     assert (config.layers, config.activation, config.pre_norm, config.post_norm) == (23, "quick_gelu", True, "none")
-    sizes = {"hidden_size": 24, "intermediate_size": 36, "num_attention_heads": 4, "image_size": SIZE, "patch_size": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 24,
+        "intermediate_size": 36,
+        "num_attention_heads": 4,
+        "image_size": SIZE,
+        "patch_size": 4,
+    }
     peer = redraw(CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=4, **sizes)))
     small = replace(config, image_size=SIZE, patch_size=4, width=24, layers=3, heads=4, mlp_width=36)
     tower = VisionTransformer(small)
@@ -455,7 +462,7 @@ def test_mistakes_in_a_configuration_are_named() -> None:
 @pytest.mark.parametrize("instruct", [False, True])
 def test_attention_maps_are_distributions_over_patches_behind_the_picture(instruct: bool) -> None:
     net = tiny("generate", instruct=instruct)
-    asked = {"question": [[CLS, 7, 8, SEP], [CLS, 9, SEP]]} if instruct else {}
+    asked: dict[str, Any] = {"question": [[CLS, 7, 8, SEP], [CLS, 9, SEP]]} if instruct else {}
     first, second = net.attention(prompts([[5, 6, 7], [8, 9]], **asked))
     assert [m.shape for m in (*first, *second)] == [(2, QUERIES + 3, 1, 16), (2, QUERIES + 2, 1, 16)]
     torch.testing.assert_close(first[0][:, QUERIES:].sum((-1, -2)), torch.ones(2, 3))

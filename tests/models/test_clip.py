@@ -10,6 +10,7 @@ from isthmus.batch import Batch, Visuals
 from isthmus.config import plain, strict
 from isthmus.errors import ConfigError, DataError
 from isthmus.models.clip import Clip, ClipConfig
+from tests.narrow import there
 from tests.nn.contrastive_ranks import EOT, batch, gradients, tiny, whole
 
 COUNTS = {  # preset: (vision, vision projection, text, text projection, total)
@@ -70,7 +71,7 @@ def test_published_starts_and_the_clamp():
     softmax, sigmoid = tiny("softmax"), tiny("sigmoid")
     assert softmax.heads.logit_scale.item() == pytest.approx(math.log(1 / 0.07), abs=1e-6)
     assert sigmoid.heads.logit_scale.item() == pytest.approx(math.log(10), abs=1e-6)
-    assert sigmoid.heads.logit_bias.item() == -10.0
+    assert there(sigmoid.heads.logit_bias).item() == -10.0
     assert softmax.heads.logit_bias is None
     for net in (softmax, sigmoid):
         net.heads.logit_scale.data.fill_(5.0)
@@ -127,14 +128,14 @@ def test_gradient_cache_under_autocast_reaches_every_weight():
 
 
 def _float(data: Batch) -> Batch:
-    return replace(data, visuals=tuple(Visuals(index=v.index, pixels=v.pixels.float()) for v in data.visuals))
+    return replace(data, visuals=tuple(Visuals(index=v.index, pixels=there(v.pixels).float()) for v in data.visuals))
 
 
 def test_pictures_are_matched_to_rows_by_owner_and_index():
     net, data = tiny(), batch()
     expected = net.loss(data)["contrastive"].mean
     order = torch.tensor([4, 0, 5, 2, 1, 3])
-    pixels = data.visuals[0].pixels
+    pixels = there(data.visuals[0].pixels)
     # Visual n belongs to row order[n]; the groups hold the visuals in yet another order, in two parts.
     groups = (
         Visuals(index=torch.tensor([5, 2]), pixels=pixels[order[[5, 2]]]),
@@ -148,7 +149,7 @@ def test_refusals():
     net, data = tiny(), batch()
     with pytest.raises(DataError, match="one picture per sample; sample 'row0' has 2"):
         net.loss(replace(data, owner=torch.tensor([0, 0, 2, 3, 4, 5])))
-    two_frames = data.visuals[0].pixels.expand(-1, 2, -1, -1, -1)
+    two_frames = there(data.visuals[0].pixels).expand(-1, 2, -1, -1, -1)
     with pytest.raises(DataError, match="2 frames"):
         net.loss(replace(data, visuals=(Visuals(index=torch.arange(6), pixels=two_frames),)))
     with pytest.raises(DataError, match="not cached features"):
@@ -180,7 +181,7 @@ def test_overfits_64_pairs(loss):
         optimizer.step()
         net.after_step()
     with torch.no_grad():
-        logits = net.logits(net.embed_images(data.visuals[0].pixels[:, 0]), net.embed_texts(data.text["text"]))
+        logits = net.logits(net.embed_images(there(data.visuals[0].pixels)[:, 0]), net.embed_texts(data.text["text"]))
     assert (data.text["text"].ids == EOT).any(dim=1).all()
     assert torch.equal(logits.argmax(dim=1), torch.arange(64))
     assert torch.equal(logits.argmax(dim=0), torch.arange(64))

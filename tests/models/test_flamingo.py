@@ -20,6 +20,7 @@ from isthmus.stage import Group, apply_stage
 from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
 from tests.models.tiny_flamingo import END, IMAGE, ROWS, VISION, V, batch, picture, tiny
+from tests.narrow import there
 
 TRAINED = (*read_recipe("open-flamingo-4b", to_show=True).stages[0].stage.train, Group("language.new_rows.*", 1e-4))
 """What the paper trains (sec. 3.2, app. B.1), and OpenFlamingo but for its 4B, which left the new rows alone."""
@@ -105,8 +106,8 @@ def test_a_batch_of_unlike_counts_sizes_and_lengths_equals_its_rows_alone():
 def test_frames_of_a_clip_are_told_apart():
     net, rows = tiny(), batch([ROWS["clip"]])
     (group,) = rows.visuals
-    back = replace(rows, visuals=(replace(group, pixels=group.pixels.flip(1)),))
-    still = replace(rows, visuals=(replace(group, pixels=group.pixels[:, :1]),))
+    back = replace(rows, visuals=(replace(group, pixels=there(group.pixels).flip(1)),))
+    still = replace(rows, visuals=(replace(group, pixels=there(group.pixels)[:, :1]),))
     scores = [net.score(r).item() for r in (rows, back, still)]
     assert len({round(s, 3) for s in scores}) == 3
 
@@ -143,7 +144,7 @@ def test_trains_exactly_the_new_parts_and_leaves_the_rest_bit_identical(tied):
     assert not net.language.lm.training
     before = {n: p.clone() for n, p in net.named_parameters()}
     net.loss(batch([ROWS["one"], ROWS["two"], ROWS["clip"]]))["lm"].mean.backward()
-    silent = {n for n in expected if not net.get_parameter(n).grad.any()}
+    silent = {n for n in expected if not there(net.get_parameter(n).grad).any()}
     assert silent == set()
     torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3).step()
     assert {n for n, p in net.named_parameters() if not torch.equal(p, before[n])} == expected
@@ -169,7 +170,7 @@ def test_a_step_over_four_sources_is_one_backward_of_the_weighted_sum():
     found = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
     net.zero_grad()
     plain = [net.loss(replace(part, loss_weights={}))["lm"].mean for part in parts]
-    sum(w * mean for w, mean in zip(weights.values(), plain, strict=True)).backward()
+    torch.stack([w * mean for w, mean in zip(weights.values(), plain, strict=True)]).sum().backward()
     for name, value in found.items():
         torch.testing.assert_close(value, net.get_parameter(name).grad, atol=1e-6, rtol=1e-4, msg=name)
     assert list(means) == [f"lm/{s}" for s in weights]
@@ -266,9 +267,11 @@ def test_all_previous_images_when_asked_for():
 def test_cached_features_equal_pixels():
     net, rows = tiny(), batch([ROWS["one"], ROWS["clip"]])
     net.vision.requires_grad_(False)
-    visuals = tuple(Visuals(index=g.index, features=net.visual_features(g.pixels).detach()) for g in rows.visuals)
+    visuals = tuple(
+        Visuals(index=g.index, features=net.visual_features(there(g.pixels)).detach()) for g in rows.visuals
+    )
     torch.testing.assert_close(net.score(replace(rows, visuals=visuals)), net.score(rows))
-    narrow = tuple(replace(g, features=g.features[..., :8]) for g in visuals)
+    narrow = tuple(replace(g, features=there(g.features)[..., :8]) for g in visuals)
     with pytest.raises(DataError, match="8 wide, the connector reads 24"):
         net.score(replace(rows, visuals=narrow))
     net.vision.requires_grad_(True)

@@ -14,6 +14,7 @@ from isthmus.interop.hf_blip2 import to_hf
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.llava import Llava, LlavaConfig
+from isthmus.net import Net
 from isthmus.nn.connectors.qformer import QFormerConnector
 from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig
 from isthmus.nn.gated import GatedBlock, GatedConfig
@@ -198,18 +199,18 @@ def test_blip2s_parts_count_as_published_files_do() -> None:
 # Gradients over splits
 
 
-def gradients(net: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
+def gradients(net: Net, batches: list[Batch]) -> dict[str, Tensor]:
     net.zero_grad()
     backward(engine(net), batches, FP32)
     return {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
 
 
-def _llava() -> tuple[nn.Module, Batch, list[Batch]]:
+def _llava() -> tuple[Net, Batch, list[Batch]]:
     rows = [tiny_llava.ROWS[name] for name in ("one", "two", "none")]
     return tiny_llava.tiny(), tiny_llava.batch(rows), [tiny_llava.batch(rows[:1]), tiny_llava.batch(rows[1:])]
 
 
-def _flamingo() -> tuple[nn.Module, Batch, list[Batch]]:
+def _flamingo() -> tuple[Net, Batch, list[Batch]]:
     rows = [tiny_flamingo.ROWS[name] for name in ("one", "two", "none")]
     return (
         tiny_flamingo.tiny(),
@@ -218,7 +219,7 @@ def _flamingo() -> tuple[nn.Module, Batch, list[Batch]]:
     )
 
 
-def _blip2() -> tuple[nn.Module, Batch, list[Batch]]:
+def _blip2() -> tuple[Net, Batch, list[Batch]]:
     rows = [[2, 5, 6, 7, 8, 9], [2, 10, 11], [2, 12, 13, 14]]
     parts = [tiny_blip2.prompts(rows[:1], learn_from=1), tiny_blip2.prompts(rows[1:], learn_from=1, first=1)]
     return tiny_blip2.tiny("generate"), tiny_blip2.prompts(rows, learn_from=1), parts

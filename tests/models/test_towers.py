@@ -1,5 +1,7 @@
 """Single towers: transformers' own classes as they save themselves, and what such a model can do."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -15,9 +17,9 @@ from isthmus.testing import probe
 from tests.interop import tiny_models
 from tests.models.tiny_blip2 import redraw
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION = {**SIZES, "image_size": 32, "patch_size": 8}
-TEXT = {**SIZES, "vocab_size": 400, "max_position_embeddings": 20, "bos_token_id": 1, "pad_token_id": 0}
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION: dict[str, Any] = {**SIZES, "image_size": 32, "patch_size": 8}
+TEXT: dict[str, Any] = {**SIZES, "vocab_size": 400, "max_position_embeddings": 20, "bos_token_id": 1, "pad_token_id": 0}
 
 
 def _saved(cls, config, folder):
@@ -93,10 +95,10 @@ def test_what_a_tower_cannot_do_is_named():
     with pytest.raises(CapabilityError, match="no tokenizer"):
         _ = image.processor.tokenizer
     with pytest.raises(DataError, match="one picture a sample and this has 0"):
-        image.processor.example(Record("a", (Text("x"),)))
+        image.processor.example(Record("a", (Text("x"),)), 0)
     with pytest.raises(DataError, match="one text and no picture"):
-        text.processor.example(Record("a", ()))
-    sizes = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "heads": 2, "mlp_width": 32}
+        text.processor.example(Record("a", ()), 0)
+    sizes: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "heads": 2, "mlp_width": 32}
     part = ImageEncoder(ImageEncoderConfig(vision=VisionConfig.siglip(**sizes, pool="none")))
     with pytest.raises(CapabilityError, match="it can: serve as a part of other models"):
         Model(part, image.processor).vision_features([])

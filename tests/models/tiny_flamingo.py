@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from isthmus.batch import IGNORE, Batch, Places, Tokens, Visuals
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
-from isthmus.nn.gated import GatedConfig
+from isthmus.nn.gated import GatedBlock, GatedConfig
 from isthmus.nn.vit import VisionConfig
+from tests.models.redrawn import redraw
+from tests.narrow import must_be
 
 V, END, IMAGE, SIZE = 53, 53, 54, 16
 VISION = VisionConfig(image_size=SIZE, patch_size=4, width=24, layers=2, heads=4, mlp_width=32)
@@ -36,15 +37,6 @@ LANGUAGES: dict[str, dict[str, Any]] = {
 RESAMPLER = ResamplerConfig(layers=2, latents=5, heads=2, head_width=8, frames=3)
 
 
-def redraw(net: nn.Module, std: float = 0.2) -> None:
-    """Every matrix from N(0, std²), every vector moved a little."""
-    g = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            noise = torch.randn(parameter.shape, generator=g) * std
-            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
-
-
 def tiny(language: str = "llama", *, gates: tuple[float, float] = (0.7, 0.5), **changes: Any) -> Flamingo:
     """Gates are (attention, MLP) of every block."""
     lm = {"model_type": language, **LANGUAGES[language], **changes.pop("lm", {})}
@@ -53,10 +45,15 @@ def tiny(language: str = "llama", *, gates: tuple[float, float] = (0.7, 0.5), **
     net = Flamingo(FlamingoConfig(**{**fields, **changes}, language=lm, end_id=END, image_id=IMAGE)).eval()
     redraw(net)
     with torch.no_grad():
-        for block in net.xattn:
-            block.attn_gate.fill_(gates[0])  # type: ignore[operator, union-attr]
-            block.mlp_gate.fill_(gates[1])  # type: ignore[operator, union-attr]
+        for block in blocks_of(net):
+            block.attn_gate.fill_(gates[0])
+            block.mlp_gate.fill_(gates[1])
     return net
+
+
+def blocks_of(net: Flamingo) -> list[GatedBlock]:
+    """Its gated blocks."""
+    return [must_be(GatedBlock, block) for block in net.xattn]
 
 
 def picture(name: str, size: tuple[int, int] = (SIZE, SIZE), frames: int = 1) -> torch.Tensor:

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from isthmus.batch import IGNORE, Batch, Places, Tokens, Visuals
 from isthmus.models.llava import Llava, LlavaConfig
 from isthmus.nn.vit import VisionConfig
+from tests.models.redrawn import redraw
 
 V, SIZE, PATCHES = 61, 16, 16
 VISION = VisionConfig(image_size=SIZE, patch_size=4, width=24, layers=3, heads=4, mlp_width=32)
@@ -24,19 +24,8 @@ LANGUAGE = {
 }
 
 
-def redraw(net: nn.Module, std: float = 0.2) -> None:
-    """Every matrix from N(0, std²), every vector moved a little."""
-    g = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            noise = torch.randn(parameter.shape, generator=g) * std
-            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
-
-
 def tiny(**changes: Any) -> Llava:
-    net = Llava(LlavaConfig(**{"vision": VISION, "language": LANGUAGE, **changes})).eval()
-    redraw(net)
-    return net
+    return redraw(Llava(LlavaConfig(**{"vision": VISION, "language": LANGUAGE, **changes})).eval())
 
 
 def picture(number: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -12,11 +13,12 @@ from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.vit import VisionConfig
 
 ROWS, EOT = 6, 19
-CASES = [("softmax", False), ("softmax", True), ("sigmoid", False), ("sigmoid", True)]
+Loss = Literal["softmax", "sigmoid"]
+CASES: list[tuple[Loss, bool]] = [("softmax", False), ("softmax", True), ("sigmoid", False), ("sigmoid", True)]
 """(loss, whether through the gradient cache)"""
 
 
-def tiny(loss: str = "softmax", **options) -> Clip:
+def tiny(loss: Loss = "softmax", **options) -> Clip:
     torch.manual_seed(3)
     vision = VisionConfig(image_size=8, patch_size=4, width=12, layers=2, heads=2, mlp_width=16)
     text = TextConfig(context=8, vocab_size=20, width=12, layers=2, heads=2, mlp_width=16, eot_id=EOT)

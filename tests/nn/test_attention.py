@@ -5,6 +5,7 @@ import torch
 
 from isthmus.errors import ConfigError
 from isthmus.nn.attention import Attention, attend, cast_once
+from tests.narrow import there
 
 
 def _copy(ours: Attention, theirs: torch.nn.MultiheadAttention) -> None:
@@ -87,7 +88,7 @@ def test_half_precision_is_computed_in_float32_under_autocast_too(causal, masked
     expected.sum().backward()
     found.sum().backward()
     for mine, other in zip(half, exact, strict=True):
-        torch.testing.assert_close(mine.grad.float(), other.grad, atol=0.02, rtol=0.01)
+        torch.testing.assert_close(there(mine.grad).float(), other.grad, atol=0.02, rtol=0.01)
 
 
 @pytest.mark.parametrize("half", [True, False], ids=["half queries", "full queries"])

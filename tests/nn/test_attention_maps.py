@@ -7,7 +7,8 @@ from isthmus.batch import Places
 from isthmus.errors import CapabilityError
 from isthmus.language import LanguageModel
 from isthmus.nn.attention_maps import patch_maps, self_attention
-from tests.models.tiny_llava import LANGUAGE, redraw
+from tests.models.redrawn import redraw
+from tests.models.tiny_llava import LANGUAGE
 
 
 def places(*rows):

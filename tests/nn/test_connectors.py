@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from isthmus.checkpoint import load_into, load_tensors, state_tensors, write_folder
 from isthmus.errors import CapabilityError, ConfigError
 from isthmus.nn.connectors import CONNECTORS, Connector, build_connector, named_mlp
+from isthmus.nn.connectors.pooling import AveragePool, PixelShuffle
 from isthmus.user_code import pin
+from tests.narrow import must_be
 
 WIDTH, OUT, SIDE = 24, 20, 4
 SPECS = {
@@ -33,9 +35,9 @@ TOKENS = {
 }
 
 
-def make(kind: str, **more) -> nn.Module:
+def make(kind: str, **more) -> Connector:
     torch.manual_seed(1)
-    return build_connector({"kind": kind, **SPECS[kind], **more}, WIDTH, OUT)
+    return must_be(Connector, build_connector({"kind": kind, **SPECS[kind], **more}, WIDTH, OUT))
 
 
 def features(count: int = 3, frames: int = 2) -> Tensor:
@@ -51,7 +53,6 @@ def test_all_of_them_are_tested_here():
 @torch.no_grad()
 def test_tokens_are_counted_and_rows_are_alone(kind):
     net = make(kind).eval()
-    assert isinstance(net, Connector)
     out = net(features())
     assert out.shape == (3, net.num_tokens(2, (SIDE, SIDE)), OUT) == (3, TOKENS[kind], OUT)
     one = torch.cat([net(row[None]) for row in features()])
@@ -90,7 +91,7 @@ def test_blocks_are_neighbours_of_the_map():
     x = features(1, 1)
     maps = x[0, 0].unflatten(0, (SIDE, SIDE))
     blocks = [maps[r : r + 2, c : c + 2].flatten(0, 1) for r in (0, 2) for c in (0, 2)]
-    pool, shuffle = make("average_pool", factor=2), make("pixel_shuffle")
+    pool, shuffle = must_be(AveragePool, make("average_pool", factor=2)), must_be(PixelShuffle, make("pixel_shuffle"))
     torch.testing.assert_close(pool(x)[0], pool.mlp(torch.stack([b.mean(0) for b in blocks])[None, None])[0])
     joined = torch.stack([b.flatten() for b in blocks])[None, None]
     torch.testing.assert_close(shuffle(x)[0], shuffle.mlp(shuffle.norm(joined))[0])

@@ -15,7 +15,7 @@ from tests.models.tiny_blip2 import DEC, QFORMER, QUERIES, TEXTS, WORDS, redraw,
 
 
 def connector(text: bool = True, out: int | None = None) -> QFormerConnector:
-    return redraw(QFormerConnector(QFORMER, out, text=text))  # type: ignore[return-value]
+    return redraw(QFormerConnector(QFORMER, out, text=text))
 
 
 def features(rows: int, seed: int = 1) -> torch.Tensor:
@@ -164,7 +164,7 @@ def bert(layers: int = 4) -> BertForPreTraining:
         max_position_embeddings=40,
         type_vocab_size=2,
     )
-    return redraw(BertForPreTraining(config))  # type: ignore[return-value]
+    return redraw(BertForPreTraining(config))
 
 
 @torch.no_grad()

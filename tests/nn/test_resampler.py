@@ -6,7 +6,7 @@ import torch
 from isthmus.errors import ConfigError
 from isthmus.nn.connectors import Connector
 from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig, stretch
-from tests.models.tiny_flamingo import redraw
+from tests.models.redrawn import redraw
 
 
 def small(**changes) -> Resampler:

@@ -1,5 +1,7 @@
 """Pooling at end-of-text, padding, truncation to the longest row, refusals."""
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from isthmus.nn.text_tower import TextConfig, TextTower
 EOT, VOCAB = 30, 40
 
 
-def _tower(pool: str = "eot") -> TextTower:
+def _tower(pool: Literal["eot", "argmax", "last"] = "eot") -> TextTower:
     torch.manual_seed(0)
     tower = TextTower(
         TextConfig(

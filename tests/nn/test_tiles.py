@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.models.llava_next.modeling_llava_next import select_best_resolution, unpad_image
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from isthmus.errors import ConfigError
 from isthmus.nn.tiles import PINPOINTS, arrange, best_canvas, check_pinpoints, fitted, num_tokens, turned, unpadded
@@ -30,7 +31,7 @@ def test_tokens_of_the_published_models(picture: tuple[int, int], tokens: int) -
 @given(SIZES)
 def test_the_canvas_is_the_reference_s_in_both_orders(size: tuple[int, int]) -> None:
     for pinpoints in (PINPOINTS, turned(PINPOINTS)):
-        assert best_canvas(size, pinpoints) == select_best_resolution(size, pinpoints)
+        assert best_canvas(size, pinpoints) == select_best_resolution(size, list(pinpoints))
     if 336 < max(size) <= 3 * min(size):
         assert best_canvas(size, PINPOINTS) == best_canvas(size, turned(PINPOINTS))
 

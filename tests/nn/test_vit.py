@@ -1,5 +1,7 @@
 """The vision transformer against transformers, layer by layer, and its refusals."""
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,7 +13,7 @@ from isthmus.interop.hf_clip import vision_config_from_hf, vision_from_hf
 from isthmus.nn.vit import PatchEmbedding, VisionConfig, VisionTransformer, resize_positions
 from tests.fixtures import OPEN_CLIP
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
@@ -23,8 +25,9 @@ SIZES = {
 
 def _pair(kind: str):
     torch.manual_seed(1)
-    config, cls = (CLIPVisionConfig, CLIPVisionModel) if kind == "clip" else (SiglipVisionConfig, SiglipVisionModel)
-    theirs = cls(config(**SIZES)).double().eval()
+    clip = kind == "clip"
+    theirs = CLIPVisionModel(CLIPVisionConfig(**SIZES)) if clip else SiglipVisionModel(SiglipVisionConfig(**SIZES))
+    theirs = theirs.double().eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -99,7 +102,7 @@ def test_no_block_above_the_highest_asked_for_is_computed():
     assert calls == []
 
 
-TINY = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 3, "heads": 2, "mlp_width": 32}
+TINY: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 3, "heads": 2, "mlp_width": 32}
 
 
 def test_wrong_size_and_wrong_layer_are_refused():
@@ -113,7 +116,7 @@ def test_wrong_size_and_wrong_layer_are_refused():
     with pytest.raises(ConfigError, match="does not fit a grid"):
         resize_positions(torch.randn(16, 4), (4, 4), (2, 2), how="hf", class_token=True)
     with pytest.raises(ConfigError, match="unknown interpolation"):
-        resize_positions(torch.randn(16, 4), (4, 4), (2, 2), how="nearest", class_token=False)
+        resize_positions(torch.randn(16, 4), (4, 4), (2, 2), how="nearest", class_token=False)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("change", [{"patch_size": 32}, {"class_token": False}, {"pool": "none"}])

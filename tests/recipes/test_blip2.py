@@ -274,7 +274,7 @@ def test_berts_start_and_a_t5_from_their_folders(story, tmp_path):
 
 
 def test_what_does_not_fit_is_named(story, tmp_path):
-    def refused(message, error=ConfigError, **changes):
+    def refused(message, error: type[Exception] = ConfigError, **changes):
         recipe = tree(story, **changes)
         with pytest.raises(error, match=message):
             build(parse_recipe(recipe))

@@ -12,6 +12,7 @@ from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, DataError
 from isthmus.recipes.capfilt import Mislabelled, capfilt
 from tests.data.helpers import png
+from tests.narrow import must_be, there
 
 SCENES = {"kind": "scenes", "form": "captions", "count": 60}
 
@@ -24,12 +25,14 @@ class Knows:
         self.seeds: list[int] = []
         source = open_source(SCENES)
         for i in range(len(source)):
-            self.truth[source[i].images[0].content_key()] = source[i].texts[0].text  # type: ignore[assignment]
+            self.truth[source[i].images[0].content_key()] = must_be(tuple, source[i].texts[0].text)
 
-    def generate(self, records, *, seed, temperature, top_p, max_new_tokens):
+    def generate(self, records, **decoding):
+        assert decoding.keys() == {"seed", "temperature", "top_p", "max_new_tokens"}
+        seed = decoding["seed"]
         self.seeds.append(seed)
         assert all(not r.texts for r in records)
-        assert temperature == 1.0
+        assert decoding["temperature"] == 1.0
         return [
             self.truth[r.images[0].content_key()][seed % 5] if seed % 3 == 0 else f"a thing of seed {seed}"
             for r in records
@@ -57,7 +60,7 @@ def test_wrong_captions_are_replaced_by_right_ones(tmp_path) -> None:
     assert (one.correct_before, one.correct_after) == (report.correct_before, 1.0)
     assert one.wrong_web_kept == 0.0
     assert one.right_web_kept is not None
-    assert one.web_kept == pytest.approx(one.right_web_kept * one.correct_before)
+    assert one.web_kept == pytest.approx(one.right_web_kept * there(one.correct_before))
     assert 0 < one.web_kept < 1
     assert report.to_dict() == json.loads((tmp_path / "out" / "report.json").read_text())
     back = open_source(
@@ -77,7 +80,7 @@ def test_the_share_of_wrong_captions_is_the_one_asked_for_and_repeatable() -> No
     source = open_source({**SCENES, "count": 400})
     for share in (0.0, 0.3, 1.0):
         records = [Mislabelled(source, share, seed=3)[i] for i in range(400)]
-        wrong = sum(r.texts[0].text not in source[i].texts[0].text for i, r in enumerate(records)) / 400
+        wrong = sum(r.texts[0].text not in must_be(tuple, source[i].texts[0].text) for i, r in enumerate(records)) / 400
         assert abs(wrong - share) < 0.06
         assert records[5] == Mislabelled(source, share, seed=3)[5]
     with pytest.raises(ConfigError, match="between 0 and 1"):

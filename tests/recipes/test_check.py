@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from isthmus.data.loader import Loader
 from isthmus.data.record import Example, Place, Span
 from isthmus.data.wordpiece import train_wordpiece
 from isthmus.errors import ConfigError
@@ -15,6 +16,7 @@ from isthmus.recipes.schema import parse_recipe
 from tests.cli.test_cli import run
 from tests.data.helpers import byte_level, png
 from tests.miniature import tree
+from tests.narrow import must_be
 
 
 def test_a_sample_is_shown_in_runs_of_learnt_read_and_picture_tokens():
@@ -69,7 +71,7 @@ def test_data_that_draws_numbers_of_its_own_is_found(monkeypatch):
 
     def fickle(built, spec):
         calls.append(1)
-        loader = real(built, spec)
+        loader = must_be(Loader, real(built, spec))
         loader.seed += len(calls) > 2  # another order when the interrupted run begins
         return loader
 

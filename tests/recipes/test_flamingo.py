@@ -13,6 +13,7 @@ from isthmus.checkpoint import read_json
 from isthmus.data.collate import collate
 from isthmus.data.images import as_image
 from isthmus.data.interleave import hateful_memes
+from isthmus.data.joint import JointLoader
 from isthmus.data.record import Record, Text
 from isthmus.data.video import as_video
 from isthmus.errors import ConfigError, DataError
@@ -24,6 +25,7 @@ from isthmus.training import train as train_stage
 from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
 from tests.miniature import STAGE
+from tests.narrow import must_be, there
 
 TREE = {
     "model": "flamingo",
@@ -97,14 +99,14 @@ def test_only_the_new_parts_moved_and_no_text_tower_is_kept(model, story):
 
 
 def test_every_step_reads_every_source(story, run):
-    loader = make_loader(build(recipe(story)), recipe(story).stages[0])
+    loader = must_be(JointLoader, make_loader(build(recipe(story)), recipe(story).stages[0]))
     stream = loader.steps()
     for _ in range(2):
         position, batches = next(stream)
         assert [len(b) for b in batches] == [2, 3, 1]
         assert [b.sources[0] for b in batches] == [f"scenes-{f}-train" for f in ("pages", "captions", "clip_questions")]
         assert batches[0].loss_weights == {b.sources[0]: w for b, w in zip(batches, (1.0, 0.2, 0.03), strict=True)}
-        assert max(g.pixels.shape[1] for g in batches[2].visuals) == 3
+        assert max(there(g.pixels).shape[1] for g in batches[2].visuals) == 3
     third = next(stream)[1]
     stream.close()
     again = next(loader.steps(loader.position(position.to_dict())))[1]
@@ -139,11 +141,11 @@ def test_sources_that_share_a_pass_have_the_same_gradient(story):
 
 
 def _double(group):
-    return replace(group, pixels=group.pixels.double())
+    return replace(group, pixels=there(group.pixels).double())
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own passes", "shared passes"])
-def test_a_resumed_run_ends_in_the_same_bits(story, run, tmp_path, shared):
+def test_a_resumed_run_ends_in_the_same_bits(story, run, tmp_path, monkeypatch, shared):
     one = recipe(story, **({"pass_tokens": 60} if shared else {}))
     built = build(one)
     stage = one.stages[0]
@@ -151,7 +153,7 @@ def test_a_resumed_run_ends_in_the_same_bits(story, run, tmp_path, shared):
     class Cut(Exception):
         pass
 
-    loader = make_loader(built, stage)
+    loader = must_be(JointLoader, make_loader(built, stage))
     steps = loader.steps
 
     def two(start=None):
@@ -160,7 +162,7 @@ def test_a_resumed_run_ends_in_the_same_bits(story, run, tmp_path, shared):
                 raise Cut
             yield item
 
-    loader.steps = two
+    monkeypatch.setattr(loader, "steps", two)
     with pytest.raises(Cut):
         train_stage(built.net, loader, stage.stage, tmp_path / "s", seed=one.seed, progress=False)
     fresh = build(one)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import fields
 from functools import partial
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -47,7 +47,8 @@ def test_every_preset_is_a_configuration(kind, name):
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """A tokenizer's folder, as a recipe names it."""
-    made = make_tokenizer(TokenizerSpec(**TOKENIZER | {"samples": 10}))
+    spec: dict[str, Any] = TOKENIZER | {"samples": 10}
+    made = make_tokenizer(TokenizerSpec(**spec))
     return str(write_folder(tmp_path_factory.mktemp("words") / "bpe", made.files()))
 
 

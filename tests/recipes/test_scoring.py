@@ -10,12 +10,14 @@ from PIL import Image as PilImage
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_source
 from isthmus.errors import DataError
+from isthmus.evaluation import LinearProbeTask
 from isthmus.evaluation.protocols import Answers, Embeds, HasVisionFeatures, MatchesPairs, Weighs
 from isthmus.interop.hub import model_hash
 from isthmus.opening import load
 from isthmus.recipes import scoring
 from isthmus.recipes.schema import EvalSpec
 from isthmus.recipes.scoring import TASKS, make_task, needs, score_model, with_shots
+from tests.narrow import must_be
 
 
 def test_each_number_of_shots_is_a_task_of_its_own():
@@ -103,7 +105,7 @@ def test_broken_training_pictures_are_left_out_of_a_probe(tmp_path):
     (tmp_path / "1.png").write_bytes(b"no picture")
     scenes = {"kind": "scenes", "form": "questions", "count": 4}
     spec = EvalSpec(name="probe", task="linear-probe", data=scenes, train=data)
-    assert len(make_task(spec, quarantine=Quarantine()).train) == 3
+    assert len(must_be(LinearProbeTask, make_task(spec, quarantine=Quarantine())).train) == 3
     with pytest.raises(DataError, match="1 of 4 samples are bad"):
         make_task(spec, quarantine=Quarantine(after=4))
 

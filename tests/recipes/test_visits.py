@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from PIL import Image as PilImage
 
+from isthmus.data.loader import Loader
 from isthmus.errors import IsthmusWarning
 from isthmus.opening import load
 from isthmus.recipes.build import build
@@ -12,6 +13,7 @@ from isthmus.recipes.run import make_loader
 from isthmus.recipes.schema import EvalSpec, parse_recipe
 from isthmus.recipes.scoring import score_model
 from tests.miniature import tree
+from tests.narrow import must_be, there
 from tests.recipes.visits import count_visits, epoch_of, questions
 
 
@@ -55,7 +57,7 @@ def test_a_training_visit_opens_and_decodes_once(story, tmp_path, visits, name, 
     found = tree(name, story)
     found["stages"][stage]["data"] = [questions(tmp_path, 8)]
     recipe = parse_recipe(found)
-    loader = make_loader(build(recipe).enter(recipe.stages[stage]), recipe.stages[stage])
+    loader = must_be(Loader, make_loader(build(recipe).enter(recipe.stages[stage]), recipe.stages[stage]))
     opened.clear()
     for epoch in range(1, 3):
         keys = [key for batches in loader.epoch(epoch) for batch in batches for key in batch.keys]
@@ -70,9 +72,10 @@ def test_a_visit_of_a_picture_in_tiles_decodes_once(story, tmp_path, visits):
     found["stages"] = [found["stages"][0] | {"config": {"pinpoints": [[64, 128], [128, 64]]}, "image_mode": "anyres"}]
     found["stages"][0]["data"] = [questions(tmp_path, 8)]
     recipe = parse_recipe(found)
-    loader = make_loader(build(recipe).enter(recipe.stages[0]), recipe.stages[0])
+    loader = must_be(Loader, make_loader(build(recipe).enter(recipe.stages[0]), recipe.stages[0]))
     opened.clear()
-    shapes = {tuple(v.pixels.shape[1:]) for batches in loader.epoch(1) for batch in batches for v in batch.visuals}
+    visuals = [v for batches in loader.epoch(1) for batch in batches for v in batch.visuals]
+    shapes = {tuple(there(v.pixels).shape[1:]) for v in visuals}
     assert shapes == {(3, 3, 64, 64)}  # the overview and two tiles
     assert (set(opened.values()), decoded["all"]) == ({2}, 8)
 

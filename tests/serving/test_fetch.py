@@ -5,6 +5,7 @@ import socket
 import socketserver
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +20,7 @@ PUBLIC = "93.184.216.34"
 class World:
     """Hosts with addresses, and one server on loopback that every public address leads to."""
 
-    def __init__(self, answers: dict[str, bytes], **addresses: list[str]) -> None:
+    def __init__(self, answers: Mapping[str, bytes | list[bytes | float]], **addresses: list[str]) -> None:
         self.answers, self.addresses = answers, addresses
         self.looked_up: list[str] = []
         self.connected: list[tuple[str, int]] = []
@@ -47,7 +48,7 @@ class World:
                 path = head.split()[1].decode()
                 answer = world.answers[path]
                 for piece in answer if isinstance(answer, list) else [answer]:
-                    if isinstance(piece, float):
+                    if not isinstance(piece, bytes):
                         time.sleep(piece)
                         continue
                     try:

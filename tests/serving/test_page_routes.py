@@ -15,6 +15,7 @@ from isthmus.data.attention import Attention
 from isthmus.data.images import ImageTransform
 from isthmus.serving.api import create_app
 from isthmus.serving.page import PAGE
+from tests.data.helpers import pixel
 from tests.serving.helpers import asked, models
 
 
@@ -123,9 +124,8 @@ def test_the_box_is_where_the_model_sees(mode, size):
     dot = (size[0] // 2 - 6, size[1] // 2 + 6)
     picture.paste((0, 0, 255), (dot[0] - 2, dot[1] - 2, dot[0] + 3, dot[1] + 3))
     pixels = transform.fit(picture)
-    blue = [
-        (x, y) for x in range(30) for y in range(30) if pixels.getpixel((x, y))[2] - pixels.getpixel((x, y))[0] > 60
-    ]
+    places = [(x, y) for x in range(30) for y in range(30)]
+    blue = [place for place in places if pixel(pixels, place)[2] - pixel(pixels, place)[0] > 60]
     seen = [(sum(axis) / len(blue) + 0.5) / 30 for axis in zip(*blue, strict=True)]
     told = [((dot[0] + 0.5) / size[0] - left) / (right - left), ((dot[1] + 0.5) / size[1] - top) / (bottom - top)]
     assert seen == pytest.approx(told, abs=0.04)

@@ -11,7 +11,8 @@ from isthmus.data.record import Record, Text
 from isthmus.language import Decoder, Decoding, LanguageModel, Prompt
 from isthmus.serving.prefix import Remembering
 from tests.interop import tiny_models
-from tests.models.tiny_flamingo import LANGUAGES, redraw
+from tests.models.redrawn import redraw
+from tests.models.tiny_flamingo import LANGUAGES
 from tests.serving.helpers import picture
 
 MORE = {"mistral": {**LANGUAGES["llama"], "sliding_window": 6}, **LANGUAGES}

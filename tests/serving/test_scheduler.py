@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from isthmus.data.record import Example
 from isthmus.data.words import Words
 from isthmus.errors import DataError
 from isthmus.language import Decoding
@@ -13,10 +14,10 @@ from isthmus.serving.engine import Token
 from isthmus.serving.errors import ApiError
 from isthmus.serving.limits import Limits
 from isthmus.serving.metrics import Metrics
-from isthmus.serving.scheduler import Call, Found, Said, Scheduler, Text
+from isthmus.serving.scheduler import Call, Found, Said, Scheduler, Text, Work
 from tests.serving.helpers import models, until
 
-EXAMPLE = None
+EXAMPLE, BROKEN = (Example(id=name, source="", streams={}) for name in ("asked", "broken"))
 
 
 class Slow:
@@ -33,7 +34,7 @@ class Slow:
         return self.most - len(self.rows)
 
     def begin(self, row, example, decoding, top):
-        if example == "broken":
+        if example is BROKEN:
             raise DataError("sec" + "ret")
         self.begun.append(row)
         self.rows[row] = 0
@@ -70,7 +71,8 @@ class Stage:
         events = self.heard[name] = []
         ticket = self.scheduler.reserve(client, "lm", events.append)
         words = Words(models()["lm"].processor.tokenizer)
-        self.scheduler.submit(ticket, [Text(ticket, 0, example, Decoding(max_new_tokens=tokens), words, None)])
+        work: list[Work] = [Text(ticket, 0, example, Decoding(max_new_tokens=tokens), words, None)]
+        self.scheduler.submit(ticket, work)
         return ticket
 
     def call(self, name, pieces, client="a"):
@@ -160,7 +162,7 @@ def test_a_deadline_ends_what_runs_and_what_waits(stage):
 
 
 def test_a_text_that_does_not_fit_fails_alone(stage, caplog):
-    stage.text("broken", "a", example="broken")
+    stage.text("broken", "a", example=BROKEN)
     stage.text("sound", "b")
     stage.steps(3)
     until(lambda: stage.ended("sound") and stage.ended("broken"))

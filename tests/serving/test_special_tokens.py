@@ -2,9 +2,11 @@
 
 import pytest
 
+from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.images import as_image
 from isthmus.data.record import Record, Text
 from tests.interop import tiny_models
+from tests.narrow import must_be
 from tests.serving.helpers import asked, models, picture
 
 CHAT = "/v1/chat/completions"
@@ -37,7 +39,7 @@ def specials(tokenizer):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_typed_special_tokens_stay_text(name):
     model = SYSTEMS[name]()
-    if hasattr(model.processor, "clean"):
+    if isinstance(model.processor, PairProcessor | PromptProcessor):
         model.processor.clean = False  # the paper's cleaning takes punctuation away
     plain = prompt(model, "x")
     for text in TYPED:
@@ -71,10 +73,11 @@ def test_typed_special_tokens_stay_text_in_clip(name):
 
 def test_typed_special_tokens_stay_text_in_a_matcher():
     model = models()["matcher"]
+    processor = must_be(PairProcessor, model.processor)
     for text in ("[CLS]", "[SEP]", "[DEC]", "[PAD]"):
-        model.processor.clean, clean = False, model.processor.clean
+        processor.clean, clean = False, processor.clean
         ids = model.processor.text_example(f"x {text} y").streams["qformer"].ids
-        model.processor.clean = clean
+        processor.clean = clean
         named = {model.processor.tokenizer.backend.token_to_id(t) for t in ("[CLS]", "[SEP]", "[DEC]", "[PAD]")}
         assert [n for n, i in enumerate(ids) if i in named] == [0, len(ids) - 1]
 

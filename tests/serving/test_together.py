@@ -10,6 +10,7 @@ import torch
 from isthmus.data.collate import collate
 from isthmus.data.images import as_image
 from isthmus.data.record import Record, Text
+from tests.narrow import there
 from tests.serving.helpers import asked, models, picture
 
 CHAT = "/v1/chat/completions"
@@ -56,7 +57,7 @@ def test_logprobs_are_those_of_the_model(served):
         streamed = []
         for chunk in client.chat.completions.create(**ask, stream=True):
             for choice in chunk.choices:
-                streamed += choice.logprobs.content if choice.logprobs else []
+                streamed += there(choice.logprobs.content) if choice.logprobs else []
     told = found.logprobs.content
     assert [t.token for t in streamed] == [t.token for t in told]
     assert b"".join(bytes(t.bytes) for t in told).decode(errors="replace").strip() == found.message.content

@@ -33,7 +33,7 @@ WAYS = {
 }
 
 
-def clip(loss: str) -> tuple[Net, Batch]:
+def clip(loss: contrastive_ranks.Loss) -> tuple[Net, Batch]:
     """Bias and temperature are open too."""
     return contrastive_ranks.tiny(loss), contrastive_ranks.batch(ROWS)
 

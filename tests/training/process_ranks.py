@@ -21,6 +21,7 @@ from isthmus.training.engines import engine
 from isthmus.training.gradient import NonFiniteLoss, backward
 from isthmus.training.parallel import DDP, Parallel
 from isthmus.training.precision import context
+from tests.narrow import must_be
 
 from .toys import ToyLoader, ToyNet, make_batch
 
@@ -121,7 +122,9 @@ def _frozen_half(path: Path, how: Parallel) -> tuple[dict[str, Tensor], set[torc
     model, widths = ToyNet(dropout=0.0), set[torch.dtype]()
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
-    model.language["head"].register_forward_hook(lambda module, *_: widths.add(module.weight.dtype))
+    model.language["head"].register_forward_hook(
+        lambda module, *_: widths.add(must_be(torch.nn.Linear, module).weight.dtype)
+    )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     half = replace(stage(3), precision="bf16", frozen_dtype="bf16", train=(Group("connector.*", lr=1e-2),))
     train(model, PartLoader(), half, path, progress=False, parallel=how)

@@ -14,6 +14,7 @@ from isthmus.training import train
 from isthmus.training.engines import engine
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
 from isthmus.training.precision import context
+from tests.narrow import there
 
 from .toys import ToyLoader, ToyNet, make_batch
 
@@ -86,7 +87,7 @@ def test_two_streams_are_each_weighted_by_their_own_count():
     def two(samples):
         batch = make_batch(samples)
         lm = batch.text["lm"]
-        fewer = torch.where(torch.arange(lm.ids.shape[1]) < 4, lm.labels, IGNORE)
+        fewer = torch.where(torch.arange(lm.ids.shape[1]) < 4, there(lm.labels), IGNORE)
         return type(batch)(
             ids=batch.ids,
             sources=batch.sources,
@@ -127,7 +128,7 @@ class Contrastive(Net):
         start = 0
         for batch in batches:
             pair = self.features(batch)
-            torch.autograd.backward(pair, [side.grad[start : start + len(batch)] for side in sides])
+            torch.autograd.backward(pair, [there(side.grad)[start : start + len(batch)] for side in sides])
             start += len(batch)
         return {"itc": Term(term.total.detach(), term.count, "batch")}
 
@@ -141,7 +142,7 @@ def test_batch_terms_use_the_gradient_cache(precision):
     for batches in ([make_batch([1, 2, 3, 4, 5])], [make_batch([1, 2]), make_batch([3]), make_batch([4, 5])]):
         net.zero_grad()
         backward(engine(net), batches, own)
-        grads.append({n: p.grad.clone() for n, p in net.named_parameters()})
+        grads.append({n: there(p.grad).clone() for n, p in net.named_parameters()})
     tolerance = 1e-12 if precision == "fp32" else 2e-3
     for name, whole in grads[0].items():
         assert torch.allclose(whole, grads[1][name], atol=tolerance, rtol=0), name
@@ -150,9 +151,9 @@ def test_batch_terms_use_the_gradient_cache(precision):
 
 def nn_linear_contrastive():
     net = Contrastive()
-    net.project = nn.Linear(4, 4)
+    project = net.project = nn.Linear(4, 4)
     plain = net.features
-    net.features = lambda batch: tuple(net.project(side).float() for side in plain(batch))
+    net.features = lambda batch: tuple(project(side).float() for side in plain(batch))
     return net
 
 
@@ -164,7 +165,7 @@ def test_batch_terms_without_a_cache_are_refused():
 def test_a_micro_batch_without_learnt_tokens_adds_nothing():
     net = ToyNet(dtype=torch.float64).eval()
     silent = make_batch([7])
-    silent.text["lm"].labels.fill_(IGNORE)
+    there(silent.text["lm"].labels).fill_(IGNORE)
     assert close(gradient(net, [make_batch([1, 2])])[1], gradient(net, [silent, make_batch([1]), make_batch([2])])[1])
     for batches in ([silent], [silent, silent]):
         with pytest.raises(StageError, match=r"nothing to learn from.*s7"):

@@ -30,10 +30,16 @@ class Watch:
         self.inside: list[str] = []
         for name, module in net.named_modules():
             if isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(lambda m, args, name=name: self.inputs.__setitem__(name, args[0]))
+                module.register_forward_pre_hook(self._noted(name))
             if name in ("vision", "connector", "language") or ".layers." in name:
                 module.register_forward_pre_hook(lambda m, a, name=name: self.inside.append(name))
                 module.register_forward_hook(lambda m, a, o: self.inside.pop() and None)
+
+    def _noted(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            self.inputs[name] = args[0]
+
+        return note
 
     def loss(self, net: Any, batch: Any) -> torch.Tensor:
         with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):

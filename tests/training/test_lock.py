@@ -12,6 +12,7 @@ import pytest
 
 import isthmus
 from isthmus.training.lock import RunBusyError, RunLock
+from tests.narrow import there
 
 
 def _child(folder: Path, body: str) -> subprocess.Popen:
@@ -30,8 +31,9 @@ def test_a_second_writer_is_refused_and_a_stale_lock_never_blocks(tmp_path):
         "    if os.fork() == 0:\n        time.sleep(9); os._exit(0)\n    print('locked', flush=True); time.sleep(9)\n"
     )
     holder = _child(tmp_path, body)
+    said = there(holder.stdout)
     try:
-        assert holder.stdout.readline().strip() == "locked"
+        assert said.readline().strip() == "locked"
         started = time.perf_counter()
         with pytest.raises(RunBusyError, match=f"process {holder.pid} on "), RunLock(tmp_path):
             pass
@@ -40,7 +42,7 @@ def test_a_second_writer_is_refused_and_a_stale_lock_never_blocks(tmp_path):
     finally:
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
-        holder.stdout.close()
+        said.close()
     with RunLock(tmp_path):
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
     with RunLock(tmp_path):

@@ -21,6 +21,7 @@ from isthmus.training.gradient import Traffic
 from isthmus.training.lock import RunBusyError, RunLock
 from isthmus.training.log import read_metrics
 from isthmus.training.state import checkpoints
+from tests.narrow import must_be, there
 
 from .toys import ToyLoader, ToyNet
 
@@ -33,7 +34,7 @@ def stage(**fields):
     return Stage(**{**usual, **fields})
 
 
-def run(folder, net=None, loader=None, *, seed=3, progress=False, the_stage=None, **options):
+def run(folder, net=None, loader=None, *, seed=3, progress: bool | Progress = False, the_stage=None, **options):
     net, loader = net or ToyNet(), loader or ToyLoader()
     result = train(net, loader, the_stage or stage(), folder, seed=seed, progress=progress, **options)
     return net, loader, result
@@ -141,7 +142,7 @@ def test_a_dead_parameter_is_found(tmp_path, steps, found_at):
 def test_a_gradient_that_comes_late_is_enough(tmp_path):
     """A zero-initialised layer keeps the one before it without gradient for a step (as in gates and adapters)."""
     net = ToyNet()
-    nn.init.zeros_(net.language["head"].weight)
+    nn.init.zeros_(must_be(nn.Linear, net.language["head"]).weight)
     _, _, result = run(tmp_path, net)
     assert result.step == 12
 
@@ -163,7 +164,7 @@ def test_running_statistics_of_open_modules_are_part_of_the_checkpoint(tmp_path)
         run(tmp_path / "parts", Normed(), StopAfter(5))
     parts, _, _ = run(tmp_path / "parts", Normed())
     assert same_bits(whole, parts)
-    assert whole.language["batch"].running_mean.any()
+    assert there(must_be(nn.BatchNorm1d, whole.language["batch"]).running_mean).any()
     assert not whole.vision[2].running_mean.any()
 
 
@@ -291,7 +292,7 @@ class Poisoned(ToyNet):
         self.language["norm"] = PoisonedNorm(8)
 
     def loss(self, batch):
-        self.language["norm"].bad = bool(self.ids & set(batch.ids))
+        must_be(PoisonedNorm, self.language["norm"]).bad = bool(self.ids & set(batch.ids))
         return super().loss(batch)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from isthmus.batch import IGNORE, Batch, Term, Tokens
 from isthmus.net import Net
+from tests.narrow import there
 
 VOCAB, WIDTH = 11, 8
 
@@ -33,7 +34,7 @@ class ToyNet(Net):
 
     def loss(self, batch: Batch) -> dict[str, Term]:
         tokens = batch.text["lm"]
-        targets = tokens.labels[:, 1:]
+        targets = there(tokens.labels)[:, 1:]
         logits = self.logits(tokens.ids[:, :-1])
         total = nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"

@@ -5,7 +5,7 @@ Flamingo's rule (2204.14198, sec. 3.3): gradients of all data sets are accumulat
 of several sources may share a forward pass.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -103,7 +103,7 @@ class JointLoader:
             return JointPosition(number_in(saved, "index"), tuple(Position.from_dict(p) for p in given))
         return JointPosition(number_in(saved, "index"), (START,) * len(self.loaders))
 
-    def steps(self, start: JointPosition | None = None) -> Iterator[tuple[JointPosition, list[Batch]]]:
+    def steps(self, start: JointPosition | None = None) -> Generator[tuple[JointPosition, list[Batch]], None, None]:
         """(position after the step, its micro-batches) from ``start`` on, without end."""
         begin = start or self.position({"index": 0})
         return in_background(partial(self._filled, begin), self.prefetch)

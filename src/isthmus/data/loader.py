@@ -256,7 +256,7 @@ class Loader:
                     yield (Position(epoch, index) if ahead is not None else Position(epoch + 1, 0)), batch
             epoch, done = epoch + 1, 0
 
-    def steps(self, start: Position = START) -> Iterator[tuple[Position, list[Batch]]]:
+    def steps(self, start: Position = START) -> Generator[tuple[Position, list[Batch]], None, None]:
         """(position after the step, its micro-batches) from ``start`` on, without end.
 
         A step whose samples were all bad is passed over; one of several parts gives an empty one, since others may

@@ -12,6 +12,7 @@ from isthmus.comparison.report.tables import bar, percent, score_table
 from isthmus.evaluation.retrieval import score as retrieval_score
 from isthmus.evaluation.vqa import Score
 from isthmus.evaluation.vqa import score as vqa_score
+from tests.narrow import there
 
 EVIL = "<script src=x>\"'&</script>"
 ROW = {"answer": "yes", "truth": ["yes"], "kind": "colour", "blind": "no", "shuffled": "no", "prior": "no"}
@@ -115,7 +116,7 @@ def test_every_text_is_escaped():
 
 def test_the_picture_is_the_bytes_given():
     sources = [a["src"] for t, a in Reader(render(full())).tags if t == "img"]
-    assert [base64.b64decode(s.split(",")[1]) for s in sources] == [png()]
+    assert [base64.b64decode(there(s).split(",")[1]) for s in sources] == [png()]
     assert "image-rendering: pixelated" in render(full())
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from isthmus.data.instruct import KINDS, Box, Checks, Symbols, load_prompts
 from isthmus.data.instruct.checks import NAMES
+from isthmus.data.instruct.prompts import Kind
 from isthmus.endpoint import Reply
 from isthmus.errors import ConfigError
 
@@ -22,7 +23,7 @@ def asked(*pairs):
     return "\n===\n".join(f"Question:\n{q}\n===\nAnswer:\n{a}" for q, a in pairs)
 
 
-def fault(text, kind="conversation", checks=CHECKS, symbols=SYMBOLS, **reply):
+def fault(text, kind: Kind = "conversation", checks=CHECKS, symbols=SYMBOLS, **reply):
     prompt = PROMPTS[kind]
     turns = prompt.turns_of(text, symbols, 0)
     return checks.fault(Reply(request="x", name="1", text=text, **reply), prompt, symbols, turns)

@@ -15,7 +15,9 @@ from isthmus.data.images import open_image
 from isthmus.data.record import Text
 from isthmus.data.sources import open_source
 from isthmus.demo.scenes import SceneSource, export
+from isthmus.demo.scenes.source import Form
 from isthmus.errors import ConfigError, DataError
+from tests.narrow import there
 
 
 def _same_picture(data, record):
@@ -38,7 +40,7 @@ def test_webdataset(tmp_path):
     folder = export(tmp_path / "out", format="webdataset", split="test", count=3)
     source = SceneSource("captions", split="test", count=3)
     with tarfile.open(folder / "00000.tar") as tar:
-        files = {m.name: tar.extractfile(m).read() for m in tar}
+        files = {m.name: there(tar.extractfile(m)).read() for m in tar}
     assert len(files) == 9
     for i in range(3):
         _same_picture(files[f"{i:06d}.png"], source[i])
@@ -71,11 +73,12 @@ def _told(record):
 @given(st.integers(0, 2**31), st.sampled_from(["train", "dev", "test"]), st.integers(1, 4))
 def test_what_was_written_comes_back_through_the_sources(seed, split, count):
     with tempfile.TemporaryDirectory() as place:
-        for layout, form, spec in (
+        layouts: list[tuple[str, Form, dict[str, str | dict[str, str]]]] = [
             ("llava", "conversations", {"kind": "llava", "file": "scenes.json", "image_folder": "images"}),
             ("webdataset", "captions", {"kind": "webdataset", "shards": "*.tar", "fields": {"caption": "captions"}}),
             ("coco", "captions", {"kind": "coco", "file": "captions.json", "image_folder": "images"}),
-        ):
+        ]
+        for layout, form, spec in layouts:
             folder = export(Path(place) / layout, format=layout, split=split, count=count, seed=seed)
             found = open_source(spec, data_root=folder)
             made = SceneSource(form, split=split, count=count, seed=seed)

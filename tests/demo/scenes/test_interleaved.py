@@ -8,7 +8,9 @@ import pytest
 from isthmus.data.record import Image, Text, Video
 from isthmus.data.sources import open_source
 from isthmus.demo.scenes import COLOURS, HELD_OUT, RESERVED_WORDS, SHAPES
+from isthmus.demo.scenes.interleaved import MadeScene, SceneClip
 from isthmus.errors import ConfigError
+from tests.narrow import must_be
 
 
 def source(form, **options):
@@ -16,7 +18,11 @@ def source(form, **options):
 
 
 def solids(record):
-    return [p.source.scene.solids[0] for p in record.images]
+    return [must_be(MadeScene, p.source).scene.solids[0] for p in record.images]
+
+
+def frames_of(clip):
+    return must_be(SceneClip, clip.source).frames
 
 
 def words(record):
@@ -128,7 +134,8 @@ def test_the_examples_of_a_text_end_alike_in_one_of_several_ways():
 
 def test_an_echo_learns_what_followed_a_word_before():
     for i in range(40):
-        whole, *stretches = source("echoes")[i].parts
+        whole, *stretches = source("echoes")[i].texts
+        assert source("echoes")[i].parts == (whole, *stretches)
         words = str(whole.text).split()
         assert 6 <= len(words) == len(set(words)) <= 12
         assert not whole.learn
@@ -162,7 +169,7 @@ def test_clips_show_what_their_questions_ask():
     for i in range(60):
         (clip,) = clips[i].images
         assert isinstance(clip, Video)
-        frames, (answer,) = clip.source.frames, clips[i].meta["answers"]
+        frames, (answer,) = frames_of(clip), clips[i].meta["answers"]
         first, last = frames[0].solids, frames[-1].solids
         if clips[i].meta["kind"] == "moved":
             dx, dy = last[0].x - first[0].x, last[0].y - first[0].y
@@ -178,13 +185,13 @@ def test_clips_show_what_their_questions_ask():
     pictures = clips[0].images[0].source.read()
     assert len(pictures) == 4
     assert (np.asarray(pictures[0]) != np.asarray(pictures[3])).any()
-    assert source("clips")[1].texts[0].text.startswith(("a small", "a large"))
+    assert must_be(str, source("clips")[1].texts[0].text).startswith(("a small", "a large"))
 
 
 def test_the_sentence_about_a_move_says_whence_and_whither():
     told = source("clips", kinds=["moved"])
     for i in range(60):
-        (start,), (end,) = (told[i].images[0].source.frames[n].solids for n in (0, -1))
+        (start,), (end,) = (frames_of(told[i].images[0])[n].solids for n in (0, -1))
         for solid in (start, end):
             assert (int(3 * solid.y), int(3 * solid.x)) == (solid.row, solid.column)
         assert str(told[i].texts[0].text).endswith(f"from the {start.place} to the {end.place}")
@@ -194,7 +201,7 @@ def test_the_sentence_about_a_move_says_whence_and_whither():
 def test_a_cell_tells_nothing_of_the_way_along_it():
     moved, starts = source("clip_questions", kinds=["moved"], count=600), Counter()
     for i in range(600):
-        path = [frame.solids[0] for frame in moved[i].images[0].source.frames]
+        path = [frame.solids[0] for frame in frames_of(moved[i].images[0])]
         axis = "column" if path[0].row == path[-1].row else "row"
         ends = sorted((getattr(path[0], axis), getattr(path[-1], axis)))
         starts[axis, *ends, getattr(path[0], axis) == ends[0]] += 1
@@ -227,10 +234,10 @@ def test_controls_of_clips():
     plain = source("clip_questions")[0].images[0]
     shuffled = source("clip_questions", control="shuffled")[0].images[0]
     single = source("clip_questions", control="frame-2")[0].images[0]
-    assert sorted(map(str, shuffled.source.frames)) == sorted(map(str, plain.source.frames))
+    assert sorted(map(str, frames_of(shuffled))) == sorted(map(str, frames_of(plain)))
     still = source("clip_questions", control="still-2")[0].images[0]
-    assert single.source.frames == (plain.source.frames[2],)
-    assert still.source.frames == (plain.source.frames[2],) * 4
+    assert frames_of(single) == (frames_of(plain)[2],)
+    assert frames_of(still) == (frames_of(plain)[2],) * 4
     assert len({c.content_key() for c in (plain, shuffled, single, still)}) == 4
     with pytest.raises(ConfigError, match="known: shuffled, frame-0 to frame-3, still-0 to still-3"):
         source("clip_questions", control="frame-7")[0]

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections import Counter, defaultdict
+from collections.abc import Set
 from dataclasses import replace
 
 import numpy as np
@@ -23,10 +24,11 @@ from isthmus.demo.scenes import (
     make_scene,
 )
 from isthmus.demo.scenes.dice import Dice
-from isthmus.demo.scenes.draw import PAINT, strange_paint
-from isthmus.demo.scenes.scene import RADIUS
+from isthmus.demo.scenes.draw import PAINT, ScenePicture, strange_paint
+from isthmus.demo.scenes.scene import RADIUS, Split
 from isthmus.demo.scenes.words import captions, describe, symbols
 from isthmus.errors import ConfigError, DataError
+from tests.narrow import must_be, there
 
 SPLITS = ("train", "dev", "test")
 
@@ -201,7 +203,7 @@ def test_comparisons_may_be_led_up_to_by_what_is_compared():
     always = SceneSource("conversations", count=200, kinds=["comparison"], led=1.0)
     compared = Counter()
     for record in (always[i] for i in range(200)):
-        texts = [part.text for part in record.texts]
+        texts = [must_be(str, part.text) for part in record.texts]
         told = dict(zip(texts[::2], texts[1::2], strict=True))
         for question, answer in told.items():
             if found := re.fullmatch(r"do (the .+) and (the .+) have the same (\w+)\?", question):
@@ -247,11 +249,12 @@ def test_few_shot_words_are_kept_apart():
         for w in re.findall("[a-z]+", t)
     }
     assert not plain & (RESERVED_WORDS | set(TRAINING_WORDS))
-    for split, words in (("train", set(TRAINING_WORDS)), ("test", RESERVED_WORDS)):
+    allowed: list[tuple[Split, Set[str]]] = [("train", set(TRAINING_WORDS)), ("test", RESERVED_WORDS)]
+    for split, words in allowed:
         source = SceneSource("fewshot", split=split, count=200)
         for i in range(200):
             record = source[i]
-            made_up = [t.text.strip() for t in record.texts[1::2]]
+            made_up = [must_be(str, t.text).strip() for t in record.texts[1::2]]
             assert set(made_up) <= words
             assert record.texts[-1].learn
             assert made_up[-1] in made_up[:-1]
@@ -278,17 +281,22 @@ def _one(scene, phrase):
 NAME = r"(the (?:\w+ )*?(?:thing at the \w+ \w+|thing|" + "|".join(SHAPES) + "))"
 
 
+def _named(pattern: str, text: str) -> str:
+    """What the first group of a whole text's pattern holds."""
+    return there(re.fullmatch(pattern, text))[1]
+
+
 def _truth(scene: Scene, kind: str, text: str) -> str:
     if kind == "what":
-        return _one(scene, re.fullmatch(f"(?:what shape is|what is|which shape has) {NAME}\\?", text)[1]).shape
+        return _one(scene, _named(f"(?:what shape is|what is|which shape has) {NAME}\\?", text)).shape
     if kind == "colour":
         pattern = f"(?:what colour is|which colour has|what is the colour of) {NAME}\\?"
-        return _one(scene, re.fullmatch(pattern, text)[1]).colour
+        return _one(scene, _named(pattern, text)).colour
     if kind == "count":
-        noun = re.search(r"(?:how many|count the) (.*?)s(?: |\.)", text)[1]
+        noun = there(re.search(r"(?:how many|count the) (.*?)s(?: |\.)", text))[1]
         return str(sum(_fits(s, noun) for s in scene.solids))
     if kind == "yesno":
-        noun = re.fullmatch(r"(?:is there|do you see|can you see) an? (.*?)(?: here)?\?", text)[1]
+        noun = _named(r"(?:is there|do you see|can you see) an? (.*?)(?: here)?\?", text)
         return "yes" if any(_fits(s, noun) for s in scene.solids) else "no"
     return _truth_of_two(scene, text)
 
@@ -366,7 +374,7 @@ def test_outlines_are_in_paints_without_a_name_that_training_allows():
     """What tells shapes apart must not need colours, and no held-out pair may be met on the way."""
     records = [SceneSource("outlines")[i] for i in range(200)]
     assert len({r.images[0].content_key() for r in records}) == 200
-    picture = records[0].images[0].source
+    picture = must_be(ScenePicture, records[0].images[0].source)
     assert picture.repainted
     plain, painted = (np.asarray(replace(picture, repainted=r).read(), dtype=int) for r in (False, True))
     assert np.array_equal(plain, np.asarray(draw(make_scene(0, "train", 0)), dtype=int))
