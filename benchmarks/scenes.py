@@ -9,6 +9,8 @@ import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from PIL import Image as PilImage
+
 from isthmus.demo.scenes import SceneSource
 
 COUNT = 1000
@@ -23,6 +25,7 @@ def rate(form: str, size: int, *, encoded: bool) -> float:
             start = time.process_time()  # not the wall clock: other programs may share the core
         picture = source[number].images[0].source.read()
         if encoded:
+            assert isinstance(picture, PilImage.Image)
             picture.save(io.BytesIO(), "PNG")
     return COUNT / (time.process_time() - start)
 

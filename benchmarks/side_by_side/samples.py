@@ -39,7 +39,11 @@ def pixels_of(batch: Batch) -> Tensor:
 
 def with_features(net: Any, example: Example) -> Example:
     pairs = zip(example.visuals, example.pixels, strict=True)
-    made = [Features(net.visual_features(make(image)[None, None])[0]) for image, make in pairs]
+    made: list[Features] = []
+    for image, make in pairs:
+        pixels = make(image)
+        assert isinstance(pixels, Tensor)
+        made.append(Features(net.visual_features(pixels[None, None])[0]))
     return replace(example, pixels=tuple(lambda image, features=features: features for features in made))
 
 

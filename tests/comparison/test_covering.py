@@ -29,7 +29,7 @@ class OneCorner(Model):
         assert capability == "score"
 
     def score(self, parts, candidates):
-        shown = must_be(Image, parts[0]).source.read()
+        shown = must_be(PilImage.Image, must_be(Image, parts[0]).source.read())
         left, top = shown.width // 2, shown.height // 2
         levels = [pixel(shown, (x, y))[0] for x in range(left) for y in range(top)]
         return [sum(levels) / len(levels) / 255 for _ in candidates]

@@ -10,7 +10,7 @@ import pytest
 from isthmus.comparison.recipe import parse_comparison
 from isthmus.errors import ConfigError
 from isthmus.recipes.schema import read_recipe, read_tree, shipped, yaml_value
-from tests.narrow import there
+from tests.narrow import must_be, there
 
 OPEN = [{"pattern": "connector.*", "lr": 1e-3}]
 CAPTIONS = [{"kind": "scenes", "form": "captions", "count": 40}]
@@ -112,7 +112,8 @@ def test_an_arm_that_does_not_fit_is_said(arm, message):
 
 @pytest.mark.parametrize("name", shipped("comparisons"))
 def test_every_shipped_comparison_parses_with_all_its_arms(name):
-    needed = [f"{variable}=there" for variable in read_tree(name, to_show=True).get("variables", {})]
+    variables = must_be(dict, read_tree(name, to_show=True).get("variables", {}))
+    needed = [f"{variable}=there" for variable in variables]
     plan = parse_comparison(read_tree(name, needed), name)
     assert {a for s in plan.statements for a in s.arms} == {a.name for a in plan.arms}
     for arm in plan.arms:

@@ -11,6 +11,7 @@ from isthmus.data.sources.guess import guess
 from isthmus.data.text import render
 from isthmus.errors import ConfigError, DataError
 from tests.data.helpers import file_of, png, write_tar
+from tests.narrow import must_be
 
 RED = png((255, 0, 0))
 
@@ -328,7 +329,7 @@ def test_nlvr_as_published(real_data):
     assert len({source[n].meta["group"] for n in range(5934)}) == 989
     share = sum(source[n].meta["answers"] == ("true",) for n in range(5934)) / 5934
     assert round(100 * share, 1) == 55.3
-    assert source[0].images[0].source.read()[:4] == b"\x89PNG"
+    assert must_be(bytes, source[0].images[0].source.read())[:4] == b"\x89PNG"
 
 
 def test_vizwiz_and_textvqa_in_their_official_forms(write, tmp_path):

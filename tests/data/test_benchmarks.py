@@ -10,6 +10,7 @@ from isthmus.data.sources import open_source
 from isthmus.data.sources.annotations import LETTER
 from isthmus.errors import ConfigError, DataError
 from tests.data.helpers import file_of, png, text_of
+from tests.narrow import must_be
 
 RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
 CHOICES = ["a cat", "a dog", "a cow", "a hen"]
@@ -179,7 +180,7 @@ def test_mmbench_turns_the_choices(tmp_path):
     assert [t.meta["answers"] for t in turns] == [("B",), ("A",), ("C",)]
     assert {t.meta["group"] for t in turns} == {"7"}
     assert asked(turns[1]) == f"<image>What?\nA. dog\nB. cow\nC. cat\n{LETTER}"
-    assert turns[0].images[0].source.read().startswith(b"\x89PNG")
+    assert must_be(bytes, turns[0].images[0].source.read()).startswith(b"\x89PNG")
     assert asked(source[3]).startswith("<image>It barks.\nWhat?")
     assert source[3].images[0].source.read() == turns[0].images[0].source.read(), "a short cell names another row"
     assert len(opened(tmp_path, kind="mmbench", file="mmbench.tsv", circular=False)) == 2

@@ -38,6 +38,7 @@ from isthmus.interop.folders import image_transform
 from isthmus.interop.hf_files import swapped, tokenizer_files
 from isthmus.language import Decoding
 from tests.fixtures import OPEN_CLIP
+from tests.narrow import there
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -99,7 +100,7 @@ def test_clip(tmp_path, tokenizer):
         (tmp_path / name).write_text(content)
     model = isthmus.load(tmp_path)
     picture = PilImage.effect_noise((50, 40), 90).convert("RGB")
-    pixels = model.processor.image(picture)[None]
+    pixels = there(model.processor.image)(picture)[None]
     ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("a red cube"), tokenizer.eos_id]])
     with torch.no_grad():
         logits = peer(input_ids=ids, pixel_values=pixels).logits_per_image
@@ -167,7 +168,7 @@ def test_llava_forbids_its_image_token(tmp_path, tokenizer):
     ours, theirs = (m.rotary_emb.inv_freq for m in (model.net.language.lm.model, peer.model.language_model))
     assert torch.equal(ours, theirs)
     assert model.forbidden == (310,)
-    assert model.processor.image.mode == "pad"
+    assert there(model.processor.image).mode == "pad"
     assert isinstance(model.answer(PilImage.new("RGB", (20, 30), "red"), "what?", max_new_tokens=3), str)
     again = isthmus.load(model.save(tmp_path / "ours"))
     assert again.forbidden == (310,)

@@ -25,7 +25,7 @@ from isthmus.interop.hf_peer import AnsweringPeer, EmbeddingPeer, load_peer
 from isthmus.testing import probe
 from tests.interop import tiny_models
 from tests.interop.test_folders import LANGUAGE, PICTURES, VISION, finish, redraw
-from tests.narrow import must_be
+from tests.narrow import must_be, there
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def answering(folder, **options):
 
 def test_llava_answers_like_ours(llava):
     peer, ours = answering(llava), isthmus.load(llava)
-    pixels = ours.processor.image(pictures(1)[0])
+    pixels = there(ours.processor.image)(pictures(1)[0])
     torch.testing.assert_close(peer.pixels(pictures(1))[0], pixels, atol=1e-6, rtol=0)
     found = peer.answer_records(records(), max_new_tokens=6)
     allowed = {"max_new_tokens": 6, "forbidden_ids": tuple(range(ours.forbidden[0], LANGUAGE["vocab_size"]))}

@@ -34,7 +34,7 @@ from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.vit import VisionConfig
 from tests.fixtures import OPEN_CLIP
 from tests.interop import tiny_models
-from tests.narrow import must_be
+from tests.narrow import must_be, there
 
 WORDS = ("a", "red", "blue", "cube", "ring", "what", "is", "it", "USER", "ASSISTANT", ":", "?", ".")
 
@@ -120,7 +120,9 @@ def test_openai_files_with_and_without_torchscript(clip, picture, tmp_path, kind
     model = isthmus.load(path, tokenizer=words(tmp_path / "words"))
     same(model.net, clip)
     assert model.net.config.vision.activation == "quick_gelu"  # OpenAI's own sizes are among the weights
-    expected = torch.nn.functional.normalize(clip.embed_images(model.processor.image(picture)[None]).detach(), dim=-1)
+    expected = torch.nn.functional.normalize(
+        clip.embed_images(there(model.processor.image)(picture)[None]).detach(), dim=-1
+    )
     torch.testing.assert_close(model.embed_images([picture]), expected, atol=1e-6, rtol=0)
     assert model.embed_texts(["a red cube"]).isfinite().all()
 
@@ -188,7 +190,7 @@ def test_open_clip_folders_equal_open_clip(tmp_path, name):
     with torch.no_grad():
         found = model.net.embed_images(tensors["pixels"])
     torch.testing.assert_close(found, tensors["image_embeds"], atol=1e-5, rtol=0)
-    assert model.processor.image.mean == (0.5, 0.5, 0.5)
+    assert there(model.processor.image).mean == (0.5, 0.5, 0.5)
 
 
 def _open_clip_folder(folder: Path, clip: Clip, **text) -> Path:
@@ -295,7 +297,7 @@ def test_a_full_original_llava(llava, picture, tmp_path, with_tower):
             isthmus.load(folder)
     model = isthmus.load(folder, vision=tmp_path / "tower")
     same(model.net, llava)
-    assert model.processor.image.mode == "pad"
+    assert there(model.processor.image).mode == "pad"
     assert isinstance(model.answer(picture, "what is it?", max_new_tokens=3), str)
 
 

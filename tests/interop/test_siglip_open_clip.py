@@ -15,6 +15,7 @@ from isthmus.interop.open_clip import clip_config_from_open_clip, clip_from_open
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.nn.vit import VisionConfig
 from tests.fixtures import OPEN_CLIP
+from tests.narrow import there
 
 FOLDER = OPEN_CLIP / "siglip"
 CONFIG = json.loads((FOLDER / "open_clip_config.json").read_text())["model_cfg"]
@@ -37,7 +38,7 @@ def test_pictures_and_raw_texts_give_the_embeddings_of_open_clip():
         torch.testing.assert_close(model.embed_texts(TEXTS), expected, atol=1e-5, rtol=0)
         logits = model.net.logits(images, data["text_embeds"])
     torch.testing.assert_close(logits, data["logits"], atol=1e-5, rtol=0)
-    assert (model.processor.image.mode, model.processor.image.mean) == ("squash", (0.5, 0.5, 0.5))
+    assert (there(model.processor.image).mode, there(model.processor.image).mean) == ("squash", (0.5, 0.5, 0.5))
 
 
 def test_padding_and_cleaning_matter_to_the_fixture():

@@ -17,6 +17,7 @@ from isthmus.data.joint import JointLoader
 from isthmus.data.record import Record, Text
 from isthmus.data.video import as_video
 from isthmus.errors import ConfigError, DataError
+from isthmus.models.flamingo import Flamingo
 from isthmus.recipes.build import build
 from isthmus.recipes.run import make_loader, train
 from isthmus.recipes.schema import parse_recipe
@@ -25,6 +26,7 @@ from isthmus.training import train as train_stage
 from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
 from tests.miniature import STAGE
+from tests.models.tiny_flamingo import blocks_of
 from tests.narrow import must_be, there
 
 TREE = {
@@ -121,7 +123,7 @@ def test_sources_that_share_a_pass_have_the_same_gradient(story):
         one = recipe(story, **({} if tokens is None else {"pass_tokens": tokens}))
         built = build(one)
         net = built.net.double()
-        for block in net.xattn:
+        for block in blocks_of(must_be(Flamingo, net)):
             torch.nn.init.constant_(block.attn_gate, 0.5)
         stage = one.stages[0]
         apply_stage(net, stage.stage.train)

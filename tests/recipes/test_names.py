@@ -28,6 +28,7 @@ from isthmus.training.optim import lr_at
 from tests.data.helpers import assistant, record, user
 from tests.interop import tiny_models
 from tests.miniature import TOKENIZER, tree
+from tests.narrow import there
 
 KINDS = [kind for kind in SYSTEMS if not kind.endswith("_encoder")]
 
@@ -98,9 +99,9 @@ def test_every_image_mode_is_taken_or_refused_in_a_sentence(mode, words):
         with pytest.raises(ConfigError, match="do not go together"):
             found.processor(stage)
         tiled = built("llava", words, config={"pinpoints": [[64, 128], [128, 64]]})
-        assert tiled.processor(stage).image.pinpoints == ((64, 128), (128, 64))
+        assert there(tiled.processor(stage).image).pinpoints == ((64, 128), (128, 64))
         return
-    assert found.processor(stage).image.mode == mode
+    assert there(found.processor(stage).image).mode == mode
 
 
 OPTIONS = {

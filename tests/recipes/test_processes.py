@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,12 +41,17 @@ def alone(story, tmp_path_factory):
     return folder
 
 
+def log_of(file) -> list[dict[str, Any]]:
+    """The lines of one log."""
+    return [dict(line) for line in read_metrics(file)]
+
+
 @pytest.mark.parametrize(
     ("name", "stage"),
     [("clip", "contrast"), ("llava", "align"), ("llava", "instruct"), ("flamingo", "interleave")],
 )
 def test_two_processes_make_the_steps_of_one(both, alone, name, stage):
-    ours, theirs = (read_metrics(f / name / "stages" / stage / "metrics.jsonl") for f in (both, alone))
+    ours, theirs = (log_of(f / name / "stages" / stage / "metrics.jsonl") for f in (both, alone))
     assert len(ours) == len(theirs) == 3
     for own, other in zip(ours, theirs, strict=True):
         assert own["loss"] == pytest.approx(other["loss"], rel=1e-4)
@@ -56,7 +62,7 @@ def test_two_processes_make_the_steps_of_one(both, alone, name, stage):
 
 
 def test_the_first_step_of_blip2s_first_stage_contrasts_the_rows_of_both(both, alone):
-    own, other = (read_metrics(f / "blip2" / "stages" / "represent" / "metrics.jsonl")[0] for f in (both, alone))
+    own, other = (log_of(f / "blip2" / "stages" / "represent" / "metrics.jsonl")[0] for f in (both, alone))
     assert own["loss"].keys() == other["loss"].keys() == {"itc", "itm", "itg"}
     for name in ("itc", "itg"):  # the negatives of matching are drawn by each process
         assert own["loss"][name] == pytest.approx(other["loss"][name], rel=1e-4)
@@ -80,7 +86,7 @@ def test_shards_make_the_steps_of_whole_nets_and_one_model(both, name):
         torch.testing.assert_close(value, other, atol=2e-3, rtol=0)  # Adam's first steps go by the gradient's sign
     for place in sorted((both / name / "stages").iterdir()):
         sharded = both / f"{name}-sharded" / "stages" / place.name / "metrics.jsonl"
-        for own, other in zip(read_metrics(sharded), read_metrics(place / "metrics.jsonl"), strict=True):
+        for own, other in zip(log_of(sharded), log_of(place / "metrics.jsonl"), strict=True):
             assert own["loss"] == pytest.approx(other["loss"], rel=1e-4)
             assert own["order"] == other["order"]
 
@@ -88,7 +94,7 @@ def test_shards_make_the_steps_of_whole_nets_and_one_model(both, name):
 @pytest.mark.parametrize("engine", ["", "-sharded"])
 def test_adapters_trained_and_validated_by_two_are_those_of_one(both, alone, engine):
     ours, theirs = (f / n / "stages/instruct" for f, n in ((both, f"tuned{engine}"), (alone, "tuned")))
-    lines = [[line for line in read_metrics(f / "metrics.jsonl") if "validation" in line] for f in (ours, theirs)]
+    lines = [[line for line in log_of(f / "metrics.jsonl") if "validation" in line] for f in (ours, theirs)]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [0, 2, 3]
     assert lines[0][0]["validation"] == lines[1][0]["validation"]  # to the bit, scores and losses
     for own, other in zip(*lines, strict=True):
@@ -104,7 +110,7 @@ def test_adapters_trained_and_validated_by_two_are_those_of_one(both, alone, eng
 
 
 def test_two_processes_end_a_stage_that_gets_no_better_together(both, alone):
-    steps = [[line["step"] for line in read_metrics(f / "ends/stages/instruct/metrics.jsonl")] for f in (both, alone)]
+    steps = [[line["step"] for line in log_of(f / "ends/stages/instruct/metrics.jsonl")] for f in (both, alone)]
     assert steps[0] == steps[1]
     assert len(steps[0]) < 10
 
@@ -198,7 +204,7 @@ def test_the_command_speaks_once_and_survives_a_lost_process(tmp_path):
     told, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert told.count("The clip model is in run") == 1
-    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, 41))
+    assert [line["step"] for line in log_of(metrics)] == list(range(1, 41))
 
 
 def test_processes_of_the_own_torchrun_are_not_started_again(monkeypatch):

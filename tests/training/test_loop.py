@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def run(folder, net=None, loader=None, *, seed=3, progress: bool | Progress = Fa
     return net, loader, result
 
 
-def lines(folder):
+def lines(folder) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder / "metrics.jsonl")]
 
 

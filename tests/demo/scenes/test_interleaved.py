@@ -44,7 +44,7 @@ def test_a_lesson_can_be_solved_from_its_examples_and_only_from_them(shots):
     lessons = source("lessons", split="test", shots=shots)
     for i in range(30):
         record = lessons[i]
-        attribute = record.meta["kind"].removeprefix("lesson_")
+        attribute = str(record.meta["kind"]).removeprefix("lesson_")
         *shown, asked = solids(record)
         *told, answer = words(record)
         assert len(shown) == shots
@@ -169,7 +169,7 @@ def test_clips_show_what_their_questions_ask():
     for i in range(60):
         (clip,) = clips[i].images
         assert isinstance(clip, Video)
-        frames, (answer,) = frames_of(clip), clips[i].meta["answers"]
+        frames, (answer,) = frames_of(clip), must_be(tuple, clips[i].meta["answers"])
         first, last = frames[0].solids, frames[-1].solids
         if clips[i].meta["kind"] == "moved":
             dx, dy = last[0].x - first[0].x, last[0].y - first[0].y
@@ -182,7 +182,7 @@ def test_clips_show_what_their_questions_ask():
         else:
             more, less = (last, first) if clips[i].meta["kind"] == "appeared" else (first, last)
             assert [s.name for s in more if s not in less] == [answer]
-    pictures = clips[0].images[0].source.read()
+    pictures = must_be(SceneClip, clips[0].images[0].source).read()
     assert len(pictures) == 4
     assert (np.asarray(pictures[0]) != np.asarray(pictures[3])).any()
     assert must_be(str, source("clips")[1].texts[0].text).startswith(("a small", "a large"))
@@ -216,7 +216,7 @@ def test_a_clip_in_words_holds_what_its_question_asks():
     for record in asked:
         told, question = str(record.texts[0].text).split("\n")
         first, last = told.removeprefix("first ").split(", then ")
-        (answer,) = record.meta["answers"]
+        (answer,) = must_be(tuple, record.meta["answers"])
         assert record.texts[1].text == answer
         assert record.texts[1].learn
         if record.meta["kind"] == "moved":

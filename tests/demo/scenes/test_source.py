@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image as PilImage
 
 from isthmus.data.record import Image
 from isthmus.demo.scenes import (
@@ -144,7 +145,7 @@ def test_a_picture_is_drawn_on_reading_and_has_its_own_key():
     keys = {}
     for i in range(60):
         image = source[i].images[0]
-        keys.setdefault(image.key, image.source.read().tobytes())
+        keys.setdefault(image.key, must_be(PilImage.Image, image.source.read()).tobytes())
     assert len(set(keys.values())) == len(keys) == 60
 
 
@@ -341,8 +342,9 @@ def test_answers_are_right(split):
         record = source[i]
         assert record.meta["kind"] == KINDS[i % 6]
         question, answer = _strings(record)
-        scene = make_scene(1, split, i, record.meta["attempt"])
-        assert _truth(scene, record.meta["kind"], question) == answer == record.meta["answers"][0], question
+        scene = make_scene(1, split, i, must_be(int, record.meta["attempt"]))
+        (told,) = must_be(tuple, record.meta["answers"])
+        assert _truth(scene, str(record.meta["kind"]), question) == answer == told, question
         assert 1 <= len(answer.split()) <= 2
 
 
