@@ -8,7 +8,7 @@ from isthmus.data.record import Image, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import AnswerPrior, VqaTask, evaluate
 from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, LikelihoodTask
-from tests.evaluation.fakes import Reader, Word, question, vqa_scores, word_of
+from tests.evaluation.fakes import Reader, Word, facts_of, question, vqa_scores, word_of
 
 
 class Says(Reader):
@@ -63,7 +63,7 @@ def test_yes_or_no_with_its_controls(tmp_path):
     ]
     prior = AnswerPrior.fit(records[:1])
     result = evaluate(Says("no", yes="Yes, one."), BinaryTask(name="pope", records=records, prior=prior), tmp_path)
-    facts = result.scores.to_dict()
+    facts = facts_of(result.scores)
     assert (facts["accuracy"], facts["blind"], facts["prior"]) == (1.0, 0.5, 0.5)
     assert facts["kinds"]["popular"]["f1"] == 1.0
     assert json.loads((tmp_path / "manifest.json").read_text())["kind"] == "binary"
@@ -162,7 +162,7 @@ def test_a_conversation_with_a_memory_of_ones_own_or_the_true_one(tmp_path, hist
     task = ConversationTask(name="t", records=records, history=history)
     result = evaluate(Remembers("dog"), task, tmp_path)
     assert [r["id"] for r in result.rows] == ["c0/1", "c0/2", "c1/1", "c1/2"]
-    facts = result.scores.to_dict()
+    facts = facts_of(result.scores)
     assert facts["turns"] == {"1": 0.5, "2": spelt}
     assert facts["kinds"]["spell"]["accuracy"] == spelt
     assert facts["follow_ups"]["alone"] == 0.0

@@ -14,7 +14,7 @@ from isthmus.evaluation.rescore import compare, rescore
 from isthmus.evaluation.run import evaluate
 from tests.cli.test_cli import run
 from tests.data.helpers import file_of, png, text_of
-from tests.evaluation.fakes import Reader, question
+from tests.evaluation.fakes import Reader, facts_of, question
 from tests.narrow import there
 from tests.standin import StandIn
 
@@ -78,7 +78,7 @@ def test_a_ratio_of_means_in_both_orders(tmp_path):
         pairs = {answers_of(body) for body in server.requests}
         assert ("dog", "cat") in pairs
         assert ("cat", "dog") in pairs
-    facts = result.scores.to_dict()
+    facts = facts_of(result.scores)
     assert facts["relative"] == pytest.approx((8 + 4 * 3) / (8 * 4))
     assert (facts["candidate"], facts["reference"], facts["n"], facts["excluded"]) == (5.0, 8.0, 4, 0)
     assert facts["kinds"]["conv"]["relative"] == pytest.approx(12 / 16)
@@ -110,7 +110,7 @@ def test_unreadable_replies_are_asked_again_then_excluded(tmp_path):
         return fair(body) if body["seed"] and "a hen" not in body["messages"][-1]["content"] else "Both are good."
 
     with StandIn(odd) as server:
-        facts = evaluate(Reader(), judged(server, sanity=False), tmp_path).scores.to_dict()
+        facts = facts_of(evaluate(Reader(), judged(server, sanity=False), tmp_path).scores)
     assert (facts["n"], facts["excluded"], facts["retried"]) == (3, 1, 8)
     assert facts["relative"] == 1.0
     assert facts["kinds"]["complex"] == {
@@ -143,7 +143,7 @@ def test_judges_that_do_not_judge_are_found_out(tmp_path, reply, words):
             evaluate(Reader(), judged(server, records), tmp_path)
         assert len(server.requests) <= 2 * 4 * 3, "found out before the work is paid for"
         if words == "stands first":
-            facts = evaluate(Reader(), judged(server, records, sanity=False), tmp_path / "all").scores.to_dict()
+            facts = facts_of(evaluate(Reader(), judged(server, records, sanity=False), tmp_path / "all").scores)
             assert facts["orders"]["first"] == facts["n"] == 4
 
 

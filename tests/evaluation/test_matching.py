@@ -7,7 +7,7 @@ from isthmus.data.record import Image, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import evaluate
 from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask, auc
-from tests.evaluation.fakes import Reader, Space, Word, word_of
+from tests.evaluation.fakes import Reader, Space, Word, facts_of, word_of
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=30))
@@ -32,7 +32,7 @@ def test_captions_with_their_own_and_with_another_picture(tmp_path):
     result = evaluate(Space("cat", "dog", "owl"), MatchingTask(name="m", records=PAIRS), tmp_path)
     assert [r["id"] for r in result.rows] == ["a", "a/other", "bb", "bb/other", "ccc", "ccc/other"]
     assert [r["label"] for r in result.rows] == [True, False] * 3
-    facts = result.scores.to_dict()
+    facts = facts_of(result.scores)
     assert (facts["auc"], facts["shuffled"], facts["gain"], facts["matching"]) == (1.0, 0.5, 0.5, 3)
 
 
