@@ -233,6 +233,7 @@ def test_odd_characters_come_back_as_they_were(tmp_path):
     records = [question(i, "cat", ask=f"What {odd}?", answers=[odd]) for i in range(3)]
     evaluate(Says(cat=odd), vqa(records=records, controls=()), tmp_path)
     again = rescore(tmp_path)
-    assert [(r["answer"], r["question"]) for r in again.rows] == [(odd, f"What {odd}?")] * 3
+    rows = [dict(row) for row in again.rows]
+    assert [(r["answer"], r["question"]) for r in rows] == [(odd, f"What {odd}?")] * 3
     assert vqa_scores(again).overall.accuracy == 1.0
     assert evaluate(object(), vqa(records=records, controls=()), tmp_path).rows == again.rows
