@@ -32,6 +32,7 @@ def test_pieces_together_are_the_answer(llava, picture, options):
     assert (len(found) > 1) == ("num_beams" not in options)
     record = isthmus.Record(id="x", parts=(isthmus.Text("a red", role="user"),))
     assert "".join(llava.stream(record, **settings)) == llava.generate([record], **settings)[0]
+    assert list(llava.stream(asked=asked(picture), **settings)) == found
 
 
 def test_an_encoder_decoder_streams_too(picture):

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,20 @@ from isthmus.net import Net
 from isthmus.pretrained import SCHEME
 from isthmus.stage import named_state
 
+if TYPE_CHECKING:
+    from isthmus.model import FolderConfig, Model
+
 _TRAINED = "trained.safetensors"
+
+
+class OfBase(TypedDict):
+    """What config.json says of the base: where it was, absolutely and from the folder, the sha256 of its files, and its
+    layers that were in 4 bits."""
+
+    path: str
+    beside: str
+    sha256: str
+    quantised: NotRequired[list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +50,28 @@ class Base:
     opened: tuple[str, ...] = ()
 
 
-def weights(net: Net, base: Base | None, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The files of a net's weights, and what config.json says of them. Raises ConfigError for adapters whose base is
-    not known."""
+def weights(net: Net, base: Base | None, folder: Path) -> tuple[dict[str, checkpoint.Content], OfBase | None]:
+    """The files of a net's weights, and what config.json says of their base. Raises ConfigError for adapters whose base
+    is not known."""
     if not adapters.adapted(net):
-        return {"model.safetensors": checkpoint.state_tensors(net)}, {}
+        return {"model.safetensors": checkpoint.state_tensors(net)}, None
     if base is None:
         raise ConfigError("This model carries adapters, and it is not known on which base: merge them, then save it.")
     config, tensors = adapters.to_peft(net, base.path)
-    files: dict[str, Any] = {"adapter_config.json": config, "adapter_model.safetensors": tensors}
+    files: dict[str, checkpoint.Content] = {"adapter_config.json": config, "adapter_model.safetensors": tensors}
     if base.opened:
         state = named_state(net)
         files[_TRAINED] = {name: state[name] for name in base.opened}
-    of_base = {"path": base.path, "beside": "", "sha256": base.sha256}
+    of_base: OfBase = {"path": base.path, "beside": "", "sha256": base.sha256}
     if not base.path.startswith(SCHEME):
         absolute = os.path.abspath(base.path)
-        of_base |= {"path": absolute, "beside": os.path.relpath(absolute, folder.absolute())}
+        of_base["path"], of_base["beside"] = absolute, os.path.relpath(absolute, folder.absolute())
     if rounded := quantised.names(net):
-        return files, {"base": {**of_base, "quantised": rounded}}
-    return files, {"base": of_base}
+        of_base["quantised"] = rounded
+    return files, of_base
 
 
-def check_useful(folder: Path, config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def check_useful(folder: Path, config: "FolderConfig", given: Mapping[str, object]) -> None:
     """Raises CheckpointError for an argument of ``load`` that a model folder of ours has no use for."""
     base = config.get("base", {})
     useful = {"base": bool(base), "unquantised": "quantised" in base}
@@ -72,20 +85,22 @@ def check_useful(folder: Path, config: Mapping[str, Any], given: Mapping[str, An
 
 def opened(
     folder: Path,
-    config: Mapping[str, Any],
+    of_base: OfBase,
+    config: Mapping[str, object],
     files: Mapping[str, Path],
-    given: Mapping[str, Any],
-    load: Callable[[Path], Any],
-) -> tuple[Any, Base]:
-    """The net of the base with the folder's adapters on and its trained tensors in. Of ``given``, ``base`` is the place
-    of the base, where it is another than the recorded one, and ``unquantised`` leaves the base as it is stored where
-    the adapters were trained over 4 bits of it.
+    *,
+    base: str | Path | None,
+    unquantised: bool,
+    load: "Callable[[Path], Model[Net]]",
+) -> tuple[Net, Base]:
+    """The net of the base with the folder's adapters on and its trained tensors in; ``config`` is the net's. ``base``
+    is the place of the base, where it is another than the recorded one, and ``unquantised`` leaves the base as it is
+    stored where the adapters were trained over 4 bits of it.
 
     Raises CheckpointError: no base there, another one by its content, or tensors that do not fit it; and what
     :func:`isthmus.quantised.quantise` raises.
     """
-    of_base = config["base"]
-    place = _found(folder, of_base, given.get("base"))
+    place = _found(folder, of_base, base)
     if model_hash(place) != of_base["sha256"]:
         raise CheckpointError(
             f"{place} is not the base that {folder} was trained on: its files have another sha256. Adapters fit the "
@@ -93,7 +108,7 @@ def opened(
         )
     model = load(place)
     adapters.merge(model.net)
-    if plain(model.net.config) != config["config"]:
+    if plain(model.net.config) != config:
         raise CheckpointError(f"{place} has another configuration than {folder} was trained with.")
     state = named_state(model.net)
     trained = checkpoint.load_tensors(files[_TRAINED]) if _TRAINED in files else {}
@@ -101,10 +116,10 @@ def opened(
         for name, tensor in trained.items():
             _must_fit(name, tensor, state, folder)
             state[name].copy_(tensor)
-    if not given.get("unquantised"):
+    if not unquantised:
         _round(model.net, of_base.get("quantised", ()), folder)
     file = files["adapter_model.safetensors"]
-    values = checkpoint.read_json(files["adapter_config.json"])
+    values = cast(adapters.PeftConfig, checkpoint.read_json(files["adapter_config.json"]))
     adapters.from_peft(model.net, values, checkpoint.load_tensors(file), str(file))
     return model.net, Base(str(place), of_base["sha256"], tuple(trained))
 
@@ -128,7 +143,7 @@ def _must_fit(name: str, tensor: Tensor, state: Mapping[str, Tensor], folder: Pa
         )
 
 
-def _found(folder: Path, of_base: Mapping[str, str], given: str | Path | None) -> Path:
+def _found(folder: Path, of_base: OfBase, given: str | Path | None) -> Path:
     known = [located(of_base["path"], None), folder / of_base["beside"]]
     places = [located(given, None)] if given is not None else known
     for place in places:

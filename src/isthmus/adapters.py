@@ -10,14 +10,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol, Required, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
 from isthmus import mapped
 from isthmus.errors import CheckpointError, ConfigError, MissingExtraError, StageError, nearest
-from isthmus.quantised import BITS, is_quantised
+from isthmus.quantised import BITS, Linear, is_quantised
 
 MARK = ".lora_"
 """What the names of an adapter's tensors hold, after the name of their layer."""
@@ -65,7 +65,7 @@ class Lora:
         return 2.0 * self.rank if self.alpha is None else float(self.alpha)
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def signature(self) -> tuple[int, float, bool, bool, int | None]:
         """What two adapters on one layer must have in common."""
         return self.rank, self.scale, self.rslora, self.dora, self.bits
 
@@ -80,10 +80,23 @@ def layer_of(name: str) -> str:
     return name.partition(MARK)[0] if MARK in name else name.rpartition(".")[0]
 
 
-def adapted(net: nn.Module) -> dict[str, Any]:
+class AdaptedLayer(Protocol):
+    """What is used of peft's layer over a linear one; its settings are by the adapter's name."""
+
+    r: Mapping[str, int]
+    lora_alpha: Mapping[str, float]
+    lora_dropout: nn.ModuleDict
+    use_rslora: Mapping[str, bool]
+    use_dora: Mapping[str, bool]
+
+    def get_base_layer(self) -> nn.Linear: ...
+    def merge(self, safe_merge: bool = False) -> None: ...
+
+
+def adapted(net: nn.Module) -> dict[str, AdaptedLayer]:
     """The net's adapted layers by name: peft's modules. Empty for a net without adapters."""
     names = dict.fromkeys(name.partition(MARK)[0] for name, _ in net.named_parameters() if MARK in name)
-    return {name: net.get_submodule(name) for name in names}
+    return {name: cast(AdaptedLayer, net.get_submodule(name)) for name in names}
 
 
 def adapter_tensors(net: nn.Module) -> dict[str, Tensor]:
@@ -172,12 +185,12 @@ def _caught(pattern: str, lora: Lora, caught: Sequence[str], taken: Sequence[str
         )
 
 
-def _linear_layers(net: nn.Module) -> dict[str, Any]:
+def _linear_layers(net: nn.Module) -> dict[str, Linear]:
     """Linear layers by the names that they have without adapters; GPT-2's Conv1D is one."""
-    found = {}
+    found: dict[str, Linear] = {}
     for name, module in net.named_modules():
         if MARK not in name and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
-            found[name.removesuffix(".base_layer")] = module
+            found[name.removesuffix(".base_layer")] = cast(Linear, module)
     return found
 
 
@@ -186,7 +199,7 @@ def _output_heads(net: nn.Module) -> set[tuple[int, ...]]:
     return {tuple(m.weight.shape) for m in net.modules() if isinstance(m, nn.Embedding)}
 
 
-def _targeted(name: str, layer: Any, lora: Lora, heads: set[tuple[int, ...]]) -> bool:
+def _targeted(name: str, layer: Linear, lora: Lora, heads: set[tuple[int, ...]]) -> bool:
     if not lora.targets:
         return tuple(layer.weight.shape) not in heads
     return any(_ends(name, target) for target in lora.targets)
@@ -196,7 +209,7 @@ def _ends(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _untied(net: nn.Module, name: str, layer: Any, pattern: str) -> None:
+def _untied(net: nn.Module, name: str, layer: Linear, pattern: str) -> None:
     if sharing := _sharing(net, layer):
         raise StageError(
             f"Pattern {pattern!r}: {name} has its weight in common with {', '.join(sharing)} (tied weights), so an "
@@ -204,7 +217,7 @@ def _untied(net: nn.Module, name: str, layer: Any, pattern: str) -> None:
         )
 
 
-def _sharing(net: nn.Module, layer: Any) -> list[str]:
+def _sharing(net: nn.Module, layer: Linear) -> list[str]:
     """The names of the layer's weight, where it has several."""
     found = [n for n, p in net.named_parameters(remove_duplicate=False) if p is layer.weight]
     return found if len(found) > 1 else []
@@ -222,13 +235,13 @@ def attach(net: nn.Module, wanted: Mapping[str, Lora], *, seed: int = 0) -> None
     here = described(net)
     for name, lora in wanted.items():
         now = here.get(name)
-        if now is not None and now.kind != lora.kind:
+        if now is not None and now.signature != lora.signature:
             raise StageError(
                 f"{name} has an adapter from an earlier stage ({now.settings}), and this one needs another "
                 f"({lora.settings}). One layer has one adapter: give both the same."
             )
-    kinds = {(lora.rslora, lora.dora) for lora in (*here.values(), *wanted.values())}
-    if len(kinds) > 1:
+    flags = {(lora.rslora, lora.dora) for lora in (*here.values(), *wanted.values())}
+    if len(flags) > 1:
         raise StageError(
             "rslora and dora hold for all adapters of a model (PEFT's layout has one flag): set them alike."
         )
@@ -263,8 +276,8 @@ def _inject(net: nn.Module, lora: Lora, names: Sequence[str], *, turned: bool) -
         use_dora=lora.dora,
         fan_in_fan_out=turned,
     )
-    model: Any = net
-    model.is_loaded_in_4bit = any(is_quantised(model.get_submodule(name).weight) for name in names)  # which peft reads
+    model: Any = net  # no module has this, which peft reads
+    model.is_loaded_in_4bit = any(is_quantised(model.get_submodule(name).weight) for name in names)
     with mapped.solid(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of peft to its developers
         inject_adapter_in_model(config, model, adapter_name=_NAME)
@@ -301,7 +314,7 @@ def merge(net: nn.Module) -> int:
 # ------------------------------------------------------------------------------------------------ PEFT's files
 
 
-def to_peft(net: nn.Module, base: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_peft(net: nn.Module, base: str) -> tuple[dict[str, object], dict[str, Tensor]]:
     """adapter_config.json and adapter_model.safetensors as PEFT writes them, with the names of this net's layers."""
     from peft import LoraConfig
 
@@ -326,7 +339,20 @@ def to_peft(net: nn.Module, base: str) -> tuple[dict[str, Any], dict[str, Tensor
     return values, tensors
 
 
-def from_peft(net: nn.Module, values: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
+class PeftConfig(TypedDict, total=False):
+    """What is read of adapter_config.json as :func:`to_peft` gives it."""
+
+    r: Required[int]
+    lora_alpha: Required[float]
+    target_modules: Required[list[str]]
+    lora_dropout: float
+    use_rslora: bool
+    use_dora: bool
+    rank_pattern: dict[str, int] | None
+    alpha_pattern: dict[str, float] | None
+
+
+def from_peft(net: nn.Module, values: PeftConfig, tensors: Mapping[str, Tensor], where: str) -> None:
     """Put on what :func:`to_peft` gave. Raises CheckpointError for a layer that the net has not, or a tensor too many
     or too few."""
     ranks, alphas = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
@@ -357,10 +383,10 @@ def from_peft(net: nn.Module, values: Mapping[str, Any], tensors: Mapping[str, T
 
 def summary(net: nn.Module) -> str:
     """The net's adapters in a line; empty without any."""
-    kinds = list(described(net).values())
-    if not kinds:
+    found = list(described(net).values())
+    if not found:
         return ""
-    ranks = ", ".join(str(rank) for rank in sorted({lora.rank for lora in kinds}))
-    name = "DoRA" if kinds[0].dora else "rsLoRA" if kinds[0].rslora else "LoRA"
+    ranks = ", ".join(str(rank) for rank in sorted({lora.rank for lora in found}))
+    name = "DoRA" if found[0].dora else "rsLoRA" if found[0].rslora else "LoRA"
     numbers = sum(tensor.numel() for tensor in adapter_tensors(net).values())
-    return f"{name} of rank {ranks} on {len(kinds)} layers, {numbers:,} numbers"
+    return f"{name} of rank {ranks} on {len(found)} layers, {numbers:,} numbers"

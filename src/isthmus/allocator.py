@@ -8,9 +8,9 @@ is kept is bounded, and where memory runs short all of it goes back.
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 VARIABLE = "ISTHMUS_KEEP_MIB"
 """Environment variable: how many MiB of freed memory may be kept; 0 leaves the C library as it is."""
@@ -106,7 +106,7 @@ def resident_bytes() -> int:
 
 
 @cache
-def _libc(name: str) -> Any:
+def _libc(name: str) -> Callable[..., int] | None:
     """A function of glibc; none elsewhere."""
     if not sys.platform.startswith("linux"):
         return None

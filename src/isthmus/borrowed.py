@@ -11,7 +11,7 @@ The sha256 is that of the other folder's model.safetensors. A model that was ope
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,17 +20,19 @@ from isthmus import checkpoint
 from isthmus.errors import CheckpointError
 from isthmus.load_report import Account
 
+if TYPE_CHECKING:
+    from isthmus.model import FolderConfig
+
 FILE = "model.safetensors"
 
 
-def weights(file: Path, config: Mapping[str, Any], account: Account | None = None) -> dict[str, Tensor]:
+def weights(file: Path, config: "FolderConfig", account: Account | None = None) -> dict[str, Tensor]:
     """The tensors of a model folder's ``file``, and those that its ``config`` takes from folders beside it.
 
     Raises CheckpointError where another folder is not there, is none beside this one, or holds another file.
     """
     found, folder = checkpoint.load_tensors(file, account), file.parent
-    borrowed: Mapping[str, Mapping[str, str]] = config.get("borrowed", {})
-    for part, place in borrowed.items():
+    for part, place in config.get("borrowed", {}).items():
         other = Path(place["folder"])
         if len(other.parts) != 1 or other.is_absolute() or other.name in ("", ".."):
             raise CheckpointError(f"{folder} takes its {part} from {str(other)!r}, which is no folder beside it.")

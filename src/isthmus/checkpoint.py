@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -65,7 +65,7 @@ class Foreign:
     size: int
 
 
-Content = bytes | str | Mapping[str, Any] | Foreign
+Content = bytes | str | Mapping[str, object] | Foreign
 """What a file may hold: bytes, text, a dict of tensors (under a name in ``.safetensors``) or a dict for JSON."""
 
 
@@ -124,15 +124,28 @@ def begin_folder(path: Path) -> Path:
     return aside
 
 
-def entry_of(file: Path) -> dict[str, Any]:
+class Entry(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class HeaderEntry(TypedDict):
+    """What a safetensors header says of a tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+def entry_of(file: Path) -> Entry:
     """What a manifest says of a file, which is on the disk by then."""
     _sync(file)
     return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
-def finish_folder(
-    aside: Path, path: Path, entries: Mapping[str, Mapping[str, Any]], files: Mapping[str, Content]
-) -> None:
+def finish_folder(aside: Path, path: Path, entries: Mapping[str, Entry], files: Mapping[str, Content]) -> None:
     """Write ``files`` beside those that ``entries`` lists, the manifest of all, and rename the folder into place.
 
     Raises OSError where the disk refuses.
@@ -205,7 +218,7 @@ def _write_aside(aside: Path, files: Mapping[str, _Prepared]) -> None:
     _write_files(aside, files, {})
 
 
-def _write_files(aside: Path, files: Mapping[str, _Prepared], written: Mapping[str, Mapping[str, Any]]) -> None:
+def _write_files(aside: Path, files: Mapping[str, _Prepared], written: Mapping[str, Entry]) -> None:
     entries = dict(written)
     for name, content in files.items():
         file = aside / name
@@ -293,7 +306,7 @@ def _prepare(name: str, content: Content) -> _Prepared:
     if isinstance(content, str):
         return content.encode()
     if name.endswith(".safetensors"):
-        return dict(content)
+        return cast("dict[str, Tensor]", dict(content))
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -305,13 +318,13 @@ def _size(content: _Prepared) -> int:
     return sum(t.numel() * t.element_size() + 128 + len(name) for name, t in content.items())
 
 
-def _render_manifest(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
+def _render_manifest(entries: Mapping[str, Entry]) -> bytes:
     body = {"format": FORMAT, "files": dict(entries)}
     own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**body, "sha256": own}, indent=1) + "\n").encode()
 
 
-def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+def _read_manifest(path: Path) -> dict[str, Entry]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, so {path.parent} cannot be trusted. {_REPAIR}")
     content = read_json(path)
@@ -364,7 +377,7 @@ def load_tensors(path: str | Path, account: Account | None = None) -> dict[str, 
     return tensors
 
 
-def check_header(path: Path) -> dict[str, dict[str, Any]]:
+def check_header(path: Path) -> dict[str, HeaderEntry]:
     """The checked header of a safetensors file: name -> {dtype, shape, data_offsets}; no tensor is read.
 
     Raises CheckpointError naming the tensor when sizes, offsets or dtypes do not fit the file.
@@ -388,7 +401,7 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
         raise bad(f"its header lists more than {HEADER_KEYS:,} tensors")
     try:
         pairs = json.loads(raw, object_pairs_hook=list)
-        header = {name: dict(entry) for name, entry in pairs if name != "__metadata__"}
+        header: dict[str, dict[str, object]] = {name: dict(entry) for name, entry in pairs if name != "__metadata__"}
         names = [name for name, _ in pairs]
     except (ValueError, TypeError, RecursionError) as error:
         raise bad("its header is not a JSON object of tensors") from error
@@ -409,7 +422,7 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
     if 8 + length + end != size:
         cut = ": it was cut off, as by a download that broke" if 8 + length + end > size else ""
         raise bad(f"its tensors end at byte {8 + length + end:,} of {size:,}{cut}")
-    return header
+    return cast("dict[str, HeaderEntry]", header)
 
 
 def state_tensors(net: nn.Module) -> dict[str, Tensor]:
@@ -484,7 +497,7 @@ def _tied(net: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
     return ((names[key], tensor) for key, tensor in found.items())
 
 
-def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
+def _offsets(entry: Mapping[str, object]) -> tuple[int, int]:
     pair = entry.get("data_offsets")
     if isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair):
         return pair[0], pair[1]

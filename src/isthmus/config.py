@@ -8,19 +8,24 @@ mode for JSON; what does not fit is said in this module's words, with the path o
 import functools
 import inspect
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints, overload
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from isthmus.errors import ConfigError, nearest
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from pydantic_core import ErrorDetails
+
 T = TypeVar("T")
+V = TypeVar("V")
 
 
-def strict(cls: type[T], mapping: Any, where: str) -> T:
+def strict(cls: type[T], mapping: object, where: str) -> T:
     """``cls(**mapping)`` with nested dataclasses built, types checked and unknown keys refused.
 
     ``where`` names the place for the reader of an error, e.g. ``"model.vision"``. An integer is accepted where a
@@ -29,7 +34,11 @@ def strict(cls: type[T], mapping: Any, where: str) -> T:
     return mapping if isinstance(mapping, cls) else fit(cls, mapping, where)
 
 
-def plain(value: Any) -> Any:
+@overload
+def plain(value: "DataclassInstance | Mapping[str, object]") -> dict[str, object]: ...
+@overload
+def plain(value: object) -> object: ...
+def plain(value: object) -> object:
     """A configuration (or any nest of dataclasses, mappings and sequences) as what JSON can hold."""
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init}
@@ -40,11 +49,11 @@ def plain(value: Any) -> Any:
     return value
 
 
-def fit(hint: Any, value: Any, where: str) -> Any:
+def fit(hint: type[T], value: object, where: str) -> T:
     """``value`` as the annotation ``hint`` wants it, or a ConfigError that names every place that does not fit."""
     value = plain(value)
     try:
-        return _adapter(hint).validate_json(json.dumps([value], default=_unwritable))[0]
+        return cast(T, _adapter(hint).validate_json(json.dumps([value], default=_unwritable))[0])
     except ValidationError as error:
         raise ConfigError(_explained(error, hint, value, where)) from None
     except TypeError as error:
@@ -52,7 +61,7 @@ def fit(hint: Any, value: Any, where: str) -> Any:
 
 
 @functools.cache
-def _adapter(hint: Any) -> TypeAdapter[Any]:
+def _adapter(hint: object) -> TypeAdapter[tuple[object]]:
     """For a list of one such value: pydantic lets a dataclass have this configuration only within something else."""
     return TypeAdapter(
         tuple[hint],  # type: ignore[valid-type]
@@ -60,7 +69,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
     )
 
 
-def _unwritable(value: Any) -> Any:
+def _unwritable(value: object) -> NoReturn:
     raise TypeError(f"{_show(value)} is nothing that JSON or YAML can say.")
 
 
@@ -77,8 +86,8 @@ _WANTED = {
 
 
 def check_options(
-    function: Callable[..., Any],
-    options: Mapping[str, Any],
+    function: Callable[..., object],
+    options: Mapping[str, object],
     where: str,
     *,
     given: Collection[str] | int = (),
@@ -108,7 +117,7 @@ def check_options(
             fit(hints[name], value, f"{where}: {name}")
 
 
-def _explained(error: ValidationError, hint: Any, value: Any, where: str) -> str:
+def _explained(error: ValidationError, hint: object, value: object, where: str) -> str:
     """What does not fit, place by place; unknown keys come first, for they explain why others are missing."""
     said: list[str] = []
     forms: dict[str, list[str]] = {}
@@ -124,7 +133,7 @@ def _explained(error: ValidationError, hint: Any, value: Any, where: str) -> str
     return " ".join([*said, *(f"{head}: {' | '.join(reasons)}" for head, reasons in forms.items())])
 
 
-def _about_key(fault: Any, holder: Any, found: Any) -> str:
+def _about_key(fault: "ErrorDetails", holder: object, found: object) -> str:
     key = fault["loc"][-1]
     if isinstance(key, int):
         return _said_of_length(holder, found)
@@ -134,7 +143,7 @@ def _about_key(fault: Any, holder: Any, found: Any) -> str:
     return f"unknown key {key!r}; {nearest(str(key), known)}"
 
 
-def _said(fault: Any, wanted: Any = None) -> str:
+def _said(fault: "ErrorDetails", wanted: object = None) -> str:
     """One fault in words of YAML."""
     found = fault["input"]
     if fault["type"] in _WANTED:
@@ -142,16 +151,18 @@ def _said(fault: Any, wanted: Any = None) -> str:
     if fault["type"] == "too_long":
         return _said_of_length(wanted, found)
     if fault["type"] == "literal_error":
-        known = nearest(str(found), map(str, get_args(wanted))) if wanted else f"known: {fault['ctx']['expected']}."
+        known = (
+            nearest(str(found), map(str, get_args(wanted))) if wanted else f"known: {fault.get('ctx', {})['expected']}."
+        )
         return f"unknown value {found!r}; {known}"
     return f"{fault['msg'].removeprefix('Value error, ')}, found {_show(found)}."
 
 
-def _said_of_length(wanted: Any, found: Any) -> str:
-    return f"expected {len(get_args(wanted))} values, found {len(found)}."
+def _said_of_length(wanted: object, found: object) -> str:
+    return f"expected {len(get_args(wanted))} values, found {len(cast(Sized, found))}."
 
 
-def _at(hint: Any, value: Any, loc: Sequence[int | str]) -> tuple[str, Any, Any]:
+def _at(hint: object, value: object, loc: Sequence[int | str]) -> tuple[str, object, object]:
     """The path in words, the annotation and the value at a place of pydantic's; where several forms are allowed the
     path ends, for the next step is pydantic's name of a form."""
     place = ""
@@ -160,32 +171,34 @@ def _at(hint: Any, value: Any, loc: Sequence[int | str]) -> tuple[str, Any, Any]
         if len(forms) > 1:
             break
         hint = _member(forms[0], step)
-        value = value[step] if step in (value if isinstance(value, Mapping) else range(len(value))) else None
+        inside = value if isinstance(value, Mapping) else dict(enumerate(value)) if isinstance(value, Sequence) else {}
+        value = inside.get(step)
         place += f"[{step}]" if isinstance(step, int) else f".{step}"
     return place, hint, value
 
 
-def _forms(hint: Any) -> list[Any]:
+def _forms(hint: object) -> list[object]:
     """What a union allows beside nothing at all; any other annotation is its own only form."""
     return [a for a in get_args(hint) if a is not NoneType] if get_origin(hint) in (Union, UnionType) else [hint]
 
 
-def _member(hint: Any, step: int | str) -> Any:
+def _member(hint: object, step: int | str) -> object:
     """The annotation of a field, a key or a place in an annotation."""
     if is_dataclass(hint):
-        return get_type_hints(hint).get(str(step), Any)
+        return get_type_hints(hint).get(str(step), object)
     members = [a for a in get_args(hint) if a is not Ellipsis]
-    return members[step] if isinstance(step, int) and step < len(members) else members[-1] if members else Any
+    return members[step] if isinstance(step, int) and step < len(members) else members[-1] if members else object
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {value!r}"
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Mapping[str, V], over: Mapping[str, V]) -> dict[str, V]:
     """``base`` with the keys of ``over`` laid on top, mappings merged all the way down."""
     out = dict(base)
     for key, value in over.items():
         mine = out.get(key)
-        out[key] = merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+        both = isinstance(mine, Mapping) and isinstance(value, Mapping)
+        out[key] = cast(V, merged(mine, value)) if both else value
     return out

@@ -14,7 +14,7 @@ arguments, so what the blocks attend to is one object that is set for one call
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,13 @@ from torch.utils.checkpoint import checkpoint
 
 from isthmus.batch import Tokens
 from isthmus.errors import ConfigError
-from isthmus.language import Decoding, LanguageModel, Layers, Prompt, Read, Window
+from isthmus.language import Attended, Decoding, LanguageModel, Layers, Prompt, Read, Window
 from isthmus.nn.gated import GatedBlock, Media, media_mask
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
 
 
 class NewRows(nn.Module):
@@ -175,9 +180,9 @@ class InterleavedLanguageModel(LanguageModel):
     an output head.
     """
 
-    def __init__(self, lm: Any, new_ids: Sequence[int] = ()) -> None:
+    def __init__(self, lm: "PreTrainedModel", new_ids: Sequence[int] = ()) -> None:
         super().__init__(lm)
-        table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+        table, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
         if head is None:
             raise ConfigError(f"{type(lm).__name__} has no output head, so it cannot learn new tokens.")
         self.new_ids = tuple(int(i) for i in new_ids)
@@ -191,7 +196,7 @@ class InterleavedLanguageModel(LanguageModel):
         tied = head.weight is table.weight
         self.new_rows = NewRows(len(self.new_ids), table.weight.shape[1], None if tied else head.weight.shape[1])
         self._blocks: dict[int, GatedBlock] = {}
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         self._context: MediaContext | None = None
         self._blind = False
         if self.new_ids:
@@ -199,7 +204,7 @@ class InterleavedLanguageModel(LanguageModel):
             head.register_forward_hook(self._add_columns)
 
     @classmethod
-    def build(cls, config: Mapping[str, Any], new_ids: Sequence[int] = ()) -> "InterleavedLanguageModel":
+    def build(cls, config: Mapping[str, object], new_ids: Sequence[int] = ()) -> "InterleavedLanguageModel":
         """A freshly initialised LM as :meth:`LanguageModel.build`, with rows for ``new_ids``."""
         return cls(LanguageModel.build(config).lm, new_ids)
 
@@ -277,8 +282,8 @@ class InterleavedLanguageModel(LanguageModel):
         finally:
             self._blind = before
 
-    def _count_past(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+    def _count_past(self, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        cache = cast("Cache | None", kwargs.get("past_key_values"))
         if self._context is not None:
             self._context.past = 0 if cache is None else int(cache.get_seq_length()) - self._context.start
 
@@ -324,9 +329,10 @@ class InterleavedLanguageModel(LanguageModel):
     @torch.no_grad()
     def continued(self, prompt: Prompt, decoding: Decoding) -> list[list[int]]:
         """As :meth:`generate`, attending to what the prompt names."""
-        if self.writable is True or prompt.context is None:
+        context = _media_of(prompt.attended)
+        if self.writable is True or context is None:
             return super().continued(prompt, decoding)
-        with self.attending_to(prompt.context.left_padded(prompt.lengths)):
+        with self.attending_to(context.left_padded(prompt.lengths)):
             return super().continued(prompt, decoding)
 
     def settled(self, decoding: Decoding, prompt: Prompt) -> Decoding:
@@ -342,26 +348,28 @@ class InterleavedLanguageModel(LanguageModel):
 
     def read(self, prompt: Prompt) -> Read:
         """As :meth:`LanguageModel.read`; keys and values of the media are made here, for all that is written."""
-        with self.attending_to(prompt.context):
+        context = _media_of(prompt.attended)
+        with self.attending_to(context):
             read = super().read(prompt)
-        return read if prompt.context is None else replace(read, context=prompt.context.last(prompt.lengths))
+        return read if context is None else replace(read, attended=context.last(prompt.lengths))
 
     def read_on(self, before: Layers, prompt: Prompt) -> Read:
-        """As :meth:`LanguageModel.read_on`; the prompt's context is that of the full row."""
-        with self.attending_to(prompt.context):
-            read = super().read_on(before, prompt)
-        return read if prompt.context is None else replace(read, context=prompt.context.last(prompt.lengths))
-
-    def next(self, ids: Tensor, positions: Tensor, window: Window, context: MediaContext | None) -> Tensor:
-        """As :meth:`LanguageModel.next`, with what the rows attend to."""
+        """As :meth:`LanguageModel.read_on`; what the prompt attends to is that of the full row."""
+        context = _media_of(prompt.attended)
         with self.attending_to(context):
-            return super().next(ids, positions, window, context)
+            read = super().read_on(before, prompt)
+        return read if context is None else replace(read, attended=context.last(prompt.lengths))
+
+    def next(self, ids: Tensor, positions: Tensor, window: Window, attended: Attended | None) -> Tensor:
+        """As :meth:`LanguageModel.next`, with what the rows attend to."""
+        with self.attending_to(_media_of(attended)):
+            return super().next(ids, positions, window, attended)
 
     def label_nll(self, embeds: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood (M,) of every labelled target, and the row (M,) it belongs to."""
         return self._label_nll(embeds, tokens)
 
-    def chunk(self, embeds: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    def chunk(self, embeds: Tensor, cache: "Cache | None" = None) -> "tuple[Tensor, Cache]":
         """The next T tokens of conversations: logits (B, T, V) and the cache to go on from.
 
         ``embeds`` (B, T, D) has no padding. Inside ``attending_to``, whose ``media_index`` covers the rows from the
@@ -377,7 +385,9 @@ class InterleavedLanguageModel(LanguageModel):
 
     def after(self, ids: Tensor, read: Read) -> Tensor:
         """As :meth:`LanguageModel.after`; what follows the row sees what its last token saw."""
-        context = read.context and read.context.take(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
+        context = _media_of(read.attended)
+        if context is not None:
+            context = context.take(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
         with self.attending_to(context):
             return super().after(ids, read)
 
@@ -390,16 +400,25 @@ class InterleavedLanguageModel(LanguageModel):
             return super()._try_steps()
 
 
+def _media_of(attended: Attended | None) -> MediaContext | None:
+    """What the rows of an InterleavedLanguageModel attend to."""
+    return cast("MediaContext | None", attended)
+
+
+_Arguments = tuple[tuple[Tensor, ...], dict[str, object]]
+
+
 class _BeforeLayer:
     """The pre-hook of one layer. An object rather than a closure, so that a copied net has hooks of its own."""
 
     def __init__(self, language: InterleavedLanguageModel, number: int) -> None:
         self.language, self.number = language, number
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> _Arguments:
         if args:
             return (self.language._before(self.number, layer, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self.language._before(self.number, layer, kwargs["hidden_states"])}
+        hidden = cast(Tensor, kwargs["hidden_states"])
+        return args, {**kwargs, "hidden_states": self.language._before(self.number, layer, hidden)}
 
 
 class _Reading:

@@ -7,18 +7,18 @@
 raises and names it, so the same class serves CLIP, a bare language model and LLaVA.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Generic, Literal, NotRequired, Protocol, Self, TypedDict, cast, overload
 
 import torch
 from PIL import Image as PilImage
 from torch import Tensor
 
 from isthmus import adapter_folder, checkpoint
-from isthmus.adapter_folder import Base
+from isthmus.adapter_folder import Base, OfBase
 from isthmus.batch import Tokens
 from isthmus.config import plain
 from isthmus.data.attention import Attention
@@ -43,7 +43,7 @@ from isthmus.load_report import LoadReport
 from isthmus.nn.losses import similarity
 from isthmus.streaming import pieces
 from isthmus.systems import SYSTEMS, system
-from isthmus.systems.base import System
+from isthmus.systems.base import OfNet, System
 from isthmus.together import together
 from isthmus.tracing import attention_of, check_gaps, gap_of
 from isthmus.user_code import is_user_code
@@ -52,7 +52,26 @@ from isthmus.version import __version__
 FORMAT = "isthmus-1"
 
 
-class Model:
+class FolderConfig(TypedDict):
+    """What a model folder's config.json says; ``borrowed`` as in :mod:`isthmus.borrowed`."""
+
+    format: str
+    isthmus: str
+    kind: str
+    config: dict[str, object]
+    prompts: NotRequired[dict[str, str]]
+    forbidden: NotRequired[list[int]]
+    base: NotRequired[OfBase]
+    borrowed: NotRequired[dict[str, dict[str, str]]]
+
+
+class _Classifies(Protocol):
+    """A net whose logits are of pictures and texts that it has embedded."""
+
+    def logits(self, images: Tensor, texts: Tensor) -> Tensor: ...
+
+
+class Model(Generic[OfNet]):
     """A net with its processor. Build one with :func:`load`, or from parts in Python.
 
     Args:
@@ -65,18 +84,18 @@ class Model:
 
     def __init__(
         self,
-        net: Any,
+        net: OfNet,
         processor: Processor,
         *,
         prompts: Mapping[str, str] | None = None,
         forbidden: Sequence[int] = (),
-        kind: System | None = None,
+        kind: System[OfNet] | None = None,
     ) -> None:
         self.net = net.eval()
         self.processor = processor
         self.forbidden = tuple(forbidden)
         self.prompts = dict(prompts or {})
-        self.system = kind if kind is not None else system(net.KIND)
+        self.system = kind if kind is not None else cast("System[OfNet]", system(net.KIND))
         self.kind = self.system.kind
         self.report: LoadReport | None = None  # of a model that was opened
         self.base: Base | None = None  # of a model that carries adapters
@@ -90,11 +109,11 @@ class Model:
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
-    def to(self, device: str | torch.device) -> "Model":
+    def to(self, device: str | torch.device) -> Self:
         self.net.to(device)
         return self
 
-    def cast(self, dtype: torch.dtype) -> "Model":
+    def cast(self, dtype: torch.dtype) -> Self:
         """The weights to ``dtype``; what must not be cast (BLIP-2's Q-Former, rotary frequencies) stays in float32."""
         self.net.cast(dtype)
         return self
@@ -107,7 +126,7 @@ class Model:
 
     # Text out: captions, answers, conversations
 
-    def caption(self, image: AnyImage, **decoding: Any) -> str:
+    def caption(self, image: AnyImage, **decoding: object) -> str:
         """A caption of one picture or clip, with the prompt that the model was trained with: ``prompts["caption"]``,
         which of a foreign LLaVA is "Provide a brief description of the given image."; else the picture alone."""
         self.need("caption")
@@ -116,7 +135,7 @@ class Model:
             parts.append(Text(self.prompts["caption"], role="user"))
         return self.generate([Record(id="caption", parts=tuple(parts))], **decoding)[0]
 
-    def answer(self, image: AnyImage | Sequence[AnyImage] | None, question: str, **decoding: Any) -> str:
+    def answer(self, image: AnyImage | Sequence[AnyImage] | None, question: str, **decoding: object) -> str:
         """The answer to a question about one picture or clip, several, or (bare LM) none.
 
         A path to a folder of frames or to a video file is a clip.
@@ -125,22 +144,42 @@ class Model:
         parts = (*(as_visual(i) for i in _listed(image)), Text(question, role="user"))
         return self.generate([Record(id="answer", parts=parts)], **decoding)[0]
 
-    def chat(self, messages: Sequence[Message], **decoding: Any) -> str:
+    def chat(self, messages: Sequence[Message], **decoding: object) -> str:
         """The assistant's next turn of a conversation in the messages form (roles system, user, assistant)."""
         self.need("chat")
         return self.generate([conversation(messages)], **decoding)[0]
 
-    def stream(self, asked: Record | Sequence[Message], **decoding: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Record | Sequence[Message] = (),
+        *,
+        asked: Record | Sequence[Message] | None = None,
+        **decoding: object,
+    ) -> Iterator[str]:
         """What :meth:`chat` answers to messages, or :meth:`generate` to a Record, piece by piece while it is written:
-        complete characters, which together are the answer."""
-        self.need("generate" if isinstance(asked, Record) else "chat")
-        record = asked if isinstance(asked, Record) else conversation(asked)
+        complete characters, which together are the answer. ``asked`` is the former name of ``prompt``."""
+        prompt = prompt if asked is None else asked
+        self.need("generate" if isinstance(prompt, Record) else "chat")
+        record = prompt if isinstance(prompt, Record) else conversation(prompt)
         batch = collate([self.processor.prompt(record)]).to(self.device)
         return pieces(self.net.eval(), self.processor.tokenizer, batch, self.ended(Decoding.of(decoding)))
 
+    @overload
     def generate(
-        self, records: Sequence[Record], *, batch_size: int = 64, return_attention: bool = False, **decoding: Any
-    ) -> Any:
+        self,
+        records: Sequence[Record],
+        *,
+        batch_size: int = 64,
+        return_attention: Literal[False] = False,
+        **decoding: object,
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self, records: Sequence[Record], *, batch_size: int = 64, return_attention: Literal[True], **decoding: object
+    ) -> list[Attention]: ...
+    def generate(
+        self, records: Sequence[Record], *, batch_size: int = 64, return_attention: bool = False, **decoding: object
+    ) -> list[str] | list[Attention]:
         """One text per record (its last turn must be the user's). ``decoding``: fields of Decoding.
 
         With ``return_attention`` each is an Attention, as :meth:`attend` gives them.
@@ -152,13 +191,15 @@ class Model:
         found = self._continue([self.processor.prompt(record) for record in records], batch_size, decoding)
         return [self.processor.tokenizer.decode(ids).strip() for ids in found]
 
-    def _continue(self, examples: Sequence[Example], batch_size: int, decoding: Mapping[str, Any]) -> list[list[int]]:
+    def _continue(
+        self, examples: Sequence[Example], batch_size: int, decoding: Mapping[str, object]
+    ) -> list[list[int]]:
         """The new tokens of each example; what several begin with is read once."""
         settings = self.ended(Decoding.of(decoding))
         with self._inference():
             return together(self.net, examples, settings, batch_size=batch_size, device=self.device)
 
-    def attend(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[Attention]:
+    def attend(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: object) -> list[Attention]:
         """One text per record, with a map per new token, layer and picture of what the model attended to."""
         self.need("attend")
         must_be_records(records, "attend")
@@ -167,7 +208,7 @@ class Model:
         with self._inference():
             return [attention_of(self, prompt, ids) for prompt, ids in zip(prompts, answers, strict=True)]
 
-    def gaps(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: Any) -> list[float]:
+    def gaps(self, records: Sequence[Record], *, batch_size: int = 64, **decoding: object) -> list[float]:
         """For each record the smallest distance (in logits) of the two best tokens at any step of its answer: where it
         is tiny, a sum taken in another order may answer otherwise. Plain greedy decoding only (ConfigError), and no
         encoder-decoder (CapabilityError)."""
@@ -179,18 +220,18 @@ class Model:
         with self._inference():
             return [gap_of(self, prompt, ids, settings) for prompt, ids in zip(prompts, answers, strict=True)]
 
-    def answer_records(self, records: Sequence[Record], **decoding: Any) -> list[str]:
+    def answer_records(self, records: Sequence[Record], **decoding: object) -> list[str]:
         """Answers to question records: what evaluation needs of a model. A trailing assistant turn is cut off."""
         self.need("answer")
         must_be_records(records, "answer_records")
         return self.generate([without_answer(r) for r in records], **decoding)
 
-    def provenance(self, records: Iterable[Record], decoding: Mapping[str, Any]) -> dict[str, Any]:
+    def provenance(self, records: Iterable[Record], decoding: Mapping[str, object]) -> dict[str, object]:
         """What a score's manifest keeps of the model beside its weights: image transform, the processor's settings
         (BLIP-2's words for questions and captions among them), and of a model that writes template, decoding in full
         and the prompts of ``records`` as the model reads them."""
         settings, template = self.processor.to_dict(), self.processor.template
-        facts: dict[str, Any] = {"image": settings.pop("image", None), "processor": settings}
+        facts: dict[str, object] = {"image": settings.pop("image", None), "processor": settings}
         if "generate" not in self.capabilities:
             return facts
         if template in TEMPLATES:
@@ -303,11 +344,11 @@ class Model:
         """(N, M) similarity of every picture with every text, of the kind the model was trained with (cosine)."""
         self.need("similarity")
         texts = listed_texts(texts, "texts")
-        return similarity(self.embed_images(images), self.embed_texts(texts), self.net.config.similarity)
+        return similarity(self.embed_images(images), self.embed_texts(texts), self.net.compared_by())
 
     def _compared(self, vectors: Tensor) -> Tensor:
         vectors = vectors.float().cpu()
-        return torch.nn.functional.normalize(vectors, dim=-1) if self.net.config.similarity == "cosine" else vectors
+        return torch.nn.functional.normalize(vectors, dim=-1) if self.net.compared_by() == "cosine" else vectors
 
     def classify(
         self, image: AnyImage, labels: Sequence[str], *, templates: Sequence[str] = ("a photo of a {}.",)
@@ -327,10 +368,12 @@ class Model:
             [self.embed_texts([t.replace("{}", label) for t in templates]).mean(0) for label in labels]
         )
         with self._inference():
-            logits = self.net.logits(self.embed_images([image]).to(self.device), classes.to(self.device))[0]
+            logits = cast(_Classifies, self.net).logits(
+                self.embed_images([image]).to(self.device), classes.to(self.device)
+            )[0]
         return dict(sorted(zip(labels, logits.softmax(-1).tolist(), strict=True), key=lambda pair: -pair[1]))
 
-    def _over_images(self, images: Sequence[AnyImage], function: Any, batch_size: int) -> Tensor:
+    def _over_images(self, images: Sequence[AnyImage], function: Callable[[Tensor], Tensor], batch_size: int) -> Tensor:
         transform = self.processor.image
         if transform is None:
             raise CapabilityError("This model has no image transform, so it cannot read pictures.")
@@ -357,7 +400,9 @@ class Model:
 
     # Folders
 
-    def save(self, folder: str | Path, *, extra: Mapping[str, Any] | None = None, replace: bool = False) -> Path:
+    def save(
+        self, folder: str | Path, *, extra: Mapping[str, checkpoint.Content] | None = None, replace: bool = False
+    ) -> Path:
         """Write one model folder: config, safetensors, tokenizer, processor, manifest. Never over another one. Raises
         ConfigError for a system of a user's own that was not found by its file's name: none could open it again."""
         if self.system.name not in SYSTEMS and not is_user_code(self.system.name):
@@ -366,16 +411,17 @@ class Model:
                 "again: take isthmus.systems.system(isthmus.user_code.pin('path/file.py:MySystem'))."
             )
         weights, of_base = adapter_folder.weights(self.net, self.base, Path(folder))
-        config = {
+        config: FolderConfig = {
             "format": FORMAT,
             "isthmus": __version__,
             "kind": self.system.name,
             "config": plain(self.net.config),
             "prompts": self.prompts,
             "forbidden": list(self.forbidden),
-            **of_base,
         }
-        files: dict[str, Any] = {
+        if of_base is not None:
+            config["base"] = of_base
+        files: dict[str, checkpoint.Content] = {
             "config.json": config,
             "processor.json": self.processor.to_dict(),
             **weights,

@@ -4,19 +4,30 @@ A net of a user's own inherits from it and says ``KIND``, ``CONFIG``, ``loss`` a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from isthmus.batch import CAUSAL, Batch, Term
+from isthmus.batch import CAUSAL, Batch, Term, Tokens
 from isthmus.errors import CapabilityError
 from isthmus.nn.precision import cast_weights
 from isthmus.nn.tap import Tap
 from isthmus.stage import StagedNet
 
 if TYPE_CHECKING:
-    from isthmus.language import Prompt, Read
+    from _typeshed import DataclassInstance
+
+    from isthmus.language import Decoding, Language, Prompt, Read
+    from isthmus.nn.losses import Similarity
+    from isthmus.nn.vit import VisionTransformer
+
+
+class _Compares(Protocol):
+    """The configuration of a net whose embeddings are compared."""
+
+    @property
+    def similarity(self) -> "Similarity": ...
 
 
 class Net(StagedNet):
@@ -24,10 +35,11 @@ class Net(StagedNet):
 
     KIND: ClassVar[str] = "net"
     """The name of its system."""
-    CONFIG: ClassVar[type[Any]]
+    CONFIG: "ClassVar[type[DataclassInstance]]"
     """The class of its configuration, a frozen dataclass."""
-    config: Any
-    vision: Any
+    config: "DataclassInstance"
+    vision: "VisionTransformer"
+    language: "Language"
     contrasts: bool = False
     """Whether its loss needs the rows of all processes at once."""
     gradient_cache: bool = False
@@ -44,7 +56,7 @@ class Net(StagedNet):
     @property
     def shares_beginning(self) -> bool:
         """Whether several prompts, or several endings of one, can go on from a beginning that is read once."""
-        language: Any = self._modules.get("language")
+        language = cast("Language | None", self.part("language"))
         continues_prompts = type(self).prompt is not Net.prompt  # a net of the user's own may only know how to generate
         return continues_prompts and language is not None and language.writable is True
 
@@ -54,14 +66,16 @@ class Net(StagedNet):
 
     def score_endings(self, beginning: Batch, endings: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
         """(n,) log-probabilities of the labelled tokens of n endings of one row, which is read once."""
-        language: Any = self.part("language")
-        return language.score_endings(self.prompt(beginning), endings, labels)
+        return self.language.score_endings(self.prompt(beginning), endings, labels)
 
     @property
     def image_size(self) -> int:
         """Height and width in pixels of the pictures that its vision encoder was made for; 0 of a net without one."""
-        vision: Any = self.part("vision")
-        return 0 if vision is None else vision.config.image_size
+        return 0 if self.part("vision") is None else self.vision.config.image_size
+
+    def compared_by(self) -> "Similarity":
+        """How the embeddings of a net that makes some are compared, as its configuration says."""
+        return cast(_Compares, self.config).similarity
 
     def part(self, name: str) -> nn.Module | None:
         """The part of this name, such as ``language``; none where the net has no such part (now)."""
@@ -78,7 +92,7 @@ class Net(StagedNet):
         return [m for m in (self._modules.get("vision"), self._modules.get("text")) if m is not None]
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Self:
+    def from_config(cls, values: Mapping[str, object]) -> Self:
         """From plain keys and values. Raises ConfigError for an unknown one."""
         from isthmus.config import strict
 
@@ -114,3 +128,14 @@ class Net(StagedNet):
         """The weights to ``dtype``; what must not be cast stays in float32."""
         cast_weights(self, dtype)
         return self
+
+    if TYPE_CHECKING:  # what nets have by the capabilities that their system names, so that none has all of it
+
+        def score(self, batch: Batch) -> Tensor: ...
+        def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]: ...
+        def logits(self, batch: Batch) -> Tensor: ...
+        def attention(self, batch: Batch) -> list[list[Tensor]]: ...
+        def embed_images(self, pixels: Tensor) -> Tensor: ...
+        def embed_texts(self, tokens: Tokens) -> Tensor: ...
+        def normed(self, pixels: Tensor) -> Tensor: ...
+        def match_logits(self, vision: Tensor, text: Tokens) -> Tensor: ...

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 
 from isthmus import adapter_folder, borrowed, checkpoint
+from isthmus.adapter_folder import Base, OfBase
 from isthmus.data.clip_tokenizer import load_tokenizer
 from isthmus.data.processor import ImagesProcessor
 from isthmus.data.processors import with_template
@@ -17,11 +18,24 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.hub import located
 from isthmus.language import unfilled
 from isthmus.load_report import Account, beside
-from isthmus.model import FORMAT, Model
+from isthmus.model import FORMAT, FolderConfig, Model
+from isthmus.net import Net
 from isthmus.placement import device_of, dtype_of
 from isthmus.products import multiply_quickly
 from isthmus.systems import SYSTEMS, system
 from isthmus.user_code import is_user_code, outermost, vetted
+
+
+class _Named(TypedDict, total=False):
+    """What the user names beside a checkpoint; see :func:`load`."""
+
+    vision: str | Path | None
+    language: str | Path | None
+    base: str | Path | None
+    unquantised: bool | None
+    tokenizer: str | Path | None
+    activation: str | None
+    head_width: int | None
 
 
 def load(
@@ -67,8 +81,15 @@ def load(
     """
     place, dtype = device_of(device), dtype_of(dtype)
     multiply_quickly(place)
-    given: dict[str, Any] = {"vision": vision, "language": language, "base": base, "unquantised": unquantised or None}
-    given |= {"tokenizer": tokenizer, "activation": activation, "head_width": head_width}
+    given = _Named(
+        vision=vision,
+        language=language,
+        base=base,
+        unquantised=unquantised or None,
+        tokenizer=tokenizer,
+        activation=activation,
+        head_width=head_width,
+    )
     model = _opened(located(path, revision), given, [code] if isinstance(code, str | Path) else code, Account(), dtype)
     if template is not None:
         model.processor = with_template(model.processor, template)
@@ -77,7 +98,7 @@ def load(
 
 def _opened(
     folder: Path,
-    given: Mapping[str, Any],
+    given: _Named,
     code: Sequence[str | Path],
     account: Account,
     dtype: torch.dtype | None = None,
@@ -89,7 +110,7 @@ def _opened(
         folder = folder / "model"
     config = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if config is not None and "format" in config:
-        adapter_folder.check_useful(folder, config, given)
+        adapter_folder.check_useful(folder, cast(FolderConfig, config), given)
     with unfilled():
         if config is None or "format" not in config:
             from isthmus.interop.foreign import open_foreign
@@ -99,8 +120,13 @@ def _opened(
             net, processor, forbidden = open_foreign(folder, config, named)
             model = Model(net, processor, prompts=published_request(processor), forbidden=forbidden)
         else:
-            on = partial(adapter_folder.opened, given=given, load=lambda at: _opened(at, {}, code, account))
-            model = _own(folder, vetted(config, outer, code), account, on)
+            on = partial(
+                adapter_folder.opened,
+                base=given.get("base"),
+                unquantised=bool(given.get("unquantised")),
+                load=lambda at: _opened(at, {}, code, account),
+            )
+            model = _own(folder, cast(FolderConfig, vetted(config, outer, code)), account, on)
         model.report = account.report()
     return model
 
@@ -113,7 +139,10 @@ def _part(account: Account, path: str | Path) -> Model:
     return model
 
 
-def _own(folder: Path, config: Mapping[str, Any], account: Account, on: Callable[..., tuple[Any, Any]]) -> Model:
+_On = Callable[[Path, OfBase, Mapping[str, object], Mapping[str, Path]], tuple[Net, Base]]
+
+
+def _own(folder: Path, config: FolderConfig, account: Account, on: _On) -> Model:
     if config["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']!r}; this version reads {FORMAT!r}.")
     files = checkpoint.read_folder(folder)
@@ -121,13 +150,16 @@ def _own(folder: Path, config: Mapping[str, Any], account: Account, on: Callable
     if name not in SYSTEMS and not is_user_code(name):
         raise CheckpointError(f"{folder}: unknown kind of model {name!r}; known: {', '.join(SYSTEMS)}.")
     kind = system(name)
-    net, base = on(folder, config, files) if "base" in config else (kind.net.from_config(config["config"]), None)
-    if base is None:
+    base = None
+    if "base" in config:
+        net, base = on(folder, config["base"], config["config"], files)
+    else:
+        net = kind.net.from_config(config["config"])
         checkpoint.load_into(net, borrowed.weights(files[borrowed.FILE], config, account), folder, account)
     described = checkpoint.read_json(files["processor.json"])
     tokenizer = None if described.get("kind") == ImagesProcessor.kind else load_tokenizer(folder)
     others = {f.parent.name: Tokenizer.load(f.parent) for n, f in files.items() if n.endswith("/tokenizer.json")}
-    processor, more = kind.open_processor(described, tokenizer, others), {"prompts": config.get("prompts")}
-    model = Model(net, processor, forbidden=config.get("forbidden", ()), kind=kind, **more)
+    processor = kind.open_processor(described, tokenizer, others)
+    model = Model(net, processor, prompts=config.get("prompts"), forbidden=config.get("forbidden", ()), kind=kind)
     model.base = base
     return model

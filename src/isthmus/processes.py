@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -242,7 +242,7 @@ def all_gather(value: T) -> list[T]:
     """The values of all processes in order of rank. They travel pickled between processes of one run, over gloo."""
     if world_size() == 1:
         return [value]
-    gathered: list[Any] = [None] * world_size()
+    gathered = cast("list[T]", [None] * world_size())
     with talking():
         dist.all_gather_object(gathered, value)
     return gathered

@@ -7,7 +7,8 @@ A frozen weight W is stored as NF4, in blocks whose scales are quantised once mo
 import importlib
 import math
 from collections.abc import Iterable
-from typing import Any
+from types import ModuleType
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,18 @@ INSTEAD = (
 )
 
 
-def demand(instead: str = INSTEAD) -> Any:
+class Linear(Protocol):
+    """A linear layer: torch's, or GPT-2's Conv1D."""
+
+    training: bool
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+
+
+def demand(instead: str = INSTEAD) -> ModuleType:
     """bitsandbytes, tried on a layer of 64 x 64. Raises MissingExtraError without it, ConfigError where it does not
     compute in 4 bits; ``instead`` ends their message."""
     try:
@@ -49,14 +61,16 @@ def _place() -> torch.device:
 def quantise(net: nn.Module, names: Iterable[str], *, instead: str = INSTEAD) -> None:
     """Put the weights of these linear layers in 4 bits, one layer at a time; biases stay. A layer that is so already,
     or has no values (meta), is left. Raises as :func:`demand`."""
-    layers: dict[str, Any] = {name: net.get_submodule(name) for name in names}
+    layers = {name: cast(Linear, net.get_submodule(name)) for name in names}
     wanted = {n: m for n, m in layers.items() if not is_quantised(m.weight) and not m.weight.is_meta}
-    library = demand(instead) if wanted else None
+    if not wanted:
+        return
+    library = demand(instead)
     for name, layer in wanted.items():
         net.set_submodule(name, _rounded(library, layer))
 
 
-def _rounded(library: Any, layer: Any) -> nn.Module:
+def _rounded(library: ModuleType, layer: Linear) -> nn.Module:
     """The layer in 4 bits, rounded on the GPU where there is one, on the device where it was."""
     weight = layer.weight.data
     if not isinstance(layer, nn.Linear):  # Conv1D keeps it as (in, out)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self, cast
+from typing import Literal, NotRequired, Self, TypedDict, cast
 
 from rich.table import Table
 from torch import Tensor, nn
@@ -26,6 +26,37 @@ WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoin
 
 BOOKKEEPING = ("log_every", "save_every", "keep_last", "keep_every", "nan_policy", "nan_limit")
 """Fields of a stage that do not change what is computed, so a run may go on with other values."""
+
+
+class GroupFacts(TypedDict):
+    """A :class:`Group` as data; in a :class:`TableFacts` with the number of ``tensors`` that it opens."""
+
+    pattern: str
+    lr: float
+    weight_decay: float
+    lora: NotRequired[dict[str, object]]
+    tensors: NotRequired[int]
+
+
+class RowFacts(TypedDict):
+    """A :class:`TableRow` as data."""
+
+    part: str
+    parameters: int
+    trained: int
+    rates: list[float]
+    unused: int
+    adapters: int
+
+
+class TableFacts(TypedDict):
+    """A :class:`StageTable` as data."""
+
+    rows: list[RowFacts]
+    parameters: int
+    trained: int
+    groups: list[GroupFacts]
+    unused: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +83,9 @@ class Group:
         for name in ("lr", "weight_decay"):
             _number(f"{name} of pattern {self.pattern!r}", getattr(self, name), low=0.0)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> GroupFacts:
         """The group as data; adapters only where it has some."""
-        return _said(asdict(self))
+        return cast(GroupFacts, _said(asdict(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +165,7 @@ class Stage:
         """The warm-up in the budget's unit."""
         return int(self.warmup) if self.warmup >= 1 else round(self.warmup * self.budget)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The stage as JSON-able data."""
         return json.loads(json.dumps(asdict(self) | {"train": [group.to_dict() for group in self.train]}))
 
@@ -144,17 +175,18 @@ class Stage:
         return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()
 
 
-def defining_keys(stage: Mapping[str, Any]) -> dict[str, Any]:
+def defining_keys(stage: Mapping[str, object]) -> dict[str, object]:
     """The keys of a stage that change its outcome. One that came later counts only where it is used."""
     later = {"frozen_dtype": "fp32", "ema": None}
     kept = {k: v for k, v in stage.items() if k not in BOOKKEEPING and (k not in later or v != later[k])}
-    return {**kept, "train": [_said(group) for group in stage["train"]]} if "train" in kept else kept
+    groups = cast("list[Mapping[str, object]]", kept.get("train", []))
+    return {**kept, "train": [_said(group) for group in groups]} if "train" in kept else kept
 
 
-def _said(group: Mapping[str, Any]) -> dict[str, Any]:
+def _said(group: Mapping[str, object]) -> dict[str, object]:
     """A group's keys without those that came later and are not used."""
     own = {k: v for k, v in group.items() if k != "lora"}
-    lora = group.get("lora")
+    lora = cast("dict[str, object] | None", group.get("lora"))
     return own if lora is None else {**own, "lora": {k: v for k, v in lora.items() if k != "bits" or v is not None}}
 
 
@@ -191,7 +223,7 @@ class StageTable:
     def trained(self) -> int:
         return sum(row.trained for row in self.rows)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> TableFacts:
         """The same facts as JSON-able data."""
         return json.loads(
             json.dumps(
@@ -405,8 +437,8 @@ def _rows(
     )
 
 
-def _number(what: str, value: Any, *, low: float, high: float | None = None, integer: bool = False) -> None:
-    right_type = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
-    if not right_type or value < low or (high is not None and value > high):
+def _number(what: str, value: object, *, low: float, high: float | None = None, integer: bool = False) -> None:
+    number = value if isinstance(value, int if integer else int | float) and not isinstance(value, bool) else None
+    if number is None or number < low or (high is not None and number > high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ConfigError(f"{what} is {value!r}; it must be {'a whole' if integer else 'a'} number, {bounds}.")

@@ -1,7 +1,6 @@
 """An answer piece by piece while it is written."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -9,9 +8,10 @@ from isthmus.batch import Batch
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.words import Words
 from isthmus.language import Decoder, Decoding
+from isthmus.net import Net
 
 
-def pieces(net: Any, tokenizer: Tokenizer, batch: Batch, decoding: Decoding) -> Iterator[str]:
+def pieces(net: Net, tokenizer: Tokenizer, batch: Batch, decoding: Decoding) -> Iterator[str]:
     """The text of a batch of one row as it grows, complete characters only; all pieces together are the answer without
     the white space around it. A net that a Decoder cannot write with, and beams, give it in one piece."""
     words = Words(tokenizer)
@@ -22,14 +22,13 @@ def pieces(net: Any, tokenizer: Tokenizer, batch: Batch, decoding: Decoding) -> 
         yield piece
 
 
-def _ids(net: Any, batch: Batch, decoding: Decoding) -> Iterator[tuple[int, ...]]:
-    language = net.part("language")
-    if language is None or language.writable is not True:
+def _ids(net: Net, batch: Batch, decoding: Decoding) -> Iterator[tuple[int, ...]]:
+    if net.part("language") is None or net.language.writable is not True:
         with torch.inference_mode():
             (ids,) = net.generate(batch, decoding)
         yield tuple(ids)
         return
-    decoder = Decoder(language)
+    decoder = Decoder(net.language)
     with torch.inference_mode():
         prompt = net.prompt(batch)
     decoder.add(prompt, decoding)

@@ -5,7 +5,6 @@ joins the decoder after one pass over its beginning, whose keys and values all i
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -14,10 +13,11 @@ from isthmus.data.collate import collate
 from isthmus.data.record import Example
 from isthmus.data.shared import Cut, cut
 from isthmus.language import Decoder, Decoding
+from isthmus.net import Net
 
 
 def together(
-    net: Any, examples: Sequence[Example], decoding: Decoding, *, batch_size: int, device: torch.device
+    net: Net, examples: Sequence[Example], decoding: Decoding, *, batch_size: int, device: torch.device
 ) -> list[list[int]]:
     """The new tokens of each example, at most ``batch_size`` rows at a time, the longest first."""
     answers: list[list[int]] = [[]] * len(examples)
@@ -35,7 +35,7 @@ def together(
     return answers
 
 
-def _shares(net: Any, decoding: Decoding) -> bool:
+def _shares(net: Net, decoding: Decoding) -> bool:
     """Whether rows of this net can go on from a beginning that was read apart. A seed per row belongs to its place in
     the batch."""
     causal = net.shares_beginning and net.prompt_stream == CAUSAL
@@ -56,7 +56,7 @@ def _groups(examples: Sequence[Example]) -> list[_Group]:
 
 
 def _write_groups(
-    net: Any,
+    net: Net,
     groups: Sequence[_Group],
     decoding: Decoding,
     answers: list[list[int]],

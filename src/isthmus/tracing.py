@@ -1,6 +1,6 @@
 """An answer run once more in one pass: what each token attended to, and how near the choice was."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,8 +11,12 @@ from isthmus.data.record import Example
 from isthmus.errors import CapabilityError, ConfigError
 from isthmus.language import Decoding
 
+if TYPE_CHECKING:
+    from isthmus.model import Model
+    from isthmus.net import Net
 
-def attention_of(model: Any, prompt: Example, answer: list[int]) -> Attention:
+
+def attention_of(model: "Model[Net]", prompt: Example, answer: list[int]) -> Attention:
     """What ``model`` attended to for each token of the ``answer`` that it gave to ``prompt``."""
     tokenizer = model.processor.tokenizer
     batch = collate([with_answer(prompt, answer)]).to(model.device)
@@ -29,7 +33,7 @@ def attention_of(model: Any, prompt: Example, answer: list[int]) -> Attention:
     )
 
 
-def check_gaps(model: Any, settings: Decoding) -> None:
+def check_gaps(model: "Model[Net]", settings: Decoding) -> None:
     """Raises ConfigError for any but plain greedy decoding, CapabilityError for a model without a causal LM."""
     greedy = Decoding()
     for name in ("min_new_tokens", "temperature", "num_beams", "repetition_penalty", "no_repeat_ngram"):
@@ -40,7 +44,7 @@ def check_gaps(model: Any, settings: Decoding) -> None:
         raise CapabilityError("Gaps between the two best tokens need a causal language model.")
 
 
-def gap_of(model: Any, prompt: Example, answer: list[int], settings: Decoding) -> float:
+def gap_of(model: "Model[Net]", prompt: Example, answer: list[int], settings: Decoding) -> float:
     """The smallest distance (in logits) of the two best tokens at any step of the ``answer`` to ``prompt``."""
     batch = collate([with_answer(prompt, answer)]).to(model.device)
     start = len(prompt.streams[CAUSAL].ids) - 1

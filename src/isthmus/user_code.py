@@ -14,12 +14,14 @@ A file stands for itself: what lies beside it cannot be imported from it unless 
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TypeGuard, TypeVar, cast
 
 from isthmus.errors import CheckpointError, ConfigError, nearest
+
+T = TypeVar("T")
 
 _FILE = re.compile(r"(?P<file>[^:#{}\n]+\.py):(?P<cls>[A-Za-z_]\w*)(?:#sha256=(?P<sha>[0-9a-f]{64}))?")
 _SHORT = re.compile(r"(?P<file>[A-Za-z_]\w*):(?P<cls>[A-Za-z_]\w*)")
@@ -28,7 +30,7 @@ _KEYS = ("model", "projector", "kind", "task")
 """Where a recipe names code; the short form, which other texts may resemble, counts only there."""
 
 
-def is_user_code(name: Any) -> bool:
+def is_user_code(name: object) -> TypeGuard[str]:
     """Does this name a class in a user's file, pinned or not?"""
     return isinstance(name, str) and bool(_FILE.fullmatch(name) or _SHORT.fullmatch(name))
 
@@ -67,17 +69,23 @@ def _where(short: re.Match[str] | None) -> str:
     return "the recipe (on the command line: to the working folder)" if short is None else "the working folder"
 
 
-def pinned_in(tree: Any, folder: Path | str | None = None, key: str = "") -> Any:
+def pinned_in(tree: T, folder: Path | str | None = None, key: str = "") -> T:
     """A recipe or description with every name of code in it pinned; see :func:`pin`."""
+    return cast(T, _pinned_in(tree, folder, key))
+
+
+def _pinned_in(tree: object, folder: Path | str | None, key: str) -> object:
     if isinstance(tree, Mapping):
-        return {k: pinned_in(v, folder, str(k)) for k, v in tree.items()}
+        return {k: _pinned_in(v, folder, str(k)) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
-        return [pinned_in(v, folder, key) for v in tree]
-    named = isinstance(tree, str) and (_FILE.fullmatch(tree) or (key in _KEYS and _SHORT.fullmatch(tree)))
+        return [_pinned_in(v, folder, key) for v in tree]
+    if not isinstance(tree, str):
+        return tree
+    named = _FILE.fullmatch(tree) or (key in _KEYS and _SHORT.fullmatch(tree))
     return pin(tree, folder) if named else tree
 
 
-def resolve(name: str) -> Any:
+def resolve(name: str) -> Callable[..., object]:
     """The class that a pinned name says. One file of one content is imported once.
 
     Raises ConfigError for a name that is not pinned, a file that has changed or is gone, that fails while it is
@@ -141,7 +149,7 @@ def outermost(folder: Path) -> Path:
     return folder
 
 
-def vetted(values: Any, folder: Path, code: Iterable[str | Path] = ()) -> Any:
+def vetted(values: T, folder: Path, code: Iterable[str | Path] = ()) -> T:
     """What was read from a model's folder, fit to be resolved: names of code that the user gave in ``code`` (files)
     lead to those, whatever they say now; the others must be pinned and lie outside ``folder``, and :func:`resolve`
     wants them unchanged.
@@ -150,15 +158,17 @@ def vetted(values: Any, folder: Path, code: Iterable[str | Path] = ()) -> Any:
     that is not there.
     """
     files = {Path(file).stem: Path(file) for file in code}
-    return _vetted(values, folder.resolve(), files, "")
+    return cast(T, _vetted(values, folder.resolve(), files, ""))
 
 
-def _vetted(values: Any, folder: Path, files: Mapping[str, Path], key: str) -> Any:
+def _vetted(values: object, folder: Path, files: Mapping[str, Path], key: str) -> object:
     if isinstance(values, Mapping):
         return {k: _vetted(v, folder, files, str(k)) for k, v in values.items()}
     if isinstance(values, list | tuple):
         return [_vetted(v, folder, files, key) for v in values]
-    found = isinstance(values, str) and (_FILE.fullmatch(values) or (key in _KEYS and _SHORT.fullmatch(values)))
+    if not isinstance(values, str):
+        return values
+    found = _FILE.fullmatch(values) or (_SHORT.fullmatch(values) if key in _KEYS else None)
     if not found:
         return values
     if (file := files.get(Path(found["file"]).stem)) is not None:
@@ -177,11 +187,17 @@ def _vetted(values: Any, folder: Path, files: Mapping[str, Path], key: str) -> A
     return values
 
 
-def placeless(tree: Any) -> Any:
+def placeless(tree: T) -> T:
     """A tree with pinned names reduced to file, class and hash: what a run is compared by, wherever its code lies."""
+    return cast(T, _placeless(tree))
+
+
+def _placeless(tree: object) -> object:
     if isinstance(tree, Mapping):
-        return {k: placeless(v) for k, v in tree.items()}
+        return {k: _placeless(v) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
-        return [placeless(v) for v in tree]
-    found = _FILE.fullmatch(tree) if isinstance(tree, str) else None
+        return [_placeless(v) for v in tree]
+    if not isinstance(tree, str):
+        return tree
+    found = _FILE.fullmatch(tree)
     return f"{label(tree)}#sha256={found['sha']}" if found and found["sha"] else tree

@@ -89,11 +89,11 @@ def asked(model, *parts):
     shown = (as_image(picture(p)) if isinstance(p, int) else Text(p, role="user") for p in parts)
     example = model.processor.prompt(Record("r", tuple(shown)))
     prompt = model.net.prompt(collate([example]))
-    if prompt.context is None:
+    if prompt.attended is None:
         return prompt
     # Each picture encoded alone, as the server keeps them: together the last digits may differ.
-    alone = [asked(model, p, "x").context.media for p in parts if isinstance(p, int)] if len(parts) > 2 else []
-    return replace(prompt, context=replace(prompt.context, media=torch.cat(alone, dim=1))) if alone else prompt
+    alone = [asked(model, p, "x").attended.media for p in parts if isinstance(p, int)] if len(parts) > 2 else []
+    return replace(prompt, attended=replace(prompt.attended, media=torch.cat(alone, dim=1))) if alone else prompt
 
 
 @torch.inference_mode()
@@ -125,4 +125,4 @@ def test_an_encoder_decoder_takes_over_whole_prompts_and_nothing_less():
     assert kept.taken == 2 * int(first.lengths)
     one = Remembering(found, 10**9)
     one.read(first)
-    assert one.held > first.embeds.nbytes + 2 * sum(k.nbytes for k, _ in kept.read(first).context.layers)
+    assert one.held > first.embeds.nbytes + 2 * sum(k.nbytes for k, _ in kept.read(first).attended.layers)

@@ -4,16 +4,18 @@ from isthmus.uncollected import uncollected
 
 with uncollected():  # transformers, and what it imports of torch
     from isthmus.language.causal import LanguageModel, nll
-    from isthmus.language.decoder import Decoder, Logprob, Prompt, Read, Written
+    from isthmus.language.decoder import Attended, Decoder, Logprob, Prompt, Read, Written
     from isthmus.language.decoding import Decoding, until_stop, write
     from isthmus.language.library import LibraryLM, known_fields, library_config, unfilled, vocabulary_tables
-    from isthmus.language.seq2seq import T5_LIKE, Seq2SeqLM, build_language, safe_dtype
+    from isthmus.language.seq2seq import T5_LIKE, Language, Seq2SeqLM, build_language, safe_dtype
     from isthmus.language.window import Layers, Window
 
 __all__ = [
     "T5_LIKE",
+    "Attended",
     "Decoder",
     "Decoding",
+    "Language",
     "LanguageModel",
     "Layers",
     "LibraryLM",

@@ -11,7 +11,7 @@ need no attention mask and no position ids, whichever way the LM makes its posit
 import warnings
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from isthmus.batch import IGNORE, Tokens
 from isthmus.errors import CapabilityError, ConfigError, DataError, IsthmusWarning
-from isthmus.language.decoder import Prompt, Read, write_all
+from isthmus.language.decoder import Attended, Prompt, Read, write_all
 from isthmus.language.decoding import Decoding, check_ids, library_loop
 from isthmus.language.library import SDPA, LibraryLM, known_fields, library_config
 from isthmus.language.scoring import score_endings
@@ -49,7 +49,7 @@ class LanguageModel(LibraryLM):
             lm.set_attn_implementation(SDPA)
 
     @classmethod
-    def build(cls, config: Mapping[str, Any]) -> "LanguageModel":
+    def build(cls, config: Mapping[str, object]) -> "LanguageModel":
         """A freshly initialised LM from ``{"model_type": "llama", ...}``; touches neither disk nor network.
 
         Raises ConfigError for an unknown model type, an unknown field or a value the library refuses.
@@ -59,7 +59,7 @@ class LanguageModel(LibraryLM):
         return cls(lm)
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The library's full configuration, as :meth:`build` takes it back."""
         return known_fields(self.lm.config.to_dict())
 
@@ -231,7 +231,7 @@ class LanguageModel(LibraryLM):
         lengths = prompt.lengths.tolist()
         last, place = torch.unique(prompt.lengths - 1, return_inverse=True)
         logits, cache = self._run(
-            prompt.embeds[:, : max(lengths)], prompt.past and prompt.past.layers, logits_to_keep=last
+            prompt.embeds[:, : max(lengths)], None if prompt.past is None else prompt.past.layers, keep=last
         )
         rows = torch.arange(len(lengths), device=logits.device)
         before = _length(prompt.past)
@@ -241,7 +241,7 @@ class LanguageModel(LibraryLM):
         """As :meth:`read`, of one row whose beginning was read before: ``before`` holds its keys and values, at least
         one token less than the row. Only what follows is computed."""
         known, length = before[0][0].shape[2], int(prompt.lengths[0])
-        logits, cache = self._run(prompt.embeds[:, known:length], before, logits_to_keep=1)
+        logits, cache = self._run(prompt.embeds[:, known:length], before, keep=1)
         return Read(logits[:, -1], tensors_of(cache), [length])
 
     def after(self, ids: Int[Tensor, "B T"], read: Read) -> Float[Tensor, "B T V"]:
@@ -249,9 +249,11 @@ class LanguageModel(LibraryLM):
         self._check_context(read.lengths[0] + ids.shape[1])
         return self._run(self.embed(ids), read.layers)[0]
 
-    def _run(self, embeds: Tensor, before: Layers | None, **more: Any) -> tuple[Tensor, Cache]:
-        """The library's forward pass, after one row's keys and values where there are some: logits and cache."""
+    def _run(self, embeds: Tensor, before: Layers | None, *, keep: Tensor | int | None = None) -> tuple[Tensor, Cache]:
+        """The library's forward pass, after one row's keys and values where there are some: logits, all or those of
+        the positions to ``keep``, and cache."""
         cache: Cache = DynamicCache()
+        more: dict[str, object] = {} if keep is None else {"logits_to_keep": keep}
         if before is not None:
             cache = repeated_cache(before, len(embeds))
             # Rows are padded on the right, if at all, where no real token sees it.
@@ -269,7 +271,7 @@ class LanguageModel(LibraryLM):
         return score_endings(self, prompt, endings, labels)
 
     def next(
-        self, ids: Int[Tensor, " B"], positions: Int[Tensor, " B"], window: Window, context: Any
+        self, ids: Int[Tensor, " B"], positions: Int[Tensor, " B"], window: Window, attended: Attended | None
     ) -> Float[Tensor, "B V"]:
         """(B, V) logits after one more token (B,) of each running row of the window."""
         own = {"position_ids": positions[:, None]} if self._positioned else {}

@@ -4,7 +4,6 @@ import ctypes
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from isthmus.errors import DataError
 
@@ -18,7 +17,7 @@ class TemplateTimeoutError(DataError):
 
 def render_chat(
     template: str,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Mapping[str, object]],
     names: Mapping[str, str],
     *,
     prompt: bool,
@@ -28,7 +27,7 @@ def render_chat(
     the special tokens by name. Raises DataError for a template that refuses them, is no Jinja or does not end."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    own: dict[str, Any] = dict(names)  # the template's own words, beside the function's
+    own = dict(names)  # the template's own words, beside the function's
     try:
         with _within(seconds):
             found, _ = render_jinja_template(

@@ -23,9 +23,9 @@ state is no cache of keys and values cannot be written so (``language.writable``
 CapabilityError for them, and ``language.generate`` uses the library's loop.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -43,19 +43,19 @@ READ_EVERY = {"cpu": 1, "mps": 8, "cuda": 8}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """Rows to be continued: ``embeds`` (B, T, D), right-padded, and ``lengths`` (B,). ``context`` is what the rows
+    """Rows to be continued: ``embeds`` (B, T, D), right-padded, and ``lengths`` (B,). ``attended`` is what the rows
     cross-attend to (Flamingo's media). ``past`` is what all of them begin with, one row that was read already."""
 
     embeds: Float[Tensor, "B T D"]
     lengths: Int[Tensor, " B"]
-    context: Any = None
+    attended: "Attended | None" = None
     past: "Read | None" = None
 
     def __len__(self) -> int:
         return len(self.embeds)
 
 
-class Context(Protocol):
+class Attended(Protocol):
     """What rows cross-attend to: one row of it per row that is written."""
 
     @property
@@ -63,11 +63,11 @@ class Context(Protocol):
         """What it holds in memory."""
         ...
 
-    def join(self, other: Any) -> Any:
+    def join(self, other: Self) -> Self:
         """These rows, then those of ``other``."""
         ...
 
-    def take(self, rows: Tensor) -> Any:
+    def take(self, rows: Tensor) -> Self:
         """These rows of it, in this order; a row may come several times."""
         ...
 
@@ -80,7 +80,7 @@ class Read:
     logits: Float[Tensor, "B V"]
     layers: Layers
     lengths: list[int]
-    context: Any = None  # a Context, of the language model's own class
+    attended: Attended | None = None  # of the language model's own class
 
 
 class Steps(Protocol):
@@ -105,7 +105,7 @@ class Steps(Protocol):
     def read(self, prompt: Prompt) -> Read: ...
 
     def next(
-        self, ids: Int[Tensor, " B"], positions: Int[Tensor, " B"], window: Window, context: Any
+        self, ids: Int[Tensor, " B"], positions: Int[Tensor, " B"], window: Window, attended: Attended | None
     ) -> Float[Tensor, "B V"]:
         """(B, V) logits after one more token (B,) at ``positions`` (B,) of each running row of the window."""
         ...
@@ -154,6 +154,21 @@ class _Lane:
     beams: Beams | None = None
 
 
+_LikeliestRead = tuple[list[float], list[list[float]], list[list[int]]]
+
+
+class _Likeliest(NamedTuple):
+    """Of the rows that want them the log-probability of the token that was written, and of the likeliest their
+    log-probabilities and ids."""
+
+    own: Tensor
+    values: Tensor
+    ids: Tensor
+
+    def read(self) -> _LikeliestRead:
+        return self.own.tolist(), self.values.tolist(), self.ids.tolist()
+
+
 class Decoder:
     """Writes any number of texts at once with one language model. See the module's contract.
 
@@ -172,11 +187,11 @@ class Decoder:
         self._rows: dict[int, _RowState] = {}
         self._searches: list[_Lane] = []
         self._singles: list[_Lane] | None = None
-        self._context: Any = None
+        self._attended: Attended | None = None
         self._logits: Tensor | None = None  # of the places that were not written since they were read
         self._tokens: Tensor | None = None  # the last ones, still to be read by the model, of the first places
         self._positions: Tensor | None = None  # of each place's next token
-        self._unread: list[tuple[Tensor, tuple[Tensor, ...]]] = []  # tokens of all places; log-probabilities of some
+        self._unread: list[tuple[Tensor, _Likeliest | None]] = []  # tokens of all places; log-probabilities of some
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -206,7 +221,10 @@ class Decoder:
         ahead = max([decoding.max_new_tokens, *(r.decoding.max_new_tokens - r.count for r in self._rows.values())])
         first = self._window.rows
         self._window.join(read.layers, read.lengths, ahead=ahead, waiting=self._tokens is not None)
-        self._context = read.context if first == 0 else self._context and self._context.join(read.context)
+        if first == 0:
+            self._attended = read.attended
+        elif self._attended is not None and read.attended is not None:
+            self._attended = self._attended.join(read.attended)
         self._logits = read.logits.float() if self._logits is None else torch.cat([self._logits, read.logits.float()])
         positions = torch.tensor(read.lengths, device=read.logits.device)
         self._positions = positions if self._positions is None else torch.cat([self._positions, positions])
@@ -276,16 +294,16 @@ class Decoder:
             tokens[lane.places] = self._choose(lane, logits)
         for lane in self._searches:
             self._continue(lane, logits, tokens)
-        top_logprobs: tuple[Tensor, ...] = ()
+        likeliest = None
         if wanting:
             places = self._places(wanting)
             log_probs = logits[places].log_softmax(-1)
-            likeliest = log_probs.topk(max(1, *(row.logprobs or 0 for row in wanting)), dim=-1)
-            top_logprobs = (log_probs.gather(1, tokens[places][:, None])[:, 0], *likeliest)
+            top = log_probs.topk(max(1, *(row.logprobs or 0 for row in wanting)), dim=-1)
+            likeliest = _Likeliest(log_probs.gather(1, tokens[places][:, None])[:, 0], top.values, top.indices)
         for row in self._rows.values():
             row.count += 1
         self._tokens, self._logits = tokens, None
-        self._unread.append((tokens, top_logprobs))
+        self._unread.append((tokens, likeliest))
 
     def _with_logprobs(self) -> list[_RowState]:
         return [row for row in self._rows.values() if row.logprobs is not None]
@@ -296,12 +314,12 @@ class Decoder:
             return
         window, count = self._window, len(self._tokens)
         assert self._positions is not None
-        context = self._context
-        if context is not None and window.rows > count:
-            context = context.take(torch.arange(count, device=self._tokens.device))
+        attended = self._attended
+        if attended is not None and window.rows > count:
+            attended = attended.take(torch.arange(count, device=self._tokens.device))
         window.running = count
         with small_products(count * self.language.width**2 < SMALL):
-            logits = self.language.next(self._tokens, self._positions[:count], window, context).float()
+            logits = self.language.next(self._tokens, self._positions[:count], window, attended).float()
         window.column += 1
         self._positions[:count] += 1
         self._logits = logits if self._logits is None else torch.cat([logits, self._logits])
@@ -310,7 +328,7 @@ class Decoder:
     def _lanes_of_singles(self) -> list[_Lane]:
         """Rows without beams by the rules for their scores; by their lengths too where the rules depend on the text."""
         if self._singles is None:
-            groups: dict[Any, list[_RowState]] = {}
+            groups: dict[Hashable, list[_RowState]] = {}
             for row in self._rows.values():
                 if row.decoding.num_beams == 1:
                     groups.setdefault(Rules.key(row.decoding, row.count), []).append(row)
@@ -350,7 +368,7 @@ class Decoder:
     def _collect(self) -> list[Written]:
         """Reads what was written since the last time; rows that ended leave."""
         ids = torch.stack([tokens for tokens, _ in self._unread]).tolist()
-        top_logprobs = [[values.tolist() for values in step] for _, step in self._unread]
+        likeliest = [None if step is None else step.read() for _, step in self._unread]
         self._unread = []
         wanting = {row.number: n for n, row in enumerate(self._with_logprobs())}
         found, ended = [], []
@@ -366,7 +384,7 @@ class Decoder:
                 ()
                 if row.logprobs is None
                 else tuple(
-                    _logprob(token, top_logprobs[n], wanting[row.number], row.logprobs) for n, token in enumerate(new)
+                    _logprob(token, likeliest[n], wanting[row.number], row.logprobs) for n, token in enumerate(new)
                 )
             )
             found.append(Written(row.number, tuple(new), logprobs, finish))
@@ -407,7 +425,7 @@ class Decoder:
         self._positions = self._positions[order]
         self._tokens = None if self._tokens is None else self._tokens[order]
         self._logits = None if self._logits is None else self._logits[order]
-        self._context = self._context and self._context.take(order)
+        self._attended = None if self._attended is None else self._attended.take(order)
         for row in self._rows.values():
             row.places = [moves.get(p, p) for p in row.places]
         self._singles = None
@@ -437,10 +455,11 @@ def _repeated(read: Read, times: int) -> Read:
         logits=read.logits[rows],
         layers=[(keys[rows], values[rows]) for keys, values in read.layers],
         lengths=[n for n in read.lengths for _ in range(times)],
-        context=None if read.context is None else read.context.take(rows),
+        attended=None if read.attended is None else read.attended.take(rows),
     )
 
 
-def _logprob(token: int, top_logprobs: list[Any], row: int, top: int) -> Logprob:
-    own, values, ids = top_logprobs
+def _logprob(token: int, likeliest: _LikeliestRead | None, row: int, top: int) -> Logprob:
+    assert likeliest is not None  # of every step that such a row has written
+    own, values, ids = likeliest
     return Logprob(token, own[row], tuple(zip(ids[row][:top], values[row][:top], strict=True)))

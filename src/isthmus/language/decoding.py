@@ -1,8 +1,8 @@
 """Decoding: how new tokens are chosen, and what that does to the scores of a step."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from transformers import (
 
 from isthmus.errors import ConfigError, nearest
 from isthmus.nn.beam import Step, beam_search
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin
 
 MOST = 2**62
 """Stands for any limit where rows are compared whose limits do not matter."""
@@ -51,13 +54,13 @@ class Decoding:
     seed: int | tuple[int, ...] = 0
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "Decoding":
+    def of(cls, options: Mapping[str, object]) -> "Decoding":
         """From options by name, as users write them. Raises ConfigError naming the nearest field for an unknown one."""
         fields = [f.name for f in dataclasses.fields(cls)]
         for name in options:
             if name not in fields:
                 raise ConfigError(f"decoding has no field {name!r}; {nearest(name, fields)}")
-        return cls(**options)
+        return dataclasses.replace(cls(), **options)
 
     def __post_init__(self) -> None:
         limits = {
@@ -93,7 +96,7 @@ class Rules:
         self.looks_back = _looks_back(decoding)
 
     @staticmethod
-    def key(decoding: Decoding, count: int) -> Any:
+    def key(decoding: Decoding, count: int) -> Hashable:
         """Equal for rows whose scores can be changed in one tensor; ``count`` tokens are written."""
         shared = dataclasses.replace(decoding, seed=0, max_new_tokens=MOST)
         return (shared, count) if _looks_back(decoding) else dataclasses.replace(shared, stop_ids=())
@@ -185,7 +188,9 @@ def seeds_of(decoding: Decoding, rows: int) -> tuple[int, ...]:
     return seeds
 
 
-def library_loop(lm: Any, decoding: Decoding, vocab_size: int, rows: int, **inputs: Any) -> list[list[int]]:
+def library_loop(
+    lm: "GenerationMixin", decoding: Decoding, vocab_size: int, rows: int, **inputs: Tensor
+) -> list[list[int]]:
     """What the library's own loop writes: the new tokens of each row, without the stop token."""
     processors = logits_processors(decoding)
     if decoding.temperature:
@@ -193,7 +198,7 @@ def library_loop(lm: Any, decoding: Decoding, vocab_size: int, rows: int, **inpu
     found = lm.generate(
         generation_config=generation_config(decoding, vocab_size), logits_processor=processors, **inputs
     )
-    return [until_stop(row, decoding.stop_ids) for row in found.tolist()]
+    return [until_stop(row, decoding.stop_ids) for row in cast(Tensor, found).tolist()]
 
 
 def write(step: Step, start: Tensor, decoding: Decoding) -> list[list[int]]:

@@ -30,7 +30,7 @@ class LibraryLM(nn.Module):
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
-        self.lm: Any = lm
+        self.lm: Any = lm  # of a class of the library's, each with attributes of its own
         # A folder's own decoding defaults (stop ids, temperature) must not slip under an explicit Decoding.
         self.lm.generation_config = GenerationConfig()
 
@@ -54,7 +54,9 @@ class LibraryLM(nn.Module):
         return self.lm.get_input_embeddings()(ids)
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any) -> Any:
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
+) -> tuple[Tensor, None]:
     with full_precision(query) as cast, small_products() as backward_too:
         mask = cast(mask) if mask is not None and mask.is_floating_point() else mask
         y, weights = sdpa_attention_forward(module, cast(query), cast(key), cast(value), mask, **rest)
@@ -73,7 +75,7 @@ def unfilled() -> Iterator[None]:
         yield
 
 
-def vocabulary_tables(language: Any) -> tuple[str, ...]:
+def vocabulary_tables(language: LibraryLM) -> tuple[str, ...]:
     """Names in the state dict of an LM of ours of the tensors with one row per token: embedding and head."""
     ends = (language.lm.get_input_embeddings(), language.lm.get_output_embeddings())
     rows = len(ends[0].weight)
@@ -81,7 +83,7 @@ def vocabulary_tables(language: Any) -> tuple[str, ...]:
     return tuple(name for name, value in language.state_dict(keep_vars=True).items() if id(value) in tables)
 
 
-def library_config(config: Mapping[str, Any], known: Sequence[str] = ()) -> PreTrainedConfig:
+def library_config(config: Mapping[str, object], known: Sequence[str] = ()) -> PreTrainedConfig:
     """The transformers configuration that ``config`` describes, checked field by field. Raises ConfigError.
 
     ``known`` are the model types that will do, all causal LMs by default.
@@ -110,7 +112,7 @@ def library_config(config: Mapping[str, Any], known: Sequence[str] = ()) -> PreT
         ) from error
 
 
-def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def known_fields(config: Mapping[str, object]) -> dict[str, object]:
     """A config.json reduced to what :func:`library_config` takes: the library's own fields, nothing that runs code.
 
     Dropped are book-keeping (versions, class names, dtype), private fields and names the library itself ignores.

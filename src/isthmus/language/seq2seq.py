@@ -7,7 +7,6 @@ the start token, then the text: position 0 is never a target, so labels mean the
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from isthmus.batch import IGNORE, Tokens
 from isthmus.errors import DataError
 from isthmus.language.causal import LanguageModel, nll
-from isthmus.language.decoder import Prompt, Read, write_all
+from isthmus.language.decoder import Attended, Prompt, Read, write_all
 from isthmus.language.decoding import Decoding, check_ids
 from isthmus.language.library import LibraryLM, library_config
 from isthmus.language.scoring import score_endings
@@ -42,7 +41,7 @@ class Seq2SeqLM(LibraryLM):
     """A Decoder writes with every LM of this family."""
 
     @classmethod
-    def build(cls, config: Mapping[str, Any]) -> "Seq2SeqLM":
+    def build(cls, config: Mapping[str, object]) -> "Seq2SeqLM":
         """A freshly initialised LM from ``{"model_type": "t5", ...}``. Raises ConfigError as LanguageModel does."""
         # The activation stands in T5's files though it is no field of its configuration class.
         extra = ("dense_act_fn", "tie_word_embeddings", "scale_decoder_outputs")
@@ -135,23 +134,24 @@ class Seq2SeqLM(LibraryLM):
         return Read(logits, own, [1] * len(embeds), Source(across, mask.bool()))
 
     def next(
-        self, ids: Int[Tensor, " B"], positions: Int[Tensor, " B"], window: Window, context: "Source"
+        self, ids: Int[Tensor, " B"], positions: Int[Tensor, " B"], window: Window, attended: Attended | None
     ) -> Float[Tensor, "B V"]:
         """(B, V) logits after one more token (B,) of each running row of the window."""
+        assert isinstance(attended, Source)
         return self.lm(
-            encoder_outputs=BaseModelOutput(last_hidden_state=context.nothing),  # its keys and values are known
-            attention_mask=context.mask[:, None, None] if window.masked else context.mask.long(),
+            encoder_outputs=BaseModelOutput(last_hidden_state=attended.nothing),  # its keys and values are known
+            attention_mask=attended.mask[:, None, None] if window.masked else attended.mask.long(),
             decoder_input_ids=ids[:, None],
             decoder_attention_mask=window.mask(),
-            past_key_values=EncoderDecoderCache(window.cache, context.cache),
+            past_key_values=EncoderDecoderCache(window.cache, attended.cache),
             use_cache=True,
             return_dict=True,
         ).logits[:, -1]
 
     def after(self, ids: Int[Tensor, "B T"], read: Read) -> Float[Tensor, "B T V"]:
         """(B, T, V) logits after each of the tokens (B, T) that follow the start token of the one row of ``read``."""
-        assert isinstance(read.context, Source)
-        source = read.context.take(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
+        assert isinstance(read.attended, Source)
+        source = read.attended.take(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
         return self.lm(
             encoder_outputs=BaseModelOutput(last_hidden_state=source.nothing),
             attention_mask=source.mask.long(),
@@ -213,12 +213,16 @@ def _wider(x: Tensor, width: int) -> Tensor:
     return F.pad(x, (0, 0, 0, width - x.shape[2]))
 
 
-def build_language(config: Mapping[str, Any]) -> LanguageModel | Seq2SeqLM:
+Language = LanguageModel | Seq2SeqLM
+"""What a net may have as its ``language``."""
+
+
+def build_language(config: Mapping[str, object]) -> Language:
     """The LM of a configuration: an encoder-decoder for T5's family, else a causal LM."""
     return Seq2SeqLM.build(config) if config.get("model_type") in T5_LIKE else LanguageModel.build(config)
 
 
-def safe_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+def safe_dtype(config: Mapping[str, object], dtype: torch.dtype) -> torch.dtype:
     """``dtype``, but bf16 where an fp16 T5 was requested: its activations overflow fp16 (BLIP-2, sec. 4.1)."""
     return torch.bfloat16 if config.get("model_type") in T5_LIKE and dtype == torch.float16 else dtype
 

@@ -24,7 +24,8 @@ off. Differs from the code: the contrast's gradient is that of all processes' ro
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from types import EllipsisType
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 
 from isthmus.batch import IGNORE, Batch, Places, Term, Tokens, Visuals
 from isthmus.errors import CapabilityError, ConfigError, DataError
-from isthmus.language import Decoding, Prompt, Read, Seq2SeqLM, build_language, safe_dtype, write
+from isthmus.language import Decoding, Language, Prompt, Read, Seq2SeqLM, build_language, safe_dtype, write
 from isthmus.models.published import flan_t5, opt, vicuna
 from isthmus.net import Net
 from isthmus.nn.attention_maps import patch_maps, self_attention
@@ -46,6 +47,9 @@ from isthmus.nn.splice import at_places, splice
 from isthmus.nn.tap import Tap, trains
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.stage import Group
+
+Index = EllipsisType | tuple[Tensor | slice | int, ...]
+"""What picks among positions (B, T)."""
 
 TEXT, DECODER = "qformer", "decoder"
 OBJECTIVES = ("itc", "itm", "itg")
@@ -65,7 +69,7 @@ class Blip2Config:
 
     vision: VisionConfig
     qformer: QFormerConfig
-    language: Mapping[str, Any] | None = None
+    language: Mapping[str, object] | None = None
     phase: Literal["represent", "generate"] = "generate"
     instruct: bool = False
     feature_layer: int = -1
@@ -149,7 +153,7 @@ def _vit_l() -> VisionConfig:
     return replace(VisionConfig.vit_l_14(), layers=23, post_norm="none", pool="none")
 
 
-def _published(vision: VisionConfig, language: Mapping[str, Any], *, instruct: bool = False) -> Blip2Config:
+def _published(vision: VisionConfig, language: Mapping[str, object], *, instruct: bool = False) -> Blip2Config:
     return Blip2Config(
         vision=vision, qformer=QFormerConfig(vision_width=vision.width), language=language, instruct=instruct
     )
@@ -182,8 +186,10 @@ class Blip2(Net):
     """A vision encoder, a Q-Former and, by phase, heads or a language model. See the drawings above."""
 
     KIND = "blip2"
-    tap: Tap
     CONFIG = Blip2Config
+    config: Blip2Config
+    tap: Tap
+    language: Language | None
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__()
@@ -295,7 +301,7 @@ class Blip2(Net):
             count += len(row)
         return torch.stack(losses).sum(), count
 
-    def writing_logits(self, past: Sequence[Past], text: Tokens, *, at: Any = ...) -> Tensor:
+    def writing_logits(self, past: Sequence[Past], text: Tokens, *, at: Index = ...) -> Tensor:
         """(B, T, V): logits of the token after each, [DEC] in place of the first, on a cached image pass. ``at``
         picks positions before the vocabulary is reached."""
         assert self.heads is not None

@@ -137,6 +137,7 @@ class Clip(Net):
     contrasts = True
     gradient_cache = True
     CONFIG = ClipConfig
+    config: ClipConfig
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()

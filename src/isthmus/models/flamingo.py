@@ -19,7 +19,7 @@ train, not the full table under a mask; a row with other than as many tags as im
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -53,7 +53,7 @@ class FlamingoConfig:
     """
 
     vision: VisionConfig
-    language: Mapping[str, Any]
+    language: Mapping[str, object]
     end_id: int
     image_id: int
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
@@ -155,7 +155,7 @@ def _paper(*, width: int, layers: int, heads: int, every: int) -> FlamingoConfig
     )
 
 
-def _open(language: dict[str, Any], *, every: int) -> FlamingoConfig:
+def _open(language: Mapping[str, object], *, every: int) -> FlamingoConfig:
     """OpenFlamingo: CLIP ViT-L/14, 8 heads of 64 everywhere, blocks before the last of each group of layers."""
     return FlamingoConfig(
         vision=VisionConfig.vit_l_14(),
@@ -169,7 +169,7 @@ def _open(language: dict[str, Any], *, every: int) -> FlamingoConfig:
     )
 
 
-def _mpt(*, width: int, layers: int, heads: int) -> dict[str, Any]:
+def _mpt(*, width: int, layers: int, heads: int) -> dict[str, object]:
     return {"model_type": "mpt", "vocab_size": 50432, "d_model": width, "n_layers": layers, "n_heads": heads}
 
 
@@ -177,8 +177,10 @@ class Flamingo(Net):
     """A vision encoder, a resampler, gated blocks and a language model. See the drawing above."""
 
     KIND = "flamingo"
-    tap: Tap
     CONFIG = FlamingoConfig
+    config: FlamingoConfig
+    tap: Tap
+    language: InterleavedLanguageModel
 
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__()
@@ -233,7 +235,7 @@ class Flamingo(Net):
         DataError for a row with more tags than images, or fewer."""
         stream, counts = batch.text[STREAM], [len(row) for row in _order(batch)]
         tags, media = stream.ids == self.config.image_id, self.media(batch)
-        before, base = None if past is None else past.context, None
+        before, base = None if past is None else cast("MediaContext | None", past.attended), None
         if before is not None and (known := int(before.media_index[0, -1])):
             counts = [known + own for own in counts]
             base = torch.full((len(batch),), known, device=tags.device)

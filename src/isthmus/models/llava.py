@@ -23,7 +23,7 @@ tapped hidden state are kept but not computed; a row without pictures adds an em
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -56,8 +56,8 @@ class LlavaConfig:
     """
 
     vision: VisionConfig
-    language: Mapping[str, Any]
-    projector: str | Mapping[str, Any] = "mlp2x_gelu"
+    language: Mapping[str, object]
+    projector: str | Mapping[str, object] = "mlp2x_gelu"
     feature_layer: int | tuple[int, ...] = -2
     feature_select: Literal["patch", "cls_patch"] = "patch"
     pinpoints: tuple[tuple[int, int], ...] = ()
@@ -122,8 +122,10 @@ class Llava(Net):
     """A vision encoder, a projector and a language model. See the drawing above."""
 
     KIND = "llava"
-    tap: Tap
     CONFIG = LlavaConfig
+    config: LlavaConfig
+    tap: Tap
+    language: LanguageModel
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()

@@ -8,7 +8,6 @@ folder of this model is what LLaVA, Flamingo and BLIP-2 take as their ``language
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -25,7 +24,7 @@ STREAM = "lm"
 class LmConfig:
     """``language`` is the configuration of a causal LM of transformers, ``{"model_type": "llama", ...}``."""
 
-    language: Mapping[str, Any]
+    language: Mapping[str, object]
 
     @classmethod
     def tiny(cls, vocab_size: int = 2048) -> "LmConfig":
@@ -38,6 +37,8 @@ class BareLM(Net):
 
     KIND = "lm"
     CONFIG = LmConfig
+    config: LmConfig
+    language: LanguageModel
 
     def __init__(self, config: LmConfig) -> None:
         super().__init__()

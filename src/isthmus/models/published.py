@@ -1,9 +1,7 @@
 """Configurations of the language models that several systems start from: the published ones, and a tiny one."""
 
-from typing import Any
 
-
-def tiny_llama(vocab_size: int, *, layers: int = 5, heads: int = 6) -> dict[str, Any]:
+def tiny_llama(vocab_size: int, *, layers: int = 5, heads: int = 6) -> dict[str, object]:
     """A Llama of ours, 192 wide, that two CPU cores train in minutes."""
     return {
         "model_type": "llama",
@@ -17,7 +15,7 @@ def tiny_llama(vocab_size: int, *, layers: int = 5, heads: int = 6) -> dict[str,
     }
 
 
-def vicuna(size: str, vocab_size: int = 32000, *, version: float) -> dict[str, Any]:
+def vicuna(size: str, vocab_size: int = 32000, *, version: float) -> dict[str, object]:
     """``7b`` or ``13b``. Vicuna 1.x is a fine-tuned Llama, Vicuna 1.5 a fine-tuned Llama 2 of the longer context."""
     width, hidden, layers, heads = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40)}[size]
     second = version >= 1.5
@@ -34,7 +32,7 @@ def vicuna(size: str, vocab_size: int = 32000, *, version: float) -> dict[str, A
     }
 
 
-def opt(size: str) -> dict[str, Any]:
+def opt(size: str) -> dict[str, object]:
     """``2.7b`` or ``6.7b`` (Zhang et al. 2022, 2205.01068): 32 layers of 32 heads, vocabulary 50,272."""
     width = {"2.7b": 2560, "6.7b": 4096}[size]
     return {
@@ -49,7 +47,7 @@ def opt(size: str) -> dict[str, Any]:
     }
 
 
-def flan_t5(size: str) -> dict[str, Any]:
+def flan_t5(size: str) -> dict[str, object]:
     """``xl`` or ``xxl`` (Chung et al. 2022, 2210.11416): 24 + 24 layers, untied head.
 
     The activation is the exact GELU, as BLIP-2's code sets it; transformers' default is the tanh form.

@@ -53,6 +53,7 @@ class ImageEncoder(Net):
 
     KIND = "image_encoder"
     CONFIG = ImageEncoderConfig
+    config: ImageEncoderConfig
 
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
@@ -72,6 +73,7 @@ class TextEncoder(Net):
 
     KIND = "text_encoder"
     CONFIG = TextEncoderConfig
+    config: TextEncoderConfig
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()

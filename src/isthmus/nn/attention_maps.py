@@ -4,7 +4,7 @@ Legend: B rows, T tokens, R visual tokens of a visual, F frames, P patches.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -13,8 +13,11 @@ from torch import Tensor
 from isthmus.batch import Places
 from isthmus.errors import CapabilityError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def self_attention(lm: Any, embeds: Float[Tensor, "B T D"]) -> Float[Tensor, "B layers T T"]:
+
+def self_attention(lm: "PreTrainedModel", embeds: Float[Tensor, "B T D"]) -> Float[Tensor, "B layers T T"]:
     """(B, layers, T, T) attention of a causal LM of transformers over right-padded rows, the mean over heads.
 
     The library returns attention weights only from its eager kernel, which is set for this call. Raises

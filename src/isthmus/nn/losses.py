@@ -5,7 +5,7 @@ Legend: B rows of this process, G rows of all processes, D width.
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -112,17 +112,23 @@ def gather_around(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class _Kept(Protocol):
+    """What the backward pass needs of the forward pass."""
+
+    own: slice
+
+
 class _Gather(torch.autograd.Function):
     """Forward concatenates over ranks; backward sums the gradients over ranks and keeps the own slice."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: _Kept, x: Tensor) -> Tensor:
         parts, counts = gather_rows(x)
         ctx.own = slice(sum(counts[: rank()]), sum(counts[: rank() + 1]))
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: _Kept, *gradients: Tensor) -> Tensor:
         # All-reduce and slice rather than reduce-scatter: processes have unlike numbers of rows.
         gradient = gradients[0].contiguous().clone()
         with talking():

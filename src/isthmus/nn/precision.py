@@ -1,7 +1,7 @@
 """Parts that stay in float32 whatever the rest of a net is cast to."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ class KeptFloat32(nn.Module):
     Not a rounding and back: the cast is never made.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def guarded(tensor: Tensor) -> Tensor:
             if tensor.dtype != torch.float32:
                 return fn(tensor)

@@ -71,7 +71,7 @@ class Pictures:
         if not known:
             return [], torch.zeros(0)
         vectors = torch.stack(list(known.values()))  # (N, Q, D)
-        scores = similarity(vectors, query, model.net.config.similarity).mean(1)
+        scores = similarity(vectors, query, model.net.compared_by()).mean(1)
         order = scores.argsort(descending=True, stable=True)
         numbers = list(known)
         return [numbers[i] for i in order.tolist()], scores[order]

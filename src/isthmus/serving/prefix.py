@@ -3,12 +3,11 @@ many questions about one picture. A prompt that was read before is not read agai
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from isthmus.interleave import MediaContext
-from isthmus.language import Decoding, LanguageModel, Prompt, Read, Seq2SeqLM, Window
+from isthmus.language import Attended, Decoding, LanguageModel, Prompt, Read, Seq2SeqLM, Window
 
 SHORTEST = 8
 """Tokens in common from which on a beginning is taken over."""
@@ -53,15 +52,16 @@ class Remembering:
     def settled(self, decoding: Decoding, prompt: Prompt) -> Decoding:
         return self.language.settled(decoding, prompt)
 
-    def next(self, ids: Tensor, positions: Tensor, window: Window, context: Any) -> Tensor:
-        return self.language.next(ids, positions, window, context)
+    def next(self, ids: Tensor, positions: Tensor, window: Window, attended: Attended | None) -> Tensor:
+        return self.language.next(ids, positions, window, attended)
 
     def read(self, prompt: Prompt) -> Read:
         """As the language model reads it."""
         if len(prompt) != 1:
             return self.language.read(prompt)
         row = prompt.embeds[0, : int(prompt.lengths[0])]
-        number, common = self._nearest(row, prompt.context)
+        context = prompt.attended if isinstance(prompt.attended, MediaContext) else None
+        number, common = self._nearest(row, context)
         known = None if number is None else self._kept[number]
         if number is not None and known is not None and common == len(row) == len(known.row):
             self._kept.move_to_end(number)
@@ -76,7 +76,7 @@ class Remembering:
             self._kept.move_to_end(number)
             if common >= len(known.row) - 1:  # the new one holds all of it
                 self._drop(number)
-        self._keep(row, prompt.context, read)
+        self._keep(row, context, read)
         return read
 
     def _nearest(self, row: Tensor, context: MediaContext | None) -> tuple[int | None, int]:
@@ -94,7 +94,7 @@ class Remembering:
 
     def _keep(self, row: Tensor, context: MediaContext | None, read: Read) -> None:
         size = row.nbytes + sum(keys.nbytes + values.nbytes for keys, values in read.layers)
-        size += 0 if read.context is None else read.context.nbytes  # the pictures that were read are in it
+        size += 0 if read.attended is None else read.attended.nbytes  # the pictures that were read are in it
         self._kept[self._count] = Kept(row.clone(), None if context is None else context.apart(), read, size)
         self.held += size
         self._count += 1

@@ -12,6 +12,7 @@ from isthmus.errors import ConfigError, nearest
 from isthmus.user_code import is_user_code, label, resolve
 
 if TYPE_CHECKING:
+    from isthmus.net import Net
     from isthmus.systems.base import System
 
 SYSTEMS = {
@@ -27,7 +28,7 @@ SYSTEMS = {
 
 
 @cache
-def system(name: str) -> "System":
+def system(name: str) -> "System[Net]":
     """The facts of a kind of model, by a name of SYSTEMS or a pinned name of a user's class.
 
     Raises ConfigError for an unknown name, and for a class that is no system or leaves out what has no default.
@@ -43,7 +44,7 @@ def system(name: str) -> "System":
     return getattr(import_module(module), cls)()
 
 
-def _of_user(name: str) -> "System":
+def _of_user(name: str) -> "System[Net]":
     from isthmus.systems.base import System
 
     found = resolve(name)

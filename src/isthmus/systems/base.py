@@ -7,10 +7,10 @@ A recipe's ``model`` names a system; ``isthmus train`` gets from it tokenizers, 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.batch import Batch
 from isthmus.config import plain
@@ -30,6 +30,29 @@ WRITES = ("generate", "caption", "answer", "chat", "score")
 """What a model that writes about pictures can do."""
 
 
+N = TypeVar("N", bound=Net)
+OfNet = TypeVar("OfNet", bound=Net, covariant=True)
+
+Parts = Mapping[str, object]
+"""What a recipe's ``parts`` name, opened: as a rule models, which :func:`model_of` gives."""
+
+
+class HasNet(Protocol[OfNet]):
+    """What is held against transformers' class: :class:`isthmus.model.Model` is one."""
+
+    @property
+    def net(self) -> OfNet: ...
+
+
+class PartModel(HasNet[OfNet], Protocol[OfNet]):
+    """A model as a part of another."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def processor(self) -> Processor: ...
+
+
 class StageOptions(Protocol):
     """What a recipe's stage says about its processor."""
 
@@ -40,7 +63,7 @@ class StageOptions(Protocol):
     @property
     def max_length(self) -> int | None: ...
     @property
-    def processor(self) -> dict[str, Any]: ...
+    def processor(self) -> Mapping[str, object]: ...
 
 
 @dataclass(frozen=True)
@@ -51,8 +74,8 @@ class Tokenizers:
     others: Mapping[str, Tokenizer] = field(default_factory=dict)
 
 
-class System:
-    """One kind of model. Override what differs; the defaults are those of LLaVA."""
+class System(Generic[N]):
+    """One kind of model, of nets of the class N. Override what differs; the defaults are those of LLaVA."""
 
     kind: ClassVar[str]
     """One word for it in tables and messages."""
@@ -80,19 +103,19 @@ class System:
         self.name = name or self.kind
         """What stands after ``model:`` in a recipe and in a model folder: the kind, or where a user's class is."""
 
-    def capabilities(self, net: Any) -> tuple[str, ...]:
+    def capabilities(self, net: N) -> tuple[str, ...]:
         """What a model of this net can do, as :class:`isthmus.model.Model` calls its methods."""
         del net
         return WRITES
 
     # From a recipe to a net
 
-    def open_part(self, name: str, path: str, load: Callable[[str], Any]) -> Any:
+    def open_part(self, name: str, path: str, load: Callable[[str], PartModel[Net]]) -> object:
         """The part ``name`` of a recipe; as a rule a model."""
         del name
         return load(path)
 
-    def tokenizers(self, parts: Mapping[str, Any], make: Callable[[], Tokenizer] | None) -> Tokenizers:
+    def tokenizers(self, parts: Parts, make: Callable[[], Tokenizer] | None) -> Tokenizers:
         """From the part that brings one, else ``make``, which makes what the recipe describes. Raises ConfigError when
         there is none, or one too many."""
         for name in ("init", "language"):
@@ -101,7 +124,7 @@ class System:
                     raise ConfigError(
                         f"The tokenizer comes with the part {name!r}; take `tokenizer` out of the recipe."
                     )
-                return Tokenizers(self._extended(parts[name].processor.tokenizer))
+                return Tokenizers(self._extended(model_of(parts, name).processor.tokenizer))
         if make is None:
             raise ConfigError(f"A {self.kind} recipe without a part that has one needs a `tokenizer`.")
         return Tokenizers(self._extended(make()))
@@ -109,36 +132,38 @@ class System:
     def _extended(self, tokenizer: Tokenizer) -> Tokenizer:
         return tokenizer.with_tokens(*self.new_tokens) if self.new_tokens else tokenizer
 
-    def configuration(self, own: dict[str, Any], parts: Mapping[str, Any], tokenizers: Tokenizers) -> dict[str, Any]:
+    def configuration(self, own: dict[str, object], parts: Parts, tokenizers: Tokenizers) -> dict[str, object]:
         """The net's configuration from the recipe's ``own`` and the parts; the vocabulary of a language model that is
         made from nothing is the tokenizer's. Raises ConfigError for a part that lacks what is wanted of it."""
         for name in ("vision", "language"):
             if name in parts:
-                own[name] = piece_of(name, parts[name])
+                own[name] = piece_of(name, model_of(parts, name))
             elif name not in own:
                 raise ConfigError(f"A {self.kind} recipe needs the part {name!r}: a model folder under `parts`.")
         if "language" not in parts and not self.new_tokens:  # which have rows of their own, beside the vocabulary
-            own["language"] = vocabulary(tokenizers.main) | own["language"]
+            own["language"] = vocabulary(tokenizers.main) | section(own, "language")
         return own
 
-    def take(self, net: Any, parts: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    def take(self, net: N, parts: Parts) -> Mapping[str, Tensor]:
         """Put the parts' weights into a fresh net. Tensors that it has no place for as yet are returned, under the
         names that they will have; random numbers come from the recipe's seed.
 
         With FSDP2 all processes but the first call it for a net whose parameters have no values (meta): copying into
         them does nothing there, and they cannot be read as numbers (:mod:`isthmus.mapped`)."""
         if "init" in parts:
-            net.load_state_dict(parts["init"].net.state_dict())
+            net.load_state_dict(self.begun(parts).net.state_dict())
         for name in ("vision", "language"):
             if name in parts:
-                getattr(net, name).load_state_dict(getattr(parts[name].net, name).state_dict())
+                getattr(net, name).load_state_dict(getattr(model_of(parts, name).net, name).state_dict())
         return {}
+
+    def begun(self, parts: Parts) -> PartModel[N]:
+        """The part ``init``: a model of this kind to go on from."""
+        return cast(PartModel[N], parts["init"])
 
     # From records to the net
 
-    def processor(
-        self, net: Any, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions
-    ) -> Processor:
+    def processor(self, net: N, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions) -> Processor:
         """The processor of one stage. Raises ConfigError for an option that it does not have."""
         self.no_options(stage)
         assert image is not None  # a net with a vision encoder has a transform
@@ -146,7 +171,7 @@ class System:
             tokenizers.main,
             image=image,
             template=stage.template or default_template(tokenizers.main, "vicuna_v1"),
-            max_length=stage.max_length or net.language.context,
+            max_length=stage.max_length or net.language.context or 2048,
             num_tokens=net.num_tokens(image.size, image.size),
         )
 
@@ -157,42 +182,42 @@ class System:
                 f"Stage {stage.name!r}: the processor of a {self.kind} stage has no options; take them out."
             )
 
-    def prompt_limit(self, net: Any) -> int | None:
+    def prompt_limit(self, net: N) -> int | None:
         """Most tokens of a prompt, where a training row's ``max_length`` is none of it: the language model's context.
         None: the stage's length holds for both."""
         return net.language.context
 
     def open_processor(
-        self, described: dict[str, Any], tokenizer: Tokenizer | None, others: Mapping[str, Tokenizer]
+        self, described: dict[str, object], tokenizer: Tokenizer | None, others: Mapping[str, Tokenizer]
     ) -> Processor:
         """The processor that a model folder describes. Raises ConfigError for an unknown kind or option."""
         return processor_from_dict(described, tokenizer, others)
 
     # What contracts compare: batch and single, with cache and without, ours and transformers' class
 
-    def outputs(self, net: Any, batch: Batch) -> list[Tensor]:
+    def outputs(self, net: N, batch: Batch) -> list[Tensor]:
         """Per row what the net makes of it without any cache: logits (T, V) at its real tokens, or of a net that embeds
         one vector of all that it gives."""
         stream = batch.text["decoder" if "decoder" in batch.text else "lm"]
         rows = zip(net.logits(batch), stream.lengths.tolist(), strict=True)
         return [row[:length].float() for row, length in rows]
 
-    def never(self, net: Any) -> tuple[int, ...]:
+    def never(self, net: N) -> tuple[int, ...]:
         """Ids that the net itself holds back while it writes."""
         del net
         return ()
 
-    def peer_inputs(self, model: Any, example: Example, token: int | None) -> dict[str, Any]:
+    def peer_inputs(self, model: HasNet[N], example: Example, token: int | None) -> dict[str, Tensor]:
         """What transformers' class reads for an example; ``token`` is its placeholder of a picture."""
         del model
         return peers.inputs(example, token)
 
-    def peer_outputs(self, model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
+    def peer_outputs(self, model: HasNet[N], peer: Any, example: Example, token: int | None) -> Tensor:
         """What transformers' class makes of an example, as :meth:`outputs` has it for ours."""
         return peers.logits(peer, self.peer_inputs(model, example, token), example)
 
 
-def vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
+def vocabulary(tokenizer: Tokenizer) -> dict[str, object]:
     """What a language model's configuration says of its vocabulary."""
     return {
         "vocab_size": tokenizer.vocab_size,
@@ -202,15 +227,25 @@ def vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def piece_of(name: str, part: Any) -> Any:
+def model_of(parts: Parts, name: str) -> PartModel[Net]:
+    """The part of this name, which is a model."""
+    return cast(PartModel[Net], parts[name])
+
+
+def section(own: Mapping[str, object], name: str) -> dict[str, object]:
+    """What a configuration says of one of the net's parts."""
+    return cast("dict[str, object]", own[name])
+
+
+def piece_of(name: str, part: PartModel[Net]) -> dict[str, object]:
     """The configuration of a part's encoder or language model. Raises ConfigError for a part without one."""
     config = plain(part.net.config)
     if name not in config:
         raise ConfigError(f"The part {name!r} is a {part.kind} model, which has no {name} in it.")
-    return config[name]
+    return section(config, name)
 
 
-def preset(net: type[Any], name: str) -> dict[str, Any]:
+def preset(net: type[Net], name: str) -> dict[str, object]:
     """The configuration of a published size. Raises ConfigError for an unknown one."""
     config = net.CONFIG
     known = [n for n, v in vars(config).items() if isinstance(v, classmethod) and n != "from_dict" and n[0] != "_"]
@@ -220,7 +255,7 @@ def preset(net: type[Any], name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def recall(net: Any, memory: Mapping[str, Tensor], where: str) -> None:
+def recall(net: nn.Module, memory: Mapping[str, Tensor], where: str) -> None:
     """Give the net's tensors the values known under their names. Raises ConfigError when a shape differs."""
     for name, tensor in named_state(net).items():
         known = memory.get(name)

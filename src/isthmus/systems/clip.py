@@ -1,6 +1,5 @@
 """CLIP and SigLIP as a system: two towers trained from nothing, the text tower's vocabulary from the tokenizer."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from isthmus.data.record import Example
 from isthmus.errors import ConfigError
 from isthmus.models.clip import Clip
 from isthmus.systems import peers
-from isthmus.systems.base import StageOptions, System, Tokenizers
+from isthmus.systems.base import HasNet, Parts, StageOptions, System, Tokenizers
 
 
-class ClipSystem(System):
+class ClipSystem(System[Clip]):
     """2103.00020, 2303.15343."""
 
     kind = "clip"
@@ -26,16 +25,16 @@ class ClipSystem(System):
     net = Clip
     parts = ("init",)
 
-    def capabilities(self, net: Any) -> tuple[str, ...]:
+    def capabilities(self, net: Clip) -> tuple[str, ...]:
         return ("embed_images", "embed_texts", "similarity", "classify", "vision_features")
 
-    def configuration(self, own: dict[str, Any], parts: Mapping[str, Any], tokenizers: Tokenizers) -> dict[str, Any]:
+    def configuration(self, own: dict[str, object], parts: Parts, tokenizers: Tokenizers) -> dict[str, object]:
         tokenizer = tokenizers.main
         facts = {"vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
         return merged(own, {"text": facts})
 
     def processor(
-        self, net: Any, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions
+        self, net: Clip, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions
     ) -> Processor:
         self.no_options(stage)
         assert image is not None
@@ -43,10 +42,10 @@ class ClipSystem(System):
             raise ConfigError(f"Stage {stage.name!r}: a clip stage has no chat template; take `template` out.")
         return ContrastiveProcessor(tokenizers.main, image=image, context=stage.max_length or net.config.text.context)
 
-    def prompt_limit(self, net: Any) -> int | None:
+    def prompt_limit(self, net: Clip) -> int | None:
         return None
 
-    def outputs(self, net: Any, batch: Batch) -> list[Tensor]:
+    def outputs(self, net: Clip, batch: Batch) -> list[Tensor]:
         """Both embeddings in a row; of a text alone its own."""
         texts = net.embed_texts(batch.text["text"])
         if not batch.visuals:
@@ -54,7 +53,7 @@ class ClipSystem(System):
         images = net.embed_images(peers.pictures(batch))
         return list(torch.cat([images, texts], dim=1).float())
 
-    def peer_outputs(self, model: Any, peer: Any, example: Example, token: int | None) -> Tensor:
+    def peer_outputs(self, model: HasNet[Clip], peer: Any, example: Example, token: int | None) -> Tensor:
         """Both embeddings in a row."""
         ids = peers.text_ids(model.net.config.text, peer.config.text_config, example)
         images = peer.get_image_features(pixel_values=peers.pixels_of(example))

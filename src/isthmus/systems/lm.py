@@ -1,17 +1,14 @@
 """A language model on its own as a system: its vocabulary comes from the tokenizer that is made first."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from isthmus.config import merged
 from isthmus.data.chat import default_template
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import Processor, TextProcessor
 from isthmus.models.lm import BareLM
-from isthmus.systems.base import StageOptions, System, Tokenizers, vocabulary
+from isthmus.systems.base import Parts, StageOptions, System, Tokenizers, vocabulary
 
 
-class LmSystem(System):
+class LmSystem(System[BareLM]):
     """What LLaVA, Flamingo and BLIP-2 take as their ``language``."""
 
     kind = "lm"
@@ -21,17 +18,17 @@ class LmSystem(System):
     parts = ("init",)
     compute_rule = True
 
-    def capabilities(self, net: Any) -> tuple[str, ...]:
+    def capabilities(self, net: BareLM) -> tuple[str, ...]:
         return ("generate", "answer", "chat", "score")
 
-    def configuration(self, own: dict[str, Any], parts: Mapping[str, Any], tokenizers: Tokenizers) -> dict[str, Any]:
+    def configuration(self, own: dict[str, object], parts: Parts, tokenizers: Tokenizers) -> dict[str, object]:
         return merged(own, {"language": vocabulary(tokenizers.main)})
 
     def processor(
-        self, net: Any, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions
+        self, net: BareLM, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions
     ) -> Processor:
         self.no_options(stage)
-        length = stage.max_length or net.language.context
+        length = stage.max_length or net.language.context or 2048
         return TextProcessor(
             tokenizers.main, template=stage.template or default_template(tokenizers.main, "document"), max_length=length
         )

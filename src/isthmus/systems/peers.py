@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from isthmus.batch import Batch, Visuals
 from isthmus.data.record import Example
+from isthmus.nn.text_tower import TextConfig
 
 
-def inputs(example: Example, token: int | None) -> dict[str, Any]:
+def inputs(example: Example, token: int | None) -> dict[str, Tensor]:
     """Ids with the image token ``token`` in a picture's places, and pixels."""
     name = "encoder" if "encoder" in example.streams else "lm"
     ids = list(example.streams[name].ids)
@@ -30,12 +31,12 @@ def inputs(example: Example, token: int | None) -> dict[str, Any]:
     return found
 
 
-def of_text(ids: list[int]) -> dict[str, Any]:
+def of_text(ids: list[int]) -> dict[str, Tensor]:
     """One row without padding."""
     return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
 
 
-def logits(peer: Any, given: Mapping[str, Any], example: Example) -> Tensor:
+def logits(peer: nn.Module, given: Mapping[str, Tensor], example: Example) -> Tensor:
     """(T, V) of the ``lm`` or ``decoder`` stream."""
     more = {}
     if "decoder" in example.streams:
@@ -63,7 +64,7 @@ def _decoded(example: Example) -> list[Tensor]:
     return [pixels for pixels in made if isinstance(pixels, Tensor)]  # all of them: no cache of features is in use
 
 
-def text_ids(text: Any, theirs: Any, example: Example) -> Tensor:
+def text_ids(text: TextConfig, theirs: Any, example: Example) -> Tensor:
     """(1, T) as the folder has them, where writing it moved end-of-text to another id; a tower that is read at its last
     place always gets its full context. ``text`` and ``theirs`` are both sides' configurations of the tower."""
     (stream,) = example.streams.values()
@@ -76,13 +77,13 @@ def text_ids(text: Any, theirs: Any, example: Example) -> Tensor:
     return torch.tensor([ids])
 
 
-def vector(found: Any) -> Tensor:
+def vector(found: Mapping[str, Tensor]) -> Tensor:
     """What a tower's class projects, or where it has no projection what it pools."""
     names = ("image_embeds", "text_embeds", "pooler_output")
     return next(found[name] for name in names if name in found)[0].float()
 
 
-def before_norm(tower: Any, pixels: Tensor) -> Tensor:
+def before_norm(tower: nn.Module, pixels: Tensor) -> Tensor:
     """(P, D) what the last block of a tower's class hands to its norm for one picture; its output is normed."""
     inputs: list[Tensor] = []
     norm = next(module for name, module in tower.named_modules() if name.endswith("post_layernorm"))

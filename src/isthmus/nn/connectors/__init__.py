@@ -9,7 +9,7 @@ Legend: D width of the features, D_out width of the language model.
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -22,6 +22,9 @@ from isthmus.nn.connectors.qformer import QFormerConfig, QFormerConnector
 from isthmus.nn.connectors.resampler import ResamplerConfig, ResamplerConnector
 from isthmus.user_code import is_user_code, label, resolve
 
+if TYPE_CHECKING:
+    from isthmus.nn.connectors.base import AnyConnector
+
 __all__ = ["CONNECTORS", "Connector", "build_connector", "named_mlp"]
 
 
@@ -29,11 +32,11 @@ def _linear(vision_width: int, out_width: int) -> nn.Module:
     return Projector(vision_width, out_width, depth=1)
 
 
-def _resampler(vision_width: int, out_width: int, **options: Any) -> nn.Module:
+def _resampler(vision_width: int, out_width: int, **options: object) -> nn.Module:
     return ResamplerConnector(vision_width, out_width, strict(ResamplerConfig, options, "projector resampler"))
 
 
-def _qformer(vision_width: int, out_width: int, **options: Any) -> nn.Module:
+def _qformer(vision_width: int, out_width: int, **options: object) -> nn.Module:
     options = {"vision_width": vision_width, **options}
     return QFormerConnector(strict(QFormerConfig, options, "projector qformer"), out_width, text=False)
 
@@ -50,20 +53,20 @@ CONNECTORS: dict[str, Callable[..., nn.Module]] = {
 """Name -> maker of (D, D_out) and options by name. ``mlpNx_gelu`` is ``mlp`` of that depth, as LLaVA's files say it."""
 
 
-def named_mlp(projector: str | Mapping[str, Any]) -> int | None:
+def named_mlp(projector: str | Mapping[str, object]) -> int | None:
     """Layers of a connector that is LLaVA's linear layer or MLP and is named as its files name it; None for others."""
     deeper = re.fullmatch(r"mlp([1-9]\d?)x_gelu", projector) if isinstance(projector, str) else None
     return 1 if projector == "linear" else int(deeper[1]) if deeper else None
 
 
-def build_connector(projector: str | Mapping[str, Any], vision_width: int, out_width: int) -> Any:
+def build_connector(projector: str | Mapping[str, object], vision_width: int, out_width: int) -> "AnyConnector":
     """The connector of a recipe's ``projector``: a name, or a mapping with ``kind`` and options.
 
     A class of a user's file goes by its pinned name (:mod:`isthmus.user_code`) and is made with (vision_width,
     out_width, options). Raises ConfigError for an unknown name or option, an option of a wrong type, and a class that
     is no connector.
     """
-    options = {"kind": projector} if isinstance(projector, str) else dict(projector)
+    options: dict[str, object] = {"kind": projector} if isinstance(projector, str) else dict(projector)
     kind = options.pop("kind", None)
     if not isinstance(kind, str):
         raise ConfigError(f"projector: give the connector's name as kind; {nearest(str(kind), CONNECTORS)}")
@@ -80,10 +83,10 @@ def build_connector(projector: str | Mapping[str, Any], vision_width: int, out_w
             "my_file.py:MyConnector."
         )
     check_options(CONNECTORS[kind], options, f"projector {kind}", given=("vision_width", "out_width"))
-    return CONNECTORS[kind](vision_width, out_width, **options)
+    return cast("AnyConnector", CONNECTORS[kind](vision_width, out_width, **options))
 
 
-def _users(kind: str, vision_width: int, out_width: int, options: Mapping[str, Any]) -> Any:
+def _users(kind: str, vision_width: int, out_width: int, options: Mapping[str, object]) -> "AnyConnector":
     cls = resolve(kind)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and issubclass(cls, CountsTokens)):
         raise ConfigError(
@@ -91,4 +94,4 @@ def _users(kind: str, vision_width: int, out_width: int, options: Mapping[str, A
             "nn.Module with forward(features) and num_tokens(frames, grid)."
         )
     check_options(cls, options, f"projector {label(kind)}", given=2)
-    return cls(vision_width, out_width, **options)
+    return cast("AnyConnector", cls(vision_width, out_width, **options))

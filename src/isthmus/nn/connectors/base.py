@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,6 +16,12 @@ class CountsTokens(Protocol):
     """What a connector says beside being a module."""
 
     def num_tokens(self, frames: int, grid: tuple[int, int]) -> int: ...
+
+
+if TYPE_CHECKING:
+
+    class AnyConnector(nn.Module, CountsTokens):
+        """A connector, whether it derives from :class:`Connector` or is a user's module that counts its tokens."""
 
 
 class Connector(nn.Module, ABC):
