@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import isthmus
-from isthmus import borrowed, pretrained
+from isthmus import borrowed, checkpoint, pretrained
 from isthmus.cli.serve import opened
 from isthmus.errors import CheckpointError
 from isthmus.interop.hub import model_hash
@@ -72,7 +72,7 @@ def test_packed_models_hold_what_opening_needs_in_bf16(packed):
         held = {str(f.relative_to(packed / name)) for f in (packed / name).rglob("*") if f.is_file()}
         assert {"config.json", "manifest.json", "model.safetensors", "processor.json"} <= held
         assert "recipe.yaml" not in held
-        dtypes = {t.dtype for t in isthmus.checkpoint.load_tensors(packed / name / "model.safetensors").values()}
+        dtypes = {t.dtype for t in checkpoint.load_tensors(packed / name / "model.safetensors").values()}
         assert torch.float32 not in dtypes
         ours, opened = given()[name].net.state_dict(), isthmus.load(packed / name).net.state_dict()
         assert all(torch.equal(opened[n], t.to(torch.bfloat16).to(t.dtype)) for n, t in ours.items())
@@ -82,7 +82,7 @@ def test_packed_models_hold_what_opening_needs_in_bf16(packed):
 def test_what_an_earlier_model_holds_too_is_taken_from_there(packed, tmp_path):
     told = json.loads((packed / "llava" / "config.json").read_text())["borrowed"]
     assert {part: place["folder"] for part, place in told.items()} == {"vision": "clip", "language.lm": "lm"}
-    own = isthmus.checkpoint.load_tensors(packed / "llava" / "model.safetensors")
+    own = checkpoint.load_tensors(packed / "llava" / "model.safetensors")
     assert {name.split(".")[0] for name in own} == {"connector"}
     assert "borrowed" not in json.loads((packed / "flamingo" / "config.json").read_text())
     whole = isthmus.load(packed / "llava")
@@ -116,9 +116,9 @@ def test_the_models_that_come_along_are_small():
     assert sum(f.stat().st_size for f in files) <= 25_000_000
     seen = {}
     for file in files:
-        for name, tensor in isthmus.checkpoint.load_tensors(file).items() if file.name == borrowed.FILE else ():
+        for name, tensor in checkpoint.load_tensors(file).items() if file.name == borrowed.FILE else ():
             if tensor.numel() > 10_000:
-                other = seen.setdefault(isthmus.checkpoint.tensor_sha256(tensor), (file, name))
+                other = seen.setdefault(checkpoint.tensor_sha256(tensor), (file, name))
                 assert other == (file, name), f"{other} is in {file} too, as {name}"
 
 

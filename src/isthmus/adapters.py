@@ -334,7 +334,7 @@ def to_peft(net: nn.Module, base: str) -> tuple[dict[str, object], dict[str, Ten
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    values: dict[str, object] = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     tensors = {f"{_PREFIX}{name.replace(f'.{_NAME}', '')}": t for name, t in adapter_tensors(net).items()}
     return values, tensors
 

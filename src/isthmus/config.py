@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints, overload
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -34,26 +34,30 @@ def strict(cls: type[T], mapping: object, where: str) -> T:
     return mapping if isinstance(mapping, cls) else fit(cls, mapping, where)
 
 
-@overload
-def plain(value: "DataclassInstance | Mapping[str, object]") -> dict[str, object]: ...
-@overload
-def plain(value: object) -> object: ...
-def plain(value: object) -> object:
-    """A configuration (or any nest of dataclasses, mappings and sequences) as what JSON can hold."""
+def plain(value: "DataclassInstance | Mapping[str, object]") -> dict[str, object]:
+    """A configuration, or any nest of dataclasses, mappings and sequences, as what JSON can hold."""
+    return cast("dict[str, object]", _plain(value))
+
+
+def _plain(value: object) -> object:
     if is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init}
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [_plain(v) for v in value]
     return value
 
 
-def fit(hint: type[T], value: object, where: str) -> T:
+@overload
+def fit(hint: type[T], value: object, where: str) -> T: ...
+@overload
+def fit(hint: UnionType, value: object, where: str) -> Any: ...  # nothing says what a union's value is
+def fit(hint: object, value: object, where: str) -> object:
     """``value`` as the annotation ``hint`` wants it, or a ConfigError that names every place that does not fit."""
-    value = plain(value)
+    value = _plain(value)
     try:
-        return cast(T, _adapter(hint).validate_json(json.dumps([value], default=_unwritable))[0])
+        return _adapter(hint).validate_json(json.dumps([value], default=_unwritable))[0]
     except ValidationError as error:
         raise ConfigError(_explained(error, hint, value, where)) from None
     except TypeError as error:
@@ -171,8 +175,12 @@ def _at(hint: object, value: object, loc: Sequence[int | str]) -> tuple[str, obj
         if len(forms) > 1:
             break
         hint = _member(forms[0], step)
-        inside = value if isinstance(value, Mapping) else dict(enumerate(value)) if isinstance(value, Sequence) else {}
-        value = inside.get(step)
+        if isinstance(value, Mapping):
+            value = value.get(step)
+        elif isinstance(value, Sequence) and isinstance(step, int) and step < len(value):
+            value = value[step]
+        else:
+            value = None
         place += f"[{step}]" if isinstance(step, int) else f".{step}"
     return place, hint, value
 
@@ -199,6 +207,8 @@ def merged(base: Mapping[str, V], over: Mapping[str, V]) -> dict[str, V]:
     out = dict(base)
     for key, value in over.items():
         mine = out.get(key)
-        both = isinstance(mine, Mapping) and isinstance(value, Mapping)
-        out[key] = cast(V, merged(mine, value)) if both else value
+        if isinstance(mine, Mapping) and isinstance(value, Mapping):
+            out[key] = cast(V, merged(mine, value))
+        else:
+            out[key] = value
     return out

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from isthmus.batch import Tokens
 from isthmus.errors import ConfigError
-from isthmus.language import Attended, Decoding, LanguageModel, Layers, Prompt, Read, Window
+from isthmus.language import Attended, Decoding, LanguageModel, Layers, LibraryConfig, Prompt, Read, Window
 from isthmus.nn.gated import GatedBlock, Media, media_mask
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class InterleavedLanguageModel(LanguageModel):
             head.register_forward_hook(self._add_columns)
 
     @classmethod
-    def build(cls, config: Mapping[str, object], new_ids: Sequence[int] = ()) -> "InterleavedLanguageModel":
+    def build(cls, config: LibraryConfig, new_ids: Sequence[int] = ()) -> "InterleavedLanguageModel":
         """A freshly initialised LM as :meth:`LanguageModel.build`, with rows for ``new_ids``."""
         return cls(LanguageModel.build(config).lm, new_ids)
 

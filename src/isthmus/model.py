@@ -166,18 +166,11 @@ class Model(Generic[OfNet]):
 
     @overload
     def generate(
-        self,
-        records: Sequence[Record],
-        *,
-        batch_size: int = 64,
-        return_attention: Literal[False] = False,
-        **decoding: object,
-    ) -> list[str]: ...
-    @overload
-    def generate(
         self, records: Sequence[Record], *, batch_size: int = 64, return_attention: Literal[True], **decoding: object
     ) -> list[Attention]: ...
-    def generate(
+    @overload
+    def generate(self, records: Sequence[Record], **options: object) -> list[str]: ...
+    def generate(  # type: ignore[reportInconsistentOverload]  # a batch_size among options that are unpacked
         self, records: Sequence[Record], *, batch_size: int = 64, return_attention: bool = False, **decoding: object
     ) -> list[str] | list[Attention]:
         """One text per record (its last turn must be the user's). ``decoding``: fields of Decoding.

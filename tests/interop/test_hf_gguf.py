@@ -15,6 +15,7 @@ from isthmus.cli import show
 from isthmus.data.chat import OWN
 from isthmus.data.clip_tokenizer import byte_symbols
 from isthmus.errors import CheckpointError, ConfigError, MissingExtraError
+from isthmus.language import Decoding
 
 WIDTH, LAYERS, HEADS, MLP = 64, 2, 4, 96
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -89,7 +90,7 @@ def test_it_answers_as_transformers_does(file: Path, tmp_path: Path) -> None:
     )
     messages = [{"role": "user", "content": "abcd is what?"}]
     asked = words.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    never = list(model.ended(isthmus.language.Decoding()).forbidden_ids)
+    never = list(model.ended(Decoding()).forbidden_ids)
     how: dict[str, Any] = {"attention_mask": torch.ones_like(asked), "do_sample": False, "max_new_tokens": 12}
     with torch.inference_mode():
         ids = theirs.generate(asked, eos_token_id=[2], suppress_tokens=never or None, **how)[0, asked.shape[1] :]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from isthmus.batch import Batch, Visuals
-from isthmus.config import plain, strict
+from isthmus.config import merged, plain, strict
 from isthmus.errors import ConfigError, DataError
 from isthmus.models.clip import Clip, ClipConfig
 from tests.narrow import there
@@ -160,8 +160,7 @@ def test_configuration_round_trip_and_strictness():
     for preset in COUNTS:
         config = getattr(ClipConfig, preset)()
         assert strict(ClipConfig, plain(config), "clip") == config
-    values = plain(tiny().config)
-    values["vision"]["patch_sise"] = 4
+    values = merged(plain(tiny().config), {"vision": {"patch_sise": 4}})
     with pytest.raises(ConfigError, match=r"clip\.vision: unknown key 'patch_sise'; did you mean 'patch_size'"):
         strict(ClipConfig, values, "clip")
     with pytest.raises(ConfigError, match="belongs to the sigmoid loss"):

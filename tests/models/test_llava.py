@@ -131,8 +131,8 @@ def test_visual_tokens_are_the_projected_patches_of_the_tapped_state() -> None:
         pixels = rows.visuals[0].pixels
         assert pixels is not None
         states = net.vision(pixels[:, 0], layers=layers).layers
-        expected = net.connector.linear_1(torch.cat([s[:, 1:] for s in states], -1))
-        expected = net.connector.linear_2(torch.nn.functional.gelu(expected))
+        expected = net.connector.get_submodule("linear_1")(torch.cat([s[:, 1:] for s in states], -1))
+        expected = net.connector.get_submodule("linear_2")(torch.nn.functional.gelu(expected))
         embeds = net.embed_prompt(rows)[0]
         torch.testing.assert_close(embeds[2:18], expected[0])
         torch.testing.assert_close(embeds[20:36], expected[1])
@@ -320,7 +320,7 @@ class Pooled(torch.nn.Module):
 
 def test_tokens_that_are_no_patches_have_no_map() -> None:
     net = tiny()
-    net.connector = Pooled(24, 32)
+    net.add_module("connector", Pooled(24, 32))
     with pytest.raises(CapabilityError, match="derive it from"):
         net.attention(batch([ROWS["one"]], per_picture=1))
 

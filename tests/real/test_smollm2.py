@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import isthmus
+from isthmus import checkpoint
 from isthmus.recipes.build import build
 from isthmus.recipes.schema import read_recipe
 
@@ -65,7 +66,7 @@ def test_the_gguf_holds_the_same_model(model):
 
 def test_bert_starts_the_qformer():
     built = build(read_recipe("blip2-smollm2", [f"parts.{n}={REAL / p}" for n, p in PARTS.items()]))
-    held = isthmus.checkpoint.load_tensors(REAL / "minilm" / "model.safetensors")
+    held = checkpoint.load_tensors(REAL / "minilm" / "model.safetensors")
     words = next(v for k, v in held.items() if k.endswith("word_embeddings.weight"))
     own = built.net.state_dict()["connector.qformer.words.weight"]
     assert torch.equal(own[: len(words)], words)

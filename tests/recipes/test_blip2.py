@@ -335,7 +335,7 @@ def test_what_is_foreseen_reads_records_as_the_stage_will(story):
 
 
 def test_a_published_encoder_is_the_part_without_its_last_block(story):
-    whole = plain(load(story / "clip").net.config)["vision"]
+    whole = plain(load(story / "clip").net.config.vision)
     config = copy.deepcopy(TREE["config"]) | {"feature_layer": -1}
     config["vision"] = whole | {"layers": 1, "post_norm": "none", "pool": "none"}
     built = build(parse_recipe(tree(story, config=config)))

@@ -9,6 +9,7 @@ from isthmus.data.collate import collate
 from isthmus.data.images import as_image
 from isthmus.data.record import Record, Text
 from isthmus.language import Decoder, Decoding, LanguageModel, Prompt
+from isthmus.language.seq2seq import Source
 from isthmus.serving.prefix import Remembering
 from tests.interop import tiny_models
 from tests.models.redrawn import redraw
@@ -125,4 +126,6 @@ def test_an_encoder_decoder_takes_over_whole_prompts_and_nothing_less():
     assert kept.taken == 2 * int(first.lengths)
     one = Remembering(found, 10**9)
     one.read(first)
-    assert one.held > first.embeds.nbytes + 2 * sum(k.nbytes for k, _ in kept.read(first).attended.layers)
+    source = kept.read(first).attended
+    assert isinstance(source, Source)
+    assert one.held > first.embeds.nbytes + 2 * sum(k.nbytes for k, _ in source.layers)

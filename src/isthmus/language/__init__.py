@@ -6,7 +6,14 @@ with uncollected():  # transformers, and what it imports of torch
     from isthmus.language.causal import LanguageModel, nll
     from isthmus.language.decoder import Attended, Decoder, Logprob, Prompt, Read, Written
     from isthmus.language.decoding import Decoding, until_stop, write
-    from isthmus.language.library import LibraryLM, known_fields, library_config, unfilled, vocabulary_tables
+    from isthmus.language.library import (
+        LibraryConfig,
+        LibraryLM,
+        known_fields,
+        library_config,
+        unfilled,
+        vocabulary_tables,
+    )
     from isthmus.language.seq2seq import T5_LIKE, Language, Seq2SeqLM, build_language, safe_dtype
     from isthmus.language.window import Layers, Window
 
@@ -18,6 +25,7 @@ __all__ = [
     "Language",
     "LanguageModel",
     "Layers",
+    "LibraryConfig",
     "LibraryLM",
     "Logprob",
     "Prompt",

@@ -9,7 +9,7 @@ need no attention mask and no position ids, whichever way the LM makes its posit
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from inspect import signature
 from typing import Literal
 
@@ -25,7 +25,7 @@ from isthmus.batch import IGNORE, Tokens
 from isthmus.errors import CapabilityError, ConfigError, DataError, IsthmusWarning
 from isthmus.language.decoder import Attended, Prompt, Read, write_all
 from isthmus.language.decoding import Decoding, check_ids, library_loop
-from isthmus.language.library import SDPA, LibraryLM, known_fields, library_config
+from isthmus.language.library import SDPA, LibraryConfig, LibraryLM, known_fields, library_config
 from isthmus.language.scoring import score_endings
 from isthmus.language.window import Layers, Window, repeated_cache, tensors_of
 from isthmus.nn.losses import widen
@@ -49,7 +49,7 @@ class LanguageModel(LibraryLM):
             lm.set_attn_implementation(SDPA)
 
     @classmethod
-    def build(cls, config: Mapping[str, object]) -> "LanguageModel":
+    def build(cls, config: LibraryConfig) -> "LanguageModel":
         """A freshly initialised LM from ``{"model_type": "llama", ...}``; touches neither disk nor network.
 
         Raises ConfigError for an unknown model type, an unknown field or a value the library refuses.

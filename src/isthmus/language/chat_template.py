@@ -4,6 +4,7 @@ import ctypes
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from isthmus.errors import DataError
 
@@ -27,7 +28,7 @@ def render_chat(
     the special tokens by name. Raises DataError for a template that refuses them, is no Jinja or does not end."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    own = dict(names)  # the template's own words, beside the function's
+    own: dict[str, Any] = dict(names)  # the template's own words, beside the function's
     try:
         with _within(seconds):
             found, _ = render_jinja_template(

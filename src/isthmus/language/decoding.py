@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from transformers import (
 
 from isthmus.errors import ConfigError, nearest
 from isthmus.nn.beam import Step, beam_search
-
-if TYPE_CHECKING:
-    from transformers import GenerationMixin
 
 MOST = 2**62
 """Stands for any limit where rows are compared whose limits do not matter."""
@@ -188,9 +185,13 @@ def seeds_of(decoding: Decoding, rows: int) -> tuple[int, ...]:
     return seeds
 
 
-def library_loop(
-    lm: "GenerationMixin", decoding: Decoding, vocab_size: int, rows: int, **inputs: Tensor
-) -> list[list[int]]:
+class _Generates(Protocol):
+    """The library's own loop, as it is used here."""
+
+    def generate(self, **settings: object) -> Tensor: ...
+
+
+def library_loop(lm: _Generates, decoding: Decoding, vocab_size: int, rows: int, **inputs: Tensor) -> list[list[int]]:
     """What the library's own loop writes: the new tokens of each row, without the stop token."""
     processors = logits_processors(decoding)
     if decoding.temperature:
@@ -198,7 +199,7 @@ def library_loop(
     found = lm.generate(
         generation_config=generation_config(decoding, vocab_size), logits_processor=processors, **inputs
     )
-    return [until_stop(row, decoding.stop_ids) for row in cast(Tensor, found).tolist()]
+    return [until_stop(row, decoding.stop_ids) for row in found.tolist()]
 
 
 def write(step: Step, start: Tensor, decoding: Decoding) -> list[list[int]]:

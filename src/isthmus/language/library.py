@@ -21,6 +21,9 @@ from isthmus.products import small_products
 SDPA = "isthmus_sdpa"
 """The library's SDPA with its half precision on a CPU computed in float32, as :func:`isthmus.nn.attention.attend`."""
 
+LibraryConfig = Mapping[str, Any]
+"""A configuration of the library's, by its own fields: ``{"model_type": "llama", ...}``."""
+
 LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"})
 """Older spellings of the rotary settings that the library still translates."""
 
@@ -83,7 +86,7 @@ def vocabulary_tables(language: LibraryLM) -> tuple[str, ...]:
     return tuple(name for name, value in language.state_dict(keep_vars=True).items() if id(value) in tables)
 
 
-def library_config(config: Mapping[str, object], known: Sequence[str] = ()) -> PreTrainedConfig:
+def library_config(config: LibraryConfig, known: Sequence[str] = ()) -> PreTrainedConfig:
     """The transformers configuration that ``config`` describes, checked field by field. Raises ConfigError.
 
     ``known`` are the model types that will do, all causal LMs by default.
@@ -112,7 +115,7 @@ def library_config(config: Mapping[str, object], known: Sequence[str] = ()) -> P
         ) from error
 
 
-def known_fields(config: Mapping[str, object]) -> dict[str, object]:
+def known_fields(config: LibraryConfig) -> dict[str, object]:
     """A config.json reduced to what :func:`library_config` takes: the library's own fields, nothing that runs code.
 
     Dropped are book-keeping (versions, class names, dtype), private fields and names the library itself ignores.
@@ -133,9 +136,8 @@ def known_fields(config: Mapping[str, object]) -> dict[str, object]:
         "chunk_size_feed_forward",
     }
     keep = _fields(CONFIG_MAPPING[model_type]) - drop
-    return {name: value for name, value in config.items() if name in keep and not name.startswith("_")} | {
-        "model_type": model_type
-    }
+    kept: dict[str, object] = {n: value for n, value in config.items() if n in keep and not n.startswith("_")}
+    return kept | {"model_type": model_type}
 
 
 def _fields(config_class: type[PreTrainedConfig]) -> set[str]:

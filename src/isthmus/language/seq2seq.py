@@ -6,7 +6,7 @@ The encoder reads embeddings (visual tokens and text), right-padded with their l
 the start token, then the text: position 0 is never a target, so labels mean the same as in a causal stream.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from isthmus.errors import DataError
 from isthmus.language.causal import LanguageModel, nll
 from isthmus.language.decoder import Attended, Prompt, Read, write_all
 from isthmus.language.decoding import Decoding, check_ids
-from isthmus.language.library import LibraryLM, library_config
+from isthmus.language.library import LibraryConfig, LibraryLM, library_config
 from isthmus.language.scoring import score_endings
 from isthmus.language.window import Layers, Window, repeated_cache, tensors_of
 
@@ -41,7 +41,7 @@ class Seq2SeqLM(LibraryLM):
     """A Decoder writes with every LM of this family."""
 
     @classmethod
-    def build(cls, config: Mapping[str, object]) -> "Seq2SeqLM":
+    def build(cls, config: LibraryConfig) -> "Seq2SeqLM":
         """A freshly initialised LM from ``{"model_type": "t5", ...}``. Raises ConfigError as LanguageModel does."""
         # The activation stands in T5's files though it is no field of its configuration class.
         extra = ("dense_act_fn", "tie_word_embeddings", "scale_decoder_outputs")
@@ -217,12 +217,12 @@ Language = LanguageModel | Seq2SeqLM
 """What a net may have as its ``language``."""
 
 
-def build_language(config: Mapping[str, object]) -> Language:
+def build_language(config: LibraryConfig) -> Language:
     """The LM of a configuration: an encoder-decoder for T5's family, else a causal LM."""
     return Seq2SeqLM.build(config) if config.get("model_type") in T5_LIKE else LanguageModel.build(config)
 
 
-def safe_dtype(config: Mapping[str, object], dtype: torch.dtype) -> torch.dtype:
+def safe_dtype(config: LibraryConfig, dtype: torch.dtype) -> torch.dtype:
     """``dtype``, but bf16 where an fp16 T5 was requested: its activations overflow fp16 (BLIP-2, sec. 4.1)."""
     return torch.bfloat16 if config.get("model_type") in T5_LIKE and dtype == torch.float16 else dtype
 

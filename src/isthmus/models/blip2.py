@@ -22,7 +22,7 @@ decay is on tensors of two and more dimensions only (the code decays the tempera
 off. Differs from the code: the contrast's gradient is that of all processes' rows together.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Literal
@@ -34,7 +34,17 @@ from torch import Tensor, nn
 
 from isthmus.batch import IGNORE, Batch, Places, Term, Tokens, Visuals
 from isthmus.errors import CapabilityError, ConfigError, DataError
-from isthmus.language import Decoding, Language, Prompt, Read, Seq2SeqLM, build_language, safe_dtype, write
+from isthmus.language import (
+    Decoding,
+    Language,
+    LibraryConfig,
+    Prompt,
+    Read,
+    Seq2SeqLM,
+    build_language,
+    safe_dtype,
+    write,
+)
 from isthmus.models.published import flan_t5, opt, vicuna
 from isthmus.net import Net
 from isthmus.nn.attention_maps import patch_maps, self_attention
@@ -69,7 +79,7 @@ class Blip2Config:
 
     vision: VisionConfig
     qformer: QFormerConfig
-    language: Mapping[str, object] | None = None
+    language: LibraryConfig | None = None
     phase: Literal["represent", "generate"] = "generate"
     instruct: bool = False
     feature_layer: int = -1
@@ -153,7 +163,7 @@ def _vit_l() -> VisionConfig:
     return replace(VisionConfig.vit_l_14(), layers=23, post_norm="none", pool="none")
 
 
-def _published(vision: VisionConfig, language: Mapping[str, object], *, instruct: bool = False) -> Blip2Config:
+def _published(vision: VisionConfig, language: LibraryConfig, *, instruct: bool = False) -> Blip2Config:
     return Blip2Config(
         vision=vision, qformer=QFormerConfig(vision_width=vision.width), language=language, instruct=instruct
     )

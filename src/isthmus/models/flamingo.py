@@ -17,7 +17,7 @@ encoder is a ViT, and Chinchilla's place is taken by any causal LM. Differs from
 train, not the full table under a mask; a row with other than as many tags as images is refused.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from isthmus.batch import Batch, Term, Visuals
 from isthmus.errors import ConfigError
 from isthmus.interleave import InterleavedLanguageModel, MediaContext
-from isthmus.language import Decoding, Prompt, Read
+from isthmus.language import Decoding, LibraryConfig, Prompt, Read
 from isthmus.models.published import tiny_llama
 from isthmus.net import Net
 from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig
@@ -53,7 +53,7 @@ class FlamingoConfig:
     """
 
     vision: VisionConfig
-    language: Mapping[str, object]
+    language: LibraryConfig
     end_id: int
     image_id: int
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
@@ -155,7 +155,7 @@ def _paper(*, width: int, layers: int, heads: int, every: int) -> FlamingoConfig
     )
 
 
-def _open(language: Mapping[str, object], *, every: int) -> FlamingoConfig:
+def _open(language: LibraryConfig, *, every: int) -> FlamingoConfig:
     """OpenFlamingo: CLIP ViT-L/14, 8 heads of 64 everywhere, blocks before the last of each group of layers."""
     return FlamingoConfig(
         vision=VisionConfig.vit_l_14(),

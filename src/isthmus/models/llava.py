@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from isthmus.batch import Batch, Places, Term, Visuals
 from isthmus.errors import CapabilityError, ConfigError, DataError
-from isthmus.language import Decoding, LanguageModel, Prompt, Read
+from isthmus.language import Decoding, LanguageModel, LibraryConfig, Prompt, Read
 from isthmus.models.published import tiny_llama, vicuna
 from isthmus.net import Net
 from isthmus.nn.attention_maps import patch_maps, self_attention
@@ -56,7 +56,7 @@ class LlavaConfig:
     """
 
     vision: VisionConfig
-    language: Mapping[str, object]
+    language: LibraryConfig
     projector: str | Mapping[str, object] = "mlp2x_gelu"
     feature_layer: int | tuple[int, ...] = -2
     feature_select: Literal["patch", "cls_patch"] = "patch"

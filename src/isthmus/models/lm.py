@@ -6,14 +6,13 @@ Legend: B rows, T tokens, D width, V vocabulary. The parts are called as in ever
 folder of this model is what LLaVA, Flamingo and BLIP-2 take as their ``language``.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.batch import Batch, Term
-from isthmus.language import Decoding, LanguageModel, Prompt, Read
+from isthmus.language import Decoding, LanguageModel, LibraryConfig, Prompt, Read
 from isthmus.models.published import tiny_llama
 from isthmus.net import Net
 
@@ -24,7 +23,7 @@ STREAM = "lm"
 class LmConfig:
     """``language`` is the configuration of a causal LM of transformers, ``{"model_type": "llama", ...}``."""
 
-    language: Mapping[str, object]
+    language: LibraryConfig
 
     @classmethod
     def tiny(cls, vocab_size: int = 2048) -> "LmConfig":

@@ -4,7 +4,7 @@ Legend: B rows, T tokens, R visual tokens of a visual, F frames, P patches.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ def self_attention(lm: "PreTrainedModel", embeds: Float[Tensor, "B T D"]) -> Flo
     The library returns attention weights only from its eager kernel, which is set for this call. Raises
     CapabilityError for an LM that returns none.
     """
-    before = lm.config._attn_implementation
+    before = cast(str, lm.config._attn_implementation)
     lm.set_attn_implementation("eager")
     try:
         found = lm.base_model(inputs_embeds=embeds, use_cache=False, output_attentions=True, return_dict=True)

@@ -155,10 +155,11 @@ class Blip2System(System[Blip2]):
             options = {"clean": False, "max_text": room, **options, "template": stage.template or OWN}
         try:
             if net.config.phase == "represent":
-                return PairProcessor(tokenizers.others[QFORMER], image, **options)
+                return _made(PairProcessor, tokenizers.others[QFORMER], image, **options)
             if isinstance(net.language, Seq2SeqLM):
                 options["start_id"] = net.language.start_id
-            return PromptProcessor(
+            return _made(
+                PromptProcessor,
                 tokenizers.main,
                 image,
                 num_tokens=net.num_tokens(image.size, image.size),
@@ -198,6 +199,11 @@ class Blip2System(System[Blip2]):
         matched = peer(**given, use_image_text_matching_head=True)
         rows = [contrast.image_embeds.flatten(1), contrast.text_embeds.flatten(1), matched.logits_per_image]
         return torch.cat(rows, dim=1)[0].float()
+
+
+def _made(kind: Callable[..., Processor], *given: object, **options: object) -> Processor:
+    """Options that do not fit are a TypeError."""
+    return kind(*given, **options)
 
 
 def _stretched(start: Blip2, net: Blip2) -> dict[str, Tensor]:
