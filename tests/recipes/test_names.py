@@ -16,6 +16,7 @@ from isthmus.data.sources import DOCUMENTS, SOURCES, open_source
 from isthmus.data.text import render
 from isthmus.errors import ConfigError, IsthmusError
 from isthmus.evaluation.rules import RULES, rule
+from isthmus.models.clip import Clip
 from isthmus.nn.block import ACTIVATIONS
 from isthmus.nn.connectors import CONNECTORS
 from isthmus.recipes.build import build, make_tokenizer
@@ -139,7 +140,9 @@ def test_every_processor_option_is_taken(name):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_is_built(name, words):
-    assert built("clip", words, config={"vision": {"activation": name}}).net.config.vision.activation == name
+    net = built("clip", words, config={"vision": {"activation": name}}).net
+    assert isinstance(net, Clip)
+    assert net.config.vision.activation == name
 
 
 @pytest.mark.parametrize("kind", get_args(TokenizerSpec.model_fields["kind"].annotation))

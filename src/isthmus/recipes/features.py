@@ -57,7 +57,7 @@ def identity(net: Net, transform: ImageTransform, stage: StageSpec) -> str:
     device = next(net.parameters()).device
     facts = {
         "kind": net.KIND,
-        "read": plain(net.tap),
+        "read": None if net.tap is None else plain(net.tap),
         "image": transform.to_dict(),
         "precision": [choose(stage.stage, net, device).precision, device.type],
     }

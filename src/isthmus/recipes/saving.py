@@ -25,7 +25,7 @@ def save_model(
     folder: Path,
     *,
     stage: StageSpec | None = None,
-    extra: Mapping[str, object] | None = None,
+    extra: Mapping[str, checkpoint.Content] | None = None,
     replace: bool = False,
 ) -> Path:
     """Write the net as ``stage`` (the last by default) leaves it.

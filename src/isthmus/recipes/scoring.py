@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from isthmus import checkpoint, pretrained
 from isthmus.config import check_options
@@ -392,6 +392,6 @@ def recipe_of(folder: Path, code: Sequence[str | Path] = ()) -> Recipe | None:
         if place.is_file():
             import yaml
 
-            tree: object = yaml.safe_load(place.read_text(encoding="utf-8"))
+            tree = cast("Mapping[str, object]", yaml.safe_load(place.read_text(encoding="utf-8")))
             return parse_recipe(vetted(tree, folder, code), where=str(place))
     return None
