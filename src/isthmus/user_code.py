@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TypeGuard, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 from isthmus.errors import CheckpointError, ConfigError, nearest
 
@@ -85,7 +85,7 @@ def _pinned_in(tree: object, folder: Path | str | None, key: str) -> object:
     return pin(tree, folder) if named else tree
 
 
-def resolve(name: str) -> Callable[..., object]:
+def resolve(name: str) -> Callable[..., Any]:
     """The class that a pinned name says. One file of one content is imported once.
 
     Raises ConfigError for a name that is not pinned, a file that has changed or is gone, that fails while it is

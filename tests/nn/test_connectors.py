@@ -178,6 +178,7 @@ def test_a_class_of_ones_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match="must be a class that derives from"):
         build_connector(pin("mine:NotOne"), 6, 5)
     named = build_connector(pin("mine.py:Named"), 6, 5)
+    assert isinstance(named, Connector)
     with pytest.raises(CapabilityError, match="Named does not say which patches"):
         named.patch_weights(torch.zeros(1, 1, 4, 6))
     assert math.prod(named(torch.zeros(2, 3, 4, 6)).shape) == 30

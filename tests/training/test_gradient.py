@@ -101,6 +101,8 @@ def test_two_streams_are_each_weighted_by_their_own_count():
 class Contrastive(Net):
     """Toy contrastive net: the loss of a row depends on all rows."""
 
+    vision: nn.Embedding
+
     def __init__(self, cached=True):
         super().__init__()
         torch.manual_seed(0)

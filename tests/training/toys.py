@@ -18,7 +18,7 @@ VOCAB, WIDTH = 11, 8
 class ToyNet(Net):
     """``vision`` (a frozen lookup, with dropout), ``connector`` (linear) and ``language`` (norm, dropout, head)."""
 
-    vision: nn.Sequential
+    vision: Any
     language: nn.ModuleDict
 
     def __init__(self, *, dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
