@@ -1,6 +1,6 @@
 """Requests in words that the scenes' data never has: is their form kept, and is what is said there in the picture?
 
-    python -m benchmarks.held_out_phrasing MODEL [MODEL ...] [--count 40] [--json FILE]
+    python -m benchmarks.held_out_phrasing MODEL [MODEL ...] [--template NAME] [--count 40] [--json FILE]
 
 A caption in one word, as a list and in a sentence, and a colour asked for in other words, beside the colour asked for
 as in training. Scored by rule: `form` is the share of answers in the form asked for, `right` the share that says what
@@ -133,13 +133,14 @@ def measured(model: Any, asked: list[tuple[Scene, Solid]]) -> dict[str, dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
+    parser.add_argument("--template", help="asks in this one, such as chat, and not in the last stage's")
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     asked, found = scenes(given.count), {}
     for name in given.models:
         start = time.time()
-        found[name] = measured(isthmus.load(name), asked)
+        found[name] = measured(isthmus.load(name, template=given.template), asked)
         print(f"{name}, {given.count} scenes, {time.time() - start:.0f} s")
         print("\n| request | form | right | blind |\n|---|---|---|---|")
         for request, row in found[name].items():
