@@ -36,3 +36,33 @@ def test_what_is_counted_is_there(tmp_path):
     assert COUNT["circles"](found) == 1
     assert COUNT["upward"](found) == 2  # one up, one sideways
     assert "| pairs of modules in a circle | 1 |" in COUNT["table"]({"now": found})
+
+
+EDGES = {
+    "isthmus.adapters": "peft reads what no module has",
+    "isthmus.checkpoint": "JSON that nobody has checked yet",
+    "isthmus.config": "what a union of types gives",
+    "isthmus.data.tokenizer": "a tokenizer of transformers",
+    "isthmus.evaluation.tasks": "a model: what a task needs of it, it says itself",
+    "isthmus.interop.hf_peer": "transformers' models, beside ours",
+    "isthmus.interop.lora": "peft's settings and models",
+    "isthmus.language.chat_template": "what Jinja's templates call by name",
+    "isthmus.language.library": "transformers' language models and their configurations",
+    "isthmus.language.window": "layers of a cache of transformers",
+    "isthmus.recipes.capfilt": "keywords handed on to a model's generate",
+    "isthmus.systems.base": "transformers' models, beside ours",
+    "isthmus.systems.blip2": "the same",
+    "isthmus.systems.clip": "the same",
+    "isthmus.systems.peers": "the same",
+    "isthmus.systems.towers": "the same",
+    "isthmus.training.protocols": "a position, which every loader has its own of",
+    "isthmus.user_code": "a class or function of the user's own",
+    "isthmus": "a name that is imported when asked for",
+}
+
+
+def test_any_stands_only_where_something_of_others_does():
+    """The type Any, and why: what pyright can say nothing about is to be had in few places."""
+    used = COUNT["uses_of_any"](COUNT["House"](ROOT)).keys()
+    assert used <= EDGES.keys(), f"Any in {sorted(used - EDGES.keys())}: say the type, or object for what is passed on"
+    assert used >= EDGES.keys(), f"no Any is left in {sorted(EDGES.keys() - used)}: take it off the list"

@@ -78,6 +78,12 @@ def probes(house: House) -> int:
     return found
 
 
+def uses_of_any(house: House) -> Counter[str]:
+    """Module -> how often ``Any`` stands in its code: types that a checker can say nothing about."""
+    names = ((name, node) for name, tree in house.outside() for node in ast.walk(tree) if isinstance(node, ast.Name))
+    return Counter(name for name, node in names if node.id == "Any")
+
+
 def context_variables(house: House) -> int:
     """``ContextVar(...)``: values that travel without being passed."""
     return sum(
@@ -172,6 +178,7 @@ ROWS: tuple[tuple[str, Callable[[House], object]], ...] = (
     ("branches and tables on kinds outside systems, models, interop", branches_on_kinds),
     ("tables of task names", tables_of_tasks),
     ("hasattr/getattr probes outside interop and the language edge", probes),
+    ("uses of the type Any", lambda h: uses_of_any(h).total()),
     ("context variables", context_variables),
     ("pairs of modules in a circle", circles),
     ("arrows that point up or sideways", upward),
