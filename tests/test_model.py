@@ -252,7 +252,9 @@ def test_a_foreign_llava_is_asked_for_a_caption_in_its_own_template(picture, tmp
     model = isthmus.load(tmp_path / "hf")
     part = isthmus.data.images.as_image(picture)
     asked = Record("r", (part, Text(CAPTION_REQUEST, role="user")))
-    (prompt,) = model.provenance([asked], {})["prompts"]
+    prompts = model.provenance([asked], {})["prompts"]
+    assert isinstance(prompts, list)
+    (prompt,) = prompts
     assert prompt.endswith("USER: <image>\nProvide a brief description of the given image. ASSISTANT:")
     for again in (model, isthmus.load(model.save(tmp_path / "ours"))):
         assert again.caption(picture, max_new_tokens=6) == model.generate([asked], max_new_tokens=6)[0]

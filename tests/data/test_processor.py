@@ -190,3 +190,12 @@ def test_configuration_errors():
         splice(num_tokens=0)
     with pytest.raises(ConfigError, match="max_length must be"):
         TextProcessor(TOKENIZER, max_length=1)
+
+
+def test_a_prompt_of_which_the_template_leaves_nothing_names_a_way_out():
+    """`plain` reads pictures alone, and a language model such as SmolLM2 has no token that begins a text."""
+    tokenizer = Tokenizer(TOKENIZER.backend, eos="</s>")
+    processor = SpliceProcessor(tokenizer, IMAGE, num_tokens=5, template="plain")
+    with pytest.raises(DataError, match=r"'plain' leaves out what is asked.*--template chat"):
+        processor.prompt(record(user("what is there?")))
+    assert len(processor.prompt(record(picture(), user("what is there?"))).streams["lm"].ids) == 5

@@ -36,6 +36,11 @@ def run(
     model.need("chat")
     if images and model.processor.image is None:
         raise CapabilityError(f"This model ({model.kind}) reads only text; leave --image out, or take one that sees.")
+    if model.processor.template == "plain":
+        Console(stderr=True, emoji=False).print(
+            "This model learnt captions (template plain): it is shown pictures, and not what you ask. "
+            "--template chat asks in its language model's own template, where it has one."
+        )
     pictures = [_opened(modality, path) for modality, path in shown]
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     console = Console(emoji=False)

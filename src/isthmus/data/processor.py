@@ -242,9 +242,14 @@ class SpliceProcessor(Processor):
         return example
 
     def prompt(self, record: Record) -> Example:
-        """Up to the place where the answer begins, without labels. Raises DataError when it is too long."""
+        """Up to the place where the answer begins, without labels. Raises DataError when it is too long or empty."""
         rendered = render(record, self._form, prompt=True)
         encoded = encode(rendered, self.tokenizer)
+        if not encoded.ids and not rendered.images:
+            raise DataError(
+                f"empty prompt: the template {self.template!r} leaves out what is asked, and no picture is shown; ask "
+                "in another one (template='chat', on the command line --template chat, is the language model's own)"
+            )
         visual = sum(self._measured(rendered.images)[0]) + len(self.around) * len(rendered.images)
         must_fit(len(encoded.ids) + visual, self.max_length)
         example = self._widen(record, encoded, rendered.images)
