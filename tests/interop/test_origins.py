@@ -20,11 +20,13 @@ from isthmus.data.record import Image, Record, Text
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.convert import write_model
+from isthmus.interop.given import Given
 from isthmus.interop.hf_clip import clip_config_to_hf, clip_to_hf
 from isthmus.interop.open_clip import clip_to_open_clip
 from isthmus.interop.open_flamingo import trained_to_open_flamingo
 from isthmus.interop.openai import SCALARS, clip_config_from_openai, clip_to_openai
 from isthmus.interop.original_llava import llava_to_original
+from isthmus.load_report import Account
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.models.llava import Llava, LlavaConfig
@@ -431,3 +433,10 @@ def test_files_of_no_known_layout_are_refused(tmp_path):
 def test_a_folder_of_ours_takes_no_further_parts(story):
     with pytest.raises(CheckpointError, match="needs no vision"):
         isthmus.load(story / "llava", vision=story / "clip")
+
+
+def test_a_vision_encoder_is_taken_of_a_model_that_has_one():
+    given = Given(open=lambda path: tiny_models.lm() if path == "words" else tiny_models.clip(), account=Account())
+    assert given.encoder("pictures").config == tiny_models.clip().net.vision.config
+    with pytest.raises(CheckpointError, match="words is a lm model without a vision encoder"):
+        given.encoder("words")

@@ -59,11 +59,11 @@ class Given:
                 raise CheckpointError(f"{where} needs no {field.name}: leave it out.")
 
     def encoder(self, path: str | Path) -> "Encoder":
-        """The vision encoder of a model that has one, or that is one."""
+        """The vision encoder of a model that has one, or that is one. Raises CheckpointError for another model."""
         model = self.open(path)
-        config, state = model.net.vision.config, model.net.vision.state_dict()
-        assert model.processor.image is not None  # a net with a vision encoder has a transform
-        return Encoder(config, state, model.processor.image)
+        if model.net.part("vision") is None or model.processor.image is None:
+            raise CheckpointError(f"{path} is a {model.kind} model without a vision encoder: give vision=… another.")
+        return Encoder(model.net.vision.config, model.net.vision.state_dict(), model.processor.image)
 
 
 def lacking(name: str, where: Path, why: str) -> CheckpointError:
