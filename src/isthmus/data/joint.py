@@ -99,7 +99,7 @@ class JointLoader:
     def position(self, saved: Mapping[str, object]) -> JointPosition:
         """The position that ``to_dict`` gave; without ``sources`` the beginning."""
         given = saved.get("sources")
-        if isinstance(given, list) and given:
+        if isinstance(given, list | tuple) and given:
             return JointPosition(number_in(saved, "index"), tuple(Position.from_dict(p) for p in given))
         return JointPosition(number_in(saved, "index"), (START,) * len(self.loaders))
 

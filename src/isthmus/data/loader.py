@@ -4,13 +4,14 @@ An epoch is planned from text alone, window by window: no picture is decoded to 
 counted gap in its batch and changes nothing else. One background thread fills batches ahead of the training loop.
 """
 
+import operator
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, SupportsIndex, TypeVar
 
 from isthmus.batch import Batch, in_parts
 from isthmus.data.augment import Augment
@@ -20,7 +21,7 @@ from isthmus.data.mix import Mix, Source, Visit, key, permutation
 from isthmus.data.processor import Processor
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.record import Example, Record
-from isthmus.errors import ConfigError, DataError
+from isthmus.errors import CheckpointError, ConfigError, DataError
 
 _WINDOW_BATCHES = 32
 _WINDOW_ROWS = 2048
@@ -48,10 +49,10 @@ START = Position()
 
 
 def number_in(values: Mapping[str, object], name: str) -> int:
-    """A number of a saved position."""
-    if not isinstance(number := values[name], int):
-        raise TypeError(f"the saved position's {name} is {number!r} and no whole number")
-    return number
+    """A number of a saved position. Raises CheckpointError for what is none."""
+    if not isinstance(number := values[name], SupportsIndex):
+        raise CheckpointError(f"The saved position's {name} is {number!r} and no whole number.")
+    return operator.index(number)
 
 
 class _PlannedRow(NamedTuple):

@@ -9,12 +9,13 @@ from typing import ClassVar, Literal, cast
 import numpy as np
 
 from isthmus.data.messages import NO_ANSWER
+from isthmus.data.record import Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import binary, choice, rules, vqa
 from isthmus.evaluation.bootstrap import Interval, Outcomes, intervals
 from isthmus.evaluation.controls import answers_with_controls, plan_controls
 from isthmus.evaluation.outputs import LikelihoodRow, Manifest, QuestionRow, TurnRow
-from isthmus.evaluation.protocols import Answers, S, Sample, TextPart, Weighs
+from isthmus.evaluation.protocols import Answers, S, Sample, Weighs
 from isthmus.evaluation.tasks import (
     Questions,
     Scores,
@@ -235,7 +236,7 @@ def _up_to(record: S, n: int, said: Sequence[str] | None) -> S:
     found = turns(record)
     parts = list(record.parts[: found[n].at])
     for turn, answer in zip(found[:n], said or (), strict=False):
-        parts[turn.at] = replace(cast(TextPart, parts[turn.at]), text=answer.strip() or NO_ANSWER)
+        parts[turn.at] = replace(cast(Text, parts[turn.at]), text=answer.strip() or NO_ANSWER)
     return replace(record, parts=tuple(parts))
 
 

@@ -223,7 +223,8 @@ class Decoder:
         self._window.join(read.layers, read.lengths, ahead=ahead, waiting=self._tokens is not None)
         if first == 0:
             self._attended = read.attended
-        elif self._attended is not None and read.attended is not None:
+        elif self._attended is not None:
+            assert read.attended is not None  # of one net: all rows attend to something beside the text, or none does
             self._attended = self._attended.join(read.attended)
         self._logits = read.logits.float() if self._logits is None else torch.cat([self._logits, read.logits.float()])
         positions = torch.tensor(read.lengths, device=read.logits.device)

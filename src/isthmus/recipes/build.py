@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -175,9 +176,9 @@ def build(recipe: Recipe, aside: Path | None = None) -> Built:
 
 
 def _model_among(parts: Mapping[str, object], name: str) -> Model | None:
-    """The part of this name, where there is one that is a model of ours."""
-    part = parts.get(name)
-    return part if isinstance(part, Model) else None
+    """The part of this name, where the recipe has it: ``init`` and ``vision`` are models, or a system's own that has a
+    net, a processor and a kind as models do."""
+    return cast(Model, parts[name]) if name in parts else None
 
 
 def _part(kind: System, name: str, path: str) -> object:

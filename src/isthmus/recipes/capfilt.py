@@ -191,7 +191,7 @@ class _Tally:
         kept = line["web"] in line["caption"]
         self.web += kept
         known = record.meta.get("true_captions")
-        truth = {_plain(t) for t in known} if isinstance(known, tuple) else set()
+        truth = {_plain(t) for t in known} if isinstance(known, list | tuple) else set()
         if truth:
             self.known += 1
             self.judged += len(line["caption"])

@@ -298,8 +298,9 @@ def score_model(
         if spec.stage is not None:
             model, model_hash = _of_stage(run or folder.parent, spec.stage, final, final_hash, code)
         report = (lambda done, total, name=name: progress(name, done, total)) if progress else None
-        if spec.task in _BY_SIMILARITY and isinstance(model, Model) and "similarity" in model.capabilities:
-            spec = spec.model_copy(update={"options": {"similarity": model.net.config.similarity, **spec.options}})
+        if spec.task in _BY_SIMILARITY and "similarity" in model.capabilities:  # which transformers' models lack
+            own = cast(Model, model).net.config.similarity
+            spec = spec.model_copy(update={"options": {"similarity": own, **spec.options}})
         if spec.task == "caption" and "caption" in model.prompts:
             spec = spec.model_copy(update={"options": {"prompt": model.prompts["caption"], **spec.options}})
         found.append(

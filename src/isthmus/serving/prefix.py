@@ -57,10 +57,10 @@ class Remembering:
 
     def read(self, prompt: Prompt) -> Read:
         """As the language model reads it."""
-        if len(prompt) != 1:
-            return self.language.read(prompt)
+        if len(prompt) != 1 or not (prompt.attended is None or isinstance(prompt.attended, MediaContext)):
+            return self.language.read(prompt)  # what else is attended to, nobody here can compare
         row = prompt.embeds[0, : int(prompt.lengths[0])]
-        context = prompt.attended if isinstance(prompt.attended, MediaContext) else None
+        context = prompt.attended
         number, common = self._nearest(row, context)
         known = None if number is None else self._kept[number]
         if number is not None and known is not None and common == len(row) == len(known.row):
