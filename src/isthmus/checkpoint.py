@@ -96,7 +96,8 @@ def write_folder(path: str | Path, files: Mapping[str, Content], *, replace: boo
         raise CheckpointError(_full(path, needed, free))
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        _write_aside(aside, prepared)
+        aside.mkdir()
+        _write_files(aside, prepared, {})
         _into_place(aside, path)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -212,13 +213,8 @@ _REPAIR = f"{_RESTORE.capitalize()}."
 _Prepared = bytes | dict[str, Tensor] | Foreign
 
 
-def _write_aside(aside: Path, files: Mapping[str, _Prepared]) -> None:
-    """Write and fsync every file, the manifest, and the folders that hold them."""
-    aside.mkdir()
-    _write_files(aside, files, {})
-
-
 def _write_files(aside: Path, files: Mapping[str, _Prepared], written: Mapping[str, Entry]) -> None:
+    """Write and fsync every file, the manifest of them and of those ``written``, and the folders that hold them."""
     entries = dict(written)
     for name, content in files.items():
         file = aside / name
