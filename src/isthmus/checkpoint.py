@@ -91,8 +91,7 @@ def write_folder(path: str | Path, files: Mapping[str, Content], *, replace: boo
         raise CheckpointError(f"{path} exists already and is never written over. Choose another path or remove it.")
     clean_leftovers(path.parent, glob.escape(path.name))
     needed = sum(_size(content) for content in prepared.values()) + MARGIN
-    free = _free_bytes(path.parent)
-    if free < needed:
+    if (free := _free_bytes(path.parent)) < needed:
         raise CheckpointError(_full(path, needed, free))
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
@@ -76,15 +77,7 @@ def run(
         if result.left_out:
             console.print(f"{result.left_out} bad samples were left out: {result.folder / 'quarantine.jsonl'}")
 
-    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
-    with Progress(*columns, transient=True, console=console) as bar:
-        shown: dict[str, TaskID] = {}
-
-        def progress(name: str, done: int, total: int) -> None:
-            if name not in shown:
-                shown[name] = bar.add_task(name, total=total)
-            bar.update(shown[name], completed=done)
-
+    with _progress(console) as progress:
         results = score_model(
             loaded,
             specs,
@@ -105,6 +98,21 @@ def run(
     if json_file is not None:
         facts = {r.task: r.scores.to_dict() for r in results}
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per evaluation, by its name, how many items are done and of how many."""
+    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
+    with Progress(*columns, transient=True, console=console) as bar:
+        shown: dict[str, TaskID] = {}
+
+        def progress(name: str, done: int, total: int) -> None:
+            if name not in shown:
+                shown[name] = bar.add_task(name, total=total)
+            bar.update(shown[name], completed=done)
+
+        yield progress
 
 
 def _specs(
