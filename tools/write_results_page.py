@@ -28,8 +28,9 @@ HEAD = """# Results
 <!-- Written by tools/write_results_page.py; do not edit. -->
 
 The scores of the models that come with the package (`isthmus:llava` and the others), in percent. They are **one
-run** of `isthmus demo` with seed {seed}: {machine}, torch {torch}; training took
-{seconds}.
+run** of `isthmus demo` with seed {seed}: {machine}, torch {torch}. The
+steps of its trainings took {seconds}
+by the clock, whatever else ran there; how long a demo takes is in [Speed](speed.md#the-demo).
 They are those of the weights as they come, in bfloat16; BLIP-2's retrieval and zero-shot answers are of its earlier
 stages, which do not come along, and were scored in that run.
 Another run differs by more than the intervals say, for they are over questions alone: the same recipe and seed have
@@ -38,8 +39,8 @@ differed between two machines by 7 points (LLaVA) and by 15 (Flamingo's clips).
 Brackets hold 95 % bootstrap intervals. Test scenes hold combinations of shape and colour that no training scene had.
 *No picture*, *shuffled* (another scene's picture) and *prior* (the most frequent training answer) are what is reached
 without looking; *gain* is the distance above the best of the three ([how to read a score](evaluation.md)). Comparisons
-at equal budgets are in [side by side](comparison.md), real photographs in [data of others](real-data.md), and earlier
-runs and trials in the [notes of December 2026](notes/2026-12-trainings.md).
+at equal budgets are in [side by side](comparison.md), scores on data that others made in [On real data](real-data.md),
+and earlier runs and trials in the [notes of December 2026](notes/2026-12-trainings.md).
 """
 
 

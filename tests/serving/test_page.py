@@ -146,6 +146,56 @@ def test_files_that_are_no_pictures_are_told_in_words(opened):
         assert page.locator("#attached img").count() == 0
 
 
+def test_all_that_is_wrong_with_several_files_is_told(opened):
+    page = opened()
+    bad = [{"name": f"{n}.txt", "mimeType": "text/plain", "buffer": b"notes"} for n in range(2)]
+    good = [{"name": f"{n}.png", "mimeType": "image/png", "buffer": encoded(picture(n))} for n in range(9)]
+    page.set_input_files("#file", [*bad, *good])
+    page.wait_for_function("() => document.getElementById('notice').textContent.includes('at most 8 pictures')")
+    assert page.locator("#notice").inner_text().count("is no PNG") == 2
+    assert page.locator("#attached img").count() == 8
+
+
+def in_view(page, where):
+    return page.evaluate(
+        "(w) => { const r = document.querySelector(w).getBoundingClientRect();"
+        " return r.height > 0 && r.top >= 0 && r.bottom <= innerHeight; }",
+        where,
+    )
+
+
+def test_what_is_lacking_is_told_where_one_looks(opened):
+    """Below a long conversation too."""
+    page = opened(viewport={"width": 390, "height": 700})
+    pick(page, "llava")
+    for number in range(3):
+        give(page, picture(number, (300, 300)))
+        page.wait_for_selector("#attached img")
+        ask(page, "what is it?", tokens=2)
+        answers(page, number + 1)
+    page.click("#send")
+    assert page.locator("#notice").inner_text() == "Write a question."
+    assert in_view(page, "#notice")
+
+
+def test_a_question_waits_for_the_answer_before_it(opened, site):
+    """Half an answer would be part of the conversation."""
+    page = opened()
+    pick(page, "llava")
+    site.slow["llava"].on = True
+    ask(page, "what is it?", tokens=100)
+    page.wait_for_function("() => document.querySelector('.said')?.textContent.length > 3")
+    ask(page, "and now?")
+    assert page.locator("#notice").inner_text() == "llava is still answering: wait for it, or stop it."
+    assert page.locator(".turn").count() == 1
+    page.click("#stop")
+    answers(page, 1)
+    site.slow["llava"].on = False
+    page.click("#send")
+    answers(page, 2)
+    assert page.locator(".turn h2").nth(1).inner_text() == "and now?"
+
+
 def test_pictures_dropped_and_pasted_in_two_tabs_and_turns(opened):
     """Each tab has its own conversation; a map lies on the picture that it is of, also one of an earlier turn."""
     page, other = opened(), opened()

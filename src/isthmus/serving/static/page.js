@@ -30,6 +30,12 @@ const button = (text, handler, options = {}) => make("button", { type: "button",
 function notice(text) {
   $("notice").textContent = text;
   $("notice").hidden = !text;
+  if (text) $("notice").scrollIntoView({ block: "nearest" });
+}
+
+function askForKey() {
+  $("key").hidden = false;
+  $("secret").focus();
 }
 
 // The server
@@ -108,6 +114,7 @@ function decoded(url, name) {
 
 async function take(files) {
   notice("");
+  const wrong = new Set();
   for (const file of files) {
     try {
       const most = state.limits.picture_bytes;
@@ -124,9 +131,10 @@ async function take(files) {
       await decoded(url, file.name);
       attach({ url, name: file.name });
     } catch (error) {
-      notice(error.message);
+      wrong.add(error.message);
     }
   }
+  notice([...wrong].join(" "));
 }
 
 /** Frames of a video file, as many as one question takes and evenly spread, to be asked about as one clip. */
@@ -141,6 +149,7 @@ async function takeFilm(file) {
     await event("loadeddata");
     if (!Number.isFinite(video.duration)) throw new Error(`${file.name} does not say how long it is.`);
     const room = state.limits.pictures - state.attached.length;
+    if (room < 1) throw full();
     const scale = Math.min(1, FRAME / Math.max(video.videoWidth, video.videoHeight));
     const canvas = make("canvas", { width: video.videoWidth * scale, height: video.videoHeight * scale });
     for (let n = 0; n < room; n++) {
@@ -158,11 +167,10 @@ async function takeFilm(file) {
 
 const megabytes = (bytes) => `${(bytes / 1048576).toFixed(1)} MiB`;
 
+const full = () => new Error(`One question takes at most ${state.limits.pictures} pictures.`);
+
 function attach(picture) {
-  if (state.attached.length >= state.limits.pictures) {
-    notice(`One question takes at most ${state.limits.pictures} pictures.`);
-    return;
-  }
+  if (state.attached.length >= state.limits.pictures) throw full();
   state.attached.push(picture);
   drawAttached();
 }
@@ -341,6 +349,8 @@ function missing(models, question, labels) {
   const pictures = state.attached.length, most = state.limits.pictures;
   if (!models.length) return "Tick a model that can do this.";
   if (mode() === "chat" && !question) return "Write a question.";
+  const writing = models.find((model) => state.turns.some((turn) => turn.answers.some((a) => a.model.id === model.id && !a.done)));
+  if (mode() === "chat" && writing) return `${writing.id} is still answering: wait for it, or stop it.`;
   if (mode() === "chat" && pictures + state.shots.length > most) {
     return `Examples and question have at most ${most} pictures together.`;
   }
@@ -458,7 +468,7 @@ async function ask(turn, model, how = {}) {
 function fault(answer, error) {
   answer.problem.textContent = error.message;
   answer.problem.hidden = false;
-  if (error.status === 401) $("key").hidden = false;
+  if (error.status === 401) askForKey();
 }
 
 /** Shares of the labels: probabilities of a classifier, else likelihoods of the answers made to sum to 1. */
@@ -848,7 +858,7 @@ async function start() {
     await prefill();
   } catch (error) {
     notice(error.message);
-    if (error.status === 401) $("key").hidden = false;
+    if (error.status === 401) askForKey();
   }
 }
 
