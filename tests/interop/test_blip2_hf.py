@@ -19,8 +19,9 @@ from isthmus.data.record import Record, Text
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.convert import write_model
-from isthmus.interop.hf_blip2 import config_from_hf, config_to_hf, from_hf, read_blip2_folder, to_hf
-from isthmus.interop.hf_clip import vision_from_hf
+from isthmus.interop.hf_blip2 import from_hf, read_blip2_folder, to_hf
+from isthmus.interop.hf_blip2_config import config_from_hf, config_to_hf
+from isthmus.interop.hf_towers import vision_from_hf
 from isthmus.language import Decoding, LanguageModel, Seq2SeqLM
 from isthmus.load_report import Account
 from isthmus.model import Model

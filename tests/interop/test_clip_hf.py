@@ -28,6 +28,8 @@ from isthmus.interop.hf_clip import (
     clip_from_hf,
     clip_to_hf,
     read_clip_folder,
+)
+from isthmus.interop.hf_towers import (
     text_config_from_hf,
     text_config_to_hf,
     text_from_hf,

@@ -25,9 +25,9 @@ from transformers import (
     SiglipModel,
 )
 
-from isthmus.interop.hf_blip2 import config_from_hf as blip2_config_from_hf
 from isthmus.interop.hf_blip2 import from_hf as blip2_from_hf
 from isthmus.interop.hf_blip2 import to_hf as blip2_to_hf
+from isthmus.interop.hf_blip2_config import config_from_hf as blip2_config_from_hf
 from isthmus.interop.hf_clip import clip_config_from_hf, clip_from_hf, clip_to_hf
 from isthmus.interop.hf_llava import llava_config_from_hf, llava_from_hf
 from isthmus.interop.open_clip import clip_from_open_clip

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from isthmus.batch import Batch, Tokens, Visuals
 from isthmus.errors import CheckpointError
-from isthmus.interop.hf_clip import vision_from_hf
+from isthmus.interop.hf_towers import vision_from_hf
 from isthmus.interop.open_flamingo import trained_from_open_flamingo, trained_to_open_flamingo
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig

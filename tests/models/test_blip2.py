@@ -14,7 +14,7 @@ from isthmus.batch import Batch, Visuals
 from isthmus.config import plain, strict
 from isthmus.data.augment import Augment
 from isthmus.errors import CapabilityError, ConfigError, DataError
-from isthmus.interop.hf_clip import vision_from_hf
+from isthmus.interop.hf_towers import vision_from_hf
 from isthmus.language import Decoding
 from isthmus.models.blip2 import Blip2, Blip2Config, layer_decay
 from isthmus.nn.lengths import blocks_by_length

@@ -11,7 +11,7 @@ from isthmus.batch import IGNORE, Visuals
 from isthmus.config import plain, strict
 from isthmus.data.augment import Augment
 from isthmus.errors import ConfigError, DataError
-from isthmus.interop.hf_clip import vision_from_hf
+from isthmus.interop.hf_towers import vision_from_hf
 from isthmus.language import Decoding
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.patch_positions import add_patch_positions

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from isthmus.batch import IGNORE, Batch, Places, Tokens, Visuals
-from isthmus.interop.hf_blip2 import config_from_hf, from_hf
+from isthmus.interop.hf_blip2 import from_hf
+from isthmus.interop.hf_blip2_config import config_from_hf
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.vit import VisionConfig

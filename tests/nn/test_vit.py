@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, 
 
 from isthmus.config import plain, strict
 from isthmus.errors import ConfigError
-from isthmus.interop.hf_clip import vision_config_from_hf, vision_from_hf
+from isthmus.interop.hf_towers import vision_config_from_hf, vision_from_hf
 from isthmus.nn.vit import PatchEmbedding, VisionConfig, VisionTransformer, resize_positions
 from tests.fixtures import OPEN_CLIP
 

@@ -44,8 +44,8 @@ FORMATS: Mapping[str, Format] = {
     "hf": Format(
         writers={
             "clip": "isthmus.interop.hf_clip:clip_export",
-            "image_encoder": "isthmus.interop.hf_towers:image_encoder_export",
-            "text_encoder": "isthmus.interop.hf_towers:text_encoder_export",
+            "image_encoder": "isthmus.interop.hf_encoders:image_encoder_export",
+            "text_encoder": "isthmus.interop.hf_encoders:text_encoder_export",
             "lm": "isthmus.interop.hf_language:lm_export",
             "llava": "isthmus.interop.hf_llava:llava_export",
             "flamingo": "isthmus.interop.hf_idefics:idefics_export",

@@ -1,4 +1,4 @@
-"""transformers' BLIP-2 and InstructBLIP folders: their names and configuration as ours, as pure maps.
+"""transformers' BLIP-2 and InstructBLIP folders: their names as ours, as pure maps.
 
 ``Blip2ForConditionalGeneration``, ``Blip2Model`` and ``InstructBlipForConditionalGeneration`` become phase
 ``generate``; ``Blip2ForImageTextRetrieval`` has the weights of phase ``represent`` but for temperature and LM head.
@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +20,8 @@ from isthmus.data.processor import Processor
 from isthmus.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
-from isthmus.interop.export import Export, Source, must, shards
+from isthmus.interop.export import Export, Source, shards
+from isthmus.interop.hf_blip2_config import config_from_hf, config_to_hf
 from isthmus.interop.hf_files import (
     generation_config,
     image_processor,
@@ -30,16 +30,13 @@ from isthmus.interop.hf_files import (
     with_dtype,
 )
 from isthmus.interop.hf_language import RENAMED, seq2seq_ties, with_image_token
-from isthmus.language import Seq2SeqLM, known_fields, vocabulary_tables
+from isthmus.language import Seq2SeqLM, vocabulary_tables
 from isthmus.load_report import Account
 from isthmus.models.blip2 import Blip2, Blip2Config
-from isthmus.nn.connectors.qformer import QFormerConfig
-from isthmus.nn.vit import VisionConfig
 
 TEMPERATURE = float(torch.tensor(0.07))
 """Where the paper's contrast begins."""
 
-_WHO = "transformers' BLIP-2"
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 _LAYER = {
     "attention.attention.": "attn.",
@@ -120,90 +117,6 @@ def _ours(name: str) -> str | None:
     return None
 
 
-class _TowerFields(TypedDict, total=False):
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    hidden_act: str
-    layer_norm_eps: float
-
-
-class _VisionFields(_TowerFields, total=False):
-    image_size: int
-    patch_size: int
-
-
-class _QFormerFields(_TowerFields, total=False):
-    vocab_size: int
-    max_position_embeddings: int
-    cross_attention_frequency: int
-    hidden_dropout_prob: float
-    attention_probs_dropout_prob: float
-
-
-class _Fields(TypedDict):
-    """What is read of a config.json."""
-
-    vision_config: _VisionFields
-    qformer_config: _QFormerFields
-    text_config: Mapping[str, object]
-    num_query_tokens: NotRequired[int]
-    image_text_hidden_size: NotRequired[int]
-
-
-def config_from_hf(config: Mapping[str, object], account: Account | None = None) -> Blip2Config:
-    """Our configuration from the contents of a config.json; phase ``generate``, the norm's eps transformers' own."""
-    values = cast(_Fields, config)
-    vision, qformer = values["vision_config"], values["qformer_config"]
-    image, patch = vision.get("image_size", 224), vision.get("patch_size", 14)
-    width = vision.get("hidden_size", 1408)
-    eps = vision.get("layer_norm_eps", 1e-6)
-    text = values["text_config"]
-    hidden, attention = qformer.get("hidden_dropout_prob", 0.1), qformer.get("attention_probs_dropout_prob", 0.1)
-    if hidden != attention:
-        load_report.noted(
-            account,
-            f"qformer_config.attention_probs_dropout_prob {attention:g}: in training attention drops {hidden:g} here, "
-            "as everything in the Q-Former; answers are the same",
-        )
-    return Blip2Config(
-        vision=VisionConfig(
-            image_size=image,
-            patch_size=patch,
-            width=width,
-            layers=vision.get("num_hidden_layers", 39),
-            heads=vision.get("num_attention_heads", 16),
-            mlp_width=vision.get("intermediate_size", 6144),
-            activation=vision.get("hidden_act", "gelu"),
-            eps=eps,
-            pre_norm=False,
-            patch_bias=True,
-            post_norm="none",
-            pool="none",
-        ),
-        qformer=QFormerConfig(
-            vision_width=width,
-            width=qformer.get("hidden_size", 768),
-            layers=qformer.get("num_hidden_layers", 12),
-            heads=qformer.get("num_attention_heads", 12),
-            mlp_width=qformer.get("intermediate_size", 3072),
-            queries=values.get("num_query_tokens", 32),
-            cross_every=qformer.get("cross_attention_frequency", 2),
-            vocab_size=qformer.get("vocab_size", 30522),
-            positions=qformer.get("max_position_embeddings", 512),
-            dec_id=qformer.get("vocab_size", 30522) - 1,
-            activation=qformer.get("hidden_act", "gelu"),
-            eps=qformer.get("layer_norm_eps", 1e-12),
-            dropout=hidden,
-        ),
-        language=known_fields(text) | {k: text[k] for k in ("dense_act_fn",) if k in text},
-        instruct=config.get("model_type") == "instructblip",
-        embed_dim=values.get("image_text_hidden_size", 256),
-        norm_eps=eps,
-    )
-
-
 def to_hf(state: Mapping[str, Tensor], config: Blip2Config) -> dict[str, Tensor]:
     """The inverse of :func:`from_hf`. ``Blip2ForImageTextRetrieval`` has no temperature and no LM head: they are left
     out. Raises CheckpointError for a tensor without a name there."""
@@ -255,70 +168,6 @@ def _theirs(tail: str, table: Mapping[str, str], name: str) -> str:
     return table[ours] + (f"{attention[part]}.{end}" if part in attention else rest)
 
 
-class WrittenBlip2(TypedDict):
-    """The config.json that is written."""
-
-    architectures: list[str]
-    model_type: str
-    vision_config: dict[str, object]
-    qformer_config: dict[str, object]
-    text_config: dict[str, object]
-    num_query_tokens: int
-    image_text_hidden_size: int
-    image_token_index: int | None
-
-
-def config_to_hf(config: Blip2Config, *, image_token_id: int | None) -> WrittenBlip2:
-    """A config.json for what :func:`to_hf` wrote. Raises CheckpointError, naming the field, for what has no place."""
-    vision, qformer = config.vision, config.qformer
-    plain = replace(vision, pre_norm=False, patch_bias=True, post_norm="none", pool="none")
-    for field in ("pre_norm", "patch_bias", "post_norm"):
-        must(
-            getattr(vision, field) == getattr(plain, field), f"vision.{field}", getattr(vision, field), _WHO, "another"
-        )
-    must(config.feature_layer % (vision.layers + 1) == vision.layers, "feature_layer", config.feature_layer, _WHO, "-1")
-    must(not config.patch_positions, "patch_positions", config.patch_positions, _WHO, "false")
-    for field, value in (("vision.activation", vision.activation), ("qformer.activation", qformer.activation)):
-        must(value in ("gelu", "quick_gelu", "relu"), field, value, _WHO, "gelu, quick_gelu or relu")
-    represent = config.phase == "represent"
-    writes = "InstructBlipForConditionalGeneration" if config.instruct else "Blip2ForConditionalGeneration"
-    more = {} if config.instruct else {"use_qformer_text_input": represent}
-    return {
-        "architectures": ["Blip2ForImageTextRetrieval" if represent else writes],
-        "model_type": "instructblip" if config.instruct else "blip-2",
-        "vision_config": {
-            "hidden_size": vision.width,
-            "intermediate_size": vision.mlp_width,
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_act": vision.activation,
-            "layer_norm_eps": vision.eps,
-            "qkv_bias": True,
-        },
-        "qformer_config": {
-            "vocab_size": qformer.vocab_size,
-            "hidden_size": qformer.width,
-            "num_hidden_layers": qformer.layers,
-            "num_attention_heads": qformer.heads,
-            "intermediate_size": qformer.mlp_width,
-            "hidden_act": qformer.activation,
-            "hidden_dropout_prob": qformer.dropout,
-            "attention_probs_dropout_prob": qformer.dropout,
-            "max_position_embeddings": qformer.positions,
-            "layer_norm_eps": qformer.eps,
-            "cross_attention_frequency": qformer.cross_every,
-            "encoder_hidden_size": qformer.vision_width,
-            **more,
-        },
-        "text_config": dict(config.language or {"model_type": "opt"}) if not represent else {"model_type": "opt"},
-        "num_query_tokens": qformer.queries,
-        "image_text_hidden_size": config.embed_dim,
-        "image_token_index": image_token_id,
-    }
-
-
 def _retrieval(
     config: Blip2Config, state: dict[str, Tensor], account: Account | None
 ) -> tuple[Blip2Config, dict[str, Tensor]]:
@@ -352,7 +201,7 @@ def read_blip2_folder(
     head, table = state.get("language.lm.lm_head.weight"), state.get("language.lm.shared.weight")
     if table is not None:
         assert config.language is not None
-        text = cast(_Fields, raw)["text_config"]
+        text: Mapping[str, object] = raw["text_config"]
         scaled = False not in (text.get("scale_decoder_outputs"), text.get("tie_word_embeddings"))
         if scaled and head is not None and not torch.equal(head, table):
             raise CheckpointError(f"{folder}: its T5 has a head of its own, but its configuration ties and scales it.")

@@ -19,17 +19,17 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
 from isthmus.interop.entries import Entry, Shapes, from_theirs, part_of, same, shapes_of, to_theirs
 from isthmus.interop.export import Export, Source, must, shards
-from isthmus.interop.hf_clip import (
+from isthmus.interop.hf_files import (
+    generation_config,
+    tokenizer_files,
+    with_dtype,
+)
+from isthmus.interop.hf_towers import (
     activation_from_hf,
     vision_config_from_hf,
     vision_config_to_hf,
     vision_from_hf,
     vision_to_hf,
-)
-from isthmus.interop.hf_files import (
-    generation_config,
-    tokenizer_files,
-    with_dtype,
 )
 from isthmus.load_report import Account
 from isthmus.models.flamingo import Flamingo, FlamingoConfig

@@ -21,12 +21,6 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
 from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of, to_theirs
 from isthmus.interop.export import Export, Source, must, shards
-from isthmus.interop.hf_clip import (
-    vision_config_from_hf,
-    vision_config_to_hf,
-    vision_from_hf,
-    vision_to_hf,
-)
 from isthmus.interop.hf_files import (
     chat_template,
     generation_config,
@@ -36,6 +30,12 @@ from isthmus.interop.hf_files import (
     with_dtype,
 )
 from isthmus.interop.hf_language import IMAGE, match_keys, with_image_token
+from isthmus.interop.hf_towers import (
+    vision_config_from_hf,
+    vision_config_to_hf,
+    vision_from_hf,
+    vision_to_hf,
+)
 from isthmus.language import LanguageModel, known_fields, library_config
 from isthmus.load_report import Account
 from isthmus.models.llava import Llava, LlavaConfig

@@ -21,10 +21,10 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of, to_theirs
 from isthmus.interop.export import Export, Source, common_dtype, must, pickled, shards
 from isthmus.interop.given import Given, Opened, language_of
-from isthmus.interop.hf_clip import vision_config_to_hf, vision_to_hf
 from isthmus.interop.hf_files import image_processor
 from isthmus.interop.hf_language import language_files, language_tensors, published
 from isthmus.interop.hf_tokenizer import open_tokenizer
+from isthmus.interop.hf_towers import vision_config_to_hf, vision_to_hf
 from isthmus.load_report import Account
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig

@@ -22,10 +22,10 @@ from isthmus.interop.archives import read_archive, read_state, tensors_of
 from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of
 from isthmus.interop.export import Export, Source, common_dtype, must, shards
 from isthmus.interop.given import Given, Opened, lacking, language_of
-from isthmus.interop.hf_clip import vision_config_to_hf, vision_from_hf, vision_to_hf
 from isthmus.interop.hf_files import further_stops, image_processor, tokenizer_files
 from isthmus.interop.hf_language import IMAGE, match_keys
 from isthmus.interop.hf_tokenizer import open_tokenizer
+from isthmus.interop.hf_towers import vision_config_to_hf, vision_from_hf, vision_to_hf
 from isthmus.interop.lora import base_named, merge_adapter
 from isthmus.interop.openai import (
     published_transform,
