@@ -129,6 +129,34 @@ def test_cover_a_region_and_ask_again(opened):
     assert covered.getpixel((20, 20)) == (255, 255, 255)
 
 
+def test_an_answer_with_a_region_covered_stands_below_the_one_without(opened):
+    page = opened()
+    pick(page, "llava", "flamingo", "blip2")
+    give(page)
+    page.wait_for_selector("#attached img")
+    ask(page, tokens=2)
+    answers(page, 3)
+    page.click("text=Cover a region")
+    page.click("text=Ask again with it covered")
+    boxes = [card.bounding_box() for card in answers(page, 6).all()]
+    assert [box["x"] for box in boxes[3:]] == [box["x"] for box in boxes[:3]]
+    assert len({box["x"] for box in boxes}) == 3
+
+
+def test_a_question_that_goes_on_shows_where_the_earlier_picture_was_looked_at(opened):
+    page = opened()
+    pick(page, "llava")
+    give(page)
+    page.wait_for_selector("#attached img")
+    ask(page)
+    answers(page, 1)
+    ask(page, "and what else?")
+    answers(page, 2)
+    page.locator(".turn:nth-child(2) >> text=Where did it look?").click()
+    page.locator(".turn:nth-child(2) .word").first.hover()
+    lies_on_the_picture(over(page, ".turn:nth-child(1)"))
+
+
 def test_files_that_are_no_pictures_are_told_in_words(opened):
     page = opened()
     for name, kind, data, words in (
@@ -140,6 +168,12 @@ def test_files_that_are_no_pictures_are_told_in_words(opened):
             "huge.png has 2.0 MiB; the server takes at most 1.0",
         ),
         ("notes.txt", "text/plain", b"notes", "notes.txt is no PNG"),
+        (
+            "strip.png",
+            "image/png",
+            encoded(PilImage.new("L", (17_000, 4))),
+            "strip.png is 17,000 × 4; the server takes at most 50,000,000 pixels, 16,384 a side.",
+        ),
     ):
         give(page, name=name, kind=kind, data=data)
         page.wait_for_function("(w) => document.getElementById('notice').textContent.includes(w)", arg=words)

@@ -50,14 +50,16 @@ def part_lines(folder: Path, stage: str) -> list[PartLine]:
 
 
 def loss_curves(folder: Path, recipe: Recipe) -> dict[str, Points]:
-    """Stage (and term, where there are several) -> (step, loss) points."""
+    """Stage (and term, where there are several) -> (step, loss) points; steps are counted over the stages."""
     curves: dict[str, Points] = {}
+    before = 0
     for stage in recipe.stages:
         lines = [line for line in metrics(folder, stage.name) if line["loss"]]
         terms = sorted({term for line in lines for term in line["loss"]})
         for term in terms:
             name = stage.name if len(terms) == 1 else f"{stage.name} {term}"
-            curves[name] = [(line["step"], line["loss"][term]) for line in lines if term in line["loss"]]
+            curves[name] = [(before + line["step"], line["loss"][term]) for line in lines if term in line["loss"]]
+        before += lines[-1]["step"] if lines else 0
     return curves
 
 

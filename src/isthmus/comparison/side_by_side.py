@@ -104,7 +104,12 @@ def write_comparison(
         listings=[listing for listing in listings if listing.rows],
         plots=[*plots, *_shots(rivals)],
         charts=[
-            Chart(title=f"{r.name}: loss by stage", series=loss_curves(r.folder, r.recipe))
+            Chart(
+                title=f"{r.name}: loss by stage, one stage after the other; beside each name the last value",
+                series=loss_curves(r.folder, r.recipe),
+                log=True,
+                y_label="loss, logarithmic",
+            )
             for r in rivals
             if r.recipe is not None and (r.folder / "stages").is_dir()
         ],

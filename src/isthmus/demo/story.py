@@ -139,8 +139,9 @@ def _write(out: Path, rivals: Mapping[str, Contestant], seed: int, budget: float
     so_far = f" Not yet scored: {', '.join(missing)}." if missing else ""
     so_far += f" Trained for {budget:g} times the recipes' steps." if budget != 1 else ""
     ordered = [rivals[name] for name in STORY if name in rivals]
-    so_far += "" if missing else f" Ask them yourself, side by side in a browser: {page_command(out)}"
     report = write_comparison(out, ordered, title=_TITLE, summary=_SUMMARY + so_far, seed=seed)
+    if not missing:
+        report = replace(report, command=("Ask them yourself, side by side in a browser:", page_command(out)))
     if page and not missing:
         names = ",".join(name for name in ("llava", "blip2", "flamingo") if name in rivals)
         report = replace(report, link=(f"{page}#models={names}", "The page, while that command runs"))

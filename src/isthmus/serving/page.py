@@ -176,7 +176,12 @@ async def runs(request: Request) -> dict[str, object]:
     limits = server.limits
     return {
         "models": facts,
-        "limits": {"pictures": limits.pictures, "picture_bytes": limits.picture},
+        "limits": {
+            "pictures": limits.pictures,
+            "picture_bytes": limits.picture,
+            "picture_pixels": limits.pixels,
+            "picture_side": limits.side,
+        },
         "pictures": 0 if searched is None else len(searched.files),
     }
 

@@ -164,7 +164,7 @@ def test_a_gain_is_only_coloured_where_its_interval_leaves_out_zero():
     [
         (Score(n=1, accuracy=0.8, interval=(0.7, 0.9), blind=0.3), "gained", 30.0, 50.0),
         (Score(n=1, accuracy=0.2, interval=(0.1, 0.3), blind=0.3), "missed", 20.0, 10.0),
-        (Score(n=1, accuracy=0.2, interval=(0.1, 0.3)), "gained", 0.0, 20.0),
+        (Score(n=1, accuracy=0.2, interval=(0.1, 0.3)), "alone", 0.0, 20.0),
     ],
 )
 def test_the_bar_draws_the_gain(score, shape, x, width):
@@ -193,6 +193,32 @@ def test_times_are_readable(seconds, shown):
 def test_answers_that_cannot_be_read_are_told_beside_their_number(empty, unparsable, told):
     score = Score(n=1000, accuracy=0.5, interval=(0.4, 0.6), empty=empty, unparsable=unparsable)
     assert f'<span class="n">{told}</span>' in score_table([("", [("m", score)])], "c", "model")
+
+
+def test_a_score_that_nothing_was_left_out_of_is_told_so():
+    alone = vqa_score([{"answer": "yes", "truth": ["yes"], "kind": "colour"}] * 3)
+    told = "a score without these controls"
+    assert told in Reader(render(Report(title="t", scores={"lm": alone}))).text
+    assert told not in Reader(render(full())).text
+
+
+def test_what_is_read_of_a_score_stands_below_the_first_table():
+    text = Reader(render(full())).text
+    assert text.index("Table 1.") < text.index("How to read a score.") < text.index("Table 2.")
+
+
+def test_a_command_stands_by_itself_to_be_copied():
+    html = render(Report(title="t", command=("Ask <them>:", "isthmus serve 'a & b'")))
+    assert "Ask &lt;them&gt;:</p><pre><code>isthmus serve &#x27;a &amp; b&#x27;</code></pre>" in html
+
+
+def test_times_are_of_models_and_their_sum_is_called_one():
+    text = Reader(render(Report(title="t", seconds={"clip": 100.0, "lm": 60.0}))).text
+    assert "side by side count each in full. model time clip 1 min 40 s lm 1 min 00 s sum 2 min 40 s" in text
+
+
+def test_no_accelerator_is_a_word():
+    assert "gpus none seeds 0, 1" in Reader(render(Report(title="t", facts={"gpus": [], "seeds": [0, 1]}))).text
 
 
 def test_an_empty_report_has_a_title_and_no_empty_sections():

@@ -73,13 +73,15 @@ class Note:
 class Report:
     """Everything on the page; what is empty leaves no trace on it.
 
-    ``scores`` and ``retrieval`` by model name, ``seconds`` of wall-clock time by stage, ``facts`` short lines such as
+    ``scores`` and ``retrieval`` by model name, ``seconds`` of wall-clock time by model, ``facts`` short lines such as
     seed, versions and machine. ``opening`` tables stand before the scores; ``plots`` are figures of scores, ``charts``
-    of training. ``link``: an address that the page leads to, and the words for it.
+    of training. ``command``: what to run, and the words before it; ``link``: an address that the page leads to, and the
+    words for it.
     """
 
     title: str
     summary: str = ""
+    command: tuple[str, str] | None = None
     link: tuple[str, str] | None = None
     opening: Sequence[Listing] = ()
     scores: Mapping[str, VqaScores] = field(default_factory=dict)
@@ -117,6 +119,9 @@ def render(report: Report) -> str:
         _section("Facts", _facts(report.facts)),
     ]
     summary = f'<p class="summary">{escape(report.summary)}</p>' if report.summary else ""
+    if report.command is not None:
+        words, command = (escape(each) for each in report.command)
+        summary += f'<p class="summary">{words}</p><pre><code>{command}</code></pre>'
     if report.link is not None:
         address, words = (escape(each) for each in report.link)
         summary += f'<p class="summary"><a href="{address}">{words}</a></p>'
@@ -185,7 +190,11 @@ def _scores(report: Report, numbers: _Numbers) -> str:
         "bars, grey is what needs no picture, colour is the gain, and the thin line is the interval of the "
         "accuracy.</p>"
     )
-    return _section("Scores", overall + by_kind + reading)
+    if any(s.overall.best_without_looking is None for s in report.scores.values()):
+        reading += (
+            '<p class="reading">A bar of one pale shade is a score without these controls: nothing was left out.</p>'
+        )
+    return _section("Scores", overall + reading + by_kind)
 
 
 def _retrieval(report: Report, numbers: _Numbers) -> str:
@@ -276,9 +285,11 @@ def _seconds(report: Report, numbers: _Numbers) -> str:
     if not report.seconds:
         return ""
     rows: list[tuple[str, ...]] = [(name, _duration(s)) for name, s in report.seconds.items()]
-    rows.append(("together", _duration(sum(report.seconds.values()))))
-    caption = numbers.caption("Wall-clock time.")
-    return _section("Time", table(("stage", "time"), rows, caption, numeric=1, total=True))
+    rows.append(("sum", _duration(sum(report.seconds.values()))))
+    caption = numbers.caption(
+        "Time by the clock in the steps of training. Trainings that ran side by side count each in full."
+    )
+    return _section("Time", table(("model", "time"), rows, caption, numeric=1, total=True))
 
 
 def _duration(seconds: float) -> str:
@@ -292,6 +303,7 @@ def _duration(seconds: float) -> str:
 
 
 def _facts(facts: Mapping[str, object]) -> str:
-    lines: Iterable[str] = (f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
+    told = {k: (", ".join(map(str, v)) or "none") if isinstance(v, list) else str(v) for k, v in facts.items()}
+    lines: Iterable[str] = (f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in told.items())
     listed = "".join(lines)
     return f"<dl>{listed}</dl>" if listed else ""

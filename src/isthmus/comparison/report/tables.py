@@ -55,17 +55,21 @@ def _score_row(label: str, score: Score) -> str:
 
 
 def bar(score: Score) -> str:
-    """Grey up to the best without looking, colour for the gain above it, hollow for what is missing below it."""
+    """Grey up to the best without looking, colour for the gain above it, hollow for what is missing below it; pale
+    where nothing was scored without looking."""
     best = 100 * (score.best_without_looking or 0.0)
     reached = 100 * score.accuracy
     low, high = (100 * x for x in score.interval)
     parts = [f'<rect class="known" width="{min(best, reached):.1f}" height="10"/>']
-    if reached >= best:
+    if score.best_without_looking is None:
+        parts.append(f'<rect class="alone" x="0.0" width="{reached:.1f}" height="10"/>')
+    elif reached >= best:
         parts.append(f'<rect class="gained" x="{best:.1f}" width="{reached - best:.1f}" height="10"/>')
     else:
         parts.append(f'<rect class="missed" x="{reached:.1f}" width="{best - reached:.1f}" height="10"/>')
     parts.append(f'<path class="spread" d="M{low:.1f} 5H{high:.1f}"/>')
-    label = f"accuracy {reached:.1f} percent, without looking {best:.1f}"
+    label = f"accuracy {reached:.1f} percent"
+    label += "" if score.best_without_looking is None else f", without looking {best:.1f}"
     return (
         f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{label}">'
         f'<rect class="track" width="100" height="10"/>{"".join(parts)}</svg>'

@@ -7,8 +7,8 @@ const COVER = "#808080";
 const FRAME = 448; // longer side in pixels of what is taken from a video file
 const RERANKED = 16; // of the pictures found: as many are matched with the text
 
-const state = { models: [], limits: { pictures: 8, picture_bytes: 10485760 }, searched: 0, key: "", attached: [],
-  shots: [], turns: [], running: new Set() };
+const state = { models: [], limits: { pictures: 8, picture_bytes: 10485760, picture_pixels: 50000000,
+  picture_side: 16384 }, searched: 0, key: "", attached: [], shots: [], turns: [], running: new Set() };
 const $ = (id) => document.getElementById(id);
 
 function make(tag, options = {}, ...children) {
@@ -128,13 +128,21 @@ async function take(files) {
           "Save it smaller.");
       }
       const url = await readable(file);
-      await decoded(url, file.name);
+      fits(await decoded(url, file.name), file.name);
       attach({ url, name: file.name });
     } catch (error) {
       wrong.add(error.message);
     }
   }
   notice([...wrong].join(" "));
+}
+
+function fits({ naturalWidth: width, naturalHeight: height }, name) {
+  const { picture_pixels: pixels, picture_side: side } = state.limits;
+  if (width * height > pixels || Math.max(width, height) > side) {
+    throw new Error(`${name} is ${counted(width)} × ${counted(height)}; the server takes at most ` +
+      `${counted(pixels)} pixels, ${counted(side)} a side. Save it smaller.`);
+  }
 }
 
 /** Frames of a video file, as many as one question takes and evenly spread, to be asked about as one clip. */
@@ -310,7 +318,7 @@ function allow() {
   $("choices").hidden = mode() !== "labels" && mode() !== "match";
   $("question").placeholder = PLACEHOLDERS[mode()];
   $("question").hidden = $("question").labels[0].hidden = mode() === "match";
-  $("examples").hidden = mode() !== "chat";
+  $("examples").hidden = $("tokens").parentElement.hidden = mode() !== "chat";
   drawAttached();
 }
 
@@ -342,6 +350,7 @@ function send(event) {
     ask(turn, model);
     if (turn.mode === "search" && question && can(model, "match")) ask(turn, model, { rerank: RERANKED });
   }
+  turn.grid.style.setProperty("--columns", Math.max(2, turn.answers.length)); // covered below uncovered
 }
 
 /** What is still to be given before this can be asked. */
@@ -349,7 +358,8 @@ function missing(models, question, labels) {
   const pictures = state.attached.length, most = state.limits.pictures;
   if (!models.length) return "Tick a model that can do this.";
   if (mode() === "chat" && !question) return "Write a question.";
-  const writing = models.find((model) => state.turns.some((turn) => turn.answers.some((a) => a.model.id === model.id && !a.done)));
+  const begun = state.turns.flatMap((turn) => turn.answers).filter((answer) => !answer.done);
+  const writing = models.find((model) => begun.some((answer) => answer.model.id === model.id));
   if (mode() === "chat" && writing) return `${writing.id} is still answering: wait for it, or stop it.`;
   if (mode() === "chat" && pictures + state.shots.length > most) {
     return `Examples and question have at most ${most} pictures together.`;
@@ -540,7 +550,7 @@ function drawTurn(turn) {
   turn.opacity = make("input", { type: "range", min: 0, max: 100, value: 70, ariaLabel: "Opacity of the map",
     on: { input: () => everyFigure(turn, (each) => { each.canvas.style.opacity = turn.opacity.value / 100; }) } });
   turn.heat = make("p", { className: "row hint", hidden: true }, make("strong", { textContent: "attention, not proof" }),
-    "point at a word, or move to it with Tab", make("label", {}, "opacity ", turn.opacity));
+    "point at a word, or move to it with Tab; yellow: a little, red: most", make("label", {}, "opacity ", turn.opacity));
   const title = titleOf(turn);
   const examples = make("details", { hidden: !turn.shots.length },
     make("summary", { textContent: `behind ${turn.shots.length} ${turn.shots.length === 1 ? "example" : "examples"}` }),
@@ -575,7 +585,8 @@ function drawAnswer(turn, answer) {
 
 function tools(turn, answer) {
   answer.tools.append(button("Copy as curl", () => copy(curl(answer))), button("Copy as Python", () => copy(python(answer))));
-  if (answer.text && turn.mode === "chat" && turn.pictures.length && can(answer.model, "attend")) {
+  const pictured = () => shown(turn, answer.model, turn.figures).length;
+  if (answer.text && turn.mode === "chat" && can(answer.model, "attend") && pictured()) {
     const look = button("Where did it look?", async () => {
       look.disabled = true;
       look.textContent = "Looking …";
