@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
+from isthmus import adapters
+from isthmus.adapters import Lora
 from isthmus.errors import ConfigError, StageError
-from isthmus.stage import Group, Stage, StagedNet, apply_stage, canonical, named_parameters, set_modes
+from isthmus.stage import Group, Stage, StagedNet, apply_stage, canonical, named_parameters, opens, set_modes
 
 
 class Net(nn.Module):
@@ -92,6 +94,22 @@ def test_any_order_of_patterns_follows_the_rule(patterns):
     else:
         with pytest.raises(StageError):
             apply_stage(net, groups)
+
+
+def test_what_groups_would_open_is_known_without_a_change_to_the_net():
+    groups = (Group("vision.*", lr=1.0), Group("connector.*", lora=Lora(rank=2)), Group("language.head.*", lr=1.0))
+    net = Deep()
+    found = opens(net, groups)
+    assert open_names(net) == {name for name, _ in Deep().named_parameters()}
+    assert {n for n, _ in net.named_parameters()} == {n for n, _ in Deep().named_parameters()}
+    assigned = apply_stage(net, groups).assigned
+    assert set(found) == {adapters.layer_of(n) if adapters.MARK in n else n for n in assigned}
+    for wrong in ((), (Group("conector.*", lr=1.0),), (Group("vision.blocks.2.*", lr=1.0),)):
+        with pytest.raises(StageError) as late:
+            apply_stage(Deep(), wrong)
+        with pytest.raises(StageError) as early:
+            opens(Deep(), wrong)
+        assert str(early.value) == str(late.value)
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest():

@@ -303,35 +303,56 @@ def apply_stage(net: nn.Module, groups: Sequence[Group], *, seed: int = 0) -> St
     ones, names only unreachable parameters, or opens one name of a tied tensor and not the other.
     """
     layers = attach_adapters(net, groups, seed=seed)
+    assigned, unused = _assigned(net, groups, layers)
+    _demand_reach([group for index, group in enumerate(groups) if index not in assigned.values()])
+    for name, parameter in named_parameters(net):
+        if name in assigned and quantised.is_quantised(parameter):
+            raise StageError(f"{name!r} is held in 4 bits since an earlier stage, and cannot be trained in full.")
+        parameter.requires_grad_(name in assigned)
+    set_modes(net)
+    return StageTable(
+        groups=tuple(groups), rows=_rows(net, groups, assigned, set(unused)), assigned=assigned, unused=tuple(unused)
+    )
+
+
+def opens(net: nn.Module, groups: Sequence[Group]) -> list[str]:
+    """What the groups would open: parameters, and layers that get adapters. The net stays as it is, and may be without
+    values. Raises StageError as :func:`apply_stage` does for its patterns."""
+    layers = adapters.plan(net, [(g.pattern, g.lora) for g in groups], _unreachable(net))
+    assigned, _ = _assigned(net, groups, layers)
+    found = {*assigned.values(), *layers.values()}
+    _demand_reach([group for index, group in enumerate(groups) if index not in found])
+    return [*assigned, *layers]
+
+
+def _assigned(net: nn.Module, groups: Sequence[Group], layers: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
+    """Parameter -> index of its group, and those that a group names and the objective cannot reach."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in net.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(canonical(name))
     chosen = _choose([name for tied in names.values() for name in tied], groups, layers)
     unreachable = _unreachable(net)
-
     assigned: dict[str, int] = {}
     unused: list[str] = []
     for name, parameter in named_parameters(net):
         tied = names[id(parameter)]
         index = _agreed(tied, chosen, groups)
-        out_of_reach = index is not None and not unreachable.isdisjoint(tied)
-        if out_of_reach:
-            unused.append(name)
-        elif index is not None:
-            if quantised.is_quantised(parameter):
-                raise StageError(f"{name!r} is held in 4 bits since an earlier stage, and cannot be trained in full.")
+        if index is None:
+            continue
+        if unreachable.isdisjoint(tied):
             assigned[name] = index
-        parameter.requires_grad_(index is not None and not out_of_reach)
-    for index, group in enumerate(groups):
-        if index not in assigned.values():
-            raise StageError(
-                f"Pattern {group.pattern!r} names only parameters that the objective cannot reach (for "
-                "example blocks above the tapped layer): it would train nothing. Remove the pattern."
-            )
-    set_modes(net)
-    return StageTable(
-        groups=tuple(groups), rows=_rows(net, groups, assigned, set(unused)), assigned=assigned, unused=tuple(unused)
-    )
+        else:
+            unused.append(name)
+    return assigned, unused
+
+
+def _demand_reach(groups: Sequence[Group]) -> None:
+    """Raises StageError for a group that opens nothing."""
+    if groups:
+        raise StageError(
+            f"Pattern {groups[0].pattern!r} names only parameters that the objective cannot reach (for "
+            "example blocks above the tapped layer): it would train nothing. Remove the pattern."
+        )
 
 
 class StagedNet(nn.Module):

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import shutil
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ from isthmus.checkpoint import read_json
 from isthmus.comparison import contest
 from isthmus.comparison.contest import finished, recipe_of_arm, run_contest
 from isthmus.comparison.recipe import parse_comparison
-from isthmus.errors import ConfigError
+from isthmus.errors import ConfigError, IsthmusError
 from isthmus.opening import load
 from isthmus.recipes.run import make_loader
 from tests.cli.test_cli import run
@@ -230,3 +231,47 @@ def test_a_part_that_is_not_there_cannot_be_redrawn(story, tmp_path):
     changed["arms"][1]["redraw"] = ["visoin"]
     with pytest.raises(ConfigError, match="redraws the part 'visoin'"):
         recipe_of_arm(parse_comparison(changed), "blind", 0, tmp_path)
+
+
+def of_task(**own):
+    return lambda plan: plan["evaluate"][0].update(own)
+
+
+def of_last_arm(stage=None, **own):
+    """A change to what is the last arm's own, or to its stage."""
+    return lambda plan: (plan["arms"][-1] if stage is None else plan["arms"][-1]["stages"][stage]).update(own)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of_task(task="vqaa"), "There is no task 'vqaa'; did you mean 'vqa'"),
+        (of_task(options={"rul": "exact"}), r"Task 'vqa' \(vqa\) has no option 'rul'"),
+        (of_task(options={"decoding": {"max_tokens": 2}}), "decoding has no field 'max_tokens'"),
+        (of_task(train=None), "shots come from training data"),
+        (of_task(data={"kind": "llava", "file": "gone.json"}), "gone.json"),
+        (of_task(train={"kind": "llava", "file": "gone.json"}), "gone.json"),
+        (of_last_arm(redraw=["visoin"]), "redraws the part 'visoin'"),
+        (of_last_arm(parts={"vision": "runs/gone"}), "runs/gone"),
+        (of_last_arm(config={"resampler": {"latnets": 5}}), "latnets"),
+        (of_last_arm("describe", data=[{"kind": "llava", "file": "gone.json"}]), "gone.json"),
+        (of_last_arm("describe", processor={"p_nxt": 0.5}), "p_nxt"),
+        (of_last_arm("describe", train=[{"pattern": "xatn.*", "lr": 1.0}]), r"'xatn\.\*' matches no parameter"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_anything_is_trained(story, tmp_path, monkeypatch, change, message):
+    """Of the last arm and of every task, in the words in which a training or an evaluation refuses it."""
+    changed = tree(story)
+    change(changed)
+    monkeypatch.setattr(contest, "train", lambda *args, **kwargs: pytest.fail("an arm was trained"))
+    with pytest.raises(IsthmusError, match=message):
+        run_contest(parse_comparison(changed), tmp_path, name="mini", show=False)
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_a_run_of_another_recipe_is_refused_before_anything_is_trained(story, out, tmp_path, monkeypatch):
+    shutil.copytree(out / "arms/flamingo", tmp_path / "arms/flamingo")
+    changed = parse_comparison(tree(story, budget={"samples": 24}))
+    monkeypatch.setattr(contest, "train", lambda *args, **kwargs: pytest.fail("an arm was trained"))
+    with pytest.raises(ConfigError, match=r"flamingo.seed-0 holds a run of another recipe"):
+        run_contest(changed, tmp_path, name="mini", show=False)

@@ -368,7 +368,7 @@ def test_the_shipped_recipe_and_its_facts(story):
     )
     built = build(small)
     # The last stage names no phase: its processor is that of the stage before, whose net is not made yet.
-    run_module._try_samples(built, {stage.name: open_data(stage) for stage in small.stages})
+    run_module._foresee(built, {stage.name: open_data(stage) for stage in small.stages})
     facts = stage_facts(small, built.net)
     parts = [{row.part for row in fact.table.rows} for fact in facts]
     assert parts == [{"vision", "connector", "heads"}, *[{"vision", "connector", "language"}] * 2]

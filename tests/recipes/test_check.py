@@ -122,12 +122,20 @@ def test_bad_evaluation_data_is_a_problem_that_names_the_evaluation(tmp_path):
     assert str(tmp_path / "0.png") in problem
 
 
-def test_a_misspelt_task_is_refused_before_the_first_step(tmp_path):
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"task": "retreival"}, "no task 'retreival'; did you mean 'retrieval'"),
+        ({"options": {"prefx": "a"}}, r"Task 'retrieval' \(retrieval\) has no option 'prefx'"),
+        ({"task": "linear-probe"}, "a linear probe needs `train`"),
+    ],
+)
+def test_a_task_that_is_none_is_refused_before_the_first_step(tmp_path, own, message):
     mine = tree("clip")
-    mine["evaluate"][0]["task"] = "retreival"
-    with pytest.raises(ConfigError, match="no task 'retreival'; did you mean 'retrieval'"):
+    mine["evaluate"][0] |= own
+    with pytest.raises(ConfigError, match=message):
         check(parse_recipe(mine), on_stage=lambda stage: pytest.fail(f"stage {stage.name} was tried"))
-    with pytest.raises(ConfigError, match="no task 'retreival'; did you mean 'retrieval'"):
+    with pytest.raises(ConfigError, match=message):
         train(parse_recipe(mine), tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "run.json").exists()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from isthmus.checkpoint import load_tensors
-from isthmus.errors import CheckpointError, ConfigError, DataError, StageError
+from isthmus.errors import CheckpointError, ConfigError, DataError, IsthmusError, StageError
 from isthmus.opening import load
 from isthmus.recipes import run as run_module
 from isthmus.recipes.run import train
@@ -120,6 +120,27 @@ def test_bad_parts_patterns_and_tokenizers_are_named(story, tmp_path):
     stages = [stage | {"processor": {"p_next": 0.5}} for stage in tree("clip")["stages"]]
     with pytest.raises(ConfigError, match="the processor of a clip stage has no options"):
         train(parse_recipe(tree("clip") | {"stages": stages}), tmp_path / "options", progress=False)
+
+
+GONE = {"kind": "llava", "file": "gone.json"}
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"validate": {"every": 1, "data": [GONE]}}, r"gone\.json"),
+        ({"validate": {"every": 1, "tasks": ["vqa"]}}, r"gone\.json"),
+        ({"train": [{"pattern": "conector.*", "lr": 1.0}]}, "'connector"),
+        ({"feature_cache": {}, "train": [{"pattern": "*", "lr": 1.0}]}, "'instruct' trains vision"),
+    ],
+)
+def test_what_is_wrong_with_the_last_stage_shows_before_the_first_step(story, tmp_path, monkeypatch, own, message):
+    mine = tree("llava", story)
+    mine["stages"][1] |= own
+    mine["evaluate"][0]["data"] = GONE
+    monkeypatch.setattr(run_module, "train_stage", lambda *args, **kwargs: pytest.fail("a step was made"))
+    with pytest.raises(IsthmusError, match=message):
+        train(parse_recipe(mine), tmp_path, progress=False)
 
 
 def test_changed_data_is_refused_on_resume_for_all_stages_at_once(story, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ from PIL import Image as PilImage
 
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.sources import open_source
-from isthmus.errors import DataError
+from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import LinearProbeTask
 from isthmus.evaluation.protocols import Answers, Embeds, HasVisionFeatures, MatchesPairs, Weighs
 from isthmus.interop.hub import model_hash
 from isthmus.opening import load
 from isthmus.recipes import scoring
-from isthmus.recipes.schema import EvalSpec
-from isthmus.recipes.scoring import TASKS, make_task, needs, score_model, with_shots
+from isthmus.recipes.schema import EvalSpec, read_tree, shipped
+from isthmus.recipes.scoring import TASKS, check_tasks, make_task, needs, score_model, with_shots
+from isthmus.user_code import pin
 from tests.narrow import must_be
 
 
@@ -108,6 +110,73 @@ def test_broken_training_pictures_are_left_out_of_a_probe(tmp_path):
     assert len(must_be(LinearProbeTask, make_task(spec, quarantine=Quarantine())).train) == 3
     with pytest.raises(DataError, match="1 of 4 samples are bad"):
         make_task(spec, quarantine=Quarantine(after=4))
+
+
+@pytest.mark.parametrize("name", [*shipped(), *shipped("comparisons")])
+def test_the_tasks_of_every_shipped_recipe_pass_the_check(name):
+    written: dict[str, Any] = read_tree(name, to_show=True)
+    specs = [EvalSpec.model_validate(spec) for spec in written.get("evaluate", [])]
+    check_tasks(specs, written.get("prompts", {}))
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_every_task_passes_the_check_and_no_misspelt_option_does(name):
+    judge = {"judge": {"url": "http://127.0.0.1:9", "model": "none"}} if name == "llava-bench" else {}
+    spec = EvalSpec(name="x", task=name, data={}, train={}, options=judge)
+    check_tasks([spec], {})
+    with pytest.raises(ConfigError, match=f"Task 'x' \\({name}\\) has no option 'contrls'"):
+        check_tasks([spec.model_copy(update={"options": judge | {"contrls": []}})], {})
+
+
+def test_captions_are_checked_with_the_models_own_prompt():
+    spec = EvalSpec(name="c", task="caption", data={}, options={"controls": ["blind"]})
+    check_tasks([spec], {"caption": "describe it."})
+    with pytest.raises(ConfigError, match="without a prompt nothing is left"):
+        check_tasks([spec], {})
+
+
+OWN_TASK = """
+from dataclasses import dataclass
+from isthmus.evaluation.tasks import Task
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Task):
+    name: str
+    records: object
+    seed: int = 0
+    most: int = 1
+
+    def __post_init__(self):
+        raise AssertionError("made without data")
+
+    def rows(self, model, done, *, chunk):
+        yield []
+
+    def score(self, rows):
+        return None
+"""
+
+
+def test_a_users_task_is_checked_by_its_options_and_not_made(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN_TASK)
+    spec = EvalSpec(name="m", task=pin(f"{tmp_path / 'mine.py'}:Mine"), data={}, options={"most": 2})
+    check_tasks([spec], {})
+    for own, message in [
+        ({"options": {"mots": 2}}, "unknown option 'mots'; did you mean 'most'"),
+        ({"options": {"most": "two"}}, "expected int"),
+        ({"train": {"kind": "scenes"}}, "takes no training data"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            check_tasks([spec.model_copy(update=own)], {})
+
+
+def test_a_later_tasks_option_is_refused_before_the_first_is_scored(story, tmp_path):
+    data = {"kind": "scenes", "form": "captions", "split": "test", "count": 4}
+    good = EvalSpec(name="good", task="retrieval", data=data)
+    bad = EvalSpec(name="bad", task="retrieval", data=data, options={"prefx": "a"})
+    with pytest.raises(ConfigError, match=r"Task 'bad' \(retrieval\) has no option 'prefx'"):
+        score_model(load(story / "clip"), [good, bad], tmp_path, model_hash="x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_zero_shot_classes_are_those_the_model_picks_itself(story, tmp_path, monkeypatch):

@@ -30,9 +30,9 @@ from isthmus.evaluation.results import write_json
 from isthmus.interop.hub import model_hash
 from isthmus.model import Model
 from isthmus.opening import load
-from isthmus.recipes.run import train
+from isthmus.recipes.run import foresee, train
 from isthmus.recipes.schema import EvalSpec, Recipe
-from isthmus.recipes.scoring import with_shots
+from isthmus.recipes.scoring import check_tasks, open_evaluations, with_shots
 from isthmus.user_code import label
 
 Progress = Callable[[str, str, int, int], None]
@@ -51,9 +51,11 @@ def run_contest(
     """Train, score and measure every arm with every seed (or only those of ``arms``); what is finished, pooled over
     seeds, in the order of the recipe.
 
-    Raises ConfigError for an unknown arm, and what training and scoring raise; a later call goes on from there.
+    Raises ConfigError for an unknown arm, and what training and scoring raise; a later call goes on from there. What
+    shows without a step, of any arm and any task, is raised before the first one.
     """
     chosen = [plan.arm(arm).name for arm in arms] or [arm.name for arm in plan.arms]
+    _foresee(plan, chosen, out)
     found: list[Contestant] = []
     for seed in plan.seeds:
         for arm in chosen:
@@ -70,6 +72,19 @@ def run_contest(
             found = finished(plan, out)
             write_contest(plan, found, out, name=name)
     return found
+
+
+def _foresee(plan: Comparison, arms: Sequence[str], out: Path) -> None:
+    """Raise what can be known before a step is made: of the tasks and their data, and of each arm's parts, stages and
+    data, with the first seed that it is not trained with."""
+    tasks = {arm: _tasks(plan, arm) for arm in arms}
+    for arm, specs in tasks.items():
+        check_tasks(specs, plan.resolved(arm).prompts)
+    open_evaluations([spec for specs in tasks.values() for spec in specs])
+    for arm in arms:
+        todo = [seed for seed in plan.seeds if not (_place(out, "arms", arm, seed) / "model" / MANIFEST).is_file()]
+        for seed in (todo or plan.seeds)[:1]:
+            foresee(recipe_of_arm(plan, arm, seed, out), _place(out, "arms", arm, seed))
 
 
 def _place(out: Path, what: str, arm: str, seed: int) -> Path:

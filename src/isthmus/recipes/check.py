@@ -34,7 +34,7 @@ from isthmus.opening import load
 from isthmus.recipes.build import Built, build
 from isthmus.recipes.facts import steps_of
 from isthmus.recipes.features import demand_frozen
-from isthmus.recipes.run import make_loader
+from isthmus.recipes.run import foreseen, make_loader
 from isthmus.recipes.saving import save_model
 from isthmus.recipes.schema import EvalSpec, Recipe, StageSpec
 from isthmus.recipes.scoring import check_tasks, make_task
@@ -140,13 +140,12 @@ def check(
     """Try a recipe; ``on_stage`` is called with each stage as soon as it is known, ``samples`` are shown of each
     source.
 
-    Raises what building the net or opening the data raises, and ConfigError for an evaluation's task that is none; what
-    only shows when tried is in ``problems``.
+    Raises what building the net or opening the data raises, and ConfigError for an evaluation's task or option that is
+    none; what only shows when tried is in ``problems``.
     """
-    check_tasks(recipe)
-    built = ahead = build(recipe)
-    for spec in recipe.stages:  # what needs no step shows before the first one
-        ahead = ahead.foresee(spec)
+    check_tasks(recipe.evaluate, recipe.prompts)
+    built = build(recipe)
+    for spec, ahead in foreseen(built):  # what needs no step shows before the first one
         ahead.processor(spec)
     stages = []
     with tempfile.TemporaryDirectory(prefix="isthmus-check-") as folder:

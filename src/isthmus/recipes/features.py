@@ -20,7 +20,7 @@ from isthmus.data.images import ImageTransform
 from isthmus.errors import ConfigError
 from isthmus.net import Net
 from isthmus.recipes.schema import StageSpec
-from isthmus.stage import apply_stage
+from isthmus.stage import opens
 from isthmus.training import Loader, Position
 from isthmus.training.precision import choose, context
 from isthmus.training.protocols import ending
@@ -44,7 +44,7 @@ def demand_frozen(net: Net, transform: ImageTransform | None, stage: StageSpec) 
     """Raises ConfigError for a model whose pictures cannot be cached, and a stage that trains its vision encoder."""
     if net.tap is None or transform is None:
         raise ConfigError(f"Stage {stage.name!r}: a {net.KIND} has no feature cache; take `feature_cache` out.")
-    opened = [name for name in apply_stage(net, stage.stage.train).assigned if name.startswith("vision.")]
+    opened = [name for name in opens(net, stage.stage.train) if name.startswith("vision.")]
     if opened:
         raise ConfigError(
             f"Stage {stage.name!r} trains {opened[0]}, so features change at every step; freeze vision.* or take "

@@ -37,12 +37,12 @@ from isthmus.model import Model
 from isthmus.opening import load
 from isthmus.processes import doing, first, join, of_first, rank, wait, world_size
 from isthmus.recipes.build import Built, build, check_parts
-from isthmus.recipes.features import FeatureLoader, open_cache
+from isthmus.recipes.features import FeatureLoader, demand_frozen, open_cache
 from isthmus.recipes.saving import recipe_file, save_model
 from isthmus.recipes.schema import Recipe, StageSpec, parse_recipe, read_recipe
-from isthmus.recipes.scoring import check_tasks
+from isthmus.recipes.scoring import check_tasks, open_evaluations
 from isthmus.recipes.validating import BEST, kept_step, validation_of
-from isthmus.stage import apply_stage, canonical, defining_keys, named_state
+from isthmus.stage import apply_stage, canonical, defining_keys, named_state, opens
 from isthmus.training import train as train_stage
 from isthmus.training.engines import move, shards
 from isthmus.training.lock import RunLock
@@ -90,12 +90,8 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str
     doing("making the net")
     built = build(recipe, folder if shards(recipe.parallel) else None)
     # All data is opened before the first step: a wrong path of the last stage shows now and not after hours.
-    opened = {
-        stage.name: open_data(stage)
-        for stage in recipe.stages
-        if not (folder / "stages" / stage.name / "trained").is_dir()
-    }
-    _try_samples(built, opened)
+    opened = _open_all(recipe, folder)
+    _foresee(built, opened)
     for stage in recipe.stages:
         place = folder / "stages" / stage.name
         built = built.enter(stage)
@@ -112,13 +108,45 @@ def _train(recipe: Recipe, folder: Path, *, progress: bool, report_to: tuple[str
         save_model(built, folder / "model", extra=recipe_file(recipe))
 
 
-def _try_samples(built: Built, opened: Mapping[str, Mix | list[tuple[Source, int, float]]]) -> None:
-    """One sample of every source of the stages in ``opened``. Raises ConfigError too for a configuration that the net
-    cannot change to."""
+def foresee(recipe: Recipe, folder: Path) -> None:
+    """Raise what :func:`train` would raise of this recipe in this folder before its first step; nothing is written."""
+    _new(folder, recipe)
+    if not (folder / "model" / checkpoint.MANIFEST).is_file():
+        _foresee(build(recipe), _open_all(recipe, folder))
+
+
+def _open_all(recipe: Recipe, folder: Path) -> dict[str, Mix | list[tuple[Source, int, float]]]:
+    """The data of every stage that is not done, by its name; that of their validations is opened too."""
+    todo = [stage for stage in recipe.stages if not (folder / "stages" / stage.name / "trained").is_dir()]
+    opened = {stage.name: open_data(stage) for stage in todo}
+    for validate in (stage.validate_ for stage in todo):
+        if validate is not None:
+            open_evaluations([spec for spec in recipe.evaluate if spec.name in validate.tasks])
+            if validate.data:
+                open_mix(validate.data)
+    return opened
+
+
+def foreseen(built: Built) -> Iterator[tuple[StageSpec, Built]]:
+    """Each stage, with what it will begin with. Raises ConfigError for a configuration that the net cannot change to,
+    StageError for patterns that do not fit; behind a stage with adapters, which give parameters other names, these are
+    left to the stage."""
+    adapted = False
     for stage in built.recipe.stages:
         built = built.foresee(stage)
+        if not adapted:
+            opens(built.net, stage.stage.train)
+        if stage.feature_cache is not None and not adapted:
+            demand_frozen(built.net, built.processor(stage).image, stage)
+        adapted = adapted or any(group.lora is not None for group in stage.stage.train)
+        yield stage, built
+
+
+def _foresee(built: Built, opened: Mapping[str, Mix | list[tuple[Source, int, float]]]) -> None:
+    """What can be known of the stages, those in ``opened`` tried on one sample of each of their sources."""
+    for stage, begun in foreseen(built):
         if stage.name in opened:
-            _try_a_sample(built.processor(stage), opened[stage.name])
+            _try_a_sample(begun.processor(stage), opened[stage.name])
 
 
 def _try_a_sample(processor: Processor, data: Mix | list[tuple[Source, int, float]]) -> None:
@@ -304,23 +332,33 @@ def _claim(folder: Path, recipe: Recipe) -> None:
 
     A folder in which an earlier attempt saved nothing (a wrong path, say) is taken over.
     """
+    now, file = _new(folder, recipe), folder / "run.json"
+    if now is None:
+        return
+    if file.is_file():
+        shutil.rmtree(folder / "stages", ignore_errors=True)
+    aside = file.with_suffix(".json.tmp")
+    aside.write_text(json.dumps(now, indent=1), encoding="utf-8")
+    aside.replace(file)
+
+
+def _new(folder: Path, recipe: Recipe) -> dict[str, object] | None:
+    """What ``run.json`` has to say; none where it says so. Raises ConfigError where something was saved of another run,
+    and for parts and evaluations that do not fit."""
     check_parts(recipe)
     now = {"recipe": recipe.model_dump(mode="json"), "parts": {n: _fingerprint(p) for n, p in recipe.parts.items()}}
     file = folder / "run.json"
     if file.is_file():
         changed = _difference(_defining(checkpoint.read_json(file)), _defining(json.loads(json.dumps(now))))
         if not changed:
-            return
+            return None
         if any(folder.glob("stages/*/checkpoints/step-*")) or any(folder.glob("stages/*/trained")):
             raise ConfigError(
                 f"{folder} holds a run of another recipe or of other parts: {changed}. Give another --out, or remove "
                 "the folder to start over."
             )
-        shutil.rmtree(folder / "stages", ignore_errors=True)
-    check_tasks(recipe)
-    aside = file.with_suffix(".json.tmp")
-    aside.write_text(json.dumps(now, indent=1), encoding="utf-8")
-    aside.replace(file)
+    check_tasks(recipe.evaluate, recipe.prompts)
+    return now
 
 
 def _defining(run: dict[str, object]) -> dict[str, object]:

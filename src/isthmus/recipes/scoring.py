@@ -1,5 +1,6 @@
 """From an evaluation as a recipe (or the command line) names it to a task, and from a model to its scores."""
 
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -11,7 +12,7 @@ from isthmus import checkpoint, pretrained
 from isthmus.config import check_options
 from isthmus.data.mix import Source
 from isthmus.data.quarantine import Quarantine
-from isthmus.data.record import Record
+from isthmus.data.record import Record, Text
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, IsthmusWarning, nearest
 from isthmus.evaluation import zero_shot
@@ -30,6 +31,7 @@ from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTa
 from isthmus.evaluation.vqa import AnswerPrior
 from isthmus.evaluation.window import Undecodable
 from isthmus.interop.hub import model_hash
+from isthmus.language import Decoding
 from isthmus.model import Model
 from isthmus.opening import load
 from isthmus.processes import first, of_first, world_size
@@ -87,9 +89,15 @@ def make_task(
         demand = answered if shown else _demand(spec)
         needed = shown or spec.task == "linear-probe"
         train = Sound(train, own, demand=demand, pictures=pictures if needed else "none")
+    return _on(spec, records, train, seed)
+
+
+def _on(spec: EvalSpec, records: Records, train: Records | None, seed: int) -> Task:
+    """The task on data that are open."""
     options = dict(spec.options)
     if is_user_code(spec.task):
-        return _users(spec, records, train, seed)
+        cls, given = _users(spec, records, train, seed)
+        return _made(cls, spec.options, **given)
     try:
         return TASKS[spec.task](spec, records, train, seed, options)
     except TypeError as error:
@@ -99,10 +107,42 @@ def make_task(
         raise ConfigError(f"Task {spec.name!r} ({spec.task}) has no option {unknown[0]!r}.") from None
 
 
-def check_tasks(recipe: Recipe) -> None:
-    """Raises ConfigError for an evaluation whose task is none."""
-    for spec in recipe.evaluate:
-        _check_task(spec.task)
+_ANY = (Record(id="any", parts=(Text("what?", role="user"), Text("word", role="assistant", learn=True))),)
+"""Stands for training data that are not read."""
+
+
+def check_tasks(specs: Sequence[EvalSpec], prompts: Mapping[str, str]) -> None:
+    """Raises ConfigError for an evaluation whose task is none, that has an option which is none of its task's or does
+    not fit, or lacks training data that it needs: all that is known without model and data. ``prompts`` are the
+    model's."""
+    for spec in specs:
+        _check(spec, prompts)
+        if isinstance(decoding := spec.options.get("decoding"), Mapping) and not is_user_code(spec.task):
+            Decoding.of(decoding)
+
+
+def _check(spec: EvalSpec, prompts: Mapping[str, str]) -> None:
+    """The task made without its data. Raises as :func:`check_tasks` does, but for decoding, which a model reads."""
+    _check_task(spec.task)
+    train = _ANY if spec.train is not None else None
+    if is_user_code(spec.task):
+        _users(spec, (), train, 0)  # not made: its class may read its records then
+    else:
+        _on(_prompted(spec, prompts), (), train, 0)
+
+
+def open_evaluations(specs: Sequence[EvalSpec]) -> None:
+    """The data of every evaluation opened, each once: raises what :func:`open_source` raises."""
+    sources = [source for spec in specs for source in (spec.data, spec.train) if source is not None]
+    for source in {json.dumps(source, sort_keys=True, default=str): source for source in sources}.values():
+        open_source(source)
+
+
+def _prompted(spec: EvalSpec, prompts: Mapping[str, str]) -> EvalSpec:
+    """Captions are asked for as the model was trained to be, unless the evaluation says how."""
+    if spec.task != "caption" or "caption" not in prompts:
+        return spec
+    return spec.model_copy(update={"options": {"prompt": prompts["caption"], **spec.options}})
 
 
 def _check_task(name: str) -> None:
@@ -119,8 +159,9 @@ def _made(kind: Callable[..., T], options: Mapping[str, object], **given: object
     return kind(**given, **options)
 
 
-def _users(spec: EvalSpec, records: Records, train: Records | None, seed: int) -> Task:
-    """The task of a user's class, made with name, records, seed, the options, and ``train`` where it takes that."""
+def _users(spec: EvalSpec, records: Records, train: Records | None, seed: int) -> tuple[type[Task], dict[str, object]]:
+    """A user's class, and what it is made with beside its options, which are checked: name, records, seed, and
+    ``train`` where it takes that."""
     cls, shown = users_task(spec.task), label(spec.task)
     given: dict[str, object] = {"name": spec.name, "records": records, "seed": seed}
     if train is not None:
@@ -130,7 +171,7 @@ def _users(spec: EvalSpec, records: Records, train: Records | None, seed: int) -
     elif "train" in signature(cls).parameters and signature(cls).parameters["train"].default is Parameter.empty:
         raise ConfigError(f"Task {shown!r} needs training data: give `train` (--train).")
     check_options(cls, spec.options, f"task {shown!r}", given=(*given, "train"))
-    return _made(cls, spec.options, **given)
+    return cls, given
 
 
 _BY_SIMILARITY = ("retrieval", "zero-shot", "matching")
@@ -288,8 +329,10 @@ def score_model(
     result as it comes, so that none is lost on a user when a later task fails.
 
     A task of an earlier stage is done by that stage's model, from the run folder ``run`` (the one ``folder`` is in),
-    opened with the user's files ``code``.
+    opened with the user's files ``code``. A task or option that is none is refused before the first one.
     """
+    for spec in specs:
+        _check(spec, model.prompts)
     found = []
     final, final_hash = model, model_hash
     for spec in specs:
@@ -301,10 +344,16 @@ def score_model(
         if spec.task in _BY_SIMILARITY and "similarity" in model.capabilities:  # which transformers' models lack
             own = cast(Model, model).net.config.similarity
             spec = spec.model_copy(update={"options": {"similarity": own, **spec.options}})
-        if spec.task == "caption" and "caption" in model.prompts:
-            spec = spec.model_copy(update={"options": {"prompt": model.prompts["caption"], **spec.options}})
         found.append(
-            _scored(model, spec, folder / name, seed=seed, limit=limit, model_hash=model_hash, progress=report)
+            _scored(
+                model,
+                _prompted(spec, model.prompts),
+                folder / name,
+                seed=seed,
+                limit=limit,
+                model_hash=model_hash,
+                progress=report,
+            )
         )
         if done is not None:
             done(found[-1])
