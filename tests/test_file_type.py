@@ -15,6 +15,7 @@ from isthmus.file_type import but_is, file_type, near
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS"),
         (gzip.compress(b"text", mtime=0), "gzip"),
         (b"PAR1\x15\x04", "Parquet"),
+        (b"\xff\xff\xff\xff\x80\x01", "Arrow"),
         ("a,b".encode("utf-16"), "UTF-16"),
         (b"\x00\x00\x00\x1cftypheic", "HEIC"),
         (b'<?xml version="1.0"?><svg/>', "SVG"),

@@ -1,5 +1,6 @@
 """What a file really is, by its first bytes: for the error that refuses a file of the wrong type."""
 
+import os.path
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ class FileType(NamedTuple):
     advice: str = ""
 
 
+_ROWS = "save it as JSON lines, and its pictures as files (docs/data.md shows how)"
 _AGAIN = "download it again from where the file itself lies"
 _STARTS = (
     (b"version https://git-lfs.github.com", FileType("a Git LFS pointer", "fetch the file itself by `git lfs pull`")),
@@ -22,8 +24,9 @@ _STARTS = (
     (b"\xfd7zXZ", FileType("compressed by xz", "unpack it first")),
     (b"\x28\xb5\x2f\xfd", FileType("compressed by zstd", "unpack it first")),
     (b"PK\x03\x04", FileType("a zip archive, as .zip, .xlsx and .npz files are", "unpack it, or save it as text")),
-    (b"PAR1", FileType("a Parquet table", "save it as JSON lines, for example by pandas")),
-    (b"ARROW1", FileType("an Arrow table", "save it as JSON lines, for example by pandas")),
+    (b"PAR1", FileType("a Parquet table", _ROWS)),
+    (b"ARROW1", FileType("an Arrow table", _ROWS)),
+    (b"\xff\xff\xff\xff", FileType("an Arrow table, as Hugging Face's data sets are saved", _ROWS)),
     (b"SQLite format 3", FileType("an SQLite database", "save the table as CSV")),
     (b"\x93NUMPY", FileType("a NumPy array")),
     (b"\x89HDF", FileType("an HDF5 file, as Keras writes weights")),
@@ -79,7 +82,7 @@ def near(path: Path, endings: tuple[str, ...] = ()) -> str:
         tries = [path.with_suffix(f".{ending}") for ending in endings]
     if path.parent.name == path.parent.parent.name:
         tries.append(path.parent.parent / path.name)
-    found = next((other for other in tries if other != path and other.is_file()), None)
+    found = next((other for other in tries if other != path and os.path.isfile(other)), None)
     if found is not None:
         return f"; there is {found}"
-    return "" if path.parent.is_dir() else f"; there is no folder {path.parent}"
+    return "" if os.path.isdir(path.parent) else f"; there is no folder {path.parent}"

@@ -81,6 +81,11 @@ def test_vqa_questions_with_their_ten_answers(write, tmp_path):
         (QUESTIONS, {"annotations": ANNOTATIONS["annotations"][:1]}, "1 questions of q.json have no answers"),
         ({"questions": QUESTIONS["questions"] * 2}, ANNOTATIONS, "question_id 70 is there twice"),
         (ANNOTATIONS, ANNOTATIONS, "needs a list 'questions'"),
+        (
+            QUESTIONS,
+            {"annotations": [{"question_id": 80, "image_id": 7}]},
+            "80 is about the image 7, and in q.json about 8",
+        ),
         (QUESTIONS, {"annotations": [{"answers": []}]}, "entry 0 has no 'question_id'"),
     ],
 )

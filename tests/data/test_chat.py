@@ -191,6 +191,8 @@ def test_a_switch_of_a_template_goes_with_the_model(words: Tokenizer, tmp_path: 
     again = Tokenizer.load(tmp_path)
     assert list(TextProcessor(again, template=OWN).prompt(asked).streams["lm"].ids) == off
     assert list(with_template(processor, "chat:enable_thinking=true").prompt(asked).streams["lm"].ids) == on
+    (tmp_path / "own.jinja").write_text(THINKS, encoding="utf-8-sig")  # its mark is no part of the template
+    assert list(with_template(processor, str(tmp_path / "own.jinja")).prompt(asked).streams["lm"].ids) == on
     span = processor.example(talk(1)).streams["lm"]
     assert "think" not in words.decode([i for i in span.labels or () if i != IGNORE])
     for wrong, said in {

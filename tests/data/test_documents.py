@@ -130,6 +130,13 @@ def test_members_without_the_pages_names_are_told_by_number(folder):
         in_shard(folder, "mmc4", page, ["0.png", "2.png"], min_sim=0.24)
 
 
+def test_a_similarity_that_is_no_number_is_a_bad_page(folder):
+    info = {"image_name": "x.png", "matched_text_index": 0, "matched_sim": "0.3"}
+    source = open_source({"kind": "mmc4", "file": write(folder, "p.jsonl", {**MMC4, "image_info": [info]})})
+    with pytest.raises(DataError, match=r"matched_sim should be a number and is '0.3'"):
+        source[0]
+
+
 def test_neighbouring_texts_are_kept_apart(folder):
     page = {"texts": ["a", "b\n", "c", None, "d", " e", "", None, "f"], "images": [None] * 9}
     page["images"][3], page["images"][7] = "x.png", "y.png"

@@ -50,6 +50,40 @@ def test_what_is_not_known_says_what_to_do(tmp_path, name, content):
         guess(Path("{kind: scenes}"))
 
 
+def test_endings_in_capitals_and_lines_that_are_empty(tmp_path):
+    picture(tmp_path / "a.png")
+    for name, content in (
+        ("A.CSV", "image,caption\na.png,red\n"),
+        ("B.JSONL", '\n\n{"image": "a.png", "caption": "red"}'),
+    ):
+        (tmp_path / name).write_text(content)
+        for place in (tmp_path / name, tmp_path):  # as a file, and as the only list of its folder
+            assert open_source(guess(place))[0].texts[0].text == "red"
+        (tmp_path / name).unlink()
+    (tmp_path / "X.TAR").touch()
+    assert guess(tmp_path) == {"kind": "webdataset", "shards": [str(tmp_path / "X.TAR")]}
+
+
+@pytest.mark.parametrize(
+    ("files", "start", "what"),
+    [
+        (
+            ["dataset_info.json", "state.json", "data-00000-of-00001.arrow"],
+            b"\xff\xff\xff\xff\x10\x04",
+            "an Arrow table",
+        ),
+        (["dataset_dict.json", "train/dataset_info.json", "train/data-0.arrow"], b"\xff\xff\xff\xff", "an Arrow table"),
+        (["README.md", "data/train-00000-of-00001.parquet"], b"PAR1", "a Parquet table"),
+    ],
+)
+def test_data_sets_of_hugging_face_are_named_with_what_to_do(tmp_path, files, start, what):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}" if name.endswith("json") else start)
+    with pytest.raises(DataError, match=f"{files[-1]} is no list that is read here, but {what}.* save it as JSON"):
+        guess(tmp_path)
+
+
 def test_json_lines_that_end_in_json(tmp_path):
     """As POPE's files do; a line that is wrong is named when the source is opened."""
     row = '{"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "no"}\n'
@@ -89,6 +123,19 @@ def test_a_folder_of_pictures_with_a_list_of_their_texts(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,caption\na.png,red\n")
     record = open_source(guess(tmp_path))[0]
     assert (record.texts[0].text, open_image(record.images[0].source).size) == ("red", (6, 6))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"images": ["a.png"], "conversations": []},
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
+    ],
+)
+def test_the_folder_of_pictures_is_found_however_an_entry_names_them(tmp_path, row):
+    picture(tmp_path / "pics" / "a.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert guess(tmp_path)["image_folder"] == str(tmp_path / "pics")
 
 
 def test_a_list_beside_folders_of_classes_that_is_not_about_pictures(tmp_path):

@@ -27,6 +27,15 @@ def test_written_once_even_over_a_resume(tmp_path):
     assert len(Quarantine(path)) == 3
 
 
+def test_two_samples_of_one_id_are_two(tmp_path):
+    """As LLaVA's own file has them, several conversations to a picture."""
+    quarantine = Quarantine(tmp_path / "q.jsonl")
+    quarantine.add("a", "s", "empty answer: turn 2")
+    quarantine.add("a", "s", "missing image: none")
+    assert (len(quarantine), len(Quarantine(tmp_path / "q.jsonl"))) == (2, 2)
+    assert quarantine.summary().startswith("2 bad samples were left out (empty answer 1, missing image 1)")
+
+
 def test_stops_above_the_threshold_but_not_before_enough_was_seen(tmp_path):
     quarantine = Quarantine(tmp_path / "q.jsonl", threshold=0.02, after=100)
     for n in range(3):

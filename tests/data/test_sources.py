@@ -436,6 +436,10 @@ def test_braces_and_globs(tmp_path):
     assert [p.name for p in root.files(["b-{1..1}.x", "{a,b}-*.x"])] == ["b-1.x", "a-08.x", "a-09.x", "a-10.x"]
     with pytest.raises(DataError, match=r"no such file: .*a-11\.x"):
         root.files("a-{10..11}.x")
+    (tmp_path / "set [1]").mkdir()
+    (tmp_path / "set [1]" / "c-1.x").write_text("")
+    for pattern in (f"{tmp_path}/set [1]/c-*.x", "set [1]/c-?.x", "**/c-*.x"):  # a folder's own name is no pattern
+        assert [p.name for p in Root(tmp_path).files(pattern)] == ["c-1.x"]
     assert [safe_name(n) for n in ("a/b.png", "../a", "/a", "C:/a", "a\\..\\b", "")] == [True] + [False] * 5
 
 

@@ -1,13 +1,20 @@
 """Sources whose files are of an odd encoding, shape or name, and still read, or refused in clear words."""
 
+import base64
+import io
 import json
+import warnings
+from pathlib import Path
 
 import pytest
+from PIL import Image as PilImage
 
 from isthmus.data.images import open_image
+from isthmus.data.record import Image
 from isthmus.data.sources import open_source
-from isthmus.data.sources.files import Root
-from isthmus.errors import ConfigError, DataError
+from isthmus.data.sources.files import Root, stems
+from isthmus.data.sources.guess import guess
+from isthmus.errors import ConfigError, DataError, IsthmusWarning
 from tests.data.helpers import pixel, png, write_tar
 
 RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
@@ -252,3 +259,166 @@ def test_a_part_of_another_type_is_a_bad_sample(tmp_path):
     source = open_source({"kind": "jsonl", "file": "rows.json"}, data_root=tmp_path)
     with pytest.raises(DataError, match="of type 'audio'; it must be text, image or image_url"):
         source[0]
+
+
+def opened(tmp_path, **row):
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    return open_source({"kind": "jsonl", "file": "rows.json"}, data_root=tmp_path)
+
+
+@pytest.mark.parametrize("place", ["image", "image_url"])
+def test_a_picture_within_the_text(tmp_path, place):
+    """As OpenAI's files for fine-tuning hold them, one above the longest name of a file."""
+    noise = io.BytesIO()
+    PilImage.effect_noise((64, 64), 50).save(noise, "PNG")
+    url = f"data:image/PNG;base64,{base64.b64encode(noise.getvalue()).decode()}"
+    if place == "image":
+        source = opened(tmp_path, image=url, caption="noise")
+    else:
+        shown = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
+        turns = [{"role": "user", "content": shown}, {"role": "assistant", "content": "noise"}]
+        source = opened(tmp_path, messages=turns)
+    assert guess(tmp_path / "rows.json")["kind"] == "jsonl"
+    (image,) = source[0].images
+    assert open_image(image.source).size == (64, 64)
+    assert image.content_key() == Image.key_of(noise.getvalue())
+    assert len(image.source.describe()) < 60
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("data:image/png;base64,@@", "a data: URL of 24 characters is not base64"),
+        ("iVBORw0KGgo/" * 100, "has 1,200 characters, more than a file's name may have; a picture in base64 begins"),
+        ("x" * 300, "missing image: there is no readable file"),
+        ("a\\" + "x" * 300, "missing image: there is no readable file"),
+        ("a\0.png", "bad image name"),
+    ],
+)
+def test_names_that_no_file_has_are_bad_samples(tmp_path, name, words):
+    source = opened(tmp_path, image=name, caption="noise")
+    guess(tmp_path / "rows.json")
+    with pytest.raises(DataError, match=words):
+        open_image(source[0].images[0].source)
+    video = opened(tmp_path, video=name, caption="noise")
+    with pytest.raises(DataError):
+        video[0].images[0].source.read()
+
+
+def test_a_speaker_that_is_a_list_is_a_bad_sample(tmp_path):
+    with pytest.raises(DataError, match="turn 1 is from"):
+        opened(tmp_path, conversations=[{"from": ["human"], "value": "x"}])[0]
+
+
+def test_spaces_around_a_cell_are_not_learnt(tmp_path):
+    source = table(tmp_path, "image, question, answer, kind\n red.png , what is it? , a cube ,other\n")
+    assert [part.text for part in source[0].texts] == ["what is it?", "a cube"]
+    assert source[0].meta["answers"] == ("a cube",)
+    assert source[0].images[0].source.read() == RED
+    labelled = table(tmp_path, "image,label\nred.png, cat \n", templates=["a {}."])[0]
+    assert (labelled.texts[0].text, labelled.meta["class"]) == ("a cat.", "cat")
+
+
+def test_a_column_that_is_there_twice_is_refused_where_it_is_read(tmp_path):
+    with pytest.raises(DataError, match="has the column 'answer' 2 times"):
+        table(tmp_path, "image,question,answer,answer\nred.png,what?,a,b\n")
+    with pytest.raises(DataError, match="has the column 'said' 2 times"):
+        table(tmp_path, "image,question,said,said\nred.png,what?,a,b\n", fields={"answer": "said"})
+    assert table(tmp_path, "x,x,image,caption\n1,2,red.png,a\n")[0].texts[0].text == "a"
+
+
+def test_files_called_alike_have_samples_of_their_own(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.json").write_text('[{"text": "t", "id": 7}]')
+        (tmp_path / folder / "x.csv").write_text("text,id\nt,7\n")
+        (tmp_path / folder / "n.json").write_text('[{"text": "t", "id": 7}]')
+        write_tar(tmp_path / folder / "x.tar", [("k.txt", b"t")])
+        (tmp_path / folder / "p.jsonl").write_text(json.dumps({"texts": ["t"], "images": [None]}))
+    for kind, key, name, ids in (
+        ("jsonl", "file", "*/x.json", ["a/x/7", "b/x/7"]),
+        ("csv", "file", "*/x.csv", ["a/x/7", "b/x/7"]),
+        ("webdataset", "shards", "*/x.tar", ["a/x/k", "b/x/k"]),
+        ("obelics", "file", "*/p.jsonl", ["a/p/0", "b/p/1"]),
+        ("jsonl", "file", ["a/x.json", "b/n.json"], ["x/7", "n/7"]),
+    ):
+        more = {"min_images": 0} if kind == "obelics" else {}
+        source = open_source({"kind": kind, key: name, **more}, data_root=tmp_path)
+        assert [source[i].id for i in range(2)] == ids
+    assert stems([Path("x.json"), Path("x.jsonl")]) == ["x (1)", "x (2)"]
+
+
+def test_empty_names_of_pictures_among_others_are_counted(tmp_path):
+    with pytest.warns(IsthmusWarning, match="`image` of 2 of 3 samples is empty: they are read as text alone"):
+        source = table(tmp_path, "image,question,answer\nred.png,q,a\n,q,a\n  ,q,a\n")
+    assert [len(source[i].images) for i in range(3)] == [1, 0, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table(tmp_path, "image,question,answer\n,q,a\n")  # text alone throughout
+        opened(tmp_path, question="q", answer="a")
+
+
+@pytest.mark.parametrize(
+    ("options", "row", "idle"),
+    [
+        ({"suffix": "Shortly."}, "image,caption\nred.png,a\n", "`suffix` changes nothing: .*`questions` or `question`"),
+        ({"instruction": "Say."}, "image,question,answer\nred.png,q,a\n", "`instruction` changes nothing"),
+        ({"templates": "a {}"}, "image,caption\nred.png,a\n", "`templates` changes nothing: .*`label`, .* `caption`"),
+        ({"classes": ["x"]}, "image,caption\nred.png,a\n", "`classes` changes nothing"),
+    ],
+)
+def test_an_option_that_no_sample_takes_is_told(tmp_path, options, row, idle):
+    with pytest.warns(IsthmusWarning, match=idle):
+        table(tmp_path, row, **options)
+
+
+def test_an_option_that_some_samples_take_is_not_told(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table(tmp_path, "image,question,answer\nred.png,q,a\n", suffix="Shortly.")
+    with pytest.raises(ConfigError, match=r"turns: single .* take max_turns out"):
+        table(tmp_path, "image,question,answer\nred.png,q,a\n", turns="single", max_turns=2)
+
+
+@pytest.mark.parametrize("order", [("png", "txt", "json"), ("json", "png", "txt"), ("png", "json", "txt")])
+def test_a_caption_in_a_file_of_its_own_goes_before_the_fields(tmp_path, order):
+    members = {"png": RED, "txt": b"in a file", "json": b'{"caption": "in the fields"}'}
+    write_tar(tmp_path / "s.tar", [(f"k.{ending}", members[ending]) for ending in order])
+    assert open_source({"kind": "webdataset", "shards": "s.tar"}, data_root=tmp_path)[0].texts[0].text == "in a file"
+
+
+def test_what_is_wrong_is_said_of_the_right_field(tmp_path):
+    with pytest.raises(DataError, match="the picture's name should be a text and is missing"):
+        opened(tmp_path, image=float("nan"), caption="a")[0]
+    (tmp_path / "side.json").write_text('[{"key": "red", "more": {"x": 1}}]')
+    with pytest.raises(DataError, match=r"side\.json: the captions of 'red': bad field"):
+        table(tmp_path, "image,caption\nred.png,a\n", captions={"file": "side.json", "key": "key", "fields": "more"})
+
+
+def test_the_developers_words_are_the_systems(tmp_path):
+    turns = [("developer", "Be brief."), ("user", "what?"), ("assistant", "a")]
+    record = opened(tmp_path, messages=[{"role": role, "content": text} for role, text in turns])[0]
+    assert [part.role for part in record.parts] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"img": "a.PNG", "question": "q", "answer": "a"}, r"`img` seems to \('a.PNG'\).* `fields: \{image: img\}`"),
+        ({"videos": ["a.mp4"], "text": "t"}, r"`fields: \{video: videos\}`"),
+    ],
+)
+def test_a_field_of_pictures_that_nothing_reads_is_told(tmp_path, row, hint):
+    with pytest.warns(IsthmusWarning, match=hint):
+        opened(tmp_path, **row)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opened(tmp_path, **row, image="red.png")
+        opened(tmp_path, question="is it a.png", answer="b.png", other=["x"])
+
+
+def test_a_mark_of_a_clip_is_told(tmp_path):
+    turns = [{"from": "human", "value": "<video> what?"}, {"from": "gpt", "value": "a"}]
+    with pytest.raises(DataError, match="the place of a clip is <image> here"):
+        opened(tmp_path, video="clip", conversations=turns)[0]

@@ -66,6 +66,11 @@ def test_templates_by_name_and_from_a_file(tmp_path):
     file = tmp_path / "templates.txt"
     file.write_text("a {}.\n\n an old photo of {} \n")
     assert templates(file) == ("a {}.", "an old photo of {}")
+    file.write_bytes("a {}\r\nein größeres {}".encode("utf-8-sig"))  # as Windows writes it
+    assert templates(file) == ("a {}", "ein größeres {}")
+    file.write_bytes("ein größeres {}".encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        templates(file)
 
 
 @pytest.mark.parametrize(("content", "message"), [("", "no template"), ("a photo", "exactly one"), ("{} {}", "one")])

@@ -5,6 +5,8 @@ pixel is decoded: a picture of a few kilobytes can otherwise take a gigabyte of 
 for resizing (antialiased bicubic), because the published weights saw its pixels.
 """
 
+import base64
+import binascii
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +84,7 @@ class FileImage:
         """Size in bytes. Raises DataError when there is no such file."""
         try:
             return self.path.stat().st_size
-        except OSError:
+        except (OSError, ValueError):  # no file can have a name with a NUL in it
             beside = near(self.path, tuple(name.lower() for name in (*FORMATS, "jpg")))
             raise DataError(
                 f"missing image: there is no readable file {self.path}{beside}; check the image folder"
@@ -140,6 +142,23 @@ class BytesImage:
 
     def read(self) -> bytes:
         return self.data
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """A picture as base64 in a table's cell or in a data: URL, decoded when it is read."""
+
+    text: str
+    name: str
+
+    def describe(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        try:
+            return base64.b64decode(self.text, validate=True)
+        except (binascii.Error, ValueError):
+            raise DataError(f"broken image: {self.name} is not base64; copy the file again") from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

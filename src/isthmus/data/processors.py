@@ -40,7 +40,7 @@ def with_template(processor: Processor, template: str) -> Processor:
     tokenizer, file = processor.tokenizer, Path(template)
     if file.suffix in (".jinja", ".jinja2", ".j2"):
         try:
-            tokenizer, template = tokenizer.with_chat_template(file.read_text(encoding="utf-8")), OWN
+            tokenizer, template = tokenizer.with_chat_template(file.read_text(encoding="utf-8-sig")), OWN
         except (OSError, ValueError) as error:
             raise ConfigError(f"template: cannot read {file} ({type(error).__name__}).") from error
     return processor_from_dict({**described, "template": template}, tokenizer, processor.others)

@@ -19,7 +19,7 @@ class Quarantine:
         self.threshold, self.after = threshold, after
         self.samples = 0
         self.failures = 0
-        self._known: dict[tuple[str, str], str] = {}
+        self._known: dict[tuple[str, str, str], str] = {}  # two samples may have one id
         self._line_break = ""
         if self.path is not None and self.path.is_file():
             written = self.path.read_text(encoding="utf-8")
@@ -30,16 +30,16 @@ class Quarantine:
     def _recall(self, line: str) -> None:
         try:
             row = json.loads(line)
-            self._known[row["source"], row["id"]] = row["reason"]
+            self._known[row["source"], row["id"], row["reason"]] = row["reason"]
         except (ValueError, KeyError, TypeError):
             return  # the half-written last line of a killed run; the sample will be met and written again
 
     def add(self, id: str, source: str, reason: str) -> None:
         """Note one bad sample."""
         self.failures += 1
-        if (source, id) in self._known:
+        if (source, id, reason) in self._known:
             return
-        self._known[source, id] = reason
+        self._known[source, id, reason] = reason
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps({"id": id, "source": source, "reason": reason}, ensure_ascii=False)

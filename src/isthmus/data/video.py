@@ -5,6 +5,7 @@ A folder of pictures is a clip whose frames are taken as sampled already; a vide
 thinned evenly, first and last kept.
 """
 
+import os.path
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class FileFrames:
             raise MissingExtraError(
                 f"reading {self.path} needs PyAV; install isthmus[video], or give a folder of frames"
             ) from None
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):  # which holds of no name that is too long for a file
             raise DataError(f"missing video: there is no readable file {self.path}; check the path")
         frames: list[PilImage.Image] = []
         try:
@@ -106,7 +107,7 @@ def as_video(clip: AnyVideo, *, fps: float = 1.0, most: int = MOST_FRAMES) -> Vi
         return clip
     if isinstance(clip, str | Path):
         path = Path(clip)
-        return Video(FolderFrames(path, most) if path.is_dir() else FileFrames(path, fps, most))
+        return Video(FolderFrames(path, most) if os.path.isdir(path) else FileFrames(path, fps, most))
     if isinstance(clip, FrameSource):
         return Video(clip)
     if isinstance(clip, Sequence) and all(isinstance(frame, PilImage.Image) for frame in clip):
@@ -118,7 +119,7 @@ def as_video(clip: AnyVideo, *, fps: float = 1.0, most: int = MOST_FRAMES) -> Vi
 
 def as_visual(thing: AnyImage | Video) -> Image:
     """A picture or, for a folder or a path that ends like a video file, a clip."""
-    if isinstance(thing, str | Path) and (Path(thing).is_dir() or Path(thing).suffix.lower() in VIDEOS):
+    if isinstance(thing, str | Path) and (os.path.isdir(thing) or Path(thing).suffix.lower() in VIDEOS):
         return as_video(thing)
     return as_image(thing)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isthmus.data.sources.files import read_lines
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.bootstrap import Interval, intervals
 from isthmus.evaluation.embedding import around, embed, unit
@@ -39,14 +40,14 @@ TEMPLATES: dict[str, tuple[str, ...]] = {"plain": PLAIN, "seven": SEVEN}
 def templates(name_or_file: str | Path) -> tuple[str, ...]:
     """``plain``, ``seven``, or the lines of a text file, each with one ``{}`` for the class name.
 
-    Raises ConfigError: no such file, no line, or a line without exactly one ``{}``.
+    Raises ConfigError: no such file, no line, or a line without exactly one ``{}``. DataError: it is not UTF-8.
     """
     if str(name_or_file) in TEMPLATES:
         return TEMPLATES[str(name_or_file)]
     path = Path(name_or_file)
     if not path.is_file():
         raise ConfigError(f"No templates at {path}: give {' or '.join(TEMPLATES)}, or a text file of one per line.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = read_lines(path)
     if not lines:
         raise ConfigError(f"{path} holds no template; write one per line, for example: {PLAIN[0]}")
     check_templates(lines, f"{path}: ")

@@ -9,8 +9,10 @@ Options that most kinds share: ``name``, ``limit`` (first rows only) and those o
 
 import itertools
 import json
+import os.path
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -37,11 +39,12 @@ from isthmus.data.sources.files import (
     read_rows,
     read_table,
     safe_name,
+    stems,
 )
 from isthmus.data.sources.objects import pope_objects
-from isthmus.data.sources.rows import KNOWN, Form, Row, Rows, RowSource, flat, picture_names
+from isthmus.data.sources.rows import KNOWN, LOOKED_AT, Form, Row, Rows, RowSource, flat, picture_names
 from isthmus.data.sources.webdataset import IMAGE_ENDINGS, WebDatasetRows
-from isthmus.data.video import FileFrames, FolderFrames
+from isthmus.data.video import VIDEOS, FileFrames, FolderFrames
 from isthmus.errors import ConfigError, DataError, IsthmusWarning, nearest
 from isthmus.user_code import is_user_code, label, pin, resolve
 
@@ -116,7 +119,7 @@ def _llava(root: Root, form: Form, *, file: Names, image_folder: str | None = No
 def _jsonl(root: Root, form: Form, *, file: Names, image_folder: str | None = None, images: Names = ()) -> Rows:
     """Any JSON lines or JSON list; pictures by name from ``image_folder`` or from the tars ``images``."""
     paths = root.files(file)
-    rows = [(path.stem, row) for path in paths for row in read_rows(path)]
+    rows = [(stem, row) for stem, path in zip(stems(paths), paths, strict=True) for row in read_rows(path)]
     if rows:
         _demand_fields(form, set().union(*(row.keys() for _, row in rows)), paths[0])
     return _NamedRows(rows, form, named_images(root, image_folder, images, beside=paths[0]))
@@ -162,10 +165,10 @@ def _csv(
     """Pairs in a table with a header line; see :func:`read_table` for what separates its cells."""
     paths = root.files(file)
     rows: list[tuple[str, dict[str, object]]] = []
-    for path in paths:
+    for stem, path in zip(stems(paths), paths, strict=True):
         columns, found = read_table(path, delimiter, (*form.theirs, *KNOWN))
         _demand_columns(form, columns, path)
-        rows += [(path.stem, row) for row in found]
+        rows += [(stem, row) for row in found]
     return _NamedRows(rows, form, named_images(root, image_folder, images, beside=paths[0]))
 
 
@@ -282,7 +285,7 @@ def _documents(
     if shards:
         return DocumentSource(name, WebDatasetRows(root.files(shards)), layout, None, **options)
     paths = root.files(file)
-    pages = JsonPages([(path.stem, row) for path in paths for row in read_rows(path)])
+    pages = JsonPages([(stem, row) for stem, path in zip(stems(paths), paths, strict=True) for row in read_rows(path)])
     found = named_images(root, image_folder, images, beside=paths[0])
     return DocumentSource(name, pages, layout, found, **options)
 
@@ -299,7 +302,10 @@ class _NamedRows:
 
     def __init__(self, rows: Sequence[tuple[str, Mapping[str, object]]], form: Form, images: NamedImages) -> None:
         self.rows, self.form, self.images = rows, form, images
-        form.name_unread((values for _, values in rows), ", ".join(dict.fromkeys(stem for stem, _ in rows)))
+        files = ", ".join(dict.fromkeys(stem for stem, _ in rows))
+        form.name_unread((values for _, values in rows), files)
+        self._name_empty(files)
+        self._name_unmapped(files)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -318,7 +324,7 @@ class _NamedRows:
             )
         bare = Row("", values)
         names = picture_names(self.form, bare)
-        clips = tuple(self._clip(name) for name in flat(self.form.value(bare, "video")))
+        clips = tuple(self._clip(name) for name in flat(self.form.value(bare, "video"), "video"))
         given = self.form.value(bare, "id")
         key = str(given) if given is not None else names[0] if names else str(index)
         return Row(
@@ -328,11 +334,50 @@ class _NamedRows:
             key=key,
         )
 
+    def _name_empty(self, files: str) -> None:
+        """One warning with the number of rows whose field of pictures is empty, where others name some."""
+        empty = sum(self._is_empty(values) for _, values in self.rows)
+        if empty and any(values.get(self._field) and not self._is_empty(values) for _, values in self.rows):
+            warnings.warn(
+                f"{files}: the field `{self._field}` of {empty:,} of {len(self.rows):,} samples is empty: they are "
+                "read as text alone.",
+                IsthmusWarning,
+                stacklevel=2,
+            )
+
+    def _name_unmapped(self, files: str) -> None:
+        """One warning where no sample that is looked at names a picture or clip, and a field that is not read does."""
+        for _, values in self.rows[:LOOKED_AT]:
+            bare = Row("", values)
+            with suppress(DataError):  # met, and counted as bad, when it is visited
+                if picture_names(self.form, bare) or flat(self.form.value(bare, "video")):
+                    return
+        for name, value in self.rows[0][1].items() if self.rows else ():
+            first = value[0] if isinstance(value, list) and value else value
+            ending = first.rpartition(".")[2].lower() if isinstance(first, str) else ""
+            ours = "image" if ending in IMAGE_ENDINGS else "video" if f".{ending}" in VIDEOS else ""
+            if ours and name not in (*KNOWN, *self.form.theirs):
+                warnings.warn(
+                    f"{files}: no sample names a picture, and the field `{name}` seems to ({first!r:.60}); it is not "
+                    f"read. If it does, map it: `fields: {{{ours}: {name}}}`.",
+                    IsthmusWarning,
+                    stacklevel=2,
+                )
+                return
+
+    @property
+    def _field(self) -> str:
+        return str(self.form.fields.get("image", "image"))
+
+    def _is_empty(self, values: Mapping[str, object]) -> bool:
+        found = values.get(self._field, "none is named")
+        return found is None or found == [] or (isinstance(found, str) and not found.strip())
+
     def _clip(self, name: str) -> FolderFrames | FileFrames:
         if not safe_name(name):
             raise DataError(f"bad video name: {name!r} leaves the image folder; use names relative to it")
         path = below(self.images.folder, name)
-        return FolderFrames(path) if path.is_dir() else FileFrames(path)
+        return FolderFrames(path) if os.path.isdir(path) else FileFrames(path)
 
 
 def _form(options: dict[str, object], root: Root) -> Form:
@@ -360,7 +405,11 @@ def _side_captions(root: Root, *, file: str, key: str, fields: Names) -> dict[st
     _demand_fields(Form(fields={"caption": [key, *names]}), known, root.path(file))
     found: dict[str, tuple[str, ...]] = {}
     for row in rows:
-        found[str(row.get(key))] = found.get(str(row.get(key)), ()) + flat([row.get(name) for name in names])
+        try:
+            texts = flat([row.get(name) for name in names])
+        except DataError as error:
+            raise DataError(f"{root.path(file)}: the captions of {row.get(key)!r}: {error}") from None
+        found[str(row.get(key))] = found.get(str(row.get(key)), ()) + texts
     return found
 
 

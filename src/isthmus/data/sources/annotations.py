@@ -38,9 +38,15 @@ def vqav2(
     answers = listed_under(annotation_file, "annotations", annotations)
     found = {str(q["question_id"]): q for q in each_once(items, "question_id", questions)}
     for a in each_once(answers, "question_id", annotations):
-        if str(a["question_id"]) not in found:
+        question = found.get(str(a["question_id"]), {})
+        if not question:
             raise DataError(
                 f"{annotations}: question {a['question_id']} is not in {questions}; are the two of one split?"
+            )
+        if len({str(item["image_id"]) for item in (a, question) if "image_id" in item}) > 1:
+            raise DataError(
+                f"{annotations}: question {a['question_id']} is about the image {a['image_id']}, and in {questions} "
+                f"about {question['image_id']}; are the two of one version?"
             )
     if len(answers) < len(found):
         lost = sorted(set(found) - {str(a["question_id"]) for a in answers})

@@ -5,16 +5,13 @@ Choices have LLaVA-1.5's form (2310.03744, appendix): the question, one ``A. tex
 for the letter. The scorers' rules are in :mod:`isthmus.evaluation.benchmark_rules` and ``grouped``.
 """
 
-import base64
-import binascii
 import csv
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from isthmus.data.images import BytesImage
+from isthmus.data.images import EncodedImage
 from isthmus.data.record import ImageSource
 from isthmus.data.sources.annotations import LETTER
 from isthmus.data.sources.cells import unpacked
@@ -300,23 +297,6 @@ def _filled(row: Mapping[str, object]) -> list[str]:
 
 def _hole(cell: object) -> bool:
     return cell is None or str(cell).strip().lower() in ("", "nan")
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedImage:
-    """A picture as base64 in a table's cell, decoded when it is read."""
-
-    text: str
-    name: str
-
-    def describe(self) -> str:
-        return self.name
-
-    def read(self) -> bytes:
-        try:
-            return BytesImage(base64.b64decode(self.text, validate=True)).data
-        except (binascii.Error, ValueError):
-            raise DataError(f"broken image: {self.name} is not base64; copy the file again") from None
 
 
 @contextmanager

@@ -112,6 +112,8 @@ class DocumentSource(Source):
             if not isinstance(info, Mapping) or not isinstance(info.get("matched_text_index"), int):
                 raise DataError("bad page: each image_info needs image_name and matched_text_index")
             place, sim = info["matched_text_index"], info.get("matched_sim")
+            if sim is not None and not isinstance(sim, int | float):
+                raise DataError(f"bad page: matched_sim should be a number and is {sim!r}")
             if not 0 <= place < len(sentences):
                 raise DataError(f"bad page: an image belongs to sentence {place} of {len(sentences)}")
             listed.append(Picture(info.get("image_name"), info.get("image_base64")))

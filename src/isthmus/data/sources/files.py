@@ -4,6 +4,7 @@ import csv
 import glob
 import itertools
 import json
+import os.path
 import re
 import warnings
 from collections import Counter
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TextIO, cast
 
-from isthmus.data.images import FileImage, TarImage
+from isthmus.data.images import EncodedImage, FileImage, TarImage
 from isthmus.data.record import ImageSource
 from isthmus.data.sources.tar import index_tar
 from isthmus.errors import ConfigError, DataError, IsthmusWarning, misspelt
@@ -23,6 +24,9 @@ Names = str | Sequence[str]
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_DATA_URL = re.compile(r"data:image/[a-z+.-]+;base64,", re.IGNORECASE)
+_LONGEST = 1024
+"""Characters of a picture's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +55,21 @@ class Root:
             for name in [literal] if self.path(literal).is_file() else _braces(literal):
                 if self.path(name).is_file():
                     paths = [self.path(name)]
-                else:  # below the folder, whose own name is no pattern
-                    magic = glob.has_magic(name)
-                    found_here = glob.glob(name, root_dir=self.folder, recursive=True) if magic else []
-                    paths = [self.folder / p for p in sorted(found_here)]
+                else:
+                    start, rest = self._begun(name)
+                    found_here = glob.glob(rest, root_dir=start, recursive=True) if glob.has_magic(rest) else []
+                    paths = [start / p for p in sorted(found_here)]
                 if not paths:
                     raise _not_there(self.path(name))
                 found.update(dict.fromkeys(paths))
         return list(found)
+
+    def _begun(self, pattern: str) -> tuple[Path, str]:
+        """The folder that a pattern begins with, whose own name is no pattern, and the rest of it."""
+        start, parts = self.folder, list(Path(pattern).parts)
+        while parts and (start / parts[0]).is_dir():
+            start /= parts.pop(0)
+        return start, str(Path(*parts))
 
 
 def _braces(pattern: str) -> Iterator[str]:
@@ -186,6 +197,9 @@ def read_table(
             reader = csv.DictReader(table, delimiter=found, strict=True)
             columns = [name.strip() for name in reader.fieldnames or ()]
             reader.fieldnames = columns
+            for name in known:
+                if columns.count(name) > 1:
+                    raise DataError(f"{path} has the column {name!r} {columns.count(name)} times; rename all but one")
             return columns, cast("list[dict[str, object]]", list(itertools.islice(reader, most)))
         except csv.Error as error:
             line = reader.line_num + 1 + bool(named)  # it counts the lines before
@@ -209,6 +223,16 @@ def columns_of(header: str, delimiter: str) -> list[str]:
         return [name.strip() for name in next(csv.reader([header], delimiter=delimiter, strict=True), [])]
     except csv.Error:
         return [header]
+
+
+def stems(paths: Sequence[Path]) -> list[str]:
+    """What the ids of each file's samples begin with: its name without the ending, and as many of its folders as
+    distinguish it from the others; a number where nothing does."""
+    for depth in range(1, 1 + max((len(path.parts) for path in paths), default=0)):
+        found = ["/".join(path.with_suffix("").parts[-depth:]) for path in paths]
+        if len(set(found)) == len(found):
+            return found
+    return [f"{path.stem} ({number})" for number, path in enumerate(paths, start=1)]
 
 
 def once(ids: Iterable[object], path: Path | str, what: str) -> None:
@@ -250,7 +274,8 @@ def read_lines(path: Path) -> list[str]:
 def safe_name(name: str) -> bool:
     """Does the name stay inside its folder? Absolute names and ``..`` do not."""
     path = PurePosixPath(slashed(name))
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and not re.match(r"[A-Za-z]:", name)
+    stays = not path.is_absolute() and ".." not in path.parts and not re.match(r"[A-Za-z]:", name)
+    return bool(name) and stays and "\0" not in name  # which ends a name for the system
 
 
 def slashed(name: str) -> str:
@@ -266,7 +291,7 @@ def _plain(name: str) -> str:
 def below(folder: Path, name: str) -> Path:
     """The file of that name below the folder; one written with backslashes, and not there under it, with slashes."""
     path = folder / name
-    return folder / slashed(name) if "\\" in name and not path.exists() else path
+    return folder / slashed(name) if "\\" in name and not os.path.exists(path) else path
 
 
 class NamedImages:
@@ -293,7 +318,15 @@ class NamedImages:
         return ((m.name, m.offset, m.size) for m in (self.members or {}).values())
 
     def find(self, name: str) -> ImageSource:
-        """Raises DataError for a name that leaves the folder or is in no shard. A missing file shows when read."""
+        """The file or member of that name, or the picture that a data: URL holds. Raises DataError for a name that
+        leaves the folder or is in no shard. A missing file shows when read."""
+        if inline := _DATA_URL.match(name):
+            return EncodedImage(name[inline.end() :], f"a data: URL of {len(name):,} characters")
+        if len(name) > _LONGEST:
+            raise DataError(
+                f"bad image name: {name[:40]!r}… has {len(name):,} characters, more than a file's name may have; a "
+                "picture in base64 begins with data:image/png;base64, (or jpeg, webp, gif, bmp)"
+            )
         if re.match(r"https?://", name):
             raise DataError(f"bad image name: {name!r} is an address, and nothing is fetched; download the picture")
         if not safe_name(name):
@@ -307,7 +340,7 @@ class NamedImages:
     def find_first(self, names: Sequence[str]) -> ImageSource:
         """The first of several names that is there; where none is, what :meth:`find` says of the first."""
         for name in names:
-            there = below(self.folder, name).is_file() if self.members is None else _plain(name) in self.members
+            there = os.path.isfile(below(self.folder, name)) if self.members is None else _plain(name) in self.members
             if safe_name(name) and there:
                 return self.find(name)
         return self.find(names[0])

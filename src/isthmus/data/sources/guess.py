@@ -1,19 +1,22 @@
 """What kind of source a file or folder is, by its content, for the command line."""
 
 import json
+import os.path
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
-from isthmus.data.sources.cells import unpacked
 from isthmus.data.sources.files import below, read_table, safe_name
-from isthmus.data.sources.rows import KNOWN
+from isthmus.data.sources.rows import KNOWN, Form, Row, picture_names
 from isthmus.data.sources.webdataset import IMAGE_ENDINGS
 from isthmus.errors import DataError
 from isthmus.file_type import but_is, file_type, start_of
 
 _TABLES = (".csv", ".tsv", ".tab")
 _FILES = (*_TABLES, ".json", ".jsonl")
+_BINARY = ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow")
+"""Where Hugging Face's data sets have their rows, as they are downloaded and as they are saved."""
+_BESIDE_BINARY = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _HELP = (
     "Describe it in a YAML file instead, for example `kind: jsonl`, `file: data.jsonl`, "
     "`fields: {question: q, answer: a}`."
@@ -37,7 +40,7 @@ def guess(path: Path) -> dict[str, object]:
     """The description that ``open_source`` takes. Raises DataError when nothing fits."""
     if path.is_dir():
         return _folder(path)
-    if path.suffix == ".tar":
+    if path.suffix.lower() == ".tar":
         return {"kind": "webdataset", "shards": str(path)}
     if not path.is_file():
         hint = " A description of a source goes into a file that ends in .yaml." if str(path).startswith("{") else ""
@@ -48,10 +51,14 @@ def guess(path: Path) -> dict[str, object]:
 def _folder(path: Path) -> dict[str, object]:
     """Shards; or one file that names pictures, as `isthmus data scenes` and others write it; or a folder per class.
     What could be two things is not guessed."""
-    shards = sorted(path.glob("*.tar"))
+    here = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    shards = [p for p in here if p.suffix.lower() == ".tar"]
     if shards:
         return {"kind": "webdataset", "shards": [str(s) for s in shards]}
-    files = sorted(p for p in path.iterdir() if p.suffix in _FILES and not p.name.startswith("."))
+    files = [p for p in here if p.suffix.lower() in _FILES]
+    binary = next((p for form in _BINARY for p in sorted(path.glob(form))), None)
+    if binary is not None:
+        files = [p for p in files if p.name not in _BESIDE_BINARY]
     if path / "instruct.json" in files:  # as `isthmus data instruct` writes it, beside how it was made
         files = [p for p in files if p.name != "manifest.json"]
     if len(files) == 1:
@@ -61,6 +68,8 @@ def _folder(path: Path) -> dict[str, object]:
             return found
     if _classes(path):
         return {"kind": "folder", "folder": str(path)}
+    if binary is not None:
+        raise DataError(f"{binary} is no list that is read here{but_is(start_of(binary), 'name another file')}.")
     lists = f", and {len(files)} lists, {files[0].name} and {files[1].name} among them" if len(files) > 1 else ""
     raise DataError(
         f"{path} holds neither tar shards, nor one list that names its pictures, nor folders of pictures, one for each "
@@ -83,24 +92,32 @@ def _is_picture(path: Path) -> bool:
 def _file(path: Path) -> tuple[dict[str, object], Path | None]:
     """The file's description with, where that is plain to see, the field that names pictures and their folder; and that
     folder, or none."""
-    kind, first = ("csv", _first_row(path)) if path.suffix in _TABLES else _json_kind(path)
+    kind, first = ("csv", _first_row(path)) if path.suffix.lower() in _TABLES else _json_kind(path)
     found: dict[str, object] = {"kind": kind, "file": str(path)}
     field = "file_name" if "file_name" in first and "image" not in first else "image"
     if kind in ("csv", "jsonl") and field != "image":
         found["fields"] = {"image": field}  # Hugging Face's folders of pictures
-    place = _place(path.parent, first.get(field))
+    place = _place(path.parent, _shown(first, field))
     return (found if place in (None, path.parent) else {**found, "image_folder": str(place)}), place
+
+
+def _shown(first: Mapping[str, object], field: str) -> object:
+    """The pictures that an entry names, in that field, in ``images`` or in the parts of its messages."""
+    try:
+        return list(picture_names(Form(fields={"image": field}), Row("", first)))
+    except DataError:  # told when it is read
+        return None
 
 
 def _place(folder: Path, name: object) -> Path | None:
     """Where the picture of that name (of several, the first) is: the folder, or the only one below that has it."""
-    if isinstance(name := unpacked(name), list) and name:
+    if isinstance(name, list) and name:
         name = name[0]
     if not isinstance(name, str) or not safe_name(name):
         return None
-    if below(folder, name).is_file():
+    if os.path.isfile(below(folder, name)):  # which holds of no name that is too long, as a data: URL may be
         return folder
-    places = [p for p in folder.iterdir() if p.is_dir() and below(p, name).is_file()]
+    places = [p for p in folder.iterdir() if p.is_dir() and os.path.isfile(below(p, name))]
     return places[0] if len(places) == 1 else None
 
 
@@ -116,7 +133,7 @@ def _json_kind(path: Path) -> tuple[str, Mapping[str, object]]:
     """llava, coco, obelics, mmc4, pope or jsonl, with the first entry (a COCO file's first picture). JSON lines,
     whatever the file's ending, are judged by the first."""
     try:
-        content = _first_line(path) if path.suffix == ".jsonl" else _first_value(path)
+        content = _first_line(path) if path.suffix.lower() == ".jsonl" else _first_value(path)
     except (ValueError, RecursionError):
         if file_type(start_of(path)):
             raise DataError(f"{path} is neither JSON nor JSON lines{but_is(start_of(path), '')}") from None
@@ -135,7 +152,7 @@ def _json_kind(path: Path) -> tuple[str, Mapping[str, object]]:
 
 def _first_line(path: Path) -> list[object]:
     with path.open(encoding="utf-8-sig") as file:
-        return [json.loads(line) for line in islice(file, 1)]
+        return [json.loads(line) for line in islice((line for line in file if line.strip()), 1)]
 
 
 def _first_value(path: Path) -> object:

@@ -35,6 +35,15 @@ FIELDS = ("conversations", "messages", "questions", "question", "caption", "labe
 KNOWN = (*FIELDS, "answer", "choices", "image", "video", "id", "kind", "system", "context")
 UNREAD = ("tools", "rejected", "prefix", "context", "hint", "ocr")
 """Fields of others that carry text and are read only where ``fields`` maps one of ours to them."""
+_FOR = {
+    "suffix": ("questions", "question"),
+    "instruction": ("caption", "label"),
+    "classes": ("label",),
+    "templates": ("label",),
+}
+"""Options that are for some forms alone."""
+LOOKED_AT = 64
+"""Samples whose form is looked at when a source is opened."""
 _NAMES = ("path", "image", "url", "image_url", "file_name")
 """Where a picture that is an object has its name."""
 _DIGITS = re.compile(r"[0-9]{1,9}")
@@ -99,6 +108,8 @@ class Form:
             raise ConfigError(f"source: turns must be 'all' or 'single', not {self.turns!r}")
         if self.max_turns is not None and self.max_turns < 1:
             raise ConfigError(f"source: max_turns must be at least 1, not {self.max_turns}")
+        if self.max_turns is not None and self.turns == "single":
+            raise ConfigError("source: with turns: single each question is a sample of its own; take max_turns out")
         try:
             re.compile(self.matching)
         except re.error as error:
@@ -141,11 +152,15 @@ class Form:
             return list(questions)
         return [pair for pair in questions if re.search(self.matching, str(_pair(pair)[0]))]
 
+    def form_of(self, row: Row) -> str | None:
+        """The first of FIELDS that the row has, which decides what becomes of it."""
+        return next((n for n in FIELDS if self.value(row, n) is not None), "caption" if self.captions else None)
+
     def record(self, row: Row, number: int, source: str) -> Record:
         """The ``number``-th record of the row. Raises DataError when the row does not fit."""
         if self.captions is not None and row.key not in self.captions:
             raise DataError(f"missing caption: the side file has none for {row.key!r}; check its key field")
-        form = next((n for n in FIELDS if self.value(row, n) is not None), "caption" if self.captions else None)
+        form = self.form_of(row)
         if form is None:
             raise DataError(
                 f"no text: of the fields {', '.join(FIELDS)} the sample has none (it has "
@@ -161,7 +176,7 @@ class Form:
         if choices is not None:
             if isinstance(choices := unpacked(choices, "choices"), str):
                 raise DataError(f"bad field: the choices should be a list of texts and are one text: {choices[:80]!r}")
-            meta["choices"] = flat(choices)
+            meta["choices"] = flat(choices, "choice")
         if form in ("conversations", "messages"):
             parts = conversation(unpacked(self.value(row, form), form), row.images)
         elif form == "questions":
@@ -181,8 +196,8 @@ class Form:
 
     def _question(self, row: Row) -> str:
         """The question, after the mapped context where there is one."""
-        question = string(self.value(row, "question"), "question")
-        context = flat(self.value(row, "context")) if "context" in self.fields else ()
+        question = string(self.value(row, "question"), "question").strip()
+        context = flat(self.value(row, "context"), "context") if "context" in self.fields else ()
         return "\n".join((*context, question))
 
     def unread(self, values: Mapping[str, object]) -> list[str]:
@@ -221,7 +236,7 @@ class Form:
         parts: list[Part] = [] if marked else _pictures(row, "user")
         waiting = list(row.images)
         for question, answer in pairs:
-            prompt = string(question, "question") + (f"\n{self.suffix}" if self.suffix else "")
+            prompt = string(question, "question").strip() + (f"\n{self.suffix}" if self.suffix else "")
             answers = _answers(answer)
             parts += marked_parts(prompt, "user", waiting) if marked else [Text(prompt, role="user")]
             learnt = max(answers, key=answers.count)  # the commonest, the first of equals
@@ -251,7 +266,7 @@ class Form:
             if len(label) != 1:
                 raise DataError(f"bad label: a picture has one class here, and this one has {len(label)}: {label}")
             label = label[0]
-        name = str(label)
+        name = str(label).strip()
         if self.classes:
             label = number = self._class_number(label)
             name = self.classes[number]
@@ -289,6 +304,7 @@ class RowSource(Source):
         count = len(rows) if limit is None else min(limit, len(rows))
         if form.captions is not None:
             self._name_shared_keys(count)
+        self._name_idle(count)
         self._places = list(self._count(count)) if form.counts else range(count)
         if not self._places:
             raise ConfigError(f"source {name!r}: no question matches {form.matching!r}")
@@ -305,6 +321,25 @@ class RowSource(Source):
                 IsthmusWarning,
                 stacklevel=2,
             )
+
+    def _name_idle(self, rows: int) -> None:
+        """One warning for each option that is for samples of another form than those, at most LOOKED_AT evenly spread
+        ones, that were looked at."""
+        given = [name for name in _FOR if getattr(self.form, name)]
+        found: set[str] = set()
+        for index in sorted({number * rows // LOOKED_AT for number in range(LOOKED_AT)}) if given else ():
+            try:
+                found |= {form for form in (self.form.form_of(self.rows[index]),) if form is not None}
+            except DataError:
+                continue  # met, and counted as bad, when it is visited
+        for name in given:
+            if found and not found & {*_FOR[name]}:
+                warnings.warn(
+                    f"source {self.name!r}: the option `{name}` changes nothing: it is for samples with "
+                    f"`{'` or `'.join(_FOR[name])}`, and these have `{'`, `'.join(sorted(found))}`.",
+                    IsthmusWarning,
+                    stacklevel=2,
+                )
 
     def _keys(self, rows: int) -> Iterator[str]:
         for index in range(rows):
@@ -346,7 +381,7 @@ def _answers(given: object) -> tuple[str, ...]:
             stacklevel=2,
         )
     items = listed if isinstance(listed, list) else [listed]
-    answers = tuple(string(a.get("answer") if isinstance(a, Mapping) else a, "answer") for a in items)
+    answers = tuple(string(a.get("answer") if isinstance(a, Mapping) else a, "answer").strip() for a in items)
     if not answers:
         raise DataError("empty answer: a question has no answer; drop it")
     return answers
@@ -363,7 +398,7 @@ def picture_names(form: "Form", row: Row) -> tuple[str, ...]:
         ]
         given = [p for p in parts if isinstance(p, Mapping) and p.get("type") in PICTURE_PARTS]
     given = unpacked(given, "image")
-    return flat([_name(item) for item in (given if isinstance(given, list) else [given])])
+    return flat([_name(item) for item in (given if isinstance(given, list) else [given])], "picture's name")
 
 
 def _name(item: object) -> object:
@@ -379,13 +414,14 @@ def _name(item: object) -> object:
     return name
 
 
-def flat(value: object) -> tuple[str, ...]:
-    """All non-empty strings of a value, nested and serialised lists included, stripped."""
+def flat(value: object, what: str = "caption") -> tuple[str, ...]:
+    """All non-empty strings of a value, nested and serialised lists included, stripped. ``what`` they are is for the
+    error."""
     if value is None:
         return ()
     if isinstance(value := unpacked(value), list | tuple):
-        return tuple(text for item in value for text in flat(item))
-    text = string(value, "caption").strip()
+        return tuple(text for item in value for text in flat(item, what))
+    text = string(value, what).strip()
     return (text,) if text else ()
 
 

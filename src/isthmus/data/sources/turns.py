@@ -19,6 +19,7 @@ _ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "developer": "system",
 }
 
 
@@ -35,7 +36,7 @@ def conversation(turns: object, images: Sequence[Shown]) -> list[Part]:
     marks, elsewhere, before = 0, 0, None
     for number, turn in enumerate(turns):
         speaker, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if speaker not in _ROLES:
+        if not isinstance(speaker, str) or speaker not in _ROLES:
             raise DataError(f"bad conversation: turn {number + 1} is from {speaker!r}; {nearest(str(speaker), _ROLES)}")
         role = _ROLES[speaker]
         if role == "assistant" and not parts:
@@ -52,6 +53,8 @@ def conversation(turns: object, images: Sequence[Shown]) -> list[Part]:
             elsewhere += text.count(MARK) if role == "system" else 0
     if elsewhere and marks != len(images):
         raise DataError("bad conversation: the system's turn holds <image>; a picture stands in a user's turn, move it")
+    if marks != len(images) and any("<video>" in str(part.text) for part in parts if isinstance(part, Text)):
+        raise DataError("placeholder mismatch: the place of a clip is <image> here, as a picture's; replace <video>")
     same_number(marks, images)
     return parts
 

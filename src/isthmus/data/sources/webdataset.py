@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from isthmus.data.images import TarImage
+from isthmus.data.sources.files import stems
 from isthmus.data.sources.members import listed
 from isthmus.data.sources.rows import Form, Row, picture_names
 from isthmus.data.sources.tar import index_tar
@@ -43,8 +44,8 @@ class WebDatasetRows:
     def __init__(self, shards: Sequence[Path], form: Form | None = None) -> None:
         self.form = form
         self.samples: list[_Sample] = []
-        for shard in shards:
-            self.samples += _group(shard)
+        for stem, shard in zip(stems(shards), shards, strict=True):
+            self.samples += _group(shard, stem)
         if form is not None and self.samples:
             count = min(len(self.samples), _LOOKED_AT)
             form.name_unread(self._first(count), f"{shards[0]} (of {count:,} samples that were read)")
@@ -65,7 +66,8 @@ class WebDatasetRows:
     def __getitem__(self, index: int) -> Row:
         sample = self.samples[index]
         values: dict[str, object] = {}
-        for ending, member in sample.members.items():
+        # The fields of a JSON first, wherever it stands: a text or class in a file of its own is what is meant.
+        for ending, member in sorted(sample.members.items(), key=lambda item: not item[0].endswith("json")):
             extension = ending.rsplit(".", 1)[-1]
             if extension == "json":
                 values |= {name: v for name, v in _json(member).items() if v is not None or name not in values}
@@ -96,15 +98,15 @@ def _expected(form: Form, row: Row, sample: _Sample) -> bool:
     return len(files) < 2 and any(form.value(row, name) is not None for name in _SEVERAL)
 
 
-def _group(shard: Path) -> list[_Sample]:
+def _group(shard: Path, stem: str) -> list[_Sample]:
     samples: list[_Sample] = []
     seen: set[str] = set()
     for member in index_tar(shard):
         folder, _, name = member.name.rpartition("/")
-        stem, _, ending = name.partition(".")
-        if not stem or not ending:
+        start, _, ending = name.partition(".")
+        if not start or not ending:
             continue  # hidden files and files without an ending belong to no sample
-        key = f"{folder}/{stem}" if folder else stem
+        key = f"{folder}/{start}" if folder else start
         if not samples or samples[-1].key != key:
             if key in seen:
                 raise DataError(
@@ -112,7 +114,7 @@ def _group(shard: Path) -> list[_Sample]:
                     "a sample must stand together"
                 )
             seen.add(key)
-            samples.append(_Sample(shard.stem, key, {}))
+            samples.append(_Sample(stem, key, {}))
         ending = ending.lower()
         if ending in samples[-1].members:
             raise DataError(f"bad shard: {shard} has {member.name!r} twice; keys must be unique")
