@@ -67,6 +67,18 @@ def test_never_over_an_existing_folder(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_copy_of_ones_own_beside_is_left_alone(tmp_path):
+    write_folder(tmp_path / "a", {"x": "first"})
+    shutil.copytree(tmp_path / "a", tmp_path / "a.old")
+    write_folder(tmp_path / "a", {"x": "second"}, replace=True)
+    assert read_folder(tmp_path / "a.old")["x"].read_text() == "first"
+    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="not a folder"):
+        read_folder(tmp_path / "a")
+    write_folder(tmp_path / "a", {"x": "third"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.old"]
+
+
 @pytest.mark.parametrize("moment", range(12))
 def test_a_crash_while_replacing_leaves_the_old_or_the_new(tmp_path, monkeypatch, moment):
     """Stop the process (here: an exception nobody handles) at each file-system call of a replacement."""

@@ -246,7 +246,7 @@ def _into_place(aside: Path, path: Path) -> None:
 
 
 def _displaced(path: Path) -> Path:
-    return path.with_name(f"{path.name}.old")
+    return path.with_name(f".{path.name}.isthmus-old")  # a name that no copy of a user's has
 
 
 def _settle(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickletools
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -362,6 +363,13 @@ def test_nothing_is_written_over_and_a_failure_leaves_nothing(tmp_path: Path, mo
             write_model(model, tmp_path / "out", to)
     write_model(model, tmp_path / "out", "isthmus", replace=True)
     assert isthmus.load(tmp_path / "out").kind == "clip"
+    for name in ("data", "manifest"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("manifest.json" if name == "manifest" else "photo.jpg")).write_text("{}")
+        with pytest.raises(CheckpointError, match="no folder that isthmus wrote"):
+            write_model(model, tmp_path / name, "hf", replace=True)
+        assert len(list((tmp_path / name).iterdir())) == 1
+        shutil.rmtree(tmp_path / name)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

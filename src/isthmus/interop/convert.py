@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from isthmus import adapters
-from isthmus.checkpoint import write_folder
+from isthmus.checkpoint import FORMAT, MANIFEST, read_json, write_folder
 from isthmus.data.interleave import InterleaveProcessor
 from isthmus.data.processor import SpliceProcessor
 from isthmus.errors import CheckpointError, ConfigError, nearest
@@ -77,6 +77,11 @@ def write_model(
         )
     if folder.exists() and not replace:
         raise CheckpointError(f"{folder} exists already and is never written over unless you say so (--replace).")
+    if folder.exists() and not _written_here(folder):
+        raise CheckpointError(
+            f"{folder} is no folder that isthmus wrote: it has no {MANIFEST} of ours, so --replace leaves it alone. "
+            "Remove it yourself, or give another name."
+        )
     place = Path(origin) if origin is not None else None
     if to == "isthmus":
         export = Export(files={}, opens="isthmus.load(FOLDER)")
@@ -90,6 +95,13 @@ def write_model(
         )
     write_folder(folder, {**export.files, "README.md": card(model, export, to, place)}, replace=replace)
     return Converted(folder, _sizes(folder), export.losses, export.notes)
+
+
+def _written_here(folder: Path) -> bool:
+    """Whether nothing of anybody else's is lost with the folder: it is one of ours, or empty."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return True
+    return (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("format") == FORMAT
 
 
 def _pixels(model: AnySource, to: str) -> tuple[str, ...]:
