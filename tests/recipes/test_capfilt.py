@@ -1,10 +1,12 @@
 """CapFilt with a captioner and a judge of known quality."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image as PilImage
 from typer.testing import CliRunner
 
 from isthmus.cli.app import app
@@ -123,6 +125,12 @@ def test_a_bad_sample_is_left_out_and_named(tmp_path) -> None:
     assert "2.png" in reasons
     assert "no caption" in reasons or "empty" in reasons
     assert sorted(p.name for p in (tmp_path / "out" / "images").iterdir()) == ["00000000.png", "00000001.png"]
+    PilImage.new("RGB", (8, 8)).save(tmp_path / "pictures" / "2.png", "GIF")
+    shutil.rmtree(tmp_path / "out")
+    mended = capfilt(source, Says(), Says(), tmp_path / "out", k=1)
+    assert (mended.pictures, mended.bad) == (3, 1)
+    assert len((tmp_path / "out.quarantine.jsonl").read_text().splitlines()) == 1
+    assert (tmp_path / "out" / "images" / "00000002.gif").is_file()
 
 
 def test_a_question_is_no_web_caption(tmp_path) -> None:

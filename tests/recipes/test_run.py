@@ -170,3 +170,19 @@ def test_changed_data_is_refused_on_resume_for_all_stages_at_once(story, tmp_pat
     with pytest.raises(DataError, match=r"no such file: .*gone\.jsonl"):
         train(parse_recipe(late), tmp_path / "llava", progress=False)
     assert not list((tmp_path / "llava").glob("stages/align/checkpoints"))
+
+
+def test_samples_that_were_mended_before_anything_was_saved_are_counted_no_more(tmp_path):
+    file, folder = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows = [{"text": f"the cube number {i} is red" if i % 20 else ""} for i in range(120)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = tree("lm")
+    spec["stages"][0] |= {"data": [{"kind": "jsonl", "file": str(file)}], "template": "document"}
+    spec["stages"][0] |= {"steps": 1, "batch_size": 120}
+    with pytest.raises(DataError, match="6 of 120 samples are bad"):
+        train(parse_recipe(spec), folder, progress=False)
+    quarantine = folder / "stages" / "pretrain" / "quarantine.jsonl"
+    assert len(quarantine.read_text().splitlines()) == 6
+    file.write_text("".join(json.dumps(row if row["text"] else {"text": "mended"}) + "\n" for row in rows[1:]))
+    train(parse_recipe(spec), folder, progress=False)
+    assert not quarantine.exists()

@@ -102,6 +102,23 @@ def test_an_empty_answer_is_left_out_of_questions_and_of_their_prior(story, tmp_
         assert json.loads(line)["id"] == left
 
 
+def test_what_was_mended_after_a_refusal_is_counted_no_more(story, tmp_path):
+    data = questions(tmp_path, "data.json", ["noise"] * 4)
+    train = questions(tmp_path, "train.json", ["", ""])
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"no picture")
+    spec = EvalSpec(name="vqa", task="vqa", data=data, train=train, options={"decoding": {"max_new_tokens": 2}})
+    with pytest.raises(DataError, match="No sample"):
+        score_model(load(story / "llava"), [spec], tmp_path / "out", model_hash="x")
+    assert len(list((tmp_path / "out" / "vqa").glob("quarantine*"))) == 2
+    questions(tmp_path, "data.json", ["noise"] * 3 + [""])  # the pictures anew
+    questions(tmp_path, "train.json", ["snow", "snow"])
+    (result,) = score_model(load(story / "llava"), [spec], tmp_path / "out", model_hash="x")
+    lines = (tmp_path / "out" / "vqa" / "quarantine.jsonl").read_text().splitlines()
+    assert (result.left_out, [json.loads(line)["id"] for line in lines]) == (1, ["data/3"])
+    assert not (tmp_path / "out" / "vqa" / "quarantine-train.jsonl").exists()
+
+
 def test_broken_training_pictures_are_left_out_of_a_probe(tmp_path):
     data = questions(tmp_path, "data.json", ["noise"] * 4)
     (tmp_path / "1.png").write_bytes(b"no picture")

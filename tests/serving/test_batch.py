@@ -68,6 +68,18 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     assert len(out.read_text().splitlines()) == 7
 
 
+def test_other_ends_of_lines_in_a_name_or_an_answer_do_not_cut_it(tmp_path):
+    name = "a\u2028b\x85c"
+    requests, out = tmp_path / "r.jsonl", tmp_path / "a.jsonl"
+    row = line(name, {"model": "llava", "messages": asked("what?", 1), "max_tokens": 2})
+    requests.write_bytes(f"{json.dumps(row)}\r\n".encode("utf-8-sig"))  # as Windows writes it
+    assert run_batch(app(), requests, out, together=1).failed == 0
+    before = out.read_bytes()
+    outcome = run_batch(app(), requests, out, together=1)
+    assert (outcome.before, outcome.answered) == (1, 0)
+    assert out.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

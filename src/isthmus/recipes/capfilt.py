@@ -2,7 +2,7 @@
 ranked by a CLIP model, the best kept.
 
 Written is a data set of its own: ``captions.jsonl`` (one line per picture, ``caption`` the list of those kept) and
-``images/``, read back with ``{extension: jsonl, file: captions.jsonl, image_folder: images}``; a caption is drawn anew
+``images/``, read back with ``{kind: jsonl, file: captions.jsonl, image_folder: images}``; a caption is drawn anew
 in every epoch, as the paper does.
 """
 
@@ -28,6 +28,8 @@ from isthmus.evaluation.turns import captions_of
 from isthmus.evaluation.window import original
 
 CHUNK = 64
+_ENDINGS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"RIFF", "webp"), (b"GIF8", "gif"), (b"BM", "bmp"))
+"""How a picture's file begins, and how its name ends."""
 
 
 class Captioner(Protocol):
@@ -127,7 +129,9 @@ def capfilt(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not an empty folder; give another name or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    bad = Quarantine(out.parent / f"{out.name}.quarantine.jsonl", threshold=bad_samples)
+    listed = out.parent / f"{out.name}.quarantine.jsonl"
+    listed.unlink(missing_ok=True)  # of an earlier attempt, whose samples may be mended
+    bad = Quarantine(listed, threshold=bad_samples)
     sound = Sound(source, bad, demand=lambda record: (_picture(record), _captions(record)))
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     settings = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 40, **(decoding or {})}
@@ -240,9 +244,7 @@ def _write_picture(record: Record, folder: Path, number: int) -> str:
         buffer = io.BytesIO()
         raw.save(buffer, "PNG")
         raw = buffer.getvalue()
-    extension = (
-        "png" if raw[:4] == b"\x89PNG" else "jpg" if raw[:2] == b"\xff\xd8" else "webp" if raw[:4] == b"RIFF" else "img"
-    )
+    extension = next((ending for start, ending in _ENDINGS if raw.startswith(start)), "img")
     name = f"{number:08d}.{extension}"
     (folder / name).write_bytes(raw)
     return name

@@ -239,13 +239,17 @@ def _train_stage(
         parallel=built.recipe.parallel,
     )
     if progress and len(loader.quarantine):
-        Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {loader.quarantine.summary()}.", highlight=False)
+        _tell(stage, loader.quarantine.summary())
     if progress and (best := kept_step(folder)) is not None:
         message = f"the best step was {best}, kept in {folder / BEST}; the model goes on as the last left it"
-        Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {message}.", highlight=False)
+        _tell(stage, message)
     if progress and cache is not None:
         message = f"features of {len(cache):,} pictures, {cache.size / 2**20:,.1f} MiB, in {cache.folder}"
-        Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {message}.", highlight=False)
+        _tell(stage, message)
+
+
+def _tell(stage: StageSpec, message: str) -> None:
+    Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {message}.", highlight=False, markup=False)
 
 
 def _identity(built: Built, loader: Loader | JointLoader) -> dict[str, str]:
@@ -276,6 +280,8 @@ def make_loader(
     """
     processor = built.processor(stage)
     file = f"quarantine-{rank()}.jsonl" if rank() else "quarantine.jsonl"
+    if folder and not any(folder.glob("checkpoints/step-*")):  # what an attempt found that saved nothing may be mended
+        (folder / file).unlink(missing_ok=True)
     quarantine = Quarantine(folder / file if folder else None, threshold=stage.bad_samples)
     data = data if data is not None else open_data(stage)
     if not isinstance(data, Mix):

@@ -383,6 +383,9 @@ def _scored(
         return evaluate(model, task, folder, model_hash=model_hash, left_out=left_out, facts=facts, progress=progress)
 
     manifest = folder / "manifest.json"
+    if first() and not manifest.is_file():  # what an attempt found that scored nothing may be mended
+        for name in ("quarantine.jsonl", "quarantine-train.jsonl"):
+            (folder / name).unlink(missing_ok=True)
     if of_first(lambda: manifest.is_file() and "pictures" in checkpoint.read_json(manifest)):
         return attempt("decode")
     try:

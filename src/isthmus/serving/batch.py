@@ -97,7 +97,7 @@ def _read(path: Path) -> list[RequestLine]:
     """The requests, each checked for its form. Raises DataError naming the line."""
     found: dict[str, RequestLine] = {}
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError:
         raise DataError(f"There is no readable file {path}.") from None
     except UnicodeDecodeError:
@@ -132,7 +132,7 @@ def _answered(out: Path, known: set[str]) -> set[str]:
     if not out.exists():
         return set()
     kept, done = [], set()
-    for line in out.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in out.read_text(encoding="utf-8", errors="replace").split("\n"):  # an answer may hold other ends of lines
         try:
             answer = json.loads(line)
             name, status = answer["custom_id"], answer["response"]["status_code"]
