@@ -48,6 +48,24 @@ def test_an_interruption_is_told(monkeypatch, capsys):
     assert (code, said) == (130, "isthmus: Interrupted. The same command goes on where this one stopped.\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "then"),
+    [
+        (["data", "capfilt", "--data", "d", "--captioner", "c", "--clip", "c", "--out", "o"], "begins anew"),
+        (["data", "instruct", "--out", "o", "--scenes", "2"], "goes on where this one stopped"),
+        (["data", "instruct", "--out", "o", "--scenes", "2", "--offline"], "begins anew"),
+    ],
+)
+def test_an_interruption_does_not_promise_what_is_not_so(monkeypatch, capsys, words, then):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("isthmus.cli.data.capfilt", pressed)
+    monkeypatch.setattr("isthmus.cli.instruct.run", pressed)
+    code, _, said = run(monkeypatch, capsys, *words)
+    assert (code, said) == (130, f"isthmus: Interrupted. The same command {then}.\n")
+
+
 def test_help_and_import_load_nothing_heavy():
     for command in (
         "import isthmus",

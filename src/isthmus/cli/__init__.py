@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 EXIT_USER, EXIT_INTERRUPTED = 2, 130
+_RESUME = (["demo"], ["train"], ["eval"], ["compare"], ["batch"])
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def _run() -> None:
         app(standalone_mode=True)
     except SystemExit as end:
         if end.code == EXIT_INTERRUPTED and type(end) is SystemExit:  # what Typer makes of Ctrl-C, without a word
-            _say("Interrupted. The same command goes on where this one stopped.")
+            _say(f"Interrupted. The same command {_after_interruption(sys.argv[1:])}.")
         raise
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,6 +46,12 @@ def _run() -> None:
     except OSError as error:
         _say(_of_the_system(error))
         sys.exit(EXIT_USER)
+
+
+def _after_interruption(words: list[str]) -> str:
+    """What a command does that is given again."""
+    resumes = words[:1] in _RESUME or (words[:2] == ["data", "instruct"] and "--offline" not in words)
+    return "goes on where this one stopped" if resumes else "begins anew"
 
 
 def _warn(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: object) -> None:

@@ -94,7 +94,7 @@ def show(
 def check(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")],
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(help="Samples of each source to show token by token.")] = 2,
+    samples: Annotated[int, typer.Option(min=0, help="Samples of each source to show token by token.")] = 2,
     steps: Annotated[int, typer.Option(min=2, help="Steps to try of each stage.")] = 2,
     json_file: Json = None,
 ) -> None:

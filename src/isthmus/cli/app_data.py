@@ -14,7 +14,7 @@ app = typer.Typer(help="Write scenes as files; instruction data; better captions
 def data_scenes(
     out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
     format: Annotated[str, typer.Option(help="llava, webdataset or coco.")] = "llava",
-    count: Annotated[int, typer.Option(help="Number of pictures.")] = 1000,
+    count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 1000,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "train",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
     size: Annotated[int, typer.Option(help="Side of a picture in pixels.")] = 64,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from isthmus.errors import ConfigError
@@ -29,7 +30,7 @@ def run(recipe: str, overrides: Sequence[str], json_file: Path | None, *, sample
         read_recipe(recipe, overrides), samples=samples, steps=steps, on_stage=lambda s: _print_stage(console, s)
     )
     for name, count in checked.evaluations.items():
-        console.print(f"Evaluation {name}: {count:,} items.")
+        console.print(f"Evaluation {name}: {count:,} items.", markup=False)
     total = sum(stage.total for stage in checked.stages)
     console.print(
         f"Peak memory so far: {checked.memory / 2**20:,.0f} MiB. All stages at this speed: {duration(total)}.",
@@ -39,7 +40,7 @@ def run(recipe: str, overrides: Sequence[str], json_file: Path | None, *, sample
         json_file.write_text(json.dumps(checked.to_dict(), indent=2) + "\n", encoding="utf-8")
     if checked.problems:
         raise ConfigError(f"{recipe} is not ready: " + " ".join(checked.problems))
-    console.print(f"[bold green]Ready:[/] isthmus train {shlex.join([recipe, *overrides])}", highlight=False)
+    console.print(f"[bold green]Ready:[/] isthmus train {escape(shlex.join([recipe, *overrides]))}", highlight=False)
 
 
 def _print_stage(console: Console, stage: "StageCheck") -> None:
@@ -55,6 +56,7 @@ def _print_stage(console: Console, stage: "StageCheck") -> None:
             f"{source.name}: {source.samples:,} samples; of {source.tried} tried: {mean:.0f} tokens on average, "
             f"{longest} at most{learnt}{bad}",
             highlight=False,
+            markup=False,
         )
     for sample in stage.shown:
         console.print(Text(f"{sample.source} {sample.id}", style="dim"))

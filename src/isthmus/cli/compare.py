@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TaskID, TimeRemainingColumn
 
-from isthmus.cli.evaluate import counted, spec_of
+from isthmus.cli.evaluate import check_used, counted, shown_examples, spec_of
 from isthmus.cli.options import Loading
 from isthmus.errors import ConfigError
 
@@ -28,7 +29,7 @@ def run(
     options: Sequence[str] = (),
     train: str | None = None,
     shots: str | None = None,
-    select: str = "random",
+    select: str | None = None,
     limit: int | None = None,
     out: Path = Path("runs/compare"),
     seed: int = 0,
@@ -40,13 +41,14 @@ def run(
     from isthmus.comparison.side_by_side import write_comparison
     from isthmus.opening import load
     from isthmus.recipes.schema import shipped
-    from isthmus.recipes.scoring import with_shots
 
     numbers = [name for name in models if shots is not None and name.isdigit() and not Path(name).exists()]
     models = [name for name in models if name not in numbers]  # --shots 0 4 8: those after the first one
     if len(models) < 2:
         recipe = f" A comparison recipe is a .yaml file or shipped: {', '.join(shipped('comparisons'))}."
         raise ConfigError("A comparison needs at least two models; `isthmus eval MODEL` scores one." + recipe)
+    counts = counted(shots, [int(n) for n in numbers])
+    check_used(counts, data=data, options=options, train=train, select=select)
     rivals = [replace(r, dtype=given.get("dtype", "")) for r in contestants(models, given.get("code", ()))]
     if data is not None:
         specs = [spec_of(task or "vqa", data, train, options)]
@@ -54,15 +56,15 @@ def run(
         specs = [s for s in shared_tasks(rivals) if task in (None, s.task, s.name)]
         if not specs:
             raise ConfigError(f"None of these models names a task {task!r} of its own: give --data.")
-    specs = with_shots(specs, counted(shots, [int(n) for n in numbers]), select)
-    console = Console()
+    specs = shown_examples(specs, counts, select)
+    console = Console(emoji=False)
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
         shown: dict[tuple[str, str], TaskID] = {}
 
         def progress(name: str, done: int, total: int) -> None:
             place = (rival.name, name)
             if place not in shown:
-                shown[place] = bar.add_task(f"{rival.name}: {name}", total=total)
+                shown[place] = bar.add_task(escape(f"{rival.name}: {name}"), total=total)
             bar.update(shown[place], completed=done)
 
         for rival in rivals:
@@ -123,11 +125,11 @@ def run_recipe(
         )
     plan = parse_comparison(tree, where=name)
     folder = out if out is not None else Path("runs") / Path(name).stem
-    console = Console()
+    console = Console(emoji=False)
 
     def progress(who: str, task: str, done: int, total: int) -> None:
         if done == total:
-            console.print(f"{who}: {task} scored ({total:,} questions)", highlight=False)
+            console.print(f"{who}: {task} scored ({total:,} questions)", highlight=False, markup=False)
 
     run_contest(plan, folder, name=Path(name).stem, arms=arms, progress=progress)
     show_scores(console, folder)
@@ -141,9 +143,9 @@ def show_scores(console: Console, out: Path) -> None:
 
     overall, *_ = (out / "scores.md").read_text(encoding="utf-8").partition("\n\n")  # kinds stand in the file
     console.print(Markdown(overall))
+    place = escape(str(out))
     console.print(
-        f"Report: [bold]{out / 'report.html'}[/]   scores: {out / 'scores.csv'}, {out / 'scores.md'}, "
-        f"{out / 'results.json'}",
+        f"Report: [bold]{place}/report.html[/]   scores: {place}/scores.csv, {place}/scores.md, {place}/results.json",
         soft_wrap=True,
     )
 

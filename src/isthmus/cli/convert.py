@@ -41,7 +41,7 @@ def run(
     if dtype not in ("stored", *_DTYPES):
         raise ConfigError(f"--dtype {dtype!r}: {nearest(dtype, ('stored', *_DTYPES))}")
     model = load(source, **given)
-    console = Console()
+    console = Console(emoji=False)
     if merge:
         summary = merge_and_compare(model)
         console.print(f"merged: {summary}", highlight=False, markup=False)
@@ -50,7 +50,7 @@ def run(
         model.cast(getattr(torch, wanted))
     done = write_model(model, destination, to, replace=replace, lossy=lossy, shard_bytes=size, origin=Path(source))
     total = sum(done.files.values())
-    console.print(f"{done.folder}: {to}, {len(done.files)} files, {total / 1e6:,.1f} MB", highlight=False)
+    console.print(f"{done.folder}: {to}, {len(done.files)} files, {total / 1e6:,.1f} MB", highlight=False, markup=False)
     for loss in done.losses:
         console.print(f"left out: {loss}", highlight=False, markup=False)
     for note in (*(model.report.notes if model.report else ()), *done.notes):

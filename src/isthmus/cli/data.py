@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from isthmus.cli.options import Loading
@@ -21,7 +22,7 @@ def scenes(out: Path, layout: str, *, count: int, split: str, seed: int, size: i
 
     export(out, format=layout, split=split, count=count, seed=seed, size=size)
     Console(emoji=False).print(
-        f"{count} {split} scenes (seed {seed}, {size} x {size}) written to [bold]{out}[/] as {layout}."
+        f"{count} {split} scenes (seed {seed}, {size} x {size}) written to [bold]{escape(str(out))}[/] as {layout}."
     )
 
 
@@ -75,10 +76,12 @@ def capfilt(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     console = Console(emoji=False)
-    console.print(f"{report.pictures} pictures, {report.captions} captions kept in [bold]{out}[/];", end=" ")
+    console.print(
+        f"{report.pictures} pictures, {report.captions} captions kept in [bold]{escape(str(out))}[/];", end=" "
+    )
     console.print(f"{report.web_kept:.1%} keep their web caption.")
     if report.bad:
-        console.print(f"[yellow]{report.bad} bad samples were left out, see {out}.quarantine.jsonl.[/]")
+        console.print(f"[yellow]{report.bad} bad samples were left out, see {escape(str(out))}.quarantine.jsonl.[/]")
     if report.correct_before is not None and report.correct_after is not None:
         console.print(f"Correct captions: {report.correct_before:.1%} before, {report.correct_after:.1%} after.")
     if report.right_web_kept is not None and report.wrong_web_kept is not None:

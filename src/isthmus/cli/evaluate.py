@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TaskID, TimeRemainingColumn
 
 from isthmus import pretrained
@@ -34,7 +35,7 @@ def run(
     train: str | None = None,
     shots: str | None = None,
     more_shots: Sequence[int] = (),
-    select: str = "random",
+    select: str | None = None,
     limit: int | None = None,
     out: Path | None = None,
     seed: int = 0,
@@ -46,13 +47,12 @@ def run(
     :class:`isthmus.evaluation.judge.Judge`."""
     from isthmus.interop.hub import located, model_hash
     from isthmus.processes import first, join
-    from isthmus.recipes.scoring import SHOWABLE, score_model, with_shots
+    from isthmus.recipes.scoring import score_model
     from isthmus.recipes.tables import score_table
 
     join()
     counts = counted(shots, more_shots)
-    if data is None and (options or train):
-        raise ConfigError("--set and --train go with --data; without it the recipe's own tasks are taken as they are.")
+    check_used(counts, data=data, options=options, train=train, select=select)
     if judge:
         task = task or "llava-bench"
         if data is None or task != "llava-bench":
@@ -64,10 +64,7 @@ def run(
     specs = _specs(model, loaded, task=task, data=data, train=train, options=options, code=given.get("code", ()))
     if judge:
         specs[0].options["judge"] = dict(judge)
-    if counts and not any(spec.task in SHOWABLE for spec in specs):
-        names = ", ".join(spec.task for spec in specs)
-        raise ConfigError(f"--shots go before questions and captions ({', '.join(SHOWABLE)}); {names} takes none.")
-    specs = with_shots(specs, counts, select)
+    specs = shown_examples(specs, counts, select)
     name = f"hf-{Path(data).stem}" if data and model.startswith(_PEER) else Path(data).stem if data else "own"
     place = out if out is not None else _home(folder) / name
     console = Console(emoji=False, quiet=not first())
@@ -75,7 +72,8 @@ def run(
     def print_result(result: "Result") -> None:
         console.print(score_table(result.task, result.scores.to_dict()))
         if result.left_out:
-            console.print(f"{result.left_out} bad samples were left out: {result.folder / 'quarantine.jsonl'}")
+            left = f"{result.left_out} bad samples were left out: {result.folder / 'quarantine.jsonl'}"
+            console.print(left, markup=False)
 
     with _progress(console) as progress:
         results = score_model(
@@ -92,9 +90,9 @@ def run(
         )
     if not first():
         return
-    console.print(f"Raw outputs, manifest and scores: [bold]{place}[/]")
+    console.print(f"Raw outputs, manifest and scores: [bold]{escape(str(place))}[/]")
     if (curve := _over_shots(place, results)) is not None:
-        console.print(f"Score over shots: [bold]{curve}[/]")
+        console.print(f"Score over shots: [bold]{escape(str(curve))}[/]")
     if json_file is not None:
         facts = {r.task: r.scores.to_dict() for r in results}
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -109,7 +107,7 @@ def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
 
         def progress(name: str, done: int, total: int) -> None:
             if name not in shown:
-                shown[name] = bar.add_task(name, total=total)
+                shown[name] = bar.add_task(escape(name), total=total)
             bar.update(shown[name], completed=done)
 
         yield progress
@@ -157,6 +155,26 @@ def counted(shots: str | None, more: Sequence[int]) -> list[int]:
     if not words or not all(word.isdigit() for word in words):
         raise ConfigError(f"--shots takes numbers such as 0 4 8, not {shots!r}.")
     return [int(word) for word in words]
+
+
+def check_used(
+    counts: Sequence[int], *, data: str | None, options: Sequence[str], train: str | None, select: str | None
+) -> None:
+    """Raises ConfigError for options that would change nothing."""
+    if data is None and (options or train):
+        raise ConfigError("--set and --train go with --data; without it the recipe's own tasks are taken as they are.")
+    if select is not None and not counts:
+        raise ConfigError("--select chooses the examples before each question: say how many, as --shots 4.")
+
+
+def shown_examples(specs: "Sequence[EvalSpec]", counts: Sequence[int], select: str | None) -> "list[EvalSpec]":
+    """The tasks with each number of examples. Raises ConfigError where none of them takes any."""
+    from isthmus.recipes.scoring import SHOWABLE, with_shots
+
+    if counts and not any(spec.task in SHOWABLE for spec in specs):
+        names = ", ".join(spec.task for spec in specs)
+        raise ConfigError(f"--shots go before questions and captions ({', '.join(SHOWABLE)}); {names} takes none.")
+    return with_shots(specs, counts, select or "random")
 
 
 def _over_shots(place: Path, results: "Sequence[Result]") -> Path | None:

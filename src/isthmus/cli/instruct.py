@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from isthmus.errors import ConfigError, EndpointError, nearest
@@ -134,10 +135,11 @@ def _request_all(o: Options, kinds: Sequence[str]) -> None:
     if folder is not None and o.scenes is None:
         pictures, lost = existing(pictures, folder)
         if lost:
-            console.print(f"[yellow]{len(lost)} pictures are not in {folder} and are left out, such as {lost[0]}.[/]")
+            message = f"{len(lost)} pictures are not in {folder} and are left out, such as {lost[0]}."
+            console.print(message, style="yellow", markup=False)
     checks = Checks(o.prompts, skip=o.skip, categories=categories_of(pictures))
     with Progress(transient=True, console=console) as bar:
-        task = bar.add_task(f"requests to {endpoint.place}", total=None)
+        task = bar.add_task(escape(f"requests to {endpoint.place}"), total=None)
         report = instruct(
             pictures,
             prompts,
@@ -205,19 +207,24 @@ def _report(o: Options, report: "Report", folder: Path | None) -> None:
     """What came out, what it cost, and how a recipe reads it."""
     console = Console(emoji=False)
     rows = ", ".join(f"{count} {kind}" for kind, count in report.rows.items()) or "nothing"
-    console.print(f"{sum(report.rows.values())} samples ({rows}) in [bold]{o.out}/instruct.json[/].", soft_wrap=True)
+    console.print(
+        f"{sum(report.rows.values())} samples ({rows}) in [bold]{escape(str(o.out))}/instruct.json[/].", soft_wrap=True
+    )
     if not o.offline:
         console.print(_spent(report))
     if report.refused:
         reasons = ", ".join(f"{reason} {count}" for reason, count in report.refused.most_common())
         console.print(
-            f"{sum(report.refused.values())} replies are not used ({reasons}): {o.out}/making/quarantine.jsonl"
+            f"{sum(report.refused.values())} replies are not used ({reasons}): {o.out}/making/quarantine.jsonl",
+            markup=False,
         )
     if report.stopped:
-        console.print(f"[yellow]Not all requests were sent: {report.stopped}. The same command with more goes on.[/]")
+        message = f"Not all requests were sent: {report.stopped}. The same command with more goes on."
+        console.print(message, style="yellow", markup=False)
     place = f"{o.out}/images" if folder == Path("images") else folder
     images = f", image_folder: {place}" if place is not None else ""
-    console.print(f"In a recipe: {{kind: llava, file: {o.out}/instruct.json{images}}}", highlight=False, soft_wrap=True)
+    recipe = f"In a recipe: {{kind: llava, file: {o.out}/instruct.json{images}}}"
+    console.print(recipe, highlight=False, markup=False, soft_wrap=True)
     if o.json_file is not None:
         o.json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def run(
         json_file.write_text(facts, encoding="utf-8", errors="backslashreplace")
     if out is not None:
         write_folder(out, scores, references, predictions, seed=seed)
-        console.print(f"Raw outputs, manifest and scores: [bold]{out}[/]")
+        console.print(f"Raw outputs, manifest and scores: [bold]{escape(str(out))}[/]")
 
 
 def _table(facts: "FileFacts") -> Table:
@@ -43,7 +44,7 @@ def _table(facts: "FileFacts") -> Table:
         low, high = facts["intervals"].get(name, (None, None))
         table.add_row(name, f"{value:.4f}", "–" if low is None else f"{low:.4f}-{high:.4f}")
     for name, value in facts.get("by_answer_type", {}).items():
-        table.add_row(f"  {name}", f"{value:.4f}", "")
+        table.add_row(escape(f"  {name}"), f"{value:.4f}", "")
     if facts["left_out"]:
         table.caption = f"{facts['left_out']} items of the references had no prediction and are left out."
     return table

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from isthmus.cli.options import Loading
+from isthmus.cli.options import Loading, written
 from isthmus.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def run(
         facts = _model(what, console, given or Loading(), render)
     elif render is not None:
         raise ConfigError(f"{what} is no model folder or file; only a model's prompt can be shown (--render).")
+    elif recipe and given:
+        raise ConfigError(f"{what} is a recipe, whose model is not opened; {written(given)[0]} is for models.")
     elif recipe:
         facts = _recipe(what, overrides, console, shared)
     else:
@@ -69,9 +72,11 @@ def _model(folder: str, console: Console, given: Loading, render: str | None) ->
     if tokens is not None:
         console.print(visual_tokens_text(model.net))
     if held_adapters := adapters.summary(model.net):
-        console.print(f"Adapters: {held_adapters}; base: {model.base and model.base.path}", highlight=False)
+        console.print(
+            f"Adapters: {held_adapters}; base: {model.base and model.base.path}", highlight=False, markup=False
+        )
     if model.report is not None:
-        console.print(f"Tensors: {model.report}", highlight=False)
+        console.print(f"Tensors: {model.report}", highlight=False, markup=False)
     console.print(f"It can: {', '.join(model.capabilities)}")
     rendered = {} if render is None else {"rendered": _rendered(model, render, console)}
     return {
@@ -122,7 +127,7 @@ def _recipe(name: str, overrides: Sequence[str], console: Console, shared: tuple
     kind = system(recipe.model).kind
     parts, tokens, stages = parts_of(net), visual_tokens(net), stage_facts(recipe, net)
     if recipe.about:
-        console.print(recipe.about)
+        console.print(recipe.about, markup=False)
     console.print(_parts(f"{name}: {kind}", parts))
     costs: list[StageCost] = []
     try:
@@ -198,7 +203,7 @@ def _layouts(recipe: "Recipe", net: "Net", ranks: int, console: Console) -> dict
 
 
 def _parts(title: str, parts: dict[str, int]) -> Table:
-    table = Table(title=title, min_width=min(len(title), 80))
+    table = Table(title=escape(title), min_width=min(len(title), 80))
     table.add_column("part")
     table.add_column("parameters", justify="right")
     for part, count in parts.items():

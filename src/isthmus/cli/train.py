@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 
 def run(
@@ -35,7 +36,8 @@ def run(
     if not first():
         return
     console = Console(emoji=False)
-    console.print(f"The {model.kind} model is in [bold]{folder}[/]. It can: {', '.join(model.capabilities)}.")
-    score = f"isthmus eval {folder}{'' if own_tasks(folder) else ' --task TASK --data FILE'}"
-    talk = f", [bold]isthmus chat {folder}{' --image PICTURE' if model.processor.image else ''}[/]"
+    shown = escape(str(folder))
+    console.print(f"The {model.kind} model is in [bold]{shown}[/]. It can: {', '.join(model.capabilities)}.")
+    score = f"isthmus eval {shown}{'' if own_tasks(folder) else ' --task TASK --data FILE'}"
+    talk = f", [bold]isthmus chat {shown}{' --image PICTURE' if model.processor.image else ''}[/]"
     console.print(f"Next: [bold]{score}[/]" + (talk if "chat" in model.capabilities else ""))

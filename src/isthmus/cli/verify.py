@@ -23,14 +23,14 @@ def run(source: str, json_file: Path | None, *, only: list[str], given: Loading,
     from isthmus.opening import load
     from isthmus.testing.contracts import verify
 
-    console = Console()
+    console = Console(emoji=False)
     rows = verify(load(source, **given), only=only)
-    table = Table(title=source)
+    table = Table(title=escape(source))
     for column in ("contract", "", "largest difference", "tolerance", "details"):
         table.add_column(column, justify="right" if column in ("largest difference", "tolerance") else "left")
     for row in rows:
         figures = ["" if x is None else f"{x:.2g}" for x in (row.difference, row.tolerance)]
-        table.add_row(row.name, _STYLES[row.verdict], *figures, row.detail)
+        table.add_row(row.name, _STYLES[row.verdict], *figures, escape(row.detail))
     console.print(table)
     failed = [row.name for row in rows if row.verdict == "FAIL"]
     console.print(f"[bold red]{len(failed)} failed:[/] {', '.join(failed)}" if failed else "[bold green]All hold.[/]")
@@ -57,12 +57,12 @@ def run_against(
     from isthmus.opening import load
     from isthmus.serving.against import compare
 
-    console = Console()
+    console = Console(emoji=False)
     key, hint = os.environ.get(KEY) or "none", Path(source).name
     rows = compare(load(source, **given), url, served_as=served_as, hint=hint, key=key)
     if not rows:
         raise CapabilityError(f"{source} neither answers nor embeds texts, so it cannot be compared with an engine.")
-    table = Table(title=f"{source} against {url}")
+    table = Table(title=escape(f"{source} against {url}"))
     for column in ("request", "", "tokens alike", "largest difference", "details"):
         table.add_column(column, justify="right" if "tokens" in column or "largest" in column else "left")
     for row in rows:

@@ -179,7 +179,7 @@ class _Bars:
 
     def announce(self, what: str) -> None:
         """A line above the bars, or all there is where nobody watches."""
-        self.progress.console.print(what, highlight=False, soft_wrap=True)
+        self.progress.console.print(what, highlight=False, markup=False, soft_wrap=True)
 
     def show(self, job: Job) -> None:
         if job.name not in self.tasks:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TaskID, TimeRemainingColumn
 
 from isthmus.checkpoint import write_folder
@@ -216,8 +217,11 @@ def _summarise(console: Console, out: Path, rivals: Mapping[str, Contestant]) ->
     record = open_source(rivals["llava"].specs[0].data)[0]
     picture.write_bytes(png(open_image(record.images[0].source)))
     question = next(p.text for p in record.texts if p.role == "user")
-    console.print(f"Scores: [bold]{out / 'results.json'}[/]   report: [bold]{out / 'report.html'}[/]")
+    place = escape(str(out))
+    console.print(f"Scores: [bold]{place}/results.json[/]   report: [bold]{place}/report.html[/]")
     console.print("Ask the model yourself:", style="bold")
-    console.print(f'isthmus chat {out / "llava"} --image {picture} "{question}"', soft_wrap=True, highlight=False)
+    console.print(
+        f'isthmus chat {out / "llava"} --image {picture} "{question}"', soft_wrap=True, highlight=False, markup=False
+    )
     console.print("In a browser, side by side, and what each model attends to:", style="bold")
-    console.print(page_command(out), soft_wrap=True, highlight=False)
+    console.print(page_command(out), soft_wrap=True, highlight=False, markup=False)

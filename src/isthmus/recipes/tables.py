@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from isthmus.evaluation.rescore import Difference
@@ -14,17 +15,17 @@ def score_table(name: str, facts: Mapping[str, object]) -> Table:
     if "relative" in facts:
         return _judged_table(name, facts)
     if "kinds" not in facts:
-        out = Table("score", "value", title=name)
+        out = Table("score", "value", title=escape(name))
         for key, value in _flat(facts):
-            out.add_row(key, value)
+            out.add_row(escape(key), escape(value))
         return out
-    out = Table(title=name)
+    out = Table(title=escape(name))
     for column in ("questions", "n", "accuracy", "95 %", "blind", "shuffled", "prior", "gain"):
         out.add_column(column, justify="left" if column == "questions" else "right")
     for kind, row in [*_by_name(facts["kinds"]), ("all", facts)]:
         cells = [_percent(row[c]) for c in ("blind", "shuffled", "prior")]
         out.add_row(
-            kind,
+            escape(kind),
             str(row["n"]),
             _percent(row["accuracy"]),
             _span(row["accuracy_interval"]),
@@ -41,7 +42,7 @@ def _retrieval_table(name: str, facts: Mapping[str, object]) -> Table:
     recalls = [key for key in _facts(facts["image_to_text"]) if key.startswith("recall_at_") and key[10:].isdigit()]
     first = recalls[0]
     names = [f"R@{key[10:]}" for key in recalls]
-    out = Table(title=name)
+    out = Table(title=escape(name))
     for column in ("direction", "n", names[0], "95 %", "chance", *names[1:]):
         out.add_column(column, justify="left" if column == "direction" else "right")
     steps = [("", facts)]
@@ -63,14 +64,14 @@ def _retrieval_table(name: str, facts: Mapping[str, object]) -> Table:
 
 def _judged_table(name: str, facts: Mapping[str, object]) -> Table:
     """A judge's mean scores and their ratio, by category."""
-    out = Table(title=name)
+    out = Table(title=escape(name))
     for column in ("questions", "n", "relative", "95 %", "candidate", "reference", "excluded"):
         out.add_column(column, justify="left" if column == "questions" else "right")
     for kind, row in [*_by_name(facts["kinds"]), ("all", facts)]:
         span = _span(row["relative_interval"]) if row["relative_interval"] else "–"
         means = ["–" if row[c] is None else f"{_number(row[c]):.2f}" for c in ("candidate", "reference")]
         cells = [str(row["n"]), _percent(row["relative"]), span, *means, str(row["excluded"])]
-        out.add_row(kind, *cells, style="bold" if kind == "all" else "")
+        out.add_row(escape(kind), *cells, style="bold" if kind == "all" else "")
     orders = ", ".join(f"{name} {count}" for name, count in _facts(facts["orders"]).items())
     out.caption = f"the winner when the order is turned: {orders}; {facts['retried']} reviews requested again"
     return out
@@ -94,13 +95,14 @@ def _besides(facts: Mapping[str, object]) -> str:
 
 def difference_table(first: str, second: str, differences: Sequence[Difference]) -> Table:
     """Two score folders over the same items: the second minus the first, in points."""
+    first, second = escape(first), escape(second)
     out = Table(title=f"{second} minus {first}")
     for column in ("score", first, second, "difference", "95 %", "p"):
         out.add_column(column, justify="left" if column == "score" else "right")
     for d in differences:
         low, high = d.interval
         out.add_row(
-            d.name,
+            escape(d.name),
             _percent(d.first),
             _percent(d.second),
             f"{100 * d.difference:+.1f}",

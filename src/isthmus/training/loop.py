@@ -127,7 +127,7 @@ def train(
         run.stop_at = stop_at
         if progress is True:
             note = f"stage {stage.name}: precision {run.precision.precision}, {run.precision.why}"
-            Console(stderr=True).print(note, highlight=False)
+            Console(stderr=True, emoji=False).print(note, highlight=False, markup=False)
         if first():
             _describe(folder, stage, table, run.precision)
         with (
