@@ -172,7 +172,7 @@ def test_changed_data_is_refused_on_resume_for_all_stages_at_once(story, tmp_pat
     assert not list((tmp_path / "llava").glob("stages/align/checkpoints"))
 
 
-def test_samples_that_were_mended_before_anything_was_saved_are_counted_no_more(tmp_path):
+def test_samples_mended_before_anything_was_saved_count_no_more(tmp_path):
     file, folder = tmp_path / "rows.jsonl", tmp_path / "run"
     rows = [{"text": f"the cube number {i} is red" if i % 20 else ""} for i in range(120)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
