@@ -1,13 +1,14 @@
 """Adapters: which layers get one, what stays frozen, PEFT's files read by peft itself, merging, and what is refused."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from isthmus import adapters
+from isthmus import adapter_folder, adapters
 from isthmus.adapters import Lora
 from isthmus.errors import CheckpointError, ConfigError, StageError
 from isthmus.stage import Group, Stage, apply_stage, canonical, defining_keys, named_state
@@ -195,3 +196,28 @@ def test_a_stage_without_adapters_keeps_its_fingerprint():
     assert Group("x", lora=Lora()).lr == adapters.LR
     with pytest.raises(ConfigError, match="missing 'lr'"):
         Group("x")
+
+
+def opened_over(path: str, base: Path | None = None) -> None:
+    of_base: adapter_folder.OfBase = {"path": path, "beside": "", "sha256": "ab" * 32}
+    never = lambda place: pytest.fail("it was opened")  # noqa: E731
+    adapter_folder.opened(Path("runs/tuned"), of_base, {}, {}, base=base, unquantised=False, load=never)
+
+
+def test_a_base_of_another_release_is_refused_with_what_to_do(tmp_path):
+    """No option opens adapters over other weights, so the refusal says so and names the two ways that there are."""
+    with pytest.raises(CheckpointError) as refused:
+        opened_over("isthmus:clip")
+    for said in (
+        "is not the base that runs/tuned was trained on: that has sha256 abababababab…, and this has sha256 ",
+        "no option opens them over another base",
+        "isthmus:clip comes with isthmus, and with another release come other files",
+        "`isthmus convert runs/tuned FOLDER --to isthmus --merge`",
+        "or train them again on this one.",
+    ):
+        assert said in str(refused.value)
+    (tmp_path / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(CheckpointError, match=r"right one with base=… \(--base\), it was isthmus:clip; or train"):
+        opened_over("isthmus:clip", base=tmp_path)
+    with pytest.raises(CheckpointError, match=r"was isthmus:gone; or train"):  # which this installation has not
+        opened_over("isthmus:gone", base=tmp_path)

@@ -101,11 +101,8 @@ def opened(
     :func:`isthmus.quantised.quantise` raises.
     """
     place = _found(folder, of_base, base)
-    if model_hash(place) != of_base["sha256"]:
-        raise CheckpointError(
-            f"{place} is not the base that {folder} was trained on: its files have another sha256. Adapters fit the "
-            f"weights that they were trained on and no others; give the right one with base=… (--base)."
-        )
+    if (sha256 := model_hash(place)) != of_base["sha256"]:
+        raise CheckpointError(_another(place, folder, of_base, sha256, packaged=base is None))
     model = load(place)
     adapters.merge(model.net)
     if plain(model.net.config) != config:
@@ -122,6 +119,27 @@ def opened(
     values = cast(adapters.PeftConfig, checkpoint.read_json(files["adapter_config.json"]))
     adapters.from_peft(model.net, values, checkpoint.load_tensors(file), str(file))
     return model.net, Base(str(place), of_base["sha256"], tuple(trained))
+
+
+def _another(place: Path, folder: Path, of_base: OfBase, sha256: str, *, packaged: bool) -> str:
+    """What to do where ``place`` holds another model than the base, which may be one of the package's."""
+    holds = f"has sha256 {sha256[:12]}…" if sha256 else "holds no weights"
+    name = of_base["path"]
+    if packaged and name.startswith(SCHEME):
+        advice = (
+            f"{name} comes with isthmus, and with another release come other files of it: with the release that they "
+            f"were trained with, `isthmus convert {folder} FOLDER --to isthmus --merge` writes a complete model, which "
+            "opens without a base; or train them again on this one."
+        )
+    else:
+        advice = (
+            f"Give the place of the right one with base=… (--base), it was {name}; or train them again on this one."
+        )
+    return (
+        f"{place} is not the base that {folder} was trained on: that has sha256 {of_base['sha256'][:12]}…, and this "
+        f"{holds}. Adapters fit the weights that they were trained on and no others, so no option opens them over "
+        f"another base. {advice}"
+    )
 
 
 def _round(net: Net, names: Sequence[str], folder: Path) -> None:
@@ -144,8 +162,8 @@ def _must_fit(name: str, tensor: Tensor, state: Mapping[str, Tensor], folder: Pa
 
 
 def _found(folder: Path, of_base: OfBase, given: str | Path | None) -> Path:
-    known = [located(of_base["path"], None), folder / of_base["beside"]]
-    places = [located(given, None)] if given is not None else known
+    given = None if given is None else located(given, None)
+    places = [given] if given is not None else [located(of_base["path"], None), folder / of_base["beside"]]
     for place in places:
         if place.exists():
             return place

@@ -90,8 +90,11 @@ def test_merged_and_converted_it_answers_alike(tuned, tmp_path):
 
 def test_another_base_or_none_is_refused(story, tuned, tmp_path):
     shutil.copytree(tuned / "model", tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"is not the base that .* was trained on"):
+    with pytest.raises(CheckpointError, match=r"is not the base that .* was trained on: .*--base\), it was .*llava"):
         load(tmp_path / "model", base=story / "clip")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"this holds no weights"):
+        load(tmp_path / "model", base=tmp_path / "empty")
     moved = load(tmp_path / "model", base=story / "llava")
     assert answers(moved) == answers(load(tuned))
     with pytest.raises(CheckpointError, match="needs no base"):
