@@ -4,7 +4,8 @@ torch takes MKL, which keeps its AVX-512 kernels to Intel's processors; on an AM
 take 0.45 of MKL's time (docs/speed.md). torch hands fp32 products to oneDNN only under
 ``torch.set_float32_matmul_precision("medium")``, which permits bf16 inside. oneDNN makes use of that where AMX is, and
 computes in full fp32 elsewhere. So the setting is tried: it stays only where AMX is absent, products come out as exact
-as before, and they are quicker. It is the process's own, for products of others too.
+as before, and they are quicker. It is the process's own, for products of others too. The two round otherwise, so a
+training keeps the one that it was begun with (:mod:`isthmus.training.multiplying`).
 
 A product by oneDNN costs 11 µs before it begins. Attention's many small ones, and steps that read a token a row, stay
 with MKL (:func:`small_products`).
@@ -43,24 +44,74 @@ _ODD = ((1, 37, 129), (3, 512, 77), (130, 1000, 65), (257, 384, 384))
 def multiply_quickly(device: torch.device | None = None) -> bool:
     """Let oneDNN multiply fp32 matrices in this process if that is quicker here and as exact. True where it does.
 
-    Nothing is changed for another device than the CPU, beside a GPU, where somebody set a precision already, or where
-    VARIABLE says so.
+    Nothing is changed for another device than the CPU, beside a GPU, where somebody set a precision already, where
+    VARIABLE says so, or within :func:`held`.
     """
-    elsewhere = device is not None and device.type != "cpu"
-    if elsewhere or os.environ.get(VARIABLE) == "torch" or not _chosen_by_nobody() or not quicker():
-        return torch.get_float32_matmul_precision() == _QUICK
-    torch.set_float32_matmul_precision(_QUICK)
-    _STATE.taken = True
-    return True
+    if not _STATE.held and _nobody_else(device) is None and quicker():
+        take(ONEDNN)
+    return torch.get_float32_matmul_precision() == _QUICK
+
+
+ONEDNN, TORCH = "oneDNN", "torch"
+"""By whom fp32 products are: oneDNN, or whatever torch takes by itself."""
 
 
 class _State:
-    """``taken``: whether the setting is ours."""
+    """``taken``: whether the setting is ours; ``held``: whether a training has it as it is to stay."""
 
     taken = False
+    held = False
 
 
 _STATE = _State()
+
+
+def own() -> str:
+    """By whom products are without this module, with the precision that somebody set."""
+    setting = torch.get_float32_matmul_precision()
+    ours = _STATE.taken and setting == _QUICK
+    return TORCH if ours or setting == _PLAIN else f"{TORCH} (precision {setting})"
+
+
+def take(by: str) -> None:
+    """Products by oneDNN from here on, or by anything else as torch has them."""
+    if by == ONEDNN:
+        torch.set_float32_matmul_precision(_QUICK)
+        _STATE.taken = True
+    elif _STATE.taken and torch.get_float32_matmul_precision() == _QUICK:
+        torch.set_float32_matmul_precision(_PLAIN)
+        _STATE.taken = False
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Inside, nothing but :func:`take` changes by whom products are: a model that is opened does not."""
+    before, _STATE.held = _STATE.held, True
+    try:
+        yield
+    finally:
+        _STATE.held = before
+
+
+def hindrance(device: torch.device | None = None) -> str | None:
+    """Why products cannot be oneDNN's here; none where they can."""
+    if (why := _nobody_else(device)) is not None:
+        return why
+    if not _full_fp32_expected():
+        return "oneDNN is known to compute in full fp32 on x86 without AMX alone, which this CPU is not"
+    return None if _with(_QUICK, _exact) else "oneDNN's products are less exact here"
+
+
+def _nobody_else(device: torch.device | None) -> str | None:
+    """Who or what has the setting in hand, if anything has."""
+    if device is not None and device.type != "cpu":
+        return f"they are computed on {device.type}"
+    if torch.cuda.is_available():
+        return "a GPU is beside the CPU"
+    if os.environ.get(VARIABLE) == TORCH:
+        return f"{VARIABLE}={TORCH} says so"
+    setting = torch.get_float32_matmul_precision()
+    return None if own() == TORCH else f"torch.set_float32_matmul_precision({setting!r}) was called"
 
 
 @contextmanager
@@ -89,10 +140,6 @@ def _small_backward(y: Tensor) -> None:
 
 def _hook(setting: str, *gradients: object) -> None:
     torch.set_float32_matmul_precision(setting)
-
-
-def _chosen_by_nobody() -> bool:
-    return not torch.cuda.is_available() and torch.get_float32_matmul_precision() == _PLAIN
 
 
 @cache

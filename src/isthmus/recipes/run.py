@@ -235,6 +235,7 @@ def _train_stage(
         progress=progress,
         report_to=report_to,
         stop_at=stop_at,
+        products=_products(built.recipe, folder.parent),
         validation=validation_of(built, stage, folder),
         parallel=built.recipe.parallel,
     )
@@ -250,6 +251,15 @@ def _train_stage(
 
 def _tell(stage: StageSpec, message: str) -> None:
     Console(stderr=True, emoji=False).print(f"Stage {stage.name}: {message}.", highlight=False, markup=False)
+
+
+def _products(recipe: Recipe, stages: Path) -> str | None:
+    """By whom the fp32 products of the run's first stage are; none where none has begun."""
+    for stage in recipe.stages:
+        file = stages / stage.name / "stage.json"
+        if file.is_file() and isinstance(found := checkpoint.read_json(file).get("products"), Mapping):
+            return str(found.get("by"))
+    return None
 
 
 def _identity(built: Built, loader: Loader | JointLoader) -> dict[str, str]:

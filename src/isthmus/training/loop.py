@@ -34,9 +34,9 @@ from isthmus.batch import Batch
 from isthmus.errors import DataError, IsthmusError, StageError
 from isthmus.net import Net
 from isthmus.processes import all_gather, doing, first, of_first, rank, talking, wait, world_size
-from isthmus.products import multiply_quickly
+from isthmus.products import held
 from isthmus.stage import Stage, StageTable, apply_stage, set_modes
-from isthmus.training import averaging, optim, precision, proof
+from isthmus.training import averaging, multiplying, optim, precision, proof
 from isthmus.training.engines import engine, shards, where
 from isthmus.training.finite import NonFiniteError, first_bad_gradient, first_bad_value
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
@@ -94,6 +94,7 @@ def train(
     on_quarantine: Skipped | None = None,
     parallel: Parallel = DDP,
     stop_at: int | None = None,
+    products: str | None = None,
 ) -> TrainResult:
     """Train ``net`` in place through one stage, on the device it is on; write into ``folder``.
 
@@ -106,6 +107,7 @@ def train(
         on_quarantine: called with sample ids and reason for each step that ``nan_policy`` skips.
         parallel: how several processes share the net.
         stop_at: leave after this step, saved, as a signal would make it: nothing else of the stage changes.
+        products: by whom the fp32 products of the run's earlier stages are (:mod:`isthmus.training.multiplying`).
 
     Raises:
         RunBusyError: another run trains in this folder.
@@ -115,21 +117,22 @@ def train(
         Preempted: after SIGTERM, SIGUSR1, or at ``stop_at``.
     """
     keep_freed_memory()
-    multiply_quickly()
     folder = Path(folder)
     progress = progress if first() else False
-    with RunLock(folder) if first() else nullcontext(), talking():
+    with RunLock(folder) if first() else nullcontext(), talking(), held():
         wait()  # no process reads the folder before the first one has it
         table = apply_stage(net, stage.train, seed=seed)
         if progress is True:
             Console(stderr=True).print(table.render(f"stage {stage.name}"))
-        run = _Run(net, loader, stage, folder, table, seed, identity or {}, on_quarantine, parallel)
+        run = _Run(net, loader, stage, folder, table, seed, identity or {}, on_quarantine, parallel, products)
         run.stop_at = stop_at
         if progress is True:
             note = f"stage {stage.name}: precision {run.precision.precision}, {run.precision.why}"
+            if run.device.type == "cpu":
+                note += f"; fp32 products by {run.products.by}, {run.products.why}"
             Console(stderr=True, emoji=False).print(note, highlight=False, markup=False)
         if first():
-            _describe(folder, stage, table, run.precision)
+            _describe(folder, stage, table, run.precision, run.products)
         with (
             stop_flag() as stopped,
             closing(MetricLog(folder, run.state.step, report_to=report_to, writes=first())) as log,
@@ -162,6 +165,7 @@ class _Run:
         identity: Mapping[str, object],
         on_quarantine: Skipped | None,
         how: Parallel,
+        products: str | None,
     ) -> None:
         self.net, self.loader = net, loader
         self.stop_at: int | None = None
@@ -169,6 +173,7 @@ class _Run:
         widened = optim.to_master_weights(optim.open_parameters(net, table))
         self.device = where(net, how)
         before = newest_state(folder)
+        self.products = multiplying.settle(self.device, (before and before[0].products) or products, stage.name)
         kept = before and precision.Choice(before[0].precision, "so the run was begun")
         self.precision = kept or precision.choose(stage, net, self.device)
         self.autocast = precision.context(self.precision.precision, self.device)
@@ -204,6 +209,7 @@ class _Run:
             precision=self.precision.precision,
             device=self.device.type,
             warnings=note,
+            products=self.products.by,
         )
         self.resumed = self.saved = self._resume(before)
 
@@ -245,6 +251,7 @@ class _Run:
             threads=now.threads,
             torch=now.torch,
             device=now.device,
+            products=now.products,
             warnings=(*saved.warnings, *warnings),
         )
         return saved.step
@@ -479,8 +486,10 @@ class _Run:
         )
 
 
-def _describe(folder: Path, stage: Stage, table: StageTable, chosen: precision.Choice) -> None:
-    """``stage.json``: the definition, the table and the precision, for people and for the report."""
-    facts = {"stage": stage.to_dict(), "table": table.to_dict(), "precision": dataclasses.asdict(chosen)}
-    text = json.dumps(facts, indent=1)
+def _describe(
+    folder: Path, stage: Stage, table: StageTable, chosen: precision.Choice, products: multiplying.Multiplying
+) -> None:
+    """``stage.json``: the definition, the table, precision and products, for people, the report and later stages."""
+    own = {"precision": dataclasses.asdict(chosen), "products": dataclasses.asdict(products)}
+    text = json.dumps({"stage": stage.to_dict(), "table": table.to_dict(), **own}, indent=1)
     (folder / "stage.json").write_text(text + "\n", encoding="utf-8")

@@ -34,6 +34,7 @@ class RunState:
     """Where a run stands after ``step`` steps. ``frozen`` maps each frozen tensor to its sha256 at the start.
 
     ``unproven`` are trained tensors that had no gradient yet; ``skipped`` counts the last non-finite steps in a row.
+    ``products``: by whom fp32 products are; none in states that were written before it was kept.
     """
 
     step: int
@@ -53,6 +54,7 @@ class RunState:
     precision: str
     device: str
     warnings: tuple[str, ...]
+    products: str | None = None
 
 
 class Generators(TypedDict):
@@ -136,7 +138,7 @@ def newest_state(folder: Path) -> tuple[RunState, dict[str, Path]] | None:
         files = read_folder(found[-1])
         saved = read_json(files["state.json"])
         fields = {f.name for f in dataclasses.fields(RunState)}
-        if set(saved) != fields:
+        if set(saved) | {"products"} != fields:
             raise CheckpointError(f"{files['state.json']} was written by another version of isthmus.")
     except CheckpointError as error:
         older = f"the run then goes on from {found[-2].name}" if len(found) > 1 else "the run then starts anew"
@@ -168,6 +170,7 @@ def check_same(saved: RunState, current: RunState, folder: Path) -> tuple[str, .
             ("thread count", saved.threads, current.threads),
             ("torch", saved.torch, current.torch),
             ("device", saved.device, current.device),
+            ("fp32 products by", saved.products or current.products, current.products),
         )
         if old != new
     )
