@@ -13,7 +13,8 @@ from isthmus.data.images import open_image
 from isthmus.data.record import Record, Text
 from isthmus.data.text import TEMPLATES, render
 from isthmus.interop.convert import write_model
-from isthmus.interop.hf_files import chat_template, swapped, template_named
+from isthmus.interop.hf_files import swapped
+from isthmus.interop.written_template import chat_template, template_named
 from isthmus.opening import load
 from isthmus.testing import probe
 from tests.interop import tiny_models
@@ -139,7 +140,7 @@ def test_templates_are_told_apart_by_their_text() -> None:
         n for n in TEMPLATES if n != "document"
     ]
     assert template_named("{{ messages }}") is None
-    assert template_named(f"{chat_template('vicuna_v1', first=True)}\n") == "vicuna_v1", "as folders of before have it"
+    assert template_named(f"{chat_template('vicuna_v1')}\n") == "vicuna_v1"
     assert chat_template("document") is None
 
 

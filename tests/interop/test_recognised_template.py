@@ -13,8 +13,8 @@ from isthmus.data.record import Record, Role, Text
 from isthmus.data.text import TEMPLATES, Grammar
 from isthmus.errors import IsthmusWarning
 from isthmus.interop.convert import write_model
-from isthmus.interop.hf_files import chat_template
 from isthmus.interop.recognised_template import chat_template_of, recognise_template
+from isthmus.interop.written_template import chat_template
 from isthmus.testing import probe
 from tests.interop import tiny_models
 from tests.narrow import there

@@ -32,7 +32,8 @@ _ENDS = {"user": FIRST, "assistant": LAST}
 
 _LOOKS_FOR = re.compile(
     r"""(?P<q>['"])(?P<word>(?:(?!(?P=q)).)+)(?P=q)\s+(?:not\s+)?in\b"""
-    r"""|\.(?:split|rsplit|startswith|endswith|replace)\(\s*(?P<p>['"])(?P<other>(?:(?!(?P=p)).)+)(?P=p)"""
+    r"""|(?:\.(?:r?split|r?partition|r?find|r?index|count|startswith|endswith|remove(?:pre|suf)fix|replace)"""
+    r"""|\|\s*replace)\(\s*(?P<p>['"])(?P<other>(?:(?!(?P=p)).)+)(?P=p)"""
 )
 """Where a template's source tests whether a word is in a text, or takes a text apart there."""
 
@@ -49,6 +50,9 @@ _TRIMS = {
 _LEARNT = {"system": "Qxsystem7", "user": "Qxasked{}7", "assistant": "Qxsaid{}7"}
 _CHECKED = {"system": "Be brief: 3 words.", "user": "What is no. {}?\n\n(of é, 東)", "assistant": "It's {}, a cube."}
 """Contents that are cut out, and others that what was cut is held against; ``{}`` is the turn's number."""
+
+SWITCHES = r"""(?:{% set \w+ = (?:true|false|none|\d+|"[^"%]*") %})*"""
+"""The lines of switches at a template's beginning, as :func:`chosen` writes them."""
 
 _TODAY = "Qxtoday7"
 _DATED = f"{{% macro strftime_now(form) %}}{_TODAY}{{% endmacro %}}"
@@ -155,6 +159,16 @@ class ChatForm:
             except DataError:
                 pass
             raise
+
+    def takes_parts(self) -> bool:
+        """Does the template refuse a content that is a text, and take a list of parts?"""
+        try:
+            render_chat(self.template, [{"role": "user", "content": _LEARNT["user"]}], self._names, prompt=True)
+        except TemplateTimeoutError:
+            raise
+        except DataError:
+            return True
+        return False
 
     def _cut(self, system: bool) -> Pieces:
         conversation = _conversation(_LEARNT, 2, system)

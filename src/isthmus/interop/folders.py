@@ -33,7 +33,7 @@ from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_blip2 import published_prompts, read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
 from isthmus.interop.hf_encoders import read_image_encoder_folder, read_text_encoder_folder
-from isthmus.interop.hf_files import RESAMPLE, further_stops, per_channel, template_named
+from isthmus.interop.hf_files import RESAMPLE, further_stops, per_channel
 from isthmus.interop.hf_idefics import TOKENS as IDEFICS_TOKENS
 from isthmus.interop.hf_idefics import read_idefics_folder
 from isthmus.interop.hf_language import read_language_folder
@@ -41,6 +41,7 @@ from isthmus.interop.hf_llava import llava_from_folder
 from isthmus.interop.hf_tokenizer import open_tokenizer
 from isthmus.interop.recognised_template import chat_template_of, places_pictures, recognise_template
 from isthmus.interop.special_ids import must_agree, must_agree_on_image, must_end_alike
+from isthmus.interop.written_template import template_named
 from isthmus.load_report import Account
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.models.clip import Clip

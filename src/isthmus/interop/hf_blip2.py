@@ -22,14 +22,9 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
 from isthmus.interop.export import Export, Source, shards
 from isthmus.interop.hf_blip2_config import config_from_hf, config_to_hf
-from isthmus.interop.hf_files import (
-    generation_config,
-    image_processor,
-    question_template,
-    tokenizer_files,
-    with_dtype,
-)
+from isthmus.interop.hf_files import generation_config, image_processor, tokenizer_files, with_dtype
 from isthmus.interop.hf_language import RENAMED, seq2seq_ties, with_image_token
+from isthmus.interop.written_template import blip2_template
 from isthmus.language import Seq2SeqLM, vocabulary_tables
 from isthmus.load_report import Account
 from isthmus.models.blip2 import Blip2, Blip2Config
@@ -277,8 +272,7 @@ def _prompted(model: Source[Blip2, Processor], losses: tuple[str, ...], shard_by
         ),
         "preprocessor_config.json": image_processor(processor.image),
         "processor_config.json": {"processor_class": owner, "num_query_tokens": config.qformer.queries},
-        CHAT_TEMPLATE: (processor.template and processor.tokenizer.chat_template)
-        or question_template(processor.question, clean=processor.clean),
+        CHAT_TEMPLATE: blip2_template(processor),
     }
     if config.instruct:
         beside = _bert_files(processor.others["qformer"], owner, config.qformer.positions)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from isthmus.checkpoint import read_json, state_tensors
-from isthmus.data.chat import OWN
 from isthmus.data.interleave import InterleaveProcessor
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
@@ -327,5 +326,5 @@ def idefics_export(model: Source[Flamingo, InterleaveProcessor], *, shard_bytes:
             "image_num_channels": 3,
         },
     }
-    losses = (template_loss,) if processor.template == OWN else ()
+    losses = (template_loss,) if processor.template != read else ()
     return Export(files=files, losses=losses, opens=f"transformers.{_WHO}.from_pretrained(FOLDER)")

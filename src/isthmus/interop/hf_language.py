@@ -15,13 +15,8 @@ from isthmus.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from isthmus.errors import CheckpointError, ConfigError
 from isthmus.interop.archives import read_state
 from isthmus.interop.export import AnySource, Export, Source, must, shards
-from isthmus.interop.hf_files import (
-    begun,
-    chat_template,
-    generation_config,
-    tokenizer_files,
-    with_dtype,
-)
+from isthmus.interop.hf_files import generation_config, tokenizer_files, with_dtype
+from isthmus.interop.written_template import begun, chat_template
 from isthmus.language import T5_LIKE, LanguageModel, LibraryLM, Seq2SeqLM, known_fields, vocabulary_tables
 from isthmus.load_report import Account
 from isthmus.models.lm import BareLM

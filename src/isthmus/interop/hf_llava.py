@@ -21,14 +21,7 @@ from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
 from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of, to_theirs
 from isthmus.interop.export import Export, Source, must, shards
-from isthmus.interop.hf_files import (
-    chat_template,
-    generation_config,
-    image_processor,
-    own_chat_template,
-    tokenizer_files,
-    with_dtype,
-)
+from isthmus.interop.hf_files import generation_config, image_processor, tokenizer_files, with_dtype
 from isthmus.interop.hf_language import IMAGE, match_keys, with_image_token
 from isthmus.interop.hf_towers import (
     vision_config_from_hf,
@@ -36,6 +29,7 @@ from isthmus.interop.hf_towers import (
     vision_from_hf,
     vision_to_hf,
 )
+from isthmus.interop.written_template import chat_template, own_chat_template
 from isthmus.language import LanguageModel, known_fields, library_config
 from isthmus.load_report import Account
 from isthmus.models.llava import Llava, LlavaConfig
@@ -348,4 +342,9 @@ def llava_export(model: Source[Llava, SpliceProcessor], *, shard_bytes: int) -> 
         },
         **({CHAT_TEMPLATE: template} if template else {}),
     }
-    return Export(files=files, opens=f"transformers.{_class_of(config)}.from_pretrained(FOLDER)")
+    notes = ("a message that shows a picture and says nothing is a turn there; here the picture stands alone",)
+    return Export(
+        files=files,
+        notes=notes if template and processor.template != "plain" else (),
+        opens=f"transformers.{_class_of(config)}.from_pretrained(FOLDER)",
+    )

@@ -14,8 +14,8 @@ from isthmus.data.record import Part, Record, Text
 from isthmus.data.text import TEMPLATES, Grammar, render
 from isthmus.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from isthmus.errors import CheckpointError
-from isthmus.interop.hf_files import template_named
 from isthmus.interop.hf_tokenizer import rendered
+from isthmus.interop.written_template import template_named
 
 _QUESTION, _ANSWER, _FURTHER = "Is it red?", "A cube.", "And this?"
 
