@@ -52,6 +52,11 @@ class MissingExtraError(IsthmusError):
     """An optional dependency is not installed."""
 
 
+def as_sentence(error: object) -> str:
+    """An error's text with a mark at its end, for more to follow."""
+    return text if (text := str(error)).endswith((".", "?", "!")) else f"{text}."
+
+
 def nearest(name: str, known: Iterable[str], *, many: int = 1) -> str:
     """``did you mean 'x'?`` for a misspelt name, or the list of what is known when nothing is near."""
     known = [str(k) for k in known]

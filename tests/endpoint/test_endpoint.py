@@ -94,6 +94,11 @@ def test_one_request_may_fail_many_in_a_row_stop(path):
         server.faults[:] = ["400"] * 9
         with pytest.raises(EndpointError, match="5 requests in a row"):
             send_all(endpoint(server, temperature=0.2), requests(9), replies, concurrency=1)
+    with (
+        Replies(path) as replies,
+        pytest.raises(EndpointError, match=r"running at that URL\? The same command goes on"),
+    ):
+        send_all(endpoint(server, temperature=0.2, retries=0), requests(9), replies, concurrency=1)
 
 
 def test_without_the_client_the_extra_is_named(monkeypatch):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import yaml
+from rich.console import Console
 
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, DataError, EndpointError
@@ -12,6 +13,7 @@ from isthmus.evaluation.judge import Judge, Pair, parse
 from isthmus.evaluation.judged import JudgedTask, score
 from isthmus.evaluation.rescore import compare, rescore
 from isthmus.evaluation.run import evaluate
+from isthmus.recipes.tables import score_table
 from tests.cli.test_cli import run
 from tests.data.helpers import file_of, png, text_of
 from tests.evaluation.fakes import Reader, facts_of, question
@@ -139,12 +141,46 @@ def test_judges_that_do_not_judge_are_found_out(tmp_path, reply, words):
     records = bench()
     records[0] = question(0, "ox", kind="conv", context="The picture shows an ox.")  # answers of several lengths
     with StandIn(reply) as server:
-        with pytest.raises(EndpointError, match=words):
+        with pytest.raises(EndpointError, match=words) as found:
             evaluate(Reader(), judged(server, records), tmp_path)
+        shown = re.search(r"It wrote, for instance: '(.+?)'\. Its scores", str(found.value))
+        assert there(shown)[1].replace("\\n", "\n") in {reply(body) for body in server.requests}
         assert len(server.requests) <= 2 * 4 * 3, "found out before the work is paid for"
         if words == "stands first":
             facts = facts_of(evaluate(Reader(), judged(server, records, sanity=False), tmp_path / "all").scores)
             assert facts["orders"]["first"] == facts["n"] == 4
+
+
+def test_an_endpoint_that_is_gone_keeps_what_was_judged_and_says_how_to_go_on(tmp_path):
+    """Four questions are judged, of the fifth no reply comes; the same call then asks about that one alone."""
+    records = [*bench(), question(4, "pig", kind="conv", context="The picture shows a pig.")]
+    patient = {"retries": 0}
+    with StandIn(fair) as server:
+        server.faults = [""] * 8 + ["500"] * 2
+        with pytest.raises(EndpointError, match=r"answered q4 with 500 .* is kept, and the same command goes on"):
+            evaluate(Reader(), judged(server, records, sanity=False, judge=patient), tmp_path)
+        assert len((tmp_path / "outputs.jsonl").read_text().splitlines()) == 4
+        asked = len(server.requests)
+        server.faults = []
+        facts = facts_of(evaluate(Reader(), judged(server, records, sanity=False, judge=patient), tmp_path).scores)
+        assert (facts["n"], len(server.requests) - asked) == (5, 2)
+    with pytest.raises(EndpointError, match=r"is a server running at that URL\? What was judged before is kept"):
+        evaluate(Reader(), judged(server, sanity=False, judge=patient), tmp_path / "none")
+    with StandIn(fair) as server:
+        server.faults = ["slow"] * 99
+        slow = judged(server, sanity=False, judge={"retries": 0, "timeout": 0.1})
+        with pytest.raises(EndpointError, match=r"took longer than 0.1 s .*\(--set task.judge.timeout"):
+            evaluate(Reader(), slow, tmp_path / "slow")
+
+
+def test_what_no_scores_could_be_read_of_is_told_with_where_to_look(tmp_path):
+    with StandIn(lambda body: "Both." if "a hen" in body["messages"][-1]["content"] else fair(body)) as server:
+        facts = facts_of(evaluate(Reader(), judged(server, sanity=False), tmp_path).scores)
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(score_table("bench", facts))
+    said = " ".join(shown.get().split())
+    assert "; 1 question excluded, of which no two scores could be read (outputs.jsonl)" in said
 
 
 def test_a_fair_judge_passes():
@@ -181,8 +217,10 @@ def test_a_prompt_of_ones_own(tmp_path):
 def test_what_a_judge_needs():
     with pytest.raises(ConfigError, match="--judge URL"):
         JudgedTask(name="t", records=bench(), judge={"url": "http://x"})
-    with pytest.raises(ConfigError, match="modle"):
+    with pytest.raises(ConfigError, match=r"judge: unknown option 'modle'; did you mean 'model'"):
         JudgedTask(name="t", records=bench(), judge={"url": "http://x", "model": "m", "modle": 1})
+    with pytest.raises(ConfigError, match=r"judge: timeout: .*float"):
+        JudgedTask(name="t", records=bench(), judge={"url": "http://x", "model": "m", "timeout": "soon"})
     with pytest.raises(DataError, match="no `context`"):
         JudgedTask(name="t", records=[question(0, "cat")], judge={"url": "http://x", "model": "m"}).describe()
     with pytest.raises(DataError, match="empty"):
@@ -229,9 +267,11 @@ def test_the_command_shows_relative_scores(story, tmp_path, monkeypatch, capsys)
     with StandIn(fair) as server:
         command = ["eval", story / "llava", "--data", tmp_path / "bench.yaml", "--judge", server.url]
         more = ["--judge-model", "writer", "--set", "task.decoding={max_new_tokens: 2}", "--out", tmp_path / "out"]
+        more += ["--set", "task.judge.max_tokens=77"]
         code, said, wrong = run(monkeypatch, capsys, *command, *more)
         assert (code, wrong) == (0, "")
         assert "relative" in said
+        assert {body["max_tokens"] for body in server.requests} == {77}
         asked = len(server.requests)
         code, _, _ = run(monkeypatch, capsys, *command, *more)
         assert (code, len(server.requests)) == (0, asked), "what was judged is not asked again"

@@ -63,7 +63,7 @@ def run(
     identity = " ".join([model_hash(folder) or model, *(f"{name}={value}" for name, value in own.items())])
     specs = _specs(model, loaded, task=task, data=data, train=train, options=options, code=given.get("code", ()))
     if judge:
-        specs[0].options["judge"] = dict(judge)
+        specs[0].options["judge"] = _judge(specs[0].options, judge)
     specs = shown_examples(specs, counts, select)
     name = f"hf-{Path(data).stem}" if data and model.startswith(_PEER) else Path(data).stem if data else "own"
     place = out if out is not None else _home(folder) / name
@@ -96,6 +96,13 @@ def run(
     if json_file is not None:
         facts = {r.task: r.scores.to_dict() for r in results}
         json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _judge(options: dict[str, object], named: Mapping[str, str]) -> dict[str, object]:
+    """The judge that is ``named``, and what ``--set task.judge.NAME=VALUE`` says of it besides, taken out of the task's
+    options."""
+    own = {name: options.pop(name) for name in list(options) if name.startswith("judge.")}
+    return {name.removeprefix("judge."): value for name, value in own.items()} | dict(named)
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def _request_all(o: Options, kinds: Sequence[str]) -> None:
         name, reason = next(iter(report.missing.items()))
         raise EndpointError(
             f"{len(report.missing)} requests got no answer, such as {name} ({reason}). The same command repeats "
-            "them again."
+            "them again; a slow endpoint wants more time (--timeout 600) or fewer at once (--concurrency 1)."
         )
 
 
@@ -223,8 +223,12 @@ def _report(o: Options, report: "Report", folder: Path | None) -> None:
         console.print(message, style="yellow", markup=False)
     place = f"{o.out}/images" if folder == Path("images") else folder
     images = f", image_folder: {place}" if place is not None else ""
-    recipe = f"In a recipe: {{kind: llava, file: {o.out}/instruct.json{images}}}"
-    console.print(recipe, highlight=False, markup=False, soft_wrap=True)
+    if report.rows:
+        recipe = f"In a recipe: {{kind: llava, file: {o.out}/instruct.json{images}}}"
+        console.print(recipe, highlight=False, markup=False, soft_wrap=True)
+    elif report.refused:
+        advice = "No reply passed the checks, so nothing is there to train on: try another model, or --attempts 3."
+        console.print(f"[yellow]{advice}[/]", soft_wrap=True)
     if o.json_file is not None:
         o.json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 

@@ -153,7 +153,8 @@ class Endpoint:
         except openai.RateLimitError as error:
             raise EndpointError(
                 f"{self.place} takes no more requests for now ({_detail(error)}), also after {self.retries} tries. The "
-                "same command goes on where this one stopped; fewer at once (--concurrency) may help."
+                "same command goes on where this one stopped; fewer at once may help (--concurrency, of a judge --set "
+                "task.judge.concurrency=1)."
             ) from None
         except openai.APIStatusError as error:
             raise ReplyError(f"request refused: {self.place} answered {request.name} with {_detail(error)}") from None
@@ -182,7 +183,7 @@ class Endpoint:
         if model and not model.startswith(self.model):
             raise EndpointError(
                 f"{self.place} got a request for the model {self.model!r} and answered as {model!r}. Nothing is kept "
-                "of another model's answers: name the one that is meant (--model)."
+                "of another model's answers: name the one that is meant (--model; of a judge --judge-model)."
             )
         usage = facts.get("usage") or {}
         return Reply(

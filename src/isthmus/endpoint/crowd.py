@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from isthmus.endpoint.client import Endpoint, Reply, Request
 from isthmus.endpoint.replies import Replies
-from isthmus.errors import ConfigError, EndpointError, ReplyError
+from isthmus.errors import ConfigError, EndpointError, ReplyError, as_sentence
 
 _PATIENCE = 5
 """Requests in a row without an answer before the endpoint is given up."""
@@ -170,8 +170,8 @@ class _Crowd:
                 self._in_a_row += 1
                 if self._in_a_row >= _PATIENCE:
                     raise EndpointError(
-                        f"{self._in_a_row} requests in a row got no answer; the last: {error}. The same command goes "
-                        "on where this one stopped."
+                        f"{self._in_a_row} requests in a row got no answer; the last: {as_sentence(error)} The same "
+                        "command goes on where this one stopped."
                     ) from None
             self._report()
 

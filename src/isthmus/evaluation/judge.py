@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from isthmus.endpoint import Endpoint, Request
-from isthmus.errors import ConfigError, EndpointError, nearest
+from isthmus.errors import ConfigError, EndpointError, ReplyError, as_sentence, nearest
 from isthmus.evaluation.outputs import ReviewFacts
 
 Scores = tuple[float, float]
@@ -144,9 +144,17 @@ class Judge:
         }
 
     def reviews(self, pairs: Sequence[Pair]) -> list[Review]:
-        """One per pair, in order, several at a time. Raises EndpointError and ReplyError as the endpoint does."""
+        """One per pair, in order, several at a time. Raises EndpointError as the endpoint does, and where it gives a
+        pair no answer."""
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(self._review, pairs))
+            try:
+                return list(pool.map(self._review, pairs))
+            except ReplyError as error:
+                raise EndpointError(
+                    f"{as_sentence(error)} What was judged before is kept, and the same command goes on there, with "
+                    "more time or fewer requests at once too (--set task.judge.timeout=600, --set "
+                    "task.judge.concurrency=1). A question that the judge always refuses must be left out of the data."
+                ) from None
 
     def _review(self, pair: Pair) -> Review:
         text = ""
@@ -183,10 +191,11 @@ class Judge:
         found = Counter(_verdict(a, b) for a, b in zip(both[::2], both[1::2], strict=True))
         if found["right"] * 2 <= len(pairs):
             fault = _fault(found, {review.scores for review in both}, len(pairs))
+            shown = next((review for review in both if review.scores is None), both[0]).text.strip()
             raise EndpointError(
                 f"The judge {self.model} {fault} of {len(pairs)} pairs of a right answer and one to another question. "
-                "Its scores would mean nothing: take another judge or prompt, or use it all the same with "
-                "--set task.sanity=false."
+                f"It wrote, for instance: {shown[:120]!r}. Its scores would mean nothing: take another judge or "
+                "prompt, or use it all the same with --set task.sanity=false."
             )
         return found
 

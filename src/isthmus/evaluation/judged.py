@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from isthmus.config import check_options
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.bootstrap import Array, Interval, Outcomes, intervals
 from isthmus.evaluation.controls import answers_of
@@ -53,10 +54,8 @@ class JudgedTask(StandardTask[JudgedRow]):
 
     @cached_property
     def _judge(self) -> Judge:
-        try:
-            return _made(Judge, self.judge)
-        except TypeError as error:
-            raise ConfigError(f"Task {self.name!r}: judge: {str(error).rpartition('__() ')[2]}") from None
+        check_options(Judge, self.judge, f"Task {self.name!r}: judge")
+        return _made(Judge, self.judge)
 
     def describe(self) -> dict[str, object]:
         return {
@@ -124,7 +123,7 @@ class JudgedTask(StandardTask[JudgedRow]):
 
 
 def _made(kind: Callable[..., Judge], options: Mapping[str, object]) -> Judge:
-    """Of what a user wrote. Raises TypeError for options that it does not take."""
+    """Of what a user wrote, which is checked."""
     return kind(**options)
 
 

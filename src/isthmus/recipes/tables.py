@@ -74,6 +74,9 @@ def _judged_table(name: str, facts: Mapping[str, object]) -> Table:
         out.add_row(escape(kind), *cells, style="bold" if kind == "all" else "")
     orders = ", ".join(f"{name} {count}" for name, count in _facts(facts["orders"]).items())
     out.caption = f"the winner when the order is turned: {orders}; {facts['retried']} reviews requested again"
+    if excluded := facts["excluded"]:
+        many = "questions" if excluded != 1 else "question"
+        out.caption += f"; {excluded} {many} excluded, of which no two scores could be read (outputs.jsonl)"
     return out
 
 

@@ -134,6 +134,7 @@ def test_the_command_with_an_endpoint(tmp_path, monkeypatch, capsys):
         code, said, _ = run(monkeypatch, capsys, *command, *prices)
         assert code == 0
         assert "9 samples (3 conversation, 3 detail, 3 reasoning)" in said
+        assert "In a recipe: {kind: llava" in said
         assert "9 replies, 900 tokens read, 180 written, cost 0.0013." in said
         again, _, _ = run(monkeypatch, capsys, *command, *prices)
         assert again == 0
@@ -147,6 +148,30 @@ def test_the_command_with_an_endpoint(tmp_path, monkeypatch, capsys):
     raw = source[0].images[0].source.read()
     assert isinstance(raw, bytes)
     assert raw.startswith(b"\x89PNG")
+
+
+def test_where_no_reply_passes_no_recipe_is_proposed(tmp_path, monkeypatch, capsys):
+    """As with a small model, whose every reply is prose."""
+    with StandIn(lambda body: "The picture is nice.") as server:
+        asked = ["--endpoint", server.url, "--model", "writer", "--scenes", 2, "--kind", "conversation"]
+        code, said, _ = run(monkeypatch, capsys, "data", "instruct", *asked, "--out", tmp_path / "data")
+    assert code == 0
+    assert "0 samples (nothing)" in said
+    assert "nothing is there to train on: try another model, or --attempts 3" in said
+    assert "In a recipe" not in said
+
+
+def test_an_endpoint_that_is_slow_is_told_with_what_to_do(tmp_path, monkeypatch, capsys):
+    with StandIn(author, faults=["slow"] * 9) as server:
+        asked = ["--endpoint", server.url, "--model", "writer", "--scenes", 2, "--kind", "detail", "--retries", 0]
+        code, _, said = run(
+            monkeypatch, capsys, "data", "instruct", *asked, "--timeout", 0.1, "--out", tmp_path / "data"
+        )
+    assert code == 2
+    assert "took longer than 0.1 s" in said
+    assert "The same command repeats them again; a slow endpoint wants more time (--timeout 600)" in " ".join(
+        said.split()
+    )
 
 
 @pytest.mark.parametrize(
