@@ -145,7 +145,10 @@ class Stage:
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ConfigError(f"{where}: warmup {self.warmup} must be a fraction below 1 or a whole number from 1 on.")
         if self.warmup_count > self.budget:
-            raise ConfigError(f"{where}: warmup {self.warmup} is longer than the budget of {self.budget}.")
+            raise ConfigError(
+                f"{where}: warmup {self.warmup:g} is longer than the budget of {self.budget}; make `warmup` smaller, "
+                "or a fraction of the steps, such as 0.05."
+            )
         _number(f"{where}: floor", self.floor, low=0.0, high=1.0)
         _number(f"{where}: eps", self.eps, low=0.0)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):

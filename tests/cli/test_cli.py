@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image as PilImage
+from typer.testing import CliRunner
 
-from isthmus.cli import _warn, main
+from isthmus.cli import _warn, app, main
 from isthmus.cli.evaluate import spec_of
 from isthmus.errors import ConfigError, IsthmusWarning
 from isthmus.opening import load
@@ -262,6 +264,26 @@ def test_every_option_and_command_is_explained(monkeypatch, capsys):
         code, said, _ = run(monkeypatch, capsys, *command.split(), "--help")
         assert code == 0
         assert Path(command).name.split()[-1] in said
+
+
+def test_no_help_cuts_a_name_at_a_terminal_of_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    commands = [
+        [name] for name in ("demo", "train", "show", "check", "eval", "compare", "score", "chat", "look", "serve")
+    ]
+    commands += [
+        ["batch"],
+        ["convert"],
+        ["verify"],
+        ["doctor"],
+        *(["data", n] for n in ("scenes", "instruct", "capfilt")),
+    ]
+    for words in [[], *commands]:
+        said = CliRunner().invoke(app, [*words, "--help"]).output
+        assert "--help" in said
+        assert re.findall(r"--[\w-]*…", said) == []
+        assert max(map(len, said.splitlines())) <= 80
 
 
 def test_score_official_files_then_again_and_in_pairs(monkeypatch, capsys, tmp_path):

@@ -94,7 +94,9 @@ def test_the_command_writes_both_and_says_what_it_cannot(tmp_path, capsys):
     assert [len(row) for row in facts["drop"]] == [2, 2]
     with PilImage.open(out / "covering.png") as covering:
         assert min(covering.size) >= 448
-    assert "attention and not proof" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "attention and not proof" in said
+    assert "red where covering makes the answer less likely" in said
     with pytest.raises(ConfigError, match="is not empty"):
         look.run(str(tmp_path / "llava"), QUESTION, file, out, **options)
     with pytest.raises(CapabilityError, match="neither gives attention maps nor scores"):

@@ -11,6 +11,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image as PilImage
 
+from isthmus.checkpoint import state_tensors
 from isthmus.data.attention import Attention
 from isthmus.data.images import ImageTransform
 from isthmus.serving.api import create_app
@@ -98,6 +99,8 @@ def test_runs_tell_parts_counts_and_scores(tmp_path):
         facts = client.get("/isthmus/runs").json()
     llava, clip = facts["models"]
     assert sum(llava["parts"].values()) == sum(p.numel() for p in some["llava"].net.parameters())
+    for name, told in (("llava", llava), ("clip", clip)):  # a head that is tied is there once, as `isthmus show` says
+        assert told["weight_bytes"] == sum(4 * tensor.numel() for tensor in state_tensors(some[name].net).values())
     torn, vqa = llava["scores"]
     assert torn["problem"] == "its scores.json cannot be read"
     assert (vqa["columns"], vqa["rows"]) == (["score", "value"], [["accuracy", "50.0"]])

@@ -83,8 +83,7 @@ def show(
     ranks: Annotated[int, typer.Option(min=2, help="Number of processes for --parallel.")] = 8,
     given: Loading,
 ) -> None:
-    """Parts, exact parameter counts, what each stage trains, tokens per image, memory; for a language model the
-    compute-optimal number of tokens."""
+    """Parts, exact parameter counts, what each stage trains, tokens per image, memory, compute-optimal tokens."""
     from isthmus.cli.show import run
 
     run(what, overrides or [], json_file, given, render=render, shared=None if parallel is None else (parallel, ranks))
@@ -253,7 +252,9 @@ def serve(
     rows: Annotated[int, typer.Option(min=1, max=256, help="Texts decoded together, per model.")] = 16,
     queue: Annotated[int, typer.Option(min=1, max=65536, help="Texts that may wait; beyond it clients get 429.")] = 64,
     deadline: Annotated[float, typer.Option(min=1, max=86400, help="Seconds that a request may take.")] = 120.0,
-    log_requests: Annotated[bool, typer.Option(help="A line per request: address, route, status.")] = False,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="A line per request: address, route, status.")
+    ] = False,
     pictures: Annotated[Path | None, typer.Option(help="Folder of pictures that the page may search.")] = None,
     browse: Annotated[bool, typer.Option("--browse", help="Open the page in a browser.")] = False,
     *,

@@ -70,9 +70,11 @@ def run(
             highlight=False,
             soft_wrap=True,
         )
+        legend = "covering.png: red where covering makes the answer less likely, blue where likelier"
+        console.print(legend, highlight=False, soft_wrap=True)
     else:
         why = "it scores no answers" if answer.strip() else "the answer is empty"
         console.print(f"No covering.png: {why}.", highlight=False)
     (out / "look.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    pictures = f"{len(words)} picture{'s' * (len(words) != 1)} of words, attention and not proof"
+    pictures = f"{len(words)} picture{'s' * (len(words) != 1)} of words (bright: attended to; attention and not proof)"
     console.print(f"{pictures}: {out}", markup=False, highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from fastapi.responses import Response
 from PIL import Image as PilImage
 from pydantic import Field
 
+from isthmus.checkpoint import state_tensors
 from isthmus.data.attention import Attention
 from isthmus.data.images import open_image
 from isthmus.data.mix import Source
@@ -193,7 +194,7 @@ def _model_facts(name: str, model: Model, place: Path | None) -> dict[str, objec
         "capabilities": list(model.capabilities),
         "shipped": place is not None and place.parent == FOLDER,
         "parts": parts_of(model.net),
-        "weight_bytes": sum(t.numel() * t.element_size() for t in model.net.state_dict().values()),
+        "weight_bytes": sum(t.numel() * t.element_size() for t in state_tensors(model.net).values()),
         "visual_tokens": "" if visual_tokens(model.net) is None else visual_tokens_text(model.net),
         "stages": [] if place is None else training(place),
         "scores": [] if place is None else scores(place),
