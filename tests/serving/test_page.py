@@ -143,7 +143,7 @@ def test_an_answer_with_a_region_covered_stands_below_the_one_without(opened):
     assert len({box["x"] for box in boxes}) == 3
 
 
-def test_a_question_that_goes_on_shows_where_the_earlier_picture_was_looked_at(opened):
+def test_a_question_that_goes_on_has_its_map_on_the_earlier_picture(opened):
     page = opened()
     pick(page, "llava")
     give(page)
