@@ -1,6 +1,7 @@
 """The side-by-side benchmark in small sizes: both sides must agree before anything is timed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,3 +62,14 @@ def test_sides_that_differ_are_not_timed(monkeypatch, tmp_path):
         bench.main()
     assert bench.equal([[1, 2], [3]], [[1, 2], [4]]) == "1 of 2 texts are equal"
     assert bench.equal([1.0], [1.0, 2.0]) == "1 against 2 results"
+
+
+def test_in_bf16_losses_and_scores_are_near_and_texts_are_free():
+    half = replace(TINY, dtype=torch.bfloat16)
+    for name in ("llava2", "blip2", "rank32", "blip2_gen", "llava2"):  # the nets are float32 again when they train
+        ours, theirs = ROWS[name].make(half, 2)
+        assert bench.equal(ours(), theirs(), half.dtype) is None
+    whole = [side() for side in ROWS["llava2"].make(TINY, 2)]
+    assert all(0 < abs(side() - loss) < 0.1 for side, loss in zip((ours, theirs), whole, strict=True))
+    assert bench.equal([1.0], [1.1], half.dtype) == "they differ by 9.1e-02"
+    assert bench.equal([[1, 2]], [[1, 3]], half.dtype) is None

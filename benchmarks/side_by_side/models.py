@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -35,7 +36,7 @@ from isthmus.nn.vit import VisionConfig
 
 @dataclass(frozen=True, eq=False)
 class Sizes:
-    """``published`` are those of the table; ``tiny`` ones try whether a row runs at all."""
+    """Those of the table, or tiny ones that try whether a row runs at all; and the precision of both sides."""
 
     side: int
     patch: int
@@ -45,6 +46,12 @@ class Sizes:
     opt_rows: int
     qformer: dict[str, Any]
     resampler: dict[str, Any]
+    dtype: torch.dtype = torch.float32
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """What forward passes of training run in, on both sides."""
+        half = self.dtype != torch.float32
+        return torch.autocast("cpu", self.dtype, cache_enabled=False) if half else nullcontext()
 
 
 PUBLISHED = Sizes(
@@ -97,7 +104,7 @@ def clip(sizes: Sizes) -> Model:
     torch.manual_seed(0)
     config = ClipConfig.vit_b_32()
     text = replace(config.text, eot_id=tokenizer().eos_id)
-    if sizes is TINY:
+    if sizes.side == TINY.side:
         text = TextConfig(context=40, vocab_size=400, width=64, layers=2, heads=1, mlp_width=256, eot_id=text.eot_id)
         config = replace(config, vision=_vision(sizes), embed_dim=24)
     net = Clip(replace(config, text=text))

@@ -46,12 +46,12 @@ def clip_beside_open_clip(sizes: Sizes, rows: int) -> tuple[Any, Any]:
     ids[:, : own.shape[1]] = own.where(batch.text["text"].mask, 0)
     pixels, contrast = pixels_of(batch)[:, 0], ClipLoss()
     for net in (model.net, theirs):
-        net.train().requires_grad_(True)
+        net.float().train().requires_grad_(True)
 
     def loss() -> torch.Tensor:
         return contrast(theirs.encode_image(pixels, True), theirs.encode_text(ids, True), theirs.logit_scale.exp())
 
-    return own_step(model.net, batch), step(theirs, loss)
+    return own_step(model.net, batch, sizes), step(theirs, loss, sizes)
 
 
 class _Visual(nn.Module):
@@ -102,8 +102,8 @@ def flamingo_beside_open_flamingo(sizes: Sizes, rows: int, *, cached: bool) -> t
     apply_stage(model.net, tuple(Group(p, lr=1.0) for p in ("connector.*", "xattn.*", "language.new_rows.*")))
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad_(any(part in name for part in ("perceiver", "gated_cross_attn", "embed_tokens")))
-    model.net.train()
-    theirs.train()
+    model.net.float().train()
+    theirs.float().train()
     examples = [model.processor.example(record, 0) for record in interleaved_records(rows, sizes.side)]
     text = collate(examples).text["lm"]
     pixels = pixels_of(collate(examples)).unflatten(0, (rows, -1))  # (B, pictures, frames, 3, H, W)
@@ -115,7 +115,7 @@ def flamingo_beside_open_flamingo(sizes: Sizes, rows: int, *, cached: bool) -> t
     def loss() -> torch.Tensor:
         return theirs(pixels, text.ids, attention_mask=text.mask.long(), labels=text.labels).loss
 
-    return own_step(model.net, batch), step(theirs, loss)
+    return own_step(model.net, batch, sizes), step(theirs, loss, sizes)
 
 
 flamingo_cached = partial(flamingo_beside_open_flamingo, cached=True)

@@ -83,10 +83,10 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
 
 
-def rates(size: int = 1024, repeats: int = 5) -> dict[str, float]:
-    """What this machine does in a second with the threads it was given: GFLOP of fp32 products of ``size``³, and GB
-    (read and written) of copies of 256 MiB. The best of ``repeats``."""
-    one, other = torch.randn(size, size), torch.randn(size, size)
+def rates(dtype: torch.dtype = torch.float32, size: int = 1024, repeats: int = 5) -> dict[str, float]:
+    """What this machine does in a second with the threads it was given: GFLOP of products of ``size``³ in ``dtype``,
+    and GB (read and written) of copies of 256 MiB. The best of ``repeats``."""
+    one, other = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
     source = torch.randn(64 * 2**20)
     target = torch.empty_like(source)
     product = min(_seconds(lambda: one @ other) for _ in range(repeats))

@@ -71,9 +71,18 @@ def _joined(both: Beside, examples: Sequence[Example], *, labels: bool = True) -
     return found
 
 
-def _wider(value: Tensor, width: int) -> Tensor:
-    """(1, width, …), zeros behind."""
-    return torch.cat([value, value.new_zeros(1, width - value.shape[1], *value.shape[2:])], dim=1)
+def _answering(both: Beside, sizes: Sizes) -> None:
+    """Both sides in the precision to answer in. Buffers of the peer (rotary frequencies) stay what they are, as where
+    transformers opens a folder with a dtype."""
+    both.ours.cast(sizes.dtype).net.eval()
+    both.theirs.eval()
+    for parameter in both.theirs.parameters():
+        parameter.data = parameter.data.to(sizes.dtype)
+
+
+def _cast(given: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+    """Pictures in the precision of a net that was cast; ids stay."""
+    return {name: value.to(sizes.dtype) if value.is_floating_point() else value for name, value in given.items()}
 
 
 def _opened(net: Any, theirs: Any, ours: Sequence[str], names: Sequence[str]) -> None:
@@ -81,12 +90,12 @@ def _opened(net: Any, theirs: Any, ours: Sequence[str], names: Sequence[str]) ->
     apply_stage(net, tuple(Group(pattern, lr=1.0) for pattern in ours))
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad_(any(part in name for part in names))
-    net.train()
-    theirs.train()
+    net.float().train()
+    theirs.float().train()
 
 
 def _steps(
-    both: Beside, examples: Sequence[Example], *, cached: bool = False, own_loss: bool = True
+    both: Beside, examples: Sequence[Example], sizes: Sizes, *, cached: bool = False, own_loss: bool = True
 ) -> tuple[Side, Side]:
     """Loss and gradients of one batch on both sides; answers with the mean loss. Without ``own_loss`` the peer's is
     taken of its logits: IDEFICS's class counts its vocabulary without the tokens that were added."""
@@ -102,7 +111,7 @@ def _steps(
         found = theirs(**given, use_cache=False)
         return found.loss if own_loss else _next_token_loss(found.logits, labels)
 
-    return own_step(net, batch), step(theirs, loss)
+    return own_step(net, batch, sizes), step(theirs, loss, sizes)
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -120,7 +129,7 @@ def _clip(sizes: Sizes, rows: int) -> tuple[Side, Side]:
     own = [text_ids(*towers, example)[0] for example in examples]
     ids = torch.nn.utils.rnn.pad_sequence(own, batch_first=True)
     for net in (model.net, theirs):
-        net.requires_grad_(True)
+        net.float().requires_grad_(True)
 
     def loss() -> Tensor:
         return theirs(
@@ -130,7 +139,7 @@ def _clip(sizes: Sizes, rows: int) -> tuple[Side, Side]:
             return_loss=True,
         ).loss
 
-    return own_step(model.net, batch), step(theirs, loss)
+    return own_step(model.net, batch, sizes), step(theirs, loss, sizes)
 
 
 def _llava_train(stage: int, cached: bool) -> Callable[[Sizes, int], tuple[Side, Side]]:
@@ -145,7 +154,7 @@ def _llava_train(stage: int, cached: bool) -> Callable[[Sizes, int], tuple[Side,
         if stage == 2:
             opened = (["connector.*", "language.*"], ["multi_modal_projector", "language_model", "lm_head"])
         _opened(both.ours.net, both.theirs, *opened)
-        return _steps(both, [both.ours.processor.example(r, 0) for r in records], cached=cached)
+        return _steps(both, [both.ours.processor.example(r, 0) for r in records], sizes, cached=cached)
 
     return make
 
@@ -155,7 +164,7 @@ def _blip2_train(cached: bool) -> Callable[[Sizes, int], tuple[Side, Side]]:
         both = beside(blip2, sizes)
         records = [_record(str(n), picture(n, sizes.side), answer=LONG) for n in range(rows * 4)]
         _opened(both.ours.net, both.theirs, ["connector.*"], ["qformer", "language_projection", "query_tokens"])
-        return _steps(both, [both.ours.processor.example(r, 0) for r in records], cached=cached)
+        return _steps(both, [both.ours.processor.example(r, 0) for r in records], sizes, cached=cached)
 
     return make
 
@@ -169,7 +178,7 @@ def _idefics_train(sizes: Sizes, rows: int) -> tuple[Side, Side]:
         ["connector.*", "xattn.*", "language.new_rows.*"],
         ["perceiver", "gated_cross_attn", "additional"],
     )
-    return _steps(both, [both.ours.processor.example(r, 0) for r in records], own_loss=False)
+    return _steps(both, [both.ours.processor.example(r, 0) for r in records], sizes, own_loss=False)
 
 
 def _writes(make_model: Callable[[Sizes], Any], new: int, *, pictures: int = 1) -> Callable[[Sizes, int], Any]:
@@ -185,8 +194,8 @@ def _writes(make_model: Callable[[Sizes], Any], new: int, *, pictures: int = 1) 
         ends = getattr(model.net.config, "new_ids", ())
         barred = tuple(sorted({*stops, *ends}))
         decoding = Decoding(max_new_tokens=new, forbidden_ids=barred)
-        for net in (model.net, theirs):
-            net.eval()
+        _answering(both, sizes)
+        given = _cast(given, sizes)
         if ends:
             model.net.language.settled = lambda decoding, prompt: decoding
 
@@ -217,8 +226,7 @@ def _rank(sizes: Sizes, rows: int) -> tuple[Side, Side]:
     shown, question = picture(0, sizes.side), "what is it?"
     words = ["red", "blue", "cube", "rings", "left", "two", "large", "small"]
     candidates = [f"{a} {b}" for a in words for b in words][: 8 * rows]
-    for net in (model.net, theirs):
-        net.eval()
+    _answering(both, sizes)
     examples = [scored(model.processor, _record(c, shown, question, answer=c), c) for c in candidates]
 
     def ours() -> list[float]:
@@ -227,7 +235,7 @@ def _rank(sizes: Sizes, rows: int) -> tuple[Side, Side]:
     def peers() -> list[float]:
         found = []
         for example in examples:
-            given = _joined(both, [example])
+            given = _cast(_joined(both, [example]), sizes)
             labels = given.pop("labels")[0]
             with torch.inference_mode():
                 told = theirs(**given).logits[0, :-1].log_softmax(-1)
@@ -241,7 +249,7 @@ def _rank(sizes: Sizes, rows: int) -> tuple[Side, Side]:
 def _shots(sizes: Sizes, rows: int) -> tuple[Side, Side]:
     both = beside(idefics, sizes)
     model = both.ours
-    model.net.eval()
+    _answering(both, sizes)
     before: list[Any] = []
     for n in range(8):
         before += [picture(n, sizes.side), "what is it?", Text(LONG, role="assistant")]

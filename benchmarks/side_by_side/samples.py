@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.side_by_side.models import picture
+from benchmarks.side_by_side.models import Sizes, picture
 from torch import Tensor
 
 from isthmus.batch import Batch
@@ -47,23 +47,24 @@ def with_features(net: Any, example: Example) -> Example:
     return replace(example, pixels=tuple(lambda image, features=features: features for features in made))
 
 
-def step(net: Any, loss: Callable[[], Tensor]) -> Callable[[], float]:
+def step(net: Any, loss: Callable[[], Tensor], sizes: Sizes) -> Callable[[], float]:
     """One side of a training row: loss and gradients; answers with the loss."""
 
     def run() -> float:
         net.zero_grad()
-        found = loss()
+        with sizes.autocast():
+            found = loss()
         found.backward()
         return float(found.detach())
 
     return run
 
 
-def own_step(net: Any, batch: Batch) -> Callable[[], float]:
+def own_step(net: Any, batch: Batch, sizes: Sizes) -> Callable[[], float]:
     """The same of one of our nets, whose loss has one term."""
 
     def mean() -> Tensor:
         (term,) = net.loss(batch).values()
         return term.total / term.count
 
-    return step(net, mean)
+    return step(net, mean, sizes)
