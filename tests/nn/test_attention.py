@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from isthmus.errors import ConfigError
+from isthmus.nn import attention
 from isthmus.nn.attention import Attention, attend, cast_once
 from tests.narrow import there
 
@@ -106,6 +107,55 @@ def test_under_autocast_on_a_cpu_attention_is_computed_in_float32(monkeypatch, h
         y = attend(q.bfloat16() if half else q, k.bfloat16(), v.bfloat16(), mask=None)
     assert seen == {(torch.float32, False)}
     assert y.dtype == (torch.bfloat16 if half else torch.float32)
+
+
+@pytest.mark.parametrize("quicker", [True, False])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_cast_model_that_only_answers_attends_in_the_quicker_precision(monkeypatch, quicker, gradient):
+    """Writing in bf16 took longer than transformers' loop: every step cast all the keys and values read before."""
+    seen, asked, kernel = set(), [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, **named):
+        seen.update(x.dtype for x in (q, k, v))
+        return kernel(q, k, v, **named)
+
+    def told(dtype, *, single):
+        asked.append((dtype, single))
+        return quicker
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(attention, "half_is_quicker", told)
+    q, k, v = (torch.randn(1, 2, n, 4).bfloat16().requires_grad_(gradient) for n in (1, 3, 3))
+    assert attend(q, k, v, mask=None).dtype == torch.bfloat16
+    assert seen == {torch.bfloat16 if quicker and not gradient else torch.float32}
+    assert asked == ([] if gradient else [(torch.bfloat16, True)])
+    with torch.no_grad():
+        attend(k, k, v, mask=None)
+    assert asked[-1] == (torch.bfloat16, False)
+    asked.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        attend(q, k, v, mask=None)  # a pass with a gradient may follow, and must find the same
+    assert not asked
+
+
+def test_which_precision_attends_quicker_is_timed_once_a_machine(monkeypatch):
+    took = iter([3.0, 1.0])
+
+    def timed(runs):
+        for run in runs.values():
+            run()
+        return {name: next(took) for name in runs}
+
+    monkeypatch.setattr(attention, "measure", timed)
+    attention.half_is_quicker.cache_clear()
+    assert not attention.half_is_quicker(torch.bfloat16, single=True)
+    monkeypatch.setattr(attention, "measure", None)  # kept in the cache folder
+    attention.half_is_quicker.cache_clear()
+    assert not attention.half_is_quicker(torch.bfloat16, single=True)
+    took = iter([1.0, 3.0])
+    monkeypatch.setattr(attention, "measure", timed)
+    assert attention.half_is_quicker(torch.bfloat16, single=False)
+    attention.half_is_quicker.cache_clear()
 
 
 def test_what_several_projections_read_is_cast_once():

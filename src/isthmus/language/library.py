@@ -15,11 +15,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from isthmus.errors import ConfigError, DataError, nearest
-from isthmus.nn.attention import full_precision
+from isthmus.nn.attention import kernel_precision
 from isthmus.products import small_products
 
 SDPA = "isthmus_sdpa"
-"""The library's SDPA with its half precision on a CPU computed in float32, as :func:`isthmus.nn.attention.attend`."""
+"""The library's SDPA, on a CPU in the precision of :func:`isthmus.nn.attention.kernel_precision`."""
 
 LibraryConfig = Mapping[str, Any]
 """A configuration of the library's, by its own fields: ``{"model_type": "llama", ...}``."""
@@ -60,7 +60,7 @@ class LibraryLM(nn.Module):
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
 ) -> tuple[Tensor, None]:
-    with full_precision(query) as cast, small_products() as backward_too:
+    with kernel_precision(query, key, value) as cast, small_products() as backward_too:
         mask = cast(mask) if mask is not None and mask.is_floating_point() else mask
         y, weights = sdpa_attention_forward(module, cast(query), cast(key), cast(value), mask, **rest)
         backward_too(y)

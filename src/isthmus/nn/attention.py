@@ -3,8 +3,11 @@
 Legend: B batch, T query tokens, S key tokens, D width, H heads.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from isthmus.errors import ConfigError
+from isthmus.measured import measure, processor, recall, remember
 from isthmus.products import small_products
 
 
@@ -151,11 +155,9 @@ def attend(
 
     ``dropout`` is the share of attention weights set to zero (the rest is scaled up).
 
-    The kernel is PyTorch's SDPA. On a CPU it computes half precision in float32: the half-precision kernel takes 1.2 to
-    3.3 times as long. Plain products are up to twice as quick by themselves, but never in full training steps (torch
-    2.13, AMX bf16; benchmarks/attention.py, docs/notes/2026-12-trainings.md).
+    The kernel is PyTorch's SDPA, on a CPU in the precision of :func:`kernel_precision`.
     """
-    with full_precision(q) as cast, small_products() as backward_too:
+    with kernel_precision(q, k, v) as cast, small_products() as backward_too:
         y = F.scaled_dot_product_attention(
             cast(q), cast(k), cast(v), attn_mask=mask, is_causal=causal, dropout_p=dropout
         )
@@ -173,14 +175,50 @@ def cast_once(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def full_precision(q: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Inside, attention on ``q`` may run in float32 where that is the faster way; yields how to cast its tensors.
+def kernel_precision(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Inside, attention on these may run in another precision where that is the faster way; yields how to cast its
+    tensors.
 
-    Under autocast this holds for full-precision tensors, too: rotary positions turn half-precision queries into those,
-    and autocast would turn them back.
+    On a CPU half precision trains in float32: forward and backward the half-precision kernel takes 1.3 to 5.3 times as
+    long. Plain products are up to twice as quick by themselves, but never in full training steps (torch 2.13, AMX bf16;
+    benchmarks/attention.py, docs/notes/2026-12-trainings.md). A model that was cast and only answers goes the quicker
+    way of this machine (:func:`half_is_quicker`).
+
+    Under autocast float32 holds for full-precision tensors, too: rotary positions turn half-precision queries into
+    those, and autocast would turn them back; and for passes without a gradient, since a later one with it must find the
+    same (checkpoints, cached gradients).
     """
-    if q.device.type != "cpu" or not (q.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu")):
+    half, autocast = q.dtype in (torch.bfloat16, torch.float16), torch.is_autocast_enabled("cpu")
+    if q.device.type != "cpu" or not (half or autocast):
         yield lambda x: x
+        return
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if not (autocast or learns) and half_is_quicker(q.dtype, single=q.shape[2] == 1):
+        yield lambda x: x.to(q.dtype)
         return
     with torch.autocast("cpu", enabled=False):
         yield Tensor.float
+
+
+@cache
+def half_is_quicker(dtype: torch.dtype, *, single: bool) -> bool:
+    """Whether this CPU's kernel of ``dtype`` answers sooner than float32's with the casts, for a ``single`` query over
+    many keys (writing) or as many as keys (reading). Timed once a machine and kept beside the choice of precision."""
+    names = ("half", "full")
+    facts = [processor(), torch.__version__, torch.get_num_threads(), str(dtype), "attention", single]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    seconds = recall(key, names)
+    if seconds is None:
+        draw = torch.Generator().manual_seed(0)
+        rows, keys = (4, 384) if single else (2, 256)
+        q, k, v = (torch.randn(rows, 8, n, 64, generator=draw).to(dtype) for n in (1 if single else keys, keys, keys))
+        runs = {
+            "half": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=not single),
+            "full": lambda: F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=not single).to(
+                dtype
+            ),
+        }
+        with torch.inference_mode():
+            seconds = measure(runs)
+        remember(key, seconds)
+    return seconds["half"] < seconds["full"]
