@@ -136,6 +136,14 @@ def test_a_cast_model_that_only_answers_attends_in_the_quicker_precision(monkeyp
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         attend(q, k, v, mask=None)  # a pass with a gradient may follow, and must find the same
     assert not asked
+    seen.clear()
+    for half in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16), attention.frozen():
+            y = attend(q if half else q.float(), k, v, mask=None)
+        assert y.dtype == (torch.bfloat16 if half else torch.float32)
+    assert asked == [(torch.bfloat16, True)] * 2
+    assert seen == {torch.bfloat16 if quicker else torch.float32}
+    assert torch.is_grad_enabled()
 
 
 def test_which_precision_attends_quicker_is_timed_once_a_machine(monkeypatch):

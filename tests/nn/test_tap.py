@@ -5,6 +5,7 @@ import torch
 
 from isthmus.batch import Visuals
 from isthmus.errors import ConfigError, DataError
+from isthmus.nn import attention
 from isthmus.nn.tap import Tap
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 
@@ -31,6 +32,19 @@ def test_layers_are_joined_on_channels_and_the_class_token_is_kept_or_not() -> N
 @pytest.mark.parametrize("opened", [False, True])
 def test_a_gradient_flows_only_through_an_opened_encoder(opened: bool) -> None:
     assert Tap(vision=VISION, layers=(-1,)).features(encoder(opened=opened), PIXELS).requires_grad == opened
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_frozen_encoder_attends_in_the_quicker_precision_while_others_train(monkeypatch, opened: bool) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(attention, "half_is_quicker", lambda dtype, *, single: asked.append(single) or True)
+    tap = Tap(vision=VISION, layers=(-1,))
+    whole = tap.features(encoder(opened=opened), PIXELS)
+    assert not asked  # in full precision nothing is asked
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = tap.features(encoder(opened=opened), PIXELS)
+    assert asked == ([] if opened else [False] * VISION.layers)
+    torch.testing.assert_close(half.float(), whole, atol=0.05, rtol=0.05)
 
 
 def test_cached_features_are_refused_where_they_do_not_fit() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -174,6 +175,20 @@ def cast_once(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device_type)) if cast else x
 
 
+_FROZEN: ContextVar[bool] = ContextVar("frozen", default=False)
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """Inside there is no gradient, nor will there be one in a later pass over the same."""
+    before = _FROZEN.set(True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _FROZEN.reset(before)
+
+
 @contextmanager
 def kernel_precision(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
     """Inside, attention on these may run in another precision where that is the faster way; yields how to cast its
@@ -181,20 +196,21 @@ def kernel_precision(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Callable[[Tens
 
     On a CPU half precision trains in float32: forward and backward the half-precision kernel takes 1.3 to 5.3 times as
     long. Plain products are up to twice as quick by themselves, but never in full training steps (torch 2.13, AMX bf16;
-    benchmarks/attention.py, docs/notes/2026-12-trainings.md). A model that was cast and only answers goes the quicker
-    way of this machine (:func:`half_is_quicker`).
+    benchmarks/attention.py, docs/notes/2026-12-trainings.md). What only answers goes the quicker way of this machine
+    (:func:`half_is_quicker`): a model that was cast, and under autocast what is :func:`frozen`.
 
     Under autocast float32 holds for full-precision tensors, too: rotary positions turn half-precision queries into
-    those, and autocast would turn them back; and for passes without a gradient, since a later one with it must find the
-    same (checkpoints, cached gradients).
+    those, and autocast would turn them back; and for other passes without a gradient, since a later one with it must
+    find the same (checkpoints, cached gradients).
     """
     half, autocast = q.dtype in (torch.bfloat16, torch.float16), torch.is_autocast_enabled("cpu")
     if q.device.type != "cpu" or not (half or autocast):
         yield lambda x: x
         return
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if not (autocast or learns) and half_is_quicker(q.dtype, single=q.shape[2] == 1):
-        yield lambda x: x.to(q.dtype)
+    answers = _FROZEN.get() or not (autocast or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))))
+    dtype = q.dtype if half else torch.get_autocast_dtype("cpu")
+    if answers and half_is_quicker(dtype, single=q.shape[2] == 1):
+        yield lambda x: x.to(dtype)
         return
     with torch.autocast("cpu", enabled=False):
         yield Tensor.float

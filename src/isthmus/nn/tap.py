@@ -15,6 +15,7 @@ from torch import Tensor
 
 from isthmus.batch import Visuals
 from isthmus.errors import ConfigError, DataError
+from isthmus.nn.attention import frozen
 from isthmus.nn.patch_positions import add_patch_positions
 from isthmus.nn.vit import Interpolation, VisionConfig, VisionTransformer
 
@@ -65,7 +66,7 @@ class Tap:
 
         Without gradient unless a stage has opened a parameter of the encoder.
         """
-        with nullcontext() if trains(encoder) else torch.no_grad():
+        with nullcontext() if trains(encoder) else frozen():
             states = encoder(
                 pixels.flatten(0, 1), layers=self.layers, interpolate=self.interpolate, pooled=False
             ).layers
