@@ -18,7 +18,7 @@ ROUNDS = 5
 """Rounds at least; no more where the answer is clear."""
 
 
-def measure(work: Mapping[str, Callable[[], None]], timer: Timer = time.perf_counter) -> dict[str, float]:
+def measure(work: Mapping[str, Callable[[], object]], timer: Timer = time.perf_counter) -> dict[str, float]:
     """Seconds: the quickest of several rounds of each, in turns, so that what else runs meets all of them; the first
     round warms up."""
     for run in work.values():
