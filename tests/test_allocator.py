@@ -72,3 +72,45 @@ def test_the_bound_follows_the_machine_and_the_user(monkeypatch):
 
 def test_sizes_are_plausible():
     assert 2**24 < allocator.resident_bytes() < allocator.usable_bytes()
+
+
+@pytest.mark.parametrize(
+    ("offered", "said", "wanted"),
+    [
+        ("always [madvise] never\n", None, "1"),
+        ("always [madvise] never\n", "0", "0"),
+        ("[always] madvise never\n", None, None),
+        ("always madvise [never]\n", None, None),
+        (None, None, None),
+    ],
+)
+def test_large_pages_are_asked_for_where_linux_gives_them_for_the_asking(monkeypatch, tmp_path, offered, said, wanted):
+    file = tmp_path / "enabled"
+    if offered is not None:
+        file.write_text(offered)
+    monkeypatch.setattr(allocator, "_LARGE_PAGES", file)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", said or "")  # put back afterwards
+    if said is None:
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    assert allocator.ask_for_large_pages() is (wanted == "1")
+    assert os.environ.get("THP_MEM_ALLOC_ENABLE") == wanted
+
+
+LARGE = """
+import torch
+from pathlib import Path
+from isthmus import allocator
+assert allocator.ask_for_large_pages()
+kept = torch.ones(64 * 2**18)
+lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("AnonHugePages")))
+"""
+
+
+def test_torch_asks_for_large_pages_when_told_before_its_first_tensor(monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # as it may be already; taken back afterwards
+    if not allocator.ask_for_large_pages():
+        pytest.skip("Linux gives large pages unasked here, or not at all.")
+    environment = {**os.environ, "PYTHONPATH": str(Path(isthmus.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) >= 32 * 1024  # KiB, of 64 MiB

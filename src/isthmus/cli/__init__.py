@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
-from isthmus.allocator import keep_freed_memory
+from isthmus.allocator import ask_for_large_pages, keep_freed_memory
 from isthmus.cli.app import app
 from isthmus.errors import IsthmusError, IsthmusWarning
 from isthmus.lifeline import end_with_parent
@@ -24,6 +24,7 @@ _RESUME = (["demo"], ["train"], ["eval"], ["compare"], ["batch"])
 def main() -> None:
     """Run the program; an error a user can mend is one paragraph and exit code 2, never a traceback."""
     keep_freed_memory()
+    ask_for_large_pages()
     end_with_parent()
     with warnings.catch_warnings():
         warnings.showwarning = partial(_warn, warnings.showwarning)
