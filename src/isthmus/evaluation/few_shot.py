@@ -20,9 +20,10 @@ from torch.nn.functional import normalize
 from isthmus.data.record import Image, Part, Record, Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation.caption_task import CaptionTask
+from isthmus.evaluation.embedding import embed
 from isthmus.evaluation.outputs import R
 from isthmus.evaluation.protocols import Answers, HasVisionFeatures, Records, Sample, Weighs
-from isthmus.evaluation.tasks import Scores, Task, fingerprint
+from isthmus.evaluation.tasks import Scores, Task, fingerprint, listed
 from isthmus.evaluation.turns import last_turn
 
 POOL = 2048
@@ -68,17 +69,19 @@ class Support:
         elif features is None or not record.images:
             chosen = random.Random(f"{self.seed}/{record.id}").sample(usable, shots)
         else:
-            near = self._vectors(features)[usable] @ normalize(features(record.images[-1:]).float(), dim=-1)[0]
+            near = self.encode(features)[usable] @ normalize(features(record.images[-1:]).float(), dim=-1)[0]
             best = near.topk(shots).indices.tolist() if shots else []
             chosen = [usable[i] for i in reversed(best)]
         return [self.records[i] for i in chosen]
 
-    def _vectors(self, features: Features) -> Tensor:
+    def encode(self, features: Features, *, chunk: int = 256) -> Tensor:
+        """The pool's (N, D) vectors of length one, made once: by all processes together, where there are several."""
         if self._features is None:
             pictures = [record.images[-1:] for record in self.records]
             if not all(pictures):
                 raise DataError("RICES compares pictures, and a support sample has none; use random selection.")
-            self._features = normalize(features([p for (p,) in pictures]).float(), dim=-1)
+            found = embed(features, [p for (p,) in pictures], what="support pictures", chunk=chunk)
+            self._features = normalize(found, dim=-1)
         return self._features
 
 
@@ -210,13 +213,22 @@ class FewShotTask(Task[R]):
     def prompts(self) -> Iterable[Sample]:
         return self.task.prompts()
 
+    def prepare(self, model: Answers, *, chunk: int) -> None:
+        self.task.prepare(model, chunk=chunk)
+        features = self._features(model)
+        if features is not None and self.shots and any(r.images for r in listed(self.task.records)):
+            self.pool.encode(features, chunk=chunk)
+
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[R]]:
-        features = None
-        if self.select == "rices":
-            if not isinstance(model, HasVisionFeatures):
-                raise CapabilityError("RICES needs a model that can give vision_features; take select: random.")
-            features = model.vision_features
-        return self.task.rows(_Shown(self, model, features), done, chunk=chunk)
+        return self.task.rows(_Shown(self, model, self._features(model)), done, chunk=chunk)
+
+    def _features(self, model: Answers) -> Features | None:
+        """What RICES compares pictures by, where that chooses the shots."""
+        if self.select != "rices":
+            return None
+        if not isinstance(model, HasVisionFeatures):
+            raise CapabilityError("RICES needs a model that can give vision_features; take select: random.")
+        return model.vision_features
 
     def score(self, rows: Sequence[R]) -> Scores:
         return self.task.score(rows)

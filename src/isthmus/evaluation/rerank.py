@@ -23,8 +23,11 @@ from isthmus.evaluation.protocols import MatchesPairs
 from isthmus.evaluation.retrieval import RetrievalScores
 from isthmus.evaluation.tasks import RetrievalTask, seed_of
 from isthmus.nn.losses import similarity
+from isthmus.processes import all_of, apart, rank, world_size
 
 OTHERS = -100.0
+_PAIRS, _PICTURES = 256, 128
+"""Pairs and pictures that a Model reads at a time."""
 P = TypeVar("P")
 P_contra = TypeVar("P_contra", contravariant=True)
 
@@ -141,12 +144,31 @@ def two_step(
     of_texts = torch.zeros_like(first, dtype=torch.bool)
     of_texts.scatter_(0, first.topk(min(k, first.shape[0]), dim=0).indices, True)
     pairs = torch.nonzero(of_images | of_texts)
-    logits = model.match_logits(images, texts, pairs).float().cpu()
-    if len(logits) != len(pairs) or not bool(logits.isfinite().all()):
-        raise CapabilityError("The model's matching logits are not one finite number per pair; it cannot be ranked.")
+    logits = _logits(model, images, texts, pairs)
     both = torch.full_like(first, OTHERS)
     both[pairs[:, 0], pairs[:, 1]] = first[pairs[:, 0], pairs[:, 1]] + logits
     return both.masked_fill(~of_images, OTHERS), both.masked_fill(~of_texts, OTHERS)
+
+
+def _logits(model: MatchLogits[P], images: Sequence[P], texts: Sequence[str], pairs: Tensor) -> Tensor:
+    """(n,) logits of ``pairs`` (n, 2), which are in the order of their pictures. Each process takes a run of them, and
+    the pictures of these, both cut where a Model's batches begin: these are then those of one process."""
+    run = -(-len(pairs) // (_PAIRS * world_size())) * _PAIRS
+    mine = pairs[rank() * run :][:run]
+
+    def own() -> Tensor:
+        if not len(mine):
+            return torch.zeros(0)
+        begin, end = int(mine[0, 0]) // _PICTURES * _PICTURES, -(-(int(mine[-1, 0]) + 1) // _PICTURES) * _PICTURES
+        with apart():
+            logits = model.match_logits(images[begin:end], texts, mine - torch.tensor([begin, 0])).float().cpu()
+        if len(logits) != len(mine) or not bool(logits.isfinite().all()):
+            raise CapabilityError(
+                "The model's matching logits are not one finite number per pair; it cannot be ranked."
+            )
+        return logits
+
+    return torch.cat(all_of(own))
 
 
 def _firsts(ranks: Sequence[int]) -> int:

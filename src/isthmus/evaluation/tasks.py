@@ -37,6 +37,7 @@ from isthmus.evaluation.protocols import (
 )
 from isthmus.evaluation.turns import Turn, captions_of, kind_of, last_turn, prompt
 from isthmus.nn.losses import Similarity
+from isthmus.processes import world_size
 
 C = TypeVar("C", bound=ClassRow)
 CLOSE = 1e-4
@@ -57,12 +58,14 @@ class Task(ABC, Generic[R]):
     the rest has defaults. ``Task[MyRow]``, a TypedDict, says what its rows hold.
 
     ``kind`` names the scoring rule, ``version`` is raised with every change that can move a score, ``needs`` is the
-    protocol of models that can do it, ``decoding`` how the model generates.
+    protocol of models that can do it, ``decoding`` how the model generates. Several processes share the items, each
+    making rows of its own; with ``together`` all make all rows and share what :func:`.embedding.embed` encodes.
     """
 
     kind: ClassVar[str] = "own"
     version: ClassVar[int | None] = None
     needs: ClassVar[type] = Answers
+    together: ClassVar[bool] = False
     name: str
     records: Records[Sample]
     seed: int
@@ -81,6 +84,9 @@ class Task(ABC, Generic[R]):
     def prompts(self) -> Iterable[Sample]:
         """The records as the model gets them, for the manifest; nothing where it gets none."""
         return ()
+
+    def prepare(self, model: Any, *, chunk: int) -> None:
+        """What rows of any item need, made before the first one, by all processes together; as a rule nothing."""
 
     @abstractmethod
     def rows(self, model: Any, done: Collection[str], *, chunk: int) -> Iterator[list[R]]:
@@ -287,6 +293,7 @@ class RetrievalTask(StandardTask[RankRow]):
     kind: ClassVar[str] = "retrieval"
     version: ClassVar[int] = 3
     needs: ClassVar[type] = Embeds
+    together: ClassVar[bool] = True
 
     name: str
     records: Records[Sample]
@@ -354,6 +361,7 @@ class _Classified(StandardTask[C]):
     """Records of one picture each, with their class in ``meta["class"]``."""
 
     version: ClassVar[int] = 1
+    together: ClassVar[bool] = True
 
     name: str
     records: Records[Sample]
@@ -425,21 +433,27 @@ class ZeroShotTask(_Classified[ClassRow]):
         truths = self._places(self.records, self._names)
         vectors = zero_shot.class_vectors(model, self._names, self.templates, metric=self.similarity)
         todo = [i for i, name in enumerate(self.ids) if name not in done]
-        for start in range(0, len(todo), chunk):
-            places = todo[start : start + chunk]
+        for start in range(0, len(todo), chunk * world_size()):
+            places = todo[start : start + chunk * world_size()]
             pictures = [_picture(self.records[i], self.name) for i in places]
-            images = embed(model.embed_images, pictures, what="pictures")
-            order, rank = zero_shot.classify(images, vectors, truths[places], metric=self.similarity)
-            yield [
-                {
-                    "id": self.ids[i],
-                    "truth": self._names[int(truths[i])],
-                    "answers": [self._names[c] for c in best[:5]],
-                    "rank": r,
-                    "correct": r == 0,
-                }
-                for i, best, r in zip(places, order.tolist(), rank.tolist(), strict=True)
-            ]
+            images = embed(model.embed_images, pictures, what="pictures", chunk=chunk)
+            for n in range(0, len(places), chunk):
+                yield self._rows(places[n : n + chunk], images[n : n + chunk], vectors, truths)
+
+    def _rows(
+        self, places: Sequence[int], images: torch.Tensor, vectors: torch.Tensor, truths: torch.Tensor
+    ) -> list[ClassRow]:
+        order, rank = zero_shot.classify(images, vectors, truths[places], metric=self.similarity)
+        return [
+            {
+                "id": self.ids[i],
+                "truth": self._names[int(truths[i])],
+                "answers": [self._names[c] for c in best[:5]],
+                "rank": r,
+                "correct": r == 0,
+            }
+            for i, best, r in zip(places, order.tolist(), rank.tolist(), strict=True)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
