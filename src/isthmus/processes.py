@@ -1,4 +1,4 @@
-"""The processes of one training, as ``torchrun`` or ``srun`` starts them: each reads its share of the rows.
+"""The processes of one command, as ``torchrun`` or ``srun`` starts them: each reads its share of the rows.
 
     join()              # does nothing in a process that is alone
     all_gather(value)   # everybody's value, in order of rank
@@ -207,7 +207,7 @@ def _in_vain(late: bool) -> str:
     else:
         said += f" ended, so process {number} cannot go on: look for what that one said."
     last = [f" Process {n} was last seen at {what}." for n, what in missing.items() if what]
-    return f"{said}{''.join(last)} The same command goes on at the last checkpoint."
+    return f"{said}{''.join(last)} The same command goes on at what was saved last."
 
 
 def _missing() -> dict[int, str]:

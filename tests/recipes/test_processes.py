@@ -167,7 +167,11 @@ def command(folder):
     found = tree("clip")
     found["stages"][0] |= {"steps": 40, "save_every": 10}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(found), encoding="utf-8")
-    words = [sys.executable, "-m", "isthmus", "train", "--processes", "2", "recipe.yaml", "--out", "run"]
+    return program(folder, "train", "--processes", "2", "recipe.yaml", "--out", "run")
+
+
+def program(folder, *words):
+    words = [sys.executable, "-m", "isthmus", *map(str, words)]
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK")}
     return subprocess.Popen(
         words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -205,6 +209,69 @@ def test_the_command_speaks_once_and_survives_a_lost_process(tmp_path):
     assert again.returncode == 0, said
     assert told.count("The clip model is in run") == 1
     assert [line["step"] for line in log_of(metrics)] == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_an_evaluation_in_two_processes_is_one_command_with_one_voice(story, tmp_path):
+    seen = {}
+    for number in (1, 2):
+        running = program(tmp_path, "eval", story / "clip", "--processes", number, "--out", f"of-{number}")
+        told, said = running.communicate(timeout=300)
+        assert (running.returncode, said) == (0, "")
+        seen[number] = told.replace(f"of-{number}", "out")
+    assert seen[1] == seen[2]
+    for file in ("manifest.json", "outputs.jsonl", "scores.json"):
+        assert (tmp_path / "of-2/retrieval" / file).read_text() == (tmp_path / "of-1/retrieval" / file).read_text()
+    running = program(tmp_path, "eval", story / "clip", "--processes", "2", "--task", "retreival")
+    told, said = running.communicate(timeout=300)
+    assert running.returncode == 2
+    assert " ".join(said.split()).count("has no task 'retreival' of its own") == 1
+    assert said.count("isthmus:") == 1
+
+
+SLEEPS = """
+import os, time
+from dataclasses import dataclass
+from pathlib import Path
+from isthmus.evaluation.tasks import Task
+
+@dataclass(frozen=True, kw_only=True)
+class Sleeps(Task):
+    name: str
+    records: object
+    seed: int = 0
+    who: int = 0
+
+    def rows(self, model, done, *, chunk):
+        Path(f"begun-{os.environ['RANK']}").touch()
+        if int(os.environ["RANK"]) == self.who:
+            time.sleep(600)
+        yield [{"id": name} for name in self.ids if name not in done]
+
+    def score(self, rows):
+        raise AssertionError("came to an end")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes below /proc, on Linux alone")
+@pytest.mark.parametrize("who", [0, 1])
+def test_an_interrupt_stops_an_evaluation_whichever_process_waits(story, tmp_path, who):
+    (tmp_path / "mine.py").write_text(SLEEPS)
+    (tmp_path / "data.yaml").write_text("{kind: scenes, form: questions, count: 4}")
+    words = ["--task", "mine.py:Sleeps", "--data", "data.yaml", "--set", f"task.who={who}", "--processes", "2"]
+    running = program(tmp_path, "eval", story / "llava", *words)
+    while len(list(tmp_path.glob("begun-*"))) < 2:
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.1)
+    time.sleep(1)  # the one that does not sleep waits for the other's rows
+    own = children(running.pid)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=25)
+    assert running.returncode == 130
+    assert said == "isthmus: Interrupted. The same command goes on where this one stopped.\n"
+    assert sorted(own) == [0, 1]
+    assert not any(Path(f"/proc/{number}").exists() for number in own.values())
 
 
 def test_processes_of_the_own_torchrun_are_not_started_again(monkeypatch):

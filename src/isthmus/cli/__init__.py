@@ -16,6 +16,8 @@ from isthmus.lifeline import end_with_parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Of a process that is gone torch's C++ would print stack traces beside our sentence; read when torch is imported.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 EXIT_USER, EXIT_INTERRUPTED = 2, 130
 _RESUME = (["demo"], ["train"], ["eval"], ["compare"], ["batch"])

@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 
 from isthmus.cli.app_data import app as data_app
-from isthmus.cli.options import OF_ANY_MODEL, SCORING, Json, Loading, Overrides, Scoring, opens_a_model, takes, written
+from isthmus.cli.options import (
+    OF_ANY_MODEL,
+    SCORING,
+    Json,
+    Loading,
+    Overrides,
+    Scoring,
+    as_words,
+    opens_a_model,
+    takes,
+    written,
+)
 
 app = typer.Typer(
     name="isthmus",
@@ -115,6 +126,7 @@ def evaluate(
     rescore: Annotated[Path | None, typer.Option(help="Score this folder's outputs again, without a model.")] = None,
     against: Annotated[Path | None, typer.Option(help="With --rescore: the folder to compare it with, paired.")] = None,
     json_file: Json = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the items, as by torchrun.")] = 1,
     *,
     scoring: Scoring,
     given: Loading,
@@ -131,10 +143,22 @@ def evaluate(
             options=scoring.pop("options", []),
             seed=scoring.pop("seed", 0),
             code=given.pop("code", []),
-            given=written([*scoring, *(n for n, value in judged.items() if value is not None), *given]),
+            given=written(
+                [
+                    *scoring,
+                    *(n for n, value in judged.items() if value is not None),
+                    *given,
+                    *(["processes"] if processes > 1 else []),
+                ]
+            ),
             json_file=json_file,
         )
         return
+    if processes > 1:
+        from isthmus.cli.several import Ended, start
+
+        options = {**scoring, **judged, **given, "json": json_file}
+        raise Ended(start(["eval", model, *map(str, more_shots or []), *as_words(options)], processes))
     who = {"url": judge, "model": judge_model, "prompt": str(judge_prompt) if judge_prompt else None}
     who = {field: value for field, value in who.items() if value is not None}
     run(model, **scoring, more_shots=more_shots or [], json_file=json_file, given=given, judge=who)

@@ -41,8 +41,8 @@ def run(
     seed: int = 0,
     judge: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Print a table per task; outputs, manifest and scores go into ``out``. Processes that torchrun started share the
-    items, and the first one writes and prints. ``given``: further arguments of
+    """Print a table per task; outputs, manifest and scores go into ``out``. Processes that torchrun or ``--processes``
+    started share the items, and the first one writes and prints. ``given``: further arguments of
     :func:`isthmus.load`, which belong to the model's identity. ``judge``: who scores open answers, by the fields of
     :class:`isthmus.evaluation.judge.Judge`."""
     from isthmus.interop.hub import located, model_hash

@@ -123,3 +123,12 @@ opens_a_model = takes(LOADING, "given")
 def written(options: Iterable[str]) -> list[str]:
     """Names of options as a user writes them."""
     return ["--set" if name == "options" else f"--{name}".replace("_", "-") for name in options]
+
+
+def as_words(options: Mapping[str, object]) -> list[str]:
+    """Options with their values as a user writes them, but for those that are none: a list's once for each value."""
+    words: list[str] = []
+    for name, value in zip(written(options), options.values(), strict=True):
+        for one in value if isinstance(value, list) else [value]:
+            words += [name] if one is True else [] if one is None else [f"{name}={one}"]
+    return words

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
+import torch
+
 from isthmus.errors import ConfigError
 from isthmus.lifeline import PARENT
 from isthmus.processes import STOPS, LostError, usable_cores
@@ -27,10 +29,17 @@ def start(words: Sequence[str], processes: int) -> int:
     """Run ``isthmus`` with these words in so many processes that share the cores; the exit code.
 
     The first process speaks; what another one says is shown where the first only lost it. Signals are passed on, and
-    no process is left over. Raises ConfigError inside a torchrun of the user's own.
+    no process is left over. Raises ConfigError inside a torchrun of the user's own, and for more processes than GPUs
+    where there are some.
     """
     if "WORLD_SIZE" in os.environ:
         raise ConfigError("--processes is for a command started by itself; here torchrun says how many processes run.")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < gpus < processes:
+        raise ConfigError(
+            f"--processes {processes}: each process takes a GPU of its own, and torch sees {gpus}. Start no more than "
+            "there are, or hide them (CUDA_VISIBLE_DEVICES=) to compute on the CPU."
+        )
     with socket.socket() as meeting:
         meeting.bind(("127.0.0.1", 0))
         port = meeting.getsockname()[1]

@@ -1,6 +1,5 @@
 """``isthmus train``: run a recipe and say what came out and what to do next."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,8 +24,6 @@ def run(
         stops = [] if stop_at is None else ["--stop-at", str(stop_at)]
         words = ["train", recipe, *overrides, *placed, *stops, *(["--tensorboard"] if tensorboard else [])]
         raise Ended(start(words, processes))
-    # Of a process that is gone torch's C++ would print stack traces beside our sentence; read when torch is imported.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from isthmus.processes import first
     from isthmus.recipes.run import train
     from isthmus.recipes.scoring import own_tasks
