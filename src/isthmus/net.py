@@ -13,6 +13,7 @@ from isthmus.batch import CAUSAL, Batch, Term, Tokens
 from isthmus.errors import CapabilityError
 from isthmus.nn.precision import cast_weights
 from isthmus.nn.tap import Tap
+from isthmus.nn.vit import VisionTransformer
 from isthmus.stage import StagedNet
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from isthmus.language import Decoding, Language, Prompt, Read
     from isthmus.nn.losses import Similarity
-    from isthmus.nn.vit import VisionTransformer
 
 
 class _Compares(Protocol):
@@ -38,7 +38,7 @@ class Net(StagedNet):
     CONFIG: "ClassVar[type[DataclassInstance]]"
     """The class of its configuration, a frozen dataclass."""
     config: "DataclassInstance"
-    vision: "VisionTransformer"
+    vision: VisionTransformer
     language: "Language"
     contrasts: bool = False
     """Whether its loss needs the rows of all processes at once."""
@@ -113,6 +113,15 @@ class Net(StagedNet):
         """R: visual tokens of a visual of that many pixels; 0 of a net that has none."""
         del height, width, frames
         return 0
+
+    def embedded_tokens(self, height: int, width: int) -> int:
+        """What a picture of that many pixels counts as where it becomes vectors: the connector's visual tokens, or the
+        rows of the encoder (patches, class token) in a net without one; 0 of a net that reads none."""
+        vision = self.part("vision")
+        if (made := self.num_tokens(height, width)) or not isinstance(vision, VisionTransformer):
+            return made
+        rows, columns = vision.grid(height, width)
+        return rows * columns + vision.config.class_token
 
     def visual_features(self, pixels: Tensor) -> Tensor:
         """(n, F, 3, H, W) normalised pixels -> (n, F, P, Dv): what the connector reads, and a feature cache holds."""

@@ -4,7 +4,7 @@ import io
 import struct
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from isthmus.data.images import (
     ImageLimits,
     ImageTransform,
     MadeImage,
+    Mode,
     TarImage,
     as_image,
     image_size,
@@ -130,6 +131,15 @@ def test_pad_canvas_follows_the_recipe(size, offset):
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.sampled_from(["square", "pad", "squash"]))
 def test_every_size_gives_a_square(width, height, side, mode):
     assert ImageTransform(size=side, mode=mode)(noise(width, height)).shape == (3, side, side)
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_the_shape_is_that_of_the_pixels(mode):
+    own = {"patch": 8} if mode == "aspect" else {"pinpoints": ((32, 64),)} if mode == "anyres" else {}
+    transform = ImageTransform(size=32, mode=mode, **own)
+    for width, height in ((40, 23), (23, 40), (90, 20), (32, 32)):
+        picture = PilImage.new("RGB", (width, height))
+        assert transform.shape(height, width) == tuple(transform(picture).shape[-2:])
 
 
 def test_transform_round_trip_and_errors():

@@ -63,6 +63,16 @@ def asked(text: str = "how many red things are there?", *pictures: int) -> list[
     return [{"role": "user", "content": [*(shown(n) for n in pictures), {"type": "text", "text": text}]}]
 
 
+def figures(served) -> dict[str, float]:
+    """The server's own figures, by name and labels."""
+    lines = served.get("/metrics").raw.decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def figure(served, name: str) -> float:
+    return figures(served).get(name, 0.0)
+
+
 def until(what: Callable[[], Any], seconds: float = 10.0) -> None:
     """Waits until ``what`` is true. Raises AssertionError when it is not within ``seconds``."""
     ends = time.monotonic() + seconds

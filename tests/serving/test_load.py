@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.serving.limits import Limits
-from tests.serving.helpers import Served, asked, encoded, models, on_port, picture, shown, until
+from tests.serving.helpers import Served, asked, encoded, figure, figures, models, on_port, picture, shown, until
 from tests.serving.test_pictures import ask as ask_with
 
 CHAT = "/v1/chat/completions"
@@ -116,16 +116,6 @@ def resident(process: int) -> int:
     """Bytes of memory that a process holds."""
     gc.collect()
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def figures(served) -> dict[str, float]:
-    """The server's own figures, by name and labels."""
-    lines = served.get("/metrics").raw.decode().splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
-
-
-def figure(served, name: str) -> float:
-    return figures(served).get(name, 0.0)
 
 
 def idle(served) -> bool:

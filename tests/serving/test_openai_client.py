@@ -3,7 +3,7 @@
 import openai
 import pytest
 
-from tests.serving.helpers import asked, models, picture, shown
+from tests.serving.helpers import asked, figure, models, picture, shown
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,47 @@ def test_vectors_are_those_of_the_model(client):
     assert many.data[0].embedding == pytest.approx(
         models()["matcher"].embed_images([picture(1)])[0].flatten().tolist(), abs=1e-6
     )
+
+
+def test_vectors_and_scores_count_what_was_read(served):
+    """A text as its tower reads it, a picture by the encoder's patches or the connector's queries, once in ``usage``
+    and once in the server's own figures."""
+
+    def read(path, body):
+        name = f'isthmus_tokens_total{{kind="read",model="{body["model"]}"}}'
+        before = figure(served, name)
+        answer = served.post(path, body).json
+        return answer.get("usage", {}).get("prompt_tokens"), figure(served, name) - before
+
+    clip, matcher = models()["clip"], models()["matcher"]
+    patches = (clip.net.image_size // clip.net.vision.config.patch_size) ** 2 + 1
+    queries = matcher.embed_images([picture(1)]).shape[1]
+    text = len(clip.processor.text_example("a red cube").streams["text"].ids)
+    asked_in = len(matcher.processor.text_example("a red cube").streams["qformer"].ids)
+    assert text > len(clip.processor.tokenizer.encode("a red cube"))
+    long, context = "red " * 500, clip.processor.text_example("red " * 500).length
+    labels = {"labels": ["cube", "ring"], "templates": ["a {}.", "{} here"]}
+    prompts = sum(clip.processor.text_example(t).length for t in ("a cube.", "cube here", "a ring.", "ring here"))
+    candidates = {"candidates": ["a red cube", "b"]}
+    for path, body, count in [
+        ("embeddings", {"model": "clip", "input": "a red cube"}, text),
+        ("embeddings", {"model": "clip", "input": [shown(1)]}, patches),
+        (
+            "embeddings",
+            {"model": "clip", "input": ["a red cube", shown(1), shown(2), long]},
+            text + 2 * patches + context,
+        ),
+        ("embeddings", {"model": "matcher", "input": [shown(1), "a red cube"]}, queries + asked_in),
+        ("score", {"model": "clip", "input": [shown(1)], **candidates}, patches),
+        ("score", {"model": "matcher", "input": [shown(1)], **candidates}, queries),
+        ("score", {"model": "matcher", "input": [shown(1)], "measure": "similarity", **candidates}, queries),
+    ]:
+        assert read(f"/v1/{path}", body) == (count, count), (path, body["model"])
+    usage, counted = read(
+        "/v1/score", {"model": "llava", "input": [shown(1), {"type": "text", "text": "what?"}], **candidates}
+    )
+    assert usage == counted > models()["llava"].net.num_tokens(32, 32)
+    assert read("/v1/classify", {"model": "clip", "input": [shown(1)], **labels}) == (None, patches + prompts)
 
 
 def test_models_are_listed_with_what_they_can(client):

@@ -395,6 +395,13 @@ class ImageTransform:
         overview = image.resize((self.size, self.size), filter_)
         return [overview, *(sheet.crop((x, y, x + self.size, y + self.size)) for x, y in corners)]
 
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of what the model sees of a picture of that size (``anyres``: of one view)."""
+        if self.mode != "aspect":
+            return self.size, self.size
+        across, down = self._multiple_of_patches(width, height)
+        return down, across
+
     def fit(self, image: PilImage.Image, where: str = "the picture") -> PilImage.Image:
         """The size x size picture the model sees (``aspect``: of any shape; not for ``anyres``), unnormalised.
 

@@ -104,7 +104,7 @@ def _texts(
             how = decoding(body, tokens, choice, room)
             words = Words(model.processor.tokenizer, stops(body), strip=strip)
             texts.append(Written(hearing.ticket, number * choices + choice, example, how, words, top))
-        server.metrics.tokens.labels(body.model, "read").inc(example.length)
+        server.count_read(body.model, example.length)
     return texts
 
 

@@ -60,6 +60,10 @@ class Server:
             raise bad_request("model_cannot", "This model cannot do that; /v1/models lists what each can.", "model")
         return found
 
+    def count_read(self, model: str, tokens: int) -> None:
+        """Note tokens that a model has read, as ``usage`` counts them."""
+        self.metrics.tokens.labels(model, "read").inc(tokens)
+
     async def prepared(self, function: Callable[[], T]) -> T:
         """What a function returns that decodes or tokenises, away from the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.preparers, function)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from fastapi import APIRouter, Request
 from torch import Tensor
 
-from isthmus.data.record import Image, Part, Record
+from isthmus.data.images import image_size
+from isthmus.data.record import Image, Part, Record, Text
 from isthmus.model import Model
 from isthmus.serving import schema
 from isthmus.serving.errors import ApiError, bad_request
@@ -35,8 +36,8 @@ async def embeddings(body: schema.EmbeddingRequest, request: Request) -> dict[st
             if needed not in model.capabilities and any(isinstance(p, Image) == (what == "pictures") for p in parts):
                 raise bad_request("model_cannot", f"This model gives no vectors of {what}.", "input")
         vectors = await hearing.call(_vectors(model, parts))
-        read = _read(model, parts)
-        server.metrics.tokens.labels(body.model, "read").inc(read)
+        read = await server.prepared(lambda: _embedded_tokens(model, parts))
+        server.count_read(body.model, read)
         return {
             "object": "list",
             "model": body.model,
@@ -81,8 +82,10 @@ async def score(body: schema.ScoreRequest, request: Request) -> dict[str, object
         if measure == "likelihood":
             scores = await hearing.call(_likelihoods(model, parts, candidates))
             read = await server.prepared(lambda: _prompt_tokens(model, parts))
-        else:  # a picture alone: there is no prompt
-            scores, read = await hearing.call(fits(model, _one_picture(parts), candidates, measure)), 0
+        else:
+            scores = await hearing.call(fits(model, _one_picture(parts), candidates, measure))
+            read = await server.prepared(lambda: _embedded_tokens(model, parts))
+        server.count_read(body.model, read)
         return {
             "object": "list",
             "model": body.model,
@@ -133,6 +136,8 @@ async def classify(body: schema.ClassifyRequest, request: Request) -> dict[str, 
         image, labels = _one_picture(parts), [checked(label) for label in body.labels]
         templates = [checked(template) for template in body.templates]
         found = await hearing.call(_classes(model, image, labels, templates))
+        prompts = [Text(t.replace("{}", label)) for label in labels for t in templates]
+        server.count_read(body.model, await server.prepared(lambda: _embedded_tokens(model, [image, *prompts])))
         probs = [found[label] for label in labels]
         best = max(range(len(labels)), key=probs.__getitem__)
         one = {"index": 0, "label": labels[best], "probs": probs, "num_classes": len(labels)}
@@ -149,6 +154,13 @@ def _one_picture(parts: Sequence[Part]) -> Image:
     raise ApiError(400, "one_picture", "The input must be one picture and nothing else.", "input")
 
 
-def _read(model: Model, parts: Sequence[Part]) -> int:
-    """Tokens of texts that become vectors; a picture that does is read by no language model."""
-    return sum(len(model.processor.tokenizer.encode(str(p.text))) for p in parts if not isinstance(p, Image))
+def _embedded_tokens(model: Model, parts: Sequence[Part]) -> int:
+    """Tokens of what becomes vectors: of a text as its processor lays it out, start and end among them and cut where
+    that cuts it, of a picture as its net counts them."""
+    read, transform = 0, model.processor.image
+    for part in parts:
+        if not isinstance(part, Image):
+            read += model.processor.text_example(str(part.text)).length
+        elif transform is not None:
+            read += model.net.embedded_tokens(*transform.shape(*image_size(part.source)))
+    return read
