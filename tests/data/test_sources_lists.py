@@ -1,4 +1,5 @@
-"""Lists in one cell, delimiters that a name does not promise, names with backslashes, fields that are not read."""
+"""Lists in one cell, delimiters that a name does not promise, names with backslashes, fields that are not read, options
+of lists of questions."""
 
 import json
 from typing import Any
@@ -194,3 +195,30 @@ def test_names_that_repeat(folder):
     with pytest.warns(IsthmusWarning, match=r"1 keys \('1' the first\) name 2 or fewer samples each"):
         source = opened(folder, styles, **side)
     assert [source[n].texts[0].text for n in range(3)] == [("one", "two"), ("one", "two"), "x"]
+
+
+TALK = [{"from": who, "value": f"{who} {n}"} for n in range(3) for who in ("human", "gpt")]
+SHORT, LONG = {"id": "short", "conversations": TALK[:2]}, {"id": "long", "conversations": TALK}
+LIST = {"id": "list", "questions": [["a?", "b"]] * 3}
+
+
+def talks(folder, *rows, **options):
+    return opened(folder, json.dumps(rows), "a.json", **options)
+
+
+@pytest.mark.parametrize(
+    ("own", "option"), [({"turns": "single"}, "turns: single"), ({"max_turns": 2}, "max_turns: 2")]
+)
+def test_an_option_that_divides_no_conversation_is_refused(folder, own, option):
+    said = f"{option} makes several records of a list .* 1 samples .'a/long' the first. are conversations of more"
+    with pytest.raises(ConfigError, match=said):
+        talks(folder, SHORT, LONG, **own)
+    assert len(talks(folder, SHORT, SHORT, **own)) == 2  # they are as short as they should be
+    with pytest.warns(IsthmusWarning, match=f"{said}, which stay one record each"):
+        found = talks(folder, SHORT, LONG, LIST, **own)
+    assert [found[n].id for n in range(3)] == ["a/short", "a/long", "a/list#0"]
+    assert len(found) == 2 + (2 if "max_turns" in own else 3)
+
+
+def test_a_conversation_beside_questions_is_one_record(folder):
+    assert len(talks(folder, LIST | SHORT, turns="single")) == 1

@@ -78,7 +78,7 @@ class Form:
     Args:
         fields: our field name -> the file's (for ``caption`` also several).
         turns: of a list of questions make one conversation (``all``) or one record each (``single``).
-        max_turns: longest conversation; a longer list makes several.
+        max_turns: longest conversation; a longer list makes several. A row that is a conversation stays one.
         matching: of a list of questions keep those in which this regular expression finds something.
         suffix: put on a line of its own after each question.
         instruction: a question before a caption or label, which then becomes an answer.
@@ -141,11 +141,32 @@ class Form:
 
     def count(self, row: Row) -> int:
         """Number of records the row makes; one that will be found bad counts."""
-        questions = unpacked(self.value(row, "questions"), "questions")
-        if not isinstance(questions, list) or not questions:
+        questions = self._listed(row)
+        if not questions:
             return 1
         kept = len(self._kept(questions))
         return min(kept, 1) if self.step is None else -(-kept // self.step)
+
+    def _listed(self, row: Row) -> list[object]:
+        """The list of questions that the row is, else nothing."""
+        questions = unpacked(self.value(row, "questions"), "questions") if self.form_of(row) == "questions" else None
+        return questions if isinstance(questions, list) else []
+
+    def undivided(self, row: Row) -> bool | None:
+        """Of a list of questions False, of a conversation of more questions than records should have True: it stays one
+        record. None of any other row."""
+        form = self.form_of(row)
+        if form == "questions":
+            return False
+        if self.step is None or form not in ("conversations", "messages"):
+            return None
+        parts = conversation(unpacked(self.value(row, form), form), row.images)
+        return True if sum(p.role == "assistant" for p in parts) > self.step else None
+
+    @property
+    def divides(self) -> str:
+        """The option that makes several records of a list of questions, as a user writes it."""
+        return "turns: single" if self.turns == "single" else f"max_turns: {self.max_turns}"
 
     def _kept(self, questions: Sequence[object]) -> list[object]:
         if not self.matching:
@@ -349,12 +370,33 @@ class RowSource(Source):
                 continue  # met, and counted as bad, when it is visited
 
     def _count(self, rows: int) -> Iterator[tuple[int, int]]:
+        lists, whole = 0, list[str]()
         for index in range(rows):
             try:
-                count = self.form.count(self.rows[index])
+                row = self.rows[index]
+                count, undivided = self.form.count(row), self.form.undivided(row)
             except DataError:
-                count = 1  # met, and counted as bad, when it is visited
+                count, undivided = 1, None  # met, and counted as bad, when it is visited
+            else:
+                lists += undivided is False
+                whole += [row.id] if undivided else []
             yield from ((index, number) for number in range(count))
+        if whole:
+            self._name_undivided(whole, lists)
+
+    def _name_undivided(self, whole: Sequence[str], lists: int) -> None:
+        """Say which conversations stay one record. Raises ConfigError where no list of questions stands beside them, so
+        that the option does nothing."""
+        said = (
+            f"source {self.name!r}: {self.form.divides} makes several records of a list of `questions`, and "
+            f"{len(whole):,} samples ({whole[0]!r} the first) are conversations of more, which stay one record each"
+        )
+        if not lists:
+            raise ConfigError(
+                f"{said}. Take the option out: tasks score the last question, with the turns before it in the prompt, "
+                "and the task `conversation` scores every one."
+            )
+        warnings.warn(f"{said}.", IsthmusWarning, stacklevel=2)
 
     def __len__(self) -> int:
         return len(self._places)
