@@ -150,6 +150,16 @@ def test_a_picture_without_a_word_is_a_turn_there_and_the_export_says_so(tmp_pat
     assert str(render(record(SHAPES[ALONE]), "vicuna_bare", prompt=True)) == "<image>"
 
 
+def test_what_is_no_conversation_is_lost_by_name(tmp_path: Path) -> None:
+    """It has no chat template, and a folder without one is asked in Vicuna's words."""
+    model = tiny_models.llava(template="document")
+    with pytest.raises(CheckpointError, match="'document', which is no conversation: such a model gets 'vicuna_v1'"):
+        write_model(model, tmp_path / "hf", "hf")
+    write_model(model, tmp_path / "hf", "hf", lossy=True)
+    assert not (tmp_path / "hf" / "chat_template.jinja").exists()
+    assert isthmus.load(tmp_path / "hf").processor.template == "vicuna_v1"
+
+
 def test_captions() -> None:
     found = compared(words(), str(chat_template("plain")), "plain", {})
     assert found.alike >= len(SHAPES) + 10

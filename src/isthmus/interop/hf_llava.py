@@ -343,8 +343,10 @@ def llava_export(model: Source[Llava, SpliceProcessor], *, shard_bytes: int) -> 
         **({CHAT_TEMPLATE: template} if template else {}),
     }
     notes = ("a message that shows a picture and says nothing is a turn there; here the picture stands alone",)
+    lost = f"processor.template {processor.template!r}, which is no conversation: such a model gets 'vicuna_v1'"
     return Export(
         files=files,
+        losses=() if template else (lost,),
         notes=notes if template and processor.template != "plain" else (),
         opens=f"transformers.{_class_of(config)}.from_pretrained(FOLDER)",
     )
