@@ -171,3 +171,12 @@ def test_a_part_that_is_not_there_says_how_to_name_one():
         build(read_recipe("finetune-llava", to_show=True))
     with pytest.raises(CheckpointError, match=r"no such file or folder\. Name yours with parts.language=FOLDER"):
         build(read_recipe("llava-smollm2", ["parts.language=nowhere"]))
+
+
+@pytest.mark.parametrize(("name", "place"), [("finetune-llava", 0), ("finetune-blip2", 0)])
+def test_another_rank_of_a_shipped_adapter_takes_alpha_along(name, place):
+    """Else what is learnt would count more, the smaller the rank."""
+    for changes, rank in (([], None), ([f"stages.tune.train.{place}.lora.rank=4"], 4)):
+        lora = read_recipe(name, changes, to_show=True).stages[0].stage.train[place].lora
+        assert lora is not None
+        assert lora.scale == 2 * (rank or lora.rank)
