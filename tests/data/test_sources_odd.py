@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -422,3 +423,16 @@ def test_a_mark_of_a_clip_is_told(tmp_path):
     turns = [{"from": "human", "value": "<video> what?"}, {"from": "gpt", "value": "a"}]
     with pytest.raises(DataError, match="the place of a clip is <image> here"):
         opened(tmp_path, video="clip", conversations=turns)[0]
+
+
+@pytest.mark.parametrize(("there", "said"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_another_form_of_unicode_are_found(tmp_path, there, said):
+    """As macOS writes the one and Linux the other; they look the same."""
+    name, other = (unicodedata.normalize(form, "grö\u00dfe é.png") for form in (there, said))
+    (tmp_path / name).write_bytes(RED)
+    assert opened(tmp_path, image=other, caption="a")[0].images[0].source.read() == RED
+    assert guess(tmp_path / "rows.json")["kind"] == "jsonl"
+    write_tar(tmp_path / "s.tar", [(name, BLUE)])
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": other, "caption": "a"}]))
+    source = open_source({"kind": "jsonl", "file": "rows.json", "images": "s.tar"}, data_root=tmp_path)
+    assert source[0].images[0].source.read() == BLUE

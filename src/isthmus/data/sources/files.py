@@ -6,6 +6,7 @@ import itertools
 import json
 import os.path
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -284,14 +285,21 @@ def slashed(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name without a leading ``./``, as ``tar -cf x.tar .`` writes it, and with slashes."""
-    return PurePosixPath(slashed(name)).as_posix()
+    """A name without a leading ``./``, as ``tar -cf x.tar .`` writes it, with slashes, and in one form of Unicode."""
+    return unicodedata.normalize("NFC", PurePosixPath(slashed(name)).as_posix())
 
 
 def below(folder: Path, name: str) -> Path:
-    """The file of that name below the folder; one written with backslashes, and not there under it, with slashes."""
+    """The file of that name below the folder; one that is not there under it with slashes for backslashes, and in
+    another form of Unicode: macOS decomposes letters with accents."""
     path = folder / name
-    return folder / slashed(name) if "\\" in name and not os.path.exists(path) else path
+    if (name.isascii() and "\\" not in name) or os.path.exists(path):
+        return path
+    straight = slashed(name)
+    others = [
+        folder / other for other in (straight, *(unicodedata.normalize(form, straight) for form in ("NFC", "NFD")))
+    ]
+    return next((other for other in others if os.path.exists(other)), others[0])
 
 
 class NamedImages:
