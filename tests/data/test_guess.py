@@ -138,6 +138,13 @@ def test_the_folder_of_pictures_is_found_however_an_entry_names_them(tmp_path, r
     assert guess(tmp_path)["image_folder"] == str(tmp_path / "pics")
 
 
+def test_what_capfilt_writes_is_read_as_a_folder(tmp_path):
+    picture(tmp_path / "images" / "a.png")
+    (tmp_path / "captions.jsonl").write_text('{"image": "a.png", "caption": ["red", "a square"]}')
+    (tmp_path / "report.json").write_text('{"pictures": 1}')
+    assert open_source(guess(tmp_path))[0].texts[0].text == ("red", "a square")
+
+
 def test_a_list_beside_folders_of_classes_that_is_not_about_pictures(tmp_path):
     for name in ("cat", "dog"):
         picture(tmp_path / name / "a.png")

@@ -34,6 +34,10 @@ def test_two_samples_of_one_id_are_two(tmp_path):
     quarantine.add("a", "s", "missing image: none")
     assert (len(quarantine), len(Quarantine(tmp_path / "q.jsonl"))) == (2, 2)
     assert quarantine.summary().startswith("2 bad samples were left out (empty answer 1, missing image 1)")
+    for reason in ("empty answer: x", "missing image: x", "bad pair: x", "bad pair: y", "bad list: x", "bad text: x"):
+        quarantine.add("b", "s", reason)
+    summary = "8 bad samples were left out (empty answer 2, missing image 2, bad pair 2, others 2)"
+    assert quarantine.summary().startswith(summary)
 
 
 def test_stops_above_the_threshold_but_not_before_enough_was_seen(tmp_path):

@@ -182,6 +182,8 @@ def test_an_interrupted_conversation_goes_on_with_whole_records(tmp_path):
     assert evaluate(Remembers(), task, tmp_path / "cut", chunk=4).rows == whole.rows
     with pytest.raises(ConfigError, match="own or true"):
         ConversationTask(name="t", records=records, history="none")  # pyright: ignore[reportArgumentType]
+    as_yaml_reads_it = ConversationTask(name="t", records=records, history=True)  # pyright: ignore[reportArgumentType]
+    assert as_yaml_reads_it.history == "true"
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ def run(
     model.need("chat")
     if images and model.processor.image is None:
         raise CapabilityError(f"This model ({model.kind}) reads only text; leave --image out, or take one that sees.")
+    if videos and not model.net.reads_clips:
+        raise CapabilityError(f"This model ({model.kind}) reads no clips; leave --video out, or take a Flamingo.")
     if model.processor.template == "plain":
         Console(stderr=True, emoji=False).print(
             "This model learnt captions (template plain): it is shown pictures, and not what you ask. "

@@ -58,7 +58,7 @@ def run(
             raise ConfigError(f"None of these models names a task {task!r} of its own: give --data.")
     specs = shown_examples(specs, counts, select)
     console = Console(emoji=False)
-    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True) as bar:
+    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True, console=console) as bar:
         shown: dict[tuple[str, str], TaskID] = {}
 
         def progress(name: str, done: int, total: int) -> None:
@@ -79,6 +79,10 @@ def run(
                 progress=progress,
                 code=given.get("code", ()),
             )
+            if not rival.results:
+                bar.console.print(
+                    f"{rival.name} can do none of the tasks and is left out.", markup=False, highlight=False
+                )
             measure(rival, model, out / "scores" / rival.name)
     if not any(rival.results for rival in rivals):
         raise ConfigError("None of these models can do any of the tasks.")

@@ -69,7 +69,10 @@ class Quarantine:
 
     def summary(self) -> str:
         """``3 bad samples were left out (missing image 2, broken image 1), see …``."""
-        reasons = ", ".join(f"{reason} {n}" for reason, n in self.reasons().most_common(3))
+        first, others = self.reasons().most_common(3), len(self)
+        reasons = ", ".join(f"{reason} {n}" for reason, n in first)
+        others -= sum(n for _, n in first)
+        reasons += f", others {others}" if others else ""
         where = f", see {self.path}" if self.path else ""
         return f"{len(self)} bad sample{'s were' if len(self) > 1 else ' was'} left out ({reasons}){where}"
 

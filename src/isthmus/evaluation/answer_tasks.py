@@ -149,6 +149,8 @@ class ConversationTask(Questions[TurnRow]):
         Questions.__post_init__(self)
         if rules.rule(self.rule) in (choice.CHOICE, choice.SCIENCEQA):
             raise ConfigError(f"Task {self.name!r}: the turns of a conversation have no choices; take another rule.")
+        if self.history is True:  # as YAML reads `true`
+            object.__setattr__(self, "history", "true")
         if self.history not in ("own", "true"):
             raise ConfigError(f"Task {self.name!r}: history is own or true, not {self.history!r}.")
 

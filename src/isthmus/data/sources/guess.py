@@ -14,6 +14,8 @@ from isthmus.file_type import but_is, file_type, start_of
 
 _TABLES = (".csv", ".tsv", ".tab")
 _FILES = (*_TABLES, ".json", ".jsonl")
+_WRITTEN = {"instruct.json": "manifest.json", "captions.jsonl": "report.json"}
+"""What `isthmus data instruct` and `capfilt` write, and how it was made, which stands beside."""
 _BINARY = ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow")
 """Where Hugging Face's data sets have their rows, as they are downloaded and as they are saved."""
 _BESIDE_BINARY = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -59,8 +61,9 @@ def _folder(path: Path) -> dict[str, object]:
     binary = next((p for form in _BINARY for p in sorted(path.glob(form))), None)
     if binary is not None:
         files = [p for p in files if p.name not in _BESIDE_BINARY]
-    if path / "instruct.json" in files:  # as `isthmus data instruct` writes it, beside how it was made
-        files = [p for p in files if p.name != "manifest.json"]
+    for ours, beside in _WRITTEN.items():
+        if path / ours in files:
+            files = [p for p in files if p.name != beside]
     if len(files) == 1:
         found, place = _file(files[0])
         # A table in a folder of classes may be about something else: its pictures decide.
