@@ -158,8 +158,8 @@ def unique(ids: Sequence[str], task: str) -> list[str]:
     for i in ids:
         if i in seen:
             raise DataError(
-                f"Task {task!r}: two samples have the id {i!r}; ids must differ, outputs are found by them. Give each one "
-                "of its own, or take the field out of the rows: they are numbered then."
+                f"Task {task!r}: two samples have the id {i!r}; ids must differ, outputs are found by them. Give each "
+                "one of its own, or take the field out of the rows: they are numbered then."
             )
         seen.add(i)
     return list(ids)
