@@ -245,6 +245,12 @@ def test_two_turns_of_one_speaker_are_not_glued(tmp_path, speakers):
         rows(tmp_path, {"conversations": turns})[0]
 
 
+def test_the_systems_text_between_turns_is_not_moved_to_the_front(tmp_path):
+    turns = [{"role": r, "content": r} for r in ("user", "assistant", "system", "user", "assistant")]
+    with pytest.raises(DataError, match="turn 3 is the system's; its text stands before all turns"):
+        rows(tmp_path, {"messages": turns})[0]
+
+
 @pytest.mark.parametrize("image_name", ["{image_id}.jpg", "{}.jpg", "{id:06d}.jpg"])
 def test_a_name_of_pictures_that_cannot_be_filled_in(tmp_path, image_name):
     content = {"1": {"question": "q", "answer": "a", "imageId": "n12"}}

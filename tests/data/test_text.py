@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from isthmus.batch import IGNORE
 from isthmus.data.record import Text
@@ -223,6 +224,24 @@ def test_text_around_pictures_is_one_text_where_it_is_so_in_transformers(family,
         ids = [*encoded.ids[1:first], image, *encoded.ids[first:second], image, *encoded.ids[second:]]
         assert ids == theirs
         assert learnt_runs(encoded, tokenizer) == [" a sphere</s>", " a cat</s>"]
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+@pytest.mark.parametrize("strips", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}])
+def test_a_token_that_takes_white_space_in_takes_it_as_the_library_does(family, strips, tmp_path):
+    """The token of a picture, and the end of a turn; of the tokenizer as it is and of the one that was saved."""
+    backend = TOKENIZERS[family].with_tokens("<image>").backend
+    backend.add_special_tokens([AddedToken(token, normalized=False, **strips) for token in ("<image>", "</s>")])
+    tokenizer = TOKENIZERS[family].over(backend).around_pictures("<image>")
+    assert tokenizer.whole
+    tokenizer.save(tmp_path)
+    turns = (picture(), user("what? "), assistant("a sphere "), user(" and  here?"), picture(), assistant(" a cat"))
+    said = "USER: <image>\nwhat? ASSISTANT: a sphere </s>USER: and  here?\n<image> ASSISTANT:  a cat</s>"
+    image, theirs = tokenizer.id_of("<image>"), tokenizer.backend.encode(said, add_special_tokens=False).ids
+    for read in (tokenizer, Tokenizer.load(tmp_path)):
+        encoded = encode(render(record(*turns), "vicuna_bare"), read)
+        first, second = encoded.marks
+        assert [*encoded.ids[1:first], image, *encoded.ids[first:second], image, *encoded.ids[second:]] == theirs
 
 
 @settings(max_examples=60, deadline=None)

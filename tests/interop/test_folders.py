@@ -34,8 +34,8 @@ from isthmus.data.collate import collate
 from isthmus.data.images import ImageTransform, MadeImage
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError, IsthmusWarning
-from isthmus.interop.folders import image_transform
 from isthmus.interop.hf_files import swapped, tokenizer_files
+from isthmus.interop.hf_images import image_transform
 from isthmus.language import Decoding
 from tests.fixtures import OPEN_CLIP
 from tests.narrow import there
@@ -57,6 +57,7 @@ LANGUAGE: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 PICTURES: dict[str, Any] = {
+    "size": {"shortest_edge": 32},
     "crop_size": {"height": 32, "width": 32},
     "do_center_crop": True,
     "image_mean": [0.5, 0.4, 0.3],
@@ -379,7 +380,7 @@ def test_a_siglip_folder_that_tells_nothing_of_pixels_gets_siglips(tmp_path, tol
 
 
 def test_pictures_that_are_not_normalised_stay_so(tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 28, "do_normalize": False}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 28, "crop_size": 28, "do_normalize": False}))
     transform = image_transform(tmp_path, 28)
     assert (transform.mean, transform.std) == ((0.0,) * 3, (1.0,) * 3)
 
@@ -398,6 +399,10 @@ def test_every_id_that_the_folder_stops_at_ends_an_answer(tmp_path, tokenizer):
 
     model.save(tmp_path / "ours")
     assert isthmus.load(tmp_path / "ours").ended(Decoding()).stop_ids == model.ended(Decoding()).stop_ids
+    stops.unlink()  # then the library takes what config.json says, but for the class's default
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": [tokenizer.eos_id, 312]}))
+    assert isthmus.load(tmp_path).ended(Decoding()).stop_ids == (tokenizer.eos_id, 312)
     for wrong, ids in (("-1", [tokenizer.eos_id, -1]), ("'end'", "end")):
         stops.write_text(json.dumps({"eos_token_id": ids}))
         with pytest.raises(CheckpointError, match=f"eos_token_id holds {wrong}, which is not a token id"):

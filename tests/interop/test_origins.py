@@ -303,6 +303,23 @@ def test_a_full_original_llava(llava, picture, tmp_path, with_tower):
     assert isinstance(model.answer(picture, "what is it?", max_new_tokens=3), str)
 
 
+@pytest.mark.parametrize(("aspect", "mode"), [("pad", "pad"), ("square", "square"), (None, "square")])
+def test_an_original_llava_makes_pixels_as_its_tower_says(llava, tmp_path, aspect, mode):
+    """Their code reads the image processor of the tower's folder; also of the one that is written beside the model."""
+    own = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 2}
+    own |= {"size": {"shortest_edge": 28}, "crop_size": 28}
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(own))
+    folder = words(tmp_path / "llava")
+    (folder / "config.json").write_text(json.dumps(_config(image_aspect_ratio=aspect)))
+    torch.save(llava_to_original(llava.state_dict(), llava.config, vision=False), folder / "pytorch_model.bin")
+    model = isthmus.load(folder, vision=tmp_path / "tower")
+    image = there(model.processor.image)
+    assert (image.mode, image.mean, image.std) == (mode, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert (image.resample, image.crop) == ("bilinear", "floor")
+    again = isthmus.load(write_model(model, tmp_path / "again", "original").folder)
+    assert again.processor.image == image
+
+
 def test_the_first_models_tokens_around_a_picture(llava, picture, tmp_path):
     """``mm_use_im_start_end`` of v0 and the first v1: trained tokens before and behind each picture."""
     folder = words(tmp_path / "llava", 62)

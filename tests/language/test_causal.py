@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from isthmus.batch import IGNORE, Tokens
 from isthmus.errors import ConfigError, DataError
-from isthmus.language import Decoding, LanguageModel
+from isthmus.language import Decoding, LanguageModel, known_fields
 from isthmus.language import causal as module
 
 V = 53
@@ -320,3 +320,26 @@ def test_decoding_from_options_names_the_nearest_field() -> None:
     assert Decoding.of({"num_beams": 3}) == Decoding(num_beams=3)
     with pytest.raises(ConfigError, match="no field 'beams'; did you mean 'num_beams'"):
         Decoding.of({"beams": 3})
+
+
+UNDECLARED = {
+    "gemma3_text": {"sliding_window_pattern": 2, "rope_local_base_freq": 500.0, "sliding_window": 4, "head_dim": 8},
+    "cohere2": {"sliding_window_pattern": 2, "sliding_window": 4, "head_dim": 8},
+    "qwen2": {"head_dim": 16},
+    "bloom": {"n_embed": 16, "n_head": 2, "n_layer": 2, "vocab_size": V, "hidden_size": None},
+    "falcon": {"n_embed": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": V, "hidden_size": None},
+}
+
+
+@pytest.mark.parametrize("name", UNDECLARED)
+def test_a_field_that_is_read_and_not_declared_counts_as_in_the_library(name: str) -> None:
+    """Published files have them; without them another model would be built, or none."""
+    fields = {**({} if name in ("bloom", "falcon") else LLAMA_LIKE), **UNDECLARED[name]}
+    written = {key: value for key, value in fields.items() if value is not None}
+    theirs = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name].from_dict(written)).eval()
+    ours = LanguageModel.build(known_fields({"model_type": name, "torch_dtype": "float32", **written})).eval()
+    ours.lm.load_state_dict(theirs.state_dict())
+    ids = torch.randint(3, V, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours.embed(ids)), theirs(input_ids=ids).logits)
+    assert LanguageModel.build(ours.config).config == ours.config

@@ -180,6 +180,8 @@ def test_addresses_and_methods_that_are_not_there(small, method, path, status):
         ({"messages": [{"role": "user", "content": None}]}, "invalid_value", None),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "invalid_conversation", "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, "invalid_conversation", "messages"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, "invalid_conversation", "messages"),
+        ({"messages": [{"role": r, "content": "a"} for r in ("user", "system", "user")]}, "invalid_conversation", None),
         ({"messages": [{"role": "user", "content": "\U0010fffd"}]}, "reserved_character", None),
         ({"messages": [{"role": "user", "content": "word " * 500}]}, "context_length_exceeded", "messages"),
         ({"max_tokens": 4096}, "context_length_exceeded", "messages"),

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 from isthmus.data.record import Image, Record
@@ -57,6 +58,10 @@ SWITCHES = r"""(?:{% set \w+ = (?:true|false|none|\d+|"[^"%]*") %})*"""
 _TODAY = "Qxtoday7"
 _DATED = f"{{% macro strftime_now(form) %}}{_TODAY}{{% endmacro %}}"
 """A date that is known again, in Jinja."""
+
+MARK = "<image>"
+"""What templates that know of pictures write for one."""
+_SHOWN: Mapping[str, object] = {"type": "image"}
 
 _LIKE_A_TOKEN = re.compile(r"</?[^<>\s]+>|\[/?[A-Z_]+\]")
 """What people write special tokens like."""
@@ -286,7 +291,9 @@ class ChatForm:
             at_end = number == 0 if turn.role == "user" else last
             said = _sliced(turn.said, pieces.content(_ENDS[turn.role] if at_end else turn.role, turn.text))
             if turn.role == "user":
-                if turn.images:
+                if turn.images and self.marks_pictures and not any(learn for _, learn in turn.said):
+                    self._show(out, turn)
+                elif turn.images:
                     write_user(out, turn, prompt, first=False)
                 else:
                     say(out, said, prompt)
@@ -302,6 +309,47 @@ class ChatForm:
             say(out, ((marks(own), said[0][1]), *said, (marks(closing), said[-1][1])), prompt)
             out.write(marks(rest))
         return out
+
+    @cached_property
+    def marks_pictures(self) -> bool:
+        """Does the template itself write ``<image>`` for a picture in a turn, as those of LLaVA folders do?"""
+        try:
+            return self._asked([_SHOWN, {"type": "text", "text": _LEARNT["user"]}]).count(MARK) == 1
+        except DataError:
+            return False
+
+    def _asked(self, content: Sequence[Mapping[str, object]]) -> str:
+        """What the template makes of one question's parts, by itself. Raises DataError for what it refuses, and where
+        it writes something else around them than around a text."""
+        text = render_chat(self.template, [{"role": "user", "content": content}], self._names, prompt=True)
+        before, after = ("", "") if isinstance(self.bare, str) else (self.bare.open, self.bare.prompt)
+        if not (text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after)):
+            raise DataError("bad conversation: the chat template writes otherwise around a turn with pictures")
+        return text[len(before) : len(text) - len(after)]
+
+    def _show(self, out: Rendered, turn: Turn) -> None:
+        """A turn with pictures where the template puts them, its text without white space at the turn's ends."""
+        spoken = [n for n, part in enumerate(turn.parts) if not isinstance(part, Image) and part[0].strip()]
+        content: list[Mapping[str, object]] = []
+        for number, part in enumerate(turn.parts):
+            if isinstance(part, Image):
+                content.append(_SHOWN)
+            elif spoken and spoken[0] <= number <= spoken[-1]:
+                text = part[0].lstrip() if number == spoken[0] else part[0]
+                at_end = number == spoken[-1] and not any(isinstance(later, Image) for later in turn.parts[number:])
+                content.append({"type": "text", "text": text.rstrip() if at_end else text})
+        chunks = self._asked(content).split(MARK)
+        if len(chunks) != len(turn.images) + 1:
+            raise DataError(
+                f"bad text: with its pictures the turn has {len(chunks) - 1} {MARK} for {len(turn.images)} pictures; "
+                f"take {MARK} out of the text"
+            )
+        # Special tokens that the template writes are tokens, those in the user's text letters.
+        plain = self._special.search(turn.text) is not None
+        for number, chunk in enumerate(chunks):
+            if number:
+                out.place(turn.images[number - 1])
+            out.write(chunk if plain else self._marks(chunk))
 
     def _closed(self, pieces: Pieces, after: str) -> tuple[str, str]:
         """What of ``after`` the model writes itself, the end of its turn, and the rest; white space that the token

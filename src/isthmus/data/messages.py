@@ -19,13 +19,16 @@ _ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 
 def parts_of(messages: Sequence[Message]) -> list[Part]:
-    """Parts in order; raises DataError naming the message for an unknown role or content, or a part without it."""
+    """Parts in order; raises DataError naming the message for an unknown role or content, a part without it, and
+    for two messages that would become one text."""
     parts: list[Part] = []
+    turns: list[tuple[Role, bool]] = []
     for number, message in enumerate(messages):
         said, content = message.get("role"), message.get("content")
         role: Role | None = next((known for known in _ROLES if known == said), None)
         if role is None:
             raise DataError(f"message {number}: role {said!r} is not one of {', '.join(_ROLES)}.")
+        first = len(parts)
         pieces = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(pieces, Sequence):
             raise DataError(f"message {number}: content must be a text or a list of parts, got {content!r}.")
@@ -43,7 +46,24 @@ def parts_of(messages: Sequence[Message]) -> list[Part]:
                 raise DataError(
                     f"message {number}: a {role} part must be text, or an image or video of the user's; got {piece!r}."
                 )
+        turns.append((role, any(isinstance(part, Text) for part in parts[first:])))
+    if problem := misplaced(turns):
+        raise DataError(problem)
     return parts
+
+
+def misplaced(turns: Sequence[tuple[Role, bool]]) -> str:
+    """What is wrong with the order of messages, each a role and whether it holds text; empty where nothing is.
+
+    A record has one system text, before all turns, and what one speaker says in a row is one turn: two messages of text
+    would run into each other without a space.
+    """
+    for number, (role, spoken) in enumerate(turns):
+        if role == "system" and number:
+            return f"message {number}: the system's text stands in one message before all others; join or move it."
+        if number and role == turns[number - 1][0] and spoken and turns[number - 1][1]:
+            return f"messages {number - 1} and {number} are both the {role}'s; turns alternate: join them into one."
+    return ""
 
 
 def conversation(messages: Sequence[Message]) -> Record:

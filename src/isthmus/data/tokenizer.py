@@ -45,7 +45,7 @@ BEGINS = "begins_with"
 """In a saved :data:`CONFIG`: the tokens that begin a text, where they are not the named ``bos_token`` alone."""
 
 WHOLE = "reads_around_pictures"
-"""There too: true where text around pictures is tokenised as one."""
+"""There too: true where text around pictures is tokenised as one, or a picture's token where it takes space in."""
 
 
 class Tokenizer:
@@ -54,7 +54,8 @@ class Tokenizer:
     ``begin_ids`` are what every text begins with: the named beginning of sequence, or what ``begins`` says. Many
     families name a token there and put nothing in front (GPT-2, SmolLM), some put another one (XGLM) or two (GLM-4).
     ``chat_template`` is the checkpoint's own, in Jinja, and is saved with the tokenizer. ``whole``: text around
-    pictures is tokenised as one (see :meth:`around_pictures`), not piece by piece.
+    pictures is tokenised as one (see :meth:`around_pictures`), not piece by piece; a picture takes the white space
+    around it as the token ``picture`` does, where that is one that takes some.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Tokenizer:
         begins: Sequence[str] | None = None,
         chat_template: str | None = None,
         whole: bool = False,
+        picture: str | None = None,
     ) -> None:
         """Raises ConfigError when a named special token is not in the vocabulary."""
         self.backend = backend
@@ -79,14 +81,15 @@ class Tokenizer:
         self.begins = named if begins is None else tuple(begins)
         self.begin_ids = tuple(self._id_of(token) for token in self.begins)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        # The encoder is a copy in which no special token is recognised; END and PLACE have ids past the vocabulary.
+        # The encoder is a copy in which no special token is recognised; END and PLACE have ids past the vocabulary, and
+        # take the white space around them as the tokens do that they stand for.
         self._encoder = tokenizers.Tokenizer.from_str(backend.to_str())
         self._encoder.no_padding()
         self._encoder.no_truncation()
         self._encoder.encode_special_tokens = True
-        self._encoder.add_tokens([AddedToken(char, special=False, normalized=False) for char in (END, PLACE)])
+        self._encoder.add_tokens([self._standing(char, token) for char, token in ((END, eos), (PLACE, picture))])
         self.place_id = self._encoder.token_to_id(PLACE)
-        self.chat_template, self.whole = chat_template, whole
+        self.chat_template, self.whole, self.picture = chat_template, whole, picture
         self._stand_ins: dict[str, str] = {}
         self._real = {self._encoder.token_to_id(END): self.eos_id}
 
@@ -112,7 +115,7 @@ class Tokenizer:
         """A tokenizer like this one that begins a text with these tokens, or without any with nothing."""
         return self._made(self.backend, tokens)
 
-    def _made(self, backend: tokenizers.Tokenizer, begins: Sequence[str]) -> "Tokenizer":
+    def _made(self, backend: tokenizers.Tokenizer, begins: Sequence[str], picture: str | None = None) -> "Tokenizer":
         return Tokenizer(
             backend,
             eos=self._eos,
@@ -122,11 +125,19 @@ class Tokenizer:
             begins=begins,
             chat_template=self.chat_template,
             whole=self.whole,
+            picture=self.picture if picture is None else picture,
         )
 
-    def around_pictures(self) -> "Tokenizer":
+    def around_pictures(self, picture: str | None = None, *beside: str) -> "Tokenizer":
         """A tokenizer that reads the text before and after a picture as one, as transformers does: a dummy space that
-        belongs to the front of a text does not come again after a picture. This one where that is no difference."""
+        belongs to the front of a text does not come again after a picture, and the token ``picture`` takes the white
+        space around it, as may those ``beside`` it. This one where that is no difference."""
+        added = self.added_tokens()
+        own = [added[token] for token in (picture, *beside) if token in added]
+        if any(token.lstrip or token.rstrip for token in own):
+            found = self._made(self.backend, self.begins, picture)
+            found.whole = True
+            return found
         if self.encode(f"a{PLACE}a") == [*(one := self.encode("a")), self.place_id, *one]:
             return self
         found = copy(self)
@@ -150,12 +161,16 @@ class Tokenizer:
             char = chr(FIRST_STAND_IN + len(self._stand_ins))
             if char >= PLACE:
                 raise ConfigError(f"a chat template uses more than {len(self._stand_ins)} different special tokens")
-            added = self.added_tokens()[token]
-            own = AddedToken(char, special=False, normalized=False, lstrip=added.lstrip, rstrip=added.rstrip)
-            self._encoder.add_tokens([own])
+            self._encoder.add_tokens([self._standing(char, token)])
             self._real[self._encoder.token_to_id(char)] = self._id_of(token)
             self._stand_ins[token] = char
         return self._stand_ins[token]
+
+    def _standing(self, char: str, token: str | None) -> AddedToken:
+        """A character that stands for a token."""
+        own = self.added_tokens().get(token or "")
+        strips = {} if own is None else {"lstrip": own.lstrip, "rstrip": own.rstrip}
+        return AddedToken(char, special=False, normalized=False, **strips)
 
     def id_of(self, token: str) -> int:
         """The id of a special token. Raises ConfigError when it is not in the vocabulary."""
@@ -196,7 +211,7 @@ class Tokenizer:
         if self.begins != tuple(t for t in [self.specials["bos_token"]] if t is not None):
             config[BEGINS] = list(self.begins)
         if self.whole:
-            config[WHOLE] = True
+            config[WHOLE] = self.picture or True
         chat = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template}
         return chat | {
             "tokenizer.json": self.backend.to_str(),
@@ -225,6 +240,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"{folder} names no eos_token in tokenizer_config.json or special_tokens_map.json; add it there"
             )
+        around = _saved_whole(folder)
         return cls(
             backend,
             eos=names["eos_token"],
@@ -232,7 +248,8 @@ class Tokenizer:
             pad=names.get("pad_token"),
             unk=names.get("unk_token"),
             begins=_saved_begins(folder),
-            whole=_saved_whole(folder),
+            whole=bool(around),
+            picture=around if isinstance(around, str) else None,
             chat_template=_chat_template(folder),
         )
 
@@ -330,12 +347,13 @@ def _saved_begins(folder: Path) -> list[str] | None:
     raise CheckpointError(f"{folder / CONFIG}: {BEGINS} must be a list of tokens, not {found!r}")
 
 
-def _saved_whole(folder: Path) -> bool:
-    """Whether a saved tokenizer reads the text around pictures as one. Raises CheckpointError."""
+def _saved_whole(folder: Path) -> bool | str:
+    """Whether a saved tokenizer reads the text around pictures as one, or the token of a picture that takes white space
+    in. Raises CheckpointError."""
     found = _saved(folder, WHOLE)
-    if found is None or isinstance(found, bool):
-        return bool(found)
-    raise CheckpointError(f"{folder / CONFIG}: {WHOLE} must be true or false, not {found!r}")
+    if found is None or isinstance(found, bool | str):
+        return found or False
+    raise CheckpointError(f"{folder / CONFIG}: {WHOLE} must be true, false or a token, not {found!r}")
 
 
 def _saved(folder: Path, name: str) -> object:

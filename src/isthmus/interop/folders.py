@@ -5,17 +5,15 @@ causal LM. Nothing in a folder is executed.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, cast
 
 from torch import Tensor
 
 from isthmus.checkpoint import load_into, read_json
 from isthmus.data.blip2 import PairProcessor
 from isthmus.data.chat import OWN
-from isthmus.data.images import ImageTransform, Mode
 from isthmus.data.interleave import InterleaveProcessor
 from isthmus.data.processor import (
     ContrastiveProcessor,
@@ -33,9 +31,10 @@ from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_blip2 import published_prompts, read_blip2_folder
 from isthmus.interop.hf_clip import read_clip_folder
 from isthmus.interop.hf_encoders import read_image_encoder_folder, read_text_encoder_folder
-from isthmus.interop.hf_files import RESAMPLE, further_stops, per_channel
+from isthmus.interop.hf_files import further_stops
 from isthmus.interop.hf_idefics import TOKENS as IDEFICS_TOKENS
 from isthmus.interop.hf_idefics import read_idefics_folder
+from isthmus.interop.hf_images import image_transform
 from isthmus.interop.hf_language import read_language_folder
 from isthmus.interop.hf_llava import llava_from_folder
 from isthmus.interop.hf_tokenizer import open_tokenizer
@@ -148,7 +147,7 @@ def llava_of(folder: Path, words: Path, stored: Mapping[str, Tensor], account: A
         chat_template_of(folder), tokenizer, where=folder, otherwise="vicuna_v1", pictures=True
     )
     processor = SpliceProcessor(
-        tokenizer.around_pictures(),
+        tokenizer.around_pictures(tokenizer.backend.id_to_token(image_token)),
         image=transform,
         template=template,
         max_length=net.language.context or 2048,
@@ -170,9 +169,9 @@ def _idefics(folder: Path, words: Path, account: Account) -> Opened:
     ids = tuple(tokenizer.id_of(token) for token in tokens)
     if ids != config.new_ids:
         raise CheckpointError(f"{folder}: its tokenizer has {tokens} at {ids}, its model after the vocabulary.")
-    image = replace(image_transform(folder, config.vision.image_size), mode="squash")
+    image = image_transform(folder, config.vision.image_size)
     processor = InterleaveProcessor(
-        tokenizer.around_pictures(),
+        tokenizer.around_pictures(tokens[1], *tokens),
         image,
         max_length=net.language.context or 2048,
         template="paper" if config.turn_id is None else "idefics",
@@ -194,7 +193,7 @@ def blip2_of(folder: Path, words: Path, stored: Mapping[str, Tensor], account: A
         return _retrieval(folder, words, config, state, account)
     net = Blip2(config)
     load_into(net, state, where=folder, account=account)
-    transform = replace(image_transform(folder, config.vision.image_size), mode="squash")
+    transform = image_transform(folder, config.vision.image_size)
     qformer = load_wordpiece(folder / "qformer_tokenizer") if config.instruct else None
     tokenizer = open_tokenizer(words)
     must_agree_on_image(folder, words, tokenizer)  # its other ids stand elsewhere: OPT's end here is a newline
@@ -209,7 +208,7 @@ def blip2_of(folder: Path, words: Path, stored: Mapping[str, Tensor], account: A
 def _retrieval(folder: Path, words: Path, config: Blip2Config, state: Mapping[str, Tensor], account: Account) -> Opened:
     net = Blip2(config)
     load_into(net, state, where=folder, account=account)
-    image = replace(image_transform(folder, config.vision.image_size), mode="squash")
+    image = image_transform(folder, config.vision.image_size)
     return net, PairProcessor(load_wordpiece(words), image), ()
 
 
@@ -264,92 +263,3 @@ def template_and_tokenizer(
     if recognised.name is not None and recognised.begins and bos is not None and not tokenizer.begins:
         tokenizer = tokenizer.beginning(bos)
     return recognised.name or otherwise, tokenizer
-
-
-class _Fields(TypedDict, total=False):
-    """What is read of an image processor."""
-
-    size: int | Mapping[str, int]
-    crop_size: int | Mapping[str, int]
-    resample: int
-    rescale_factor: float
-    image_mean: Sequence[float]
-    image_std: Sequence[float]
-    image_grid_pinpoints: Sequence[tuple[int, int]]
-    do_resize: bool
-    do_rescale: bool
-    do_normalize: bool
-    do_center_crop: bool
-    do_pad: bool
-
-
-def _resample(number: int | None, folder: Path) -> str:
-    """Pillow's number of a filter by name; left out it is bicubic in all of these processors."""
-    for name, known in RESAMPLE.items():
-        if number in (known, None) and (number is not None or name == "bicubic"):
-            return name
-    raise CheckpointError(f"{folder}: its image processor resizes by Pillow's filter {number}; known: {RESAMPLE}.")
-
-
-def _side(size: int | Mapping[str, int]) -> int | None:
-    return size.get("height") or size.get("shortest_edge") if isinstance(size, Mapping) else size
-
-
-def _as_here(folder: Path, found: _Fields, size: int, *, crops: bool) -> None:
-    """Raises CheckpointError for steps of an image processor that are others than ours: pixels would differ."""
-    values: Mapping[str, object] = found
-    for name, fixed in (("do_resize", True), ("do_rescale", True)):
-        if values.get(name, fixed) != fixed:
-            raise CheckpointError(f"{folder}: its image processor has {name} {values[name]}, which is not done here.")
-    factor = found.get("rescale_factor", 1 / 255)
-    if abs(factor * 255 - 1) > 1e-3:
-        raise CheckpointError(f"{folder}: its image processor scales by {factor}, here it is 1/255.")
-    edge = _side(found.get("size") or size)
-    if crops and edge != size:
-        raise CheckpointError(
-            f"{folder}: its image processor resizes to {edge} pixels before it cuts out {size}; here it is one size."
-        )
-
-
-def image_transform(
-    folder: Path, size: int, pinpoints: Sequence[tuple[int, int]] = (), *, siglip: bool = False
-) -> ImageTransform:
-    """What preprocessor_config.json (or processor_config.json) says of sizes, mean and std, else CLIP's or SigLIP's.
-
-    Raises CheckpointError when the folder's transform makes another size than the vision encoder reads, or cuts tiles
-    from other canvases than ``pinpoints``, the model's.
-    """
-    found: _Fields = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            content = read_json(folder / name)
-            found = cast(_Fields, content.get("image_processor", content))
-            break
-    base = replace(ImageTransform.siglip(size) if siglip else ImageTransform.clip(size), deep="clip")
-    if not found:
-        return replace(base, mode="anyres", pinpoints=tuple(pinpoints)) if pinpoints else base
-    theirs = tuple((int(h), int(w)) for h, w in found.get("image_grid_pinpoints") or pinpoints)
-    if theirs != tuple(pinpoints):
-        raise CheckpointError(
-            f"{folder}: its image processor cuts tiles from the canvases {list(theirs)}, its model from "
-            f"{list(pinpoints)}."
-        )
-    side = _side(found.get("crop_size") or found.get("size") or size)
-    if side != size:
-        raise CheckpointError(
-            f"{folder}: its image processor makes pictures of {side} pixels, its vision encoder reads {size}."
-        )
-    crops = found.get("do_center_crop", "crop_size" in found)
-    _as_here(folder, found, size, crops=crops)
-    if not found.get("do_normalize", True):
-        found = {**found, "image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
-    mode: Mode = "pad" if found.get("do_pad") else "square" if crops else "squash"
-    return ImageTransform(
-        size=size,
-        mode="anyres" if pinpoints else mode,
-        pinpoints=tuple(pinpoints),
-        mean=per_channel(found.get("image_mean", base.mean)),
-        std=per_channel(found.get("image_std", base.std)),
-        resample=_resample(found.get("resample"), folder),
-        deep="clip",
-    )

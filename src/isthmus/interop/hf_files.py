@@ -20,6 +20,7 @@ from isthmus.data.images import ImageTransform
 from isthmus.data.tokenizer import BEGINS, CHAT_TEMPLATE, WHOLE, Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.export import AnySource, common_dtype, must
+from isthmus.interop.special_ids import class_ids
 from isthmus.language import Decoding
 
 _PROCESSORS = {
@@ -120,15 +121,27 @@ def generation_config(model: AnySource, *, forbidden: Sequence[int] = (), **more
 
 
 def further_stops(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What ends an answer besides end-of-sequence, by generation_config.json: a chat model's end of turn, say. Raises
-    CheckpointError for what is no id."""
-    file = folder / "generation_config.json"
-    eos = read_json(file).get("eos_token_id") if file.is_file() else None
+    """What ends an answer besides end-of-sequence, by generation_config.json: a chat model's end of turn, say. Without
+    that file the library takes what config.json says. Raises CheckpointError for what is no id."""
+    file, unset = folder / "generation_config.json", list[int]()
+    if file.is_file():
+        eos = read_json(file).get("eos_token_id")
+    else:
+        file = folder / "config.json"
+        eos, unset = _configured_end(folder)
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for number in ids:
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise CheckpointError(f"{file}: eos_token_id holds {number!r}, which is not a token id.")
-    return tuple(sorted(set(ids) - {tokenizer.eos_id}))
+    return tuple(sorted(set(ids) - {tokenizer.eos_id, *unset}))
+
+
+def _configured_end(folder: Path) -> tuple[object, list[int]]:
+    """What config.json says of the end, and what its class says by default: nobody ever set that."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    text = config.get("text_config")
+    own = text.get("eos_token_id") if isinstance(text, Mapping) else None
+    return config.get("eos_token_id", own), class_ids(folder)["eos"] if config else []
 
 
 def with_dtype(described: Mapping[str, object], weights: Mapping[str, Tensor]) -> dict[str, object]:

@@ -318,7 +318,9 @@ def llava_export(model: Source[Llava, SpliceProcessor], *, shard_bytes: int) -> 
     described = llava_config_to_hf(config, image_token_id=token)
     weights = llava_to_hf(state, config)
     form = form_of(processor.template, processor.tokenizer)
-    template = own_chat_template(form) if isinstance(form, ChatForm) else chat_template(processor.template)
+    template = chat_template(processor.template)
+    if isinstance(form, ChatForm):
+        template = form.template if form.marks_pictures else own_chat_template(form)
     owner = "LlavaNextProcessor" if config.pinpoints else "LlavaProcessor"
     files = {
         "config.json": with_dtype(described, weights),

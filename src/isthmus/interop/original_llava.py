@@ -233,19 +233,21 @@ def original_llava_export(model: Source[Llava, SpliceProcessor], *, shard_bytes:
     template, stops = template_of(described), [tokenizer.eos_id, *model.processor.stop_ids]
     if model.processor.template != template:
         losses += (f"processor.template {model.processor.template!r}: such a model gets {template!r}",)
+    own = ImageTransform.clip(config.vision.image_size)
+    if described["mm_vision_tower"] == TOWER:  # whose image processor their code reads
+        own = replace(own, mean=image.mean, std=image.std, resample=image.resample)
     files = {
         "config.json": {**described, "torch_dtype": common_dtype(list(weights.values()))},
         "generation_config.json": {"eos_token_id": stops if stops[1:] else stops[0], "do_sample": False},
         **shards(weights, shard_bytes),
         **tokenizer_files(tokenizer, begin=True, end=False, context=model.net.language.context, side="right"),
         f"{TOWER}/config.json": {**tower, "architectures": ["CLIPVisionModel"]},
-        f"{TOWER}/preprocessor_config.json": image_processor(ImageTransform.clip(config.vision.image_size)),
+        f"{TOWER}/preprocessor_config.json": image_processor(own),
         f"{TOWER}/model.safetensors": tower_weights,
     }
-    own = replace(ImageTransform.clip(config.vision.image_size), mode=image.mode, pinpoints=image.pinpoints)
     return Export(
         files=files,
-        losses=(*losses, *published_transform(image, own)),
+        losses=(*losses, *published_transform(image, replace(own, mode=image.mode, pinpoints=image.pinpoints))),
         opens="llava.model.builder.load_pretrained_model('FOLDER', None, 'llava-own')",
     )
 
@@ -306,11 +308,12 @@ def open_original_llava(folder: Path, described: Mapping[str, object] | None, gi
     partial = (folder / _PROJECTOR_FILE).is_file() or (folder / _TRAINED_FILE).is_file()
     language = (given.language or base_named(folder)) if partial else None
     state, tower = (_base(folder, language, given) if partial else read_state(folder, given.account)), None
+    pictures: ImageTransform | None = None
     named = values.get("mm_vision_tower")
     place = given.vision or _tower_here(folder, named)
     if place is not None:
         encoder = given.encoder(place)
-        config, tower = llava_config_from_original(described, encoder.config), encoder.state
+        config, tower, pictures = llava_config_from_original(described, encoder.config), encoder.state, encoder.image
     elif is_known_tower(described):
         config = llava_config_from_original(described)
     else:
@@ -321,10 +324,7 @@ def open_original_llava(folder: Path, described: Mapping[str, object] | None, gi
         ours = llava_from_original(state, config, vision=tower, account=given.account)
     net = Llava(config)
     load_into(net, ours, where=folder, account=given.account)
-    base = ImageTransform.clip(
-        config.vision.image_size, "pad" if values.get("image_aspect_ratio") == "pad" else "square"
-    )
-    image = replace(base, deep="clip", mode="anyres" if config.pinpoints else base.mode, pinpoints=config.pinpoints)
+    image = _pictures(pictures or ImageTransform.clip(config.vision.image_size), values, config)
     found = Path(given.tokenizer or language or folder)
     tokenizer = open_tokenizer(found)
     must_agree(folder, found, tokenizer, net.language.vocab_size)
@@ -340,6 +340,14 @@ def open_original_llava(folder: Path, described: Mapping[str, object] | None, gi
     image_token = tokenizer.backend.token_to_id("<image>")  # transformers' token, where their tokenizer came along
     sayable = image_token is not None and image_token < net.language.vocab_size
     return net, processor, (tokenizer.id_of("<image>"),) if sayable else ()
+
+
+def _pictures(own: ImageTransform, values: _Fields, config: LlavaConfig) -> ImageTransform:
+    """Their code makes pixels by the image processor of the tower, after tiles or a canvas."""
+    mode = own.mode if own.mode == "squash" else "square"
+    if config.pinpoints or values.get("image_aspect_ratio") == "pad":
+        mode = "anyres" if config.pinpoints else "pad"
+    return replace(own, mode=mode, pinpoints=config.pinpoints, crop="floor", deep="clip")
 
 
 def _tower_here(folder: Path, name: object) -> Path | None:

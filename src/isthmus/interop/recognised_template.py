@@ -13,7 +13,7 @@ from isthmus.data.images import as_image
 from isthmus.data.record import Part, Record, Text
 from isthmus.data.text import TEMPLATES, Grammar, render
 from isthmus.data.tokenizer import CHAT_TEMPLATE, Tokenizer
-from isthmus.errors import CheckpointError
+from isthmus.errors import CheckpointError, DataError
 from isthmus.interop.hf_tokenizer import rendered
 from isthmus.interop.written_template import template_named
 
@@ -48,7 +48,8 @@ def recognise_template(text: str, tokenizer: Tokenizer, *, pictures: bool) -> Re
 
 
 def places_pictures(text: str, tokenizer: Tokenizer) -> bool:
-    """Can a chat template be cut into spans, and puts it a turn's pictures where ours would stand?"""
+    """Can a chat template be cut into spans, and does ours show a turn's pictures, in front or among its text, as it
+    does?"""
     form = ChatForm(tokenizer.with_chat_template(text))
     begin = "".join(tokenizer.begins)  # which a processor of pictures adds where the template does not write it
     if not isinstance(form.bare, Pieces) or not form.bare.open.startswith(begin):
@@ -56,9 +57,13 @@ def places_pictures(text: str, tokenizer: Tokenizer) -> bool:
     names = {name: token for name, token in tokenizer.specials.items() if token}
     picture, said = {"type": "image"}, {"type": "text", "text": _QUESTION}
     shown, question = as_image("probe.png"), Text(_QUESTION, role="user")  # never opened
-    for parts, own in (([picture, said], (shown, question)), ([picture, picture, said], (shown, shown, question))):
-        theirs = rendered(text, [{"role": "user", "content": parts}], names)
-        if theirs != str(render(Record("probe", own), form, prompt=True)):
+    for order in ((0, 1), (0, 0, 1), (1, 0, 1)):
+        theirs = rendered(text, [{"role": "user", "content": [(picture, said)[n] for n in order]}], names)
+        try:
+            ours = render(Record("probe", tuple((shown, question)[n] for n in order)), form, prompt=True)
+        except DataError:  # it writes its marks where ours finds none
+            return False
+        if theirs != str(ours):
             return False
     return True
 

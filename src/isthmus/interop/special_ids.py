@@ -27,7 +27,7 @@ def must_agree(folder: Path, words: Path, tokenizer: Tokenizer, rows: int) -> No
     special = {number for number, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
     named = {name: token and tokenizer.id_of(token) for name, token in tokenizer.specials.items()}
     own = {number for name, number in named.items() if name != "eos_token"}
-    sources, unset = list(_sources(folder)), _defaults(folder)
+    sources, unset = list(_sources(folder)), class_ids(folder)
     ends = {number for _, values in sources for number in _ids(values.get("eos_token_id"))}
     for where, values in sources:
         for role in ("bos", "pad", "eos"):
@@ -91,7 +91,7 @@ def _sources(folder: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
         yield "generation_config.json", read_json(folder / "generation_config.json")
 
 
-def _defaults(folder: Path) -> dict[str, list[int]]:
+def class_ids(folder: Path) -> dict[str, list[int]]:
     """The ids that the class of the language model has where nobody says any."""
     config = read_json(folder / "config.json")
     text = config.get("text_config")

@@ -1,8 +1,12 @@
 """The edge to transformers that all its language models share: configurations, attention, the class in its wrapper."""
 
 import dataclasses
+import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -25,7 +29,19 @@ LibraryConfig = Mapping[str, Any]
 """A configuration of the library's, by its own fields: ``{"model_type": "llama", ...}``."""
 
 LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"})
-"""Older spellings of the rotary settings that the library still translates."""
+"""Older spellings of the rotary settings that the library still translates, in code that all its models share."""
+
+_UNDECLARED = re.compile(
+    r"""kwargs(?:\.(?:pop|get|setdefault)\(|\[)\s*"(\w+)"|getattr\((?:self\.)?config,\s*"(\w+)\""""
+)
+"""How a class of the library reads a field of a config.json that its configuration does not declare."""
+
+_BOOK_KEEPING = frozenset(
+    {
+        *("transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id", "num_labels"),
+        *("problem_type", "output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward"),
+    }
+)
 
 
 class LibraryLM(nn.Module):
@@ -123,19 +139,7 @@ def known_fields(config: LibraryConfig) -> dict[str, object]:
     model_type = str(config.get("model_type", ""))
     if model_type not in CONFIG_MAPPING:
         return dict(config)
-    drop = {
-        "transformers_version",
-        "architectures",
-        "dtype",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-        "chunk_size_feed_forward",
-    }
-    keep = _fields(CONFIG_MAPPING[model_type]) - drop
+    keep = _fields(CONFIG_MAPPING[model_type]) - _BOOK_KEEPING
     kept: dict[str, object] = {n: value for n, value in config.items() if n in keep and not n.startswith("_")}
     return kept | {"model_type": model_type}
 
@@ -145,5 +149,18 @@ def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
         {f.name for f in dataclasses.fields(config_class)}
         | set(config_class.attribute_map)
         | LEGACY_FIELDS
+        | _undeclared(config_class)
         | {"model_type"}
     )
+
+
+@cache
+def _undeclared(config_class: type[PreTrainedConfig]) -> frozenset[str]:
+    """Fields of which the library's code for such a model speaks although its configuration does not declare them:
+    older spellings (``n_embed``, ``sliding_window_pattern``), and what its layers look for (``head_dim``). Without them
+    another model would be built, or none. The code is read, not run."""
+    own = Path(inspect.getfile(config_class))
+    layers = own.with_name(own.name.replace("configuration_", "modeling_"))
+    code = "".join(file.read_text(encoding="utf-8") for file in (own, layers) if file.is_file())
+    found = {name for names in _UNDECLARED.findall(code) for name in names if name and not name.startswith("_")}
+    return frozenset(found - _BOOK_KEEPING)

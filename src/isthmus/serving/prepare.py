@@ -13,7 +13,7 @@ from PIL import Image as PilImage
 
 from isthmus.data.collate import load_pixels
 from isthmus.data.images import BytesImage, ImageLimits, image_size, open_image
-from isthmus.data.messages import NO_ANSWER
+from isthmus.data.messages import NO_ANSWER, misplaced
 from isthmus.data.record import Example, Image, Part, Record, Role, Text, Video
 from isthmus.data.tokenizer import END
 from isthmus.errors import DataError
@@ -150,12 +150,16 @@ class Reader:
         shown = [m.content for m in messages if not isinstance(m.content, str)]
         self.count(sum(_pictures(piece) for pieces in shown for piece in pieces))
         parts: list[Part] = []
+        order: list[tuple[Role, bool]] = []
         for message in messages:
             role = _ROLES[message.role]
             turn = self.parts(message.content, role)
+            order.append((role, any(isinstance(part, Text) for part in turn)))
             if role == "assistant" and not "".join(str(p.text) for p in turn if isinstance(p, Text)).strip():
                 turn = [Text(NO_ANSWER, role)]
             parts += turn
+        if problem := misplaced(order):
+            raise bad_request("invalid_conversation", problem[0].upper() + problem[1:], "messages")
         return Record(id="request", parts=tuple(parts))
 
     def prompt(self, model: Model, record: Record) -> Example:

@@ -41,6 +41,10 @@ def conversation(turns: object, images: Sequence[Shown]) -> list[Part]:
         role = _ROLES[speaker]
         if role == "assistant" and not parts:
             continue
+        if role == "system" and parts:
+            raise DataError(
+                f"bad conversation: turn {number + 1} is the system's; its text stands before all turns, move it there"
+            )
         if role == before:
             raise DataError(f"bad conversation: turns {number} and {number + 1} are both from {speaker!r}; join them")
         before = role
