@@ -71,6 +71,14 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "fan in": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
     "biases": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
     "tied head": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["lm_head"]}),
+    "words of a tied model": ("gpt2", {"target_modules": ["wte"]}),
+    "head of a tied model": ("gpt2", {"target_modules": ["c_attn", "lm_head"], "fan_in_fan_out": True}),
+    "tokens": ("llama", {**QV, "trainable_token_indices": [3, 250]}),
+    "tokens of a tied model": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "trainable_token_indices": [3, 250]},
+    ),
+    "biases by a pattern": ("gpt2", {"target_modules": r".*\.c_attn", "fan_in_fan_out": True, "bias": "all"}),
     "pissa": ("llama", {**QV, "init_lora_weights": "pissa"}),
     "olora": ("llama", {**QV, "init_lora_weights": "olora"}),
 }

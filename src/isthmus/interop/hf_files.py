@@ -125,15 +125,16 @@ def further_stops(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     that file the library takes what config.json says. Raises CheckpointError for what is no id."""
     file, unset = folder / "generation_config.json", list[int]()
     if file.is_file():
-        eos = read_json(file).get("eos_token_id")
+        eos: object = read_json(file).get("eos_token_id")
     else:
         file = folder / "config.json"
         eos, unset = _configured_end(folder)
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    for number in ids:
+    ids: set[int] = set()
+    for number in eos if isinstance(eos, list) else [] if eos is None else [eos]:
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise CheckpointError(f"{file}: eos_token_id holds {number!r}, which is not a token id.")
-    return tuple(sorted(set(ids) - {tokenizer.eos_id, *unset}))
+        ids.add(number)
+    return tuple(sorted(ids - {tokenizer.eos_id, *unset}))
 
 
 def _configured_end(folder: Path) -> tuple[object, list[int]]:

@@ -94,6 +94,8 @@ def image_transform(
         std=steps.std,
         deep="clip",
     )
+    if pinpoints and name != "LlavaNextImageProcessor":
+        raise CheckpointError(f"{folder}: its pictures are made by {name}, which cuts no tiles; its model reads tiles.")
     if not found:
         return replace(ImageTransform.siglip(size), deep="clip") if siglip and not pinpoints else base
     _as_here(folder, found, size)
@@ -151,8 +153,8 @@ def _as_here(folder: Path, found: _Fields, size: int) -> None:
     """Raises CheckpointError for steps that are others than ours whatever the sizes are."""
     values: Mapping[str, object] = found
     for name in ("do_resize", "do_rescale"):
-        if not values.get(name, True):
-            raise CheckpointError(f"{folder}: its image processor has {name} {values[name]}, which is not done here.")
+        if not (done := values.get(name, True)):
+            raise CheckpointError(f"{folder}: its image processor has {name} {done}, which is not done here.")
     factor = found.get("rescale_factor", 1 / 255)
     if abs(factor * 255 - 1) > 1e-5:
         raise CheckpointError(f"{folder}: its image processor scales by {factor}, here it is 1/255.")
@@ -198,7 +200,7 @@ def _sides(
     if not isinstance(given, Mapping):
         return False, (given[0], given[1])
     if given.keys() == {"shortest_edge"}:
-        return True, (given["shortest_edge"],) * 2
+        return True, (given["shortest_edge"], given["shortest_edge"])
     if given.keys() == {"height", "width"}:
         return False, (given["height"], given["width"])
     raise CheckpointError(
@@ -209,7 +211,7 @@ def _sides(
 
 def _channels(values: float | Sequence[float]) -> Channels:
     """Of red, green and blue; ImageTransform refuses another number of them."""
-    return (values,) * 3 if isinstance(values, int | float) else cast(Channels, tuple(values))
+    return (values, values, values) if isinstance(values, int | float) else cast(Channels, tuple(values))
 
 
 def _resample(number: int, folder: Path) -> str:

@@ -6,6 +6,7 @@ trained modules, PiSSA and OLoRA, whose start takes the adapter out of the base,
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -81,9 +82,12 @@ def merge_adapter(lm: nn.Module, folder: Path, account: Account | None = None) -
             f"{folder} is a LoRA adapter; merging one needs peft: pip install 'isthmus[lora]'"
         ) from None
     named = dict(lm.named_modules())
-    changed = [p for name in {_module(key) for key in state} & set(named) for p in named[name].parameters()]
-    load_report.converted(account, changed)
-    for parameter in changed:  # weights may be pages of a file, of its dtype too, and peft adds in place
+    touched = [named[name] for name in {_module(key) for key in state} & set(named)]
+    load_report.converted(account, [p for module in touched for p in module.parameters()])
+    if not values.get("ensure_weight_tying"):
+        _untie(lm, [named[name] for name in {_module(key) for key in state if ".lora_" in key} & set(named)])
+    # Weights may be pages of a file, of its dtype too, and peft adds in place.
+    for parameter in (p for module in touched for p in module.parameters()):
         parameter.data = parameter.data.to(torch.float32, copy=True)
     try:
         with mapped.solid(), warnings.catch_warnings():
@@ -92,7 +96,7 @@ def merge_adapter(lm: nn.Module, folder: Path, account: Account | None = None) -
             config = LoraConfig(**settings, inference_mode=True)  # it checks them itself
             model: Any = get_peft_model(lm, config)  # type: ignore[arg-type]  # any module will do, whose rest it hands on
             result = set_peft_model_state_dict(model, state)
-            _fits(result, file)
+            _fits(result, file, state)
             model.merge_and_unload()
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         raise CheckpointError(
@@ -100,14 +104,26 @@ def merge_adapter(lm: nn.Module, folder: Path, account: Account | None = None) -
         ) from error
 
 
+def _untie(lm: nn.Module, changed: list[nn.Module]) -> None:
+    """Gives modules a weight of their own where another shares it: peft adds to what this one computes alone, and
+    merged into a shared table the other would compute otherwise too."""
+    owners = Counter(id(weight) for module in lm.modules() for weight in module._parameters.values())
+    for module in changed:
+        weight = module._parameters.get("weight")
+        if weight is not None and owners[id(weight)] > 1:
+            module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
 class _Result(Protocol):
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
-def _fits(result: _Result, file: Path) -> None:
+def _fits(result: _Result, file: Path, state: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError for tensors of an adapter that its base has no place for, and places left empty."""
-    marks = ("lora_", ".modules_to_save.", ".token_adapter.")
+    marks = ["lora_", ".modules_to_save."]
+    if not any(".token_adapter." in name for name in state):  # those of a tied head are the embedding's
+        marks.append(".trainable_tokens_delta")
     missing, strange = [k for k in result.missing_keys if any(m in k for m in marks)], result.unexpected_keys
     for what, names in (("lacks", missing), ("holds tensors without a place in its base model:", strange)):
         if names:
@@ -180,4 +196,7 @@ def _renamed(name: str, modules: set[str]) -> str:
 def _module(name: str) -> str:
     """The module that a tensor of an adapter belongs to, ``base_model.model.`` or not."""
     name = name.removeprefix("base_model.model.")
-    return name.partition(".lora_")[0] if ".lora_" in name else name.removesuffix(".base_layer").rpartition(".")[0]
+    for inside in (".lora_", ".token_adapter."):
+        if inside in name:
+            return name.partition(inside)[0]
+    return name.rpartition(".")[0].removesuffix(".base_layer")
