@@ -273,3 +273,53 @@ def test_the_template_is_saved_with_the_tokenizer(words: Tokenizer, tmp_path: An
     own = words.with_chat_template(KINDS["gemma"])
     own.save(tmp_path)
     assert Tokenizer.load(tmp_path).with_tokens("<new>").beginning().chat_template == KINDS["gemma"]
+
+
+TREATS = {
+    "length": KINDS["chatml"].replace("m.content", "m.content[:60]"),
+    "first letter": _EACH + "{{ '#' if m.content[0] in '0123456789' else '' }}" + _TURN + _ASK,
+    "many turns": _EACH + "{{ 'LONG ' if loop.length > 9 else '' }}" + _TURN + _ASK,
+}
+
+
+@pytest.mark.parametrize("what", TREATS)
+def test_what_a_template_makes_of_other_texts_than_it_was_cut_by(what: str, words: Tokenizer) -> None:
+    """It could be cut; of these texts it makes something of its own, and no word of them stands in its source."""
+    processor = TextProcessor(words.with_chat_template(TREATS[what]), template=OWN)
+    assert isinstance(ChatForm(processor.tokenizer).bare, Pieces)
+    record = Record("r", (Text("12 cubes" + ", and one more" * 9, role="user"), *talk(6).parts[1:]))
+    asked = Record("asked", record.parts[:-1])
+    theirs = peer(words).apply_chat_template(
+        messages(asked), chat_template=TREATS[what], add_generation_prompt=True, return_dict=False
+    )
+    assert list(processor.prompt(asked).streams["lm"].ids) == theirs
+    with pytest.raises(DataError, match="it is a text, of which the model's own chat template makes something"):
+        processor.example(record)
+    assert processor.example(talk(1)).streams["lm"].labels
+
+
+SHOWS = {
+    "in their places": "{% for p in m.content %}{{ '<image>\\n' if p.type == 'image' else p.text }}{% endfor %}",
+    "without a line of their own": "{% for p in m.content %}"
+    "{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}",
+    "all in front": "{% for p in m.content if p.type == 'image' %}{{ '<image> ' }}{% endfor %}"
+    "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("how", SHOWS)
+def test_a_template_that_knows_of_pictures_places_them(how: str, words: Tokenizer) -> None:
+    """It reads what is said in parts alone, and would leave out a text."""
+    source = _EACH + "{{ '<|im_start|>' + m.role + '\\n' }}" + SHOWS[how] + "{{ '<|im_end|>\\n' }}{% endfor %}" + _ASK
+    form, picture, theirs = ChatForm(words.with_chat_template(source)), as_image("never-opened.png"), peer(words)
+    assert form.marks_pictures
+    first, second = Text("A cube?", role="user"), Text("and this", role="user")
+    for parts in ((first,), (picture, first), (first, picture), (first, picture, second), (picture, picture, first)):
+        content = [{"type": "image"} if p is picture else {"type": "text", "text": p.text} for p in parts]  # type: ignore[union-attr]
+        told = theirs.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=source, add_generation_prompt=True, tokenize=False
+        )
+        assert str(render(Record("r", parts), form, prompt=True)) == told
+    with pytest.raises(DataError, match="take <image> out of the text"):
+        render(Record("r", (picture, Text("an <image>?", role="user"))), form, prompt=True)
+    assert not ChatForm(words.with_chat_template(KINDS["chatml"])).marks_pictures

@@ -9,13 +9,16 @@ from transformers import AutoProcessor, AutoTokenizer
 
 import isthmus
 from isthmus.data.images import open_image
+from isthmus.data.processor import TextProcessor
 from isthmus.data.record import Record, Role, Text
 from isthmus.data.text import TEMPLATES, Grammar
 from isthmus.errors import IsthmusWarning
 from isthmus.interop.convert import write_model
 from isthmus.interop.recognised_template import chat_template_of, recognise_template
 from isthmus.interop.written_template import chat_template
+from isthmus.model import Model
 from isthmus.testing import probe
+from tests.data.helpers import llama_like
 from tests.interop import tiny_models
 from tests.narrow import there
 
@@ -103,3 +106,32 @@ def test_further_turns_that_are_written_otherwise_are_told(tmp_path: Path) -> No
     (tmp_path / "m" / "chat_template.jinja").write_text(spelt("vicuna_bare").replace("eos_token", "'<end>'"))
     with pytest.warns(IsthmusWarning, match="writes a first question as vicuna_bare does and further turns otherwise"):
         isthmus.load(tmp_path / "m")
+
+
+VICUNA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content + '\\n\\n' }}"
+    "{% set rest = messages[1:] %}"
+    "{% else %}{{ head }}{% set rest = messages %}{% endif %}{% for m in rest %}"
+    "{{ 'USER: ' + m.content + ' ' if m.role == 'user' else 'ASSISTANT: ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_template_that_is_ours_but_for_its_head_is_kept(pieces: bool, tmp_path: Path) -> None:
+    """A system's text is followed by two line breaks; and where the template writes the beginning itself, a Llama
+    tokenizer puts no dummy space behind it."""
+    grammar = TEMPLATES["vicuna_v1"]
+    assert isinstance(grammar, Grammar)
+    model = tiny_models.lm()
+    if pieces:
+        model = Model(model.net, TextProcessor(llama_like(legacy=False), template="vicuna_v1", max_length=256))
+    write_model(model, tmp_path / "m", "hf")
+    head = json.dumps(grammar.system + " ")
+    (tmp_path / "m" / "chat_template.jinja").write_text(f"{{% set head = {head} %}}{VICUNA}")
+    words, opened = AutoTokenizer.from_pretrained(tmp_path / "m"), isthmus.load(tmp_path / "m")
+    for said in ([("user", "a cube?")], [("system", "Be brief."), ("user", "a cube?")]):
+        messages = [{"role": role, "content": text} for role, text in said]
+        theirs = words.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        record = Record("r", tuple(Text(text, role=role) for role, text in said))  # type: ignore[arg-type]
+        assert list(opened.processor.prompt(record).streams["lm"].ids) == list(theirs)

@@ -134,6 +134,7 @@ class ChatForm:
         self._looked_for = re.compile(_any_of([word for word in words - {*_ROLES} if word.strip()]))
         self._shown: dict[str, str] = {}
         self.stop: str | None = None
+        self._in_parts = self._reads_parts()
         self.bare = self._learn(system=False)
         self.headed = self.bare if isinstance(self.bare, str) else self._learn(system=True)
 
@@ -149,16 +150,29 @@ class ChatForm:
         self.stop = stop
         return pieces
 
+    def _reads_parts(self) -> bool:
+        """Does the template leave out what is said as a text, and write what is said in parts?"""
+        text = _LEARNT["user"]
+        forms: tuple[object, ...] = (text, [{"type": "text", "text": text}])
+        try:
+            as_text, in_parts = (
+                render_chat(self.template, [{"role": "user", "content": form}], self._names, prompt=True)
+                for form in forms
+            )
+        except DataError:  # which of the two it takes is tried again for each conversation
+            return False
+        return text not in as_text and text in in_parts
+
     def _said(self, said: Spoken, *, prompt: bool, before: str = "") -> str:
         """What the template makes of a conversation, its source with ``before`` in front."""
         messages: list[dict[str, object]] = [{"role": role, "content": text} for role, text in said]
+        parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
         template = before + self.template
         try:
-            return render_chat(template, messages, self._names, prompt=prompt)
+            return render_chat(template, parts if self._in_parts else messages, self._names, prompt=prompt)
         except TemplateTimeoutError:
             raise
         except DataError:
-            parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
             try:
                 return render_chat(template, parts, self._names, prompt=prompt)
             except DataError:
@@ -268,16 +282,15 @@ class ChatForm:
         )
 
     def _treated(self, pieces: Pieces, system: str, turns: Sequence[Turn], prompt: bool) -> bool:
-        """Does the template make something else of these texts than it stands around, for a word that it looks for in
-        them? Raises DataError where that is so and they are to be learnt."""
+        """Does the template make something else of these texts than it stands around: for a word that it looks for in
+        them, their length, their first letter? Raises DataError where that is so and they are to be learnt."""
         said = [*([("system", system)] if system else []), *((turn.role, turn.text) for turn in turns)]
-        words = [found[0] for _, text in said if (found := self._looked_for.search(text))]
-        if not words:
-            return False
         ours, theirs = pieces.written(said, prompt=prompt), self._said(said, prompt=prompt)
         if ours != theirs and not prompt:
+            word = next((found[0] for _, text in said if (found := self._looked_for.search(text))), None)
+            holds = "it is a text" if word is None else f"it holds {word!r}"
             raise DataError(
-                f"bad text: it holds {words[0]!r}, of which the model's own chat template makes something of its own "
+                f"bad text: {holds}, of which the model's own chat template makes something of its own "
                 f"({_difference(ours, theirs)}); take it out, or train with a `template:` of another name"
             )
         return ours != theirs

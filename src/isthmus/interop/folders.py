@@ -240,7 +240,11 @@ def template_and_tokenizer(
     if not pictures:  # a LLaVA's is its processor's, which reads pictures as parts of a turn
         tokenizer = tokenizer.with_chat_template(text)
     recognised = recognise_template(text, tokenizer, pictures=pictures)
-    if (recognised.name is None or not recognised.further) and (not pictures or places_pictures(text, tokenizer)):
+    bos = tokenizer.specials["bos_token"]
+    alike = recognised.name is not None and recognised.further and (pictures or recognised.system)
+    if recognised.begins and bos is not None:  # text behind a token may be cut otherwise than at the front
+        alike &= tokenizer.encode(f"{tokenizer.stand_in(bos)}a") == [tokenizer.id_of(bos), *tokenizer.encode("a")]
+    if not alike and (not pictures or places_pictures(text, tokenizer)):
         return OWN, tokenizer.with_chat_template(text)
     if not pictures and tokenizer.begins and not recognised.begins and template_named(text) is None:
         return OWN, tokenizer  # in our words texts begin with what this template leaves out
@@ -259,7 +263,6 @@ def template_and_tokenizer(
             IsthmusWarning,
             stacklevel=2,
         )
-    bos = tokenizer.specials["bos_token"]
     if recognised.name is not None and recognised.begins and bos is not None and not tokenizer.begins:
         tokenizer = tokenizer.beginning(bos)
     return recognised.name or otherwise, tokenizer

@@ -17,16 +17,18 @@ from isthmus.errors import CheckpointError, DataError
 from isthmus.interop.hf_tokenizer import rendered
 from isthmus.interop.written_template import template_named
 
-_QUESTION, _ANSWER, _FURTHER = "Is it red?", "A cube.", "And this?"
+_QUESTION, _ANSWER, _FURTHER, _SYSTEM = "Is it red?", "A cube.", "And this?", "Be brief."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecognisedTemplate:
     """``name``: ours that writes a question in the same way, none if no one does; ``further``: it writes further turns
-    alike; ``begins``: it writes the beginning of sequence itself."""
+    alike; ``system``: it writes a system's text alike, or refuses one; ``begins``: it writes the beginning of sequence
+    itself."""
 
     name: str | None
     further: bool = True
+    system: bool = True
     begins: bool = False
 
 
@@ -42,8 +44,11 @@ def recognise_template(text: str, tokenizer: Tokenizer, *, pictures: bool) -> Re
     alike = [name for name in _conversations() if _ours(name, 1, pictures) == _bare(first, tokenizer)]
     three_turns = render(3)
     found = [n for n in alike if three_turns is not None and _ours(n, 3, pictures) == _bare(three_turns, tokenizer)]
+    headed = render(1, system=True)
+    same = [n for n in found if headed is None or _ours(n, 1, pictures, system=True) == _bare(headed, tokenizer)]
     if found or alike:
-        return RecognisedTemplate(name=(found or alike)[0], further=bool(found), begins=begins)
+        name = (same or found or alike)[0]
+        return RecognisedTemplate(name=name, further=bool(found), system=bool(same), begins=begins)
     return RecognisedTemplate(name=None, begins=begins)
 
 
@@ -90,23 +95,26 @@ def _conversations() -> Sequence[str]:
     return [name for name, template in TEMPLATES.items() if isinstance(template, Grammar)]
 
 
-def _ours(name: str, turns: int, pictures: bool) -> str:
+def _ours(name: str, turns: int, pictures: bool, *, system: bool = False) -> str:
     first: tuple[Part, ...] = (Text(_QUESTION, role="user"),)
     if pictures:
         first = (as_image("probe.png"), *first)  # never opened
+    if system:
+        first = (Text(_SYSTEM, role="system"), *first)
     more = (Text(_ANSWER, role="assistant"), Text(_FURTHER, role="user"))
     return str(render(Record("probe", first + more * (turns > 1)), name, prompt=True))
 
 
-def _renderer(text: str, tokenizer: Tokenizer, pictures: bool) -> Callable[[int], str | None]:
+def _renderer(text: str, tokenizer: Tokenizer, pictures: bool) -> Callable[..., str | None]:
     """What the template makes of the first ``turns`` of the probe; none where it makes nothing of it."""
     names = {name: token or "" for name, token in tokenizer.specials.items()}
 
-    def render(turns: int) -> str | None:
+    def render(turns: int, *, system: bool = False) -> str | None:
         said = (("user", _QUESTION), ("assistant", _ANSWER), ("user", _FURTHER))[:turns]
+        said = (("system", _SYSTEM),) * system + said
         shown = [{"type": "image"}] if pictures else []
         parts = [
-            {"role": role, "content": [*(shown if number == 0 else []), {"type": "text", "text": t}]}
+            {"role": role, "content": [*(shown if number == system else []), {"type": "text", "text": t}]}
             for number, (role, t) in enumerate(said)
         ]
         if pictures:
