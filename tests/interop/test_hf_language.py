@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import isthmus
+from isthmus.checkpoint import load_into
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.hf_language import read_language_folder
@@ -95,3 +97,20 @@ def test_a_wrapped_state_dict_opens(wrapped: str, tmp_path) -> None:
     save_file(state, tmp_path / "model.safetensors")
     _, found = read_language_folder(tmp_path)
     assert all(torch.equal(found[k], v) for k, v in lm.lm.state_dict().items())
+
+
+def test_a_head_of_its_own_beside_a_configuration_that_ties_is_kept(tmp_path) -> None:
+    """As in transformers, which ties only what is stored once, or twice alike."""
+    lm = build("gpt2")
+    lm.lm.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    table = stored["transformer.wte.weight"]
+    tokens = stream([9])
+    for head, tied in ((table.clone(), True), (table + 1, False)):
+        save_file({**stored, "lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        config, state = read_language_folder(tmp_path)
+        twin = LanguageModel.build(config).eval()
+        load_into(twin.lm, state, where=tmp_path)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+        torch.testing.assert_close(twin.logits(twin.embed(tokens.ids)), theirs(input_ids=tokens.ids).logits)
+        assert (twin.lm.lm_head.weight is twin.lm.transformer.wte.weight) == tied

@@ -98,7 +98,7 @@ def image_transform(
         raise CheckpointError(f"{folder}: its pictures are made by {name}, which cuts no tiles; its model reads tiles.")
     if not found:
         return replace(ImageTransform.siglip(size), deep="clip") if siglip and not pinpoints else base
-    _as_here(folder, found, size)
+    _as_here(folder, found)
     default = PINPOINTS if name == "LlavaNextImageProcessor" else pinpoints
     theirs = tuple((int(h), int(w)) for h, w in found.get("image_grid_pinpoints") or default)
     if theirs != tuple(pinpoints):
@@ -149,7 +149,7 @@ def _class_of(folder: Path, found: _Fields) -> tuple[str, _Class]:
     return name, _CLASSES[name]
 
 
-def _as_here(folder: Path, found: _Fields, size: int) -> None:
+def _as_here(folder: Path, found: _Fields) -> None:
     """Raises CheckpointError for steps that are others than ours whatever the sizes are."""
     values: Mapping[str, object] = found
     for name in ("do_resize", "do_rescale"):

@@ -43,15 +43,21 @@ def read_language_folder(
     """A saved LM of transformers as (configuration, state dict under the library class's own keys), strictly.
 
     Reads config.json and the weights, one file or shards; nothing in the folder is executed. Explained differences
-    are mended: a missing base prefix, a tied head that was not stored, recomputed buffers that were. Anything else
-    that is missing, left over or of another shape raises CheckpointError.
+    are mended: a missing base prefix, a tied head that was not stored, recomputed buffers that were. A head that is
+    stored beside another table of embeddings is not tied, whatever config.json says. Anything else that is missing,
+    left over or of another shape raises CheckpointError.
     """
     folder = Path(path)
     config = known_fields(read_json(folder / "config.json"))
     stored = read_state(folder, account)
     with torch.device("meta"):
         lm = LanguageModel.build(config).lm
-    return config, match_keys(lm, stored, where=str(folder), account=account)
+    state = match_keys(lm, stored, where=str(folder), account=account)
+    table = lm.get_input_embeddings().weight
+    first, *others = (state[name] for name, own in lm.state_dict(keep_vars=True).items() if own is table)
+    if any(not torch.equal(first, other) for other in others):
+        config = {**config, "tie_word_embeddings": False}
+    return config, state
 
 
 def read_seq2seq_folder(
