@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.batch import Batch, Places, Term
-from isthmus.language import Decoding, LanguageModel
+from isthmus.language import Decoding, LanguageModel, Prompt, Read
 from isthmus.net import Net
 from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig
 from isthmus.nn.splice import at_places, splice
@@ -93,9 +93,13 @@ class MyNet(Net):
     def score(self, batch: Batch) -> Tensor:
         return self.language.score(self.embed_prompt(batch), batch.text[STREAM])
 
+    def prompt(self, batch: Batch, past: Read | None = None) -> Prompt:
+        """With this, prompts that begin alike share what is read, and answers stream and are served together."""
+        return Prompt(self.embed_prompt(batch), batch.text[STREAM].lengths, past=past)
+
     @torch.no_grad()
     def generate(self, batch: Batch, decoding: Decoding) -> list[list[int]]:
-        return self.language.generate(self.embed_prompt(batch), batch.text[STREAM].lengths, decoding)
+        return self.language.continued(self.prompt(batch), decoding)
 
 
 class MySystem(System):

@@ -13,13 +13,17 @@ A task makes output rows, which are kept on disk as they come, so that an interr
 from the rows alone. What it needs of a model is a protocol of :mod:`isthmus.evaluation.protocols`.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
+import numpy as np
+
 from isthmus.errors import DataError
-from isthmus.evaluation.outputs import ScoredRow
+from isthmus.evaluation.bootstrap import Array, Interval, Outcomes, intervals, means
+from isthmus.evaluation.outputs import Manifest, ScoredRow
 from isthmus.evaluation.protocols import Answers, Records, Sample
 from isthmus.evaluation.tasks import Task
 from isthmus.evaluation.turns import last_turn, prompt
@@ -34,11 +38,15 @@ class CountingRow(ScoredRow):
 
 @dataclass(frozen=True, kw_only=True)
 class CountingScores:
-    """``exact`` and ``near`` are the shares of answers that were right, or nearly; ``unread`` held no number."""
+    """``exact`` and ``near`` are the shares of answers that were right, or nearly; ``unread`` held no number.
+
+    ``isthmus compare`` shows every share, with the 95 % interval that stands beside it under its name."""
 
     n: int
     exact: float
+    exact_interval: Interval
     near: float
+    near_interval: Interval
     unread: int
 
     def to_dict(self) -> dict[str, object]:
@@ -84,11 +92,28 @@ class Counting(Task[CountingRow]):
             ]
 
     def score(self, rows: Sequence[CountingRow]) -> CountingScores:
-        found = [re.search(r"\d+", row["answer"]) for row in rows]
-        off = [abs(int(n[0]) - row["truth"]) for n, row in zip(found, rows, strict=True) if n is not None]
+        points = _points(rows, self.near)
+        exact, near = points.mean(axis=0).tolist()
+        of_exact, of_near = intervals(points, lambda sums: sums / len(rows), seed=self.seed)
+        unread = sum(_number(row) is None for row in rows)
         return CountingScores(
-            n=len(rows),
-            exact=sum(distance == 0 for distance in off) / len(rows),
-            near=sum(distance <= self.near for distance in off) / len(rows),
-            unread=len(rows) - len(off),
+            n=len(rows), exact=exact, exact_interval=of_exact, near=near, near_interval=of_near, unread=unread
         )
+
+    @classmethod
+    def outcomes(cls, rows: Sequence[CountingRow], manifest: Manifest) -> Outcomes:
+        """What each item adds to the scores: with this two models are compared in pairs, over the same items."""
+        described: Mapping[str, object] = manifest  # what describe() gave stands there too
+        return means(_points(rows, int(str(described["near"]))), "exact", "near")
+
+
+def _number(row: CountingRow) -> int | None:
+    """The first number of an answer."""
+    found = re.search(r"\d+", row["answer"])
+    return None if found is None else int(found[0])
+
+
+def _points(rows: Sequence[CountingRow], near: int) -> Array:
+    """(n, 2): is the number the true one, and is it near?"""
+    off = [math.inf if (n := _number(row)) is None else abs(n - row["truth"]) for row in rows]
+    return np.array([[distance == 0, distance <= near] for distance in off], dtype=np.float64)

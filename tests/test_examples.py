@@ -99,15 +99,22 @@ def test_a_users_task_scores_its_folder_again(tmp_path, capsys):
     own = resolve(pin(f"{file}:Counting"))
     task = own(name="counting", records=[counted(n) for n in range(4)], near=2)
     first = evaluate(SaysTwo(), task, folder).scores.to_dict()
-    assert first == {"n": 4, "exact": 0.25, "near": 1.0, "unread": 0}
+    assert {k: v for k, v in first.items() if k != "exact_interval"} == {
+        "n": 4,
+        "exact": 0.25,
+        "near": 1.0,
+        "near_interval": (1.0, 1.0),
+        "unread": 0,
+    }
+    assert first["exact_interval"][0] < 0.25 < first["exact_interval"][1]
     (folder / "scores.json").rename(tmp_path / "first.json")
     run("eval", "--rescore", folder, code=2)
     assert "the task Counting of your my_task.py: name that file, --code" in " ".join(capsys.readouterr().err.split())
     run("eval", "--rescore", folder, "--code", file)
     assert (folder / "scores.json").read_bytes() == (tmp_path / "first.json").read_bytes()
-    run("eval", "--rescore", folder, "--against", folder, "--code", file, code=2)
-    assert "cannot be paired" in capsys.readouterr().err
-    file.write_text(file.read_text().replace("distance <= self.near", "distance < self.near"))
+    run("eval", "--rescore", folder, "--against", folder, "--code", file)
+    assert "exact" in capsys.readouterr().out
+    file.write_text(file.read_text().replace("distance <= near", "distance < near"))
     run("eval", "--rescore", folder, "--code", file)
     again = json.loads((folder / "scores.json").read_text())
     assert again["near"] == 0.75
@@ -143,7 +150,8 @@ evaluate:
     (place / "cards.yaml").write_text(recipe)
     run("train", place / "cards.yaml", *SHORT, "--out", place / "runs" / "cards")
     run("eval", place / "runs" / "cards", "--json", place / "own.json")
-    assert set(json.loads((place / "own.json").read_text())["counting"]) == {"n", "exact", "near", "unread"}
+    found = json.loads((place / "own.json").read_text())["counting"]
+    assert set(found) == {"n", "exact", "exact_interval", "near", "near_interval", "unread"}
     capsys.readouterr()
     run(
         "train", place / "cards.yaml", *SHORT, "stages.describe.data.0.cuont=3", "--out", place / "runs" / "bad", code=2
@@ -211,7 +219,8 @@ def test_code_in_a_models_folder_is_never_imported(place, tmp_path):
 
 @pytest.mark.parametrize("name", [p.name for p in sorted(EXAMPLES.glob("my_*.py"))])
 def test_examples_are_short(name):
-    assert len((EXAMPLES / name).read_text().splitlines()) < (150 if name == "my_system.py" else 100)
+    most = {"my_system.py": 125, "my_patches.py": 125, "my_task.py": 125}.get(name, 100)
+    assert len((EXAMPLES / name).read_text().splitlines()) < most
 
 
 @pytest.mark.skipif(not names(), reason="this installation came without trained models")

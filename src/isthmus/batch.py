@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from isthmus.errors import DataError
+from isthmus.errors import ConfigError, DataError
 
 T = TypeVar("T")
 
@@ -143,10 +143,17 @@ class Batch:
         return torch.argsort(self.owner)
 
     def per_visual(self, make: Callable[[Visuals], Iterable[T]]) -> list[T]:
-        """What ``make`` gives for the members of each group of visuals, in the batch's order of visuals."""
+        """What ``make`` gives for the members of each group of visuals, in the batch's order of visuals. Raises
+        ConfigError where it gives another number."""
         found: dict[int, T] = {}
         for group in self.visuals:
-            found.update(zip(group.index.tolist(), make(group), strict=True))
+            numbers, made = group.index.tolist(), list(make(group))
+            if len(made) != len(numbers):
+                raise ConfigError(
+                    f"what the net made of {len(numbers)} visuals is of {len(made)}: encoder and connector keep the "
+                    "first axis, one entry per visual."
+                )
+            found.update(zip(numbers, made, strict=True))
         return [found[number] for number in range(len(found))]
 
     def per_row(self, make: Callable[[Visuals], Iterable[T]], what: str) -> list[T]:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 V = TypeVar("V")
 
+WHERE_SET = "where set"
+"""In a field's metadata: :func:`plain` leaves the field out while it is empty, so that folders and hashes of what does
+not use it stay as they are."""
+
 
 def strict(cls: type[T], mapping: object, where: str) -> T:
     """``cls(**mapping)`` with nested dataclasses built, types checked and unknown keys refused.
@@ -41,7 +45,8 @@ def plain(value: "DataclassInstance | Mapping[str, object]") -> dict[str, object
 
 def _plain(value: object) -> object:
     if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
+        shown = [f for f in fields(value) if f.init and not (WHERE_SET in f.metadata and not getattr(value, f.name))]
+        return {f.name: _plain(getattr(value, f.name)) for f in shown}
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

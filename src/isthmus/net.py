@@ -4,7 +4,7 @@ A net of a user's own inherits from it and says ``KIND``, ``CONFIG``, ``loss`` a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from isthmus.batch import CAUSAL, Batch, Term, Tokens
 from isthmus.errors import CapabilityError
 from isthmus.nn.precision import cast_weights
 from isthmus.nn.tap import Tap
-from isthmus.nn.vit import VisionTransformer
+from isthmus.nn.vit import VisionEncoder
 from isthmus.stage import StagedNet
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from isthmus.nn.losses import Similarity
 
 
+@runtime_checkable
 class _Compares(Protocol):
-    """The configuration of a net whose embeddings are compared."""
+    """The configuration of a net that says how its embeddings are compared."""
 
     @property
     def similarity(self) -> "Similarity": ...
@@ -38,7 +39,7 @@ class Net(StagedNet):
     CONFIG: "ClassVar[type[DataclassInstance]]"
     """The class of its configuration, a frozen dataclass."""
     config: "DataclassInstance"
-    vision: VisionTransformer
+    vision: VisionEncoder
     language: "Language"
     contrasts: bool = False
     """Whether its loss needs the rows of all processes at once."""
@@ -54,11 +55,15 @@ class Net(StagedNet):
     """Whether several frames can be one visual of its prompts."""
 
     @property
+    def continues_prompts(self) -> bool:
+        """Whether a decoder can write with it step by step. A net of a user's own may only know how to generate."""
+        language = cast("Language | None", self.part("language"))
+        return type(self).prompt is not Net.prompt and language is not None and language.writable is True
+
+    @property
     def shares_beginning(self) -> bool:
         """Whether several prompts, or several endings of one, can go on from a beginning that is read once."""
-        language = cast("Language | None", self.part("language"))
-        continues_prompts = type(self).prompt is not Net.prompt  # a net of the user's own may only know how to generate
-        return continues_prompts and language is not None and language.writable is True
+        return self.continues_prompts
 
     def prompt(self, batch: Batch, past: "Read | None" = None) -> "Prompt":
         """What a decoder continues; after ``past``, one row that was read, where all the rows begin so."""
@@ -74,8 +79,8 @@ class Net(StagedNet):
         return 0 if self.part("vision") is None else self.vision.config.image_size
 
     def compared_by(self) -> "Similarity":
-        """How the embeddings of a net that makes some are compared, as its configuration says."""
-        return cast(_Compares, self.config).similarity
+        """How the embeddings of a net that makes some are compared: as its configuration says, else by the cosine."""
+        return self.config.similarity if isinstance(self.config, _Compares) else "cosine"
 
     def part(self, name: str) -> nn.Module | None:
         """The part of this name, such as ``language``; none where the net has no such part (now)."""
@@ -118,10 +123,14 @@ class Net(StagedNet):
         """What a picture of that many pixels counts as where it becomes vectors: the connector's visual tokens, or the
         rows of the encoder (patches, class token) in a net without one; 0 of a net that reads none."""
         vision = self.part("vision")
-        if (made := self.num_tokens(height, width)) or not isinstance(vision, VisionTransformer):
+        if (made := self.num_tokens(height, width)) or not isinstance(vision, VisionEncoder):
             return made
         rows, columns = vision.grid(height, width)
         return rows * columns + vision.config.class_token
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of a picture of that many pixels: what an attention map is laid out by."""
+        return self.vision.grid(height, width)
 
     def visual_features(self, pixels: Tensor) -> Tensor:
         """(n, F, 3, H, W) normalised pixels -> (n, F, P, Dv): what the connector reads, and a feature cache holds."""

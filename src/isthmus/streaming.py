@@ -23,7 +23,7 @@ def pieces(net: Net, tokenizer: Tokenizer, batch: Batch, decoding: Decoding) -> 
 
 
 def _ids(net: Net, batch: Batch, decoding: Decoding) -> Iterator[tuple[int, ...]]:
-    if net.part("language") is None or net.language.writable is not True:
+    if not net.continues_prompts:
         with torch.inference_mode():
             (ids,) = net.generate(batch, decoding)
         yield tuple(ids)

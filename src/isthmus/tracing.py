@@ -23,7 +23,7 @@ def attention_of(model: "Model[Net]", prompt: Example, answer: list[int]) -> Att
     grids = {}
     for group in batch.visuals:
         assert group.pixels is not None  # collate decodes
-        grids |= dict.fromkeys(group.index.tolist(), model.net.vision.grid(*group.pixels.shape[-2:]))
+        grids |= dict.fromkeys(group.index.tolist(), model.net.grid(*group.pixels.shape[-2:]))
     start = len(prompt.streams[CAUSAL].ids) - 1  # the position before a token is the one that chose it
     maps = [m[:, start : start + len(answer)].cpu() for m in model.net.attention(batch)[0]]
     return Attention(

@@ -41,6 +41,11 @@ def label(name: str) -> str:
     return f"{Path(found['file']).name}:{found['cls']}" if found else name
 
 
+def files_of(names: Iterable[str]) -> list[Path]:
+    """Where the classes among these pinned names are; other names are passed over."""
+    return [Path(found["file"]) for name in names if (found := _FILE.fullmatch(name))]
+
+
 def pin(name: str, folder: Path | str | None = None) -> str:
     """The name with the file's absolute place and sha256. A relative file is looked for in ``folder`` (by default the
     working folder), the short form always in the working folder. A pinned name is returned as it is.

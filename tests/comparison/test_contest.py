@@ -5,6 +5,7 @@ import csv
 import json
 import shutil
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from isthmus.checkpoint import read_json
 from isthmus.comparison import contest
 from isthmus.comparison.contest import finished, recipe_of_arm, run_contest
 from isthmus.comparison.recipe import parse_comparison
-from isthmus.errors import ConfigError, IsthmusError
+from isthmus.errors import ConfigError, DataError, IsthmusError
 from isthmus.opening import load
 from isthmus.recipes.run import make_loader
 from tests.cli.test_cli import run
@@ -159,6 +160,15 @@ def test_an_interrupted_arm_goes_on_where_it_stopped(story, tmp_path, monkeypatc
     assert (tmp_path / "arms/llava/seed-0/model/manifest.json").stat().st_mtime_ns == before
 
 
+def test_an_error_names_its_arm(story, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise DataError("prompt too long")
+
+    monkeypatch.setattr(contest, "score_contestant", broken)
+    with pytest.raises(DataError, match=r"^Arm 'llava', seed 0: prompt too long$"):
+        run_contest(parse_comparison(tree(story)), tmp_path, name="mini", show=False)
+
+
 def test_a_budget_in_operations_becomes_steps_once(story, tmp_path):
     plan = parse_comparison(tree(story, budget={"flops": 1e9}))
     recipe = recipe_of_arm(plan, "llava", 0, tmp_path)
@@ -207,6 +217,74 @@ def test_a_connector_of_ones_own_takes_part_by_the_command(story, tmp_path, monk
     tested = page[page.index("<h2>Patches pay") :]
     assert "<td>mean</td>" in tested[: tested.index("</table>")]
     assert "Patches pay</" in page[page.index("<h2>Curves") :]
+
+
+def test_a_task_of_ones_own_is_scored_over_seeds_and_paired(story, tmp_path, monkeypatch, capsys):
+    """Again when the folder is read a second time, and with what has no interval."""
+    import yaml
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_task.py", "my_source.py"):
+        shutil.copy(Path(__file__).parents[2] / "examples" / name, tmp_path)
+    (tmp_path / "bare.py").write_text(BARE)
+    cards = {"kind": "my_source.py:Cards", "count": 12}
+    own = tree(story, statements=[])
+    own["evaluate"] = [
+        {"name": "counting", "task": "my_task.py:Counting", "data": cards},
+        {"name": "bare", "task": "bare.py:Bare", "data": cards},
+    ]
+    own["arms"] = [own["arms"][0] | {"shots": []}, own["arms"][1]]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    for _ in range(2):
+        code, _, wrong = run(monkeypatch, capsys, "compare", "own.yaml", "budget.samples=8", "--out", "out")
+        assert code == 0, wrong
+    rows = list(csv.DictReader((tmp_path / "out/scores.csv").read_text().splitlines()))
+    kinds = {(r["model"], r["task"], r["kind"], bool(r["low"])) for r in rows}
+    assert kinds == {
+        (model, *found)
+        for model in ("llava", "blind")
+        for found in (("counting", "exact", True), ("counting", "near", True), ("bare", "length", False))
+    }
+    (mean,) = [float(r["score"]) for r in rows if r["model"] == "llava" and r["task"] == "bare"]
+    single = [read_json(tmp_path / f"out/scores/llava/seed-{n}/bare/scores.json")["length"] for n in (0, 1)]
+    assert mean == pytest.approx(sum(single) / 2)
+    pairs = list(csv.DictReader((tmp_path / "out/differences.csv").read_text().splitlines()))
+    assert [(r["task"], r["measure"]) for r in pairs] == [("counting", "exact"), ("counting", "near")]
+
+
+BARE = """
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from isthmus.evaluation.tasks import Task
+from isthmus.evaluation.turns import prompt
+
+class Writes(Protocol):
+    def answer_records(self, records, **decoding): ...
+
+class Length:
+    def __init__(self, length):
+        self.length = length
+
+    def to_dict(self):
+        return {"length": self.length}
+
+@dataclass(frozen=True, kw_only=True)
+class Bare(Task):
+    needs: ClassVar[type] = Writes
+    name: str
+    records: object
+    seed: int = 0
+
+    def rows(self, model, done, *, chunk):
+        for record in (self.records[i] for i in range(len(self.records))):
+            if record.id not in done:
+                (answer,) = model.answer_records([prompt(record)], max_new_tokens=6)
+                yield [{"id": record.id, "length": len(answer) / 100}]
+
+    def score(self, rows):
+        return Length(sum(row["length"] for row in rows) / len(rows))
+"""
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,16 @@ def test_the_shape_is_that_of_the_pixels(mode):
         assert transform.shape(height, width) == tuple(transform(picture).shape[-2:])
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from((1, 3, 8)))
+def test_the_shape_of_an_aspect_picture_is_known_from_its_size(width, height, patch):
+    transform = ImageTransform(size=24, mode="aspect", patch=patch)
+    shape = transform.shape(height, width)
+    assert tuple(transform(noise(width, height)).shape[1:]) == shape
+    assert shape in transform.shapes
+    assert len(set(transform.shapes)) == len(transform.shapes) == 2 * (24 // patch) - 1
+
+
 def test_transform_round_trip_and_errors():
     transform = ImageTransform.siglip(48)
     assert ImageTransform.from_dict(transform.to_dict()) == transform

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as PilImage
 
 from isthmus.batch import IGNORE
-from isthmus.data.images import ImageTransform
+from isthmus.data.images import ImageTransform, as_image
 from isthmus.data.processor import ContrastiveProcessor, SpliceProcessor, TextProcessor
 from isthmus.data.processors import processor_from_dict
 from isthmus.data.record import Text
@@ -18,6 +19,7 @@ from tests.data.helpers import assistant, byte_level, picture, record, user
 
 TOKENIZER = byte_level()
 IMAGE = ImageTransform.clip(8)
+TALL = ImageTransform(size=8, mode="aspect", patch=4)
 
 
 def splice(**options) -> SpliceProcessor:
@@ -167,6 +169,7 @@ def test_nothing_learnt_says_why():
     [
         ContrastiveProcessor(TOKENIZER, IMAGE, context=12),
         splice(max_length=99),
+        SpliceProcessor(TOKENIZER, TALL, num_tokens={"8x8": 4, "8x4": 2, "4x8": 3}, template="plain"),
         TextProcessor(TOKENIZER, max_length=9),
     ],
     ids=lambda p: p.kind,
@@ -179,6 +182,17 @@ def test_processors_survive_json(processor):
     assert again.image == processor.image
 
 
+@pytest.mark.parametrize(("size", "shape", "places"), [((9, 9), (8, 8), 4), ((5, 20), (8, 4), 2), ((20, 5), (4, 8), 3)])
+def test_places_follow_the_shape_of_a_picture(size, shape, places):
+    counts = {"8x8": 4, "8x4": 2, "4x8": 3}
+    processor = SpliceProcessor(TOKENIZER, TALL, num_tokens=counts, template="vicuna_bare")
+    example = processor.prompt(record(as_image(PilImage.new("RGB", size)), user("what?")))
+    assert [place.length for place in example.places] == [places]
+    pixels = example.pixels[0](example.visuals[0])
+    assert isinstance(pixels, torch.Tensor)
+    assert tuple(pixels.shape[1:]) == shape
+
+
 def test_configuration_errors():
     with pytest.raises(ConfigError, match="did you mean 'splice'"):
         processor_from_dict({"kind": "splise"}, TOKENIZER)
@@ -188,6 +202,10 @@ def test_configuration_errors():
         splice(template="plane")
     with pytest.raises(ConfigError, match="at least one visual token"):
         splice(num_tokens=0)
+    with pytest.raises(ConfigError, match=r"one of 4x8 pixels would take 0; with a larger image\.patch"):
+        SpliceProcessor(TOKENIZER, TALL, num_tokens={"8x8": 4, "8x4": 2, "4x8": 0})
+    with pytest.raises(ConfigError, match="every shape of a picture; 4x8 is missing"):
+        SpliceProcessor(TOKENIZER, TALL, num_tokens={"8x8": 4, "8x4": 2})
     with pytest.raises(ConfigError, match="max_length must be"):
         TextProcessor(TOKENIZER, max_length=1)
 

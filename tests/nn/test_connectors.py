@@ -159,6 +159,10 @@ class Mean(nn.Module):
 class Named(Connector, Mean):
     forward, num_tokens = Mean.forward, Mean.num_tokens
 
+class NoWidths(Mean):
+    def __init__(self):
+        super().__init__(1, 1)
+
 class NotOne(nn.Module):
     def __init__(self, *widths):
         super().__init__()
@@ -177,6 +181,8 @@ def test_a_class_of_ones_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         build_connector({"kind": pin("mine:Mean"), "bias": "no"}, 6, 5)
     with pytest.raises(ConfigError, match="must be a class that derives from"):
         build_connector(pin("mine:NotOne"), 6, 5)
+    with pytest.raises(ConfigError, match=r"NoWidths\(vision_width, out_width, \.\.\.\), and does not take these"):
+        build_connector(pin("mine:NoWidths"), 6, 5)
     named = build_connector(pin("mine.py:Named"), 6, 5)
     assert isinstance(named, Connector)
     with pytest.raises(CapabilityError, match="Named does not say which patches"):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.batch import Places
-from isthmus.errors import DataError
+from isthmus.errors import ConfigError, DataError
 from isthmus.nn.splice import at_places, splice
 
 
@@ -70,3 +70,9 @@ def test_errors_name_sample_and_numbers(where: list[tuple[int, int, int, int]], 
     found = places(*where) if where else Places.none()
     with pytest.raises(DataError, match=message):
         splice(torch.zeros(2, 5, 3), torch.zeros(1, 2, 3), found, names=("cat", "dog"))
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3,), (1, 2, 3)])
+def test_tokens_of_another_width_or_shape_are_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=rf"the connector made \({shape[0]}.*number of tokens, 3"):
+        splice(torch.zeros(1, 5, 3), [torch.zeros(shape)], places((0, 0, 1, 2)))

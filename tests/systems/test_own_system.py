@@ -3,16 +3,25 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from PIL import Image as PilImage
 from typer.testing import CliRunner
 
+from isthmus.batch import Batch
 from isthmus.cli.app import app
+from isthmus.data.messages import conversation
 from isthmus.data.sources import open_source
 from isthmus.errors import CheckpointError, ConfigError
+from isthmus.language import Decoding
+from isthmus.net import Net
 from isthmus.opening import load
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import read_recipe
+from isthmus.serving.engine import Together, WholeAnswers, speaker_of
+from isthmus.serving.limits import Limits
 from isthmus.systems import system
 from isthmus.testing.contracts import verify
 from tests.interop import tiny_models
@@ -55,6 +64,39 @@ def test_it_is_opened_and_asked(place: Path) -> None:
     (answer,) = model.answer_records([record], max_new_tokens=3)
     assert isinstance(answer, str)
     assert len(model.score(record.parts[:-1], ["red", "blue"])) == 2
+
+
+@torch.no_grad()
+def only_generates(net: Any, batch: Batch, decoding: Decoding) -> list[list[int]]:
+    return net.language.generate(net.embed_prompt(batch), batch.text["lm"].lengths, decoding)
+
+
+@pytest.mark.parametrize("continues", [True, False])
+def test_it_streams_and_is_served_with_a_prompt_or_without(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, continues: bool
+) -> None:
+    """A net that only generates gives its answers in one piece."""
+    model = load(place / "run")
+    if not continues:
+        monkeypatch.setattr(type(model.net), "prompt", Net.prompt)
+        monkeypatch.setattr(type(model.net), "generate", only_generates)
+    assert model.net.continues_prompts == model.net.shares_beginning == continues
+    picture = PilImage.effect_noise((64, 64), 60).convert("RGB")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}]
+    asked, few = [{"role": "user", "content": content}], {"min_new_tokens": 3, "max_new_tokens": 3}
+    assert "".join(model.stream(asked, **few)) == model.chat(asked, **few)
+    assert len(model.score([picture, "what?"], ["red", "blue"])) == 2
+    speaker = speaker_of(model, Limits())
+    assert isinstance(speaker, Together if continues else WholeAnswers)
+    example = model.processor.prompt(conversation(asked))
+    speaker.begin("row", example, Decoding(**few), None)
+    said: list[int] = []
+    while len(said) < 3:
+        said += [token.id for token in speaker.step() if token.id is not None]
+    assert model.processor.tokenizer.decode(said).strip() == model.chat(asked, **few)
+    picture.save(tmp_path / "picture.png")
+    done = CliRunner().invoke(app, ["chat", str(place / "run"), "--image", str(tmp_path / "picture.png"), "what?"])
+    assert done.exit_code == 0, done.output
 
 
 def test_it_holds_every_contract_and_is_saved_only_with_its_place(place: Path, tmp_path: Path) -> None:
@@ -110,10 +152,20 @@ def test_code_in_a_models_own_folder_is_never_imported(place: Path, tmp_path: Pa
 
 def test_a_class_that_is_no_system_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("from isthmus.systems.base import System\nclass A: pass\nclass B(System): kind = 'b'\n")
+    file.write_text(
+        "from isthmus.net import Net\nfrom isthmus.systems.base import System\n"
+        "class A: pass\nclass B(System): kind = 'b'\n"
+        "class D(System): kind, net = 'd', A\nclass ENet(Net): CONFIG = dict\nclass E(System): kind, net = 'e', ENet\n"
+    )
     recipe = tmp_path / "r.yaml"
     text = (EXAMPLES / "my_system.yaml").read_text(encoding="utf-8")
-    for name, fault in (("A", "is no system"), ("B", "does not say its 'net'"), ("C", "has no class C")):
+    for name, fault in (
+        ("A", "is no system"),
+        ("B", "does not say its 'net'"),
+        ("C", "has no class C"),
+        ("D", r"its net must be a class of isthmus\.net\.Net"),
+        ("E", "its net ENet must say its CONFIG, a frozen dataclass"),
+    ):
         recipe.write_text(text.replace("my_system.py:MySystem", f"mine.py:{name}"), encoding="utf-8")
         with pytest.raises(ConfigError, match=fault):
             system(read_recipe(recipe).model)

@@ -1,6 +1,7 @@
 """`isthmus verify` passes sound models of every kind, and each broken one fails in its own row."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from isthmus.batch import IGNORE, Term
 from isthmus.cli.app import app
 from isthmus.errors import ConfigError
 from isthmus.testing.contracts import CONTRACTS, verify
@@ -29,7 +31,7 @@ def test_sound_models_hold_every_contract(name: str) -> None:
     expected = {"packed = padded"}
     expected |= {"picture matters"} if name.startswith(("lm", "text")) else set()
     vectors = ("clip", "siglip", "blip2 represent", "image encoder", "text encoder")
-    expected |= {"cached = uncached"} if name in vectors else set()
+    expected |= {"cached = uncached", "nothing looks ahead", "loss = logits"} if name in vectors else set()
     expected |= {"frozen parts untouched"} if name.endswith("encoder") else set()
     expected |= {"left = right padding"} if name == "image encoder" else set()
     expected |= {"export = transformers"} if name == "flamingo" else set()
@@ -47,6 +49,12 @@ def broken_batch(model: Any) -> None:
     """Rows leak into each other: each embedding gets a little of the batch's mean."""
     embed = model.net.language.embed
     model.net.language.embed = lambda ids: embed(ids) + 0.1 * embed(ids).mean(0, keepdim=True)
+
+
+def draws(model: Any) -> None:
+    """Dropout that does not end with training."""
+    embed = model.net.language.embed
+    model.net.language.embed = lambda ids: nn.functional.dropout(embed(ids), 0.1)
 
 
 def broken_padding(model: Any) -> None:
@@ -152,6 +160,47 @@ def not_saved(model: Any) -> None:
     model.save = rounded
 
 
+def looks_ahead(model: Any) -> None:
+    """Attention in both directions over the row's own tokens: no neighbour and no padding is seen."""
+    language = model.net.language
+
+    def both_ways(embeds: torch.Tensor, lengths: Any = None) -> torch.Tensor:
+        mask = torch.zeros(len(embeds), 1, embeds.shape[1], embeds.shape[1])
+        return language.lm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
+
+    language.logits = both_ways
+
+
+def shifted_labels(model: Any) -> None:
+    """Each token is learnt at its own place, where it is what is read."""
+
+    def loss(batch: Any) -> dict[str, Term]:
+        labels = batch.text["lm"].labels
+        logits = model.net.logits(batch).flatten(0, 1)
+        total = nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORE)
+        return {"lm": Term(total, int((labels != IGNORE).sum()))}
+
+    model.net.loss = loss
+
+
+def mean_for_sum(model: Any) -> None:
+    """A term whose sum is a mean already learns too slowly."""
+    loss = model.net.loss
+    model.net.loss = lambda batch: {name: replace(term, total=term.mean) for name, term in loss(batch).items()}
+
+
+def score_of_rows(model: Any) -> None:
+    """A score per token, where sums are due."""
+    score = model.net.score
+    model.net.score = lambda batch: score(batch) / batch.text["lm"].lengths
+
+
+def tensor_aside(model: Any) -> None:
+    """What the net computes with is neither a parameter nor a buffer."""
+    forward, aside = model.net.connector.forward, torch.linspace(-1, 1, 32)
+    model.net.connector.forward = lambda *a, **k: forward(*a, **k) + aside
+
+
 def another_activation(model: Any) -> None:
     """A net that does not do what its configuration says is another one in transformers."""
     for block in model.net.vision.blocks:
@@ -159,6 +208,7 @@ def another_activation(model: Any) -> None:
 
 
 SABOTAGE = [
+    (tiny_models.llava, draws, "again = before"),
     (tiny_models.lm, broken_batch, "batch = single"),
     (tiny_models.llava, broken_padding, "left = right padding"),
     (tiny_models.llava, broken_left, "left = right padding"),
@@ -173,6 +223,13 @@ SABOTAGE = [
     (tiny_models.clip, not_a_number, "tensors accounted for"),
     (tiny_models.clip, one_too_many, "tensors accounted for"),
     (tiny_models.llava, not_saved, "save = load"),
+    (tiny_models.llava, tensor_aside, "save = load"),
+    (tiny_models.llava, looks_ahead, "nothing looks ahead"),
+    (tiny_models.lm, looks_ahead, "nothing looks ahead"),
+    (tiny_models.llava, shifted_labels, "loss = logits"),
+    (tiny_models.flamingo, mean_for_sum, "loss = logits"),
+    (tiny_models.blip2, mean_for_sum, "loss = logits"),
+    (tiny_models.lm, score_of_rows, "loss = logits"),
     (tiny_models.llava, another_activation, "export = transformers"),
 ]
 

@@ -10,6 +10,7 @@ from isthmus.batch import IGNORE, Term, Tokens
 from isthmus.errors import StageError
 from isthmus.net import Net
 from isthmus.stage import Group, Stage
+from isthmus.training import gradient as gradients
 from isthmus.training import train
 from isthmus.training.engines import engine
 from isthmus.training.gradient import NonFiniteLoss, Traffic, backward
@@ -159,6 +160,27 @@ def nn_linear_contrastive():
     return net
 
 
+def test_a_contrast_of_a_part_of_the_rows_is_refused(monkeypatch):
+    net = Contrastive()
+    monkeypatch.setattr(gradients, "world_size", lambda: 2)
+    with pytest.raises(StageError, match=r"'itc' belongs to the full batch, and each of 2 processes has a part of it"):
+        backward(engine(net), [make_batch([1, 2])], FP32)
+    net.contrasts = True
+    assert backward(engine(net), [make_batch([1, 2])], FP32).keys() == {"itc"}
+
+
+def test_a_gradient_cache_of_another_loss_is_refused():
+    """Whoever changes the loss of a net that has one would else train the net's own."""
+
+    class Changed(Contrastive):
+        def loss(self, batch):
+            return {"itc": self.term(*(2 * side for side in self.features(batch)))}
+
+    backward(engine(Changed()), [make_batch([1, 2])], FP32)
+    with pytest.raises(StageError, match="Changed has a loss of its own, and its gradient cache is of Contrastive's"):
+        backward(engine(Changed()), [make_batch([1, 2]), make_batch([3])], FP32)
+
+
 def test_batch_terms_without_a_cache_are_refused():
     with pytest.raises(StageError, match="'itc' belongs to the full batch"):
         backward(engine(Contrastive(cached=False)), [make_batch([1, 2]), make_batch([3])], FP32)
@@ -177,6 +199,22 @@ def test_a_micro_batch_without_learnt_tokens_adds_nothing():
 def test_a_loss_without_open_tensors_is_an_error():
     net = ToyNet().requires_grad_(False)
     with pytest.raises(StageError, match="does not depend on any open tensor"):
+        backward(engine(net), [make_batch([1])], FP32)
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        (lambda terms: terms["lm"].mean, "gave a Tensor and not terms by name"),
+        (lambda terms: {"lm": terms["lm"].mean}, "'lm' of the net's loss must be a Term"),
+        (lambda terms: {"lm": Term(terms["lm"].total, torch.tensor(3))}, "a whole number"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_loss_that_gives_no_terms_is_told_what_to_give(given, fault):
+    net = ToyNet()
+    real = net.loss
+    net.loss = lambda batch: given(real(batch))
+    with pytest.raises(StageError, match=fault):
         backward(engine(net), [make_batch([1])], FP32)
 
 

@@ -21,7 +21,7 @@ STYLES = {"learnt": "bold green", "picture": "cyan", "read": ""}
 
 def run(recipe: str, overrides: Sequence[str], json_file: Path | None, *, samples: int, steps: int) -> None:
     """Print what each stage reads, teaches and trains; exit code 2 with the problems when there are any."""
-    from isthmus.recipes.check import check
+    from isthmus.recipes.check import SEES, check
     from isthmus.recipes.facts import duration
     from isthmus.recipes.schema import read_recipe
 
@@ -31,6 +31,15 @@ def run(recipe: str, overrides: Sequence[str], json_file: Path | None, *, sample
     )
     for name, count in checked.evaluations.items():
         console.print(f"Evaluation {name}: {count:,} items.", markup=False)
+    held = [name for name, verdict in checked.contracts.items() if verdict == "pass"]
+    if held:
+        console.print(f"Contracts that hold before anything is learnt: {', '.join(held)}.", highlight=False)
+    if checked.contracts[SEES] == "FAIL":
+        console.print(
+            "[yellow]Note:[/] another picture changes nothing in what the model makes of a question. Where gates start "
+            "closed, as Flamingo's, training opens them; else the net does not look at its pictures.",
+            highlight=False,
+        )
     total = sum(stage.total for stage in checked.stages)
     console.print(
         f"Peak memory so far: {checked.memory / 2**20:,.0f} MiB. All stages at this speed: {duration(total)}.",
@@ -52,9 +61,10 @@ def _print_stage(console: Console, stage: "StageCheck") -> None:
         mean = sum(source.lengths) / len(source.lengths) if source.lengths else 0.0
         learnt = "" if source.learnt is None else f", {source.learnt:.0%} of them learnt"
         bad = f", {sum(source.bad.values())} bad" if source.bad else ""
+        cut = f", {source.cut} cut at {source.limit} (max_length)" if source.cut else ""
         console.print(
             f"{source.name}: {source.samples:,} samples; of {source.tried} tried: {mean:.0f} tokens on average, "
-            f"{longest} at most{learnt}{bad}",
+            f"{longest} at most{learnt}{cut}{bad}",
             highlight=False,
             markup=False,
         )

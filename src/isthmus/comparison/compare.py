@@ -21,7 +21,7 @@ from isthmus.evaluation import rules, vqa
 from isthmus.evaluation.outputs import Manifest, QuestionRow, ScoredRow
 from isthmus.evaluation.protocols import Answers, Embeds, HasVisionFeatures, Matches, MatchesPairs, Weighs
 from isthmus.evaluation.results import write_json
-from isthmus.evaluation.run import Result
+from isthmus.evaluation.run import Result, fits
 from isthmus.evaluation.sound import first_sound
 from isthmus.evaluation.tasks import Scores, seed_of
 from isthmus.evaluation.turns import turns
@@ -30,6 +30,7 @@ from isthmus.interop.hub import located, model_hash
 from isthmus.model import Model
 from isthmus.recipes.schema import EvalSpec, Recipe
 from isthmus.recipes.scoring import needs, recipe_of, score_model
+from isthmus.user_code import files_of
 
 SAMPLES = 12
 """Pictures shown in the report."""
@@ -67,6 +68,10 @@ class Contestant:
     def label(self, task: str) -> str:
         """The name of a task's scores."""
         return self.name if task in OWN else f"{self.name}-{task}"
+
+    def code(self, task: str) -> list[Path]:
+        """The file that a task of the user's own is in."""
+        return files_of(spec.task for spec in self.specs if spec.name == task)
 
     def folders(self, task: str, beside: "Contestant") -> list[Path]:
         """The score folders of a task, one per seed that ``beside`` has too: only those are compared."""
@@ -156,8 +161,12 @@ _CAPABILITY = {
 
 
 def _can(model: Model, spec: EvalSpec) -> bool:
-    """Has the model the capability that the task needs? A model without an image transform reads no pictures."""
-    if _CAPABILITY[needs(spec)] not in model.capabilities:
+    """Has the model the capability that the task needs? A model without an image transform reads no pictures. What a
+    user's task needs may be a protocol of its own, which the model's methods fit or not."""
+    needed = needs(spec)
+    if needed in _CAPABILITY and _CAPABILITY[needed] not in model.capabilities:
+        return False
+    if needed not in _CAPABILITY and not fits(model, needed):
         return False
     images = [image for record in first_sound(open_source(spec.data), 1) for image in record.images]
     if any(isinstance(image, Video) for image in images):
@@ -281,8 +290,9 @@ def _mean(result: Result[ScoredRow], by_seed: Mapping[int, Sequence[Result[Score
 
 
 def _average(values: Sequence[object], name: str = "") -> object:
-    """The mean of every fraction in several scores of one kind. Numbers of items are the same in all of them; empty and
-    unparsable answers are counted over all, as :func:`vqa.pooled` does."""
+    """The mean of every number in several scores of one kind; what is alike in all of them, such as numbers of items,
+    stays. Empty and unparsable answers are counted over all, as :func:`vqa.pooled` does. Of scores of a user's own
+    class the mean is of what they write."""
     first = values[0]
     if is_dataclass(first) and not isinstance(first, type):
         return replace(first, **{f.name: _average([getattr(v, f.name) for v in values], f.name) for f in fields(first)})
@@ -292,7 +302,22 @@ def _average(values: Sequence[object], name: str = "") -> object:
     if isinstance(first, tuple | list):
         columns = zip(*cast(Sequence[Sequence[object]], values), strict=True)
         return type(first)(_average(column) for column in columns)
-    numbers = cast(Sequence[float], values)
-    if isinstance(first, float):
-        return fmean(numbers)
-    return sum(numbers) if name in ("empty", "unparsable") else first
+    if all(isinstance(value, int | float) for value in values):
+        numbers = cast(Sequence[float], values)
+        alike = all(number == first for number in numbers)
+        return sum(numbers) if name in ("empty", "unparsable") else first if alike else fmean(numbers)
+    written = [value.to_dict() for value in values if isinstance(value, Scores)]
+    if len(written) == len(values):
+        return _Written(cast("dict[str, object]", _average(written)))
+    known = [value for value in values if value is not None]  # a measure that some seeds have not
+    return _average(known, name) if 0 < len(known) < len(values) else first
+
+
+class _Written:
+    """Scores of a class of the user's own, as means over what they write."""
+
+    def __init__(self, facts: dict[str, object]) -> None:
+        self.facts = facts
+
+    def to_dict(self) -> dict[str, object]:
+        return self.facts

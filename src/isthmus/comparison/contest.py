@@ -24,7 +24,7 @@ from isthmus.comparison.report import Chart, Listing, write_report
 from isthmus.comparison.report.tables import percent
 from isthmus.comparison.side_by_side import difference, main_score, write_comparison
 from isthmus.config import plain
-from isthmus.errors import ConfigError
+from isthmus.errors import CapabilityError, ConfigError, DataError, StageError
 from isthmus.evaluation.rescore import rescore
 from isthmus.evaluation.results import write_json
 from isthmus.interop.hub import model_hash
@@ -33,7 +33,7 @@ from isthmus.opening import load
 from isthmus.recipes.run import foresee, train
 from isthmus.recipes.schema import EvalSpec, Recipe
 from isthmus.recipes.scoring import check_tasks, open_evaluations, with_shots
-from isthmus.user_code import label
+from isthmus.user_code import files_of, label
 
 Progress = Callable[[str, str, int, int], None]
 """Called with (arm and seed, task, items done, items in all)."""
@@ -59,16 +59,11 @@ def run_contest(
     found: list[Contestant] = []
     for seed in plan.seeds:
         for arm in chosen:
-            recipe = recipe_of_arm(plan, arm, seed, out)
-            folder = _place(out, "arms", arm, seed)
-            model = train(recipe, folder, progress=show)
-            rival = Contestant(name=arm, folder=folder, recipe=recipe)
-            named_progress = (
-                None if progress is None else (lambda *rest, who=f"{arm}, seed {seed}": progress(who, *rest))
-            )
-            scores = _place(out, "scores", arm, seed)
-            score_contestant(rival, model, _tasks(plan, arm), scores, progress=named_progress)
-            measure(rival, model, scores)
+            try:
+                _run_arm(plan, arm, seed, out, progress, show)
+            except (ConfigError, DataError, StageError, CapabilityError) as error:
+                error.args = (f"Arm {arm!r}, seed {seed}: {error}",)
+                raise
             found = finished(plan, out)
             write_contest(plan, found, out, name=name)
     return found
@@ -85,6 +80,17 @@ def _foresee(plan: Comparison, arms: Sequence[str], out: Path) -> None:
         todo = [seed for seed in plan.seeds if not (_place(out, "arms", arm, seed) / "model" / MANIFEST).is_file()]
         for seed in (todo or plan.seeds)[:1]:
             foresee(recipe_of_arm(plan, arm, seed, out), _place(out, "arms", arm, seed))
+
+
+def _run_arm(plan: Comparison, arm: str, seed: int, out: Path, progress: Progress | None, show: bool) -> None:
+    """Trained, scored and measured."""
+    recipe = recipe_of_arm(plan, arm, seed, out)
+    folder, scores = (_place(out, what, arm, seed) for what in ("arms", "scores"))
+    model = train(recipe, folder, progress=show)
+    rival = Contestant(name=arm, folder=folder, recipe=recipe)
+    named = None if progress is None else (lambda *rest: progress(f"{arm}, seed {seed}", *rest))
+    score_contestant(rival, model, _tasks(plan, arm), scores, progress=named)
+    measure(rival, model, scores)
 
 
 def _place(out: Path, what: str, arm: str, seed: int) -> Path:
@@ -108,8 +114,8 @@ def finished(plan: Comparison, out: Path) -> list[Contestant]:
             if not (folder / "model" / MANIFEST).is_file() or not recall(rival, scores):
                 continue
             rival.recipe = recipe_of_arm(plan, arm.name, seed, out)
-            scored = [scores / spec.name for spec in rival.specs if (scores / spec.name / "scores.json").is_file()]
-            rival.results = [rescore(place) for place in scored]
+            scored = [spec for spec in rival.specs if (scores / spec.name / "scores.json").is_file()]
+            rival.results = [rescore(scores / spec.name, code=files_of([spec.task])) for spec in scored]
             runs[seed] = rival
         if runs:
             found.append(pooled(runs))
@@ -211,10 +217,6 @@ def _arms(plan: Comparison, rivals: Sequence[Contestant]) -> Listing:
         ],
         numeric=3,
     )
-
-
-def _design(plan: Comparison, arm: str) -> str:
-    return label(str(plan.resolved(arm).model))
 
 
 def _tested(plan: Comparison, statement: Statement, rivals: Sequence[Contestant]) -> Listing:

@@ -21,6 +21,7 @@ from isthmus.evaluation.rescore import Difference
 from isthmus.evaluation.rescore import compare as paired
 from isthmus.evaluation.results import Results, write_json, write_text
 from isthmus.evaluation.retrieval import RetrievalScores
+from isthmus.evaluation.scorers import KINDS
 from isthmus.evaluation.vqa import Score, VqaScores
 from isthmus.recipes.schema import EvalSpec
 
@@ -35,8 +36,8 @@ class _Measured(TypedDict):
     kind: str
     n: int
     score: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     blind: NotRequired[float | None]
     shuffled: NotRequired[float | None]
     prior: NotRequired[float | None]
@@ -141,7 +142,7 @@ def score_rows(rivals: Sequence[Contestant]) -> list[ScoreRow]:
             elif isinstance(result.scores, RetrievalScores):
                 found = _recalls(result.scores)
             else:
-                found = _measures(result.scores.to_dict())
+                found = _measures({"n": len(result.rows), **result.scores.to_dict()}, bare=result.kind not in KINDS)
             for measured in found:
                 rows.append({"model": rival.name, "task": result.task, **measured})
     return rows
@@ -182,13 +183,16 @@ def _recalls(scores: RetrievalScores) -> list[_Measured]:
     ]
 
 
-def _measures(facts: Mapping[str, object]) -> list[_Measured]:
-    """Every measure that comes with an interval; the gain stands beside those of which it is the gain."""
+def _measures(facts: Mapping[str, object], *, bare: bool) -> list[_Measured]:
+    """Every measure that comes with an interval; the gain stands beside those of which it is the gain. A user's own
+    task may give fractions without intervals (``bare``)."""
     named = [name for name in facts if facts.get(f"{name}_interval") is not None and name != "gain"]
+    if bare:
+        named += [name for name, value in facts.items() if isinstance(value, float) and name not in (*named, "gain")]
     main = "CIDEr" if "CIDEr" in named else named[0] if named else ""
     found: list[_Measured] = []
     for name in named:
-        low, high = cast(Interval, facts[f"{name}_interval"])
+        low, high = cast("Interval | tuple[None, None]", facts.get(f"{name}_interval") or (None, None))
         gain = cast(float | None, facts.get("gain")) if name == main else None
         n, score = cast(int, facts.get("n")), cast(float, facts[name])
         found.append({"kind": name, "n": n, "score": score, "low": low, "high": high, "gain": gain})
@@ -226,6 +230,8 @@ def _markdown(rows: Sequence[ScoreRow]) -> str:
 
 
 def _spread(row: _Measured | Compared, *, signed: bool = False) -> str:
+    if row["low"] is None:
+        return "–"
     return f"{percent(row['low'], signed=signed)} to {percent(row['high'], signed=signed)}"
 
 
@@ -248,7 +254,7 @@ def difference(one: Contestant, other: Contestant, task: str, seed: int) -> list
     if not ours or not theirs:
         return []
     try:
-        found: list[Difference] = paired(ours, theirs, seed=seed, draws=2000)
+        found: list[Difference] = paired(ours, theirs, seed=seed, draws=2000, code=one.code(task))
     except (ConfigError, DataError):
         return []
     return [

@@ -204,7 +204,7 @@ class PromptProcessor(Processor):
         ids = encode(said, self.tokenizer).ids
         if self.start_id is not None:
             ids = [*ids[len(self.tokenizer.begin_ids) :], self.tokenizer.eos_id]
-        must_fit(len(ids), self.max_text)
+        must_fit(len(ids), self.max_text, "shorten it, or train with a larger max_length, which its last stage set")
         return self._finish(record, {"lm" if self.start_id is None else "encoder": Span(ids)}, asked)
 
     def _said(self, record: Record, *, prompt: bool = False) -> tuple[Rendered, str]:

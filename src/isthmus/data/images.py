@@ -432,6 +432,14 @@ class ImageTransform:
         left, top = (self._start(side) for side in target)
         return image.crop((left, top, left + self.size, top + self.size))
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Every such shape: of ``aspect`` the long side is ``size`` and the other a number of full patches."""
+        if self.mode != "aspect":
+            return [(self.size, self.size)]
+        sides = range(self.patch, self.size, self.patch)
+        return [*((self.size, s) for s in sides), *((s, self.size) for s in sides), (self.size, self.size)]
+
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of what the model sees of a picture of that size (``anyres``: its first view),
         in fractions of width and height. Below 0 and above 1 is the canvas of ``pad``; the rounding to whole pixels

@@ -196,7 +196,8 @@ class SpliceProcessor(Processor):
 
     Args:
         num_tokens: visual tokens a picture takes, from the connector for this transform's fixed size; of image mode
-            ``anyres`` those of one view, a square number.
+            ``anyres`` those of one view, a square number; of ``aspect`` one number for each of the transform's shapes,
+            ``{"64x48": 12, ...}``, height first.
         template: one of :data:`isthmus.data.text.TEMPLATES`, or ``chat``, the one that the tokenizer carries, with its
             switches after a colon: ``chat:enable_thinking=false``.
         max_length: tokens after widening; what is over is cut off, never through a picture.
@@ -214,7 +215,7 @@ class SpliceProcessor(Processor):
         tokenizer: Tokenizer,
         image: ImageTransform,
         *,
-        num_tokens: int,
+        num_tokens: int | Mapping[str, int],
         template: str = "vicuna_v1",
         max_length: int = 2048,
         around: Sequence[str] = (),
@@ -224,10 +225,7 @@ class SpliceProcessor(Processor):
         _check(template, max_length)
         if len(around) not in (0, 2):
             raise ConfigError(f"around is a token before each picture and one after it, not {list(around)}")
-        if num_tokens < 1:
-            raise ConfigError(f"a picture takes at least one visual token, not {num_tokens}")
-        if image.mode == "anyres" and math.isqrt(num_tokens) ** 2 != num_tokens:
-            raise ConfigError(f"the views of image mode anyres make square maps of tokens, not {num_tokens}")
+        _check_counts(num_tokens, image)
         self.tokenizer, self.image = tokenizer, image
         self.num_tokens, self.template, self.max_length = num_tokens, template, max_length
         self._form = form_of(template, tokenizer)
@@ -256,7 +254,10 @@ class SpliceProcessor(Processor):
         return replace(example, streams={"lm": Span(example.streams["lm"].ids)})
 
     def _measured(self, images: Sequence[Image]) -> tuple[list[int], tuple[tuple[int, int], ...]]:
-        """Tokens of each picture, and where they depend on it its size, read from its header."""
+        """Tokens of each picture, and where a net must know it its size, read from its header."""
+        if not isinstance(self.num_tokens, int):
+            shapes = [self.image.shape(*image_size(image.source)) for image in images]
+            return [self.num_tokens[shape_name(shape)] for shape in shapes], ()
         if self.image.mode != "anyres":
             return [self.num_tokens] * len(images), ()
         sizes = tuple(image_size(image.source) for image in images)
@@ -302,11 +303,32 @@ class SpliceProcessor(Processor):
             "kind": self.kind,
             "template": self.template,
             "max_length": self.max_length,
-            "num_tokens": self.num_tokens,
+            "num_tokens": self.num_tokens if isinstance(self.num_tokens, int) else dict(self.num_tokens),
             **({"around": list(self.around)} if self.around else {}),
             **({"stop_ids": list(self.stop_ids)} if self.stop_ids else {}),
             "image": self.image.to_dict(),
         }
+
+
+def shape_name(shape: tuple[int, int]) -> str:
+    """Height and width in pixels as ``64x48``."""
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _check_counts(num_tokens: int | Mapping[str, int], image: ImageTransform) -> None:
+    """Raises ConfigError for numbers of visual tokens that do not fit how pictures are read."""
+    if isinstance(num_tokens, int):
+        if num_tokens < 1:
+            raise ConfigError(f"a picture takes at least one visual token, not {num_tokens}")
+        if image.mode == "anyres" and math.isqrt(num_tokens) ** 2 != num_tokens:
+            raise ConfigError(f"the views of image mode anyres make square maps of tokens, not {num_tokens}")
+    elif missing := [name for shape in image.shapes if (name := shape_name(shape)) not in num_tokens]:
+        raise ConfigError(f"num_tokens must name every shape of a picture; {missing[0]} is missing")
+    elif few := [name for name, count in num_tokens.items() if count < 1]:
+        raise ConfigError(
+            f"a picture takes at least one visual token, and one of {few[0]} pixels would take {num_tokens[few[0]]}; "
+            "with a larger image.patch no side is smaller than that"
+        )
 
 
 class TextProcessor(Processor):
@@ -404,10 +426,10 @@ def must_learn(span: Span, max_length: int, learns: bool) -> None:
         raise DataError(f"nothing learnt: {why}")
 
 
-def must_fit(length: int, max_length: int) -> None:
+def must_fit(length: int, max_length: int, do: str = "shorten it") -> None:
     """Raises DataError for a prompt that is too long."""
     if length > max_length:
-        raise DataError(f"prompt too long: it takes {length} tokens and the model reads {max_length}; shorten it")
+        raise DataError(f"prompt too long: it takes {length} tokens and the model reads {max_length}; {do}")
 
 
 def tokenizer_files(processor: Processor) -> dict[str, str]:

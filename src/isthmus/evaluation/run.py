@@ -8,7 +8,8 @@ alone (:mod:`.rescore`). Several processes share the items (:mod:`.sharing`); th
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -72,14 +73,22 @@ def evaluate(
     report = progress or (lambda done, total: None)
     report(len(rows), len(task.ids))
     if len(rows) < len(task.ids):
-        if not isinstance(model, task.needs):
-            methods = sorted(n for n in vars(task.needs) if not n.startswith("_"))
+        if not fits(model, task.needs):
+            methods = _methods(task.needs)
             raise CapabilityError(f"Task {task.name!r} needs a model that can {', '.join(methods)}; this one cannot.")
+        known = set(task.ids)
         for made in shared_rows(task, model, rows.keys(), chunk=chunk):
+            _check_made(task.name, made, known, rows)
             if first():
-                _write(path, made, "a")
+                with _plain_values(task, "rows"):
+                    _write(path, made, "a")
             rows |= {row["id"]: row for row in made}
             report(len(rows), len(task.ids))
+    if missing := [i for i in task.ids if i not in rows]:
+        raise DataError(
+            f"Task {task.name!r} made no row for {len(missing)} of its {len(task.ids)} items, first {missing[0]!r}: "
+            "its `ids` name the rows that its `rows` yields."
+        )
     ordered = [rows[i] for i in task.ids]
     scores = task.score(ordered)
     if first():
@@ -87,13 +96,47 @@ def evaluate(
             _write(path, ordered, "w")
         warn_of(ordered, captions=task.kind == "caption")
         written = {"task": task.name, "kind": task.kind, **counts(left_out, ordered), **scores.to_dict()}
-        write_json(folder / "scores.json", written)
+        with _plain_values(task, "scores"):
+            write_json(folder / "scores.json", written)
     return Result(task.name, task.kind, scores, ordered, folder, left_out)
 
 
+def fits(model: object, needed: type) -> bool:
+    """Has the model the methods of this protocol? A user's own need not be one that is checked at run time."""
+    return all(callable(getattr(model, name, None)) for name in _methods(needed))
+
+
+def _methods(needed: type) -> list[str]:
+    return sorted(n for base in needed.__mro__ for n, m in vars(base).items() if not n.startswith("_") and callable(m))
+
+
+def _check_made(task: str, made: Sequence[ScoredRow], known: Collection[str], rows: Collection[str]) -> None:
+    """Raises DataError for a row that is none of the task's, or one that is there already."""
+    seen: set[object] = set()
+    for row in made:
+        name = row.get("id")
+        if name not in known or name in rows or name in seen:
+            fault = "is none of its `ids`" if name not in known else "has one already"
+            raise DataError(f"Task {task!r} made a row whose id, {name!r}, {fault}; each id has one row.")
+        seen.add(name)
+
+
+@contextmanager
+def _plain_values(task: Task[R], what: str) -> Iterator[None]:
+    """What cannot be written is an error of the task's."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"Task {task.name!r}: its {what} hold what JSON cannot say ({error}); give plain texts, finite numbers, "
+            "lists and mappings."
+        ) from error
+
+
 def _write(path: Path, rows: Sequence[ScoredRow], mode: str) -> None:
+    written = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]  # all before any is in the file
     with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:  # half a pair is as JSON writes it
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(written)
 
 
 def counts(left_out: int, rows: Sequence[ScoredRow]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast, get_args
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ _SCORED = ("answers", "class", "kind", "choices", "group")
 """What scoring reads of a record's meta data."""
 
 
+@runtime_checkable
 class Scores(Protocol):
     """What a task's scoring gives: fractions by name."""
 

@@ -18,6 +18,8 @@ from isthmus.errors import CheckpointError, ConfigError, nearest
 from isthmus.interop.card import card
 from isthmus.interop.export import AnySource, Export
 from isthmus.interop.formats import FORMATS, named
+from isthmus.nn.vit import VisionEncoder
+from isthmus.user_code import label
 
 SHARD_BYTES = 5_000_000_000
 
@@ -74,6 +76,12 @@ def write_model(
         raise CheckpointError(
             f"This model carries adapters ({adapters.summary(model.net)}), and the format {to} has no place for them: "
             "give --merge to add them to their layers first."
+        )
+    vision = model.net.part("vision")
+    if to != "isthmus" and isinstance(vision, VisionEncoder) and vision.config.kind:
+        raise CheckpointError(
+            f"This model's vision encoder is of your own code, {label(vision.config.kind)}, and the format {to} has no "
+            "place for it."
         )
     if folder.exists() and not replace:
         raise CheckpointError(f"{folder} exists already and is never written over unless you say so (--replace).")

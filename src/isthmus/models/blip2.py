@@ -55,7 +55,7 @@ from isthmus.nn.matching import gather_tokens, hard_negatives, query_contrast
 from isthmus.nn.precision import KeptFloat32, cast_weights
 from isthmus.nn.splice import at_places, splice
 from isthmus.nn.tap import Tap, trains
-from isthmus.nn.vit import VisionConfig, VisionTransformer
+from isthmus.nn.vit import VisionConfig, build_vision
 from isthmus.stage import Group
 
 Index = EllipsisType | tuple[Tensor | slice | int, ...]
@@ -95,7 +95,7 @@ class Blip2Config:
                 f"the Q-Former reads features of width {self.qformer.vision_width}, the encoder makes "
                 f"{self.vision.width}; set qformer.vision_width to the latter."
             )
-        if not self.vision.class_token:
+        if not (self.vision.class_token or self.vision.kind):
             raise ConfigError("BLIP-2's Q-Former reads the class token too; this vision encoder has none.")
         if self.phase == "generate" and self.language is None:
             raise ConfigError("the phase `generate` needs a language model; name one as the part `language`.")
@@ -106,9 +106,12 @@ class Blip2Config:
 
     @property
     def tap(self) -> Tap:
-        """What is read of the encoder: the class token too, before the connector's norm."""
+        """What is read of the encoder: the class token too, where it has one, before the connector's norm."""
         return Tap(
-            vision=self.vision, layers=(self.feature_layer,), class_token=True, patch_positions=self.patch_positions
+            vision=self.vision,
+            layers=(self.feature_layer,),
+            class_token=self.vision.class_token,
+            patch_positions=self.patch_positions,
         )
 
     @property
@@ -208,7 +211,7 @@ class Blip2(Net):
         self.contrasts = not generates
         self.language = build_language(config.language) if generates and config.language is not None else None
         self.prompt_stream = "encoder" if isinstance(self.language, Seq2SeqLM) else "lm"
-        self.vision = VisionTransformer(config.vision)
+        self.vision = build_vision(config.vision)
         self.connector = QFormerConnector(
             config.qformer,
             self.language.width if self.language is not None else None,

@@ -26,7 +26,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.net import Net
 from isthmus.nn.losses import Similarity, info_nce, sigmoid_loss, similarity
 from isthmus.nn.text_tower import TextConfig, TextTower
-from isthmus.nn.vit import Interpolation, VisionConfig, VisionTransformer
+from isthmus.nn.vit import Interpolation, VisionConfig, build_vision
 from isthmus.processes import sizes
 
 WHAT = "contrastive training"
@@ -142,7 +142,7 @@ class Clip(Net):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionTransformer(config.vision)
+        self.vision = build_vision(config.vision)
         self.text = TextTower(config.text)
         self.heads = Heads(config)
 

@@ -34,7 +34,7 @@ from isthmus.net import Net
 from isthmus.nn.connectors.resampler import Resampler, ResamplerConfig
 from isthmus.nn.gated import GatedBlock, GatedConfig, media_index
 from isthmus.nn.tap import Tap
-from isthmus.nn.vit import VisionConfig, VisionTransformer
+from isthmus.nn.vit import VisionConfig, build_vision
 
 STREAM = "lm"
 
@@ -187,18 +187,18 @@ class Flamingo(Net):
         self.config, self.tap = config, config.tap
         self.reads_clips = config.resampler.frames > 0
         language = InterleavedLanguageModel.build(config.language, config.new_ids)
-        places = [i for i in range(len(language.decoder_layers())) if i % config.every == config.offset]
-        if not places:
+        layers = [i for i in range(len(language.decoder_layers())) if i % config.every == config.offset]
+        if not layers:
             raise ConfigError(
                 f"no gated block fits: every {config.every}, offset {config.offset}, and the language model has "
                 f"{len(language.decoder_layers())} layers. Make `every` smaller."
             )
         width = language.lm.config.get_text_config().hidden_size
-        self.vision = VisionTransformer(config.vision)
+        self.vision = build_vision(config.vision)
         self.connector = Resampler(config.vision.width, config.resampler)
-        self.xattn = nn.ModuleList(GatedBlock(width, config.vision.width, config.xattn) for _ in places)
+        self.xattn = nn.ModuleList(GatedBlock(width, config.vision.width, config.xattn) for _ in layers)
         self.language = language
-        language.insert(dict(zip(places, self.xattn, strict=True)))  # type: ignore[arg-type]
+        language.insert(dict(zip(layers, self.xattn, strict=True)))  # type: ignore[arg-type]
 
     def num_tokens(self, height: int, width: int, frames: int = 1) -> int:
         """R: what a visual of that many pixels costs in cross-attention; of the LM's context it takes one token."""
@@ -237,10 +237,12 @@ class Flamingo(Net):
         tags, media = stream.ids == self.config.image_id, self.media(batch)
         before, base = None if past is None else cast("MediaContext | None", past.attended), None
         if before is not None and (known := int(before.media_index[0, -1])):
+            # The beginning has `known` images: those of the batch's own rows are numbered, and stand, after them.
             counts = [known + own for own in counts]
             base = torch.full((len(batch),), known, device=tags.device)
             media = torch.cat([before.media.expand(len(batch), -1, -1, -1), media], dim=1)
         checked = media_index(tags & stream.mask, counts=counts, base=base, names=batch.ids)
+        # A training row may bring an index of its own: its processor drew whether a token looks back or ahead (p_next).
         index = checked if stream.media_index is None else stream.media_index
         start = 0 if past is None else past.lengths[0]
         return MediaContext(

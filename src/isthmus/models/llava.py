@@ -39,7 +39,7 @@ from isthmus.nn.connectors import Connector, build_connector
 from isthmus.nn.splice import at_places, splice
 from isthmus.nn.tap import Tap, trains
 from isthmus.nn.tiles import PINPOINTS, arrange, check_pinpoints
-from isthmus.nn.vit import VisionConfig, VisionTransformer
+from isthmus.nn.vit import VisionConfig, build_vision
 
 STREAM = "lm"
 
@@ -131,7 +131,7 @@ class Llava(Net):
         super().__init__()
         self.config, self.tap, self.pinpoints = config, config.tap, config.pinpoints
         language = LanguageModel.build(config.language)
-        self.vision = VisionTransformer(config.vision)
+        self.vision = build_vision(config.vision)
         self.connector = build_connector(config.projector, config.feature_width, language.width)
         self.language = language
         if config.pinpoints:

@@ -18,7 +18,7 @@ from isthmus.batch import Tokens
 from isthmus.net import Net
 from isthmus.nn.losses import Similarity
 from isthmus.nn.text_tower import TextConfig, TextTower
-from isthmus.nn.vit import Interpolation, VisionConfig, VisionTransformer
+from isthmus.nn.vit import Interpolation, VisionConfig, build_vision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class ImageEncoder(Net):
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionTransformer(config.vision)
+        self.vision = build_vision(config.vision)
         self.projection = _projection(config.vision.width, config.embed_dim, bias=False)
 
     def embed_images(

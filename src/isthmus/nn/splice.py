@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isthmus.batch import Places
-from isthmus.errors import DataError
+from isthmus.errors import ConfigError, DataError
 
 
 def splice(
     embeds: Float[Tensor, "B T D"],
-    visual_tokens: Sequence[Float[Tensor, "_ D"]] | Float[Tensor, "N R D"],
+    visual_tokens: Sequence[Tensor] | Float[Tensor, "N R D"],  # a user's connector makes them: checked below
     places: Places,
     *,
     names: Sequence[str] = (),
@@ -27,10 +27,12 @@ def splice(
         places: each says that visual n stands in a row from ``start`` on, ``length`` tokens long.
         names: the rows' sample ids, for error messages.
 
-    Raises DataError when a place is not as long as its visual has tokens, leaves its row or overlaps another, or when
-    a visual has no place. A visual may stand in several places.
+    Raises ConfigError for visual tokens of another width or shape, and DataError when a place is not as long as its
+    visual has tokens, leaves its row or overlaps another, or when a visual has no place. A visual may stand in several
+    places.
     """
     rows = _as_rows(places)
+    _check_shape(visual_tokens, embeds.shape[2])
     counts = [len(tokens) for tokens in visual_tokens]
     _check(rows, counts, tuple(embeds.shape[:2]), names)
     if not rows:
@@ -63,6 +65,15 @@ def _flat_positions(rows: list[list[int]], width: int) -> Tensor:
     )
 
 
+def _check_shape(visual_tokens: Sequence[Tensor] | Tensor, width: int) -> None:
+    for number, tokens in enumerate(visual_tokens):
+        if tokens.ndim != 2 or tokens.shape[1] != width:
+            raise ConfigError(
+                f"the connector made {tuple(tokens.shape)} of visual {number}; due are its tokens, each as wide as the "
+                f"language model's embeddings: (number of tokens, {width})."
+            )
+
+
 def _check(rows: list[list[int]], counts: list[int], shape: tuple[int, ...], names: Sequence[str]) -> None:
     end_of_last: dict[int, int] = {}
     for row, visual, start, length in sorted(rows, key=lambda place: (place[0], place[2])):
@@ -73,7 +84,8 @@ def _check(rows: list[list[int]], counts: list[int], shape: tuple[int, ...], nam
             raise DataError(
                 f"{where}: the text keeps {length} places for visual {visual}, but the connector made "
                 f"{counts[visual]} tokens of it. Either it is a clip, and a model that splices reads pictures only, "
-                "or processor and model were made for different sizes."
+                "or processor and model were made for different sizes, or the connector's num_tokens says another "
+                "number than it makes."
             )
         if not (0 <= row < shape[0] and start >= 0 and start + length <= shape[1]):
             raise DataError(

@@ -17,7 +17,7 @@ from isthmus.batch import Visuals
 from isthmus.errors import ConfigError, DataError
 from isthmus.nn.attention import frozen
 from isthmus.nn.patch_positions import add_patch_positions
-from isthmus.nn.vit import Interpolation, VisionConfig, VisionTransformer
+from isthmus.nn.vit import Interpolation, VisionConfig, VisionEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Tap:
         return grid[0] * grid[1] + self.class_token
 
     def features(
-        self, encoder: VisionTransformer, pixels: Float[Tensor, "n F 3 height width"]
+        self, encoder: VisionEncoder, pixels: Float[Tensor, "n F 3 height width"]
     ) -> Float[Tensor, "n F P Dv"]:
         """(n, F, 3, H, W) normalised pixels -> (n, F, P, Dv), what a feature cache holds.
 
@@ -77,7 +77,7 @@ class Tap:
             found = found[:, 1:]
         return found.unflatten(0, pixels.shape[:2])
 
-    def read(self, encoder: VisionTransformer, group: Visuals) -> Float[Tensor, "n F P Dv"]:
+    def read(self, encoder: VisionEncoder, group: Visuals) -> Float[Tensor, "n F P Dv"]:
         """(n, F, P, Dv) of a group that brings pixels or cached features. Raises DataError for cached features that
         are of another width, or while the encoder trains, which would change them at every step."""
         if group.pixels is not None:
@@ -98,7 +98,9 @@ class Tap:
 
     def unreachable(self, names: Iterable[str]) -> tuple[str, ...]:
         """Those of a net's parameters that nothing tapped depends on: the encoder above, and where no block has mixed
-        it into the patches a class token that is not kept."""
+        it into the patches a class token that is not kept. Of an encoder of a user's own that is not known."""
+        if self.vision.kind:
+            return ()
         depth = self.vision.layers
         highest = max(layer % (depth + 1) for layer in self.layers)
         dead = [f"vision.blocks.{n}." for n in range(highest, depth)] + ["vision.ln_post.", "vision.pool."]

@@ -1,4 +1,5 @@
-"""The vision transformer: OpenAI CLIP's, SigLIP's and EVA's towers, chosen by configuration.
+"""The vision transformer: OpenAI CLIP's, SigLIP's and EVA's towers, chosen by configuration; and what an encoder of a
+user's own gives in its place.
 
     pixels (n, 3, H, W) → patches (n, P, D) → [class token] + positions → [ln_pre] → blocks → pooled (n, D)
 
@@ -7,18 +8,20 @@ block above the highest requested one.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from isthmus.config import WHERE_SET, check_options
 from isthmus.errors import ConfigError
 from isthmus.nn.attention import Attention
 from isthmus.nn.block import Block, Mlp, init_attention, init_block
+from isthmus.user_code import label, resolve
 
 Interpolation = Literal["hf", "open_clip"]
 
@@ -29,14 +32,18 @@ class VisionConfig:
 
     ``post_norm`` says what the last LayerNorm sees: the ``pooled`` vector (CLIP), ``all`` tokens (SigLIP) or nothing.
     ``pool`` is the class token (CLIP), an attention head with a learned query (SigLIP), or none.
+
+    With ``kind``, ``path/file.py:Class``, the encoder is a :class:`VisionEncoder` of a user's own, made with this and
+    with ``options`` by name. Of the other fields it has sizes: ``layers`` + 1 hidden states, each of one vector of
+    ``width`` per patch of ``patch_size``, without a class token.
     """
 
     image_size: int
     patch_size: int
     width: int
     layers: int
-    heads: int
-    mlp_width: int
+    heads: int = 0
+    mlp_width: int = 0
     activation: str = "quick_gelu"
     eps: float = 1e-5
     class_token: bool = True
@@ -44,10 +51,20 @@ class VisionConfig:
     patch_bias: bool = False
     post_norm: Literal["pooled", "all", "none"] = "pooled"
     pool: Literal["class", "attention", "none"] = "class"
+    kind: str = field(default="", metadata={WHERE_SET: True})
+    options: Mapping[str, object] = field(default_factory=dict, hash=False, metadata={WHERE_SET: True})
 
     def __post_init__(self) -> None:
         if self.patch_size > self.image_size:
             raise ConfigError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}.")
+        if self.kind:
+            object.__setattr__(self, "class_token", False)
+            return
+        if self.options:
+            raise ConfigError("vision: options belong to an encoder of your own; name it as kind, path/file.py:Class.")
+        for name in ("heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"vision: missing {name!r}, at least 1.")
         if self.pool == "class" and not self.class_token:
             raise ConfigError("pool 'class' needs class_token: true; take pool 'attention' or 'none'.")
         if self.post_norm == "pooled" and self.pool == "none":
@@ -177,12 +194,74 @@ class AttentionPool(nn.Module):
         return (y + self.mlp(self.ln(y)))[:, 0]
 
 
-class VisionTransformer(nn.Module):
-    """Dosovitskiy et al. 2021 with CLIP's changes (Radford et al. 2021, sec. 2.4) or SigLIP's (Zhai et al. 2023)."""
+class VisionEncoder(nn.Module):
+    """What nets see of a vision encoder. One of a user's own derives from it and gives ``hidden_states``; sizes other
+    than ``image_size`` are its own affair."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
+
+    def hidden_states(self, pixels: Float[Tensor, "n 3 height width"]) -> Sequence[Tensor]:
+        """(n, 3, H, W) -> ``config.layers`` + 1 hidden states (n, P, D), the patches row by row: the first is what
+        enters the first layer, the last is what the last one gives."""
+        raise NotImplementedError(f"{type(self).__name__} gives no hidden_states.")
+
+    def pooled(self, last: Float[Tensor, "n P D"]) -> Float[Tensor, "n D"]:
+        """(n, P, D), the last hidden state -> (n, D): one vector per picture."""
+        return last.mean(1)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of a picture of that many pixels; what is left over at the edges is not read."""
+        return height // self.config.patch_size, width // self.config.patch_size
+
+    def forward(
+        self,
+        pixels: Float[Tensor, "n 3 height width"],
+        *,
+        layers: Sequence[int] = (),
+        interpolate: Interpolation | None = None,
+        pooled: bool = True,
+    ) -> VisionOutput:
+        """Encode ``pixels`` (n, 3, H, W). ``layers`` are indices into the hidden states. Raises ConfigError for a layer
+        that is not there, and for hidden states that are not as the configuration says."""
+        del interpolate
+        states = self.hidden_states(pixels)
+        due = (len(pixels), math.prod(self.grid(*pixels.shape[-2:])), self.config.width)
+        if len(states) != self.config.layers + 1 or any(tuple(state.shape) != due for state in states):
+            raise ConfigError(
+                f"{type(self).__name__} gave the hidden states {[tuple(state.shape) for state in states]}; by the "
+                f"configuration there are layers + 1 = {self.config.layers + 1}, each {due}: pictures, patches of "
+                f"{self.config.patch_size} pixels a side without a class token, width."
+            )
+        return VisionOutput(self.pooled(states[-1]) if pooled else None, tuple(states[self._layer(n)] for n in layers))
+
+    def _layer(self, index: int) -> int:
+        count = self.config.layers + 1
+        if not -count <= index < count:
+            raise ConfigError(
+                f"layer {index} does not exist: this tower has {count} hidden states, 0 to {count - 1} "
+                f"or -{count} to -1."
+            )
+        return index % count
+
+
+def build_vision(config: VisionConfig) -> VisionEncoder:
+    """The encoder of a configuration. Raises ConfigError for a user's class that is none, and for wrong options."""
+    if not config.kind:
+        return VisionTransformer(config)
+    cls, name = resolve(config.kind), label(config.kind)
+    if not (isinstance(cls, type) and issubclass(cls, VisionEncoder)):
+        raise ConfigError(f"vision {name!r} must be a class that derives from isthmus.nn.vit.VisionEncoder.")
+    check_options(cls, config.options, f"vision {name}", given=1)
+    return cast("Callable[..., VisionEncoder]", cls)(config, **config.options)
+
+
+class VisionTransformer(VisionEncoder):
+    """Dosovitskiy et al. 2021 with CLIP's changes (Radford et al. 2021, sec. 2.4) or SigLIP's (Zhai et al. 2023)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(config)
         width = config.width
         self.patch_embed = PatchEmbedding(3, width, config.patch_size, config.patch_size, bias=config.patch_bias)
         self.class_token = nn.Parameter(torch.empty(width)) if config.class_token else None
@@ -207,10 +286,6 @@ class VisionTransformer(nn.Module):
         if self.pool is not None:
             nn.init.normal_(self.pool.probe, std=scale)
             init_attention(self.pool.attn, scale, scale)
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of a picture of that many pixels; what is left over at the edges is not read."""
-        return height // self.config.patch_size, width // self.config.patch_size
 
     def forward(
         self,
@@ -239,16 +314,7 @@ class VisionTransformer(nn.Module):
             x = block(x, read=torch.zeros(len(x), dtype=torch.long, device=x.device) if alone else None)
             if number in wanted:
                 kept[number] = x
-        return VisionOutput(self._pool(x) if pooled else None, tuple(kept[number] for number in wanted))
-
-    def _layer(self, index: int) -> int:
-        count = self.config.layers + 1
-        if not -count <= index < count:
-            raise ConfigError(
-                f"layer {index} does not exist: this tower has {count} hidden states, 0 to {count - 1} "
-                f"or -{count} to -1."
-            )
-        return index % count
+        return VisionOutput(self.pooled(x) if pooled else None, tuple(kept[number] for number in wanted))
 
     def _embed(self, pixels: Tensor, interpolate: Interpolation | None) -> Tensor:
         """(n, 3, H, W) -> hidden state 0."""
@@ -274,7 +340,13 @@ class VisionTransformer(nn.Module):
             self.positions, (own, own), self.grid(height, width), how=interpolate, class_token=self.config.class_token
         )
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def hidden_states(self, pixels: Float[Tensor, "n 3 height width"]) -> Sequence[Tensor]:
+        """All L+1 of them."""
+        return self(pixels, layers=range(self.config.layers + 1), pooled=False).layers
+
+    def pooled(self, last: Float[Tensor, "n P D"]) -> Float[Tensor, "n D"]:
+        """By the configuration's ``pool`` and ``post_norm``."""
+        x = last
         if self.config.post_norm == "all":
             x = self.ln_post(x)
         x = self.pool(x) if self.pool is not None else x[:, 0]

@@ -272,11 +272,18 @@ def _texts(sources: list[Source], spec: TokenizerSpec) -> Iterator[str]:
 
 
 def _image_of(recipe: Recipe, parts: Mapping[str, object], net: Net) -> ImageTransform | None:
-    """The transform of the part that brings the encoder, else CLIP's, changed by the recipe's ``image``."""
+    """The transform of the part that brings the encoder, else CLIP's for what the net reads, changed by the recipe's
+    ``image``. Raises ConfigError for an ``image`` of a net that names no size of pictures, unless it gives one."""
     for name in ("init", "vision"):
         if (part := _model_among(parts, name)) is not None:
             inherited = part.processor.image
             return ImageTransform.from_dict(inherited.to_dict() | (recipe.image or {})) if inherited else None
-    if not net.image_size:
+    if not net.image_size and recipe.image is None:
         return None
-    return ImageTransform.from_dict(ImageTransform.clip(net.image_size).to_dict() | (recipe.image or {}))
+    if not net.image_size and "size" not in (recipe.image or {}):
+        raise ConfigError(
+            f"The recipe's `image` says how pictures are read, and a {net.KIND} has no vision encoder that says how "
+            "large: give the pixels of a side, image.size, or take `image` out. (A net of your own may say it: "
+            "image_size.)"
+        )
+    return ImageTransform.from_dict(ImageTransform.clip(net.image_size or 1).to_dict() | (recipe.image or {}))

@@ -2,7 +2,8 @@
 
     check(recipe) -> for each stage: sources, samples token by token, lengths, bad samples, the table of open parts,
                      two steps in a folder of their own, the same two interrupted and resumed, compared bit by bit;
-                     then: the model saved, loaded and compared, and the data of every evaluation opened
+                     then: the model saved, loaded and compared, the contracts of its answers tried (no look ahead,
+                     batch = single, ...), and the data of every evaluation opened
 
 Nothing remains: runs live in a temporary folder and the net has its first weights back after each stage.
 """
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from isthmus.recipes.schema import EvalSpec, Recipe, StageSpec
 from isthmus.recipes.scoring import check_tasks, make_task
 from isthmus.recipes.validating import validation_of
 from isthmus.stage import StageTable, apply_stage, canonical, named_state
+from isthmus.testing.contracts import STATELESS, moved_outputs, verify
 from isthmus.training import Loader as Steps
 from isthmus.training import Position, TrainResult
 from isthmus.training import train as train_stage
@@ -48,6 +51,17 @@ from isthmus.training.protocols import ending
 
 SAMPLES_READ = 64
 """Samples of each source that are processed and decoded, evenly spread."""
+UNTRAINED = (
+    "again = before",
+    "batch = single",
+    "left = right padding",
+    "cached = uncached",
+    "nothing looks ahead",
+    "loss = logits",
+)
+"""Contracts that a sound model holds before it has learnt anything."""
+SEES = "picture matters"
+"""A contract that one with closed gates fails before it has learnt to open them, and so no problem here."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ class Shown:
 @dataclass(frozen=True)
 class SourceSummary:
     """What evenly spread samples of a source are like. ``lengths`` are in tokens; ``learnt`` is the share of learnt
-    ones."""
+    ones, ``cut`` how many samples lost tokens to the stage's ``limit`` of them."""
 
     name: str
     samples: int
@@ -79,6 +93,8 @@ class SourceSummary:
     learnt: float | None
     bad: Mapping[str, int]
     example: str
+    cut: int = 0
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,7 @@ class StageCheck:
                     "longest": max(s.lengths, default=0),
                     "learnt": s.learnt,
                     "bad": dict(s.bad),
+                    "cut": s.cut,
                 }
                 for s in self.sources
             ],
@@ -118,12 +135,14 @@ class StageCheck:
 
 @dataclass(frozen=True)
 class Checked:
-    """A preflight. ``problems`` are those of all stages and of the model and evaluations; empty means go."""
+    """A preflight. ``problems`` are those of all stages and of the model and evaluations; empty means go. ``contracts``
+    has the verdict on each of UNTRAINED and on SEES."""
 
     stages: tuple[StageCheck, ...]
     evaluations: Mapping[str, int]
     problems: tuple[str, ...]
     memory: int
+    contracts: Mapping[str, str]
 
     def to_dict(self) -> dict[str, object]:
         return {
@@ -131,6 +150,7 @@ class Checked:
             "evaluations": dict(self.evaluations),
             "problems": list(self.problems),
             "peak_memory_bytes": self.memory,
+            "contracts": dict(self.contracts),
         }
 
 
@@ -155,6 +175,13 @@ def check(
             if on_stage is not None:
                 on_stage(stages[-1])
         problems = _saves(built, Path(folder) / "model")
+    contracts = verify(built.model(), only=(*UNTRAINED, SEES))
+    failed = [row for row in contracts if row.verdict == "FAIL" and row.name != SEES]
+    if any(row.name == UNTRAINED[0] for row in failed):  # then whatever is compared differs
+        failed, problems = failed[:1], []
+    told = [problem for stage in stages for problem in stage.problems]
+    # An error of the net's stopped the stages already, and would be told once more by every contract.
+    problems += [f"The model fails the contract {row}." for row in failed if row.difference is not None or not told]
     evaluations = {}
     for spec in recipe.evaluate:
         try:
@@ -162,7 +189,11 @@ def check(
         except DataError as error:
             problems.append(f"Evaluation {spec.name}: {error}")
     return Checked(
-        tuple(stages), evaluations, (*(p for stage in stages for p in stage.problems), *problems), _peak_memory()
+        stages=tuple(stages),
+        evaluations=evaluations,
+        problems=(*told, *problems),
+        memory=_peak_memory(),
+        contracts={row.name: row.verdict for row in contracts},
     )
 
 
@@ -225,14 +256,17 @@ def _summarise(
     """Process and decode evenly spread samples of one source; what failed is counted by reason."""
     source, processor = loader.sources[number], built.processor(spec)
     places = range(0, len(source), max(1, -(-len(source) // SAMPLES_READ)))
+    whole, cut = processor.uncut(), 0
     examples: list[Example] = []
     bad: Counter[str] = Counter()
     worst = ""
     for index in places:
         try:
             record = source[index]
-            example = processor.example(record, key(built.recipe.seed, "draw", number, 0, record.id))
+            draw = key(built.recipe.seed, "draw", number, 0, record.id)
+            example = processor.example(record, draw)
             load_pixels(example)
+            cut += bool(processor.limits) and _tokens_of(example) < _tokens_of(whole.example(record, draw))
         except DataError as error:
             worst = worst or str(error)
             bad[str(error).split(":", 1)[0]] += 1
@@ -241,7 +275,15 @@ def _summarise(
     labels = [label for e in examples for s in e.streams.values() if s.labels is not None for label in s.labels]
     learnt = sum(label != IGNORE for label in labels) / len(labels) if labels else None
     lengths = tuple(example.length for example in examples)
-    return SourceSummary(source.name, len(source), len(places), lengths, learnt, dict(bad), worst), examples
+    limit = getattr(processor, processor.limits[0]) if processor.limits else None
+    return SourceSummary(
+        source.name, len(source), len(places), lengths, learnt, dict(bad), worst, cut=cut, limit=limit
+    ), examples
+
+
+def _tokens_of(example: Example) -> int:
+    """Tokens of all its streams."""
+    return sum(len(span.ids) for span in example.streams.values())
 
 
 def show(example: Example, tokenizer: Tokenizer, others: Mapping[str, Tokenizer]) -> Shown:
@@ -393,6 +435,9 @@ def _saves(built: Built, folder: Path) -> list[str]:
         return ["The model, saved and loaded, has other weights than before."]
     if again.processor.to_dict() != model.processor.to_dict():
         return ["The model, saved and loaded, processes samples otherwise than before."]
+    with suppress(Exception):  # a net that fails at once is the stages' and the contracts' to tell
+        if (moved := moved_outputs(model, again)) is not None:
+            return [f"The model, saved and loaded, has other outputs than before, by {moved:.2g}: {STATELESS}."]
     return []
 
 

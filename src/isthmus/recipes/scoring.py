@@ -342,7 +342,7 @@ def score_model(
             model, model_hash = _of_stage(run or folder.parent, spec.stage, final, final_hash, code)
         report = (lambda done, total, name=name: progress(name, done, total)) if progress else None
         if spec.task in _BY_SIMILARITY and "similarity" in model.capabilities:  # which transformers' models lack
-            own = cast(Model, model).net.config.similarity
+            own = cast(Model, model).net.compared_by()
             spec = spec.model_copy(update={"options": {"similarity": own, **spec.options}})
         found.append(
             _scored(

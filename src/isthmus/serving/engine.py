@@ -70,9 +70,9 @@ class Together:
     has_logprobs = True
 
     def __init__(self, model: Model, limits: Limits) -> None:
+        if not model.net.continues_prompts:
+            raise CapabilityError("a model whose net gives no prompt, or no language model, has nothing for a decoder")
         language = model.net.language
-        if language is None:
-            raise CapabilityError("a model without a language model has nothing for a decoder")
         self.model, self.limits = model, limits
         if isinstance(language, LanguageModel | Seq2SeqLM):
             language = Remembering(language, limits.prefixes)
@@ -125,8 +125,8 @@ class PictureFeatures:
         self.kept: OrderedDict[str, Tensor] = OrderedDict()
 
     def encoded(self, example: Example) -> Example:
-        """The example with features in place of pixels."""
-        if not example.visuals:
+        """The example with features in place of pixels, where the net reads such."""
+        if not example.visuals or self.model.net.tap is None:
             return example
         found = []
         for image, pixels in zip(example.visuals, example.pixels, strict=True):
@@ -181,7 +181,7 @@ class WholeAnswers:
 
 
 def _context(model: Model) -> int | None:
-    language = model.net.language
+    language = model.net.part("language")
     return language.context if isinstance(language, LanguageModel) else None
 
 

@@ -4,6 +4,7 @@ A user's own system is a class of the same base, :class:`isthmus.systems.base.Sy
 that file's pinned name (:mod:`isthmus.user_code`).
 """
 
+from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -45,6 +46,7 @@ def system(name: str) -> "System[Net]":
 
 
 def _of_user(name: str) -> "System[Net]":
+    from isthmus.net import Net
     from isthmus.systems.base import System
 
     found = resolve(name)
@@ -53,6 +55,13 @@ def _of_user(name: str) -> "System[Net]":
     for needed in ("kind", "net"):
         if needed not in dir(found):
             raise ConfigError(f"{label(name)} does not say its {needed!r}; see examples/my_system.py.")
+    if not (isinstance(found.net, type) and issubclass(found.net, Net)):
+        raise ConfigError(f"{label(name)}: its net must be a class of isthmus.net.Net, and is {found.net!r}.")
+    if "CONFIG" not in dir(found.net) or not is_dataclass(found.net.CONFIG):
+        raise ConfigError(
+            f"{label(name)}: its net {found.net.__name__} must say its CONFIG, a frozen dataclass with the options of "
+            "a recipe's `config`; see examples/my_system.py."
+        )
     if found.kind in SYSTEMS:
         raise ConfigError(f"{label(name)} is called {found.kind!r} like one of isthmus's own; give it another `kind`.")
     return found(name)

@@ -16,18 +16,18 @@ from isthmus.batch import Batch
 from isthmus.config import plain
 from isthmus.data.chat import default_template
 from isthmus.data.images import ImageTransform
-from isthmus.data.processor import Processor, SpliceProcessor
+from isthmus.data.processor import Processor, SpliceProcessor, shape_name
 from isthmus.data.processors import processor_from_dict
 from isthmus.data.record import Example
 from isthmus.data.tokenizer import Tokenizer
-from isthmus.errors import ConfigError, nearest
+from isthmus.errors import CapabilityError, ConfigError, nearest
 from isthmus.interop import formats
 from isthmus.net import Net
 from isthmus.stage import named_state
 from isthmus.systems import peers
 
-WRITES = ("generate", "caption", "answer", "chat", "score")
-"""What a model that writes about pictures can do."""
+WRITES = {"generate": "generate", "caption": "generate", "answer": "generate", "chat": "generate", "score": "score"}
+"""What a model that writes about pictures can do, each with the net's method that it takes."""
 
 
 N = TypeVar("N", bound=Net)
@@ -104,9 +104,9 @@ class System(Generic[N]):
         """What stands after ``model:`` in a recipe and in a model folder: the kind, or where a user's class is."""
 
     def capabilities(self, net: N) -> tuple[str, ...]:
-        """What a model of this net can do, as :class:`isthmus.model.Model` calls its methods."""
-        del net
-        return WRITES
+        """What a model of this net can do, as :class:`isthmus.model.Model` calls its methods: of WRITES what the net
+        has the method for."""
+        return tuple(name for name, method in WRITES.items() if gives(net, method))
 
     # From a recipe to a net
 
@@ -135,14 +135,21 @@ class System(Generic[N]):
     def configuration(self, own: dict[str, object], parts: Parts, tokenizers: Tokenizers) -> dict[str, object]:
         """The net's configuration from the recipe's ``own`` and the parts; the vocabulary of a language model that is
         made from nothing is the tokenizer's. Raises ConfigError for a part that lacks what is wanted of it."""
-        for name in ("vision", "language"):
+        for name in self._pieces:
             if name in parts:
                 own[name] = piece_of(name, model_of(parts, name))
             elif name not in own:
-                raise ConfigError(f"A {self.kind} recipe needs the part {name!r}: a model folder under `parts`.")
-        if "language" not in parts and not self.new_tokens:  # which have rows of their own, beside the vocabulary
+                hint = "" if self.name == self.kind else f" A system without {name} leaves it out of its `parts`."
+                raise ConfigError(f"A {self.kind} recipe needs the part {name!r}: a model folder under `parts`.{hint}")
+        if "language" in self._pieces and "language" not in parts and not self.new_tokens:
+            # New tokens have rows of their own, beside the vocabulary.
             own["language"] = vocabulary(tokenizers.main) | section(own, "language")
         return own
+
+    @property
+    def _pieces(self) -> tuple[str, ...]:
+        """Those of the parts that the net has under the same name."""
+        return tuple(name for name in ("vision", "language") if name in self.parts)
 
     def take(self, net: N, parts: Parts) -> Mapping[str, Tensor]:
         """Put the parts' weights into a fresh net. Tensors that it has no place for as yet are returned, under the
@@ -152,7 +159,7 @@ class System(Generic[N]):
         them does nothing there, and they cannot be read as numbers (:mod:`isthmus.mapped`)."""
         if "init" in parts:
             net.load_state_dict(self.begun(parts).net.state_dict())
-        for name in ("vision", "language"):
+        for name in self._pieces:
             if name in parts:
                 getattr(net, name).load_state_dict(getattr(model_of(parts, name).net, name).state_dict())
         return {}
@@ -166,13 +173,18 @@ class System(Generic[N]):
     def processor(self, net: N, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions) -> Processor:
         """The processor of one stage. Raises ConfigError for an option that it does not have."""
         self.no_options(stage)
-        assert image is not None  # a net with a vision encoder has a transform
+        if image is None:
+            raise ConfigError(
+                f"A {self.kind} reads pictures, and nothing says how large: give image.size in the recipe, the pixels "
+                "of a side. (Its net may say it: image_size.)"
+            )
+        counts = {shape_name(shape): net.num_tokens(*shape) for shape in image.shapes}
         return SpliceProcessor(
             tokenizers.main,
             image=image,
             template=stage.template or default_template(tokenizers.main, "vicuna_v1"),
             max_length=stage.max_length or net.language.context or 2048,
-            num_tokens=net.num_tokens(image.size, image.size),
+            num_tokens=counts if image.mode == "aspect" else next(iter(counts.values())),
         )
 
     def no_options(self, stage: StageOptions) -> None:
@@ -185,7 +197,7 @@ class System(Generic[N]):
     def prompt_limit(self, net: N) -> int | None:
         """Most tokens of a prompt, where a training row's ``max_length`` is none of it: the language model's context.
         None: the stage's length holds for both."""
-        return net.language.context
+        return None if net.part("language") is None else net.language.context
 
     def open_processor(
         self, described: dict[str, object], tokenizer: Tokenizer | None, others: Mapping[str, Tokenizer]
@@ -197,7 +209,11 @@ class System(Generic[N]):
 
     def outputs(self, net: N, batch: Batch) -> list[Tensor]:
         """Per row what the net makes of it without any cache: logits (T, V) at its real tokens, or of a net that embeds
-        one vector of all that it gives."""
+        one vector of all that it gives. Raises CapabilityError for a net that gives neither."""
+        if {"embed_images", "embed_texts"} <= set(self.capabilities(net)):
+            return peers.vectors(net, batch)
+        if not gives(net, "logits"):
+            raise CapabilityError(f"A {self.kind} gives no logits (logits(batch)), so there is nothing to compare.")
         stream = batch.text["decoder" if "decoder" in batch.text else "lm"]
         rows = zip(net.logits(batch), stream.lengths.tolist(), strict=True)
         return [row[:length].float() for row, length in rows]
@@ -215,6 +231,11 @@ class System(Generic[N]):
     def peer_outputs(self, model: HasNet[N], peer: Any, example: Example, token: int | None) -> Tensor:
         """What transformers' class makes of an example, as :meth:`outputs` has it for ours."""
         return peers.logits(peer, self.peer_inputs(model, example, token), example)
+
+
+def gives(net: Net, method: str) -> bool:
+    """Has the net this method, which not every one has?"""
+    return callable(getattr(net, method, None))
 
 
 def vocabulary(tokenizer: Tokenizer) -> dict[str, object]:

@@ -211,7 +211,7 @@ def _stretched(start: Blip2, net: Blip2) -> dict[str, Tensor]:
     papers' fine-tuning at 364 and 490 pixels), bicubic with the class token apart, as LAVIS does."""
     tensors = dict(start.state_dict())
     old, new = start.config.vision.grid, net.config.vision.grid
-    if old != new:
+    if old != new and _POSITIONS in tensors:
         tensors[_POSITIONS] = resize_positions(
             tensors[_POSITIONS].float(), (old, old), (new, new), how="hf", class_token=start.config.vision.class_token
         )

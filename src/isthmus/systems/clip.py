@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.batch import Batch
 from isthmus.config import merged
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import ContrastiveProcessor, Processor
@@ -44,14 +43,6 @@ class ClipSystem(System[Clip]):
 
     def prompt_limit(self, net: Clip) -> int | None:
         return None
-
-    def outputs(self, net: Clip, batch: Batch) -> list[Tensor]:
-        """Both embeddings in a row; of a text alone its own."""
-        texts = net.embed_texts(batch.text["text"])
-        if not batch.visuals:
-            return list(texts.float())
-        images = net.embed_images(peers.pictures(batch))
-        return list(torch.cat([images, texts], dim=1).float())
 
     def peer_outputs(self, model: HasNet[Clip], peer: Any, example: Example, token: int | None) -> Tensor:
         """Both embeddings in a row."""

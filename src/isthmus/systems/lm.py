@@ -4,6 +4,7 @@ from isthmus.config import merged
 from isthmus.data.chat import default_template
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import Processor, TextProcessor
+from isthmus.errors import ConfigError
 from isthmus.models.lm import BareLM
 from isthmus.systems.base import Parts, StageOptions, System, Tokenizers, vocabulary
 
@@ -28,6 +29,8 @@ class LmSystem(System[BareLM]):
         self, net: BareLM, tokenizers: Tokenizers, image: ImageTransform | None, stage: StageOptions
     ) -> Processor:
         self.no_options(stage)
+        if image is not None:
+            raise ConfigError("A language model on its own reads no pictures; take `image` out of the recipe.")
         length = stage.max_length or net.language.context or 2048
         return TextProcessor(
             tokenizers.main, template=stage.template or default_template(tokenizers.main, "document"), max_length=length

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from isthmus.batch import Batch, Visuals
 from isthmus.data.record import Example
+from isthmus.net import Net
 from isthmus.nn.text_tower import TextConfig
 
 
@@ -42,6 +43,15 @@ def logits(peer: nn.Module, given: Mapping[str, Tensor], example: Example) -> Te
     if "decoder" in example.streams:
         more["decoder_input_ids"] = torch.tensor([example.streams["decoder"].ids])
     return peer(**given, **more).logits[0].float()
+
+
+def vectors(net: Net, batch: Batch) -> list[Tensor]:
+    """Of each pair both embeddings in a row; of a text alone its own."""
+    (tokens,) = batch.text.values()
+    texts = net.embed_texts(tokens)
+    if not batch.visuals:
+        return list(texts.float())
+    return list(torch.cat([net.embed_images(pictures(batch)).flatten(1), texts], dim=1).float())
 
 
 def pictures(batch: Batch) -> Tensor:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from isthmus import adapters
-from isthmus.batch import IGNORE, Tokens
+from isthmus.batch import CAUSAL, IGNORE, Tokens
 from isthmus.config import plain
 from isthmus.data.chat import OWN
 from isthmus.data.collate import collate
 from isthmus.data.record import Example, Record, Text
 from isthmus.data.text import TEMPLATES, Grammar
-from isthmus.errors import CheckpointError, ConfigError, IsthmusError, nearest
+from isthmus.errors import CapabilityError, CheckpointError, ConfigError, nearest
 from isthmus.interop.convert import write_model
 from isthmus.language import Decoding
 from isthmus.model import Model
@@ -38,6 +38,8 @@ from isthmus.training.proof import frozen_tensors
 
 Verdict = Literal["pass", "FAIL", "n/a"]
 
+STATELESS = "the net computes with something that is neither a parameter nor a persistent buffer, so no file holds it"
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -52,10 +54,16 @@ class Check:
     def to_dict(self) -> dict[str, object]:
         return {**asdict(self), "told": self.detail}  # its name before, which readers of the JSON know
 
+    def __str__(self) -> str:
+        """``'batch = single': 3 rows (differs by 0.2, allowed 0.0001)``."""
+        sizes = "" if self.difference is None else f" (differs by {self.difference:.2g}, allowed {self.tolerance:.2g})"
+        return f"{self.name!r}: {self.detail}{sizes}"
+
 
 def verify(model: Model, *, only: Sequence[str] = ()) -> list[Check]:
     """Every contract (or those named) on a loaded model; it is left as it was. Raises ConfigError for a name that is
-    none. A contract in which the model raises an error has failed with that error."""
+    none. A contract in which the model raises an error has failed with that error, but for a CapabilityError: what the
+    model cannot do is not tried."""
     for name in only:
         if name not in CONTRACTS:
             raise ConfigError(f"there is no contract {name!r}; {nearest(name, CONTRACTS)}")
@@ -65,7 +73,9 @@ def verify(model: Model, *, only: Sequence[str] = ()) -> list[Check]:
             continue
         try:
             found = contract(model)
-        except (IsthmusError, RuntimeError, ValueError) as error:
+        except CapabilityError as error:
+            found = _absent(str(error))
+        except Exception as error:  # whatever a net of the user's own raises
             found = _Outcome("FAIL", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         rows.append(Check(name, found.verdict, found.detail, found.difference, found.tolerance))
     return rows
@@ -129,6 +139,13 @@ def tensors(model: Model) -> _Outcome:
     return _within(float(len(strange) + len(bad)), 0.0, detail)
 
 
+def repeated(model: Model) -> _Outcome:
+    """The same batch twice: nothing is drawn, and nothing changes, while the model answers."""
+    prompts = [_complete(model, example) for example in probe.prompts(model, probe.WORDS, (1, 2, 3))]
+    first, again = (probe.outputs(model, collate(prompts)) for _ in range(2))
+    return _within(_apart(first, again), _tolerance(model, first) / 100, "3 rows")
+
+
 def batched(model: Model) -> _Outcome:
     """Rows of equal length together and alone."""
     prompts = probe.prompts(model, probe.WORDS[1:2] * 3, (1, 2, 3))
@@ -176,17 +193,73 @@ def packed(model: Model) -> _Outcome:
     return _absent("rows are padded only" if "segments" not in Tokens.__dataclass_fields__ else "not tried")
 
 
+def causal(model: Model) -> _Outcome:
+    """What predicts a token that is learnt knows neither it nor what follows: with other tokens from there on the
+    logits before it are the same. What a prompt's tokens see of each other is the model's own affair."""
+    if probe.embeds(model):
+        return _absent("the model's outputs are vectors, and predict no token")
+    worst, rows = 0.0, []
+    for example in probe.taught(model, probe.WORDS, (1, 2, 3)):
+        places = probe.learnt_places(example)
+        cut = places[len(places) // 2]
+        one, other = (probe.outputs(model, collate([e]))[0] for e in (example, probe.changed_from(model, example, cut)))
+        before = torch.tensor([place - 1 for place in places if place <= cut])
+        worst = max(worst, float((one[before] - other[before]).abs().max()))
+        rows.append(one)
+    return _within(worst, _tolerance(model, rows) / 10, "the tokens from the middle of each answer on changed")
+
+
+def objective(model: Model) -> _Outcome:
+    """The loss that is called ``lm`` or like the stream it is of, and an answer's score, are what the logits say of the
+    labelled tokens, each predicted at the place before its own."""
+    if probe.embeds(model):
+        return _absent("the model's outputs are vectors, and predict no token")
+    examples = probe.taught(model, probe.WORDS, (1, 2, 3))
+    batch = collate(examples).to(model.device)
+    wanted = [probe.log_likelihood(row, e) for row, e in zip(probe.outputs(model, batch), examples, strict=True)]
+    count, total = sum(len(probe.learnt_places(e)) for e in examples), sum(wanted)
+    worst, compared = 0.0, []
+    with torch.no_grad():
+        terms = model.net.loss(batch) if model.system.parts else {}
+        term = terms.get(probe.written_stream(examples[0]), terms.get(CAUSAL))
+        scores = model.net.score(batch).tolist() if "score" in model.capabilities else None
+    if term is not None:
+        compared.append(f"loss {float(term.total) / max(1, term.count):.4g}")
+        if term.count != count:
+            return _Outcome("FAIL", f"the loss counts {term.count} tokens, and {count} are labelled", 1.0, 0.0)
+        worst = abs(float(term.total) + total)
+    if scores is not None:
+        compared.append("scores")
+        worst = max(worst, *(abs(own - due) for own, due in zip(scores, wanted, strict=True)))
+    if not compared:
+        return _absent("no loss is called like its stream, and nothing is scored")
+    detail = f"{' and '.join(compared)}; by the logits {-total / count:.4g} a token over {count}"
+    return _within(worst / count, _tolerance(model, [torch.tensor(wanted) / count]), detail)
+
+
 def saved(model: Model) -> _Outcome:
-    """Saved and opened again: every tensor to the bit, the processor word for word."""
+    """Saved and opened again: every tensor to the bit, the processor word for word, and the same outputs."""
     with tempfile.TemporaryDirectory() as place:
         again = load(model.save(Path(place) / "model"), device=model.device, dtype=_dtype(model))
         ours, theirs = model.net.state_dict(), again.net.state_dict()
         differ = [n for n in ours.keys() | theirs.keys() if not _same(ours.get(n), theirs.get(n))]
         words = model.processor.to_dict() == again.processor.to_dict()
+        moved = None if differ or not words else moved_outputs(model, again)
     detail = f"{len(ours)} tensors equal, processor {'equal' if words else 'another'}"
     if differ:
         detail = f"another: {', '.join(sorted(differ)[:3])} ({len(differ)})"
+    if moved is not None:
+        return _Outcome("FAIL", f"{detail}, and yet other outputs: {STATELESS}", moved, 0.0)
     return _within(float(len(differ) + (not words)), 0.0, detail)
+
+
+def moved_outputs(model: Model, again: Model) -> float | None:
+    """By how much two models of the same tensors differ in what they make of the same prompts; none: by no more than
+    rounding."""
+    prompts = [_complete(model, example) for example in probe.prompts(model, probe.WORDS, (1, 2, 3))]
+    ours, theirs = (probe.outputs(each, collate(prompts)) for each in (model, again))
+    moved = _apart(ours, theirs)
+    return None if moved <= _tolerance(model, ours) else moved
 
 
 def frozen(model: Model) -> _Outcome:
@@ -276,9 +349,12 @@ def turns_end(model: Model) -> _Outcome:
 
 CONTRACTS: dict[str, Callable[[Model], _Outcome]] = {
     "tensors accounted for": tensors,
+    "again = before": repeated,
     "batch = single": batched,
     "left = right padding": padded,
     "cached = uncached": cached,
+    "nothing looks ahead": causal,
+    "loss = logits": objective,
     "packed = padded": packed,
     "save = load": saved,
     "frozen parts untouched": frozen,

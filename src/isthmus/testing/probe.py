@@ -11,7 +11,7 @@ import torch
 from PIL import Image as PilImage
 from torch import Tensor
 
-from isthmus.batch import CAUSAL, Batch
+from isthmus.batch import CAUSAL, IGNORE, Batch
 from isthmus.data.attention import with_answer
 from isthmus.data.collate import collate
 from isthmus.data.images import MadeImage
@@ -79,7 +79,41 @@ def prompts(model: Model, texts: Sequence[str], pictures: Sequence[int]) -> list
 
 def lessons(model: Model, texts: Sequence[str], pictures: Sequence[int]) -> Batch:
     """The same as a batch to learn from."""
-    return collate([model.processor.example(r, 0) for r in records(model, texts, pictures)])
+    return collate(taught(model, texts, pictures))
+
+
+def taught(model: Model, texts: Sequence[str], pictures: Sequence[int]) -> list[Example]:
+    """The same as samples to learn from."""
+    return [model.processor.example(r, 0) for r in records(model, texts, pictures)]
+
+
+def written_stream(example: Example) -> str:
+    """The stream whose next tokens the outputs predict."""
+    return "decoder" if "decoder" in example.streams else CAUSAL
+
+
+def learnt_places(example: Example) -> list[int]:
+    """The positions of the tokens that are learnt; the first of a row is predicted by nothing."""
+    labels = example.streams[written_stream(example)].labels or ()
+    return [place for place, label in enumerate(labels) if place and label != IGNORE]
+
+
+def log_likelihood(logits: Tensor, example: Example) -> float:
+    """Of the tokens that are learnt, by logits (T, V) of which each row predicts the next token."""
+    labels = cast("list[int]", example.streams[written_stream(example)].labels)
+    places = torch.tensor(learnt_places(example))
+    targets = torch.tensor(labels)[places].to(logits.device)
+    return float(logits[places - 1].log_softmax(-1).gather(1, targets[:, None]).sum())
+
+
+def changed_from(model: Model, example: Example, place: int) -> Example:
+    """The same with other text from ``place`` on."""
+    name = written_stream(example)
+    span = example.streams[name]
+    words = model.processor.tokenizer.encode(WORDS[-1])
+    ids = [i if n < place else next(w for w in words if w != i) for n, i in enumerate(span.ids)]
+    labels = [label if n < place or label == IGNORE else ids[n] for n, label in enumerate(span.labels or ())]
+    return replace(example, streams={**example.streams, name: replace(span, ids=ids, labels=labels)})
 
 
 def answered(model: Model, prompt: Example, answer: Sequence[int]) -> Example:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from isthmus.batch import IGNORE, Batch, Term
 from isthmus.errors import StageError
+from isthmus.net import Net
 from isthmus.processes import all_gather, world_size
 from isthmus.training.parallel import Engine
 
@@ -77,6 +78,7 @@ def backward(
     """
     traffic = Traffic.sum(all_gather(Traffic.of(batches))) if traffic is None else traffic
     if traffic.most > 1 and engine.net.gradient_cache:
+        _demand_one_objective(type(engine.net))
         with autocast:
             terms: Mapping[str, Term] = engine.cached_loss(batches)
         return _Sums.of(terms).agreed().means(batches)
@@ -101,6 +103,8 @@ class _Sums:
         return sums
 
     def add(self, terms: Mapping[str, Term], micro: int | None = None) -> None:
+        """Raises StageError for what a net of the user's own gives in place of terms."""
+        _demand_terms(terms)
         for name, term in terms.items():
             total = float(term.total.detach())
             self.totals[name] = self.totals.get(name, 0.0) + total
@@ -140,7 +144,9 @@ def _at_once(
     for batch in passes:
         with autocast:
             terms = engine.loss(batch, last=True)
-    sums = _Sums.of(terms, micro=0).agreed()
+    sums = _Sums.of(terms, micro=0)
+    _demand_all_rows(engine.net, terms)
+    sums = sums.agreed()
     means = sums.means(batches)
     loss = sum((term.weight * (term.total / sums.counts[name]) for name, term in terms.items()), start=0.0)
     # One process of several may hold nothing that is learnt; alone, that is a mistake.
@@ -214,6 +220,42 @@ def _correct(net: nn.Module, counts: Mapping[str, int], expected: Mapping[str, i
     for parameter in net.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(max(1, expected[name]) / counts[name])
+
+
+def _demand_one_objective(net: type) -> None:
+    """Raises StageError for a class whose loss is its own and whose gradient cache is of another class's loss."""
+    loss, cached = (next(c for c in net.__mro__ if name in vars(c)) for name in ("loss", "cached_loss"))
+    if loss is not cached and issubclass(loss, cached):
+        raise StageError(
+            f"{loss.__name__} has a loss of its own, and its gradient cache is of {cached.__name__}'s: several "
+            "micro-batches a step would train that one. Give it cached_loss, or gradient_cache = False, or take "
+            "accumulate out of the stage."
+        )
+
+
+def _demand_all_rows(net: Net, terms: Mapping[str, Term]) -> None:
+    """Raises StageError for a term of the full batch that each of several processes would make of its own rows."""
+    alone = [name for name, term in terms.items() if term.scope == "batch"]
+    if alone and world_size() > 1 and not net.contrasts:
+        raise StageError(
+            f"The term {alone[0]!r} belongs to the full batch, and each of {world_size()} processes has a part of it: "
+            f"gather the rows within the loss (isthmus.nn.losses.gather) and say so in {type(net).__name__}, "
+            "contrasts = True; or train in one process."
+        )
+
+
+def _demand_terms(terms: object) -> None:
+    if not isinstance(terms, Mapping):
+        raise StageError(
+            f"The net's loss gave a {type(terms).__name__} and not terms by name: return {{'lm': Term(sum, count)}}, "
+            "the sum over what is learnt and how much that is (isthmus.batch.Term)."
+        )
+    for name, term in terms.items():
+        if not isinstance(term, Term) or not isinstance(term.total, Tensor) or not isinstance(term.count, int):
+            raise StageError(
+                f"The term {name!r} of the net's loss must be a Term(sum, count) of a tensor and a whole number "
+                f"(isthmus.batch.Term), and is {term!r:.80}."
+            )
 
 
 def _demand_learnt(name: str, count: int, batches: Sequence[Batch]) -> None:

@@ -9,6 +9,7 @@ Legend: D width of the features, D_out width of the language model.
 
 import re
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
@@ -94,4 +95,11 @@ def _users(kind: str, vision_width: int, out_width: int, options: Mapping[str, o
             "nn.Module with forward(features) and num_tokens(frames, grid)."
         )
     check_options(cls, options, f"projector {label(kind)}", given=2)
+    try:
+        signature(cls).bind(vision_width, out_width, **options)
+    except TypeError as error:
+        raise ConfigError(
+            f"connector {label(kind)!r} is made with the width of the features, that of the language model, and its "
+            f"options by name, {cls.__name__}(vision_width, out_width, ...), and does not take these: {error}."
+        ) from None
     return cast("AnyConnector", cls(vision_width, out_width, **options))
