@@ -151,7 +151,7 @@ def test_judges_that_do_not_judge_are_found_out(tmp_path, reply, words):
             assert facts["orders"]["first"] == facts["n"] == 4
 
 
-def test_an_endpoint_that_is_gone_keeps_what_was_judged_and_says_how_to_go_on(tmp_path):
+def test_an_endpoint_that_is_gone_keeps_what_was_judged(tmp_path):
     """Four questions are judged, of the fifth no reply comes; the same call then asks about that one alone."""
     records = [*bench(), question(4, "pig", kind="conv", context="The picture shows a pig.")]
     patient = {"retries": 0}

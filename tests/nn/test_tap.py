@@ -35,7 +35,7 @@ def test_a_gradient_flows_only_through_an_opened_encoder(opened: bool) -> None:
 
 
 @pytest.mark.parametrize("opened", [False, True])
-def test_a_frozen_encoder_attends_in_the_quicker_precision_while_others_train(monkeypatch, opened: bool) -> None:
+def test_a_frozen_encoder_attends_in_the_quicker_precision(monkeypatch, opened: bool) -> None:
     asked: list[bool] = []
     monkeypatch.setattr(attention, "half_is_quicker", lambda dtype, *, single: asked.append(single) or True)
     tap = Tap(vision=VISION, layers=(-1,))
