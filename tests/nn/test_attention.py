@@ -166,6 +166,31 @@ def test_which_precision_attends_quicker_is_timed_once_a_machine(monkeypatch):
     attention.half_is_quicker.cache_clear()
 
 
+def test_each_precision_is_timed_under_autocast_too(monkeypatch):
+    """Of a frozen encoder the answer is first asked for under autocast, and kept for the machine."""
+    ran, kernel = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*tensors, **named):
+        y = kernel(*tensors, **named)
+        ran.append(y.dtype)
+        return y
+
+    def timed(runs):
+        for run in runs.values():
+            run()
+        return {"half": 1.0, "full": 2.0}
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(attention, "measure", timed)
+    monkeypatch.setattr(attention, "recall", lambda key, names: None)
+    monkeypatch.setattr(attention, "remember", lambda key, seconds: None)
+    attention.half_is_quicker.cache_clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention.half_is_quicker(torch.bfloat16, single=False)
+    attention.half_is_quicker.cache_clear()
+    assert ran == [torch.bfloat16, torch.float32]
+
+
 def test_what_several_projections_read_is_cast_once():
     x = torch.randn(2, 3)
     assert cast_once(x) is x

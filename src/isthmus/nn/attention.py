@@ -234,7 +234,8 @@ def half_is_quicker(dtype: torch.dtype, *, single: bool) -> bool:
                 dtype
             ),
         }
-        with torch.inference_mode():
+        # Asked for under autocast, too, which would take float32 back to half.
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             seconds = measure(runs)
         remember(key, seconds)
     return seconds["half"] < seconds["full"]
