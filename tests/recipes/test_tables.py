@@ -4,6 +4,7 @@ import io
 
 from rich.console import Console
 
+from isthmus.evaluation.vqa import Score, VqaScores
 from isthmus.recipes.tables import score_table
 
 
@@ -44,3 +45,11 @@ def test_retrieval_has_a_row_per_direction_and_step():
     ]
     said = " ".join(cell.strip() for row in rows for cell in row)
     assert "image to text +10.0 (5.0-15.0), text to image -2.0 (-6.0 to 1.0)" in said
+
+
+def test_too_few_questions_are_marked_as_in_the_report():
+    few, many = (Score(n=n, accuracy=0.5, interval=(0.4, 0.6)) for n in (12, 300))
+    rows = shown(VqaScores(many, {"colour": few, "count": many}).to_dict())
+    assert [row[1].strip() for row in rows if len(row) > 2] == ["colour †", "count", "all"]
+    assert "† fewer than 300 questions: too few to rest a claim on" in " ".join(rows[-1])
+    assert "†" not in str(shown(VqaScores(many, {"count": many}).to_dict()))

@@ -7,6 +7,7 @@ import threading
 import pytest
 from PIL import Image as PilImage
 
+from isthmus.serving.limits import Limits
 from tests.serving.helpers import encoded, models, on_port, picture
 from tests.serving.pages import IN_A_BROWSER, Slow, answers, ask, give, lies_on_the_picture, over, pick
 
@@ -356,6 +357,41 @@ def test_a_server_that_stops_in_the_middle_shows_it(browser):
         answers(page, 1)
         assert page.locator(".problem").is_visible()
         assert "The server is shutting down" in page.locator(".problem").inner_text()
+        context.close()
+
+
+def test_a_server_with_a_key_wants_it_and_says_when_it_is_another(browser):
+    with on_port({"lm": models()["lm"]}, key="secret") as served:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(served.url + "/")
+        page.wait_for_selector("#key:not([hidden])")
+        assert page.evaluate("document.activeElement.id") == "secret"
+        assert not page.is_visible("#notice")
+        page.fill("#secret", "another")
+        page.keyboard.press("Enter")
+        page.wait_for_function("() => document.getElementById('notice').textContent === 'That is not the key.'")
+        page.fill("#secret", "secret")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#models input")
+        assert not page.is_visible("#key")
+        assert not page.is_visible("#notice")
+        context.close()
+
+
+def test_a_conversation_of_too_many_bytes_is_told_what_helps(browser):
+    with on_port({"llava": models()["llava"]}, limits=Limits(body=60_000)) as served:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(served.url + "/")
+        page.wait_for_selector("#models input")
+        give(page, picture(1, (200, 150)))
+        page.wait_for_selector("#attached img")
+        ask(page, "what?")
+        answers(page, 1)
+        said = page.locator(".problem").inner_text()
+        assert "larger than 60,000 bytes" in said
+        assert "begin a new one" in said
         context.close()
 
 

@@ -53,7 +53,7 @@ def test_examples_stand_before_the_question_as_in_evaluation(opened, site):
         assert PilImage.open(io.BytesIO(mine.source.read())).convert("RGB") == theirs.source.read()
     page.click("text=Where did it look?")
     page.wait_for_selector(".word")
-    page.click("text=behind 2 examples")
+    page.click("text=after 2 examples")
     page.locator(".word").first.hover()
     lies_on_the_picture(over(page, ".turn details figure:nth-child(2)"))
     # The next question stands behind the same examples, and behind nothing else; the one after "new" behind none.

@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from isthmus.evaluation.rescore import Difference
+from isthmus.evaluation.vqa import ENOUGH
 
 
 def score_table(name: str, facts: Mapping[str, object]) -> Table:
@@ -19,13 +20,15 @@ def score_table(name: str, facts: Mapping[str, object]) -> Table:
         for key, value in _flat(facts):
             out.add_row(escape(key), escape(value))
         return out
+    notes = [besides] if (besides := _besides(facts)) else []
     out = Table(title=escape(name))
     for column in ("questions", "n", "accuracy", "95 %", "blind", "shuffled", "prior", "gain"):
         out.add_column(column, justify="left" if column == "questions" else "right")
     for kind, row in [*_by_name(facts["kinds"]), ("all", facts)]:
         cells = [_percent(row[c]) for c in ("blind", "shuffled", "prior")]
+        few = row.get("enough") is False
         out.add_row(
-            escape(kind),
+            escape(kind) + " †" * few,
             str(row["n"]),
             _percent(row["accuracy"]),
             _span(row["accuracy_interval"]),
@@ -33,7 +36,9 @@ def score_table(name: str, facts: Mapping[str, object]) -> Table:
             _percent(row["gain"]),
             style="bold" if kind == "all" else "",
         )
-    out.caption = _besides(facts)
+    if any(row.get("enough") is False for _, row in [*_by_name(facts["kinds"]), ("", facts)]):
+        notes.append(f"† fewer than {ENOUGH} questions: too few to rest a claim on")
+    out.caption = "; ".join(notes)
     return out
 
 

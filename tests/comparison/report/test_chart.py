@@ -2,6 +2,7 @@ import math
 import re
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,3 +91,8 @@ def test_what_cannot_be_drawn_is_left_out():
 def test_legend_and_labels_are_escaped():
     html = figure(Chart(title="<t>", series={"<a>": [(0, 1.0)]}, x_label="<x>", y_label="<y>"), 1)
     assert not re.search(r"<[taxy]>", html)
+
+
+def test_three_decades_do_not_waste_one_at_the_ends():
+    assert log_ticks(0.05, 6.0) == pytest.approx([0.03, 0.1, 0.3, 1, 3, 10])
+    assert log_ticks(0.004, 6.0) == pytest.approx([0.001, 0.01, 0.1, 1, 10])

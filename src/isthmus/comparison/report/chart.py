@@ -114,9 +114,9 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten that enclose ``low`` and ``high`` (> 0), with 2 and 5 between where there are at most two
-    decades, and only those needed at the ends."""
+    decades and 3 where there are three, and only those needed at the ends."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(decades) <= 3 else (1,)
+    factors = (1, 2, 5) if len(decades) <= 3 else (1, 3) if len(decades) == 4 else (1,)
     values = [f * 10.0**d for d in decades for f in factors]
     first = max((i for i, v in enumerate(values) if v <= low), default=0)
     last = min((i for i, v in enumerate(values) if v >= high), default=len(values) - 1)

@@ -59,6 +59,9 @@ async function call(path, body, signal) {
   try {
     message = (await reply.json()).error.message;
   } catch { /* no body of ours: the status is all there is to say */ }
+  if (reply.status === 413) {
+    message += " All pictures of a conversation go with each question: begin a new one, or take smaller ones.";
+  }
   throw new Refused(message, reply.status);
 }
 
@@ -374,7 +377,7 @@ function missing(models, question, labels) {
   return "";
 }
 
-/** Earlier turns that the model answered and that this one goes on from: behind examples stand no others. */
+/** Earlier turns that the model answered and that this one goes on from: after examples stand no others. */
 const earlier = (turn, model) => turn.shots.length ? [] : turn.before.filter((each) => each.mode === "chat" &&
   !each.shots.length && spoken(each, model));
 const spoken = (turn, model) => turn.answers.find((a) => a.model === model && !a.covered && a.text);
@@ -553,7 +556,7 @@ function drawTurn(turn) {
     "point at a word, or move to it with Tab; yellow: a little, red: most", make("label", {}, "opacity ", turn.opacity));
   const title = titleOf(turn);
   const examples = make("details", { hidden: !turn.shots.length },
-    make("summary", { textContent: `behind ${turn.shots.length} ${turn.shots.length === 1 ? "example" : "examples"}` }),
+    make("summary", { textContent: `after ${turn.shots.length} ${turn.shots.length === 1 ? "example" : "examples"}` }),
     make("div", { className: "pictures" }, ...turn.shotFigures));
   turn.card = make("article", { className: "turn", ariaLabel: title },
     make("h2", { textContent: turn.clip ? `${title} (${turn.pictures.length} frames as one clip)` : title }), examples,
@@ -868,8 +871,10 @@ async function start() {
     listRuns(runs.models);
     await prefill();
   } catch (error) {
-    notice(error.message);
-    if (error.status === 401) askForKey();
+    if (error.status === 401) {
+      notice(state.key ? "That is not the key." : "");
+      askForKey();
+    } else notice(error.message);
   }
 }
 
