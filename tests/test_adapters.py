@@ -125,6 +125,8 @@ def test_peft_itself_opens_what_is_written(tmp_path, kind):
     adapters.from_peft(again, values, tensors, "folder")
     assert torch.equal(again.eval()(x), net(x))
     assert adapters.described(again) == adapters.described(net)
+    with pytest.raises(CheckpointError, match=r"folder\.r: expected int, found str 'eight'"):
+        adapters.from_peft(TwoLayers(), {**values, "r": "eight"}, tensors, "folder")
 
 
 def test_layers_with_a_turned_weight_are_adapted_and_merged():

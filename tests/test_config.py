@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from isthmus.config import plain, strict
+from isthmus.config import plain, section, strict
 from isthmus.errors import ConfigError
 
 
@@ -86,3 +86,10 @@ def test_nested_values_are_built_and_come_back_plain():
 def test_what_does_not_fit_is_named(values, message):
     with pytest.raises(ConfigError, match=message):
         strict(Outer, values, "outer")
+
+
+def test_a_section_holds_keys_and_values():
+    values = {"vision": {"width": 3}, "language": "small"}
+    assert section(values, "vision") is values["vision"]
+    with pytest.raises(ConfigError, match="language: expected keys and values, found str 'small'"):
+        section(values, "language")

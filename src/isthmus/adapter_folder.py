@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ def opened(
     if not unquantised:
         _round(model.net, of_base.get("quantised", ()), folder)
     file = files["adapter_model.safetensors"]
-    values = cast(adapters.PeftConfig, checkpoint.read_json(files["adapter_config.json"]))
+    values = checkpoint.read_json(files["adapter_config.json"])
     adapters.from_peft(model.net, values, checkpoint.load_tensors(file), str(file))
     return model.net, Base(str(place), of_base["sha256"], tuple(trained))
 

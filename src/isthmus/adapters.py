@@ -8,14 +8,15 @@ The layer underneath keeps its tensors, and with :func:`isthmus.stage.canonical`
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any, Protocol, Required, TypedDict, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from isthmus import mapped
+from isthmus.config import strict
 from isthmus.errors import CheckpointError, ConfigError, MissingExtraError, StageError, nearest
 from isthmus.quantised import BITS, Linear, is_quantised
 
@@ -339,32 +340,38 @@ def to_peft(net: nn.Module, base: str) -> tuple[dict[str, object], dict[str, Ten
     return values, tensors
 
 
-class PeftConfig(TypedDict, total=False):
+@dataclass(frozen=True, kw_only=True)
+class _PeftConfig:
     """What is read of adapter_config.json as :func:`to_peft` gives it."""
 
-    r: Required[int]
-    lora_alpha: Required[float]
-    target_modules: Required[list[str]]
-    lora_dropout: float
-    use_rslora: bool
-    use_dora: bool
-    rank_pattern: dict[str, int] | None
-    alpha_pattern: dict[str, float] | None
+    r: int
+    lora_alpha: float
+    target_modules: tuple[str, ...]
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
 
 
-def from_peft(net: nn.Module, values: PeftConfig, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Put on what :func:`to_peft` gave. Raises CheckpointError for a layer that the net has not, or a tensor too many
-    or too few."""
-    ranks, alphas = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
+def from_peft(net: nn.Module, values: Mapping[str, object], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Put on what :func:`to_peft` gave. Raises CheckpointError for a layer that the net has not, a tensor too many or
+    too few, or settings of another kind."""
+    try:
+        known = {f.name: values[f.name] for f in fields(_PeftConfig) if f.name in values}
+        config = strict(_PeftConfig, known, where)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     wanted = {
         name: Lora(
-            rank=ranks.get(name, values["r"]),
-            alpha=alphas.get(name, values["lora_alpha"]),
-            dropout=values.get("lora_dropout", 0.0),
-            rslora=values.get("use_rslora", False),
-            dora=values.get("use_dora", False),
+            rank=ranks.get(name, config.r),
+            alpha=alphas.get(name, config.lora_alpha),
+            dropout=config.lora_dropout,
+            rslora=config.use_rslora,
+            dora=config.use_dora,
         )
-        for name in values["target_modules"]
+        for name in config.target_modules
     }
     strange = sorted(wanted.keys() - _linear_layers(net).keys())
     if strange:

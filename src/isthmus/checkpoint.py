@@ -402,22 +402,25 @@ def check_header(path: Path) -> dict[str, HeaderEntry]:
         raise bad("its header is not a JSON object of tensors") from error
     if len(set(names)) != len(names):
         raise bad("its header lists a tensor twice")
+    checked: dict[str, HeaderEntry] = {}
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: _offsets(item[1])):
         begin, stop = _offsets(entry)
         shape = entry.get("shape")
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
             raise bad(f"{name!r} has the shape {shape!r}")
-        item = _ITEM_BYTES.get(str(entry.get("dtype")))
-        if item is None:
-            raise bad(f"{name!r} has the unknown dtype {entry.get('dtype')!r}")
+        dtype = entry.get("dtype")
+        item = _ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
+        if not isinstance(dtype, str) or item is None:
+            raise bad(f"{name!r} has the unknown dtype {dtype!r}")
         if begin != end or stop - begin != math.prod(shape) * item:
             raise bad(f"{name!r} claims bytes {begin}..{stop} for shape {shape}, which does not fit")
+        checked[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, stop]}
         end = stop
     if 8 + length + end != size:
         cut = ": it was cut off, as by a download that broke" if 8 + length + end > size else ""
         raise bad(f"its tensors end at byte {8 + length + end:,} of {size:,}{cut}")
-    return cast("dict[str, HeaderEntry]", header)
+    return {name: checked[name] for name in header}
 
 
 def state_tensors(net: nn.Module) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
-V = TypeVar("V")
 
 WHERE_SET = "where set"
 """In a field's metadata: :func:`plain` leaves the field out while it is empty, so that folders and hashes of what does
@@ -40,15 +39,15 @@ def strict(cls: type[T], mapping: object, where: str) -> T:
 
 def plain(value: "DataclassInstance | Mapping[str, object]") -> dict[str, object]:
     """A configuration, or any nest of dataclasses, mappings and sequences, as what JSON can hold."""
-    return cast("dict[str, object]", _plain(value))
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    shown = [f for f in fields(value) if f.init and not (WHERE_SET in f.metadata and not getattr(value, f.name))]
+    return {f.name: _plain(getattr(value, f.name)) for f in shown}
 
 
 def _plain(value: object) -> object:
-    if is_dataclass(value):
-        shown = [f for f in fields(value) if f.init and not (WHERE_SET in f.metadata and not getattr(value, f.name))]
-        return {f.name: _plain(getattr(value, f.name)) for f in shown}
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, Mapping) or (is_dataclass(value) and not isinstance(value, type)):
+        return plain(value)
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value
@@ -207,13 +206,21 @@ def _show(value: object) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {value!r}"
 
 
-def merged(base: Mapping[str, V], over: Mapping[str, V]) -> dict[str, V]:
+def merged(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
     """``base`` with the keys of ``over`` laid on top, mappings merged all the way down."""
     out = dict(base)
     for key, value in over.items():
         mine = out.get(key)
         if isinstance(mine, Mapping) and isinstance(value, Mapping):
-            out[key] = cast(V, merged(mine, value))
+            out[key] = merged(mine, value)
         else:
             out[key] = value
     return out
+
+
+def section(values: Mapping[str, object], name: str) -> dict[str, object]:
+    """What stands under a name in plain keys and values, which are such again. Raises ConfigError for anything else."""
+    found = values[name]
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name}: expected keys and values, found {_show(found)}.")
+    return found

@@ -329,7 +329,7 @@ class InterleavedLanguageModel(LanguageModel):
     @torch.no_grad()
     def continued(self, prompt: Prompt, decoding: Decoding) -> list[list[int]]:
         """As :meth:`generate`, attending to what the prompt names."""
-        context = _media_of(prompt.attended)
+        context = media_of(prompt.attended)
         if self.writable is True or context is None:
             return super().continued(prompt, decoding)
         with self.attending_to(context.left_padded(prompt.lengths)):
@@ -348,21 +348,21 @@ class InterleavedLanguageModel(LanguageModel):
 
     def read(self, prompt: Prompt) -> Read:
         """As :meth:`LanguageModel.read`; keys and values of the media are made here, for all that is written."""
-        context = _media_of(prompt.attended)
+        context = media_of(prompt.attended)
         with self.attending_to(context):
             read = super().read(prompt)
         return read if context is None else replace(read, attended=context.last(prompt.lengths))
 
     def read_on(self, before: Layers, prompt: Prompt) -> Read:
         """As :meth:`LanguageModel.read_on`; what the prompt attends to is that of the full row."""
-        context = _media_of(prompt.attended)
+        context = media_of(prompt.attended)
         with self.attending_to(context):
             read = super().read_on(before, prompt)
         return read if context is None else replace(read, attended=context.last(prompt.lengths))
 
     def next(self, ids: Tensor, positions: Tensor, window: Window, attended: Attended | None) -> Tensor:
         """As :meth:`LanguageModel.next`, with what the rows attend to."""
-        with self.attending_to(_media_of(attended)):
+        with self.attending_to(media_of(attended)):
             return super().next(ids, positions, window, attended)
 
     def label_nll(self, embeds: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -385,7 +385,7 @@ class InterleavedLanguageModel(LanguageModel):
 
     def after(self, ids: Tensor, read: Read) -> Tensor:
         """As :meth:`LanguageModel.after`; what follows the row sees what its last token saw."""
-        context = _media_of(read.attended)
+        context = media_of(read.attended)
         if context is not None:
             context = context.take(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
         with self.attending_to(context):
@@ -400,9 +400,10 @@ class InterleavedLanguageModel(LanguageModel):
             return super()._try_steps()
 
 
-def _media_of(attended: Attended | None) -> MediaContext | None:
+def media_of(attended: Attended | None) -> MediaContext | None:
     """What the rows of an InterleavedLanguageModel attend to."""
-    return cast("MediaContext | None", attended)
+    assert attended is None or isinstance(attended, MediaContext)  # it is what such a language model gave
+    return attended
 
 
 _Arguments = tuple[tuple[Tensor, ...], dict[str, object]]

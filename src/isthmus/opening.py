@@ -109,10 +109,11 @@ def _opened(
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     config = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    if config is not None and "format" in config:
-        adapter_folder.check_useful(folder, cast(FolderConfig, config), given)
+    ours = cast(FolderConfig, config) if config is not None and "format" in config else None
+    if ours is not None:
+        adapter_folder.check_useful(folder, ours, given)
     with unfilled():
-        if config is None or "format" not in config:
+        if ours is None:
             from isthmus.interop.foreign import open_foreign
             from isthmus.interop.given import Given
 
@@ -126,7 +127,7 @@ def _opened(
                 unquantised=bool(given.get("unquantised")),
                 load=lambda at: _opened(at, {}, code, account),
             )
-            model = _own(folder, cast(FolderConfig, vetted(config, outer, code)), account, on)
+            model = _own(folder, vetted(ours, outer, code), account, on)
         model.report = account.report()
     return model
 

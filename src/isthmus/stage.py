@@ -85,7 +85,10 @@ class Group:
 
     def to_dict(self) -> GroupFacts:
         """The group as data; adapters only where it has some."""
-        return cast(GroupFacts, _said(asdict(self)))
+        facts: GroupFacts = {"pattern": self.pattern, "lr": self.lr, "weight_decay": self.weight_decay}
+        if self.lora is not None:
+            facts["lora"] = _used(asdict(self.lora))
+        return facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,15 +185,19 @@ def defining_keys(stage: Mapping[str, object]) -> dict[str, object]:
     """The keys of a stage that change its outcome. One that came later counts only where it is used."""
     later = {"frozen_dtype": "fp32", "ema": None}
     kept = {k: v for k, v in stage.items() if k not in BOOKKEEPING and (k not in later or v != later[k])}
-    groups = cast("list[Mapping[str, object]]", kept.get("train", []))
-    return {**kept, "train": [_said(group) for group in groups]} if "train" in kept else kept
+    groups = kept.get("train")
+    return {**kept, "train": [_said(group) for group in groups]} if isinstance(groups, list) else kept
 
 
 def _said(group: Mapping[str, object]) -> dict[str, object]:
     """A group's keys without those that came later and are not used."""
     own = {k: v for k, v in group.items() if k != "lora"}
-    lora = cast("dict[str, object] | None", group.get("lora"))
-    return own if lora is None else {**own, "lora": {k: v for k, v in lora.items() if k != "bits" or v is not None}}
+    lora = group.get("lora")
+    return {**own, "lora": _used(lora)} if isinstance(lora, Mapping) else own
+
+
+def _used(lora: Mapping[str, object]) -> dict[str, object]:
+    return {k: v for k, v in lora.items() if k != "bits" or v is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,18 +76,25 @@ def _where(short: re.Match[str] | None) -> str:
 
 def pinned_in(tree: T, folder: Path | str | None = None, key: str = "") -> T:
     """A recipe or description with every name of code in it pinned; see :func:`pin`."""
-    return cast(T, _pinned_in(tree, folder, key))
+
+    def pinned(text: str, key: str) -> str:
+        named = _FILE.fullmatch(text) or (key in _KEYS and _SHORT.fullmatch(text))
+        return pin(text, folder) if named else text
+
+    return _with_texts(tree, pinned, key)
 
 
-def _pinned_in(tree: object, folder: Path | str | None, key: str) -> object:
+def _with_texts(tree: T, change: Callable[[str, str], str], key: str = "") -> T:
+    """The tree with each of its texts as ``change`` makes it from the text and the key that it stands under."""
+    return cast(T, _changed(tree, change, key))
+
+
+def _changed(tree: object, change: Callable[[str, str], str], key: str) -> object:
     if isinstance(tree, Mapping):
-        return {k: _pinned_in(v, folder, str(k)) for k, v in tree.items()}
+        return {k: _changed(v, change, str(k)) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_pinned_in(v, folder, key) for v in tree]
-    if not isinstance(tree, str):
-        return tree
-    named = _FILE.fullmatch(tree) or (key in _KEYS and _SHORT.fullmatch(tree))
-    return pin(tree, folder) if named else tree
+        return [_changed(v, change, key) for v in tree]
+    return change(tree, key) if isinstance(tree, str) else tree
 
 
 def resolve(name: str) -> Callable[..., Any]:
@@ -163,25 +170,20 @@ def vetted(values: T, folder: Path, code: Iterable[str | Path] = ()) -> T:
     that is not there.
     """
     files = {Path(file).stem: Path(file) for file in code}
-    return cast(T, _vetted(values, folder.resolve(), files, ""))
+    place = folder.resolve()
+    return _with_texts(values, lambda text, key: _vetted(text, place, files, key))
 
 
-def _vetted(values: object, folder: Path, files: Mapping[str, Path], key: str) -> object:
-    if isinstance(values, Mapping):
-        return {k: _vetted(v, folder, files, str(k)) for k, v in values.items()}
-    if isinstance(values, list | tuple):
-        return [_vetted(v, folder, files, key) for v in values]
-    if not isinstance(values, str):
-        return values
-    found = _FILE.fullmatch(values) or (_SHORT.fullmatch(values) if key in _KEYS else None)
+def _vetted(text: str, folder: Path, files: Mapping[str, Path], key: str) -> str:
+    found = _FILE.fullmatch(text) or (_SHORT.fullmatch(text) if key in _KEYS else None)
     if not found:
-        return values
+        return text
     if (file := files.get(Path(found["file"]).stem)) is not None:
         return pin(f"{file.absolute()}:{found['cls']}")
     path = Path(found["file"])
     if "sha" not in found.groupdict() or not found["sha"]:
         raise CheckpointError(
-            f"{folder} names code, {values}, without saying what it was when the model was trained. If you know the "
+            f"{folder} names code, {text}, without saying what it was when the model was trained. If you know the "
             "file, name it: --code FILE, or load(..., code=[FILE])."
         )
     if path.resolve().is_relative_to(folder):
@@ -189,20 +191,14 @@ def _vetted(values: object, folder: Path, files: Mapping[str, Path], key: str) -
             f"{folder} names code that lies in the model's own folder, {path}: nothing is ever imported from there. "
             "Read the file, copy it elsewhere, and name it: --code FILE, or load(..., code=[FILE])."
         )
-    return values
+    return text
 
 
 def placeless(tree: T) -> T:
     """A tree with pinned names reduced to file, class and hash: what a run is compared by, wherever its code lies."""
-    return cast(T, _placeless(tree))
+    return _with_texts(tree, lambda text, _: _placeless(text))
 
 
-def _placeless(tree: object) -> object:
-    if isinstance(tree, Mapping):
-        return {k: _placeless(v) for k, v in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_placeless(v) for v in tree]
-    if not isinstance(tree, str):
-        return tree
-    found = _FILE.fullmatch(tree)
-    return f"{label(tree)}#sha256={found['sha']}" if found and found["sha"] else tree
+def _placeless(text: str) -> str:
+    found = _FILE.fullmatch(text)
+    return f"{label(text)}#sha256={found['sha']}" if found and found["sha"] else text

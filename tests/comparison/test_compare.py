@@ -8,7 +8,7 @@ import torch
 from PIL import Image as PilImage
 from torch.utils.flop_counter import FlopCounterMode
 
-from isthmus.comparison.compare import Contestant, contestants, pooled, shared_tasks
+from isthmus.comparison.compare import Contestant, contestants, pooled, recall, shared_tasks
 from isthmus.comparison.cost import Operations, trained_parameters
 from isthmus.comparison.side_by_side import difference, difference_rows, score_rows
 from isthmus.data.attention import with_answer
@@ -119,6 +119,19 @@ def test_captions_and_other_measures_stand_in_the_tables(rivals, monkeypatch, ca
     assert pairs[0]["measure"] == "CIDEr"
     score = {r["model"]: float(r["score"]) for r in rows if r["kind"] == "CIDEr"}
     assert float(pairs[0]["difference"]) == pytest.approx(score["llava"] - score["flamingo"])
+
+
+def test_kept_costs_and_maps_are_those_of_the_same_model(compared, rivals, tmp_path):
+    for name in ("cost.json", "looks.json"):
+        (tmp_path / name).write_text((compared / "scores" / "llava" / name).read_text())
+    kept = json.loads((tmp_path / "looks.json").read_text())
+    rival = Contestant(name="llava", folder=rivals["llava"])
+    assert recall(rival, tmp_path)
+    assert rival.attention_pictures.keys() == kept["found"].keys()
+    assert not recall(Contestant(name="llava", folder=rivals["flamingo"]), tmp_path)
+    (tmp_path / "looks.json").write_text(json.dumps(kept | {"found": {"q0": 3}}))
+    with pytest.raises(ConfigError, match=r"looks\.json.*expected str, found int 3"):
+        recall(rival, tmp_path)
 
 
 def yes_or_no(folder, count):

@@ -224,3 +224,5 @@ def test_bad_options_are_explained():
 
     with pytest.raises(CapabilityError, match="vision_features"):
         next(iter(task(shots=1, select="rices").rows(Plain(), (), chunk=1)))
+    with pytest.raises(CapabilityError, match="Task 't': this model gives no log-likelihoods"):
+        next(iter(task(shots=1, candidates=["a0", "a1"]).rows(Plain(), (), chunk=1)))

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from isthmus.data.record import Image, Record, Text
 from isthmus.errors import DataError
-from isthmus.evaluation.turns import last_turn, partners, prompt, turns, with_pictures_of, without_picture
+from isthmus.evaluation.turns import last_turn, partners, prompt, texts_of, turns, with_pictures_of, without_picture
 from tests.evaluation.fakes import Word, question
 
 CONVERSATION = Record(
@@ -35,6 +35,14 @@ def test_the_prompt_ends_with_the_question_and_keeps_earlier_answers():
 
 def test_given_answers_take_the_place_of_the_record_s_own():
     assert last_turn(question(0, "cat", answers=["cat", "kitty"])).answers == ("cat", "kitty")
+
+
+def test_what_meta_lists_is_a_list():
+    record = question(0, "cat", answers=["cat", 9], kinds=7)
+    assert texts_of(record, "answers") == ("cat", "9")
+    assert texts_of(record, "choices") == ()
+    with pytest.raises(DataError, match=r"'q0' has 7 as 'kinds'.*a list of texts"):
+        texts_of(record, "kinds")
 
 
 @pytest.mark.parametrize("parts", [(), (Text("Hello?", role="user"),), (Text(" ", role="assistant", learn=True),)])

@@ -347,6 +347,12 @@ def test_a_published_encoder_is_the_part_without_its_last_block(story):
     for wrong in ({"width": 64}, {"layers": 3}):
         with pytest.raises(ConfigError, match="they do not fit"):
             build(parse_recipe(tree(story, config=config | {"vision": config["vision"] | wrong})))
+    for strange, words in (
+        (config["vision"] | {"layers": "two"}, "layers: expected int"),
+        ("big", "vision: expected keys"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            build(parse_recipe(tree(story, config=config | {"vision": strange})))
 
 
 def test_the_published_recipe_shows_its_size_without_files():

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import ClassVar, NotRequired, Protocol, TypedDict, cast
+from typing import ClassVar, Protocol, cast
 
 from isthmus.checkpoint import read_json
 from isthmus.comparison.attention_pictures import attention_pictures
 from isthmus.comparison.cost import Cost, cost_of
+from isthmus.config import fit
 from isthmus.data.record import Record, Video
 from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, DataError
@@ -198,29 +199,16 @@ def measure(rival: Contestant, model: Model, out: Path) -> None:
     write_json(out / "looks.json", {"model": own, "task": rival.attention_task, "found": pictures})
 
 
-class _CostFile(TypedDict):
-    model: str
-    found: dict[str, object]
-
-
-class _PicturesFile(TypedDict):
-    """PNGs in base64 by sample id, of the answers in ``task``."""
-
-    model: str
-    task: NotRequired[str]
-    found: dict[str, str]
-
-
 def recall(rival: Contestant, out: Path) -> bool:
     """Cost and maps from where :func:`measure` left them; False when they are not there, or of another model."""
     own = rival.identity
-    cost = cast(_CostFile | None, _kept(out / "cost.json", own))
-    pictures = cast(_PicturesFile | None, _kept(out / "looks.json", own))
+    cost, pictures = (_kept(out / name, own) for name in ("cost.json", "looks.json"))
     if cost is None or pictures is None:
         return False
     rival.cost = Cost.from_dict(cost["found"])
-    rival.attention_task = pictures.get("task", "vqa")  # folders of earlier versions have maps of this task only
-    rival.attention_pictures = {name: base64.b64decode(text) for name, text in pictures["found"].items()}
+    rival.attention_task = str(pictures.get("task", "vqa"))  # folders of earlier versions have maps of this task only
+    found = fit(dict[str, str], pictures["found"], str(out / "looks.json"))
+    rival.attention_pictures = {name: base64.b64decode(text) for name, text in found.items()}
     return True
 
 

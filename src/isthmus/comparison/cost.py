@@ -6,7 +6,7 @@ steps.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -57,7 +57,7 @@ class Cost:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, facts: Mapping[str, object]) -> "Cost":
+    def from_dict(cls, facts: object) -> "Cost":
         return strict(cls, facts, "cost")
 
 

@@ -3,7 +3,7 @@
 import json
 from io import BytesIO
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TypedDict
 
 import torch
 from PIL import Image as PilImage
@@ -34,10 +34,6 @@ class PartLine(TypedDict):
     rates: list[float]
 
 
-class _Table(TypedDict):
-    rows: list[PartLine]
-
-
 def metrics(folder: Path, stage: str) -> list[MetricsLine]:
     """The lines of a stage's ``metrics.jsonl``."""
     file = folder / "stages" / stage / "metrics.jsonl"
@@ -46,7 +42,7 @@ def metrics(folder: Path, stage: str) -> list[MetricsLine]:
 
 def part_lines(folder: Path, stage: str) -> list[PartLine]:
     """The table of a finished stage."""
-    return cast(_Table, read_json(folder / "stages" / stage / "trained" / "stage.json")["table"])["rows"]
+    return read_json(folder / "stages" / stage / "trained" / "stage.json")["table"]["rows"]
 
 
 def loss_curves(folder: Path, recipe: Recipe) -> dict[str, Points]:

@@ -4,18 +4,17 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from isthmus.data.messages import NO_ANSWER
-from isthmus.data.record import Text
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.evaluation import binary, choice, rules, vqa
 from isthmus.evaluation.bootstrap import Interval, Outcomes, intervals
 from isthmus.evaluation.controls import answers_with_controls, plan_controls
 from isthmus.evaluation.outputs import LikelihoodRow, Manifest, QuestionRow, TurnRow
-from isthmus.evaluation.protocols import Answers, S, Sample, Weighs
+from isthmus.evaluation.protocols import Answers, S, Sample, TextPart, Weighs
 from isthmus.evaluation.tasks import (
     Questions,
     Scores,
@@ -92,7 +91,8 @@ class LikelihoodTask(Questions[LikelihoodRow]):
         todo = [i for i, name in enumerate(self.ids) if name not in done]
         for record in (self.records[i] for i in todo):  # a truth that is no choice is met before the model runs
             row = self.row(record.id, last_turn(record), kind_of(record), {"answer": ""})
-            choice.CHOICE.points("", {**row, "choices": choices_of(record, self.name)})
+            row["choices"] = choices_of(record, self.name)
+            choice.CHOICE.points("", row)
         for places in plan.chunks(todo, chunk):
             yield [self._row(model, self.records[i], self.records[plan.other[i]]) for i in places]
 
@@ -238,7 +238,9 @@ def _up_to(record: S, n: int, said: Sequence[str] | None) -> S:
     found = turns(record)
     parts = list(record.parts[: found[n].at])
     for turn, answer in zip(found[:n], said or (), strict=False):
-        parts[turn.at] = replace(cast(Text, parts[turn.at]), text=answer.strip() or NO_ANSWER)
+        part = parts[turn.at]
+        assert isinstance(part, TextPart)  # as turns are
+        parts[turn.at] = replace(part, text=answer.strip() or NO_ANSWER)
     return replace(record, parts=tuple(parts))
 
 

@@ -5,11 +5,10 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import numpy as np
 
-from isthmus.data.record import Text
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.bootstrap import Array, Interval, Outcomes, intervals
 from isthmus.evaluation.captions import NAMES, CaptionScorer, CaptionScores, score_captions
@@ -157,7 +156,7 @@ class CaptionTask(StandardTask[SaidRow]):
     def _prompt(self, record: S) -> S:
         """The picture and the prompt; nothing of the caption is left."""
         text = next(p for p in record.parts if isinstance(p, TextPart))
-        question = (replace(cast(Text, text), text=self.prompt, role="user", learn=False),) if self.prompt else ()
+        question = (replace(text, text=self.prompt, role="user", learn=False),) if self.prompt else ()
         return replace(record, parts=(record.images[0], *question))
 
     def rows(self, model: Answers, done: Collection[str], *, chunk: int) -> Iterator[list[SaidRow]]:

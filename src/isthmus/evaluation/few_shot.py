@@ -267,7 +267,12 @@ class _Shown:
         found = [self.task.prompts_of(record, self.features) for record in cast(Sequence[Record], records)]
         if not self.task.candidates:
             return self.model.answer_records([next(prompts) for prompts in found], **decoding)
-        return [self._likeliest(cast(Weighs, self.model), prompts) for prompts in found]
+        model = self.model
+        if not isinstance(model, Weighs):
+            raise CapabilityError(
+                f"Task {self.task.name!r}: this model gives no log-likelihoods of candidates; leave the option out."
+            )
+        return [self._likeliest(model, prompts) for prompts in found]
 
     def _likeliest(self, model: Weighs, prompts: Iterator[Record]) -> str:
         """The candidate of the highest mean log-likelihood over permutations of the shots."""

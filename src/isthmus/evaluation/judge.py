@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TypedDict
 
 from isthmus.endpoint import Endpoint, Request
 from isthmus.errors import ConfigError, EndpointError, ReplyError, as_sentence, nearest
@@ -125,13 +125,13 @@ class Judge:
         for name in content:
             if name not in _KEYS:
                 raise ConfigError(f"The judge's prompt {path}: unknown key {name!r}; {nearest(str(name), _KEYS)}")
-        rules, layout = content.get("rules"), content.get("layout")
-        if not isinstance(content.get("system"), str) or not isinstance(rules, dict) or "other" not in rules:
+        system, rules, layout = (content.get(name) for name in _KEYS)
+        if not isinstance(system, str) or not isinstance(rules, dict) or "other" not in rules:
             raise ConfigError(f"The judge's prompt {path} needs `system` (a text) and `rules` with one called `other`.")
         missing = [p for p in _PLACES if not isinstance(layout, str) or f"{{{p}}}" not in layout]
-        if missing:
+        if missing or not isinstance(layout, str):
             raise ConfigError(f"The judge's prompt {path}: `layout` has no place {{{missing[0]}}}.")
-        return cast(JudgePrompt, content)
+        return {"system": system, "rules": rules, "layout": layout}
 
     def describe(self) -> dict[str, object]:
         """Name, settings and prompt with its sha256, for a manifest; not where it is."""

@@ -26,21 +26,26 @@ class SaidRow(ScoredRow):
 
     truth: list[str]
     answer: str
-    blind: str | None
-    shuffled: str | None
-    prior: str | None
+    blind: NotRequired[str | None]
+    shuffled: NotRequired[str | None]
+    prior: NotRequired[str | None]
 
 
 class AnswerRow(SaidRow):
-    """An answer to a question, and what else a rule reads. Scores of files leave the question out."""
+    """An answer, and what else a rule reads; scores of files hold no more."""
 
     kind: str
-    question: str
     choices: NotRequired[list[str]]
     group: NotRequired[str]
 
 
-class QuestionRow(AnswerRow):
+class AskedRow(AnswerRow):
+    """With the question."""
+
+    question: str
+
+
+class QuestionRow(AskedRow):
     """With the answer's points."""
 
     correct: float

@@ -14,6 +14,8 @@ from torch import Tensor
 class TextPart(Protocol):
     """A piece of text of a record, a dataclass; ``text`` may hold alternatives, ``learn`` marks what is an answer."""
 
+    __dataclass_fields__: ClassVar[dict[str, Field[object]]]
+
     @property
     def text(self) -> str | tuple[str, ...]: ...
     @property

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict, cast, get_args
+from typing import Literal, NotRequired, TypedDict, get_args
 
 import numpy as np
 
@@ -104,7 +104,7 @@ def _captions(references: Path, predictions: Path, subset: bool, metrics: Sequen
 
 def _row(name: str, kind: str, truth: list[str], answer: str) -> AnswerRow:
     """Neither question nor controls are in such files."""
-    return cast(AnswerRow, {"id": name, "kind": kind, "truth": truth, "answer": answer})
+    return {"id": name, "kind": kind, "truth": truth, "answer": answer}
 
 
 def _vqa(references: Path, predictions: Path, rule: Rule, subset: bool, seed: int) -> FileScores:
@@ -148,19 +148,17 @@ def write_folder(folder: Path, scores: FileScores, references: Path, predictions
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; scores are never written over others.")
     kind = "caption" if scores.facts["task"] == "caption" else "vqa"
-    rule = {} if kind == "caption" else {"rule": scores.facts["task"]}
+    own: Manifest = {"task": scores.facts["task"], "kind": kind, "seed": seed, "items": len(scores.rows)}
+    if kind != "caption":
+        own["rule"] = scores.facts["task"]
     manifest = {
-        "task": scores.facts["task"],
-        "kind": kind,
-        "seed": seed,
-        "items": len(scores.rows),
-        **rule,
-        "scorer": scorer_of(kind, KINDS[kind].version, rule),
+        **own,
+        "scorer": scorer_of(kind, KINDS[kind].version, own),
         "data": file_sha256(references),
         "model": f"predictions {file_sha256(predictions)}",
         "versions": scores.facts["versions"],
     }
     write_json(folder / "manifest.json", manifest)
     write_text(folder / "outputs.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in scores.rows))
-    found = KINDS[kind].scored(scores.rows, cast(Manifest, manifest))
-    write_json(folder / "scores.json", {"task": manifest["task"], "kind": kind, **found.to_dict()})
+    found = KINDS[kind].scored(scores.rows, own)
+    write_json(folder / "scores.json", {"task": scores.facts["task"], "kind": kind, **found.to_dict()})

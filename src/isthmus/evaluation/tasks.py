@@ -23,7 +23,17 @@ from isthmus.evaluation import linear_probe, retrieval, rules, vqa, zero_shot
 from isthmus.evaluation.bootstrap import Outcomes, means
 from isthmus.evaluation.controls import Control, answers_with_controls, check_controls, plan_controls, shuffled_among
 from isthmus.evaluation.embedding import embed
-from isthmus.evaluation.outputs import AnswerRow, ClassManifest, ClassRow, Manifest, ProbeRow, QuestionRow, R, RankRow
+from isthmus.evaluation.outputs import (
+    AnswerRow,
+    AskedRow,
+    ClassManifest,
+    ClassRow,
+    Manifest,
+    ProbeRow,
+    QuestionRow,
+    R,
+    RankRow,
+)
 from isthmus.evaluation.protocols import (
     Answers,
     Embeds,
@@ -35,7 +45,7 @@ from isthmus.evaluation.protocols import (
     Sample,
     TextPart,
 )
-from isthmus.evaluation.turns import Turn, captions_of, kind_of, last_turn, prompt
+from isthmus.evaluation.turns import Turn, captions_of, kind_of, last_turn, prompt, texts_of
 from isthmus.nn.losses import Similarity
 from isthmus.processes import world_size
 
@@ -206,7 +216,7 @@ class Questions(StandardTask[R]):
         """The records as the model gets them, with their pictures."""
         return (prompt(r) for r in listed(self.records))
 
-    def row(self, name: str, turn: Turn, kind: str, said: Mapping[str, str]) -> AnswerRow:
+    def row(self, name: str, turn: Turn, kind: str, said: Mapping[str, str]) -> AskedRow:
         """A question with its truths and what was said: ``answer``, and the controls' answers where there are any."""
         return {
             "id": name,
@@ -270,7 +280,10 @@ class VqaTask(Questions[QuestionRow]):
 
     def _row(self, record: Sample, said: Mapping[str, str]) -> QuestionRow:
         row = self.row(record.id, last_turn(record), kind_of(record), said)
-        row |= cast(AnswerRow, {k: _plain(record.meta[k]) for k in ("choices", "group") if k in record.meta})
+        if "choices" in record.meta:
+            row["choices"] = list(texts_of(record, "choices"))
+        if "group" in record.meta:
+            row["group"] = str(record.meta["group"])
         return {**row, "correct": rules.rule(self.rule).points(row["answer"], row)}
 
     @classmethod
@@ -280,10 +293,6 @@ class VqaTask(Questions[QuestionRow]):
     @classmethod
     def outcomes(cls, rows: Sequence[QuestionRow], manifest: Manifest) -> Outcomes:
         return points(rule_of(manifest), rows)
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
-from typing import cast
 
 from isthmus.errors import DataError
 from isthmus.evaluation.protocols import Picture, S, Sample, TextPart
@@ -65,7 +64,10 @@ def kind_of(record: Sample) -> str:
 
 def texts_of(record: Sample, name: str) -> tuple[str, ...]:
     """What ``meta`` lists under a name, as texts; nothing where it has none of that name."""
-    return tuple(str(text) for text in cast(Iterable[object], record.meta.get(name) or ()))
+    found = record.meta.get(name) or ()
+    if not isinstance(found, Iterable):
+        raise DataError(f"Sample {record.id!r} has {found!r} as {name!r} in its meta data; a list of texts is due.")
+    return tuple(str(text) for text in found)
 
 
 def prompt(record: S) -> S:

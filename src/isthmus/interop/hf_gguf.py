@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +17,7 @@ from isthmus.errors import CheckpointError, IsthmusError, MissingExtraError
 from isthmus.interop.folders import template_and_tokenizer
 from isthmus.interop.given import Given, Opened
 from isthmus.interop.hf_language import match_keys
-from isthmus.interop.hf_tokenizer import FastTokenizer, from_peer, open_tokenizer, quiet
+from isthmus.interop.hf_tokenizer import fast, from_peer, open_tokenizer, quiet
 from isthmus.language import known_fields
 from isthmus.models.lm import BareLM, LmConfig
 
@@ -78,10 +78,9 @@ def _read(path: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", Tokenizer]
     where: dict[str, object] = {"gguf_file": path.name, "local_files_only": True}
     folder = path.parent
     with _named_errors(path), quiet(), _read_once(), _without_bar():
-        read = AutoTokenizer.from_pretrained(folder, **where)
-        if getattr(read, "backend_tokenizer", None) is None:
+        words = fast(AutoTokenizer.from_pretrained(folder, **where))
+        if words is None:
             raise CheckpointError(f"{path}: its tokenizer has no fast form; name another by tokenizer=FOLDER.")
-        words = cast(FastTokenizer, read)
         tokenizer = from_peer(words, path)
         if words.chat_template:
             tokenizer = tokenizer.with_chat_template(words.chat_template)

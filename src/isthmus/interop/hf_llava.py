@@ -280,7 +280,7 @@ def llava_from_folder(
     """The same with the weights given, in any of the four layouts. A head that is stored beside another table of
     embeddings is not tied, whatever config.json says, as in transformers."""
     described = read_json(Path(path) / "config.json")
-    config, values = llava_config_from_hf(described, account), cast(_Fields, described)
+    config = llava_config_from_hf(described, account)
     if not _as_written(stored):
         load_report.noted(
             account,
@@ -289,7 +289,7 @@ def llava_from_folder(
         )
     if config.language["tie_word_embeddings"] and _head_of_its_own(stored):
         config = replace(config, language={**config.language, "tie_word_embeddings": False})
-    token = values.get("image_token_index", values.get("image_token_id", 32000))
+    token: int = described.get("image_token_index", described.get("image_token_id", 32000))
     return config, llava_from_hf(stored, config, account), token
 
 

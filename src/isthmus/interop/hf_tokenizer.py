@@ -58,6 +58,11 @@ def auto_tokenizer(folder: Path) -> FastTokenizer | None:
             peer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception:  # of many kinds; what is wrong with the files is said by who reads them next
         return None
+    return fast(peer)
+
+
+def fast(peer: object) -> FastTokenizer | None:
+    """A tokenizer of transformers, where it is one of the fast ones."""
     return None if getattr(peer, "backend_tokenizer", None) is None else cast(FastTokenizer, peer)
 
 

@@ -8,21 +8,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from isthmus import load_report
 from isthmus.checkpoint import Content, load_into, read_json
-from isthmus.config import plain
+from isthmus.config import plain, section
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import Processor
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.data.wordpiece import load_wordpiece
 from isthmus.errors import CheckpointError
-from isthmus.interop.archives import read_archive, tensors_of
+from isthmus.interop.archives import read_archive, tensors_of, unwrapped
 from isthmus.interop.entries import Entry, depth, same
 from isthmus.interop.export import Export, Source, must, pickled
 from isthmus.interop.given import Given, Opened, language_of
@@ -286,7 +285,7 @@ def _language(path: str | Path, given: Given) -> tuple[Mapping[str, object], dic
         tokenizer = open_tokenizer(folder)
     else:
         model = given.open(folder)
-        config = cast("Mapping[str, object]", plain(model.net.config)["language"])
+        config = section(plain(model.net.config), "language")
         state = language_of(model).lm.state_dict()
         tokenizer = model.processor.tokenizer
     return config, {f"language.lm.{name}": tensor for name, tensor in state.items()}, tokenizer
@@ -304,8 +303,7 @@ def _encoder(path: Path, state: dict[str, Tensor], given: Given) -> tuple[_Encod
         part = Account()
         raw = read_archive(source, part)
         load_report.beside(given.account, part)
-        inside = cast("Mapping[str, object]", raw.get("module", raw.get("model", raw)))
-        weights = tensors_of(inside, source)
+        weights = tensors_of(unwrapped(raw), source)
         return _eva_file(source, weights, given.account), state
     found = given.encoder(source)
     return _Encoder(*_without_last(found.config, found.state, given.account)), state

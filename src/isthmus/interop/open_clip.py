@@ -218,8 +218,7 @@ def clip_from_open_clip(
     """Our state dict from ``CLIP``'s, ``CustomTextCLIP``'s (distinguished by where the text projection stands) or a
     trainer checkpoint that holds either. Raises CheckpointError unless all fits.
     """
-    inside = cast("Mapping[str, Tensor]", state.get("state_dict", state))
-    weights = {name.removeprefix("module."): value for name, value in inside.items()}
+    weights = tensors_of(unwrapped(state), "the checkpoint")
     bare = "text_projection" in weights or "text_projection.weight" in weights
     what = f"open_clip's {'CLIP' if bare else 'CustomTextCLIP'}"
     return from_theirs(_layout(config, custom_text=not bare), weights, clip_shapes(config), what, account=account)

@@ -8,16 +8,16 @@ embedding table. The vision encoder and the language model come from their own f
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from isthmus import load_report
 from isthmus.checkpoint import Content, load_into
-from isthmus.config import plain
+from isthmus.config import plain, section
 from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
 from isthmus.errors import CheckpointError
+from isthmus.interop.archives import tensors_of, unwrapped
 from isthmus.interop.entries import Entry, from_theirs, part_of, same, shapes_of, to_theirs
 from isthmus.interop.export import Export, Source, common_dtype, must, pickled, shards
 from isthmus.interop.given import Given, Opened, language_of
@@ -90,8 +90,7 @@ def trained_from_open_flamingo(
     embedding table gives the new tokens' rows; its other rows are the language model's own. Raises CheckpointError
     for a tensor missing, left over or of another shape.
     """
-    inside = cast("Mapping[str, Tensor]", checkpoint.get("model_state_dict", checkpoint))
-    state = {name.removeprefix("module."): value for name, value in inside.items()}
+    state = tensors_of(unwrapped(checkpoint), "the checkpoint")
     frozen = [name for name in state if name.endswith(".embed_positions.weight")]
     load_report.ignored(account, frozen, "OPT's positions, which stay as its language model has them")
     state = {name: value for name, value in state.items() if name not in frozen}
@@ -246,7 +245,7 @@ def open_trained(path: Path, state: dict[str, Tensor], given: Given) -> Opened:
     own = language.processor.tokenizer if given.tokenizer is None else open_tokenizer(given.tokenizer)
     tokenizer = own.with_tokens(*NEW_TOKENS)
     ids = {name: tokenizer.id_of(token) for name, token in zip(("end_id", "image_id"), NEW_TOKENS, strict=True)}
-    described = cast("Mapping[str, object]", plain(language.net.config)["language"])
+    described = section(plain(language.net.config), "language")
     config = config_from_open_flamingo(state, vision=encoder.config, language=described, **ids)
     net, lm = Flamingo(config), language_of(language).lm
     tensors = {f"vision.{n}": t for n, t in encoder.state.items()}

@@ -19,7 +19,7 @@ train, not the full table under a mask; a row with other than as many tags as im
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from isthmus.batch import Batch, Term, Visuals
 from isthmus.errors import ConfigError
-from isthmus.interleave import InterleavedLanguageModel, MediaContext
+from isthmus.interleave import InterleavedLanguageModel, MediaContext, media_of
 from isthmus.language import Decoding, LibraryConfig, Prompt, Read
 from isthmus.models.published import tiny_llama
 from isthmus.net import Net
@@ -235,7 +235,7 @@ class Flamingo(Net):
         DataError for a row with more tags than images, or fewer."""
         stream, counts = batch.text[STREAM], [len(row) for row in _order(batch)]
         tags, media = stream.ids == self.config.image_id, self.media(batch)
-        before, base = None if past is None else cast("MediaContext | None", past.attended), None
+        before, base = None if past is None else media_of(past.attended), None
         if before is not None and (known := int(before.media_index[0, -1])):
             # The beginning has `known` images: those of the batch's own rows are numbered, and stand, after them.
             counts = [known + own for own in counts]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 from isthmus import checkpoint, pretrained
 from isthmus.config import check_options
@@ -341,8 +341,8 @@ def score_model(
         if spec.stage is not None:
             model, model_hash = _of_stage(run or folder.parent, spec.stage, final, final_hash, code)
         report = (lambda done, total, name=name: progress(name, done, total)) if progress else None
-        if spec.task in _BY_SIMILARITY and "similarity" in model.capabilities:  # which transformers' models lack
-            own = cast(Model, model).net.compared_by()
+        if spec.task in _BY_SIMILARITY and isinstance(model, Model) and "similarity" in model.capabilities:
+            own = model.net.compared_by()
             spec = spec.model_copy(update={"options": {"similarity": own, **spec.options}})
         found.append(
             _scored(
@@ -445,6 +445,6 @@ def recipe_of(folder: Path, code: Sequence[str | Path] = ()) -> Recipe | None:
         if place.is_file():
             import yaml
 
-            tree = cast("Mapping[str, object]", yaml.safe_load(place.read_text(encoding="utf-8")))
+            tree: Mapping[str, object] = yaml.safe_load(place.read_text(encoding="utf-8"))
             return parse_recipe(vetted(tree, folder, code), where=str(place))
     return None

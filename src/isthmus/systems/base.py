@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.batch import Batch
-from isthmus.config import plain
+from isthmus.config import plain, section
 from isthmus.data.chat import default_template
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import Processor, SpliceProcessor, shape_name
@@ -251,11 +251,6 @@ def vocabulary(tokenizer: Tokenizer) -> dict[str, object]:
 def model_of(parts: Parts, name: str) -> PartModel[Net]:
     """The part of this name, which is a model."""
     return cast(PartModel[Net], parts[name])
-
-
-def section(own: Mapping[str, object], name: str) -> dict[str, object]:
-    """What a configuration says of one of the net's parts."""
-    return cast("dict[str, object]", own[name])
 
 
 def piece_of(name: str, part: PartModel[Net]) -> dict[str, object]:

@@ -6,7 +6,7 @@ Its stages are phases of one net, with other parts in each: what a phase has no 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isthmus.batch import Batch
 from isthmus.checkpoint import read_json
-from isthmus.config import merged
+from isthmus.config import merged, section
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.chat import OWN
 from isthmus.data.images import ImageTransform
@@ -42,7 +42,6 @@ from isthmus.systems.base import (
     model_of,
     piece_of,
     recall,
-    section,
 )
 
 QFORMER = "qformer"
@@ -126,8 +125,9 @@ class Blip2System(System[Blip2]):
             if "language" in parts:
                 tensors |= {f"language.{n}": t for n, t in _language_of(parts).state.items()}
             if "bert" in parts:
-                own = net.config.qformer
-                tensors |= read_bert_folder(cast(Path, parts["bert"]), layers=own.layers, rows=own.vocab_size)
+                own, bert = net.config.qformer, parts["bert"]
+                assert isinstance(bert, Path)  # as open_part gives it
+                tensors |= read_bert_folder(bert, layers=own.layers, rows=own.vocab_size)
         recall(net, tensors, "a part")
         for part in {"vision", "language"} & parts.keys():
             lost = [n for n in net.state_dict() if n.startswith(f"{part}.") and n not in tensors]
@@ -223,7 +223,8 @@ def _cut(own: Mapping[str, object], theirs: Mapping[str, object]) -> Mapping[str
     blocks and norm. Raises ConfigError where the two differ in more than that."""
     free = ("layers", "post_norm", "pool")
     wrong = [k for k in theirs if k not in free and own.get(k) != theirs[k]]
-    if wrong or cast(int, own["layers"]) > cast(int, theirs["layers"]):
+    cut, whole = own["layers"], theirs["layers"]  # another kind of value than a number is refused where the net is made
+    if wrong or (isinstance(cut, int) and isinstance(whole, int) and cut > whole):
         name = (wrong or ["layers"])[0]
         raise ConfigError(
             f"The part 'vision' has {name} {theirs[name]}, the recipe's configuration {own.get(name)}: they do not fit."
@@ -232,7 +233,9 @@ def _cut(own: Mapping[str, object], theirs: Mapping[str, object]) -> Mapping[str
 
 
 def _language_of(parts: Parts) -> _Language:
-    return cast(_Language, parts["language"])
+    found = parts["language"]
+    assert isinstance(found, _Language)  # as open_part gives it
+    return found
 
 
 def _language(path: str, load: Callable[[str], PartModel[Net]]) -> _Language:

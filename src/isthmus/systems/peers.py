@@ -1,7 +1,7 @@
 """What nets and transformers' classes are given and give, for systems to compare the two."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +70,12 @@ def pixels_of(example: Example) -> Tensor:
 
 
 def _decoded(example: Example) -> list[Tensor]:
-    made = [make(image) for image, make in zip(example.visuals, example.pixels, strict=True)]
-    return cast(list[Tensor], made)  # no cache of features is in use
+    made: list[Tensor] = []
+    for image, make in zip(example.visuals, example.pixels, strict=True):
+        pixels = make(image)
+        assert isinstance(pixels, Tensor)  # no cache of features is in use
+        made.append(pixels)
+    return made
 
 
 def text_ids(text: TextConfig, theirs: Any, example: Example) -> Tensor:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -176,7 +176,7 @@ class _Pass(nn.Module):
 
 def touch(parameters: Iterable[Tensor]) -> Tensor:
     """A zero whose gradient is zero in each of the parameters, without memory for it."""
-    return cast(Tensor, _Touch.apply(*parameters))
+    return _Touch.apply(*parameters)
 
 
 class _Kept(Protocol):
