@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Decodes:
     """Answers with the first grey level of each picture."""
 
     capabilities = ("answer",)
+    prompts: Mapping[str, str] = {}
 
     def __init__(self) -> None:
         self.transform = ImageTransform(size=32)

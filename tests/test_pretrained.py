@@ -18,6 +18,7 @@ from isthmus import borrowed, checkpoint, pretrained
 from isthmus.cli.serve import opened
 from isthmus.errors import CheckpointError
 from isthmus.interop.hub import model_hash
+from isthmus.model import FORMAT, FolderConfig
 from isthmus.recipes.scoring import recipe_of
 from tests.cli.test_cli import run
 from tests.interop import tiny_models
@@ -102,11 +103,11 @@ def test_a_folder_that_is_taken_from_must_be_there_and_the_same(packed, tmp_path
     for name in ("clip", "lm"):
         shutil.copytree(packed / name, tmp_path / name)
     assert there(isthmus.load(tmp_path / "llava").report).matched > 10
+    bare: FolderConfig = {"format": FORMAT, "isthmus": "", "kind": "llava", "config": {}}
     for name in ("../clip", "/etc", "..", ""):
+        config: FolderConfig = {**bare, "borrowed": {"vision": {"folder": name, "sha256": ""}}}
         with pytest.raises(CheckpointError, match="which is no folder beside it"):
-            borrowed.weights(
-                tmp_path / "llava" / "model.safetensors", {"borrowed": {"vision": {"folder": name, "sha256": ""}}}
-            )
+            borrowed.weights(tmp_path / "llava" / "model.safetensors", config)
 
 
 def test_the_models_that_come_along_are_small():

@@ -37,8 +37,8 @@ def test_pieces_together_are_the_answer(llava, picture, options):
 
 def test_an_encoder_decoder_streams_too(picture):
     model = tiny_models.blip2({**T5, "vocab_size": tiny_models.ROWS})
-    settings = {"max_new_tokens": 8, "min_new_tokens": 8}
-    assert "".join(model.stream(asked(picture), **settings)) == model.chat(asked(picture), **settings)
+    said = model.chat(asked(picture), max_new_tokens=8, min_new_tokens=8)
+    assert "".join(model.stream(asked(picture), max_new_tokens=8, min_new_tokens=8)) == said
 
 
 def test_what_cannot_be_streamed_is_refused_at_once(llava, story, picture):

@@ -11,6 +11,7 @@ from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation import caption_task, vqa
 from isthmus.evaluation.run import Result
 from tests.data.helpers import png
+from tests.evaluation.fakes import row
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_bad_numbers_are_explained(shots, more, words):
 
 
 def test_score_over_shots_is_drawn(tmp_path):
-    rows = [{"id": str(i), "kind": "k", "truth": ["a"], "answer": "a" if i % 2 else "b"} for i in range(8)]
+    rows = [row(id=str(i), kind="k", truth=["a"], answer="a" if i % 2 else "b") for i in range(8)]
     results = [Result(f"vqa-{n}-shots", "vqa", vqa.score(rows[n // 4 :]), rows, tmp_path) for n in (0, 4)]
     assert evaluate._over_shots(tmp_path, results[:1]) is None
     spoilt = [Result("vqa-4-shots-permuted", "vqa", vqa.score(rows), rows, tmp_path)]
@@ -52,7 +53,7 @@ def test_score_over_shots_is_drawn(tmp_path):
     assert "score over shots" in page
     assert "vqa-4-shots" in page
     assert "<svg" in page
-    told = [{"id": str(i), "truth": ["a red cube"], "answer": "a red cube"} for i in range(8)]
+    told = [row(id=str(i), truth=["a red cube"], answer="a red cube") for i in range(8)]
     captions = [Result(f"caption-{n}-shots", "caption", caption_task.score(told), told, tmp_path) for n in (0, 4)]
     assert evaluate._over_shots(tmp_path, captions) == place
     assert "CIDEr" in place.read_text(encoding="utf-8")

@@ -308,7 +308,7 @@ def test_samples_of_the_real_files(real_data):
     vqa = open_source({**VQA, "questions": "vqav2/questions.json", "annotations": "vqav2/annotations.json"},
                       data_root=formats)  # fmt: skip
     assert len(vqa) == 3
-    assert len(vqa[0].meta["answers"]) == 10
+    assert len(must_be(tuple, vqa[0].meta["answers"])) == 10
     assert vqa[0].texts[-1].text == "net"
     assert file_of(vqa[0].images[0]).name == "COCO_train2014_000000458752.jpg"
     gqa = open_source({"kind": "gqa", "file": "gqa/questions.json"}, data_root=formats)

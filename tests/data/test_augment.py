@@ -6,12 +6,13 @@ from isthmus.data.augment import Augment
 from isthmus.data.images import ImageTransform, as_image
 from isthmus.data.loader import Loader
 from isthmus.data.processor import ContrastiveProcessor
-from isthmus.data.record import Example
+from isthmus.data.record import Example, Video
 from isthmus.demo.scenes import SceneSource
 from isthmus.demo.scenes.source import Form
 from isthmus.errors import ConfigError
 from isthmus.recipes.schema import read_recipe
 from tests.data.helpers import byte_level, pixel
+from tests.narrow import must_be
 
 SQUASH = ImageTransform.siglip(16)
 
@@ -43,7 +44,7 @@ def test_what_is_cut_into_tiles_is_not_cropped():
     tiles = ImageTransform(size=8, mode="anyres", pinpoints=((8, 16), (16, 8)))
     with pytest.raises(ConfigError, match="only flip"):
         Augment(crop=0.5)(example, tiles, 0)
-    assert len(Augment(flip=True)(example, tiles, 0).pixels[0](example.visuals[0])) == 3
+    assert len(must_be(torch.Tensor, Augment(flip=True)(example, tiles, 0).pixels[0](example.visuals[0]))) == 3
 
 
 def test_a_flip_mirrors_about_half(ramp):
@@ -78,7 +79,7 @@ def test_every_visit_is_drawn_anew_and_a_second_run_sees_the_same():
 
 
 def test_the_frames_of_a_clip_are_cropped_alike():
-    clip = SceneSource("clips", count=1, frames=3)[0].images[0]
+    clip = must_be(Video, SceneSource("clips", count=1, frames=3)[0].images[0])
     augment, draw = Augment(crop=0.3), 5
     frames = augment.pixels(clip, SQUASH, draw)
     assert frames.shape == (3, 3, 16, 16)

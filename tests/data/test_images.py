@@ -30,6 +30,7 @@ from isthmus.data.images import (
     open_image,
 )
 from isthmus.data.record import Image, Video
+from isthmus.data.video import MadeFrames
 from isthmus.errors import ConfigError, DataError
 from tests.data.helpers import pixel
 
@@ -96,7 +97,7 @@ def test_anyres_equals_the_llava_next_processor(size):
 def test_anyres_reads_no_clips_and_needs_its_canvases():
     transform = ImageTransform(size=32, mode="anyres", pinpoints=CANVASES)
     with pytest.raises(DataError, match="a clip is not cut into tiles"):
-        transform(Video(MadeImage(noise(4, 4))))
+        transform(Video(MadeFrames([noise(4, 4)])))
     refused: list[dict[str, Any]] = [{"mode": "anyres"}, {"mode": "pad", "pinpoints": CANVASES}]
     for options in refused:
         with pytest.raises(ConfigError, match="belong to mode anyres"):
@@ -135,8 +136,8 @@ def test_every_size_gives_a_square(width, height, side, mode):
 
 @pytest.mark.parametrize("mode", get_args(Mode))
 def test_the_shape_is_that_of_the_pixels(mode):
-    own = {"patch": 8} if mode == "aspect" else {"pinpoints": ((32, 64),)} if mode == "anyres" else {}
-    transform = ImageTransform(size=32, mode=mode, **own)
+    canvases = ((32, 64),) if mode == "anyres" else ()
+    transform = ImageTransform(size=32, mode=mode, pinpoints=canvases, patch=8 if mode == "aspect" else 1)
     for width, height in ((40, 23), (23, 40), (90, 20), (32, 32)):
         picture = PilImage.new("RGB", (width, height))
         assert transform.shape(height, width) == tuple(transform(picture).shape[-2:])

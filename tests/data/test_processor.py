@@ -16,6 +16,7 @@ from isthmus.data.record import Text
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import ConfigError, DataError
 from tests.data.helpers import assistant, byte_level, picture, record, user
+from tests.narrow import must_be
 
 TOKENIZER = byte_level()
 IMAGE = ImageTransform.clip(8)
@@ -34,7 +35,7 @@ def test_contrastive_row_is_start_text_end():
         assert example.streams["text"].ids == [TOKENIZER.bos_id, *TOKENIZER.encode(caption), TOKENIZER.eos_id]
         assert example.streams["text"].labels is None
     assert processor.prompt(pair).streams == processor.example(pair, 0).streams
-    assert torch.equal(example.pixels[0](example.visuals[0]), IMAGE(picture()))
+    assert torch.equal(must_be(torch.Tensor, example.pixels[0](example.visuals[0])), IMAGE(picture()))
     assert not example.places
     answer = record(picture(), user("describe"), assistant("a cat"))
     assert processor.example(answer).streams["text"].ids[1:-1] == TOKENIZER.encode("a cat")
@@ -95,7 +96,7 @@ def test_same_text_for_any_number_of_pictures(pictures):
     assert TOKENIZER.decode(ids, skip_special=False) == f"<s>USER: {lines}what? ASSISTANT: yes</s>"
     assert len(example.places) == len(example.pixels) == pictures
     for colour, image, pixels in zip(colours, example.visuals, example.pixels, strict=True):
-        assert torch.equal(pixels(image), IMAGE(picture(colour)))
+        assert torch.equal(must_be(torch.Tensor, pixels(image)), IMAGE(picture(colour)))
 
 
 def test_truncation_leaves_the_picture_intact_at_the_front():

@@ -1,11 +1,12 @@
 """Records and models that cost nothing: pictures are words, and models look them up."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
 from isthmus.data.record import Image, Record, Text
+from isthmus.evaluation.outputs import QuestionRow
 from isthmus.evaluation.run import Result
 from isthmus.evaluation.tasks import Scores
 from isthmus.evaluation.vqa import VqaScores
@@ -39,6 +40,32 @@ def vqa_scores(result: Result) -> VqaScores:
 def question(number: int, word: str, *, kind: str = "what", ask: str = "What is it?", **meta) -> Record:
     parts = (Image(Word(word, number)), Text(ask, role="user"), Text(word, role="assistant", learn=True))
     return Record(id=f"q{number}", parts=parts, meta={"kind": kind, **meta})
+
+
+class RowKeys(TypedDict, total=False):
+    """Those of a row of answers."""
+
+    id: str
+    kind: str
+    question: str
+    truth: list[str]
+    answer: str
+    blind: str | None
+    shuffled: str | None
+    prior: str | None
+    choices: list[str]
+    group: str
+    correct: float
+
+
+def row(**given: Unpack[RowKeys]) -> QuestionRow:
+    """A whole row out of the keys that a test is about; a control that is not among them was not run."""
+    return {"id": "q", "kind": "other", "question": "?", "truth": [], "answer": "", "correct": 0.0, **given}
+
+
+def changed(row: QuestionRow, **given: Unpack[RowKeys]) -> QuestionRow:
+    """The row with other values under a few keys."""
+    return {**row, **given}
 
 
 def animals() -> list[Record]:

@@ -1,6 +1,7 @@
 """Official scorers' rules on fixed strings, and scores over groups."""
 
 import json
+from collections.abc import Sequence
 
 import pytest
 
@@ -10,11 +11,12 @@ from isthmus.evaluation.benchmark_rules import distance
 from isthmus.evaluation.grouped import CircularTask, MmeTask, parse_as_mme, score_circular, score_mme
 from isthmus.evaluation.rescore import rescore
 from isthmus.evaluation.run import evaluate
-from tests.evaluation.fakes import Reader, facts_of, question
+from tests.evaluation.fakes import Reader, changed, facts_of, question, row
 
 
-def points(rule, answer, *truth, **row):
-    return rules.rule(rule).points(answer, {"id": "x", "truth": list(truth), **row})
+def points(rule, answer, *truth: str, choices: Sequence[str] = ()):
+    asked = row(truth=list(truth))
+    return rules.rule(rule).points(answer, changed(asked, choices=list(choices)) if choices else asked)
 
 
 @pytest.mark.parametrize(("a", "b", "n"), [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2)])
@@ -66,7 +68,7 @@ def test_mmmu_choices_are_read_and_not_guessed():
     choices = ["cat", "dog"]
     assert points("mmmu", "(B)", "B", choices=choices) == 1.0
     assert points("mmmu", "hm", "B", choices=choices) == 0.0
-    assert rules.rule("mmmu").says("hm", {"choices": choices}) is None
+    assert rules.rule("mmmu").says("hm", row(choices=choices)) is None
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_mme_reads_four_characters(answer, said):
 
 
 def mme_row(n, kind, group, truth, answer):
-    return {"id": f"r{n}", "kind": kind, "group": group, "truth": [truth], "answer": answer}
+    return row(id=f"r{n}", kind=kind, group=group, truth=[truth], answer=answer)
 
 
 def test_mme_accuracy_plus_needs_both():
@@ -95,20 +97,13 @@ def test_mme_accuracy_plus_needs_both():
     assert (facts["perception"], facts["cognition"]) == (125.0, 50.0)
     assert facts["accuracy"] == pytest.approx(5 / 6)
     with pytest.raises(DataError, match="no `group`"):
-        score_mme([{k: v for k, v in row.items() if k != "group"} for row in rows])
+        score_mme([row(id=r["id"], kind=r["kind"], truth=r["truth"], answer=r["answer"]) for r in rows])
 
 
 def circular_rows(said):
     choices = ["cat", "dog", "cow"]
     return [
-        {
-            "id": f"{g}{k}",
-            "kind": "k",
-            "group": g,
-            "truth": ["ACB"[k]],
-            "answer": a,
-            "choices": choices[k:] + choices[:k],
-        }
+        row(id=f"{g}{k}", kind="k", group=g, truth=["ACB"[k]], answer=a, choices=choices[k:] + choices[:k])
         for g, answers in said.items()
         for k, a in enumerate(answers)
     ]

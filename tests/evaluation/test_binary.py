@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from isthmus.errors import DataError
 from isthmus.evaluation import binary
 from isthmus.evaluation.binary import YES_NO, parse, parse_as_pope
-from tests.evaluation.fakes import facts_of
+from tests.evaluation.fakes import changed, facts_of, row
 
 
 @pytest.mark.parametrize(
@@ -32,14 +32,14 @@ def test_answers_as_we_read_them_and_as_the_published_parser_does(answer, ours, 
     assert parse_as_pope(answer) == published
 
 
-def row(answer, truth, kind="random"):
-    return {"answer": answer, "truth": [truth], "kind": kind, "blind": "yes", "shuffled": "yes", "prior": "yes"}
+def said(answer, truth, kind="random"):
+    return row(answer=answer, truth=[truth], kind=kind, blind="yes", shuffled="yes", prior="yes")
 
 
 def test_rates_by_hand():
     """Of 4 yes: 2 found, 1 denied, 1 unparsable. Of 4 no: 1 said yes, 3 found."""
-    rows = [row("yes", "yes"), row("yes.", "yes"), row("no", "yes"), row("a dog", "yes"), row("Yes", "no")]
-    rows += [row("no", "no")] * 3
+    rows = [said("yes", "yes"), said("yes.", "yes"), said("no", "yes"), said("a dog", "yes"), said("Yes", "no")]
+    rows += [said("no", "no")] * 3
     facts = facts_of(binary.score(rows))
     assert facts["accuracy"] == 5 / 8
     assert (facts["precision"], facts["recall"]) == (pytest.approx(2 / 3), 2 / 4)
@@ -53,8 +53,8 @@ def test_rates_by_hand():
 
 
 def test_each_sampling_has_its_own_rates_and_their_mean_f1():
-    rows = [row("yes", "yes", "random"), row("no", "no", "random"), row("no", "yes", "adversarial")]
-    rows += [row("yes", "yes", "adversarial")]
+    rows = [said("yes", "yes", "random"), said("no", "no", "random"), said("no", "yes", "adversarial")]
+    rows += [said("yes", "yes", "adversarial")]
     facts = facts_of(binary.score(rows))
     assert facts["kinds"]["random"]["f1"] == 1.0
     assert facts["kinds"]["adversarial"]["f1"] == pytest.approx(2 / 3)
@@ -62,33 +62,33 @@ def test_each_sampling_has_its_own_rates_and_their_mean_f1():
     assert facts["kinds"]["random"]["n"] == 2
 
 
-@given(st.lists(st.builds(row, st.sampled_from(["yes", "no", "dog"]), st.sampled_from(["yes", "no"])), min_size=1))
+@given(st.lists(st.builds(said, st.sampled_from(["yes", "no", "dog"]), st.sampled_from(["yes", "no"])), min_size=1))
 def test_rates_equal_brute_force(rows):
     facts = facts_of(binary.score(rows))
-    said = [(r["answer"], r["truth"][0]) for r in rows]
-    found = said.count(("yes", "yes"))
-    yes, truly = sum(a == "yes" for a, _ in said), sum(t == "yes" for _, t in said)
-    assert facts["accuracy"] == pytest.approx(sum(a == t for a, t in said) / len(said))
+    pairs = [(r["answer"], r["truth"][0]) for r in rows]
+    found = pairs.count(("yes", "yes"))
+    yes, truly = sum(a == "yes" for a, _ in pairs), sum(t == "yes" for _, t in pairs)
+    assert facts["accuracy"] == pytest.approx(sum(a == t for a, t in pairs) / len(pairs))
     assert facts["precision"] == pytest.approx(found / yes if yes else 0.0)
     assert facts["recall"] == pytest.approx(found / truly if truly else 0.0)
-    assert facts["unparsable"] == sum(a == "dog" for a, _ in said)
+    assert facts["unparsable"] == sum(a == "dog" for a, _ in pairs)
     assert 0 <= facts["f1"] <= 1
 
 
 def test_a_group_is_right_when_all_its_answers_are():
-    rows = [row("true", "true") | {"group": "a"}, row("false", "false") | {"group": "a"}]
-    rows += [row("true", "true") | {"group": "b"}, row("true", "false") | {"group": "b"}]
+    rows = [changed(said("true", "true"), group="a"), changed(said("false", "false"), group="a")]
+    rows += [changed(said("true", "true"), group="b"), changed(said("true", "false"), group="b")]
     assert facts_of(binary.score(rows))["consistency"] == 0.5
-    assert "consistency" not in binary.score([*rows, row("yes", "yes")]).to_dict()
+    assert "consistency" not in binary.score([*rows, said("yes", "yes")]).to_dict()
 
 
 def test_an_answer_that_cannot_be_read_is_wrong_both_ways():
-    assert YES_NO.points("perhaps", row("", "yes")) == YES_NO.points("perhaps", row("", "no")) == 0.0
-    assert YES_NO.says("perhaps", row("", "yes")) is None
+    assert YES_NO.points("perhaps", said("", "yes")) == YES_NO.points("perhaps", said("", "no")) == 0.0
+    assert YES_NO.says("perhaps", said("", "yes")) is None
 
 
 def test_a_truth_that_is_neither_is_an_error_and_not_a_point():
-    rows = [row("yes", "yes") | {"id": "q0"}, row("red", "blue") | {"id": "q1"}]
+    rows = [changed(said("yes", "yes"), id="q0"), changed(said("red", "blue"), id="q1")]
     with pytest.raises(DataError, match="'q1' has the truth 'blue', which says neither yes nor no"):
         binary.score(rows)
     with pytest.raises(DataError, match="'q1'"):
@@ -97,6 +97,6 @@ def test_a_truth_that_is_neither_is_an_error_and_not_a_point():
 
 def test_the_published_parser_knows_no_true_and_false():
     """It would read "false" as a yes, so NLVR is scored by ours alone."""
-    facts = binary.score([row("false", "false"), row("true", "true")]).to_dict()
+    facts = binary.score([said("false", "false"), said("true", "true")]).to_dict()
     assert facts["accuracy"] == 1.0
     assert "official" not in facts

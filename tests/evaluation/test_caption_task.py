@@ -38,8 +38,8 @@ def test_captions_stand_beside_what_is_written_without_looking(tmp_path):
     assert facts["gain_interval"][0] <= facts["gain"] <= facts["gain_interval"][1] + 1e-9
     assert facts["gain"] > 1
     row = result.rows[0]
-    assert (row["answer"], row["blind"], row["prior"]) == (SAID["cat"], "a thing", SAID["dog"])
-    assert row["shuffled"] in (SAID["dog"], SAID["owl"])
+    assert (row["answer"], row.get("blind"), row.get("prior")) == (SAID["cat"], "a thing", SAID["dog"])
+    assert row.get("shuffled") in (SAID["dog"], SAID["owl"])
     assert json.loads((tmp_path / "manifest.json").read_text())["question"] == "Describe it."
 
 
@@ -63,7 +63,7 @@ def test_without_a_prompt_there_is_no_blind_caption(tmp_path):
     with pytest.raises(ConfigError, match="nothing is left of the question"):
         CaptionTask(name="c", records=records())
     task = CaptionTask(name="c", records=records(), controls=["shuffled"])
-    facts = evaluate(Writer("?"), task, tmp_path).scores.to_dict()
+    facts = facts_of(evaluate(Writer("?"), task, tmp_path).scores)
     assert set(facts["controls"]) == {"shuffled"}
 
 

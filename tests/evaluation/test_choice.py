@@ -9,7 +9,7 @@ from isthmus.evaluation import AnswerPrior, VqaTask, evaluate
 from isthmus.evaluation.choice import CHOICE, best, parse, parse_as_scienceqa
 from isthmus.evaluation.prose import LETTERS
 from isthmus.evaluation.rules import rule
-from tests.evaluation.fakes import Reader, question, vqa_scores
+from tests.evaluation.fakes import Reader, question, row, vqa_scores
 from tests.narrow import there
 
 CHOICES = ["a cat", "a dog", "an owl"]
@@ -153,14 +153,13 @@ def test_choices_in_one_another_and_choices_that_are_letters(choices, answers):
 )
 def test_the_published_reading_by_name(answer, letter):
     assert parse_as_scienceqa(answer, CHOICES) == letter
-    row = {"truth": ["b"], "choices": CHOICES}
-    assert rule("scienceqa").points(answer, row) == float(letter == "B")
+    assert rule("scienceqa").points(answer, row(truth=["b"], choices=CHOICES)) == float(letter == "B")
 
 
 def test_points_and_choices_that_read_alike():
-    row = {"truth": ["B"], "choices": CHOICES}
-    assert CHOICE.points("a dog", row) == 1.0
-    assert CHOICE.points("A", row) == CHOICE.points("nonsense", row) == 0.0
+    dog = row(truth=["B"], choices=CHOICES)
+    assert CHOICE.points("a dog", dog) == 1.0
+    assert CHOICE.points("A", dog) == CHOICE.points("nonsense", dog) == 0.0
     assert parse("dog", ["a dog", "the dog"]) is None, "two choices read alike, so none was chosen"
 
 
@@ -198,19 +197,19 @@ def test_the_prior_of_a_choice_task_gets_points(tmp_path):
 
 def test_a_sample_without_choices_is_named():
     with pytest.raises(DataError, match="Sample 'q3' has no `choices`"):
-        CHOICE.points("A", {"id": "q3", "truth": ["A"]})
+        CHOICE.points("A", row(id="q3", truth=["A"]))
 
 
 @pytest.mark.parametrize("truth", ["B", "b", "b.", " (b) ", "a dog", "B. a dog"])
 def test_the_truth_as_letter_or_text(truth):
-    assert CHOICE.points("B", {"truth": [truth], "choices": CHOICES}) == 1.0
+    assert CHOICE.points("B", row(truth=[truth], choices=CHOICES)) == 1.0
 
 
 def test_a_truth_that_is_a_choice_to_the_letter_is_no_letter():
-    assert CHOICE.points("B", {"truth": ["a"], "choices": ["b", "a"]}) == 1.0  # an article to the reader of answers
+    assert CHOICE.points("B", row(truth=["a"], choices=["b", "a"])) == 1.0  # an article to the reader of answers
 
 
 @pytest.mark.parametrize("truth", ["1", "a fish", "e", ""])
 def test_a_truth_that_is_none_of_the_choices_is_no_zero_but_an_error(truth):
     with pytest.raises(DataError, match="which is none of its choices"):
-        CHOICE.points("B", {"id": "q7", "truth": [truth], "choices": CHOICES})
+        CHOICE.points("B", row(id="q7", truth=[truth], choices=CHOICES))

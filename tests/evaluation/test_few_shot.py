@@ -170,10 +170,10 @@ def test_candidates_are_ranked_over_permutations():
     candidates = [f"a{n}" for n in range(12)]
     one = task(shots=3, candidates=candidates, controls=[])
     row = next(iter(one.rows(Fake(), (), chunk=1)))[0]
-    (last,) = Support(SUPPORT).choose(one.task.records[0], 3)[-1:]
+    (last,) = Support(SUPPORT).choose(must_be(Record, one.task.records[0]), 3)[-1:]
     assert row["answer"] == last_turn(last).answers[0]  # the only order: the last shot's scores highest
     many = task(shots=3, candidates=candidates, ensemble=6, controls=[])
-    chosen = {last_turn(r).answers[0] for r in Support(SUPPORT).choose(one.task.records[0], 3)}
+    chosen = {last_turn(r).answers[0] for r in Support(SUPPORT).choose(must_be(Record, one.task.records[0]), 3)}
     assert next(iter(many.rows(Fake(), (), chunk=1)))[0]["answer"] in chosen
 
 

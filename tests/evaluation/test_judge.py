@@ -11,6 +11,7 @@ from isthmus.data.sources import open_source
 from isthmus.errors import ConfigError, DataError, EndpointError
 from isthmus.evaluation.judge import Judge, Pair, parse
 from isthmus.evaluation.judged import JudgedTask, score
+from isthmus.evaluation.outputs import JudgedRow
 from isthmus.evaluation.rescore import compare, rescore
 from isthmus.evaluation.run import evaluate
 from isthmus.recipes.tables import score_table
@@ -96,9 +97,17 @@ def test_a_ratio_of_means_in_both_orders(tmp_path):
 
 def test_means_come_before_their_ratio_and_both_orders_count_alike():
     told = [([10, 5], [7, 8]), ([2, 6], [8, 4])]  # the reference's score first, and the candidate's first
-    rows = [
-        {"kind": "conv", "reference_first": {"scores": one, "tries": 1}, "candidate_first": {"scores": two, "tries": 1}}
-        for one, two in told
+    rows: list[JudgedRow] = [
+        {
+            "id": str(n),
+            "kind": "conv",
+            "question": "?",
+            "truth": ["a cat"],
+            "answer": "a cat",
+            "reference_first": {"scores": [float(s) for s in one], "tries": 1, "text": ""},
+            "candidate_first": {"scores": [float(s) for s in two], "tries": 1, "text": ""},
+        }
+        for n, (one, two) in enumerate(told)
     ]
     found = score(rows).overall
     assert (found.candidate, found.reference) == (6.5, 6.0)

@@ -6,13 +6,14 @@ from isthmus.errors import DataError
 from isthmus.evaluation import Results
 from isthmus.evaluation.retrieval import score as retrieval_score
 from isthmus.evaluation.vqa import score as vqa_score
+from tests.evaluation.fakes import changed, row
 
-ROW = {"answer": "yes", "truth": ["yes"], "kind": "k", "blind": "no", "shuffled": "yes", "prior": "no"}
+ROW = row(answer="yes", truth=["yes"], kind="k", blind="no", shuffled="yes", prior="no")
 
 
 def test_results_are_fractions_by_model_with_what_is_needed_to_read_them(tmp_path):
     results = Results(seed=3, seconds={"clip": 1.5})
-    results.add("llava", vqa_score([ROW, {**ROW, "shuffled": "no"}]))
+    results.add("llava", vqa_score([ROW, changed(ROW, shuffled="no")]))
     results.add("clip", retrieval_score([0, 1], [[0], [0]]))
     path = results.write(tmp_path / "deep" / "results.json")
     facts = json.loads(path.read_text())

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from isthmus.data.record import Record, Text
 from isthmus.errors import DataError
 from isthmus.evaluation.vqa import AnswerPrior, is_right, normalise, pooled, score
-from tests.evaluation.fakes import animals, question
+from tests.evaluation.fakes import animals, changed, question, row
 from tests.narrow import there
 
 
@@ -38,7 +38,7 @@ def test_right_is_exact_and_never_empty():
     assert not is_right(".", ["."])
 
 
-def row(
+def answered(
     answer,
     truth="yes",
     kind="k",
@@ -46,12 +46,12 @@ def row(
     shuffled: str | None = "no",
     prior: str | None = "no",
 ):
-    return {"answer": answer, "truth": [truth], "kind": kind, "blind": blind, "shuffled": shuffled, "prior": prior}
+    return row(answer=answer, truth=[truth], kind=kind, blind=blind, shuffled=shuffled, prior=prior)
 
 
 words = st.sampled_from(["yes", "no", ""])
 rows_strategy = st.lists(
-    st.builds(row, words, truth=st.sampled_from(["yes", "no"]), kind=st.sampled_from("xyz"), blind=words,
+    st.builds(answered, words, truth=st.sampled_from(["yes", "no"]), kind=st.sampled_from("xyz"), blind=words,
               shuffled=words, prior=words),
     min_size=1,
     max_size=40,
@@ -81,8 +81,8 @@ def test_scores_equal_brute_force_overall_and_per_kind(rows):
 
 
 def test_the_best_without_looking_is_chosen_for_each_kind_by_itself():
-    first = [row("yes", kind="a", blind="yes") for _ in range(10)]
-    second = [row("yes", kind="b", prior="yes") for _ in range(10)]
+    first = [answered("yes", kind="a", blind="yes") for _ in range(10)]
+    second = [answered("yes", kind="b", prior="yes") for _ in range(10)]
     scores = score(first + second)
     assert scores.kinds["a"].gain == scores.kinds["b"].gain == 0
     assert scores.overall.best_without_looking == 0.5
@@ -90,16 +90,16 @@ def test_the_best_without_looking_is_chosen_for_each_kind_by_itself():
 
 
 def test_controls_that_were_not_run_are_left_out():
-    some = score([row("yes", blind=None, shuffled=None) for _ in range(3)]).overall
+    some = score([answered("yes", blind=None, shuffled=None) for _ in range(3)]).overall
     assert (some.blind, some.shuffled, some.prior, some.gain) == (None, None, 0.0, 1.0)
-    none = score([row("yes", blind=None, shuffled=None, prior=None)]).overall
+    none = score([answered("yes", blind=None, shuffled=None, prior=None)]).overall
     assert none.best_without_looking is None
     assert none.gain is None
     assert none.gain_interval is None
 
 
 def test_kinds_below_three_hundred_are_marked():
-    scores = score([row("yes", kind="many")] * 300 + [row("yes", kind="few")] * 299)
+    scores = score([answered("yes", kind="many")] * 300 + [answered("yes", kind="few")] * 299)
     assert scores.kinds["many"].enough
     assert not scores.kinds["few"].enough
 
@@ -146,7 +146,7 @@ def test_the_prior_s_fingerprint_moves_with_what_it_answers():
 
 def test_pooled_runs_are_means_over_runs_with_a_question_drawn_whole():
     def run(*answers):
-        return [row(a, kind="ab"[i % 2]) | {"id": str(i)} for i, a in enumerate(answers)]
+        return [changed(answered(a, kind="ab"[i % 2]), id=str(i)) for i, a in enumerate(answers)]
 
     one, other = run("yes", "yes", "no", "no"), run("yes", "no", "no", "no")
     found = pooled([one, other])

@@ -3,6 +3,7 @@ import torch
 
 from isthmus.data.record import Image, Record
 from isthmus.errors import ConfigError, DataError, IsthmusWarning
+from isthmus.evaluation.outputs import ClassRow
 from isthmus.evaluation.tasks import ZeroShotTask
 from isthmus.evaluation.zero_shot import SEVEN, by_score, class_vectors, classify, score, templates
 from isthmus.nn.losses import Similarity
@@ -51,7 +52,11 @@ def test_ties_count_against_us():
 
 
 def test_scores_stand_beside_the_commonest_class():
-    rows = [{"truth": "a", "rank": r} for r in (0, 0, 4)] + [{"truth": "b", "rank": 5}]
+    ranked = [("a", 0), ("a", 0), ("a", 4), ("b", 5)]
+    rows: list[ClassRow] = [
+        {"id": str(n), "truth": truth, "answers": [], "rank": rank, "correct": rank == 0}
+        for n, (truth, rank) in enumerate(ranked)
+    ]
     scores = score(rows, classes=7)
     assert (scores.top_1, scores.top_5, scores.majority) == (0.5, 0.75, 0.75)
     assert scores.to_dict()["gain"] == -0.25

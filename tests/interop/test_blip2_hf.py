@@ -47,7 +47,7 @@ from tests.models.tiny_blip2 import (
     retrieval_peer,
     tokens,
 )
-from tests.narrow import must_be
+from tests.narrow import must_be, there
 
 ROWS = [[2, 5, 6, 7, 8, 9], [2, 10, 11], [2, 12, 13, 14]]
 QUESTIONS = [[CLS, 7, 8, SEP], [CLS, 9, SEP], [CLS, 10, 11, 12, 13, SEP]]
@@ -343,7 +343,7 @@ def test_a_tokenizer_without_a_newline_is_written_and_opened_again(tmp_path: Pat
     """A text ends at the end of sequence there: a stop that the tokenizer does not have is none."""
     words, peer = tiny_models.words(), tiny_models.blip2()
     assert newline_id(words) is None
-    model = Model(peer.net, PromptProcessor(words, peer.processor.image, num_tokens=4, prompt="a photo of"))
+    model = Model(peer.net, PromptProcessor(words, there(peer.processor.image), num_tokens=4, prompt="a photo of"))
     record = Record("1", (as_image(PilImage.new("RGB", (20, 30), "red")), Text("is a red cube?", role="user")))
     expected = model.answer_records([record], max_new_tokens=6)
     for to in ("hf", "isthmus"):

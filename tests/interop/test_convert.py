@@ -94,7 +94,7 @@ def test_llava_is_written_in_the_layout_of_published_files_key_by_key() -> None:
     config = OurConfig.v1_5_7b(32064)
     with torch.device("meta"):
         state = Llava(config).state_dict()
-        theirs = LlavaForConditionalGeneration(LlavaConfig(**llava_config_to_hf(config, image_token_id=32000)))
+        theirs = LlavaForConditionalGeneration(LlavaConfig.from_dict(llava_config_to_hf(config, image_token_id=32000)))
     written = llava_to_hf(state, config)
     assert {name: tuple(t.shape) for name, t in written.items()} == layout_a(config)
     numbers = sum(t.numel() for t in written.values())

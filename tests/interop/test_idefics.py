@@ -153,7 +153,7 @@ def test_activation_and_positions_are_the_configurations_there_and_back(more, tm
     config, state = read_idefics_folder(tmp_path)
     ours = Flamingo(config).eval()
     ours.load_state_dict(state)
-    again = IdeficsForVisionText2Text(IdeficsConfig(**idefics_config_to_hf(config))).eval()
+    again = IdeficsForVisionText2Text(IdeficsConfig.from_dict(idefics_config_to_hf(config))).eval()
     again.load_state_dict(idefics_to_hf(ours.state_dict(), config), strict=False)
     ids = torch.tensor([[3, V + 1, 5, 6, 7, 8, 9]])
     pixels, look = torch.randn(1, 1, 3, 16, 16), (ids == V + 1).cumsum(1)[..., None]
@@ -314,7 +314,10 @@ def test_the_published_sizes(tmp_path):
     for raw, blocks in ((nine, 1_434_519_568), (eighty, 13_925_422_120)):
         config = idefics_config_from_hf(raw)
         with torch.device("meta"):
-            ours, theirs = Flamingo(config), IdeficsForVisionText2Text(IdeficsConfig(**idefics_config_to_hf(config)))
+            ours, theirs = (
+                Flamingo(config),
+                IdeficsForVisionText2Text(IdeficsConfig.from_dict(idefics_config_to_hf(config))),
+            )
         assert sum(p.numel() for p in ours.xattn.parameters()) == blocks
         written = idefics_to_hf(ours.state_dict(), config)
         assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in theirs.state_dict().items()}

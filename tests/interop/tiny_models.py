@@ -41,6 +41,7 @@ from tests.fixtures import OPEN_CLIP
 from tests.models.tiny_blip2 import T5, redraw
 from tests.models.tiny_blip2 import VISION as EVA
 from tests.models.tiny_flamingo import blocks_of
+from tests.narrow import there
 
 SIZE, ROWS = 32, 400
 VISION = VisionConfig(image_size=SIZE, patch_size=8, width=64, layers=3, heads=1, mlp_width=256)
@@ -146,7 +147,7 @@ def image_encoder(whole: Model | None = None, *, projected: bool = True) -> Mode
     net.vision.load_state_dict(whole.net.vision.state_dict())
     if space is not None:
         net.projection.load_state_dict(whole.net.heads.vision_projection.state_dict())
-    return Model(net, ImagesProcessor(whole.processor.image))
+    return Model(net, ImagesProcessor(there(whole.processor.image)))
 
 
 def text_encoder(whole: Model | None = None, *, projected: bool = True) -> Model:

@@ -42,6 +42,7 @@ from tests.models.tiny_blip2 import (
     tiny,
     tokens,
 )
+from tests.narrow import must_be
 from tests.spawning import spawn
 
 NORM = {"l": 2_048, "g": 2_816}
@@ -181,7 +182,7 @@ def test_the_key_bias_of_a_vision_block_is_not_felt() -> None:
     pixels = batch.visuals[0].pixels
     assert pixels is not None
     before = net.visual_features(pixels)
-    for block in net.vision.blocks:
+    for block in must_be(VisionTransformer, net.vision).blocks:
         nn.init.zeros_(block.attn.k_proj.bias)  # type: ignore[union-attr,arg-type]
     torch.testing.assert_close(net.visual_features(pixels), before, atol=1e-4, rtol=1e-4)
 

@@ -10,7 +10,8 @@ from isthmus.batch import Batch, Visuals
 from isthmus.config import merged, plain, strict
 from isthmus.errors import ConfigError, DataError
 from isthmus.models.clip import Clip, ClipConfig
-from tests.narrow import there
+from isthmus.nn.vit import VisionTransformer
+from tests.narrow import must_be, there
 from tests.nn.contrastive_ranks import EOT, batch, gradients, tiny, whole
 
 COUNTS = {  # preset: (vision, vision projection, text, text projection, total)
@@ -49,7 +50,7 @@ def test_the_counts_follow_the_closed_forms():
     image = 3 * v.patch_size**2 * v.width + v.width + v.tokens * v.width + 4 * v.width + blocks(v.width, v.layers)
     text = t.vocab_size * t.width + t.context * t.width + blocks(t.width, t.layers) + 2 * t.width
     assert _count(_meta("vit_b_32")) == image + text + (v.width + t.width) * config.embed_dim + 1
-    head = _meta("siglip_b_16").vision.pool
+    head = there(must_be(VisionTransformer, _meta("siglip_b_16").vision).pool)
     assert _count(head) == 768 + (4 * 768**2 + 4 * 768) + 2 * 768 + (8 * 768**2 + 5 * 768)
     assert _count(Clip.from_config(plain(tiny().config))) == _count(tiny())
 

@@ -15,12 +15,13 @@ from isthmus.interop.hf_towers import vision_from_hf
 from isthmus.language import Decoding
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.patch_positions import add_patch_positions
+from isthmus.nn.vit import VisionTransformer
 from isthmus.recipes.schema import read_recipe
 from isthmus.stage import Group, apply_stage
 from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
 from tests.models.tiny_flamingo import END, IMAGE, ROWS, VISION, V, batch, picture, tiny
-from tests.narrow import there
+from tests.narrow import must_be, there
 
 TRAINED = (*read_recipe("open-flamingo-4b", to_show=True).stages[0].stage.train, Group("language.new_rows.*", 1e-4))
 """What the paper trains (sec. 3.2, app. B.1), and OpenFlamingo but for its 4B, which left the new rows alone."""
@@ -202,7 +203,7 @@ def test_features_are_the_last_layers_patches_before_the_norm():
         expected = theirs(pixels[:, 0]).last_hidden_state[:, 1:]
         found = net.visual_features(pixels)[:, 0]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        assert (net.vision.ln_post(found) - found).abs().max() > 0.1
+        assert (must_be(VisionTransformer, net.vision).ln_post(found) - found).abs().max() > 0.1
     assert set(net.unreachable()) == {"vision.ln_post.weight", "vision.ln_post.bias"}
 
 

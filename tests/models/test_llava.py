@@ -11,11 +11,11 @@ from isthmus.config import plain, strict
 from isthmus.errors import CapabilityError, ConfigError, DataError
 from isthmus.language import Decoding
 from isthmus.models.llava import Llava, LlavaConfig
-from isthmus.nn.vit import VisionConfig
+from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.recipes.schema import read_recipe
 from isthmus.stage import apply_stage, named_parameters
 from tests.models.tiny_llava import LANGUAGE, PATCHES, ROWS, SIZE, VISION, V, batch, tiny
-from tests.narrow import there
+from tests.narrow import must_be, there
 
 TOWER_224, TOWER_336, PROJECTOR = 303_179_776, 303_507_456, {"7b": 20_979_712, "13b": 31_467_520}
 
@@ -143,7 +143,7 @@ def test_visual_tokens_are_the_projected_patches_of_the_tapped_state() -> None:
 
 def test_no_block_above_the_tapped_state_is_computed() -> None:
     net, computed = tiny(feature_layer=-2), []
-    for number, block in enumerate(net.vision.blocks):
+    for number, block in enumerate(must_be(VisionTransformer, net.vision).blocks):
         block.register_forward_hook(lambda *_, n=number: computed.append(n))
     net.loss(batch([ROWS["one"]]))
     assert computed == [0, 1]

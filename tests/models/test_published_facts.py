@@ -26,6 +26,7 @@ from isthmus.training.engines import engine
 from isthmus.training.gradient import backward
 from isthmus.training.precision import context
 from tests.models import tiny_blip2, tiny_flamingo, tiny_llava
+from tests.narrow import must_be
 
 FP32 = context("fp32", torch.device("cpu"))
 
@@ -77,7 +78,7 @@ def test_clips_image_tower_and_projections_start_by_their_widths() -> None:
     vision = VisionConfig(image_size=8, patch_size=1, width=256, layers=1, heads=4, mlp_width=8)
     text = TextConfig(vocab_size=8, width=128, layers=1, heads=2, mlp_width=8, eot_id=7)
     net = Clip(ClipConfig(vision=vision, text=text, embed_dim=64))
-    spread(net.vision.positions.detach(), 256**-0.5)
+    spread(must_be(VisionTransformer, net.vision).positions.detach(), 256**-0.5)
     assert isinstance(net.heads.vision_projection, nn.Linear)
     spread(net.heads.vision_projection.weight.detach(), 256**-0.5)
     spread(net.heads.text_projection.weight.detach(), 128**-0.5)

@@ -15,6 +15,7 @@ from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from isthmus.evaluation.rerank import RerankScores
 from isthmus.interop.hub import model_hash
+from isthmus.nn.vit import VisionTransformer
 from isthmus.opening import load
 from isthmus.recipes import run as run_module
 from isthmus.recipes.build import build
@@ -24,6 +25,7 @@ from isthmus.recipes.run import open_data, train
 from isthmus.recipes.schema import EvalSpec, parse_recipe, read_recipe
 from isthmus.recipes.scoring import score_model
 from tests.miniature import STAGE
+from tests.narrow import must_be
 
 SAID = {"question": "USER: {} ASSISTANT:", "clean": False}
 CAPTIONS = {"kind": "scenes", "form": "captions", "count": 41}
@@ -340,8 +342,8 @@ def test_a_published_encoder_is_the_part_without_its_last_block(story):
     config["vision"] = whole | {"layers": 1, "post_norm": "none", "pool": "none"}
     built = build(parse_recipe(tree(story, config=config)))
     cut = build(parse_recipe(tree(story)))
-    assert len(built.net.vision.blocks) == 1
-    assert len(cut.net.vision.blocks) == 2
+    assert len(must_be(VisionTransformer, built.net.vision).blocks) == 1
+    assert len(must_be(VisionTransformer, cut.net.vision).blocks) == 2
     pixels = torch.randn(1, 1, 3, 64, 64)
     torch.testing.assert_close(built.net.visual_features(pixels), cut.net.visual_features(pixels))
     for wrong in ({"width": 64}, {"layers": 3}):

@@ -100,7 +100,7 @@ def test_every_shipped_recipe_parses(name):
 def test_a_tokenizer_is_trained_on_what_can_be_read(tmp_path):
     rows = ["image,caption", *(f"{n}.png,a thing called {n}" for n in range(30)), "x.png,"]
     (tmp_path / "pairs.csv").write_text("\n".join(rows))
-    data = {"kind": "csv", "file": str(tmp_path / "pairs.csv")}
+    data: dict[str, object] = {"kind": "csv", "file": str(tmp_path / "pairs.csv")}
     made = make_tokenizer(TokenizerSpec(vocab_size=300, data=[data]))
     assert len(made.encode(" thing")) == 1
     (tmp_path / "pairs.csv").write_text("image,caption\nx.png,\n")

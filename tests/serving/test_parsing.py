@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from pydantic_core import ErrorDetails
 
 from isthmus.serving.errors import ApiError
 from isthmus.serving.parsing import field_error, parsed
@@ -39,9 +40,17 @@ def test_sound_json_comes_through():
 
 
 def test_a_field_is_named_by_what_is_known_only():
-    problem = {"type": "extra_forbidden", "loc": ("body", "messages", 0, "/etc/passwd"), "ctx": {}}
-    error = field_error([problem])
+    place = ("body", "messages", 0, "/etc/passwd")
+    unknown: ErrorDetails = {"type": "extra_forbidden", "loc": place, "ctx": {}, "input": "secret", "msg": "x"}
+    error = field_error([unknown])
     assert (error.code, error.param) == ("unknown_field", "messages.0")
-    problem = {"type": "less_than_equal", "loc": ("body", "top_p"), "ctx": {"le": 1.0}, "input": "secret", "msg": "x"}
-    assert field_error([problem]).message == "This number is too large: it must be at most 1.0."
+    ctx = {"le": 1.0}
+    large: ErrorDetails = {
+        "type": "less_than_equal",
+        "loc": ("body", "top_p"),
+        "ctx": ctx,
+        "input": "secret",
+        "msg": "x",
+    }
+    assert field_error([large]).message == "This number is too large: it must be at most 1.0."
     assert field_error([]).code == "invalid_value"

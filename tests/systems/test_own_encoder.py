@@ -18,6 +18,7 @@ from isthmus.recipes.schema import Recipe, parse_recipe
 from isthmus.testing.contracts import verify
 from isthmus.user_code import pin, pinned_in
 from tests.miniature import tree
+from tests.narrow import must_be
 from tests.recipes.test_blip2 import tree as blip2_tree
 from tests.recipes.test_flamingo import recipe as flamingo_recipe
 from tests.systems.test_own_system import EXAMPLES
@@ -68,7 +69,7 @@ def test_the_others_take_it_as_their_part(place: Path, name: str) -> None:
 def test_a_preflight_with_an_encoder_of_transformers(file: Path) -> None:
     own = tree("clip") | {"evaluate": []}
     vit = {"model_type": "vit", "num_attention_heads": 2, "intermediate_size": 48}
-    own["config"]["vision"] = {"kind": f"{file}:Library", **SIZES, "options": {"settings": vit}}
+    must_be(dict, own["config"])["vision"] = {"kind": f"{file}:Library", **SIZES, "options": {"settings": vit}}
     own["stages"][0]["train"] = [{"pattern": "vision.model.layers.*", "lr": 1e-3}, {"pattern": "text.*", "lr": 1e-3}]
     assert check(parse_recipe(pinned_in(own)), samples=0).problems == ()
 

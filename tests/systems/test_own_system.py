@@ -83,17 +83,18 @@ def test_it_streams_and_is_served_with_a_prompt_or_without(
     assert model.net.continues_prompts == model.net.shares_beginning == continues
     picture = PilImage.effect_noise((64, 64), 60).convert("RGB")
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}]
-    asked, few = [{"role": "user", "content": content}], {"min_new_tokens": 3, "max_new_tokens": 3}
-    assert "".join(model.stream(asked, **few)) == model.chat(asked, **few)
+    asked = [{"role": "user", "content": content}]
+    said_whole = model.chat(asked, min_new_tokens=3, max_new_tokens=3)
+    assert "".join(model.stream(asked, min_new_tokens=3, max_new_tokens=3)) == said_whole
     assert len(model.score([picture, "what?"], ["red", "blue"])) == 2
     speaker = speaker_of(model, Limits())
     assert isinstance(speaker, Together if continues else WholeAnswers)
     example = model.processor.prompt(conversation(asked))
-    speaker.begin("row", example, Decoding(**few), None)
+    speaker.begin("row", example, Decoding(min_new_tokens=3, max_new_tokens=3), None)
     said: list[int] = []
     while len(said) < 3:
         said += [token.id for token in speaker.step() if token.id is not None]
-    assert model.processor.tokenizer.decode(said).strip() == model.chat(asked, **few)
+    assert model.processor.tokenizer.decode(said).strip() == said_whole
     picture.save(tmp_path / "picture.png")
     done = CliRunner().invoke(app, ["chat", str(place / "run"), "--image", str(tmp_path / "picture.png"), "what?"])
     assert done.exit_code == 0, done.output

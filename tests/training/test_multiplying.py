@@ -11,6 +11,8 @@ from isthmus.checkpoint import read_folder, read_json, write_folder
 from isthmus.errors import IsthmusWarning
 from isthmus.products import ONEDNN, TORCH, multiply_quickly
 from isthmus.recipes import run as recipes
+from isthmus.recipes.schema import Recipe, StageSpec
+from isthmus.stage import Stage
 from isthmus.training import multiplying
 from isthmus.training.loop import Interrupted
 from isthmus.training.state import checkpoints
@@ -170,7 +172,8 @@ def test_later_stages_multiply_as_the_runs_first(machine, tmp_path):
     machine(True)
     _, _, result = run(tmp_path / "stages" / "one", ToyNet())
     assert not result.warnings
-    recipe = type("Recipe", (), {"stages": [type("Stage", (), {"name": n}) for n in ("none", "one", "two")]})
+    stages = [Stage(name=name, train=(), steps=1) for name in ("none", "one", "two")]
+    recipe = Recipe.model_construct(stages=[StageSpec.model_construct(stage=stage) for stage in stages])
     by = recipes._products(recipe, tmp_path / "stages")
     assert by == ONEDNN
     machine(False)

@@ -6,10 +6,16 @@ from types import SimpleNamespace
 import pytest
 
 from isthmus.errors import ConfigError, MissingExtraError
-from isthmus.training.log import MetricLog
+from isthmus.training.log import MetricLine, MetricLog
 from isthmus.training.trackers import open_trackers
 
-LINE = {"step": 3, "loss": {"lm": 1.5}, "validation": {"vqa.accuracy": 0.5}}
+LINE: MetricLine = {
+    "step": 3,
+    "loss": {"lm": 1.5},
+    "validation": {"vqa.accuracy": 0.5},
+    "samples": 24,
+    "seconds": 1.5,
+}
 
 
 def stand_in(monkeypatch, name):
@@ -29,7 +35,8 @@ def test_the_numbers_go_to_the_tracker(tmp_path, monkeypatch, name):
     log = MetricLog(folder, 0, report_to=[name])
     log.write(LINE)
     log.close()
-    assert told == [(3, {"loss/lm": 1.5, "validation/vqa.accuracy": 0.5}), "end"]
+    numbers = {"loss/lm": 1.5, "validation/vqa.accuracy": 0.5, "samples": 24, "seconds": 1.5}
+    assert told == [(3, numbers), "end"]
     assert asked["name"].startswith("run/tune")
     assert asked.get("mode", "offline") == "offline"
 

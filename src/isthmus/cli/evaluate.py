@@ -63,7 +63,9 @@ def run(
     identity = " ".join([model_hash(folder) or model, *(f"{name}={value}" for name, value in own.items())])
     specs = _specs(model, loaded, task=task, data=data, train=train, options=options, code=given.get("code", ()))
     if judge:
-        specs[0].options["judge"] = _judge(specs[0].options, judge)
+        asked = dict(specs[0].options)
+        asked["judge"] = _judge(asked, judge)
+        specs[0] = specs[0].model_copy(update={"options": asked})
     specs = shown_examples(specs, counts, select)
     name = f"hf-{Path(data).stem}" if data and model.startswith(_PEER) else Path(data).stem if data else "own"
     place = out if out is not None else _home(folder) / name

@@ -222,9 +222,9 @@ class EvalSpec(Strict):
     name: str
     stage: str | None = None
     task: str
-    data: dict[str, object]
-    train: dict[str, object] | None = None
-    options: dict[str, object] = Field(default_factory=dict)
+    data: Mapping[str, object]
+    train: Mapping[str, object] | None = None
+    options: Mapping[str, object] = Field(default_factory=dict)
     bad_samples: float = Field(default=0.01, ge=0, le=1)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 from isthmus import checkpoint, pretrained
 from isthmus.config import check_options
@@ -38,13 +38,19 @@ from isthmus.processes import first, of_first, world_size
 from isthmus.recipes.schema import EvalSpec, Recipe, parse_recipe, read_recipe
 from isthmus.user_code import is_user_code, label, vetted
 
-if TYPE_CHECKING:
-    from isthmus.interop.hf_peer import Peer
-
 Progress = Callable[[str, int, int], None]
 """Called with (task, items done, items in all)."""
 
 T = TypeVar("T")
+
+
+class Scorable(Protocol):
+    """A model of ours or of transformers, or anything that has what its tasks need."""
+
+    @property
+    def capabilities(self) -> Sequence[str]: ...
+    @property
+    def prompts(self) -> Mapping[str, str]: ...
 
 
 class First(Source):
@@ -313,7 +319,7 @@ def needs(spec: EvalSpec) -> type:
 
 
 def score_model(
-    model: "Model | Peer",
+    model: Scorable,
     specs: Sequence[EvalSpec],
     folder: Path,
     *,
@@ -361,7 +367,7 @@ def score_model(
 
 
 def _scored(
-    model: "Model | Peer",
+    model: Scorable,
     spec: EvalSpec,
     folder: Path,
     *,
@@ -399,8 +405,8 @@ def _scored(
 
 
 def _of_stage(
-    run: Path, stage: str, final: "Model | Peer", final_hash: str, code: Sequence[str | Path]
-) -> "tuple[Model | Peer, str]":
+    run: Path, stage: str, final: Scorable, final_hash: str, code: Sequence[str | Path]
+) -> tuple[Scorable, str]:
     """The model that ``stage`` ended with and its hash; the final one where that is the last stage's."""
     place = run / "stages" / stage
     if (place / "model").is_dir():

@@ -12,10 +12,11 @@ from isthmus.comparison.report.tables import bar, percent, score_table
 from isthmus.evaluation.retrieval import score as retrieval_score
 from isthmus.evaluation.vqa import Score
 from isthmus.evaluation.vqa import score as vqa_score
+from tests.evaluation.fakes import changed, row
 from tests.narrow import there
 
 EVIL = "<script src=x>\"'&</script>"
-ROW = {"answer": "yes", "truth": ["yes"], "kind": "colour", "blind": "no", "shuffled": "no", "prior": "no"}
+ROW = row(answer="yes", truth=["yes"], kind="colour", blind="no", shuffled="no", prior="no")
 
 
 def png() -> bytes:
@@ -26,7 +27,7 @@ def png() -> bytes:
 
 def full(text: str = "plain", kinds: tuple[str, ...] = ("colour", "count")) -> Report:
     """A page with every section, every text of which holds ``text``."""
-    rows = [{**ROW, "kind": f"{k} {text}", "answer": "yes" if i % 3 else ""} for k in kinds for i in range(320)]
+    rows = [changed(ROW, kind=f"{k} {text}", answer="yes" if i % 3 else "") for k in kinds for i in range(320)]
     return Report(
         title=f"title {text}",
         summary=f"summary {text}",
@@ -129,7 +130,7 @@ def test_right_wrong_and_missing_answers_are_told_apart_without_colour():
 
 
 def test_scores_show_every_column_and_mark_small_kinds():
-    rows = [{**ROW, "prior": "yes" if i < 90 else "no"} for i in range(300)] + [{**ROW, "kind": "few"}] * 10
+    rows = [changed(ROW, prior="yes" if i < 90 else "no") for i in range(300)] + [changed(ROW, kind="few")] * 10
     html = render(Report(title="t", scores={"llava": vqa_score(rows)}))
     text = Reader(html).text
     for column in ("accuracy", "blind", "shuffled", "prior", "gain"):
@@ -141,7 +142,7 @@ def test_scores_show_every_column_and_mark_small_kinds():
 
 
 def test_several_models_stand_together_under_each_kind():
-    first, second = vqa_score([ROW] * 300), vqa_score([{**ROW, "answer": "no"}] * 300)
+    first, second = vqa_score([ROW] * 300), vqa_score([changed(ROW, answer="no")] * 300)
     html = render(Report(title="t", scores={"llava": first, "flamingo": second}))
     group = html[html.index('class="group"') :]
     assert group.index("colour") < group.index("llava") < group.index("flamingo")
@@ -151,7 +152,7 @@ def test_several_models_stand_together_under_each_kind():
 
 def test_a_gain_is_only_coloured_where_its_interval_leaves_out_zero():
     def page(better):
-        some = [{**ROW, "answer": "yes" if i < better else "no", "blind": "yes" if i % 2 else "no"} for i in range(100)]
+        some = [changed(ROW, answer="yes" if i < better else "no", blind="yes" if i % 2 else "no") for i in range(100)]
         return render(Report(title="t", scores={"m": vqa_score(some)}))
 
     assert 'class="num gain up"' in page(95)
@@ -196,7 +197,7 @@ def test_answers_that_cannot_be_read_are_told_beside_their_number(empty, unparsa
 
 
 def test_a_score_that_nothing_was_left_out_of_is_told_so():
-    alone = vqa_score([{"answer": "yes", "truth": ["yes"], "kind": "colour"}] * 3)
+    alone = vqa_score([row(answer="yes", truth=["yes"], kind="colour")] * 3)
     told = "a score without these controls"
     assert told in Reader(render(Report(title="t", scores={"lm": alone}))).text
     assert told not in Reader(render(full())).text
