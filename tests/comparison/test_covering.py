@@ -82,7 +82,10 @@ def test_a_picture_per_word(make):
     assert all(min(shown.size) >= 448 for _, shown in words)
 
 
-def test_the_command_writes_both_and_says_what_it_cannot(tmp_path, capsys):
+def test_the_command_writes_both_and_says_what_it_cannot(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
     for name in ("llava", "clip"):
         getattr(tiny_models, name)().save(tmp_path / name)
     file, out = tmp_path / "one.png", tmp_path / "look"
@@ -99,6 +102,11 @@ def test_the_command_writes_both_and_says_what_it_cannot(tmp_path, capsys):
     assert "red where covering makes the answer less likely" in said
     with pytest.raises(ConfigError, match="is not empty"):
         look.run(str(tmp_path / "llava"), QUESTION, file, out, **options)
+    with monkeypatch.context() as patched:
+        patched.setattr("isthmus.comparison.covering.cover", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            look.run(str(tmp_path / "llava"), QUESTION, file, tmp_path / "again", **options)
+    look.run(str(tmp_path / "llava"), QUESTION, file, tmp_path / "again", **options)
     with pytest.raises(CapabilityError, match="neither gives attention maps nor scores"):
         look.run(str(tmp_path / "clip"), QUESTION, file, tmp_path / "none", **options)
     assert not (tmp_path / "none").exists()

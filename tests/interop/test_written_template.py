@@ -200,9 +200,11 @@ def test_a_template_that_takes_the_messages_first_gets_turns() -> None:
     assert compared(words(), own_chat_template(form), form, {}).alike > 20
 
 
-def test_contents_that_must_be_parts_stay_parts() -> None:
+@pytest.mark.parametrize("refusal", ["{% if m.content is string %}{{ raise_exception('parts!') }}{% endif %}", ""])
+def test_contents_that_must_be_parts_stay_parts(refusal: str) -> None:
+    """Without a refusal such a template leaves out a text."""
     text = (
-        "{% for m in messages %}{% if m.content is string %}{{ raise_exception('parts!') }}{% endif %}"
+        f"{{% for m in messages %}}{refusal}"
         "{{ '<|im_start|>' + m.role + '\\n' }}{% for p in m.content %}{{ p.text | trim }}{% endfor %}"
         "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )

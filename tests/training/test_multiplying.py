@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,3 +181,20 @@ def test_later_stages_multiply_as_the_runs_first(machine, tmp_path):
     run(tmp_path / "stages" / "two", ToyNet(), products=by)
     assert set(stored(tmp_path / "stages" / "two")) == {ONEDNN}
     assert recipes._products(recipe, tmp_path / "elsewhere") is None
+
+
+def test_a_full_disk_leaves_what_later_stages_read(machine, monkeypatch, tmp_path):
+    machine(True)
+    run(tmp_path)
+    before, write = read_json(tmp_path / "stage.json"), Path.write_text
+
+    def full(file, text, **named):
+        if not file.name.startswith("stage.json"):
+            return write(file, text, **named)
+        write(file, text[:20], **named)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path)
+    assert read_json(tmp_path / "stage.json") == before

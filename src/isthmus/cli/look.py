@@ -51,9 +51,10 @@ def run(
         console.print(f"No pictures of words: {error}", markup=False, highlight=False)
         answer = model.answer(picture, question, max_new_tokens=max_new_tokens)
     console.print(f"Answer: {answer}", markup=False, highlight=False)
-    out.mkdir(parents=True, exist_ok=True)
-    for number, (word, shown) in enumerate(words, 1):
-        shown.save(out / f"word-{number:02}-{re.sub(r'[^A-Za-z0-9]+', '', word)[:20] or 'sign'}.png")
+    drawings = {
+        f"word-{number:02}-{re.sub(r'[^A-Za-z0-9]+', '', word)[:20] or 'sign'}.png": shown
+        for number, (word, shown) in enumerate(words, 1)
+    }
     facts |= {"answer": answer, "words": [word for word, _ in words]}
     if "score" in model.capabilities and answer.strip():
         with Progress(transient=True, console=console) as bar:
@@ -61,7 +62,7 @@ def run(
             found = cover(
                 model, picture, question, answer, cells=cells, note=lambda done, _: bar.update(task, completed=done)
             )
-        drawn(picture, found).save(out / "covering.png")
+        drawings["covering.png"] = drawn(picture, found)
         facts |= {"logprob": found.logprob, "drop": found.drop.tolist()}
         row, column = divmod(int(found.drop.argmax()), cells)
         console.print(
@@ -75,6 +76,9 @@ def run(
     else:
         why = "it scores no answers" if answer.strip() else "the answer is empty"
         console.print(f"No covering.png: {why}.", highlight=False)
+    out.mkdir(parents=True, exist_ok=True)  # all is written at the end: what was interrupted can be given again
+    for file, drawing in drawings.items():
+        drawing.save(out / file)
     (out / "look.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     pictures = f"{len(words)} picture{'s' * (len(words) != 1)} of words (bright: attended to; attention and not proof)"
     console.print(f"{pictures}: {out}", markup=False, highlight=False, soft_wrap=True)

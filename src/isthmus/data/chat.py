@@ -180,7 +180,9 @@ class ChatForm:
             raise
 
     def takes_parts(self) -> bool:
-        """Does the template refuse a content that is a text, and take a list of parts?"""
+        """Does the template refuse a content that is a text, or leave it out, and take a list of parts?"""
+        if self._in_parts:
+            return True
         try:
             render_chat(self.template, [{"role": "user", "content": _LEARNT["user"]}], self._names, prompt=True)
         except TemplateTimeoutError:

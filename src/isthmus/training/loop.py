@@ -492,4 +492,6 @@ def _describe(
     """``stage.json``: the definition, the table, precision and products, for people, the report and later stages."""
     own = {"precision": dataclasses.asdict(chosen), "products": dataclasses.asdict(products)}
     text = json.dumps({"stage": stage.to_dict(), "table": table.to_dict(), **own}, indent=1)
-    (folder / "stage.json").write_text(text + "\n", encoding="utf-8")
+    aside = folder / "stage.json.tmp"  # later stages read it: a full disk leaves the one before
+    aside.write_text(text + "\n", encoding="utf-8")
+    aside.replace(folder / "stage.json")
