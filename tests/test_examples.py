@@ -16,6 +16,7 @@ from isthmus.evaluation import evaluate
 from isthmus.opening import load
 from isthmus.pretrained import names
 from isthmus.user_code import pin, resolve
+from tests.evaluation.fakes import facts_of
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Two steps teach no answer, and an evaluation says when all of them are empty.
@@ -98,7 +99,7 @@ def test_a_users_task_scores_its_folder_again(tmp_path, capsys):
     shutil.copy(EXAMPLES / "my_task.py", file)
     own = resolve(pin(f"{file}:Counting"))
     task = own(name="counting", records=[counted(n) for n in range(4)], near=2)
-    first = evaluate(SaysTwo(), task, folder).scores.to_dict()
+    first = facts_of(evaluate(SaysTwo(), task, folder).scores)
     assert {k: v for k, v in first.items() if k != "exact_interval"} == {
         "n": 4,
         "exact": 0.25,

@@ -118,6 +118,17 @@ def test_what_is_said_or_cannot_be_is_not_measured(asked, monkeypatch):
     assert not clock.ran
 
 
+def test_the_first_process_times_how_frozen_parts_attend(asked, monkeypatch):
+    """The others find in the cache what it measured: each for itself they could attend otherwise."""
+    timed = []
+    monkeypatch.setattr(precision, "half_is_quicker", lambda dtype, *, single: timed.append((dtype, single)) or True)
+    for is_first, said, times in ((True, "bf16", 1), (False, "bf16", 0), (True, "fp32", 0)):
+        monkeypatch.setattr(precision, "first", lambda is_first=is_first: is_first)
+        assert choose(stage(precision=said), NET, CPU).precision == said
+        assert timed == [(torch.bfloat16, False)] * times
+        timed.clear()
+
+
 def test_the_first_process_decides_for_all(asked, monkeypatch):
     clock = asked(fp32=0.01, bf16=0.004)
     monkeypatch.setattr(precision, "first", lambda: False)

@@ -69,7 +69,7 @@ class Support:
         elif features is None or not record.images:
             chosen = random.Random(f"{self.seed}/{record.id}").sample(usable, shots)
         else:
-            near = self.encode(features)[usable] @ normalize(features(record.images[-1:]).float(), dim=-1)[0]
+            near = self.encode(features)[usable] @ normalize(features(record.images[-1:]).float().cpu(), dim=-1)[0]
             best = near.topk(shots).indices.tolist() if shots else []
             chosen = [usable[i] for i in reversed(best)]
         return [self.records[i] for i in chosen]

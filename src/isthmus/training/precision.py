@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from isthmus.measured import Timer, measure, processor, recall, remember
+from isthmus.nn.attention import half_is_quicker
 from isthmus.processes import all_gather, first
 from isthmus.stage import Stage
 
@@ -55,6 +56,14 @@ def computes_bf16(device: torch.device) -> bool:
 
 def choose(stage: Stage, net: nn.Module, device: torch.device, *, timer: Timer = time.perf_counter) -> Choice:
     """The precision of a stage of this net. The first process decides for all."""
+    found = _chosen(stage, net, device, timer)
+    if found.precision == "bf16" and device.type == "cpu":
+        # The first one times what the others then find in the cache, so that frozen encoders attend alike in all.
+        all_gather(half_is_quicker(torch.bfloat16, single=False) if first() else None)
+    return found
+
+
+def _chosen(stage: Stage, net: nn.Module, device: torch.device, timer: Timer) -> Choice:
     if stage.precision != "auto":
         return Choice(stage.precision, "the stage says so")
     if not computes_bf16(device):
