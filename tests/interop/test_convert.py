@@ -116,6 +116,16 @@ def test_large_weights_are_written_in_shards(tmp_path: Path) -> None:
     assert all(torch.equal(t, again[name]) for name, t in model.net.state_dict().items())
 
 
+def test_where_shards_were_asked_for_weights_in_one_file_are_told(tmp_path: Path) -> None:
+    model = tiny_models.llava()
+    for to, wanted in (("isthmus", 1), ("hf", 0)):
+        done = write_model(model, tmp_path / to, to, shard_bytes=200_000)
+        notes = [note for note in done.notes if "--shard-size" in note]
+        assert len(notes) == wanted
+        assert all("model.safetensors has 0." in note and "keeps its weights in one file" in note for note in notes)
+    assert not any("--shard-size" in note for note in write_model(model, tmp_path / "unasked", "isthmus").notes)
+
+
 def test_pickled_files_hold_plain_tensors_only(tmp_path: Path) -> None:
     model = tiny_models.lavis()
     held = sum(t.numel() * t.element_size() for t in model.net.state_dict().values())

@@ -1,5 +1,6 @@
 """Adapters are merged as peft runs them, or refused by name; never merged as something else."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,21 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    PhiConfig,
+    PhiForCausalLM,
+)
 from transformers import LlavaConfig as HfLlavaConfig
 
 import isthmus
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError, IsthmusWarning
+from isthmus.interop.lora import merge_adapter
 from tests.interop.test_folders import LANGUAGE, PICTURES, VISION, finish, redraw
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
@@ -137,6 +147,25 @@ def test_what_cannot_be_merged_exactly_is_refused_by_name(
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(CheckpointError, match=named):
         isthmus.load(folder, language=bases["llama"])
+
+
+def test_trained_tokens_of_a_tied_head_with_biases_are_refused(tmp_path: Path) -> None:
+    """peft's own merge gives other logits than the model that it trained, which left the head's biases out."""
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    for tied in (False, True):
+        base = redraw(PhiForCausalLM(PhiConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tied)))
+        own = copy.deepcopy(base)
+        settings: dict[str, Any] = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}
+        model = get_peft_model(base, LoraConfig(**settings))
+        for parameter in model.parameters():
+            parameter.data += 0.2 * parameter.requires_grad
+        model.save_pretrained(str(tmp_path / str(tied)))
+        if tied:
+            with pytest.raises(CheckpointError, match="shared by lm_head, which has biases"):
+                merge_adapter(own, tmp_path / str(tied))
+        else:
+            merge_adapter(own, tmp_path / str(tied))
+            torch.testing.assert_close(own.eval()(IDS % 40).logits, model.eval()(input_ids=IDS % 40).logits)
 
 
 def test_the_base_is_the_one_named_or_the_one_inside(bases: dict[str, Path], tmp_path: Path) -> None:

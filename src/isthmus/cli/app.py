@@ -338,7 +338,7 @@ def convert(
     to: Annotated[str, typer.Option(help="isthmus, hf, openai, open_clip, original, lavis or open_flamingo.")],
     replace: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
     lossy: Annotated[bool, typer.Option(help="Leave out what the format has no place for.")] = False,
-    shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 5GB.")] = "5GB",
+    shard_size: Annotated[str | None, typer.Option(help="Largest file of weights, such as 500MB (hf: 5GB).")] = None,
     dtype: Annotated[str, typer.Option(help="stored (as the weights were), float32, bfloat16 or float16.")] = "stored",
     merge: Annotated[
         bool, typer.Option(help="Add its adapters to their layers first; the outputs are compared.")

@@ -52,5 +52,7 @@ def run(
     if json_file is not None:
         json_file.write_text(json.dumps(asdict(outcome) | {"out": str(out)}, indent=2) + "\n", encoding="utf-8")
     if outcome.failed:
-        console.print(f"{outcome.failed} of them are errors; each says why in its line.", markup=False, highlight=False)
+        console.print(
+            f"{outcome.failed} of all answers are errors; each says why in its line.", markup=False, highlight=False
+        )
         raise typer.Exit(1)

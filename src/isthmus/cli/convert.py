@@ -21,7 +21,7 @@ def run(
     given: Loading,
     replace: bool,
     lossy: bool,
-    shard: str,
+    shard: str | None,
     dtype: str,
     merge: bool = False,
     json_file: Path | None,
@@ -37,7 +37,7 @@ def run(
     from isthmus.opening import load
     from isthmus.testing.merging import merge_and_compare
 
-    size = byte_count(shard)
+    size = None if shard is None else byte_count(shard)
     if dtype not in ("stored", *_DTYPES):
         raise ConfigError(f"--dtype {dtype!r}: {nearest(dtype, ('stored', *_DTYPES))}")
     model = load(source, **given)

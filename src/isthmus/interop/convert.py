@@ -22,6 +22,7 @@ from isthmus.nn.vit import VisionEncoder
 from isthmus.user_code import label
 
 SHARD_BYTES = 5_000_000_000
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 class _Writer(Protocol):
@@ -50,7 +51,7 @@ def write_model(
     *,
     replace: bool = False,
     lossy: bool = False,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     origin: str | Path | None = None,
 ) -> Converted:
     """Write ``model`` as a folder of the format ``to``, atomically, with a model card.
@@ -58,7 +59,8 @@ def write_model(
     Args:
         replace: an existing folder may be replaced; else it is an error.
         lossy: what the format has no place for may be left out; else it is an error that names it.
-        shard_bytes: safetensors larger than this are written in several files.
+        shard_bytes: safetensors larger than this, 5 GB unless said otherwise, are written in several files; where the
+            format keeps its weights in one file, a note says so.
         origin: where the model was opened; the card has the recipe and scores found there.
 
     Raises ConfigError for an unknown format, CheckpointError where it cannot hold the model (naming the field) and
@@ -94,15 +96,26 @@ def write_model(
     if to == "isthmus":
         export = Export(files={}, opens="isthmus.load(FOLDER)")
         model.save(folder, extra={**_recipe(place), "README.md": card(model, export, to, place)}, replace=replace)
-        return Converted(folder, _sizes(folder), ())
-    export = cast(_Writer, named(writers[to]))(model, shard_bytes=shard_bytes)
+        return Converted(folder, _sizes(folder), (), _larger(folder, shard_bytes))
+    export = cast(_Writer, named(writers[to]))(model, shard_bytes=shard_bytes or SHARD_BYTES)
     export = replace_(export, notes=(*export.notes, *_pixels(model, to), *_words(model, to)))
     if export.losses and not lossy:
         raise CheckpointError(
             f"The format {to} has no place for: {'; '.join(export.losses)}. Give --lossy to write the model without."
         )
     write_folder(folder, {**export.files, "README.md": card(model, export, to, place)}, replace=replace)
-    return Converted(folder, _sizes(folder), export.losses, export.notes)
+    return Converted(folder, _sizes(folder), export.losses, (*export.notes, *_larger(folder, shard_bytes)))
+
+
+def _larger(folder: Path, shard_bytes: int | None) -> tuple[str, ...]:
+    """Files of weights that came out larger than was asked for: the format, or one tensor, is not cut."""
+    weights = {name: size for name, size in _sizes(folder).items() if Path(name).suffix in _WEIGHTS}
+    return tuple(
+        f"{name} has {size / 1e6:,.1f} MB, more than --shard-size asks for: "
+        + ("it holds one tensor" if "-of-" in name else "this format keeps its weights in one file")
+        for name, size in weights.items()
+        if shard_bytes is not None and size > 1.1 * shard_bytes + 2**16
+    )
 
 
 def _written_here(folder: Path) -> bool:

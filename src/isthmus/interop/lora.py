@@ -82,6 +82,7 @@ def merge_adapter(lm: nn.Module, folder: Path, account: Account | None = None) -
             f"{folder} is a LoRA adapter; merging one needs peft: pip install 'isthmus[lora]'"
         ) from None
     named = dict(lm.named_modules())
+    _demand_plain_head(named, [_module(key) for key in state if ".token_adapter." in key], folder)
     touched = [named[name] for name in {_module(key) for key in state} & set(named)]
     load_report.converted(account, [p for module in touched for p in module.parameters()])
     if not values.get("ensure_weight_tying"):
@@ -102,6 +103,18 @@ def merge_adapter(lm: nn.Module, folder: Path, account: Account | None = None) -
         raise CheckpointError(
             f"{folder}: peft cannot merge this adapter into its base model: {' '.join(str(error).split())[:300]}"
         ) from error
+
+
+def _demand_plain_head(named: Mapping[str, nn.Module], tables: list[str], folder: Path) -> None:
+    """Raises CheckpointError for trained tokens of a table that a head with biases shares: peft (0.21) runs such a head
+    without its biases, and merges it with them."""
+    shared = {id(named[name]._parameters.get("weight")) for name in tables if name in named}
+    for name, module in named.items():
+        if id(module._parameters.get("weight")) in shared and module._parameters.get("bias") is not None:
+            raise CheckpointError(
+                f"{folder}: its trained tokens are shared by {name}, which has biases. peft leaves these out while it "
+                "trains and takes them in when it merges, so the merged model would not be the one that was trained."
+            )
 
 
 def _untie(lm: nn.Module, changed: list[nn.Module]) -> None:

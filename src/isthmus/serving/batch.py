@@ -52,7 +52,7 @@ class AnswerLine(TypedDict):
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run did: requests in the file, those answered before, now, and of these with an error."""
+    """What a run did: requests in the file, those answered before, now, and of all these with an error."""
 
     requests: int = 0
     before: int = 0
@@ -70,7 +70,7 @@ def run_batch(
     """
     lines = _read(requests)
     done = _answered(out, {line["custom_id"] for line in lines})
-    outcome = Outcome(requests=len(lines), before=len(done))
+    outcome = Outcome(requests=len(lines), before=len(done), failed=sum(status != 200 for status in done.values()))
     waiting = iter([line for line in lines if line["custom_id"] not in done])
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file:
@@ -126,12 +126,13 @@ def _read(path: Path) -> list[RequestLine]:
     return list(found.values())
 
 
-def _answered(out: Path, known: set[str]) -> set[str]:
-    """The requests that have their answer already; a line that was cut off by the end of a run is taken away, and so is
-    an error of the server's own, which another try may not meet."""
+def _answered(out: Path, known: set[str]) -> dict[str, int]:
+    """The requests that have their answer already, with its status; a line that was cut off by the end of a run is
+    taken away, and so is an error of the server's own, which another try may not meet."""
     if not out.exists():
-        return set()
-    kept, done = [], set()
+        return {}
+    kept: list[str] = []
+    done: dict[str, int] = {}
     for line in out.read_text(encoding="utf-8", errors="replace").split("\n"):  # an answer may hold other ends of lines
         try:
             answer = json.loads(line)
@@ -142,7 +143,7 @@ def _answered(out: Path, known: set[str]) -> set[str]:
             raise DataError(f"{out} answers {name!r}, which is no request of this file; name another --out.")
         if name not in done and status < 500 and status != 429:
             kept.append(line)
-            done.add(name)
+            done[name] = status
     aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     aside.replace(out)
