@@ -121,8 +121,10 @@ def test_every_shipped_comparison_parses_with_all_its_arms(name):
         assert abs(rows / there(plan.budget.samples) - 1) < 0.01
 
 
-def test_the_recipe_of_the_docs_parses():
-    page = (Path(__file__).parents[2] / "docs" / "comparison.md").read_text(encoding="utf-8")
+def test_the_recipe_of_the_docs_parses(monkeypatch):
+    project = Path(__file__).parents[2]
+    monkeypatch.chdir(project / "examples")  # where my_system.py is
+    page = (project / "docs" / "comparison.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
     plan = parse_comparison(must_be(dict, yaml_value(block, "docs/comparison.md")))
     assert [s.name for s in plan.recipe("captions", 0).stages] == ["describe"]

@@ -135,7 +135,7 @@ def test_a_llava_and_a_blip2_over_such_lms_get_their_processors_ids(tmp_path: Pa
         vision_config={**VISION, "model_type": "clip_vision_model"}, text_config=text, image_token_index=6
     )
     redraw(LlavaForConditionalGeneration(config)).save_pretrained(tmp_path / "llava")
-    pictures = CLIPImageProcessorPil(**PICTURES, size={"shortest_edge": 32})
+    pictures = CLIPImageProcessorPil(**PICTURES)
     words = made(GPT2Tokenizer, extra_special_tokens=["<image>"])
     LlavaProcessor(pictures, words, patch_size=8, num_additional_image_tokens=1).save_pretrained(tmp_path / "llava")
     asked = Record(id="x", parts=(Text("a cat", role="user"),))

@@ -146,7 +146,8 @@ def test_a_cast_model_that_only_answers_attends_in_the_quicker_precision(monkeyp
     assert torch.is_grad_enabled()
 
 
-def test_which_precision_attends_quicker_is_timed_once_a_machine(monkeypatch):
+def test_which_precision_attends_quicker_is_timed_once_a_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     took = iter([3.0, 1.0])
 
     def timed(runs):

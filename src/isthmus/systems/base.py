@@ -6,7 +6,7 @@ A recipe's ``model`` names a system; ``isthmus train`` gets from it tokenizers, 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -178,6 +178,8 @@ class System(Generic[N]):
                 f"A {self.kind} reads pictures, and nothing says how large: give image.size in the recipe, the pixels "
                 "of a side. (Its net may say it: image_size.)"
             )
+        if image.mode == "aspect" and image.patch == 1 and net.tap is not None:
+            image = replace(image, patch=net.tap.vision.patch_size)
         counts = {shape_name(shape): net.num_tokens(*shape) for shape in image.shapes}
         return SpliceProcessor(
             tokenizers.main,
