@@ -151,7 +151,7 @@ def test_what_cannot_be_merged_exactly_is_refused_by_name(
 
 def test_trained_tokens_of_a_tied_head_with_biases_are_refused(tmp_path: Path) -> None:
     """peft's own merge gives other logits than the model that it trained, which left the head's biases out."""
-    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     for tied in (False, True):
         base = redraw(PhiForCausalLM(PhiConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tied)))
         own = copy.deepcopy(base)
