@@ -1,5 +1,6 @@
 """What is quicker on this machine: measured once, kept in the user's cache folder."""
 
+import hashlib
 import json
 import os
 import platform
@@ -16,6 +17,26 @@ BUDGET = 1.0
 """Seconds that timing may take."""
 ROUNDS = 5
 """Rounds at least; no more where the answer is clear."""
+
+
+def measured_once(
+    facts: Sequence[object],
+    names: Sequence[str],
+    work: Callable[[], Mapping[str, Callable[[], object]]],
+    timer: Timer = time.perf_counter,
+) -> dict[str, float]:
+    """Seconds of each of ``names`` on this machine: kept from an earlier call with such ``facts``, else those of what
+    ``work`` makes."""
+    key = _key(facts)
+    seconds = _recall(key, names)
+    if seconds is None:
+        seconds = measure(work(), timer)
+        _remember(key, seconds)
+    return seconds
+
+
+def _key(facts: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps([processor(), torch.__version__, *facts]).encode()).hexdigest()[:16]
 
 
 def measure(work: Mapping[str, Callable[[], object]], timer: Timer = time.perf_counter) -> dict[str, float]:
@@ -48,7 +69,7 @@ def processor() -> list[str]:
     return [name, *able]
 
 
-def recall(key: str, names: Sequence[str]) -> dict[str, float] | None:
+def _recall(key: str, names: Sequence[str]) -> dict[str, float] | None:
     """What was measured under ``key``, if it holds a sound figure for each of ``names``."""
     found = _kept().get(key)
     sound = isinstance(found, dict) and all(
@@ -57,7 +78,7 @@ def recall(key: str, names: Sequence[str]) -> dict[str, float] | None:
     return found if sound else None
 
 
-def remember(key: str, seconds: Mapping[str, float]) -> None:
+def _remember(key: str, seconds: Mapping[str, float]) -> None:
     """Kept where it can be; without, the next run measures again."""
     with suppress(OSError, RuntimeError):
         file = _file()

@@ -11,8 +11,6 @@ A product by oneDNN costs 11 µs before it begins. Attention's many small ones, 
 with MKL (:func:`small_products`).
 """
 
-import hashlib
-import json
 import os
 import platform
 import time
@@ -24,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from isthmus.measured import Timer, measure, processor, recall, remember
+from isthmus.measured import Timer, measured_once
 
 T = TypeVar("T")
 
@@ -147,11 +145,8 @@ def quicker(timer: Timer = time.perf_counter) -> bool:
     """Whether oneDNN is exact and quicker here: tried once a process, timed once a machine."""
     if not _full_fp32_expected() or not _with(_QUICK, _exact):
         return False
-    key = hashlib.sha256(json.dumps([processor(), torch.__version__, "products"]).encode()).hexdigest()[:16]
-    seconds = recall(key, (_PLAIN, _QUICK))
-    if seconds is None:
-        seconds = measure({name: _work(name) for name in (_PLAIN, _QUICK)}, timer)
-        remember(key, seconds)
+    both = (_PLAIN, _QUICK)
+    seconds = measured_once(["products"], both, lambda: {name: _work(name) for name in both}, timer)
     return seconds[_QUICK] < GAIN * seconds[_PLAIN]
 
 

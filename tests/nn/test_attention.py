@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from isthmus import measured
 from isthmus.errors import ConfigError
 from isthmus.nn import attention
 from isthmus.nn.attention import Attention, attend, cast_once
@@ -150,24 +151,24 @@ def test_which_precision_attends_quicker_is_timed_once_a_machine(monkeypatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     took = iter([3.0, 1.0])
 
-    def timed(runs):
+    def timed(runs, timer):
         for run in runs.values():
             run()
         return {name: next(took) for name in runs}
 
-    monkeypatch.setattr(attention, "measure", timed)
+    monkeypatch.setattr(measured, "measure", timed)
     attention.half_is_quicker.cache_clear()
     assert not attention.half_is_quicker(torch.bfloat16, single=True)
-    monkeypatch.setattr(attention, "measure", None)  # kept in the cache folder
+    monkeypatch.setattr(measured, "measure", None)  # kept in the cache folder
     attention.half_is_quicker.cache_clear()
     assert not attention.half_is_quicker(torch.bfloat16, single=True)
     took = iter([1.0, 3.0])
-    monkeypatch.setattr(attention, "measure", timed)
+    monkeypatch.setattr(measured, "measure", timed)
     assert attention.half_is_quicker(torch.bfloat16, single=False)
     attention.half_is_quicker.cache_clear()
 
 
-def test_each_precision_is_timed_under_autocast_too(monkeypatch):
+def test_each_precision_is_timed_under_autocast_too(monkeypatch, tmp_path):
     """Of a frozen encoder the answer is first asked for under autocast, and kept for the machine."""
     ran, kernel = [], torch.nn.functional.scaled_dot_product_attention
 
@@ -176,15 +177,14 @@ def test_each_precision_is_timed_under_autocast_too(monkeypatch):
         ran.append(y.dtype)
         return y
 
-    def timed(runs):
+    def timed(runs, timer):
         for run in runs.values():
             run()
         return {"half": 1.0, "full": 2.0}
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    monkeypatch.setattr(attention, "measure", timed)
-    monkeypatch.setattr(attention, "recall", lambda key, names: None)
-    monkeypatch.setattr(attention, "remember", lambda key, seconds: None)
+    monkeypatch.setattr(measured, "measure", timed)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     attention.half_is_quicker.cache_clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         attention.half_is_quicker(torch.bfloat16, single=False)

@@ -72,7 +72,7 @@ def test_it_is_measured_once_per_machine_and_net(asked, monkeypatch):
     assert choose(stage(), NET, CPU, timer=slower).precision == "bf16"  # taken from the cache
     assert not slower.ran
     assert choose(stage(), nn.Linear(4, 4), CPU, timer=slower).precision == "fp32"  # another net
-    monkeypatch.setattr(precision, "processor", lambda: ["another machine"])
+    monkeypatch.setattr(measured, "processor", lambda: ["another machine"])
     assert choose(stage(), NET, CPU, timer=slower).precision == "fp32"
     assert ran >= 2 * 3
 
@@ -93,7 +93,7 @@ def test_timing_ends_soon_where_the_answer_is_clear():
 )
 def test_a_broken_cache_is_no_crash(asked, monkeypatch, tmp_path, content):
     clock = asked(fp32=0.01, bf16=0.004)
-    monkeypatch.setattr(precision, "_key", lambda shapes: "KEY")
+    monkeypatch.setattr(measured, "_key", lambda facts: "KEY")
     file = tmp_path / "isthmus" / "precision.json"
     file.parent.mkdir()
     file.write_text(content)

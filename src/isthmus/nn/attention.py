@@ -3,12 +3,10 @@
 Legend: B batch, T query tokens, S key tokens, D width, H heads.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from isthmus.errors import ConfigError
-from isthmus.measured import measure, processor, recall, remember
+from isthmus.measured import measured_once
 from isthmus.products import small_products
 
 
@@ -220,22 +218,16 @@ def kernel_precision(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Callable[[Tens
 def half_is_quicker(dtype: torch.dtype, *, single: bool) -> bool:
     """Whether this CPU's kernel of ``dtype`` answers sooner than float32's with the casts, for a ``single`` query over
     many keys (writing) or as many as keys (reading). Timed once a machine and kept beside the choice of precision."""
-    names = ("half", "full")
-    facts = [processor(), torch.__version__, torch.get_num_threads(), str(dtype), "attention", single]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    seconds = recall(key, names)
-    if seconds is None:
-        draw = torch.Generator().manual_seed(0)
-        rows, keys = (4, 384) if single else (2, 256)
-        q, k, v = (torch.randn(rows, 8, n, 64, generator=draw).to(dtype) for n in (1 if single else keys, keys, keys))
-        runs = {
-            "half": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=not single),
-            "full": lambda: F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=not single).to(
-                dtype
-            ),
-        }
-        # Asked for under autocast, too, which would take float32 back to half.
-        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-            seconds = measure(runs)
-        remember(key, seconds)
+    facts = [torch.get_num_threads(), str(dtype), "attention", single]
+    # Asked for under autocast, too, which would take float32 back to half.
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        seconds = measured_once(facts, ("half", "full"), lambda: _both_ways(dtype, single))
     return seconds["half"] < seconds["full"]
+
+
+def _both_ways(dtype: torch.dtype, single: bool) -> dict[str, Callable[[], Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    rows, keys = (4, 384) if single else (2, 256)
+    q, k, v = (torch.randn(rows, 8, n, 64, generator=draw).to(dtype) for n in (1 if single else keys, keys, keys))
+    kernel = partial(F.scaled_dot_product_attention, is_causal=not single)
+    return {"half": lambda: kernel(q, k, v), "full": lambda: kernel(q.float(), k.float(), v.float()).to(dtype)}

@@ -5,8 +5,6 @@ with AVX-512 alone bf16 is slower than fp32, with AMX several times as quick. Th
 forwards and backwards, for a second at most, once per machine and net; the answer is kept in the user's cache folder.
 """
 
-import hashlib
-import json
 import platform
 import time
 from collections import Counter
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from isthmus.measured import Timer, measure, processor, recall, remember
+from isthmus.measured import Timer, measured_once
 from isthmus.nn.attention import half_is_quicker
 from isthmus.processes import all_gather, first
 from isthmus.stage import Stage
@@ -77,11 +75,8 @@ def _measured(net: nn.Module, timer: Timer) -> Choice:
     shapes = products(net)
     if not shapes:
         return Choice("fp32", "the net has no products to time")
-    key = _key(shapes)
-    seconds = recall(key, ("fp32", "bf16"))
-    if seconds is None:
-        seconds = measure(_work(shapes), timer)
-        remember(key, seconds)
+    facts = [torch.get_num_threads(), torch.get_float32_matmul_precision(), shapes]
+    seconds = measured_once(facts, ("fp32", "bf16"), lambda: _work(shapes), timer)
     ratio = seconds["bf16"] / seconds["fp32"]
     took = f"bf16 takes {ratio:.2f} of fp32's time for this net's largest products on this machine"
     return Choice("bf16" if ratio < GAIN else "fp32", took)
@@ -114,8 +109,3 @@ def _work(shapes: list[tuple[Shape, int]]) -> dict[str, Callable[[], None]]:
                 torch.autograd.grad(y.float().sum(), [x, weight])
 
     return {"fp32": lambda: run("fp32"), "bf16": lambda: run("bf16")}
-
-
-def _key(shapes: list[tuple[Shape, int]]) -> str:
-    facts = [processor(), torch.__version__, torch.get_num_threads(), torch.get_float32_matmul_precision(), shapes]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
