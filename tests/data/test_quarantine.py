@@ -27,11 +27,12 @@ def test_written_once_even_over_a_resume(tmp_path):
     assert len(Quarantine(path)) == 3
 
 
-def test_two_samples_of_one_id_are_two(tmp_path):
+def test_two_samples_of_one_id_are_told_apart_by_their_reasons(tmp_path):
     """As LLaVA's own file has them, several conversations to a picture."""
     quarantine = Quarantine(tmp_path / "q.jsonl")
     quarantine.add("a", "s", "empty answer: turn 2")
     quarantine.add("a", "s", "missing image: none")
+    quarantine.add("a", "s", "missing image: none")  # the next epoch, or another sample
     assert (len(quarantine), len(Quarantine(tmp_path / "q.jsonl"))) == (2, 2)
     assert quarantine.summary().startswith("2 bad samples were left out (empty answer 1, missing image 1)")
     for reason in ("empty answer: x", "missing image: x", "bad pair: x", "bad pair: y", "bad list: x", "bad text: x"):

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from isthmus.data.record import Image, Record, Text
-from isthmus.errors import CapabilityError
+from isthmus.errors import CapabilityError, DataError
 from isthmus.evaluation import LinearProbeTask, RetrievalTask, VqaTask, ZeroShotTask, evaluate, rerank
 from isthmus.evaluation.few_shot import FewShotTask
 from isthmus.evaluation.tasks import Task
 from isthmus.processes import join
 from tests.evaluation.fakes import Word, question
+from tests.evaluation.test_own_task import Bird, Songs
 
 CHUNK = 4
 TASKS = ("retrieval", "rerank", "zero-shot", "probe", "rices")
@@ -110,4 +111,10 @@ def run(number: int, world: int, port: int, folder: str) -> None:
             evaluate(Batched(word), task("retrieval"), Path(folder) / f"bad-{word}", chunk=CHUNK)
         except CapabilityError as error:
             said[word] = str(error)
+    unwritable = {"rows": Songs(made=lambda name: [{"id": name, "song": {1}}]), "scores": Songs(mean={1})}
+    for what, songs in unwritable.items():  # which the first process alone writes
+        try:
+            evaluate(Bird(), songs, Path(folder) / f"bad-{what}")
+        except DataError as error:
+            said[what] = str(error)
     Path(folder, f"{number}.json").write_text(json.dumps({"made": made, "said": said}))

@@ -44,6 +44,8 @@ def test_what_one_process_finds_wrong_is_raised_by_both(both):
     assert said[0] == said[1]
     assert "number 0;" in said[0]["w1"]
     assert "number 4;" in said[0]["w6"]
+    for what in ("rows", "scores"):
+        assert f"its {what} hold what JSON cannot say" in said[0][what]
 
 
 def test_other_batches_would_be_seen(alone, tmp_path):

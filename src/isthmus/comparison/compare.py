@@ -176,10 +176,9 @@ def _can(model: Model, spec: EvalSpec) -> bool:
 
 
 def measure(rival: Contestant, model: Model, out: Path) -> None:
-    """The contestant's cost, on its first questions, and its attention for its first answers about
-    pictures.
+    """The contestant's cost, on its first questions, and its attention for its first answers about pictures.
 
-    Both are kept in ``out`` (``cost.json``, ``attention_pictures.json``) and taken from there for the same model.
+    Both are kept in ``out`` (``cost.json``, ``looks.json``) and taken from there for the same model.
     """
     if recall(rival, out):
         return

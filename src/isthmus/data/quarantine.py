@@ -8,7 +8,8 @@ from isthmus.errors import DataError
 
 
 class Quarantine:
-    """A JSON-lines file of bad samples (``id``, ``source``, ``reason``), each written once even over resumes.
+    """A JSON-lines file of bad samples (``id``, ``source``, ``reason``), each written once even over resumes: what has
+    the same three is one sample that is met again. Two samples of one id are told apart by their reasons alone.
 
     ``count_read(n)`` adds n samples that were read; when more than ``threshold`` of them were bad, and at least
     ``after`` were read, it raises DataError with the counts. Without a path it only counts.
@@ -19,7 +20,7 @@ class Quarantine:
         self.threshold, self.after = threshold, after
         self.samples = 0
         self.failures = 0
-        self._known: dict[tuple[str, str, str], str] = {}  # two samples may have one id
+        self._known: dict[tuple[str, str, str], None] = {}  # source, id and reason, in order
         self._line_break = ""
         if self.path is not None and self.path.is_file():
             written = self.path.read_text(encoding="utf-8")
@@ -30,7 +31,7 @@ class Quarantine:
     def _recall(self, line: str) -> None:
         try:
             row = json.loads(line)
-            self._known[row["source"], row["id"], row["reason"]] = row["reason"]
+            self._known[row["source"], row["id"], row["reason"]] = None
         except (ValueError, KeyError, TypeError):
             return  # the half-written last line of a killed run; the sample will be met and written again
 
@@ -39,7 +40,7 @@ class Quarantine:
         self.failures += 1
         if (source, id, reason) in self._known:
             return
-        self._known[source, id, reason] = reason
+        self._known[source, id, reason] = None
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps({"id": id, "source": source, "reason": reason}, ensure_ascii=False)
@@ -61,11 +62,11 @@ class Quarantine:
 
     def reasons(self) -> Counter[str]:
         """Different bad samples by kind of reason: what stands before the first colon."""
-        return Counter(reason.split(":", 1)[0] for reason in self._known.values())
+        return Counter(reason.split(":", 1)[0] for *_, reason in self._known)
 
     def example(self) -> str:
         """The first reason in full."""
-        return next(iter(self._known.values()), "no reason was noted")
+        return next((reason for *_, reason in self._known), "no reason was noted")
 
     def summary(self) -> str:
         """``3 bad samples were left out (missing image 2, broken image 1), see …``."""

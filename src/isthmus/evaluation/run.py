@@ -8,9 +8,9 @@ alone (:mod:`.rescore`). Several processes share the items (:mod:`.sharing`); th
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Generic, cast
@@ -79,9 +79,7 @@ def evaluate(
         known = set(task.ids)
         for made in shared_rows(task, model, rows.keys(), chunk=chunk):
             _check_made(task.name, made, known, rows)
-            if first():
-                with _plain_values(task, "rows"):
-                    _write(path, made, "a")
+            _write_plainly(task, "rows", partial(_write, path, made, "a"))
             rows |= {row["id"]: row for row in made}
             report(len(rows), len(task.ids))
     if missing := [i for i in task.ids if i not in rows]:
@@ -95,9 +93,8 @@ def evaluate(
         if world_size() > 1:  # whose turns are not the order of the data
             _write(path, ordered, "w")
         warn_of(ordered, captions=task.kind == "caption")
-        written = {"task": task.name, "kind": task.kind, **counts(left_out, ordered), **scores.to_dict()}
-        with _plain_values(task, "scores"):
-            write_json(folder / "scores.json", written)
+    written = {"task": task.name, "kind": task.kind, **counts(left_out, ordered), **scores.to_dict()}
+    _write_plainly(task, "scores", partial(write_json, folder / "scores.json", written))
     return Result(task.name, task.kind, scores, ordered, folder, left_out)
 
 
@@ -121,16 +118,19 @@ def _check_made(task: str, made: Sequence[ScoredRow], known: Collection[str], ro
         seen.add(name)
 
 
-@contextmanager
-def _plain_values(task: Task[R], what: str) -> Iterator[None]:
-    """What cannot be written is an error of the task's."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"Task {task.name!r}: its {what} hold what JSON cannot say ({error}); give plain texts, finite numbers, "
-            "lists and mappings."
-        ) from error
+def _write_plainly(task: Task[R], what: str, write: Callable[[], object]) -> None:
+    """The first process writes. What cannot be written is an error of the task's, which all processes raise."""
+
+    def attempt() -> None:
+        try:
+            write()
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"Task {task.name!r}: its {what} hold what JSON cannot say ({error}); give plain texts, finite "
+                "numbers, lists and mappings."
+            ) from error
+
+    of_first(attempt)
 
 
 def _write(path: Path, rows: Sequence[ScoredRow], mode: str) -> None:

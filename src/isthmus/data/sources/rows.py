@@ -394,7 +394,8 @@ class RowSource(Source):
         if not lists:
             raise ConfigError(
                 f"{said}. Take the option out: tasks score the last question, with the turns before it in the prompt, "
-                "and the task `conversation` scores every one."
+                "and the task `conversation` scores every one. Where a trained model's own recipe has it, leave that "
+                "recipe's tasks aside: `isthmus eval MODEL --task vqa --data FILE`."
             )
         warnings.warn(f"{said}.", IsthmusWarning, stacklevel=2)
 
