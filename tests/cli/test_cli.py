@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,15 @@ def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
     return code, said.out, said.err
 
 
-def test_our_own_warnings_are_told_in_a_paragraph(capsys):
-    """Without its place in the code; warnings of other libraries are shown as ever."""
-    told = []
-    _warn(lambda *all: told.append(all), IsthmusWarning("beware"), IsthmusWarning, "folders.py", 7)
-    assert capsys.readouterr().err == "isthmus: warning: beware\n"
-    _warn(lambda *all: told.append(all), UserWarning("theirs"), UserWarning, "other.py", 7)
-    assert [str(message) for message, *_ in told] == ["theirs"]
+def test_our_own_warnings_are_told_once_in_a_paragraph(capsys):
+    """Without their place in the code; warnings of other libraries are shown as ever."""
+    theirs, warn = [], partial(_warn, set(), lambda *all: theirs.append(all))
+    for place in (7, 8):
+        warn(IsthmusWarning("beware"), IsthmusWarning, "folders.py", place)
+        warn(UserWarning("theirs"), UserWarning, "other.py", place)
+    warn(IsthmusWarning("and else"), IsthmusWarning, "folders.py", 7)
+    assert capsys.readouterr().err == "isthmus: warning: beware\nisthmus: warning: and else\n"
+    assert [str(message) for message, *_ in theirs] == ["theirs", "theirs"]
 
 
 def test_an_interruption_is_told(monkeypatch, capsys):

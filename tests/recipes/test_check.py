@@ -69,9 +69,9 @@ def test_a_sound_recipe_is_tried_stage_by_stage_and_left_as_it_was(story, monkey
 def test_data_that_draws_numbers_of_its_own_is_found(monkeypatch):
     real, calls = check_module.make_loader, []
 
-    def fickle(built, spec):
+    def fickle(built, spec, **given):
         calls.append(1)
-        loader = must_be(Loader, real(built, spec))
+        loader = must_be(Loader, real(built, spec, **given))
         loader.seed += len(calls) > 2  # another order when the interrupted run begins
         return loader
 
@@ -93,7 +93,11 @@ def test_bad_data_and_a_pattern_without_gradient_exit_with_2(monkeypatch, capsys
     (tmp_path / "mine.yaml").write_text(json.dumps(mine))  # JSON is YAML too
     code, out, said = run(monkeypatch, capsys, "check", "mine.yaml", "--json", "facts.json")
     assert code == 2
-    assert "1 of 10 samples tried are bad (allowed: 1.0%), for example: missing image" in " ".join(said.split())
+    for word in (
+        "Stage contrast: 10.0% of what it reads is bad, more than the allowed 1.0%; source jsonl:train: ",
+        "1 of 10 samples tried are bad, for example: missing image",
+    ):
+        assert word in " ".join(said.split())
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["stages"][0]["sources"][0]["bad"] == {"missing image": 1}
     code, out, said = run(monkeypatch, capsys, "check", "mine.yaml", "stages.contrast.bad_samples=0.2")
@@ -102,6 +106,28 @@ def test_bad_data_and_a_pattern_without_gradient_exit_with_2(monkeypatch, capsys
     assert "the same bits" in out
     assert "train: 10 samples" in out  # ":train:" is a name here and no emoji
     assert not list(tmp_path.glob("runs*"))
+
+
+@pytest.mark.filterwarnings("always::isthmus.errors.IsthmusWarning")
+@pytest.mark.parametrize(("weight", "code"), [(0.05, 0), (1.0, 2)])
+def test_a_stage_is_judged_as_its_training_is_and_warned_of_once(monkeypatch, capsys, tmp_path, weight, code):
+    """Bad samples are counted over all sources of a stage, as often as each is read: here 1 in 210, or 1 in 20."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for name in ("train", "torn"):
+        rows = [{"id": i, "image": f"{name}{i}.png", "caption": f"a thing {i}", "hint": "unread"} for i in range(10)]
+        for row in rows[: -1 if name == "torn" else None]:
+            (tmp_path / "images" / str(row["image"])).write_bytes(png((int(str(row["id"])), 0, 0)))
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    mine = tree("clip")
+    own = {"kind": "jsonl", "image_folder": "images"}
+    mine["stages"][0]["data"] = [own | {"file": "train.json"}, own | {"file": "torn.json", "weight": weight}]
+    (tmp_path / "mine.yaml").write_text(json.dumps(mine))
+    found, out, said = run(monkeypatch, capsys, "check", "mine.yaml")
+    assert found == code, said
+    assert "torn: 10 samples" in out
+    assert ("5.0% of what it reads is bad" in " ".join(said.split())) == bool(code)
+    assert said.count("warning: train: the field `hint` of 10 samples") == 1
 
 
 def test_bad_evaluation_data_is_a_problem_that_names_the_evaluation(tmp_path):

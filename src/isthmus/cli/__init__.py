@@ -29,7 +29,7 @@ def main() -> None:
     ask_for_large_pages()
     end_with_parent()
     with warnings.catch_warnings():
-        warnings.showwarning = partial(_warn, warnings.showwarning)
+        warnings.showwarning = partial(_warn, set(), warnings.showwarning)
         _run()
 
 
@@ -57,12 +57,16 @@ def _after_interruption(words: list[str]) -> str:
     return "goes on where this one stopped" if resumes else "begins anew"
 
 
-def _warn(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: object) -> None:
-    """Our own warnings as a paragraph, without their place in the code; those of others as they are."""
-    if issubclass(category, IsthmusWarning):
-        _say(f"warning: {message}")
-    else:
+def _warn(
+    told: set[str], otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: object
+) -> None:
+    """Our own warnings as a paragraph, without their place in the code, and each once, however often its data are
+    opened; those of others as they are."""
+    if not issubclass(category, IsthmusWarning):
         otherwise(message, category, *place)
+    elif str(message) not in told:
+        told.add(str(message))
+        _say(f"warning: {message}")
 
 
 def _of_the_system(error: OSError) -> str:

@@ -26,7 +26,7 @@ from isthmus.batch import IGNORE, Batch
 from isthmus.data.collate import load_pixels
 from isthmus.data.joint import JointLoader
 from isthmus.data.loader import Loader
-from isthmus.data.mix import key
+from isthmus.data.mix import Mix, key
 from isthmus.data.quarantine import Quarantine
 from isthmus.data.record import Example, Video
 from isthmus.data.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ from isthmus.opening import load
 from isthmus.recipes.build import Built, build
 from isthmus.recipes.facts import steps_of
 from isthmus.recipes.features import demand_frozen
-from isthmus.recipes.run import foreseen, make_loader
+from isthmus.recipes.run import Data, foreseen, make_loader, open_data
 from isthmus.recipes.saving import save_model
 from isthmus.recipes.schema import EvalSpec, Recipe, StageSpec
 from isthmus.recipes.scoring import check_tasks, make_task
@@ -203,7 +203,8 @@ def _items(spec: EvalSpec, seed: int) -> int:
 
 
 def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, steps: int) -> StageCheck:
-    loader = make_loader(built, spec)
+    data = open_data(spec)
+    loader = make_loader(built, spec, data=data)
     sources, shown = [], []
     kinds: set[str] = set()
     for number in range(len(loader.sources)):
@@ -213,19 +214,14 @@ def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, step
             show(example, built.tokenizer, built.tokenizers.others) for example in _varied_first(examples)[:samples]
         ]
         kinds |= {kind for example in examples for kind in _modalities(example)}
-    problems = [
-        f"Stage {spec.name}, source {s.name}: {sum(s.bad.values())} of {s.tried} samples tried are bad "
-        f"(allowed: {spec.bad_samples:.1%}), for example: {s.example}."
-        for s in sources
-        if sum(s.bad.values()) > spec.bad_samples * s.tried
-    ]
+    problems = _too_many_bad(spec, sources, _shares(data))
     if spec.feature_cache is not None:
         demand_frozen(built.net, built.processor(spec).image, spec)
     table = apply_stage(built.net, spec.stage.train)
     losses: Mapping[str, float] = {}
     seconds = 0.0
     try:
-        losses, seconds = _two_runs(built, spec, folder, max(steps, len(kinds)), kinds)
+        losses, seconds = _two_runs(built, spec, data, folder, max(steps, len(kinds)), kinds)
         _validates(built, spec, folder)
     except (StageError, DataError, ConfigError, CapabilityError) as error:
         problems.append(f"Stage {spec.name}: {error}")
@@ -239,6 +235,30 @@ def _check_stage(built: Built, spec: StageSpec, folder: Path, samples: int, step
         total=seconds * steps_of(spec),
         problems=tuple(problems),
     )
+
+
+def _shares(data: Data) -> list[float]:
+    """How large a part of what the stage reads each of its sources is."""
+    if isinstance(data, Mix):
+        read = [weight * len(source) for source, weight in zip(data.sources, data.weights, strict=True)]
+    else:
+        read = [float(rows) for _, rows, _ in data]
+    return [part / sum(read) for part in read]
+
+
+def _too_many_bad(spec: StageSpec, sources: Sequence[SourceSummary], shares: Sequence[float]) -> list[str]:
+    """The problem of a stage that would be stopped for its bad samples, which are counted over all its sources."""
+    bad = sum(share * sum(s.bad.values()) / s.tried for s, share in zip(sources, shares, strict=True))
+    if bad <= spec.bad_samples:
+        return []
+    told = "; ".join(
+        f"source {s.name}: {sum(s.bad.values())} of {s.tried} samples tried are bad, for example: {s.example}"
+        for s in sources
+        if s.bad
+    )
+    return [
+        f"Stage {spec.name}: {bad:.1%} of what it reads is bad, more than the allowed {spec.bad_samples:.1%}; {told}."
+    ]
 
 
 def _validates(built: Built, spec: StageSpec, folder: Path) -> None:
@@ -374,7 +394,7 @@ class _OneStep:
 
 
 def _two_runs(
-    built: Built, spec: StageSpec, folder: Path, steps: int, kinds: Set[str]
+    built: Built, spec: StageSpec, data: Data, folder: Path, steps: int, kinds: Set[str]
 ) -> tuple[Mapping[str, float], float]:
     """Losses of ``steps`` steps and the seconds of the last; raises StageError when a resumed run ends otherwise.
 
@@ -387,7 +407,7 @@ def _two_runs(
 
     def once(name: str, *, stops: bool = False) -> TrainResult:
         _restore(net, before)
-        loader = _Varied(make_loader(built, spec), kinds, kinds_so_far)
+        loader = _Varied(make_loader(built, spec, data=data), kinds, kinds_so_far)
         return train_stage(net, _OneStep(loader) if stops else loader, stage, folder / name, seed=seed, progress=False)
 
     try:

@@ -49,6 +49,9 @@ from isthmus.training.lock import RunLock
 from isthmus.user_code import pinned_in, placeless
 from isthmus.version import __version__
 
+Data = Mix | list[tuple[Source, int, float]]
+"""What a stage reads: one mixture, or for a joint stage each source with its rows per step and its weight."""
+
 
 def train(
     recipe: Recipe | str | Path | Mapping[str, object],
@@ -115,7 +118,7 @@ def foresee(recipe: Recipe, folder: Path) -> None:
         _foresee(build(recipe), _open_all(recipe, folder))
 
 
-def _open_all(recipe: Recipe, folder: Path) -> dict[str, Mix | list[tuple[Source, int, float]]]:
+def _open_all(recipe: Recipe, folder: Path) -> dict[str, Data]:
     """The data of every stage that is not done, by its name; that of their validations is opened too."""
     todo = [stage for stage in recipe.stages if not (folder / "stages" / stage.name / "trained").is_dir()]
     opened = {stage.name: open_data(stage) for stage in todo}
@@ -142,14 +145,14 @@ def foreseen(built: Built) -> Iterator[tuple[StageSpec, Built]]:
         yield stage, built
 
 
-def _foresee(built: Built, opened: Mapping[str, Mix | list[tuple[Source, int, float]]]) -> None:
+def _foresee(built: Built, opened: Mapping[str, Data]) -> None:
     """What can be known of the stages, those in ``opened`` tried on one sample of each of their sources."""
     for stage, begun in foreseen(built):
         if stage.name in opened:
             _try_a_sample(begun.processor(stage), opened[stage.name])
 
 
-def _try_a_sample(processor: Processor, data: Mix | list[tuple[Source, int, float]]) -> None:
+def _try_a_sample(processor: Processor, data: Data) -> None:
     """Raises ConfigError for a processor that would refuse every sample of a source, as one does whose chat template
     cannot be trained with: before the first step too. What is wrong with one sample alone is reported when it is
     met."""
@@ -170,7 +173,7 @@ def _run_stage(
     built: Built,
     stage: StageSpec,
     folder: Path,
-    data: Mix | list[tuple[Source, int, float]] | None,
+    data: Data | None,
     *,
     progress: bool,
     report_to: tuple[str, ...],
@@ -269,8 +272,8 @@ def _identity(built: Built, loader: Loader | JointLoader) -> dict[str, str]:
     return sources | {"the tokenizer": f"sha256 {vocabulary}"}
 
 
-def open_data(stage: StageSpec) -> Mix | list[tuple[Source, int, float]]:
-    """The stage's sources: one mixture, or for a joint stage each with its rows per step and its weight."""
+def open_data(stage: StageSpec) -> Data:
+    """The stage's sources, opened."""
     if stage.joint:
         return [(open_source(own), size, weight) for own, size, weight in map(_joint_entry, named_apart(stage.data))]
     return open_mix(stage.data)
@@ -280,7 +283,7 @@ def make_loader(
     built: Built,
     stage: StageSpec,
     folder: Path | None = None,
-    data: Mix | list[tuple[Source, int, float]] | None = None,
+    data: Data | None = None,
     cache: FeatureCache | None = None,
 ) -> Loader | JointLoader:
     """The stage's stream of batches; bad samples are counted in ``folder/quarantine.jsonl``.
