@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from isthmus.data.record import Image, Record, Text
 from isthmus.errors import CapabilityError, DataError
 from isthmus.evaluation.embedding import embed
+from isthmus.evaluation.embedding_tasks import RetrievalTask
 from isthmus.evaluation.retrieval import lots, numbered, ranks, score
 from isthmus.evaluation.run import evaluate
-from isthmus.evaluation.tasks import RetrievalTask
 from tests.evaluation.fakes import Space, Word
 
 

@@ -3,8 +3,8 @@ import torch
 
 from isthmus.data.record import Image, Record
 from isthmus.errors import ConfigError, DataError, IsthmusWarning
+from isthmus.evaluation.embedding_tasks import ZeroShotTask
 from isthmus.evaluation.outputs import ClassRow
-from isthmus.evaluation.tasks import ZeroShotTask
 from isthmus.evaluation.zero_shot import SEVEN, by_score, class_vectors, classify, score, templates
 from isthmus.nn.losses import Similarity
 from tests.evaluation.fakes import Space, Word

@@ -2,11 +2,12 @@
 
 from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, LikelihoodTask
 from isthmus.evaluation.caption_task import CaptionTask
+from isthmus.evaluation.embedding_tasks import LinearProbeTask, RetrievalTask, ZeroShotTask
 from isthmus.evaluation.matching import MatchingHeadTask, MatchingTask
 from isthmus.evaluation.rescore import compare, rescore
 from isthmus.evaluation.results import Results
 from isthmus.evaluation.run import Result, evaluate
-from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, VqaTask, ZeroShotTask
+from isthmus.evaluation.tasks import VqaTask
 from isthmus.evaluation.vqa import AnswerPrior, Score, VqaScores
 
 __all__ = [

@@ -18,10 +18,11 @@ from isthmus.errors import CapabilityError, ConfigError
 from isthmus.evaluation import retrieval
 from isthmus.evaluation.bootstrap import Array, Interval, intervals
 from isthmus.evaluation.embedding import embed
+from isthmus.evaluation.embedding_tasks import RetrievalTask
 from isthmus.evaluation.outputs import Manifest, RerankRow
 from isthmus.evaluation.protocols import MatchesPairs
 from isthmus.evaluation.retrieval import RetrievalScores
-from isthmus.evaluation.tasks import RetrievalTask, seed_of
+from isthmus.evaluation.tasks import seed_of
 from isthmus.nn.losses import similarity
 from isthmus.processes import all_of, apart, rank, world_size
 

@@ -13,21 +13,13 @@ from isthmus.errors import ConfigError, nearest
 from isthmus.evaluation import rules
 from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, LikelihoodTask
 from isthmus.evaluation.caption_task import CaptionTask
+from isthmus.evaluation.embedding_tasks import LinearProbeTask, RetrievalTask, ZeroShotTask
 from isthmus.evaluation.grouped import CircularTask, MmeTask
 from isthmus.evaluation.judged import JudgedTask
 from isthmus.evaluation.matching import MatchingTask
 from isthmus.evaluation.outputs import Manifest, ScoredRow
 from isthmus.evaluation.rerank import RerankTask
-from isthmus.evaluation.tasks import (
-    LinearProbeTask,
-    RetrievalTask,
-    Scores,
-    StandardTask,
-    Task,
-    VqaTask,
-    ZeroShotTask,
-    seed_of,
-)
+from isthmus.evaluation.tasks import Scores, StandardTask, Task, VqaTask, seed_of
 from isthmus.user_code import label, pin, resolve
 
 KINDS: Mapping[str, type[StandardTask]] = {

@@ -18,6 +18,7 @@ from isthmus.errors import ConfigError, IsthmusWarning, nearest
 from isthmus.evaluation import zero_shot
 from isthmus.evaluation.answer_tasks import BinaryTask, ConversationTask, LikelihoodTask
 from isthmus.evaluation.caption_task import CaptionTask, typical_caption
+from isthmus.evaluation.embedding_tasks import LinearProbeTask, RetrievalTask, ZeroShotTask
 from isthmus.evaluation.few_shot import FewShotTask
 from isthmus.evaluation.grouped import CircularTask, MmeTask
 from isthmus.evaluation.judged import JudgedTask
@@ -27,7 +28,7 @@ from isthmus.evaluation.rerank import RerankTask
 from isthmus.evaluation.run import Result, evaluate
 from isthmus.evaluation.scorers import users_task
 from isthmus.evaluation.sound import Check, Demand, Sound, all_answered, answered
-from isthmus.evaluation.tasks import LinearProbeTask, RetrievalTask, Task, VqaTask, ZeroShotTask
+from isthmus.evaluation.tasks import Task, VqaTask
 from isthmus.evaluation.vqa import AnswerPrior
 from isthmus.evaluation.window import Undecodable
 from isthmus.interop.hub import model_hash
