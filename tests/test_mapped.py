@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from isthmus import mapped
-from isthmus.checkpoint import load_into
 from isthmus.errors import CheckpointError
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.models.llava import Llava, LlavaConfig
+from isthmus.weights import load_into
 from tests.models import tiny_blip2, tiny_flamingo, tiny_llava
-from tests.test_checkpoint import Tied
+from tests.test_weights import Tied
 
 
 def held() -> int:

@@ -23,6 +23,7 @@ from isthmus.interop.hub import located, model_hash
 from isthmus.net import Net
 from isthmus.pretrained import SCHEME
 from isthmus.stage import named_state
+from isthmus.weights import state_tensors
 
 if TYPE_CHECKING:
     from isthmus.model import FolderConfig, Model
@@ -54,7 +55,7 @@ def weights(net: Net, base: Base | None, folder: Path) -> tuple[dict[str, checkp
     """The files of a net's weights, and what config.json says of their base. Raises ConfigError for adapters whose base
     is not known."""
     if not adapters.adapted(net):
-        return {"model.safetensors": checkpoint.state_tensors(net)}, None
+        return {"model.safetensors": state_tensors(net)}, None
     if base is None:
         raise ConfigError("This model carries adapters, and it is not known on which base: merge them, then save it.")
     config, tensors = adapters.to_peft(net, base.path)

@@ -24,6 +24,7 @@ from isthmus.placement import device_of, dtype_of
 from isthmus.products import multiply_quickly
 from isthmus.systems import SYSTEMS, system
 from isthmus.user_code import is_user_code, outermost, vetted
+from isthmus.weights import load_into
 
 
 class _Named(TypedDict, total=False):
@@ -156,7 +157,7 @@ def _own(folder: Path, config: FolderConfig, account: Account, on: _On) -> Model
         net, base = on(folder, config["base"], config["config"], files)
     else:
         net = kind.net.from_config(config["config"])
-        checkpoint.load_into(net, borrowed.weights(files[borrowed.FILE], config, account), folder, account)
+        load_into(net, borrowed.weights(files[borrowed.FILE], config, account), folder, account)
     described = checkpoint.read_json(files["processor.json"])
     tokenizer = None if described.get("kind") == ImagesProcessor.kind else load_tokenizer(folder)
     others = {f.parent.name: Tokenizer.load(f.parent) for n, f in files.items() if n.endswith("/tokenizer.json")}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel
 
 from isthmus.batch import Batch
-from isthmus.checkpoint import load_into, state_tensors, write_folder
+from isthmus.checkpoint import write_folder
 from isthmus.data.blip2 import PromptProcessor, newline_id
 from isthmus.data.images import as_image
 from isthmus.data.record import Record, Text
@@ -28,6 +28,7 @@ from isthmus.model import Model
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.vit import VisionConfig, VisionTransformer
 from isthmus.opening import load
+from isthmus.weights import load_into, state_tensors
 from tests.interop import tiny_models
 from tests.models.tiny_blip2 import (
     CLS,

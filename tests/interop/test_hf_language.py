@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import isthmus
-from isthmus.checkpoint import load_into
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError
 from isthmus.interop.hf_language import read_language_folder
 from isthmus.language import LanguageModel
+from isthmus.weights import load_into
 from tests.language.test_causal import build, every_family, stream
 
 

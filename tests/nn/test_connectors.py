@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isthmus.checkpoint import load_into, load_tensors, state_tensors, write_folder
+from isthmus.checkpoint import load_tensors, write_folder
 from isthmus.errors import CapabilityError, ConfigError
 from isthmus.nn.connectors import CONNECTORS, Connector, build_connector, named_mlp
 from isthmus.nn.connectors.pooling import AveragePool, PixelShuffle
 from isthmus.user_code import pin
+from isthmus.weights import load_into, state_tensors
 from tests.narrow import must_be
 
 WIDTH, OUT, SIDE = 24, 20, 4

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from isthmus import adapters
-from isthmus.checkpoint import load_tensors, read_json, state_tensors
+from isthmus.checkpoint import load_tensors, read_json
 from isthmus.cli.app import app
 from isthmus.errors import CheckpointError
 from isthmus.interop.hub import model_hash
@@ -19,6 +19,7 @@ from isthmus.recipes.facts import net_of, stage_facts
 from isthmus.recipes.run import train
 from isthmus.recipes.schema import parse_recipe
 from isthmus.stage import named_state
+from isthmus.weights import state_tensors
 from tests.miniature import tree
 
 LORA = {"pattern": "language.*", "lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}}

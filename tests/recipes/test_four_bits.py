@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from isthmus import adapters, quantised
 from isthmus.adapters import Lora
-from isthmus.checkpoint import load_tensors, read_json, state_tensors
+from isthmus.checkpoint import load_tensors, read_json
 from isthmus.cli.app import app
 from isthmus.errors import CheckpointError, ConfigError, MissingExtraError, StageError
 from isthmus.opening import load
@@ -23,6 +23,7 @@ from isthmus.stage import Group, Stage, defining_keys
 from isthmus.testing.contracts import frozen, saved, tensors
 from isthmus.training.parallel import Parallel
 from isthmus.training.proof import frozen_tensors
+from isthmus.weights import state_tensors
 from tests import four_bits
 from tests.miniature import tree
 

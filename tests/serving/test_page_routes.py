@@ -11,11 +11,11 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image as PilImage
 
-from isthmus.checkpoint import state_tensors
 from isthmus.data.attention import Attention
 from isthmus.data.images import ImageTransform
 from isthmus.serving.api import create_app
 from isthmus.serving.page import PAGE
+from isthmus.weights import state_tensors
 from tests.data.helpers import pixel
 from tests.serving.helpers import asked, models
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from isthmus import checkpoint
 from isthmus.stage import Group, Stage
 from isthmus.training import train
+from isthmus.weights import state_tensors
 from tests.training.toys import ToyLoader, ToyNet
 
 STEPS = 40
@@ -38,7 +39,7 @@ def train_once(folder: Path, *, slow: bool) -> None:
     net = ToyNet()
     groups = (Group("connector.*", lr=2e-2, weight_decay=0.1), Group("language.*", lr=1e-2))
     train(net, loader, Stage(name="s", train=groups, steps=STEPS, save_every=3, warmup=6), folder, progress=False)
-    checkpoint.write_folder(folder / "final", {"net.safetensors": checkpoint.state_tensors(net)}, replace=True)
+    checkpoint.write_folder(folder / "final", {"net.safetensors": state_tensors(net)}, replace=True)
 
 
 def start(folder: Path, *, slow: bool) -> int:

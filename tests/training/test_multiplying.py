@@ -15,8 +15,8 @@ from isthmus.recipes import run as recipes
 from isthmus.recipes.schema import Recipe, StageSpec
 from isthmus.stage import Stage
 from isthmus.training import multiplying
-from isthmus.training.loop import Interrupted
 from isthmus.training.state import checkpoints
+from isthmus.training.stops import Interrupted
 from tests.training.test_loop import StopAfter, run, same_bits
 from tests.training.toys import ToyLoader, ToyNet
 

@@ -59,10 +59,10 @@ def run(
 
 def _model(folder: str, console: Console, given: Loading, render: str | None) -> dict[str, object]:
     from isthmus import adapters
-    from isthmus.checkpoint import state_tensors
     from isthmus.config import plain
     from isthmus.opening import load
     from isthmus.recipes.facts import parts_of, visual_tokens, visual_tokens_text
+    from isthmus.weights import state_tensors
 
     model = load(folder, **given)
     parts, tokens = parts_of(model.net), visual_tokens(model.net)

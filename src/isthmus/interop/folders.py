@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from isthmus.checkpoint import load_into, read_json
+from isthmus.checkpoint import read_json
 from isthmus.data.blip2 import PairProcessor
 from isthmus.data.chat import OWN
 from isthmus.data.interleave import InterleaveProcessor
@@ -49,6 +49,7 @@ from isthmus.models.llava import Llava
 from isthmus.models.lm import BareLM, LmConfig
 from isthmus.models.towers import ImageEncoder, TextEncoder
 from isthmus.nn.text_tower import TextConfig
+from isthmus.weights import load_into
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 

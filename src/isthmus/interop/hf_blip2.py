@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from isthmus import load_report
-from isthmus.checkpoint import Content, read_json, state_tensors
+from isthmus.checkpoint import Content, read_json
 from isthmus.data.blip2 import PairProcessor, PromptProcessor, newline_id
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import Processor
@@ -28,6 +28,7 @@ from isthmus.interop.written_template import blip2_template
 from isthmus.language import Seq2SeqLM, vocabulary_tables
 from isthmus.load_report import Account
 from isthmus.models.blip2 import Blip2, Blip2Config
+from isthmus.weights import state_tensors
 
 TEMPERATURE = float(torch.tensor(0.07))
 """Where the paper's contrast begins."""

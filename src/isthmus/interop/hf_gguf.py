@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from isthmus.checkpoint import load_into
 from isthmus.data.processor import TextProcessor
 from isthmus.data.tokenizer import Tokenizer
 from isthmus.errors import CheckpointError, IsthmusError, MissingExtraError
@@ -20,6 +19,7 @@ from isthmus.interop.hf_language import match_keys
 from isthmus.interop.hf_tokenizer import fast, from_peer, open_tokenizer, quiet
 from isthmus.language import known_fields
 from isthmus.models.lm import BareLM, LmConfig
+from isthmus.weights import load_into
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from typing import NotRequired, TypedDict, cast
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import read_json, state_tensors
+from isthmus.checkpoint import read_json
 from isthmus.data.interleave import InterleaveProcessor
 from isthmus.errors import CheckpointError
 from isthmus.interop.archives import read_state
@@ -34,6 +34,7 @@ from isthmus.load_report import Account
 from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
+from isthmus.weights import state_tensors
 
 TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 """The instruct models' three; the others have the first two."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from isthmus import load_report
-from isthmus.checkpoint import Content, read_json, state_tensors
+from isthmus.checkpoint import Content, read_json
 from isthmus.data.processor import TextProcessor
 from isthmus.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from isthmus.errors import CheckpointError, ConfigError
@@ -21,6 +21,7 @@ from isthmus.language import T5_LIKE, LanguageModel, LibraryLM, Seq2SeqLM, known
 from isthmus.load_report import Account
 from isthmus.models.lm import BareLM
 from isthmus.net import Net
+from isthmus.weights import state_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

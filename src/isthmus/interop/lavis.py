@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from isthmus import load_report
-from isthmus.checkpoint import Content, load_into, read_json
+from isthmus.checkpoint import Content, read_json
 from isthmus.config import plain, section
 from isthmus.data.blip2 import PairProcessor, PromptProcessor
 from isthmus.data.images import ImageTransform
@@ -34,6 +34,7 @@ from isthmus.load_report import Account
 from isthmus.models.blip2 import Blip2, Blip2Config
 from isthmus.nn.connectors.qformer import QFormerConfig
 from isthmus.nn.vit import VisionConfig, VisionTransformer
+from isthmus.weights import load_into
 
 _VISION, _QFORMER_LAYER = "visual_encoder.", "Qformer.bert.encoder.layer."
 _EVA_ONLY = ("norm.", "fc_norm.", "head.")

@@ -10,7 +10,7 @@ from typing import Literal, NotRequired, TypedDict, cast
 
 from torch import Tensor
 
-from isthmus.checkpoint import load_into, read_json
+from isthmus.checkpoint import read_json
 from isthmus.data.clip_tokenizer import canonical, is_published
 from isthmus.data.images import ImageTransform, Mode
 from isthmus.data.processor import ContrastiveProcessor
@@ -33,6 +33,7 @@ from isthmus.load_report import Account
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.vit import VisionConfig
+from isthmus.weights import load_into
 
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from isthmus import load_report
-from isthmus.checkpoint import Content, load_into
+from isthmus.checkpoint import Content
 from isthmus.config import plain, section
 from isthmus.data.interleave import NEW_TOKENS, InterleaveProcessor
 from isthmus.errors import CheckpointError
@@ -30,6 +30,7 @@ from isthmus.models.flamingo import Flamingo, FlamingoConfig
 from isthmus.nn.connectors.resampler import ResamplerConfig
 from isthmus.nn.gated import GatedConfig
 from isthmus.nn.vit import VisionConfig
+from isthmus.weights import load_into
 
 LAYERS = {
     "llama": "model.layers",

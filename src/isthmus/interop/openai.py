@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from isthmus import load_report
-from isthmus.checkpoint import Content, load_into
+from isthmus.checkpoint import Content
 from isthmus.data.clip_tokenizer import IDS, ClipTokenizer, clip_tokenizer, is_published
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import ContrastiveProcessor
@@ -29,6 +29,7 @@ from isthmus.load_report import Account
 from isthmus.models.clip import Clip, ClipConfig
 from isthmus.nn.text_tower import TextConfig
 from isthmus.nn.vit import VisionConfig
+from isthmus.weights import load_into
 
 SCALARS = ("input_resolution", "context_length", "vocab_size")
 """Sizes that OpenAI's archives carry among the weights."""

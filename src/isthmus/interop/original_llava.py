@@ -13,7 +13,6 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import load_into
 from isthmus.data.images import ImageTransform
 from isthmus.data.processor import SpliceProcessor
 from isthmus.data.tokenizer import Tokenizer
@@ -37,6 +36,7 @@ from isthmus.models.llava import Llava, LlavaConfig
 from isthmus.nn.connectors import build_connector, named_mlp
 from isthmus.nn.tiles import turned
 from isthmus.nn.vit import VisionConfig
+from isthmus.weights import load_into
 
 _PROJECTOR_FILE, _TRAINED_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from isthmus import checkpoint
 from isthmus.batch import IGNORE, Batch
 from isthmus.data.collate import load_pixels
 from isthmus.data.joint import JointLoader
@@ -48,6 +47,7 @@ from isthmus.training import Position, TrainResult
 from isthmus.training import train as train_stage
 from isthmus.training.log import read_metrics
 from isthmus.training.protocols import ending
+from isthmus.weights import state_tensors
 
 SAMPLES_READ = 64
 """Samples of each source that are processed and decoded, evenly spread."""
@@ -449,8 +449,8 @@ def _saves(built: Built, folder: Path) -> list[str]:
     model = built.model()
     save_model(built, folder, extra={"recipe.yaml": json.dumps(built.recipe.model_dump(mode="json"))})
     again = load(folder, device=model.device)
-    saved = checkpoint.state_tensors(model.net)
-    other = checkpoint.state_tensors(again.net)
+    saved = state_tensors(model.net)
+    other = state_tensors(again.net)
     if saved.keys() != other.keys() or any(not torch.equal(t, other[n]) for n, t in saved.items()):
         return ["The model, saved and loaded, has other weights than before."]
     if again.processor.to_dict() != model.processor.to_dict():

@@ -13,6 +13,7 @@ from isthmus.model import Model
 from isthmus.recipes.build import Built, fresh
 from isthmus.recipes.schema import Recipe, StageSpec
 from isthmus.stage import named_state
+from isthmus.weights import load_into
 
 
 def recipe_file(recipe: Recipe) -> dict[str, str]:
@@ -45,6 +46,6 @@ def _base(built: Built, model: Model, beside: Path) -> Base:
     with mapped.hollow():
         net = fresh(built.recipe, plain(built.net.config))
         state = {name: t for name, t in named_state(built.net).items() if adapters.MARK not in name}
-        checkpoint.load_into(net, state, "the model without its adapters")
+        load_into(net, state, "the model without its adapters")
     Model(net, model.processor, prompts=model.prompts, kind=model.system).save(beside, replace=True)
     return Base(str(beside), model_hash(beside))

@@ -17,7 +17,6 @@ from fastapi.responses import Response
 from PIL import Image as PilImage
 from pydantic import Field
 
-from isthmus.checkpoint import state_tensors
 from isthmus.data.attention import Attention
 from isthmus.data.images import open_image
 from isthmus.data.mix import Source
@@ -34,6 +33,7 @@ from isthmus.serving.parsing import StrictRoute
 from isthmus.serving.prepare import Frames
 from isthmus.serving.run_facts import scores, training
 from isthmus.serving.server import ERRORS, Server
+from isthmus.weights import state_tensors
 
 router = APIRouter(route_class=StrictRoute)
 

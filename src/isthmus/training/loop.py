@@ -14,7 +14,6 @@ import dataclasses
 import gc
 import hashlib
 import json
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -23,7 +22,6 @@ from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 
-import numpy
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -31,7 +29,7 @@ from rich.progress import Progress
 from isthmus import mapped
 from isthmus.allocator import keep_freed_memory, relieve
 from isthmus.batch import Batch
-from isthmus.errors import DataError, IsthmusError, StageError
+from isthmus.errors import DataError, StageError
 from isthmus.net import Net
 from isthmus.processes import all_gather, doing, first, of_first, rank, talking, wait, world_size
 from isthmus.products import held
@@ -45,25 +43,12 @@ from isthmus.training.log import Bar, MetricLog, StepFacts, progress_bar, read_m
 from isthmus.training.parallel import DDP, Parallel
 from isthmus.training.protocols import Loader, ending
 from isthmus.training.restoring import restore
-from isthmus.training.state import RunState, check_same, checkpoints, newest_state, rng_state
-from isthmus.training.stops import signalled, stop_flag
+from isthmus.training.state import RunState, check_same, checkpoints, newest_state, rng_state, seed_generators
+from isthmus.training.stops import Interrupted, Preempted, signalled, stop_flag
 from isthmus.training.validation import KEY, Validation
 
 Skipped = Callable[[tuple[str, ...], str], None]
 """Told of the sample ids and the reason when ``nan_policy`` lets a step pass without an update."""
-
-
-class Interrupted(IsthmusError):
-    """The run was stopped by Ctrl-C after a step was finished and saved. The command line exits with 130."""
-
-    exit_code = 130
-
-
-class Preempted(Interrupted):
-    """The same by SIGTERM, SIGUSR1 or ``stop_at``: whoever schedules the run is to start it again. The command line
-    exits with 85."""
-
-    exit_code = 85
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,13 +220,12 @@ class _Run:
 
     def _resume(self, found: tuple[RunState, Mapping[str, Path]] | None) -> int:
         """Go back to the newest checkpoint, or seed a new run. The step to go on from."""
+        seed_generators(self.state.seed + rank())  # each process draws dropout of its own
         if found is None:
-            self._seed()
             return 0
         saved, files = found
         warnings = check_same(saved, self.state, self.folder)
         proof.demand_unchanged(saved.frozen, self.state.frozen, "is not the one this run was begun with")
-        self._seed()
         restore(files, self.net, self.optimizer, self.parameters)
         self.gradients = proof.GradientProof(saved.unproven)
         now = self.state
@@ -255,13 +239,6 @@ class _Run:
             warnings=(*saved.warnings, *warnings),
         )
         return saved.step
-
-    def _seed(self) -> None:
-        """Each process draws dropout of its own."""
-        seed = self.state.seed + rank()
-        random.seed(seed)
-        numpy.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
 
     @property
     def done(self) -> int:

@@ -237,6 +237,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
     }
 
 
+def seed_generators(seed: int) -> None:
+    """All generators of this process from one number."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def rng_state() -> Generators:
     """The random generators of this process."""
     version, numbers, gauss = random.getstate()

@@ -5,7 +5,21 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from isthmus.errors import IsthmusError
 from isthmus.processes import STOPS
+
+
+class Interrupted(IsthmusError):
+    """The run was stopped by Ctrl-C after a step was finished and saved. The command line exits with 130."""
+
+    exit_code = 130
+
+
+class Preempted(Interrupted):
+    """The same by SIGTERM, SIGUSR1 or ``stop_at``: whoever schedules the run is to start it again. The command line
+    exits with 85."""
+
+    exit_code = 85
 
 
 def signalled(found: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
