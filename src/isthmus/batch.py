@@ -10,7 +10,7 @@ batch's private matter: rows are right-padded and carry their lengths, and no lo
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TypeVar
+from typing import SupportsInt, TypeVar
 
 import torch
 from torch import Tensor
@@ -236,7 +236,8 @@ class Term:
 
     ``scope`` says over what the sum may be split: a ``token`` term adds up over any micro-batches or ranks; a
     ``batch`` term (contrastive, matching) belongs to the step's full batch and must not be split. ``weight`` is what
-    the mean counts in the step's loss. A term of one source's rows is called ``stream/source``.
+    the mean counts in the step's loss. A term of one source's rows is called ``stream/source``. A ``count`` of numpy's
+    or in a tensor becomes an int where it is a whole number.
     """
 
     total: Tensor
@@ -244,6 +245,21 @@ class Term:
     scope: str = "token"
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if (count := _whole(self.count)) is not None:
+            object.__setattr__(self, "count", count)
+
     @property
     def mean(self) -> Tensor:
         return self.total / max(self.count, 1)
+
+
+def _whole(value: object) -> int | None:
+    """The whole number that a value is, if it is one."""
+    if not isinstance(value, SupportsInt):
+        return None
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # several numbers, or none that is finite
+        return None
+    return number if number == value else None

@@ -1,5 +1,6 @@
 """Any split of a step gives the same gradient; batch terms are exact or refused."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -207,7 +208,10 @@ def test_a_loss_without_open_tensors_is_an_error():
     [
         (lambda terms: terms["lm"].mean, "gave a Tensor and not terms by name"),
         (lambda terms: {"lm": terms["lm"].mean}, "'lm' of the net's loss must be a Term"),
-        (lambda terms: {"lm": Term(terms["lm"].total, torch.tensor(3))}, "a whole number"),  # type: ignore[arg-type]
+        *(
+            (lambda terms, count=count: {"lm": Term(terms["lm"].total, count)}, "a whole number")  # type: ignore[arg-type]
+            for count in (torch.tensor(2.5), torch.tensor([3, 4]), float("nan"), "3", None)
+        ),
     ],
 )
 def test_a_loss_that_gives_no_terms_is_told_what_to_give(given, fault):
@@ -216,6 +220,17 @@ def test_a_loss_that_gives_no_terms_is_told_what_to_give(given, fault):
     net.loss = lambda batch: given(real(batch))
     with pytest.raises(StageError, match=fault):
         backward(engine(net), [make_batch([1])], FP32)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.int64, float])
+@pytest.mark.parametrize("batches", [[[1, 2]], [[1], [2]]])
+def test_a_count_is_any_whole_number(kind, batches):
+    net, batches = ToyNet().eval(), [make_batch(ids) for ids in batches]
+    real = net.loss
+    due = gradient(net, batches)
+    net.loss = lambda batch: {name: Term(term.total, kind(term.count)) for name, term in real(batch).items()}
+    assert close(gradient(net, batches)[1], due[1])
+    assert gradient(net, batches)[0] == due[0]
 
 
 def test_a_nan_names_its_micro_batch():

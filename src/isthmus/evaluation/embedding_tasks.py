@@ -137,7 +137,7 @@ class _Classified(StandardTask[C]):
         return [_picture(r, self.name) for r in listed(records)]
 
     def _ranked(
-        self, ids: Sequence[str], truths: Tensor, order: Tensor, ranks: Tensor, classes: Sequence[str]
+        self, ids: Sequence[str], truths: Tensor, order: Tensor, ranks: Tensor, classes: list[str]
     ) -> list[ClassRow]:
         """Rows of (n,) true classes, (n, C) classes by falling score, and the truths' (n,) ranks."""
         found = zip(ids, truths.tolist(), order[:, :5].tolist(), ranks.tolist(), strict=True)
