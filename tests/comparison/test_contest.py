@@ -17,6 +17,7 @@ from isthmus.comparison.contest import finished, recipe_of_arm, run_contest
 from isthmus.comparison.recipe import parse_comparison
 from isthmus.errors import ConfigError, DataError, IsthmusError
 from isthmus.opening import load
+from isthmus.recipes import run as run_module
 from isthmus.recipes.run import make_loader
 from tests.cli.test_cli import run
 from tests.comparison.test_compare import yes_or_no
@@ -139,6 +140,16 @@ def test_a_redrawn_part_keeps_its_shape_and_loses_its_weights(out, story):
     assert not torch.equal(mine["vision.patch_embed.weight"], theirs["vision.patch_embed.weight"])
     other = load(out / "parts" / "vision-seed-1").net.state_dict()
     assert not torch.equal(mine["vision.patch_embed.weight"], other["vision.patch_embed.weight"])
+
+
+def test_what_is_finished_is_neither_built_nor_opened_beforehand(plan, out, tmp_path, monkeypatch):
+    opened, built = [], []
+    monkeypatch.setattr(contest, "open_evaluations", lambda specs: opened.append([spec.name for spec in specs]))
+    monkeypatch.setattr(run_module, "build", lambda recipe, real=run_module.build: built.append(1) or real(recipe))
+    contest._foresee(plan, ["llava", "blind"], out)
+    assert (opened, built) == ([[]], [])
+    contest._foresee(plan, ["llava"], tmp_path)
+    assert (opened[1:], built) == ([["vqa", "vqa-0-shots", "vqa-2-shots"]], [1])
 
 
 def test_an_interrupted_arm_goes_on_where_it_stopped(story, tmp_path, monkeypatch):

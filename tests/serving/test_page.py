@@ -51,6 +51,22 @@ def test_ask_stop_and_ask_on(opened, site):
     assert page.locator(".turn").count() == 0
 
 
+def test_leaving_a_conversation_is_asked_about(opened):
+    """It would be lost: the browser asks, and stays where that is declined."""
+    page, asked = opened(), []
+    page.on("dialog", lambda dialog: asked.append(dialog.type) or dialog.dismiss())
+    pick(page, "llava")
+    ask(page)
+    answers(page, 1)
+    page.evaluate("setTimeout(() => location.reload(), 0)")
+    page.wait_for_event("dialog")
+    assert (asked, page.locator(".turn").count()) == (["beforeunload"], 1)
+    page.click("#new")
+    page.reload()  # with nothing to lose it is not asked
+    page.wait_for_selector("#models input")
+    assert (asked, page.locator(".turn").count()) == (["beforeunload"], 0)
+
+
 def test_models_side_by_side_one_of_which_fails(opened):
     page = opened(allowed=("400",))
     offered = [box.get_attribute("value") for box in page.locator("#models input").all()]

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TaskID, TimeRemainingColumn
 
-from isthmus.cli.evaluate import check_used, counted, shown_examples, spec_of
+from isthmus.cli.evaluate import bars, check_used, counted, shown_examples, spec_of
 from isthmus.cli.options import Loading
 from isthmus.errors import ConfigError
 
@@ -58,15 +57,7 @@ def run(
             raise ConfigError(f"None of these models names a task {task!r} of its own: give --data.")
     specs = shown_examples(specs, counts, select)
     console = Console(emoji=False)
-    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True, console=console) as bar:
-        shown: dict[tuple[str, str], TaskID] = {}
-
-        def progress(name: str, done: int, total: int) -> None:
-            place = (rival.name, name)
-            if place not in shown:
-                shown[place] = bar.add_task(escape(f"{rival.name}: {name}"), total=total)
-            bar.update(shown[place], completed=done)
-
+    with bars(console) as progress:
         for rival in rivals:
             model = load(rival.folder, **given)
             score_contestant(
@@ -76,13 +67,11 @@ def run(
                 out / "scores" / rival.name,
                 seed=seed,
                 limit=limit,
-                progress=progress,
+                progress=lambda name, done, total, who=rival.name: progress(f"{who}: {name}", done, total),
                 code=given.get("code", ()),
             )
             if not rival.results:
-                bar.console.print(
-                    f"{rival.name} can do none of the tasks and is left out.", markup=False, highlight=False
-                )
+                console.print(f"{rival.name} can do none of the tasks and is left out.", markup=False, highlight=False)
             measure(rival, model, out / "scores" / rival.name)
     if not any(rival.results for rival in rivals):
         raise ConfigError("None of these models can do any of the tasks.")

@@ -77,7 +77,7 @@ def run(
             left = f"{result.left_out} bad samples were left out: {result.folder / 'quarantine.jsonl'}"
             console.print(left, markup=False)
 
-    with _progress(console) as progress:
+    with bars(console) as progress:
         results = score_model(
             loaded,
             specs,
@@ -108,8 +108,8 @@ def _judge(options: dict[str, object], named: Mapping[str, str]) -> dict[str, ob
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per evaluation, by its name, how many items are done and of how many."""
+def bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per evaluation while inside: to be called with its name, how many items are done and of how many."""
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
     with Progress(*columns, transient=True, console=console) as bar:
         shown: dict[str, TaskID] = {}

@@ -70,16 +70,21 @@ def run_contest(
 
 
 def _foresee(plan: Comparison, arms: Sequence[str], out: Path) -> None:
-    """Raise what can be known before a step is made: of the tasks and their data, and of each arm's parts, stages and
-    data, with the first seed that it is not trained with."""
+    """Raise what can be known before a step is made: of the tasks, of the data of those that are not scored, and of
+    each arm's parts, stages and data, with the first seed that it is not trained with."""
     tasks = {arm: _tasks(plan, arm) for arm in arms}
     for arm, specs in tasks.items():
         check_tasks(specs, plan.resolved(arm).prompts)
-    open_evaluations([spec for specs in tasks.values() for spec in specs])
+    open_evaluations([spec for arm, specs in tasks.items() for spec in specs if not _is_scored(plan, arm, spec, out)])
     for arm in arms:
         todo = [seed for seed in plan.seeds if not (_place(out, "arms", arm, seed) / "model" / MANIFEST).is_file()]
         for seed in (todo or plan.seeds)[:1]:
             foresee(recipe_of_arm(plan, arm, seed, out), _place(out, "arms", arm, seed))
+
+
+def _is_scored(plan: Comparison, arm: str, spec: EvalSpec, out: Path) -> bool:
+    """With every seed."""
+    return all((_place(out, "scores", arm, seed) / spec.name / "scores.json").is_file() for seed in plan.seeds)
 
 
 def _run_arm(plan: Comparison, arm: str, seed: int, out: Path, progress: Progress | None, show: bool) -> None:

@@ -926,6 +926,9 @@ for (const each of document.querySelectorAll("input[name=mode]")) {
   });
 }
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") stopAll(); });
+window.addEventListener("beforeunload", (event) => { // a conversation is nowhere but here
+  if (state.turns.length) event.preventDefault();
+});
 document.addEventListener("paste", (event) => {
   const files = [...event.clipboardData.files];
   if (files.length) { event.preventDefault(); take(files); }
